@@ -27,18 +27,21 @@ STAMPS = VENV / "veneer-setup"
 MODELS = ROOT / ".cache" / "models"
 OLDEST = (3, 11)
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
-ADVICE = (
-    ("No space left on device", "The disk is full: make room and run the same command again; it goes on where it was."),
-    ("Read-only file system", "This directory cannot be written to: clone the repository elsewhere."),
-    ("PermissionError", "Something here is owned by another user: see the path above."),
-    ("NameResolutionError", "No network: the package index cannot be reached. Run the same command again when it can."),
-    ("Failed to establish a new connection", "No network: the package index cannot be reached. Run it again when it can."),
-    ("Read timed out", "The network is too slow or broke off. Run the same command again; it goes on where it was."),
-    ("Connection broken", "The network broke off. Run the same command again; it goes on where it was."),
-    ("Requires-Python", "A pinned package has no build for this Python: try make PYTHON=python3.12 with another one."),
-    ("No matching distribution found", "A pinned package has no build for this platform or Python, or no index answered."),
-    ("DO NOT MATCH THE HASHES", "A downloaded file is not the pinned one. Do not use it; look at your package mirror."),
-)  # fmt: skip
+AGAIN = "Run the same command again; it goes on where it was."
+NO_NETWORK = f"No network: the package index cannot be reached. {AGAIN}"
+ADVICE = {
+    "No space left on device": f"The disk is full: make room. {AGAIN}",
+    "Read-only file system": "This directory cannot be written to: clone the repository elsewhere.",
+    "Permission denied": "Something here belongs to another user: see the path above.",
+    "NameResolutionError": NO_NETWORK,
+    "Failed to establish a new connection": NO_NETWORK,
+    "Network is unreachable": NO_NETWORK,
+    "Read timed out": f"The network is too slow or broke off. {AGAIN}",
+    "Connection broken": f"The network broke off. {AGAIN}",
+    "DO NOT MATCH THE HASHES": "A downloaded file is not the pinned one. Look at your package mirror.",
+    "Requires-Python": "No build of a pinned package for this Python: try make PYTHON=python3.12.",
+    "No matching distribution": "No build of a pinned package for this platform, or no index answered.",
+}
 
 
 class SetupError(Exception):
@@ -60,6 +63,11 @@ class Step:
     def done(self) -> bool:
         """Whether an earlier run finished this step for the same inputs."""
         return self.stamp.is_file() and self.stamp.read_text() == self.key
+
+
+def advice_on(words: str, otherwise: str = "") -> str:
+    """What to do about a failure whose message is `words`."""
+    return next((advice for sign, advice in ADVICE.items() if sign in words), otherwise)
 
 
 def digest(*parts: str | Path) -> str:
@@ -96,7 +104,7 @@ def pip(*arguments: str, python: Path = PYTHON) -> None:
                 sys.stderr.write(line)
     if process.returncode:
         words = "".join(last)
-        advice = next((text for sign, text in ADVICE if sign in words), "See pip's message above.")
+        advice = advice_on(words, "See pip's message above.")
         raise SetupError(f"pip failed: {' '.join(command)}\n{advice}")
 
 
@@ -108,7 +116,7 @@ def make_venv() -> None:
     if made.returncode:
         words = (made.stdout + made.stderr).strip()
         hint = "On Debian and Ubuntu: apt install python3-venv.\n" if "ensurepip" in words else ""
-        advice = next((text for sign, text in ADVICE if sign in words), "")
+        advice = advice_on(words)
         raise SetupError(f"cannot create {VENV}:\n{words}\n{hint}{advice}")
 
 
@@ -182,8 +190,8 @@ def steps(kind: str) -> list[Step]:
                  digest(models), MODELS / ".stamp", install_models),
         ]  # fmt: skip
     plan.append(
-        Step("veneer", "Veneer itself, editable", 1, digest(ROOT / "pyproject.toml", place), STAMPS / "veneer",
-             lambda: pip("install", "--no-deps", "--editable", str(ROOT)))
+        Step("veneer", "Veneer itself, editable", 1, digest(ROOT / "pyproject.toml", place),
+             STAMPS / "veneer", lambda: pip("install", "--no-deps", "--editable", str(ROOT)))
     )  # fmt: skip
     return plan
 
@@ -204,8 +212,9 @@ def run(kind: str) -> None:
     """Do what is not done yet."""
     if sys.version_info < OLDEST:
         raise SetupError(
-            f"this is Python {platform.python_version()}; the pinned environment needs {'.'.join(map(str, OLDEST))}"
-            " or newer (the library itself runs on 3.10). Another interpreter: make PYTHON=python3.12 …"
+            f"this is Python {platform.python_version()}; the pinned environment needs "
+            f"{'.'.join(map(str, OLDEST))} or newer (the library itself runs on 3.10). "
+            "With another interpreter: make PYTHON=python3.12 …"
         )
     plan = steps(kind)
     if STAMPS.is_dir() and PYTHON.exists() and all(step.done for step in plan):
@@ -244,8 +253,7 @@ def main() -> int:
         print(f"\nSet-up stopped. {error}", file=sys.stderr)
         return 1
     except OSError as error:
-        advice = next((text for sign, text in ADVICE if sign in str(error)), "")
-        print(f"\nSet-up stopped. {error}\n{advice}", file=sys.stderr)
+        print(f"\nSet-up stopped. {error}\n{advice_on(str(error))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\nInterrupted. Run the same command again; it goes on where it was.", file=sys.stderr)

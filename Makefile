@@ -1,0 +1,50 @@
+# make demo     set up, then watch a real language model learn a real task
+# make test     set up, then run all tests
+# make check    lint, formatting, types, architecture
+# make bench    run the benchmarks; ratios on the screen, JSON and pictures in benchmarks/results
+# make setup    only set up        make clean   remove what all of this made
+#
+# Another interpreter: make PYTHON=python3.12 …    Arguments for pytest: make test ARGS="-k merge"
+
+PYTHON ?= python3
+VENV := .venv/bin
+ARGS ?=
+# Two workers, a file each: the suite is written for two cores, each worker computing with one thread.
+WORKERS ?= 2
+
+.PHONY: help setup setup-test demo test check format bench lock clean
+
+help:
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -8
+
+setup:
+	@$(PYTHON) tools/setup.py base
+
+setup-test:
+	@$(PYTHON) tools/setup.py test
+
+demo: setup
+	@$(VENV)/veneer demo $(ARGS)
+
+test: setup-test
+	@VENEER_NOPEFT_PYTHON="$$($(VENV)/python tools/make_nopeft_env.py)" \
+		$(VENV)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+
+check: setup-test
+	$(VENV)/ruff check .
+	$(VENV)/ruff format --check .
+	$(VENV)/mypy --strict src
+	$(VENV)/python -m pytest -q tests/architecture
+
+format: setup-test
+	$(VENV)/ruff check --fix .
+	$(VENV)/ruff format .
+
+bench: setup-test
+	@$(VENV)/python -m benchmarks $(ARGS)
+
+lock: setup-test
+	$(VENV)/python tools/lock.py
+
+clean:
+	rm -rf .venv .venv-nopeft .cache build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,60 @@
+"""What every test starts from: offline, seeded, one compute thread a worker, no user's settings."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Before torch, transformers and huggingface_hub are imported: they read these once. Child processes inherit.
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    TRANSFORMERS_OFFLINE="1",
+    HF_DATASETS_OFFLINE="1",
+    HF_HUB_DISABLE_TELEMETRY="1",
+    HF_HOME=str(ROOT / ".cache" / "huggingface"),
+    VENEER_CACHE=str(ROOT / ".cache" / "veneer"),
+    TOKENIZERS_PARALLELISM="false",
+    OMP_NUM_THREADS="1",
+    MPLBACKEND="Agg",
+)
+os.environ.pop("VENEER_AS_PEFT", None)
+
+import hypothesis  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+torch.set_num_threads(1)
+
+# Deadlines measure the machine; a derandomised run is one that can be repeated.
+hypothesis.settings.register_profile("veneer", deadline=None, derandomize=True, print_blob=True)
+hypothesis.settings.load_profile("veneer")
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Every test draws the same numbers, whatever ran before it."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def nopeft_python() -> Path:
+    """The interpreter of an environment equal to this one, but without the reference library."""
+    if given := os.environ.get("VENEER_NOPEFT_PYTHON"):
+        return Path(given)
+    made = subprocess.run(
+        [sys.executable, ROOT / "tools" / "make_nopeft_env.py"], capture_output=True, text=True, check=True
+    )
+    return Path(made.stdout.strip())
+
+
+@pytest.fixture(scope="session")
+def models() -> Path:
+    """The directory with the packages of requirements/models.txt."""
+    place = ROOT / ".cache" / "models"
+    if not (place / ".stamp").is_file():
+        pytest.fail(f"no pretrained models in {place}: run `make setup-test`")
+    return place
