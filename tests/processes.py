@@ -18,7 +18,7 @@ def run_python(
     timeout: float = 300,
     check: bool = True,
 ) -> subprocess.CompletedProcess[str]:
-    """Run `code` in `python`; a variable given as None in `env` is unset. With `check`, fail with its words."""
+    """Run `code` in `python`; a variable given as None in `env` is unset."""
     environment = {**os.environ, **{name: value for name, value in (env or {}).items() if value is not None}}
     for name in [name for name, value in (env or {}).items() if value is None]:
         environment.pop(name, None)

@@ -27,14 +27,12 @@ class Tolerance(NamedTuple):
 #: Same formula, other order of summation: a few units in the last place of sums of some hundred terms.
 BY_DTYPE: dict[torch.dtype, Tolerance] = {
     torch.float64: Tolerance(1e-10, 1e-11, "eps 2.2e-16; sums of up to 1e3 terms, nested a few deep"),
-    torch.float32: Tolerance(
-        1e-4, 2e-5, "eps 1.2e-7; sums of up to 1e3 terms of both signs, nested a few deep"
-    ),
+    torch.float32: Tolerance(1e-4, 2e-5, "eps 1.2e-7; sums of up to 1e3 terms, nested a few deep"),
     torch.bfloat16: Tolerance(
-        2e-2, 2e-2, "eps 7.8e-3: every intermediate is rounded to 8 bits, twice or thrice"
+        2e-2, 2e-2, "eps 7.8e-3: intermediates are rounded to 8 bits, two or three times"
     ),
     torch.float16: Tolerance(
-        4e-3, 4e-3, "eps 9.8e-4: every intermediate is rounded to 11 bits, twice or thrice"
+        4e-3, 4e-3, "eps 9.8e-4: intermediates are rounded to 11 bits, two or three times"
     ),
 }
 
