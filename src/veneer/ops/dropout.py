@@ -1,0 +1,167 @@
+"""Dropout whose cost follows the share that is dropped, and whose backward replays it without a mask.
+
+Drawing one random number for each element is what dropout costs on a CPU. The gaps between dropped
+elements are geometric, so drawing the gaps gives the same distribution with ``p * numel`` draws. The
+positions, in 32-bit integers, are all that the backward pass has to keep.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.autograd.function import once_differentiable
+
+#: Above this p, one draw per element and a boolean mask are no dearer than the gaps (see `benchmarks/`).
+DENSE_FROM = 0.5
+#: Below this size the launch of a few small operations costs more than the draws that they save.
+SPARSE_FROM_NUMEL = 4096
+#: float32 draws lie on a grid of 2**-24; for smaller p the draws are few, and float64 keeps the tail exact.
+_FLOAT32_FROM_P = 1 / 256
+_INT32_LIMIT = 2**31 - 1
+_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+_transforms_active: Callable[[], object] = getattr(
+    torch._C, "_are_functorch_transforms_active", torch._C._functorch.peek_interpreter_stack
+)
+
+
+def wants_plain_torch(*tensors: Tensor) -> bool:
+    """Whether anything but the plain reverse-mode engine will look at what is computed from these tensors.
+
+    True under `torch.compile` and export, `torch.func` transforms and forward-mode differentiation, and for
+    tensor subclasses and complex numbers: a hand-written backward would be refused there, or be wrong.
+    """
+    if torch.compiler.is_compiling():
+        return True
+    if any(type(tensor) not in _PLAIN_TYPES or tensor.is_complex() for tensor in tensors):
+        return True
+    return bool(_transforms_active()) or forward_ad._current_level >= 0
+
+
+def check_probability(p: float) -> None:
+    """Refuse what is not a probability.
+
+    Raises:
+        ValueError: p is outside [0, 1] or not a number.
+    """
+    if not 0.0 <= p <= 1.0:
+        raise ValueError(f"a dropout probability lies in [0, 1], got {p}")
+
+
+def drop_positions(numel: int, p: float, device: torch.device | str = "cpu") -> Tensor:
+    """Flat indices, ascending, of the elements that dropout drops: each with probability p, independently.
+
+    The gaps ``floor(log(u) / log(1 - p)) + 1``, u uniform in (0, 1], are geometric; their running sums below
+    `numel` are the successes of `numel` Bernoulli trials. All draws come from torch's global generator of the
+    device, so `torch.manual_seed` repeats them and a checkpointed recomputation replays them.
+
+    Args:
+        numel: number of elements, N.
+        p: probability of dropping one, 0 to 1.
+        device: where the indices are made; off the CPU they are found from N dense draws.
+
+    Returns:
+        ``(about p * N,)``, int32 where N fits, int64 beyond 2**31 - 1.
+
+    Raises:
+        ValueError: p is not a probability.
+    """
+    check_probability(p)
+    device = torch.device(device)
+    dtype = torch.int32 if numel <= _INT32_LIMIT else torch.int64
+    if p == 0.0 or numel == 0:
+        return torch.empty(0, dtype=dtype, device=device)
+    if p == 1.0:
+        return torch.arange(numel, dtype=dtype, device=device)
+    if device.type != "cpu":
+        return (torch.rand(numel, device=device) < p).nonzero().view(-1).to(dtype)
+    return _positions_from_gaps(numel, p, dtype)
+
+
+def _positions_from_gaps(numel: int, p: float, dtype: torch.dtype) -> Tensor:
+    parts: list[Tensor] = []
+    start = 0
+    while start < numel:
+        found = _running_gaps(numel - start, p)
+        if start:
+            found.add_(start)
+        start = int(found[-1]) + 1
+        parts.append(found)
+    found = parts[0] if len(parts) == 1 else torch.cat(parts)
+    inside = int(torch.searchsorted(found, numel))
+    return found[:inside].to(dtype)
+
+
+def _running_gaps(numel: int, p: float) -> Tensor:
+    """One draw of gaps, enough to pass `numel` all but one time in 30,000, as zero-based int64 positions."""
+    expected = numel * p
+    count = int(expected + 4.0 * math.sqrt(expected * (1.0 - p))) + 8
+    draws = torch.rand(count, dtype=torch.float32 if p >= _FLOAT32_FROM_P else torch.float64)
+    # rand() is in [0, 1) and does return 0: log1p(-u) stays finite where log(u) would not.
+    gaps = draws.neg_().log1p_().div_(math.log1p(-p)).clamp_(max=float(numel)).add_(1.0)
+    return gaps.to(torch.int64).cumsum_(0).sub_(1)
+
+
+def draw(x: Tensor, p: float) -> Tensor:
+    """Decide what one dropout of x drops, in the cheaper form.
+
+    Args:
+        x: any shape; only its size and device are read.
+        p: probability of dropping an element, 0 < p < 1.
+
+    Returns:
+        Integer positions as of `drop_positions`, or for a large p, a small x or a device other than the CPU a
+        boolean *keep* mask of ``(numel,)``. `zero_dropped_` and the fused step take either.
+    """
+    if x.device.type == "cpu" and p < DENSE_FROM and x.numel() >= SPARSE_FROM_NUMEL:
+        return drop_positions(x.numel(), p)
+    return torch.rand(x.numel(), device=x.device) >= p
+
+
+def zero_dropped_(x: Tensor, drop: Tensor) -> Tensor:
+    """Write zeros over the dropped elements of a contiguous x, in place: ``x: (...) -> (...)``."""
+    flat = x.view(-1)
+    if drop.dtype == torch.bool:
+        flat.mul_(drop)
+    else:
+        flat.index_fill_(0, drop.long(), 0.0)
+    return x
+
+
+class _Dropout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
+        drop = draw(x, p)
+        ctx.save_for_backward(drop)
+        ctx.p = p
+        return zero_dropped_(x.clone(memory_format=torch.contiguous_format), drop).mul_(1.0 / (1.0 - p))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (drop,) = ctx.saved_tensors
+        kept = zero_dropped_(grad.clone(memory_format=torch.contiguous_format), drop)
+        return kept.mul_(1.0 / (1.0 - ctx.p)), None
+
+
+def sparse_dropout(x: Tensor, p: float) -> Tensor:
+    """Dropout with the semantics of `F.dropout` in training, at the cost of the dropped share.
+
+    ``x: (...) -> (...)``, ``keep * x / (1 - p)``. Plain `F.dropout` is taken where something other than the
+    reverse-mode engine looks on (`torch.compile`, `torch.func`, tensor subclasses), and for p = 1.
+
+    Raises:
+        ValueError: p is not a probability.
+    """
+    check_probability(p)
+    if p == 0.0:
+        return x
+    if p == 1.0 or wants_plain_torch(x):
+        return F.dropout(x, p)
+    y: Tensor = _Dropout.apply(x, p)  # type: ignore[no-untyped-call]
+    return y

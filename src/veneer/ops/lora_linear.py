@@ -1,0 +1,379 @@
+"""The linear step of LoRA, fused; its plain twin; and the branch alone, for base layers that cannot be fused.
+
+Notation: ``X: (T, in)``, ``W: (out, in)``, ``A: (r, in)``, ``B: (out, r)``, ``s`` the scaling, ``G = dY``.
+Forward::
+
+    h = s X Aᵀ          y = X Wᵀ + b (+ s b_B)          y += h Bᵀ        in place
+
+Backward, with ``g = s G B`` computed once for both uses::
+
+    dB = (hᵀ G)ᵀ        dA = gᵀ X        dX = G W        dX += g A       in place
+
+What is kept for it is X, which the base's neighbours share, the r-wide h, and the positions that dropout
+drew.
+
+Source: LoRA, arXiv:2106.09685, equation 3.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .dropout import check_probability, draw, wants_plain_torch, zero_dropped_
+
+
+def lora_linear_reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    B_bias: Tensor | None,
+    scaling: float,
+    p: float,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """The definition of `lora_linear` in plain torch: what tests, transforms and compilers use.
+
+    ``y = x Wᵀ + b + s (drop(x) Aᵀ Bᵀ + b_B)``.
+
+    Args:
+        x, weight, bias, A, B, B_bias, scaling, p: as for `lora_linear`.
+        mask: True where x is kept, of x's shape; drawn when it is None.
+
+    Returns:
+        ``x: (..., in) -> (..., out)``.
+    """
+    return F.linear(x, weight, bias) + _branch_reference(x, A, B, B_bias, scaling, p, mask)
+
+
+def _branch_reference(
+    x: Tensor, A: Tensor, B: Tensor, B_bias: Tensor | None, scaling: float, p: float, mask: Tensor | None
+) -> Tensor:
+    check_probability(p)
+    if mask is not None:
+        x = torch.where(mask, x, 0.0) / (1.0 - p) if p < 1.0 else torch.zeros_like(x)
+    elif p > 0.0:
+        x = F.dropout(x, p)
+    if not torch.is_autocast_enabled(x.device.type):
+        A, B, B_bias = A.to(x.dtype), B.to(x.dtype), _to(B_bias, x.dtype)
+    return scaling * F.linear(F.linear(x, A), B, B_bias)
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    B_bias: Tensor | None,
+    scaling: float,
+    p: float,
+) -> Tensor:
+    """A linear layer and its low-rank branch in one differentiable step.
+
+    ``y = x Wᵀ + b + s (drop(x) Aᵀ Bᵀ + b_B)``. The factors may have another dtype than x (float32 masters
+    on a 16-bit base): they are cast, x never is. Any subset of the tensors may require grad. Under
+    `torch.compile`, `torch.func` transforms and forward-mode differentiation, for tensor subclasses and for
+    p = 1 it is `lora_linear_reference`. Under autocast its inputs are cast as `F.linear` would cast them.
+    Differentiable once: a second derivative raises.
+
+    Args:
+        x: ``(..., in)``, any strides, 1-D and empty batches too.
+        weight: ``(out, in)``, the base layer's, of x's dtype.
+        bias: ``(out,)`` or None, the base layer's.
+        A: ``(r, in)``.
+        B: ``(out, r)``.
+        B_bias: ``(out,)`` or None; inside the scaling, as the field has it.
+        scaling: s, usually ``lora_alpha / r``.
+        p: dropout probability for x in the branch; 0 in evaluation.
+
+    Returns:
+        ``x: (..., in) -> (..., out)``, a fresh tensor and not a view.
+
+    Raises:
+        ValueError: p is not a probability.
+        RuntimeError: shapes or dtypes of x, weight and bias do not fit, as in `F.linear`.
+    """
+    if p == 1.0 or wants_plain_torch(x):
+        return lora_linear_reference(x, weight, bias, A, B, B_bias, scaling, p)
+    check_probability(p)
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind):
+        if torch.float64 in (x.dtype, weight.dtype, A.dtype, B.dtype):  # autocast leaves float64 as it is
+            return lora_linear_reference(x, weight, bias, A, B, B_bias, scaling, p)
+        dtype = torch.get_autocast_dtype(kind)
+        x, weight, bias = x.to(dtype), weight.to(dtype), _to(bias, dtype)
+        with torch.autocast(kind, enabled=False):
+            return _fused(x, weight, bias, A, B, B_bias, scaling, p)
+    return _fused(x, weight, bias, A, B, B_bias, scaling, p)
+
+
+def _fused(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    B_bias: Tensor | None,
+    scaling: float,
+    p: float,
+) -> Tensor:
+    y: Tensor = _LoraLinear.apply(  # type: ignore[no-untyped-call]
+        x, weight, bias, A.to(x.dtype), B.to(x.dtype), _to(B_bias, x.dtype), scaling, p
+    )
+    return y
+
+
+def add_lora_(
+    y: Tensor,
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    B_bias: Tensor | None,
+    scaling: float,
+    p: float,
+    *,
+    inplace: bool = False,
+) -> Tensor:
+    """Add the low-rank branch to the output y of a base layer whose inside is not ours (quantised, hooked).
+
+    ``y + s (drop(x) Aᵀ Bᵀ + b_B)``. The factors are cast to x's dtype (to autocast's where that is on),
+    and the sum is rounded once to y's.
+
+    Args:
+        y: ``(..., out)``, what the base layer returned for x.
+        x: ``(..., in)`` with the leading dimensions of y.
+        A, B, B_bias, scaling, p: as for `lora_linear`.
+        inplace: write into y. Only for a y that nobody else holds and the base layer did not save. Where y
+            is a view, a leaf that requires grad or an inference tensor, or under a compiler, a new tensor
+            is made.
+
+    Returns:
+        ``(..., out)`` of y's dtype: y itself where it was written in place, else a fresh tensor.
+
+    Raises:
+        ValueError: p is not a probability, or the leading dimensions of x and y differ.
+    """
+    check_probability(p)
+    if x.shape[:-1] != y.shape[:-1]:
+        raise ValueError(f"x {tuple(x.shape)} and y {tuple(y.shape)} must agree but for the last dimension")
+    if p == 1.0 or wants_plain_torch(x, y):
+        return y + _branch_reference(x, A, B, B_bias, scaling, p, None).to(y.dtype)
+    kind = x.device.type
+    inplace = inplace and _writable(y)
+    if torch.is_autocast_enabled(kind):
+        if x.dtype != torch.float64:
+            x = x.to(torch.get_autocast_dtype(kind))
+        with torch.autocast(kind, enabled=False):
+            return _added(y, x, A, B, B_bias, scaling, p, inplace)
+    return _added(y, x, A, B, B_bias, scaling, p, inplace)
+
+
+def _added(
+    y: Tensor,
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    B_bias: Tensor | None,
+    scaling: float,
+    p: float,
+    inplace: bool,
+) -> Tensor:
+    out: Tensor = _AddLora.apply(  # type: ignore[no-untyped-call]
+        y, x, A.to(x.dtype), B.to(x.dtype), _to(B_bias, x.dtype), scaling, p, inplace
+    )
+    return out
+
+
+def _to(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if tensor is None else tensor.to(dtype)
+
+
+def _writable(y: Tensor) -> bool:
+    return not (
+        y._is_view()
+        or (y.is_leaf and y.requires_grad)
+        or not y.is_contiguous()
+        or (y.is_inference() and not torch.is_inference_mode_enabled())
+    )
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """``(..., n) -> (T, n)`` contiguous; also right where T or n is 0."""
+    return tensor.contiguous().view(math.prod(tensor.shape[:-1]), tensor.shape[-1])
+
+
+def _project(x: Tensor, A: Tensor, drop: Tensor | None, scale: float) -> Tensor:
+    """``h = scale · drop(x) Aᵀ``, with the rows of x copied where elements have to be zeroed."""
+    if drop is not None:
+        x = zero_dropped_(x.clone(), drop)
+    h = x @ A.t()
+    return h if scale == 1.0 else h.mul_(scale)
+
+
+class _LoraLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        B_bias: Tensor | None,
+        scaling: float,
+        p: float,
+    ) -> Tensor:
+        y = F.linear(x.contiguous(), weight, bias)
+        drop = draw(x, p) if p > 0.0 else None
+        scale = scaling / (1.0 - p)
+        h = _project(_rows(x), A, drop, scale)
+        y2 = _rows(y)
+        y2.addmm_(h, B.t())
+        if B_bias is not None:
+            y2.add_(B_bias, alpha=scaling)
+        need_x, need_w, _, need_a, need_b = ctx.needs_input_grad[:5]
+        ctx.save_for_backward(
+            x if need_w or need_a else None,
+            weight if need_x else None,
+            A if need_x else None,
+            B if need_x or need_a else None,
+            h if need_b else None,
+            drop if need_x or need_a else None,
+        )
+        ctx.scale, ctx.scaling, ctx.shape = scale, scaling, x.shape
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.autocast(grad.device.type, enabled=False):
+            return _LoraLinear._gradients(ctx, grad)
+
+    @staticmethod
+    def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, A, B, h, drop = ctx.saved_tensors
+        need_x, need_w, need_bias, need_a, need_b, need_bb = ctx.needs_input_grad[:6]
+        G = _rows(grad)
+        dx = (G @ weight) if need_x else None
+        dw = (G.t() @ _rows(x)) if need_w else None
+        dA, dB = _branch_gradients(G, x, A, B, h, drop, ctx.scale, dx, need_a, need_b)
+        summed = G.sum(0) if need_bias or need_bb else None
+        return (
+            None if dx is None else dx.view(ctx.shape),
+            dw,
+            summed if need_bias else None,
+            dA,
+            dB,
+            summed * ctx.scaling if summed is not None and need_bb else None,
+            None,
+            None,
+        )
+
+
+def _branch_gradients(
+    G: Tensor,
+    x: Tensor | None,
+    A: Tensor | None,
+    B: Tensor | None,
+    h: Tensor | None,
+    drop: Tensor | None,
+    scale: float,
+    dx: Tensor | None,
+    need_a: bool,
+    need_b: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """``dA`` and ``dB``; the branch's share of the input's gradient is added onto `dx` in place."""
+    dB = (h.t() @ G).t() if need_b and h is not None else None
+    if B is None:
+        return None, dB
+    g = G @ B
+    if scale != 1.0:
+        g.mul_(scale)
+    dA = None
+    if need_a and x is not None:
+        rows = _rows(x)
+        dA = g.t() @ (rows if drop is None else zero_dropped_(rows.clone(), drop))
+    if dx is not None and A is not None:
+        _add_to_kept_(dx, g, A, drop)
+    return dA, dB
+
+
+def _add_to_kept_(dx: Tensor, g: Tensor, A: Tensor, drop: Tensor | None) -> None:
+    """``dx += keep * (g A)`` for ``dx: (T, in)``: where x was dropped, the base's gradient stays as it is."""
+    if drop is None:
+        dx.addmm_(g, A)
+    elif drop.dtype == torch.bool:
+        dx.add_(zero_dropped_(g @ A, drop))
+    else:
+        at, flat = drop.long(), dx.view(-1)
+        before = flat.index_select(0, at)
+        dx.addmm_(g, A)
+        flat.index_copy_(0, at, before)
+
+
+class _AddLora(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        y: Tensor,
+        x: Tensor,
+        A: Tensor,
+        B: Tensor,
+        B_bias: Tensor | None,
+        scaling: float,
+        p: float,
+        inplace: bool,
+    ) -> Tensor:
+        if inplace:
+            ctx.mark_dirty(y)
+        else:
+            y = y.clone(memory_format=torch.contiguous_format)
+        drop = draw(x, p) if p > 0.0 else None
+        scale = scaling / (1.0 - p)
+        h = _project(_rows(x), A, drop, scale)
+        y2 = y.view(h.shape[0], y.shape[-1])
+        if y.dtype == x.dtype:
+            y2.addmm_(h, B.t())
+        else:
+            y2.add_(h @ B.t())
+        if B_bias is not None:
+            y2.add_(B_bias, alpha=scaling)
+        _, need_x, need_a, need_b = ctx.needs_input_grad[:4]
+        ctx.save_for_backward(
+            x if need_a else None,
+            A if need_x else None,
+            B if need_x or need_a else None,
+            h if need_b else None,
+            drop if need_x or need_a else None,
+        )
+        ctx.scale, ctx.scaling, ctx.shape, ctx.dtype = scale, scaling, x.shape, x.dtype
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.autocast(grad.device.type, enabled=False):
+            return _AddLora._gradients(ctx, grad)
+
+    @staticmethod
+    def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, A, B, h, drop = ctx.saved_tensors
+        need_y, need_x, need_a, need_b, need_bb = ctx.needs_input_grad[:5]
+        G = _rows(grad.to(ctx.dtype))
+        dA, dB = _branch_gradients(G, x, A, B, h, drop, ctx.scale, None, need_a, need_b)
+        dx = None
+        if need_x:
+            dx = G @ B.mul(ctx.scale) @ A
+            if drop is not None:
+                zero_dropped_(dx, drop)
+            dx = dx.view(ctx.shape)
+        summed = G.sum(0) * ctx.scaling if need_bb else None
+        return grad if need_y else None, dx, dA, dB, summed, None, None, None

@@ -1,0 +1,183 @@
+"""Adding low-rank updates into stored weights, with one rounding, and saying how much of them arrived.
+
+A 16-bit weight cannot hold a small update: of an update of 0.3 % of a bfloat16 weight, about half is
+rounded away. So the sum is formed in float32, rounded once, and compared with what was asked for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from ..errors import MergeError
+
+#: Elements of a chunk: its few float32 buffers stay in a core's cache.
+CHUNK_ELEMENTS = 1 << 18
+
+#: One summand ``scaling · B A``: ``(B: (out, r), A: (r, in), scaling)``.
+Term = tuple[Tensor, Tensor, float]
+
+
+@torch.no_grad()
+def merge_into_(
+    weight: Tensor,
+    terms: Sequence[Term],
+    *,
+    transpose: bool = False,
+    check_finite: bool = False,
+) -> float:
+    """``W += Σ sᵢ Bᵢ Aᵢ`` in place; says which share of the update the stored weight took up.
+
+    float32 and float64 weights are added to directly. Any other dtype goes by chunks of rows through a small
+    float32 buffer and is rounded once for all terms together.
+
+    Args:
+        weight: ``(out, in)``, or ``(in, out)`` with `transpose`; any strides, changed in place. Whether it
+            requires grad does not matter; autograd is told that it changed.
+        terms: ``(B: (out, r), A: (r, in), s)`` for each update; any floating dtype and device.
+        transpose: the weight is stored as ``(in, out)``.
+        check_finite: refuse, before anything is written, when any element of the merged weight would be
+            NaN or infinite. Without it only an overflow in float16 is looked for.
+
+    Returns:
+        ``kept = 1 - ||(W_new - W) - D|| / ||D||`` for the whole update D, in float32; 1.0 when D is 0. For
+        float32 and float64 weights it is 1.0 by definition, not measured: what is lost there is rounding
+        of the last place. NaN when the merged weight is not finite.
+
+    Raises:
+        MergeError: shapes do not fit, the weight is not of a floating dtype, or the merged weight would
+            not be finite (see `check_finite`). The weight is then as it was.
+    """
+    weight = weight.detach()
+    _check_shapes(weight, terms, transpose)
+    work = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    pairs = [_oriented(term, weight.device, work, transpose) for term in terms]
+    if check_finite or weight.dtype == torch.float16:
+        _refuse_non_finite(weight, pairs, base_too=check_finite)
+    if weight.dtype == work:
+        for left, right in pairs:
+            weight.addmm_(left, right)
+        return 1.0
+    return _merge_rounded_(weight, pairs)
+
+
+@torch.no_grad()
+def merge_dense(weight: Tensor, delta: Tensor) -> tuple[Tensor, float]:
+    """``W + D`` for a dense D of W's shape, formed in float32 (float64 where W is) and rounded once.
+
+    Args:
+        weight: any shape; not changed.
+        delta: of the same shape, any floating dtype.
+
+    Returns:
+        The new weight in W's dtype, and `kept` as of `merge_into_`.
+
+    Raises:
+        MergeError: the shapes differ, or the weight is not of a floating dtype.
+    """
+    if weight.shape != delta.shape or not weight.is_floating_point():
+        raise MergeError(
+            f"cannot add an update of shape {tuple(delta.shape)} to a weight of shape {tuple(weight.shape)} "
+            f"and dtype {weight.dtype}"
+        )
+    work = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    delta = delta.detach().to(device=weight.device, dtype=work)
+    total = delta + weight.detach().to(work)
+    if weight.dtype == work:
+        return total, 1.0
+    merged = total.to(weight.dtype)
+    return merged, _kept(float(total.sub_(merged.to(work)).norm()), float(delta.norm()))
+
+
+def _check_shapes(weight: Tensor, terms: Sequence[Term], transpose: bool) -> None:
+    problems = []
+    if weight.dim() != 2:
+        problems.append(f"the weight has {weight.dim()} dimensions, not 2")
+    if not weight.is_floating_point():
+        problems.append(f"the weight is {weight.dtype}: read it out of its quantised form first")
+    if not problems:
+        out, inner = reversed(weight.shape) if transpose else weight.shape
+        for index, (B, A, _) in enumerate(terms):
+            fits = B.dim() == A.dim() == 2 and B.shape[1] == A.shape[0]
+            if not fits or (B.shape[0], A.shape[1]) != (out, inner):
+                problems.append(
+                    f"term {index}: B {tuple(B.shape)} · A {tuple(A.shape)} is not ({out}, {inner})"
+                )
+    if problems:
+        raise MergeError(f"cannot merge into a weight of shape {tuple(weight.shape)}: " + "; ".join(problems))
+
+
+def _oriented(term: Term, device: torch.device, dtype: torch.dtype, transpose: bool) -> tuple[Tensor, Tensor]:
+    """``(L, R)`` with ``L R`` the term in the weight's own orientation, the scaling inside L."""
+    B, A, scaling = term
+    B = B.detach().to(device=device, dtype=dtype)
+    A = A.detach().to(device=device, dtype=dtype)
+    return (A.t() * scaling, B.t()) if transpose else (B * scaling, A)
+
+
+def _chunks(weight: Tensor, pairs: Sequence[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Rows of the weight with the float32 (float64) update of those rows, whose buffer is used again."""
+    rows, columns = weight.shape
+    step = max(1, CHUNK_ELEMENTS // max(1, columns))
+    work = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    buffer = torch.empty(min(step, rows), columns, dtype=work, device=weight.device)
+    for start in range(0, rows, step):
+        part = weight[start : start + step]
+        update = buffer[: part.shape[0]].zero_()
+        for left, right in pairs:
+            update.addmm_(left[start : start + step], right)
+        yield part, update
+
+
+def _merge_rounded_(weight: Tensor, pairs: Sequence[tuple[Tensor, Tensor]]) -> float:
+    wanted, lost = [], []
+    for part, total in _chunks(weight, pairs):
+        wanted.append(torch.linalg.vector_norm(total))
+        total.add_(part.to(total.dtype))
+        part.copy_(total)
+        lost.append(torch.linalg.vector_norm(total.sub_(part.to(total.dtype))))
+    if not wanted:
+        return 1.0
+    return _kept(float(torch.stack(lost).norm()), float(torch.stack(wanted).norm()))
+
+
+def _kept(lost: float, wanted: float) -> float:
+    if not (math.isfinite(lost) and math.isfinite(wanted)):
+        return math.nan
+    return 1.0 if wanted == 0.0 else 1.0 - lost / wanted
+
+
+def _refuse_non_finite(weight: Tensor, pairs: Sequence[tuple[Tensor, Tensor]], *, base_too: bool) -> None:
+    if weight.numel() == 0 or _surely_finite(weight, pairs):
+        return
+    broken = before = 0
+    for part, total in _chunks(weight, pairs):
+        finite = part.isfinite()
+        after = total.add_(part.to(total.dtype)).to(part.dtype).isfinite()
+        before += int((~finite).sum())
+        broken += int((finite & ~after).sum())
+    if not broken and not (base_too and before):
+        return
+    causes = [f"{before} elements of the base weight are NaN or infinite already"] if before else []
+    if not all(bool(left.isfinite().all() and right.isfinite().all()) for left, right in pairs):
+        causes.append("the adapter's factors or its scaling are not finite (a diverged training run?)")
+    elif broken:
+        causes.append(f"the sum leaves the range of {weight.dtype} (merge in float32 or bfloat16)")
+    raise MergeError(
+        f"merging would make {broken} of {weight.numel()} elements of the weight NaN or infinite; "
+        + "; ".join(causes)
+        + ". The weight was not changed"
+    )
+
+
+def _surely_finite(weight: Tensor, pairs: Sequence[tuple[Tensor, Tensor]]) -> bool:
+    """A bound that costs one reading of the weight: max|W| + Σ max‖row of L‖ · max‖column of R‖."""
+    low, high = torch.aminmax(weight)
+    bound = max(abs(float(low)), abs(float(high)))
+    for left, right in pairs:
+        rows = torch.linalg.vector_norm(left, dim=1).amax()
+        bound += float(rows) * float(torch.linalg.vector_norm(right, dim=0).amax())
+    return bound < 0.99 * torch.finfo(weight.dtype).max  # False also where the bound is NaN
