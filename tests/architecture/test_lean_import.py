@@ -1,0 +1,60 @@
+"""`import veneer` brings in torch and safetensors, and nothing else that is not Veneer's own."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.processes import run_python
+
+HEAVY = (
+    "transformers",
+    "accelerate",
+    "huggingface_hub",
+    "bitsandbytes",
+    "matplotlib",
+    "typer",
+    "rich",
+    "peft",
+)
+LISTING = """
+import json, sys
+{first}
+before = set(sys.modules)
+{then}
+tops = {{name.partition(".")[0] for name in set(sys.modules) - before}}
+print(json.dumps(sorted(top for top in tops if top not in sys.stdlib_module_names)))
+"""
+
+
+def brought_in_by(first: str, then: str) -> set[str]:
+    """The top-level packages that `then` imports beyond `first`."""
+    return set(json.loads(run_python(LISTING.format(first=first, then=then)).stdout))
+
+
+def test_import_adds_nothing_to_torch_and_safetensors() -> None:
+    assert brought_in_by("import torch, safetensors.torch", "import veneer") == {"veneer"}
+
+
+def test_none_of_the_heavy_libraries_is_loaded() -> None:
+    loaded = brought_in_by("", "import veneer")
+    assert "torch" in loaded
+    assert not loaded & set(HEAVY)
+
+
+@pytest.mark.parametrize("extra", ["typer", "huggingface_hub"])
+def test_a_heavier_import_would_be_seen(extra: str) -> None:
+    assert extra in brought_in_by("import torch, safetensors.torch", f"import veneer, {extra}")
+
+
+def test_import_draws_no_random_number_and_sets_nothing_global() -> None:
+    run_python(
+        "import torch, warnings, logging\n"
+        "look = lambda: (torch.get_rng_state().tolist(), torch.get_num_threads(),\n"
+        "                torch.get_default_dtype(), list(warnings.filters),\n"
+        "                logging.getLogger().handlers, logging.getLogger().level)\n"
+        "before = look()\n"
+        "import veneer\n"
+        "assert look() == before"
+    )

@@ -1,0 +1,60 @@
+"""The public names: the field's are there, each resolves, and nothing else is promised."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+import veneer
+from tests.processes import run_python
+
+FIELD = """
+LoraConfig PeftConfig PeftModel PeftType TaskType LoftQConfig LoraRuntimeConfig
+get_peft_config get_peft_model inject_adapter_in_model LoraModel
+PeftModelForCausalLM PeftModelForSeq2SeqLM PeftModelForSequenceClassification PeftModelForTokenClassification
+PeftModelForQuestionAnswering PeftModelForFeatureExtraction
+AutoPeftModel AutoPeftModelForCausalLM AutoPeftModelForSeq2SeqLM AutoPeftModelForSequenceClassification
+AutoPeftModelForTokenClassification AutoPeftModelForQuestionAnswering AutoPeftModelForFeatureExtraction
+get_peft_model_state_dict set_peft_model_state_dict load_peft_weights
+PEFT_TYPE_TO_CONFIG_MAPPING
+""".split()
+
+
+@pytest.mark.parametrize("name", FIELD)
+def test_the_fields_names_are_public(name: str) -> None:
+    assert name in veneer.__all__
+    assert getattr(veneer, name) is not None
+
+
+def test_every_public_name_resolves_in_a_fresh_process_in_any_order() -> None:
+    run_python(
+        f"import veneer\nfor name in {sorted(veneer.__all__, reverse=True)!r}:\n    getattr(veneer, name)"
+    )
+
+
+def test_all_has_no_doubles_and_dir_shows_it() -> None:
+    assert len(veneer.__all__) == len(set(veneer.__all__))
+    assert set(veneer.__all__) <= set(dir(veneer))
+
+
+def test_errors_are_public() -> None:
+    tree = {
+        name
+        for name, thing in vars(veneer.errors).items()
+        if isinstance(thing, type) and issubclass(thing, veneer.errors.VeneerError | UserWarning)
+    }
+    assert tree <= set(veneer.__all__)
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="NoSuchName"):
+        veneer.NoSuchName  # noqa: B018
+
+
+def test_star_import_gives_exactly_the_public_names() -> None:
+    done = run_python(
+        "import json\nbefore = set(globals())\nfrom veneer import *\n"
+        "print(json.dumps(sorted(set(globals()) - before - {'before'})))"
+    )
+    assert json.loads(done.stdout) == sorted(name for name in veneer.__all__)
