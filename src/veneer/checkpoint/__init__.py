@@ -1,0 +1,36 @@
+"""Adapters on disk: a directory <-> (configuration, tensors), and what of a file fits a model.
+
+Everything here works on ``dict[str, Tensor]`` and directories; nothing knows modules.
+"""
+
+from __future__ import annotations
+
+from .card import hub_id, merge_card, model_card
+from .fingerprint import BaseComparison, compare_fingerprints, fingerprint
+from .keys import check_adapter_name, to_disk
+from .layout import BIN_NAME, CARD_NAME, CONFIG_NAME, SAFETENSORS_NAME
+from .matching import LoadReport, match
+from .reading import AdapterFile, open_adapter, read_config
+from .writing import check_tensors, write_adapter
+
+__all__ = [
+    "BIN_NAME",
+    "CARD_NAME",
+    "CONFIG_NAME",
+    "SAFETENSORS_NAME",
+    "AdapterFile",
+    "BaseComparison",
+    "LoadReport",
+    "check_adapter_name",
+    "check_tensors",
+    "compare_fingerprints",
+    "fingerprint",
+    "hub_id",
+    "match",
+    "merge_card",
+    "model_card",
+    "open_adapter",
+    "read_config",
+    "to_disk",
+    "write_adapter",
+]

@@ -1,0 +1,160 @@
+"""A fingerprint of the base model in the adapter, so that a wrong base of the same shape is noticed."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from .matching import match
+
+WEIGHTS = 16
+POSITIONS = 16
+MAX_BYTES = 4000
+NOTE_ABOVE = 0.02
+WRONG_ABOVE = 0.5
+
+Severity = Literal["none", "note", "wrong"]
+
+
+@dataclass(frozen=True)
+class BaseComparison:
+    """How a present base model compares with the one that an adapter was made on.
+
+    Attributes:
+        problems: what differs, in words.
+        severity: ``"none"``, ``"note"`` (quantised, trained further, resized vocabulary) or ``"wrong"``.
+        difference: relative L2 difference of the sampled weights; None when none could be compared.
+        compared: number of weights that were compared.
+    """
+
+    problems: tuple[str, ...]
+    severity: Severity
+    difference: float | None = None
+    compared: int = 0
+
+
+def fingerprint(
+    architecture: str | None, vocab_size: int | None, weights: Mapping[str, torch.Tensor]
+) -> dict[str, Any]:
+    """Describe a base model in less than 4 KB of JSON.
+
+    Of up to 16 weights, spread over the mapping, 16 values each at positions that depend on the shape only,
+    to three digits: the same for fp32, fp16 and bf16 copies. Quantised, integer, sharded and meta weights are
+    passed over.
+
+    Args:
+        architecture: class name of the base model.
+        vocab_size: its vocabulary size.
+        weights: module path -> base weight, of the adapted modules, in model order.
+    """
+    usable = [k for k, w in weights.items() if _readable(w)]
+    count = min(WEIGHTS, len(usable))
+    chosen = [usable[i * len(usable) // count] for i in range(count)]
+    result: dict[str, Any] = {
+        "version": 1,
+        "architecture": architecture,
+        "vocab_size": vocab_size,
+        "weights": len(weights),
+        "samples": {k: {"shape": list(weights[k].shape), "values": _sample(weights[k])} for k in chosen},
+    }
+    while len(json.dumps(result)) > MAX_BYTES and result["samples"]:
+        result["samples"] = dict(list(result["samples"].items())[::2][: max(1, len(result["samples"]) - 1)])
+        if len(result["samples"]) == 1 and len(json.dumps(result)) > MAX_BYTES:
+            result["samples"] = {}
+    return result
+
+
+def _readable(weight: torch.Tensor) -> bool:
+    plain = type(weight) in (torch.Tensor, torch.nn.Parameter)
+    return (
+        plain
+        and not weight.is_meta
+        and weight.is_floating_point()
+        and weight.element_size() > 1
+        and weight.numel() > 0
+    )
+
+
+@torch.no_grad()
+def _sample(weight: torch.Tensor) -> list[float | None]:
+    # An odd stride through the flattened weight visits rows and columns alike.
+    flat = [(i * 2654435761 + 12345) % weight.numel() for i in range(POSITIONS)]
+    index = []
+    for size in reversed(weight.shape):
+        index.append(torch.tensor([f % size for f in flat], device=weight.device))
+        flat = [f // size for f in flat]
+    values = weight[tuple(reversed(index))] if index else weight.reshape(1)
+    rounded = values.to(torch.bfloat16).tolist()
+    return [float(f"{v:.3g}") if math.isfinite(v) else None for v in rounded]
+
+
+def compare_fingerprints(saved: Mapping[str, Any], present: Mapping[str, Any]) -> BaseComparison:
+    """Compare the fingerprint in an adapter with that of the model it is loaded on.
+
+    Class names are not compared by themselves: the same base has several (with and without a head).
+    """
+    try:
+        return _compare(saved, present)
+    except (KeyError, TypeError, ValueError, AttributeError) as exc:
+        return BaseComparison(
+            (f"the fingerprint of the base model is not readable ({type(exc).__name__}: {exc})",), "note"
+        )
+
+
+def _compare(saved: Mapping[str, Any], present: Mapping[str, Any]) -> BaseComparison:
+    theirs, ours = saved["samples"], present["samples"]
+    pairs = match({k: v["shape"] for k, v in ours.items()}, {k: v["shape"] for k, v in theirs.items()})
+    vocabularies = saved.get("vocab_size"), present.get("vocab_size")
+    problems: list[str] = []
+    severity: Severity = "none"
+    shapes = [(k, e, f) for k, e, f in pairs.mismatched if not _resized(e, f, vocabularies)]
+    if shapes:
+        k, e, f = shapes[0]
+        problems.append(
+            f"{len(shapes)} weights have another shape: {k} had {f}, has {e} here{_classes(saved, present)}"
+        )
+        severity = "wrong"
+    values = [
+        (a, b)
+        for key, mine in pairs.renamed.items()
+        for a, b in zip(theirs[key]["values"], ours[mine]["values"], strict=True)
+        if a is not None and b is not None
+    ]
+    difference = _difference(values)
+    if difference is not None and difference > WRONG_ABOVE:
+        problems.append(
+            f"sampled weights differ by {difference:.0%}: another base model{_classes(saved, present)}"
+        )
+        severity = "wrong"
+    elif difference is not None and difference > NOTE_ABOVE:
+        problems.append(f"sampled weights differ by {difference:.1%}: quantised, or trained further")
+        severity = "note" if severity == "none" else severity
+    before, now = vocabularies
+    if isinstance(before, int) and isinstance(now, int) and before != now:
+        problems.append(f"the vocabulary had {before} entries, here it has {now}")
+        same_weights = difference is not None and difference <= NOTE_ABOVE
+        vocabulary: Severity = "note" if now > before or same_weights else "wrong"
+        severity = vocabulary if severity == "none" or vocabulary == "wrong" else severity
+    return BaseComparison(tuple(problems), severity, difference, len(pairs.renamed))
+
+
+def _classes(saved: Mapping[str, Any], present: Mapping[str, Any]) -> str:
+    a, b = saved.get("architecture"), present.get("architecture")
+    return f" ({a} then, {b} now)" if a != b else ""
+
+
+def _resized(expected: tuple[int, ...], found: tuple[int, ...], vocabularies: tuple[Any, Any]) -> bool:
+    """A weight with one row per token, of a model whose vocabulary was resized."""
+    return expected[1:] == found[1:] and expected[:1] != found[:1] and vocabularies == (found[0], expected[0])
+
+
+def _difference(pairs: list[tuple[float, float]]) -> float | None:
+    size = math.sqrt(sum(float(a) ** 2 for a, _ in pairs))
+    if not pairs or size == 0:
+        return None
+    return math.sqrt(sum((float(a) - float(b)) ** 2 for a, b in pairs)) / size

@@ -1,0 +1,246 @@
+"""Writing an adapter's directory: everything beside the old files first, then two moves."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import secrets
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from ..errors import CheckpointError, VeneerWarning
+from .card import merge_card
+from .layout import (
+    BIN_NAME,
+    CARD_NAME,
+    CONFIG_NAME,
+    SAFETENSORS_NAME,
+    temporaries,
+    temporary_name,
+    tensors_name,
+    unfinished_save,
+)
+from .reading import name_problem
+
+
+def write_adapter(
+    directory: str | os.PathLike[str],
+    tensors: Mapping[str, torch.Tensor],
+    config: Mapping[str, Any],
+    *,
+    metadata: Mapping[str, str] | None = None,
+    card: str | None = None,
+    safe_serialization: bool = True,
+) -> None:
+    """Write ``adapter_config.json`` and the tensors, all or nothing.
+
+    A save that fails or is killed leaves the old adapter whole, or the new one. Where the configuration is
+    the same as before, other libraries see that too; where it changed, they could meet the new tensors with the
+    old configuration in the moment between two renames (Veneer's reader recognises it). One writer at a time.
+
+    Args:
+        directory: made if it does not exist; other files in it are left alone.
+        tensors: names on disk (see :func:`to_disk`) to tensors, on any device; shared storage is fine.
+        config: content of the configuration file, JSON values only.
+        metadata: strings for the safetensors header, beside ``{"format": "pt"}``.
+        card: text of ``README.md``. Of a README that exists already only the front matter is updated.
+        safe_serialization: False writes a pickled ``.bin`` instead of safetensors.
+
+    Raises:
+        CheckpointError: nothing to write, tensors that are no data (empty shards, meta tensors), or a disk
+            that refuses; nothing has changed then.
+    """
+    check_tensors(tensors)
+    root = Path(directory)
+    text = _config_text(config)
+    format = "safetensors" if safe_serialization else "bin"
+    with _directory(root):
+        _tidy(root)
+        if card is not None and (root / CARD_NAME).exists():
+            card = merge_card((root / CARD_NAME).read_text(encoding="utf-8", errors="replace"), card)
+        save_id = secrets.token_hex(8)
+        temps = {f: root / temporary_name(save_id, format, f) for f in ("tensors", "config", "card")}
+        try:
+            _write_tensors(temps["tensors"], _plain(tensors), dict(metadata or {}), format)
+            # The order matters: while the tensors' temporary file exists, the configuration's is ignored.
+            _write_text(temps["config"], text)
+            if card is not None:
+                _write_text(temps["card"], card)
+            os.replace(temps["tensors"], root / tensors_name(format))
+        except (OSError, SafetensorError, RuntimeError) as exc:
+            raise CheckpointError(
+                f"the adapter could not be written to {root}, nothing has changed: {exc}"
+            ) from exc
+        finally:
+            if temps["tensors"].exists():  # not moved: this save did not happen
+                for file in ("config", "card", "tensors"):
+                    temps[file].unlink(missing_ok=True)
+        _finish(root, temps, format)
+
+
+def check_tensors(tensors: Mapping[str, torch.Tensor]) -> None:
+    """Check that `tensors` hold an adapter's data; NaN and infinity are warned of.
+
+    Raises:
+        CheckpointError: listing everything that is wrong.
+    """
+    if not tensors:
+        raise CheckpointError(
+            "there are no tensors to save; is the adapter's name right, and was it injected?"
+        )
+    problems: dict[str, list[str]] = {}
+    for name, tensor in tensors.items():
+        problem = name_problem(name) or _tensor_problem(name, tensor)
+        if problem:
+            problems.setdefault(problem, []).append(
+                f"{str(name)[:120]} {tuple(getattr(tensor, 'shape', ()))}"
+            )
+    if problems:
+        lines = [f"  {len(names)} x {what}; e.g. {', '.join(names[:3])}" for what, names in problems.items()]
+        raise CheckpointError("these tensors cannot be saved:\n" + "\n".join(lines))
+    broken = [n for n, t in tensors.items() if t.is_floating_point() and not math.isfinite(_extent(t))]
+    if broken:
+        warnings.warn(
+            f"{len(broken)} of {len(tensors)} tensors to save hold NaN or infinity: {', '.join(broken[:3])}",
+            VeneerWarning,
+            stacklevel=3,
+        )
+
+
+def _extent(tensor: torch.Tensor) -> float:
+    """A number that is finite if and only if all of the tensor is."""
+    values = tensor.detach()
+    if values.element_size() == 1:
+        values = values.to(torch.float16)
+    low, high = torch.aminmax(values)
+    return float(high.double()) + abs(float(low.double()))
+
+
+def _tensor_problem(name: str, tensor: object) -> str | None:
+    if not isinstance(tensor, torch.Tensor):
+        return f"a {type(tensor).__name__}, not a tensor"
+    if hasattr(tensor, "full_tensor"):
+        return "a sharded tensor: gather it first (DTensor.full_tensor())"
+    if tensor.is_meta:
+        return "a tensor on the meta device, without data: load the model's weights first"
+    if tensor.layout is not torch.strided:
+        return "a sparse tensor"
+    leaf = name.rsplit(".", 2)
+    factor = leaf[-1].startswith("lora_embedding_") or (
+        leaf[-1] == "weight" and leaf[-2:-1] in (["lora_A"], ["lora_B"])
+    )
+    if tensor.numel() == 0 or (factor and tensor.ndim < 2):
+        return (
+            "an empty or flattened tensor, a shard of FSDP or ZeRO: gather the parameters first "
+            "(FSDP.summon_full_params, deepspeed.zero.GatheredParameters) and save on every rank or the first"
+        )
+    return None
+
+
+def _plain(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Detached, contiguous tensors on the CPU, each with a storage of its own and no larger than itself."""
+    seen: set[int] = set()
+    plain = {}
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() in seen or storage.nbytes() != tensor.numel() * tensor.element_size():
+            tensor = tensor.clone()
+        seen.add(tensor.untyped_storage().data_ptr())
+        plain[name] = tensor
+    return plain
+
+
+def _config_text(config: Mapping[str, Any]) -> str:
+    try:
+        return json.dumps(dict(config), indent=2, sort_keys=True, allow_nan=False) + "\n"
+    except (TypeError, ValueError) as exc:
+        raise CheckpointError(f"the adapter's configuration cannot be written as JSON: {exc}") from exc
+
+
+def _write_tensors(
+    path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str], format: str
+) -> None:
+    if format == "safetensors":
+        save_file(tensors, path, metadata={**metadata, "format": "pt"})
+    else:
+        torch.save(tensors, path)
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def _write_text(path: Path, text: str) -> None:
+    with path.open("x", encoding="utf-8", newline="\n") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def _directory(root: Path) -> Iterator[None]:
+    """Make the directory, and take it away again when the save into it fails."""
+    new = [p for p in (root, *root.parents) if not p.exists()]
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as exc:
+        raise CheckpointError(f"the directory {root} cannot be made: {exc}") from exc
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):  # not empty: somebody else uses it meanwhile
+            for path in new:
+                path.rmdir()
+        raise
+
+
+def _tidy(root: Path) -> None:
+    """Finish or remove what a killed save left."""
+    try:
+        unfinished = unfinished_save(root)
+        if unfinished:
+            _place(root, unfinished.config, unfinished.format)
+        # Configurations go first: one without its tensors beside it would be believed.
+        for path in sorted(temporaries(root), key=lambda p: "-tensors." in p.name):
+            path.unlink(missing_ok=True)
+    except OSError as exc:
+        raise CheckpointError(f"what an earlier save left in {root} cannot be removed: {exc}") from exc
+
+
+def _finish(root: Path, temps: dict[str, Path], format: str) -> None:
+    try:
+        _sync_directory(root)
+        _place(root, temps["config"], format)
+        if temps["card"].exists():
+            os.replace(temps["card"], root / CARD_NAME)
+        _sync_directory(root)
+    except OSError as exc:
+        raise CheckpointError(
+            f"the adapter's tensors are in {root}, but not all other files could be moved into place: {exc}. "
+            f"Veneer reads the directory correctly; save again for other readers."
+        ) from exc
+
+
+def _place(root: Path, config: Path, format: str) -> None:
+    if format == "bin":
+        (root / SAFETENSORS_NAME).unlink(missing_ok=True)  # it would win over the new file
+    os.replace(config, root / CONFIG_NAME)
+    if format == "safetensors":
+        (root / BIN_NAME).unlink(missing_ok=True)
+
+
+def _sync_directory(root: Path) -> None:
+    if os.name != "posix":
+        return
+    handle = os.open(root, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
