@@ -1,0 +1,145 @@
+"""What ONE module gets from ONE adapter: every pattern resolved, every name normalised, frozen."""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from veneer.config import LoftQConfig, LoraConfig, looks_like_regex, variants_of
+from veneer.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class LoraSpec:
+    """One adapter on one module.
+
+    Args:
+        path: Dotted path of the module in the model.
+        adapter: Name of the adapter.
+        r: Rank of the update, at least 1.
+        lora_alpha: Numerator of the scale.
+        lora_dropout: Probability of dropping an element of the branch's input.
+        init: True, False, or the lower-case name of an initialisation.
+        variant: ``"plain"`` or the name of another way to combine W and the update.
+        use_rslora: Divide by the square root of the rank.
+        lora_bias: Give B a trainable bias.
+        loftq: Options of the LoftQ initialisation, with that initialisation only.
+
+    Raises:
+        ConfigError: For a rank below 1.
+    """
+
+    path: str
+    adapter: str
+    r: int
+    lora_alpha: float
+    lora_dropout: float = 0.0
+    init: bool | str = True
+    variant: str = "plain"
+    use_rslora: bool = False
+    lora_bias: bool = False
+    loftq: LoftQConfig | None = None
+
+    def __post_init__(self) -> None:
+        if self.r < 1:
+            raise ConfigError(
+                f"the rank of adapter {self.adapter!r} on {self.path!r} must be at least 1, got {self.r}"
+            )
+
+    @property
+    def scaling(self) -> float:
+        """The initial strength: ``lora_alpha / r``, or ``lora_alpha / sqrt(r)`` with ``use_rslora``.
+
+        Source: https://arxiv.org/abs/2106.09685 section 4.1; the root from https://arxiv.org/abs/2312.03732.
+        """
+        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+
+class PatternSet:
+    """Patterns in order, and which of them match a path: names by lookup, only expressions are tried.
+
+    Args:
+        patterns: Names, ends of dotted paths, full paths, or regular expressions.
+        anywhere: Let an expression match the end of a path after any dot, as the field does for
+            ``rank_pattern``; otherwise it must match the whole path, as for ``target_modules``.
+    """
+
+    def __init__(self, patterns: Sequence[str], *, anywhere: bool = False) -> None:
+        self.patterns = tuple(patterns)
+        self._ends: dict[str, int] = {}
+        self._paths: dict[str, list[int]] = {}
+        self._expressions: list[tuple[int, re.Pattern[str]]] = []
+        for index, pattern in enumerate(self.patterns):
+            self._ends.setdefault(pattern, index)
+            whole = pattern.removeprefix("^").removesuffix("$")
+            if not looks_like_regex(pattern):
+                continue
+            if pattern.startswith("^") and not looks_like_regex(whole):
+                self._paths.setdefault(whole, []).append(index)
+            else:
+                source = rf"(?:.*\.)?(?:{pattern})" if anywhere else pattern
+                self._expressions.append((index, re.compile(source)))
+
+    def hits(self, path: str) -> list[int]:
+        """The indices of all patterns that match, in the order of the patterns."""
+        found = set(self._paths.get(path, ()))
+        end = path
+        while True:
+            if (index := self._ends.get(end)) is not None:
+                found.add(index)
+            _, dot, end = end.partition(".")
+            if not dot:
+                break
+        found.update(index for index, expression in self._expressions if expression.fullmatch(path))
+        return sorted(found)
+
+    def first(self, path: str) -> str | None:
+        """The first pattern that matches, or None."""
+        hits = self.hits(path)
+        return self.patterns[hits[0]] if hits else None
+
+
+@functools.lru_cache(maxsize=64)
+def module_patterns(patterns: tuple[str, ...]) -> PatternSet:
+    """Patterns of ``rank_pattern`` and ``alpha_pattern``: for the end of a path, by name or expression."""
+    return PatternSet(patterns, anywhere=True)
+
+
+def variant_name(config: LoraConfig) -> str:
+    """The name of the variant that a configuration asks for, ``"plain"`` for none.
+
+    Raises:
+        ConfigError: If it asks for several.
+    """
+    asked = variants_of(config)
+    if len(asked) > 1:
+        raise ConfigError(f"the variants {', '.join(asked)} cannot be combined: choose one")
+    return asked[0] if asked else "plain"
+
+
+def resolve(config: LoraConfig, adapter: str, path: str) -> LoraSpec:
+    """What the module at ``path`` gets: rank and strength of the first pattern that matches, or the default.
+
+    Raises:
+        ConfigError: If the configuration asks for several variants.
+    """
+    rank_key = module_patterns(tuple(config.rank_pattern)).first(path)
+    alpha_key = module_patterns(tuple(config.alpha_pattern)).first(path)
+    init = config.init_lora_weights
+    init = init if isinstance(init, bool) else init.lower()
+    loftq = config.loftq_config
+    return LoraSpec(
+        path=path,
+        adapter=adapter,
+        r=config.r if rank_key is None else config.rank_pattern[rank_key],
+        lora_alpha=config.lora_alpha if alpha_key is None else config.alpha_pattern[alpha_key],
+        lora_dropout=config.lora_dropout,
+        init=init,
+        variant=variant_name(config),
+        use_rslora=config.use_rslora,
+        lora_bias=config.lora_bias,
+        loftq=None if init != "loftq" else LoftQConfig(**loftq) if isinstance(loftq, dict) else loftq,
+    )

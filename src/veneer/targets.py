@@ -1,0 +1,546 @@
+"""Which modules an adapter takes: names in, :class:`Plan` out. Nothing here knows torch.
+
+One rule for every pattern, alone or in a list: a name, the end of a dotted path, a full path, or a regular
+expression over the whole path. Whatever matches nothing is said, with the nearest names that exist.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from veneer.config import LoraConfig, TaskType, looks_like_regex
+from veneer.errors import TargetError, VeneerWarning
+from veneer.spec import LoraSpec, PatternSet, module_patterns, resolve
+
+ALL_LINEAR = "all-linear"
+SHOWN = 10  # names listed in a message before "and N more"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A module of the model, seen as a possible target.
+
+    Args:
+        path: Dotted path in the model.
+        type_name: Name of its class.
+        supported: Whether it can be adapted.
+        linear: Whether ``"all-linear"`` means it.
+        output_head: The model's output projection; ``"all-linear"`` leaves it out.
+        router: Chooses experts; ``"all-linear"`` leaves it out.
+        reason: Why it cannot be adapted; empty for a mere container of other modules.
+    """
+
+    path: str
+    type_name: str
+    supported: bool
+    linear: bool = False
+    output_head: bool = False
+    router: bool = False
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Unmatched:
+    """A pattern without the effect asked for: its field, the nearest names, what is known about it."""
+
+    field: str
+    pattern: str
+    suggestions: tuple[str, ...] = ()
+    note: str = ""
+
+    def __str__(self) -> str:
+        near = f"; nearest names: {', '.join(self.suggestions)}" if self.suggestions else ""
+        return f"{self.field} {self.pattern!r} {self.note or 'matches nothing'}{near}"
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A module that a pattern reached and that gets no adapter, with the reason."""
+
+    path: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one adapter will do to a model.
+
+    Args:
+        adapter: Its name.
+        specs: One :class:`LoraSpec` for each module that gets factors, in the model's order.
+        modules_to_save: Paths of the modules that train in full, in the model's order.
+        unmatched: Patterns that change nothing.
+        skipped: Modules that were reached and left out.
+        matched: For each target pattern the paths of the specs that it matched.
+    """
+
+    adapter: str
+    specs: tuple[LoraSpec, ...]
+    modules_to_save: tuple[str, ...] = ()
+    unmatched: tuple[Unmatched, ...] = ()
+    skipped: tuple[Skipped, ...] = ()
+    matched: Mapping[str, tuple[str, ...]] = field(default_factory=dict, repr=False)
+
+    def __str__(self) -> str:
+        specs = {spec.path: spec for spec in self.specs}
+        rows = [("pattern", "modules", "layers", "r", "scale", "example")]
+        for pattern, paths in self.matched.items():
+            ranks = _ranges(sorted({specs[p].r for p in paths}))
+            scales = sorted({specs[p].scaling for p in paths})
+            scale = f"{scales[0]:.4g}" + (f"..{scales[-1]:.4g}" if len(scales) > 1 else "") if scales else ""
+            layers = _ranges(sorted({i for p in paths if (i := layer_index(p)) is not None}))
+            rows.append((pattern, str(len(paths)), layers, ranks, scale, paths[0] if paths else ""))
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        lines = [f"adapter {self.adapter!r}: {len(self.specs)} modules"]
+        lines += [
+            "  " + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows
+        ]
+        if self.modules_to_save:
+            lines.append(f"trained in full: {_listed(self.modules_to_save)}")
+        lines += [str(entry) for entry in self.unmatched]
+        reasons: dict[str, list[str]] = {}
+        for entry in self.skipped:
+            reasons.setdefault(entry.reason, []).append(entry.path)
+        lines += [f"left out ({reason}): {_listed(paths, 3)}" for reason, paths in reasons.items()]
+        return "\n".join(lines)
+
+
+def matches(pattern: str, path: str) -> bool:
+    """The one rule: whether a pattern is the path, its end after a dot, or an expression for all of it."""
+    if pattern == path or path.endswith("." + pattern):
+        return True
+    return looks_like_regex(pattern) and re.fullmatch(pattern, path) is not None
+
+
+def head_names(task_type: TaskType | str | None) -> tuple[str, ...]:
+    """The heads that train along with an adapter for a task, under any of these names."""
+    if task_type in (TaskType.SEQ_CLS, TaskType.TOKEN_CLS):
+        return ("classifier", "score")
+    return ("qa_outputs",) if task_type == TaskType.QUESTION_ANS else ()
+
+
+def plan(
+    candidates: Sequence[Candidate],
+    config: LoraConfig,
+    adapter: str = "default",
+    *,
+    model_type: str | None = None,
+    strict_targets: bool = False,
+    loading: bool = False,
+) -> Plan:
+    """Decide what every module of a model gets from an adapter.
+
+    Args:
+        candidates: All modules of the model, in its order.
+        config: What is asked for; not changed.
+        adapter: The adapter's name.
+        model_type: The model's type in the sense of transformers, for the default targets.
+        strict_targets: Raise for every pattern that matches nothing, not only when all of them do.
+        loading: The adapter comes from a file, whose tensors will be accounted for one by one: say nothing
+            about idle patterns, and let a module that is both targeted and in ``modules_to_save`` train in
+            full, as the field does.
+
+    Returns:
+        The plan. Its ``unmatched`` patterns have been warned about.
+
+    Raises:
+        ConfigError: If the configuration holds invalid values.
+        TargetError: If nothing matches, if a named target cannot be adapted or is in ``modules_to_save`` too,
+            or, with ``strict_targets``, if any pattern matches nothing. The message lists all of it.
+    """
+    config.validate()
+    planner = _Planner(candidates, config, model_type)
+    planner.choose_saved()
+    planner.choose_targets()
+    planner.filter_layers()
+    specs = tuple(resolve(config, adapter, path) for path in planner.chosen)
+    planner.check_number_patterns()
+    if planner.conflicts and not loading:
+        planner.refused += planner.conflicts
+    if planner.refused or not specs or (strict_targets and planner.unmatched):
+        raise TargetError(planner.complaint(adapter, nothing=not specs))
+    if planner.unmatched and not loading:
+        warnings.warn(planner.complaint(adapter, nothing=False), VeneerWarning, stacklevel=2)
+    return Plan(
+        adapter=adapter,
+        specs=specs,
+        modules_to_save=tuple(planner.saved),
+        unmatched=tuple(planner.unmatched),
+        skipped=tuple(Skipped(path, reason) for path, reason in planner.skipped.items()),
+        matched={p: tuple(x for x in paths if x in planner.chosen) for p, paths in planner.matched.items()},
+    )
+
+
+class _Planner:
+    """The state of one call of :func:`plan`."""
+
+    def __init__(self, candidates: Sequence[Candidate], config: LoraConfig, model_type: str | None) -> None:
+        self.candidates = [c for c in candidates if c.path]
+        self.paths = {c.path: c for c in self.candidates}
+        self.config = config
+        self.unmatched: list[Unmatched] = []
+        self.refused: list[str] = []
+        self.conflicts: list[str] = []
+        self.skipped: dict[str, str] = {}
+        self.saved: list[str] = []
+        self.chosen: dict[str, list[str]] = {}  # path -> the target patterns that matched it
+        self.matched: dict[str, list[str]] = {}  # target pattern -> paths
+        self.by_default = config.target_modules is None
+        self.patterns = _as_patterns(config.target_modules) or self._defaults(model_type)
+
+    def _defaults(self, model_type: str | None) -> list[str]:
+        if self.config.target_parameters and not self.by_default:
+            return []
+        defaults = DEFAULT_TARGETS.get(model_type or "")
+        if defaults is not None:
+            return _as_patterns(defaults)
+        known = f"model type {model_type!r} has" if model_type else "a model without a model type has"
+        names = ", ".join(f"{name} ({count})" for name, count in linear_names(self.candidates).items())
+        raise TargetError(
+            f"{known} no default target_modules: name them, or pass target_modules={ALL_LINEAR!r}. "
+            + (f"Linear layers here: {names}" if names else "There are no linear layers in this model")
+        )
+
+    # --- modules that train in full
+
+    def choose_saved(self) -> None:
+        """Find the modules of ``modules_to_save`` and the heads of the task."""
+        heads = head_names(self.config.task_type)
+        wanted = list(dict.fromkeys([*(self.config.modules_to_save or ()), *heads]))
+        patterns = PatternSet(wanted)
+        used: set[int] = set()
+        for c in self.candidates:
+            hits = patterns.hits(c.path)
+            used.update(hits)
+            if not hits:
+                continue
+            if outer := self._saved_around(c.path):
+                self.skipped[c.path] = f"inside {outer}, which trains in full"
+            else:
+                self.saved.append(c.path)
+        for index, name in enumerate(wanted):
+            if index not in used and name not in heads:
+                self._idle("modules_to_save", name)
+        if heads and not self.saved:
+            task = TaskType(self.config.task_type).value
+            note = f"is the head that trains along for task {task}, and this model has none"
+            self._idle("modules_to_save", " or ".join(heads), note)
+
+    def _saved_around(self, path: str) -> str | None:
+        return next((s for s in self.saved if path == s or path.startswith(s + ".")), None)
+
+    # --- modules that get factors
+
+    def choose_targets(self) -> None:
+        """Match the target patterns, less exclusions, modules that train in full, and what has no adapter."""
+        names = [p for p in self.patterns if p.lower() != ALL_LINEAR]
+        wildcard = next((p for p in self.patterns if p.lower() == ALL_LINEAR), None)
+        targets, excluded = PatternSet(names), PatternSet(_as_patterns(self.config.exclude_modules))
+        self.matched = {p: [] for p in self.patterns}
+        reached: dict[str, list[Candidate]] = {p: [] for p in self.patterns}
+        exclusions: set[int] = set()
+        for c in self.candidates:
+            found = [names[i] for i in targets.hits(c.path)]
+            if wildcard and c.linear and not c.output_head and not c.router:
+                found.append(wildcard)
+            outs = excluded.hits(c.path)
+            exclusions.update(outs)
+            for pattern in found:
+                reached[pattern].append(c)
+            if found and outs:
+                self.skipped[c.path] = f"excluded by {excluded.patterns[outs[0]]!r}"
+            elif found and self._is_open(c, found):
+                self.chosen[c.path] = found
+                for pattern in found:
+                    self.matched[pattern].append(c.path)
+        for index, pattern in enumerate(excluded.patterns):
+            if index not in exclusions:
+                self._idle("exclude_modules", pattern)
+        self._report_idle_targets(reached)
+
+    def _is_open(self, c: Candidate, found: list[str]) -> bool:
+        """Whether a matched module can be adapted; else note why, or refuse what was asked for by name."""
+        named = [p for p in found if p.lower() != ALL_LINEAR and not looks_like_regex(p)]
+        if outer := self._saved_around(c.path):
+            self.skipped[c.path] = f"trains in full with {outer} of modules_to_save"
+            asked = set(self.config.modules_to_save or ()) - set(head_names(self.config.task_type))
+            if both := asked.intersection(named):
+                self.conflicts.append(
+                    f"{c.path} is named by both target_modules and modules_to_save ({both.pop()!r}): "
+                    "it can get factors or train in full, not both"
+                )
+            return False
+        if c.supported:
+            return True
+        if c.reason and named:
+            self.refused.append(f"{c.path} ({c.type_name}) cannot be adapted: {c.reason}")
+        self.skipped[c.path] = (
+            f"{c.type_name}: {c.reason}" if c.reason else f"{c.type_name} only holds other modules"
+        )
+        return False
+
+    def _report_idle_targets(self, reached: dict[str, list[Candidate]]) -> None:
+        for pattern in self.patterns:
+            hits = reached[pattern]
+            barred = [c for c in hits if c.reason and not c.supported and c.path in self.skipped]
+            if barred and self.matched[pattern]:
+                what = _listed([f"{c.path} ({c.type_name}: {c.reason})" for c in barred], 3)
+                if looks_like_regex(pattern) or pattern.lower() == ALL_LINEAR:
+                    self._idle(
+                        "target_modules", pattern, f"also matches what cannot be adapted: {what}", near=False
+                    )
+            elif self.matched[pattern] or (self.by_default and self.chosen):
+                continue
+            elif not hits:
+                self._idle("target_modules", pattern)
+            elif all(not c.supported and not c.reason for c in hits):
+                self._suggest_inside(pattern, hits)
+            else:
+                whys = dict.fromkeys(self.skipped[c.path] for c in hits)
+                self._idle(
+                    "target_modules",
+                    pattern,
+                    f"matches only what is left out ({_listed(list(whys), 3)})",
+                    near=False,
+                )
+
+    def _suggest_inside(self, pattern: str, hits: list[Candidate]) -> None:
+        roots = tuple(c.path + "." for c in hits)
+        inside = dict.fromkeys(
+            c.path.rpartition(".")[2] for c in self.candidates if c.supported and c.path.startswith(roots)
+        )
+        note = f"matches only containers, such as {hits[0].path} ({hits[0].type_name})"
+        if inside:
+            note += f"; name the modules inside instead: {_listed(list(inside))}"
+        self._idle("target_modules", pattern, note, near=False)
+
+    # --- layers
+
+    def filter_layers(self) -> None:
+        """Leave out layers that are not in ``layers_to_transform``; a full path is taken at its word."""
+        layers = self.config.layers_to_transform
+        if layers is None or layers == []:
+            return
+        wanted = set(layers if isinstance(layers, list) else [layers])
+        before = _as_patterns(self.config.layers_pattern, ordered=True)
+        expressions = [re.compile(rf"(?:^|.*?\.)(?:{p})\.(\d+)\.") for p in before]
+        present: set[int] = set()
+        for path, found in list(self.chosen.items()):
+            if path in found:
+                continue
+            index = layer_index(path) if not expressions else _first_index(expressions, path)
+            if index is not None:
+                present.add(index)
+            if index not in wanted:
+                del self.chosen[path]
+        if expressions and not present:
+            near = _near(before, {m for path in self.paths for m in re.findall(r"([^.]+)\.\d+\.", path)})
+            self.unmatched.append(
+                Unmatched("layers_pattern", " or ".join(before), near, "precedes no numbered layer")
+            )
+        elif absent := sorted(wanted - present):
+            there = (
+                f"targets lie in layers {_ranges(sorted(present))}"
+                if present
+                else "no target lies in a numbered layer"
+            )
+            self.unmatched.append(
+                Unmatched("layers_to_transform", _ranges(absent), (), f"is not there: {there}")
+            )
+
+    # --- numbers for some modules
+
+    def check_number_patterns(self) -> None:
+        """Name the keys of ``rank_pattern`` and ``alpha_pattern`` that match no target."""
+        for name in ("rank_pattern", "alpha_pattern"):
+            keys = module_patterns(tuple(getattr(self.config, name)))
+            used = {i for path in self.chosen for i in keys.hits(path)}
+            for index, key in enumerate(keys.patterns):
+                if index not in used:
+                    note = "matches no targeted module"
+                    self.unmatched.append(Unmatched(name, key, _near(_words(key), _ends(self.chosen)), note))
+
+    # --- words
+
+    def _idle(self, name: str, pattern: str, note: str = "", near: bool = True) -> None:
+        usable = [c.path for c in self.candidates if c.supported or name != "target_modules"]
+        suggestions = _near(_words(pattern), _ends(usable)) if near else ()
+        self.unmatched.append(Unmatched(name, pattern, suggestions, note))
+
+    def complaint(self, adapter: str, *, nothing: bool) -> str:
+        """Everything that is wrong, in one text."""
+        lines = list(self.refused)
+        lines += [str(entry) for entry in self.unmatched]
+        head = f"adapter {adapter!r}"
+        if nothing and not self.refused:
+            head += ": nothing to adapt"
+            if names := linear_names(self.candidates):
+                lines.append("linear layers here: " + ", ".join(f"{n} ({k})" for n, k in names.items()))
+        elif self.refused:
+            head += " cannot be placed"
+        else:
+            head += (
+                f": {len(lines)} pattern{'s' if len(lines) > 1 else ''} without the effect that was asked for"
+            )
+        return head + "\n  - " + "\n  - ".join(lines) if lines else head
+
+
+# --- names ---
+
+
+def layer_index(path: str) -> int | None:
+    """The number of the layer that a module lies in: the first number between two names of its path."""
+    found = _LAYER.match(path)
+    return int(found.group(1)) if found else None
+
+
+_LAYER = re.compile(r"(?:.*?\.)??[^.\d][^.]*\.(\d+)\.")
+
+
+def _first_index(expressions: Iterable[re.Pattern[str]], path: str) -> int | None:
+    return next((int(found.group(1)) for e in expressions if (found := e.match(path))), None)
+
+
+def linear_names(candidates: Iterable[Candidate], limit: int = 24) -> dict[str, int]:
+    """The last names of the linear layers that ``"all-linear"`` takes, with how many there are of each."""
+    counts: dict[str, int] = {}
+    for c in candidates:
+        if c.path and c.linear and c.supported and not c.output_head and not c.router:
+            name = c.path.rpartition(".")[2]
+            counts[name] = counts.get(name, 0) + 1
+    return dict(sorted(counts.items(), key=lambda item: -item[1])[:limit])
+
+
+def shortest_names(targets: Iterable[str], others: Iterable[str]) -> list[str]:
+    """The fewest ends of paths that match all targets and no other module: what readers of a file understand.
+
+    Args:
+        targets: Paths of the adapted modules.
+        others: Paths of all other modules.
+
+    Returns:
+        Sorted names; a target whose every end also matches another module appears with its full path.
+    """
+    forbidden = {end for path in others for end in _path_ends(path)}
+    names = set()
+    for path in targets:
+        free = [end for end in _path_ends(path) if end not in forbidden]
+        names.add(free[-1] if free else path)
+    return sorted(names)
+
+
+def _path_ends(path: str) -> list[str]:
+    """A path and its ends after each dot, the longest first."""
+    ends = [path]
+    while "." in path:
+        path = path.partition(".")[2]
+        ends.append(path)
+    return ends
+
+
+def _as_patterns(value: Iterable[str] | str | None, ordered: bool = False) -> list[str]:
+    if value is None:
+        return []
+    if isinstance(value, str):
+        return [value]
+    return list(value) if ordered else sorted(set(value))
+
+
+def _ends(paths: Iterable[str]) -> dict[str, str]:
+    """What can be suggested: the last one, two and three segments of paths, unless they hold a number."""
+    found: dict[str, str] = {}
+    for path in paths:
+        parts = path.split(".")
+        for length in (1, 2, 3):
+            end = parts[-length:]
+            if len(end) == length and not any(part.isdigit() for part in end):
+                found.setdefault(".".join(end).lower(), ".".join(end))
+    return found
+
+
+def _words(pattern: str) -> list[str]:
+    """What is looked up for a pattern: itself, or the names in an expression."""
+    if not looks_like_regex(pattern):
+        return [pattern.replace(" ", "_")]
+    return [word for word in re.findall(r"[A-Za-z_]\w{2,}", re.sub(r"\\[A-Za-z]", " ", pattern))]
+
+
+def _near(words: Iterable[str], names: Mapping[str, str] | set[str]) -> tuple[str, ...]:
+    table = names if isinstance(names, Mapping) else {name.lower(): name for name in names}
+    found: dict[str, None] = {}
+    for word in words:
+        key = word.lower()
+        close = difflib.get_close_matches(key, table, n=3, cutoff=0.6)
+        flat = re.sub(r"[\W_]", "", key)
+        inside = [n for n in table if len(flat) > 2 and "." not in n and flat in re.sub(r"[\W_]", "", n)]
+        found.update(
+            dict.fromkeys(table[name] for name in [*close, *inside] if name != key or table[name] != word)
+        )
+    return tuple(found)[:5]
+
+
+def _listed(names: Sequence[str], shown: int = SHOWN) -> str:
+    rest = len(names) - shown
+    return ", ".join(names[:shown]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Sorted whole numbers as text: ``0-3, 7``."""
+    spans: list[list[int]] = []
+    for number in numbers:
+        if spans and number == spans[-1][1] + 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)
+
+
+# --- default targets ---
+
+_QV = ("q_proj", "v_proj")
+_DECODERS_WITH_QV = """
+    llama llama4 llama4_text mistral ministral mixtral qwen2 qwen2_moe qwen3 qwen3_moe qwen3_next
+    gemma gemma2 gemma3_text gemma3n_text stablelm starcoder2 smollm3 olmo olmo2 olmo3 olmoe cohere cohere2
+    granite granitemoe helium exaone4 ernie4_5 ernie4_5_moe hunyuan_v1_dense seed_oss gpt_oss glm glm4
+    glm4_moe phimoe minimax arcee apertus bitnet nemotron dots1 lfm2 jamba opt gptj gpt_neo bart mbart
+    blenderbot blenderbot-small pegasus marian m2m_100 whisper speech_to_text wav2vec2 hubert wavlm
+    clip_text_model clip_vision_model siglip_text_model siglip_vision_model
+""".split()
+
+#: By ``config.model_type`` of transformers: mostly the query and value projections, under their names there.
+DEFAULT_TARGETS: dict[str, tuple[str, ...] | str] = {
+    **dict.fromkeys(_DECODERS_WITH_QV, _QV),
+    **dict.fromkeys(("t5", "mt5", "umt5", "longt5"), ("q", "v")),
+    **dict.fromkeys(
+        "bert roberta xlm-roberta electra layoutlm camembert xlm-roberta-xl ernie".split(),
+        ("query", "value"),
+    ),
+    # transformers 5 renamed the projections of these
+    **dict.fromkeys(
+        "vit deit dinov2 audio-spectrogram-transformer".split(),
+        ("query", "value", "q_proj", "v_proj"),
+    ),
+    **dict.fromkeys(
+        ("bloom", "gpt_neox", "persimmon", "chatglm", "RefinedWebModel", "RefinedWeb", "falcon"),
+        ("query_key_value",),
+    ),
+    **dict.fromkeys(("gpt2", "gpt_bigcode"), ("c_attn",)),
+    "btlm": ("c_proj", "c_attn"),
+    "blip-2": ("q", "v", "q_proj", "v_proj"),
+    "deberta-v2": ("query_proj", "value_proj"),
+    "deberta": ("in_proj",),
+    "distilbert": ("q_lin", "v_lin"),
+    "mpt": ("Wqkv",),
+    "modernbert": ("Wqkv",),
+    "codegen": ("qkv_proj",),
+    "phi": ("q_proj", "v_proj", "fc1", "fc2"),
+    "phi3": ("qkv_proj",),
+    "gemma4": r".*language_model\..*\.(q_proj|v_proj)",
+    "nemotron_h": ("q_proj", "k_proj", "v_proj", "o_proj"),
+    "rwkv": ("key", "value", "receptance", "output"),
+    "rwkv7": ("r_proj", "k_proj", "v_proj", "o_proj", "key", "value"),
+}
