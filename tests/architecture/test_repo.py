@@ -137,7 +137,8 @@ def literal_tolerances(tree: ast.Module) -> list[int]:
 def skips(tree: ast.Module) -> list[int]:
     """Lines that skip tests or expect them to fail."""
     names = ("skip", "skipif", "skipIf", "importorskip", "xfail", "SkipTest")
-    return [node.lineno for node in ast.walk(tree) if isinstance(node, ast.Attribute) and node.attr in names]
+    found = (node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and node.attr in names)
+    return sorted(node.lineno for node in found)
 
 
 def test_tolerances_have_one_place() -> None:
