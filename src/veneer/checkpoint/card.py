@@ -10,6 +10,7 @@ from typing import Any
 
 _HUB_ID = re.compile(r"(?!.*(--|\.\.))[A-Za-z0-9][\w.-]*[A-Za-z0-9](/[A-Za-z0-9][\w.-]*)?")
 _MARK = re.compile(r"\n*<!-- veneer ([0-9a-f]{12}): edit freely, it is not written over then -->\s*$")
+_TYPED = re.compile(r"[\d._exo+-]+|true|false|null|yes|no|on|off|y|n", re.IGNORECASE)
 _KEY = re.compile(r"([A-Za-z_][\w-]*):(.*)")
 
 _AUTO_CLASS = {
@@ -57,7 +58,7 @@ def model_card(
         + (["transformers"] if transformers_model else [])
     )
     front = [
-        *([f"base_model: {base}"] if base else []),
+        *([f"base_model: {_scalar(base)}"] if base else []),
         "library_name: peft",
         "tags:",
         *(f"- {t}" for t in tags),
@@ -83,6 +84,11 @@ The files are in PEFT's format: `veneer`, `peft` and what reads PEFT adapters lo
     return "---\n" + "\n".join(front) + "\n---\n\n" + _marked(body)
 
 
+def _scalar(text: str) -> str:
+    """`text` as a YAML string, in quotes where it would be read as a number or a truth value."""
+    return f'"{text}"' if _TYPED.fullmatch(text) else text
+
+
 def _usage(config: Mapping[str, Any], base: str | None) -> str:
     auto = _AUTO_CLASS.get(str(config.get("task_type")))
     if auto and base:
@@ -97,6 +103,7 @@ def merge_card(existing: str, new: str) -> str:
     The body stays as it is, unless Veneer wrote it and nobody changed it since. In the front matter
     ``base_model`` and ``library_name`` are set, tags are added, and everything else stays.
     """
+    newline = "\r\n" if "\r\n" in existing else "\n"
     old_front, old_body = _split(existing)
     new_front, new_body = _split(new)
     merged = dict(old_front)
@@ -104,7 +111,7 @@ def merge_card(existing: str, new: str) -> str:
         merged[key] = _merged_tags(old_front.get(key, []), lines) if key == "tags" else lines
     body = new_body if _unchanged(old_body) else old_body
     text = "\n".join(line for lines in merged.values() for line in lines)
-    return f"---\n{text}\n---\n{body if body.startswith(chr(10)) else chr(10) + body}"
+    return f"---\n{text}\n---\n{body if body.startswith(chr(10)) else chr(10) + body}".replace("\n", newline)
 
 
 def _split(card: str) -> tuple[dict[str, list[str]], str]:

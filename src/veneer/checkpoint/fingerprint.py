@@ -55,17 +55,16 @@ def fingerprint(
     usable = [k for k, w in weights.items() if _readable(w)]
     count = min(WEIGHTS, len(usable))
     chosen = [usable[i * len(usable) // count] for i in range(count)]
+    samples = {k: {"shape": list(weights[k].shape), "values": _sample(weights[k])} for k in chosen}
     result: dict[str, Any] = {
         "version": 1,
         "architecture": architecture,
         "vocab_size": vocab_size,
         "weights": len(weights),
-        "samples": {k: {"shape": list(weights[k].shape), "values": _sample(weights[k])} for k in chosen},
+        "samples": samples,
     }
-    while len(json.dumps(result)) > MAX_BYTES and result["samples"]:
-        result["samples"] = dict(list(result["samples"].items())[::2][: max(1, len(result["samples"]) - 1)])
-        if len(result["samples"]) == 1 and len(json.dumps(result)) > MAX_BYTES:
-            result["samples"] = {}
+    while len(json.dumps(result)) > MAX_BYTES and samples:  # very long names
+        samples.popitem()
     return result
 
 
@@ -100,7 +99,7 @@ def compare_fingerprints(saved: Mapping[str, Any], present: Mapping[str, Any]) -
     """
     try:
         return _compare(saved, present)
-    except (KeyError, TypeError, ValueError, AttributeError) as exc:
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as exc:
         return BaseComparison(
             (f"the fingerprint of the base model is not readable ({type(exc).__name__}: {exc})",), "note"
         )

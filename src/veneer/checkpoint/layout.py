@@ -2,8 +2,8 @@
 
 A save writes temporary siblings first, then moves the tensors and the configuration into place. Between
 these two moves lies the only moment at which the directory's named files do not belong together. It can be
-recognised: the configuration's temporary file is there, complete, and the tensors' is not any more. The reader
-then takes the temporary configuration, so that Veneer sees either the old adapter or the new one.
+recognised: the configuration's temporary file is there, complete, and the tensors' is not any more. The
+reader then takes the temporary configuration, so that Veneer sees either the old adapter or the new one.
 """
 
 from __future__ import annotations

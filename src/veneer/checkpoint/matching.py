@@ -13,7 +13,9 @@ from .keys import MAGNITUDE, to_disk
 Shape = tuple[int, ...]
 
 _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
-_CONTRAST = frozenset({"encoder", "decoder"})
+_CONTRAST = frozenset(
+    "encoder decoder text vision visual image audio speech language unet prior 1 2 3".split()
+)
 _WITH_NAME = re.compile(
     r"\.(?:lora_[AB]|lora_magnitude_vector)\.([^.]+)\.(?:weight|bias)$|\.lora_embedding_[AB]\.([^.]+)$"
 )
@@ -54,7 +56,12 @@ class LoadReport:
         said = list(self.remarks)
         if self.prefix:
             old, new = self.prefix
-            said.insert(0, f"the prefix {old!r} of the file's keys was read as {new!r}")
+            if not old:
+                said.append(f"{new!r} was put before the file's keys")
+            elif not new:
+                said.append(f"{old!r} was taken from the front of the file's keys")
+            else:
+                said.append(f"{old!r} at the front of the file's keys was read as {new!r}")
         return "; ".join(said) if said else None
 
     def message(self, where: object) -> str:
@@ -73,9 +80,7 @@ class LoadReport:
             lines.append(f"  re-mapped: {self.notice}")
         causes = likely_causes(self)
         lines += [f"Likely cause: {c}" for c in causes]
-        lines.append(
-            "Way out: load it on the model that it was made for; strict=False loads what fits, reports the rest."
-        )
+        lines.append("Way out: load it on the model that it was made for; strict=False loads what fits.")
         return "\n".join(lines)
 
     def raise_for(self, where: object) -> None:
@@ -91,8 +96,8 @@ class LoadReport:
 def _listing(what: str, items: Sequence[str]) -> list[str]:
     if not items:
         return []
-    more = f", and {len(items) - 3} more" if len(items) > 3 else ""
-    return [f"  {len(items)} {what}: {', '.join(items[:3])}{more}"]
+    more = [f"      and {len(items) - 3} more"] if len(items) > 3 else []
+    return [f"  {len(items)} {what}:", *(f"      {item}" for item in items[:3]), *more]
 
 
 def match(
@@ -236,9 +241,14 @@ def _align(old: list[str], new: list[str]) -> tuple[str, str] | None:
         return None
     if not _is_part(head_old, head_new) and not _is_part(head_new, head_old):
         only_tail = same <= len(_tail(".".join(old)).split("."))
-        if only_tail or _CONTRAST & set(head_old) != _CONTRAST & set(head_new):
+        if only_tail or _parts_named(head_old) != _parts_named(head_new):
             return None
     return ".".join([*head_old, ""]), ".".join([*head_new, ""])
+
+
+def _parts_named(head: list[str]) -> frozenset[str]:
+    """Words that tell the parts of a model apart: one must not be read as the other."""
+    return _CONTRAST & {word for part in head for word in part.split("_")}
 
 
 def _is_part(short: list[str], long: list[str]) -> bool:

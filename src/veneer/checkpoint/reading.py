@@ -248,8 +248,8 @@ def _check_zip(path: Path, size: int) -> None:
     """Refuse what is no plain archive of torch.save; a compressed entry could unfold to any size."""
     if not zipfile.is_zipfile(path):
         raise AdapterFileError(
-            f"{path} is truncated, or a pickle from before torch 1.6, whose sizes cannot be checked before they"
-            f" are allocated. If you trust it: torch.save(torch.load(path, weights_only=True), path)"
+            f"{path} is truncated, or a pickle from before torch 1.6, of which sizes cannot be checked "
+            f"before allocation. If you trust it: torch.save(torch.load(path, weights_only=True), path)"
         )
     try:
         with zipfile.ZipFile(path) as archive:

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import secrets
+import struct
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -43,8 +44,9 @@ def write_adapter(
     """Write ``adapter_config.json`` and the tensors, all or nothing.
 
     A save that fails or is killed leaves the old adapter whole, or the new one. Where the configuration is
-    the same as before, other libraries see that too; where it changed, they could meet the new tensors with the
-    old configuration in the moment between two renames (Veneer's reader recognises it). One writer at a time.
+    the same as before, other libraries see that too; where it changed, they could meet the new tensors with
+    the old configuration in the moment between two renames (Veneer's reader recognises it). One writer at a
+    time.
 
     Args:
         directory: made if it does not exist; other files in it are left alone.
@@ -64,8 +66,7 @@ def write_adapter(
     format = "safetensors" if safe_serialization else "bin"
     with _directory(root):
         _tidy(root)
-        if card is not None and (root / CARD_NAME).exists():
-            card = merge_card((root / CARD_NAME).read_text(encoding="utf-8", errors="replace"), card)
+        card = _with_existing(root / CARD_NAME, card)
         save_id = secrets.token_hex(8)
         temps = {f: root / temporary_name(save_id, format, f) for f in ("tensors", "config", "card")}
         try:
@@ -171,14 +172,36 @@ def _write_tensors(
 ) -> None:
     if format == "safetensors":
         save_file(tensors, path, metadata={**metadata, "format": "pt"})
+        _sort_metadata(path)
     else:
         torch.save(tensors, path)
     with path.open("rb+") as file:
         os.fsync(file.fileno())
 
 
+def _sort_metadata(path: Path) -> None:
+    """Put the metadata of a file just written in order: safetensors leaves it to chance, and bytes would vary."""
+    with path.open("rb+") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= length:
+            file.seek(8)
+            file.write(text.ljust(length))
+
+
+def _with_existing(path: Path, card: str | None) -> str | None:
+    if card is None or not path.is_file():
+        return card
+    try:
+        return merge_card(path.read_bytes().decode("utf-8", "surrogateescape"), card)
+    except OSError as exc:
+        raise CheckpointError(f"{path} cannot be read, and would be written over: {exc}") from exc
+
+
 def _write_text(path: Path, text: str) -> None:
-    with path.open("x", encoding="utf-8", newline="\n") as file:
+    with path.open("x", encoding="utf-8", errors="surrogateescape", newline="") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
