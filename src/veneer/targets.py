@@ -83,7 +83,7 @@ class Plan:
     modules_to_save: tuple[str, ...] = ()
     unmatched: tuple[Unmatched, ...] = ()
     skipped: tuple[Skipped, ...] = ()
-    matched: Mapping[str, tuple[str, ...]] = field(default_factory=dict, repr=False)
+    matched: Mapping[str, tuple[str, ...]] = field(default_factory=dict, repr=False, compare=False)
 
     def __str__(self) -> str:
         specs = {spec.path: spec for spec in self.specs}
@@ -159,9 +159,9 @@ def plan(
     planner.filter_layers()
     specs = tuple(resolve(config, adapter, path) for path in planner.chosen)
     planner.check_number_patterns()
-    if planner.conflicts and not loading:
-        planner.refused += planner.conflicts
-    if planner.refused or not specs or (strict_targets and planner.unmatched):
+    if loading:
+        planner.conflicts.clear()
+    if planner.conflicts or planner.refused or not specs or (strict_targets and planner.unmatched):
         raise TargetError(planner.complaint(adapter, nothing=not specs))
     if planner.unmatched and not loading:
         warnings.warn(planner.complaint(adapter, nothing=False), VeneerWarning, stacklevel=2)
@@ -183,8 +183,9 @@ class _Planner:
         self.paths = {c.path: c for c in self.candidates}
         self.config = config
         self.unmatched: list[Unmatched] = []
-        self.refused: list[str] = []
+        self.refused: list[Candidate] = []
         self.conflicts: list[str] = []
+        self.parents = {end for c in self.candidates if (end := c.path.rpartition(".")[0])}
         self.skipped: dict[str, str] = {}
         self.saved: list[str] = []
         self.chosen: dict[str, list[str]] = {}  # path -> the target patterns that matched it
@@ -277,43 +278,40 @@ class _Planner:
         if c.supported:
             return True
         if c.reason and named:
-            self.refused.append(f"{c.path} ({c.type_name}) cannot be adapted: {c.reason}")
-        self.skipped[c.path] = (
-            f"{c.type_name}: {c.reason}" if c.reason else f"{c.type_name} only holds other modules"
-        )
+            self.refused.append(c)
+        holder = "only holds other modules" if c.path in self.parents else "cannot be adapted"
+        self.skipped[c.path] = f"{c.type_name}: {c.reason}" if c.reason else f"{c.type_name} {holder}"
         return False
 
     def _report_idle_targets(self, reached: dict[str, list[Candidate]]) -> None:
+        complained = {c.path for c in self.refused}
         for pattern in self.patterns:
             hits = reached[pattern]
-            barred = [c for c in hits if c.reason and not c.supported and c.path in self.skipped]
-            if barred and self.matched[pattern]:
-                what = _listed([f"{c.path} ({c.type_name}: {c.reason})" for c in barred], 3)
-                if looks_like_regex(pattern) or pattern.lower() == ALL_LINEAR:
-                    self._idle(
-                        "target_modules", pattern, f"also matches what cannot be adapted: {what}", near=False
-                    )
-            elif self.matched[pattern] or (self.by_default and self.chosen):
+            if self.matched[pattern]:
+                barred = [c for c in hits if c.reason and not c.supported and c.path not in complained]
+                if barred:
+                    note = f"also matches what cannot be adapted: {'; '.join(_by_reason(barred))}"
+                    self._idle("target_modules", pattern, note, near=False)
+            elif (self.by_default and self.chosen) or any(c.path in complained for c in hits):
                 continue
             elif not hits:
                 self._idle("target_modules", pattern)
-            elif all(not c.supported and not c.reason for c in hits):
+            elif all(not c.supported and not c.reason and c.path not in self.saved for c in hits):
                 self._suggest_inside(pattern, hits)
             else:
-                whys = dict.fromkeys(self.skipped[c.path] for c in hits)
-                self._idle(
-                    "target_modules",
-                    pattern,
-                    f"matches only what is left out ({_listed(list(whys), 3)})",
-                    near=False,
-                )
+                reasons = list(dict.fromkeys(self.skipped[c.path] for c in hits))
+                note = f"matches only what is left out ({_listed(reasons, 3)})"
+                self._idle("target_modules", pattern, note, near=False)
 
     def _suggest_inside(self, pattern: str, hits: list[Candidate]) -> None:
         roots = tuple(c.path + "." for c in hits)
         inside = dict.fromkeys(
             c.path.rpartition(".")[2] for c in self.candidates if c.supported and c.path.startswith(roots)
         )
-        note = f"matches only containers, such as {hits[0].path} ({hits[0].type_name})"
+        note = f"matches only {hits[0].path} ({hits[0].type_name})"
+        if len(hits) > 1:
+            note += f" and {len(hits) - 1} more like it"
+        note += ", which cannot be adapted"
         if inside:
             note += f"; name the modules inside instead: {_listed(list(inside))}"
         self._idle("target_modules", pattern, note, near=False)
@@ -360,9 +358,15 @@ class _Planner:
             keys = module_patterns(tuple(getattr(self.config, name)))
             used = {i for path in self.chosen for i in keys.hits(path)}
             for index, key in enumerate(keys.patterns):
-                if index not in used:
-                    note = "matches no targeted module"
-                    self.unmatched.append(Unmatched(name, key, _near(_words(key), _ends(self.chosen)), note))
+                if index in used:
+                    continue
+                if there := next((path for path in self.paths if index in keys.hits(path)), None):
+                    self._idle(
+                        name, key, f"matches modules, such as {there}, but none that is adapted", near=False
+                    )
+                else:
+                    near = _near(_words(key), _ends(self.chosen))
+                    self.unmatched.append(Unmatched(name, key, near, "matches no adapted module"))
 
     # --- words
 
@@ -373,20 +377,18 @@ class _Planner:
 
     def complaint(self, adapter: str, *, nothing: bool) -> str:
         """Everything that is wrong, in one text."""
-        lines = list(self.refused)
+        lines = [*_by_reason(self.refused), *self.conflicts]
+        head = f"adapter {adapter!r}: " + (
+            "cannot be placed" if lines else "nothing to adapt" if nothing else ""
+        )
         lines += [str(entry) for entry in self.unmatched]
-        head = f"adapter {adapter!r}"
-        if nothing and not self.refused:
-            head += ": nothing to adapt"
-            if names := linear_names(self.candidates):
-                lines.append("linear layers here: " + ", ".join(f"{n} ({k})" for n, k in names.items()))
-        elif self.refused:
-            head += " cannot be placed"
-        else:
+        if head.endswith("nothing to adapt") and (names := linear_names(self.candidates)):
+            lines.append("linear layers here: " + ", ".join(f"{n} ({k})" for n, k in names.items()))
+        elif head.endswith(": "):
             head += (
-                f": {len(lines)} pattern{'s' if len(lines) > 1 else ''} without the effect that was asked for"
+                f"{len(lines)} pattern{'s' if len(lines) > 1 else ''} without the effect that was asked for"
             )
-        return head + "\n  - " + "\n  - ".join(lines) if lines else head
+        return "\n  - ".join([head, *lines])
 
 
 # --- names ---
@@ -398,7 +400,7 @@ def layer_index(path: str) -> int | None:
     return int(found.group(1)) if found else None
 
 
-_LAYER = re.compile(r"(?:.*?\.)??[^.\d][^.]*\.(\d+)\.")
+_LAYER = re.compile(r"(?:.*?\.)??(?!\d+\.)[^.]+\.(\d+)\.")
 
 
 def _first_index(expressions: Iterable[re.Pattern[str]], path: str) -> int | None:
@@ -470,17 +472,25 @@ def _words(pattern: str) -> list[str]:
 
 
 def _near(words: Iterable[str], names: Mapping[str, str] | set[str]) -> tuple[str, ...]:
+    """The names most like any of the words; those clearly less like a word than its best are left out."""
     table = names if isinstance(names, Mapping) else {name.lower(): name for name in names}
     found: dict[str, None] = {}
     for word in words:
         key = word.lower()
         close = difflib.get_close_matches(key, table, n=3, cutoff=0.6)
-        flat = re.sub(r"[\W_]", "", key)
-        inside = [n for n in table if len(flat) > 2 and "." not in n and flat in re.sub(r"[\W_]", "", n)]
-        found.update(
-            dict.fromkeys(table[name] for name in [*close, *inside] if name != key or table[name] != word)
-        )
+        scores = [difflib.SequenceMatcher(None, name, key).ratio() for name in close]
+        close = [name for name, score in zip(close, scores, strict=True) if score > scores[0] - 0.1]
+        bare = re.sub(r"[\W_]", "", key)
+        close += [n for n in table if len(bare) > 2 and "." not in n and bare in re.sub(r"[\W_]", "", n)]
+        found.update(dict.fromkeys(table[name] for name in close if table[name] != word))
     return tuple(found)[:5]
+
+
+def _by_reason(refused: Iterable[Candidate]) -> list[str]:
+    groups: dict[tuple[str, str], list[str]] = {}
+    for c in refused:
+        groups.setdefault((c.type_name, c.reason), []).append(c.path)
+    return [f"{_listed(paths, 3)} ({kind}): {reason}" for (kind, reason), paths in groups.items()]
 
 
 def _listed(names: Sequence[str], shown: int = SHOWN) -> str:
