@@ -46,3 +46,12 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: Tolera
         coarser = max((actual.dtype, expected.dtype), key=lambda dtype: torch.finfo(dtype).eps)
         tolerance = BY_DTYPE[coarser]
     torch.testing.assert_close(actual, expected, **tolerance.kwargs, check_dtype=False)
+
+
+#: Singular values, norms and truncation errors from two factorisations (QR then a small SVD; a dense SVD).
+OPS_SPECTRUM = Tolerance(
+    1e-4, 2e-5, "fp32 factors: backward-stable, errors of some eps times the largest value"
+)
+
+#: The share of an update that a merge kept: in fp32 from chunks, and in fp64 from dense matrices.
+OPS_KEPT = Tolerance(0.0, 1e-4, "norms of rounding errors of 2**-9, themselves known to about 2**-15 of that")

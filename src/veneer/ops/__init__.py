@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from .dropout import drop_positions, sparse_dropout
-from .lora_linear import add_lora_, lora_linear, lora_linear_reference
-from .low_rank import compress, cosine, inner, norm, spectrum
-from .merging import merge_dense, merge_into_
+from veneer.ops.dropout import drop_positions, sparse_dropout
+from veneer.ops.lora_linear import add_lora_, lora_linear, lora_linear_reference
+from veneer.ops.low_rank import compress, cosine, inner, norm, spectrum
+from veneer.ops.merging import merge_dense, merge_into_
 
 __all__ = [
     "add_lora_",

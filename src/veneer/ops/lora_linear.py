@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .dropout import check_probability, draw, wants_plain_torch, zero_dropped_
+from veneer.ops.dropout import check_probability, draw, wants_plain_torch, zero_dropped_
 
 
 def lora_linear_reference(
@@ -101,7 +101,7 @@ def lora_linear(
         ValueError: p is not a probability.
         RuntimeError: shapes or dtypes of x, weight and bias do not fit, as in `F.linear`.
     """
-    if p == 1.0 or wants_plain_torch(x):
+    if p == 1.0 or wants_plain_torch(x, weight, A, B):
         return lora_linear_reference(x, weight, bias, A, B, B_bias, scaling, p)
     check_probability(p)
     kind = x.device.type
@@ -164,7 +164,7 @@ def add_lora_(
     check_probability(p)
     if x.shape[:-1] != y.shape[:-1]:
         raise ValueError(f"x {tuple(x.shape)} and y {tuple(y.shape)} must agree but for the last dimension")
-    if p == 1.0 or wants_plain_torch(x, y):
+    if p == 1.0 or wants_plain_torch(x, y, A, B):
         return y + _branch_reference(x, A, B, B_bias, scaling, p, None).to(y.dtype)
     kind = x.device.type
     inplace = inplace and _writable(y)
@@ -232,6 +232,8 @@ class _LoraLinear(torch.autograd.Function):
         p: float,
     ) -> Tensor:
         y = F.linear(x.contiguous(), weight, bias)
+        if y._is_view():  # of a 1-D x: later in-place operations on a view lose hooks
+            y = y.clone()
         drop = draw(x, p) if p > 0.0 else None
         scale = scaling / (1.0 - p)
         h = _project(_rows(x), A, drop, scale)

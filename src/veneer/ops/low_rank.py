@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..errors import CombineError
+from veneer.errors import CombineError
 
 #: One summand ``weight · B A``: ``(B: (out, r), A: (r, in), weight)``.
 Term = tuple[Tensor, Tensor, float]

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ..errors import MergeError
+from veneer.errors import MergeError
 
 #: Elements of a chunk: its few float32 buffers stay in a core's cache.
 CHUNK_ELEMENTS = 1 << 18
