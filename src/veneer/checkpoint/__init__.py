@@ -5,9 +5,10 @@ Everything here works on ``dict[str, Tensor]`` and directories; nothing knows mo
 
 from __future__ import annotations
 
+from ..adapters import check_adapter_name
 from .card import hub_id, merge_card, model_card
 from .fingerprint import BaseComparison, compare_fingerprints, fingerprint
-from .keys import check_adapter_name, to_disk
+from .keys import to_disk
 from .layout import BIN_NAME, CARD_NAME, CONFIG_NAME, SAFETENSORS_NAME
 from .matching import LoadReport, match
 from .reading import AdapterFile, open_adapter, read_config

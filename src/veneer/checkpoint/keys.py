@@ -1,17 +1,12 @@
-"""Names: of adapters, and of their tensors in memory and on disk (one table of rules)."""
+"""Names of tensors in memory and on disk: one table of rules."""
 
 from __future__ import annotations
-
-import torch
-
-from ..errors import AdapterNameError
 
 FACTORS = ("lora_A", "lora_B")
 EMBEDDING_FACTORS = ("lora_embedding_A", "lora_embedding_B")
 MAGNITUDE = "lora_magnitude_vector"
 TOKENS_DELTA = "trainable_tokens_delta"
 SAVED_MODULES = "modules_to_save"
-RESERVED_NAMES = ("__base__",)
 
 
 def to_disk(memory_name: str, adapter: str) -> str:
@@ -50,36 +45,3 @@ def to_disk(memory_name: str, adapter: str) -> str:
         if parts[i] == SAVED_MODULES and parts[i + 1] == adapter:
             return ".".join(parts[:i] + parts[i + 2 :])
     return memory_name
-
-
-def check_adapter_name(name: object) -> None:
-    """Check that `name` can be a module name, a directory name, and part of a tensor's name.
-
-    Raises:
-        AdapterNameError: with the reason; names from files and from users alike.
-    """
-    if not isinstance(name, str):
-        raise AdapterNameError(f"an adapter name is a string, not {type(name).__name__}")
-    problem = _name_problem(name)
-    if problem:
-        raise AdapterNameError(f"{name[:80]!r} cannot be the name of an adapter: {problem}")
-
-
-def _name_problem(name: str) -> str | None:
-    if not name.strip():
-        return "it is empty"
-    if name != name.strip():
-        return "it begins or ends with a space"
-    if "/" in name or "\\" in name:
-        return "it contains a path separator, and an adapter is saved in a sub-directory of its name"
-    if "." in name:
-        return "it contains a dot, which separates modules in the names of parameters"
-    if any(not ch.isprintable() for ch in name):
-        return "it contains a control character"
-    if len(name.encode("utf-8", "surrogatepass")) > 200:
-        return "it is longer than 200 bytes"
-    if name in RESERVED_NAMES:
-        return "it is reserved for rows that use no adapter"
-    if hasattr(torch.nn.ModuleDict, name) or name in ("training",):
-        return "torch.nn.ModuleDict has an attribute of that name"
-    return None

@@ -76,8 +76,8 @@ class AdapterFile:
         if self._loaded is not None:
             return {k: self._loaded[k].to(device) for k in wanted}
         try:
-            with safe_open(self.path, framework="pt", device=str(device)) as file:
-                return {k: file.get_tensor(k) for k in wanted}
+            with safe_open(self.path, framework="pt") as file:
+                return {k: file.get_tensor(k).to(device) for k in wanted}
         except (SafetensorError, OSError) as exc:
             raise AdapterFileError(f"{self.path} cannot be read: {exc}") from exc
 

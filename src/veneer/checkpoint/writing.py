@@ -180,7 +180,7 @@ def _write_tensors(
 
 
 def _sort_metadata(path: Path) -> None:
-    """Put the metadata of a file just written in order: safetensors leaves it to chance, and bytes would vary."""
+    """Put the metadata of a new file in order: safetensors leaves it to chance, and bytes would vary."""
     with path.open("rb+") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         header = json.loads(file.read(length))
