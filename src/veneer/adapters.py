@@ -1,0 +1,219 @@
+"""The adapters of a model: what one module answers for, and the index over all of them.
+
+An `AdapterModule` is a module in the model that holds something of one or more adapters: a
+low-ranked layer, or the trained copy of a whole module. It owns which of its adapters are active.
+`AdapterSet` is the model-level view: it finds those modules and applies one verb to all of them.
+Modules may disagree (callers such as diffusion pipelines set each layer by itself); the view then
+says so instead of correcting them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+from torch import nn
+
+from veneer.errors import AdapterNameError
+
+
+def check_adapter_name(name: str) -> None:
+    """Refuse what cannot be a module name or a directory name.
+
+    Raises:
+        AdapterNameError: If the name is empty, holds a dot or a path separator, or hides a method
+            of the containers that adapters live in.
+    """
+    reason = ""
+    if not isinstance(name, str) or not name:
+        reason = "it must be a non-empty string"
+    elif any(c in name for c in "./\\\0"):
+        reason = "it becomes part of parameter names and a directory name, so no '.', '/' or '\\'"
+    elif (
+        hasattr(nn.ModuleDict, name) or hasattr(nn.ParameterDict, name) or name in {"training", "base_layer"}
+    ):
+        reason = "torch's module containers have an attribute of that name"
+    if reason:
+        raise AdapterNameError(f"{name!r} cannot be the name of an adapter: {reason}")
+
+
+def as_names(names: str | Sequence[str]) -> list[str]:
+    """One name or several, as a list without repetitions, in order."""
+    return [names] if isinstance(names, str) else list(dict.fromkeys(names))
+
+
+class AdapterModule(nn.Module):
+    """A module that holds a part of one or more adapters.
+
+    Subclasses say what they hold (`adapter_names`), which parameters belong to an adapter
+    (`adapter_parameters`), and how to forget or rename one.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._active: list[str] = []
+        self._disabled = False
+
+    # -- what a subclass says ------------------------------------------------------------------
+
+    @property
+    def held_adapters(self) -> tuple[str, ...]:
+        """Names of the adapters that this module holds a part of."""
+        raise NotImplementedError
+
+    def adapter_parameters(self, name: str) -> Iterator[nn.Parameter]:
+        """The parameters of one adapter in this module."""
+        raise NotImplementedError
+
+    def drop_adapter(self, name: str) -> None:
+        """Forget the adapter's tensors."""
+        raise NotImplementedError
+
+    def move_adapter(self, old: str, new: str) -> None:
+        """Keep the adapter's tensors under another name."""
+        raise NotImplementedError
+
+    def adapters_changed(self) -> None:
+        """Called after every change of what is active, enabled or held."""
+
+    # -- the verbs ---------------------------------------------------------------------------------
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Names of the active adapters; they may include adapters that this module does not hold."""
+        return list(self._active)
+
+    @property
+    def active_adapter(self) -> list[str]:
+        """The same as `active_adapters`: the field's singular spelling."""
+        return list(self._active)
+
+    @property
+    def disable_adapters(self) -> bool:
+        """True while the module computes what the base model computes."""
+        return self._disabled
+
+    def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Make these adapters the active ones, trainable unless ``inference_mode``.
+
+        Args:
+            adapter_names: One name or several. Names that this module does not hold are kept:
+                another module may hold them.
+            inference_mode: Leave the activated parameters frozen.
+        """
+        self._active = as_names(adapter_names)
+        for name in self.held_adapters:
+            trainable = name in self._active and not inference_mode
+            for parameter in self.adapter_parameters(name):
+                # Quantised or integer parameters cannot require a gradient.
+                if parameter.is_floating_point():
+                    parameter.requires_grad_(trainable)
+        self.adapters_changed()
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Switch all adapters of this module on or off; what is active stays noted."""
+        self._disabled = not enabled
+        self.adapters_changed()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Forget an adapter; no other one becomes active in its place."""
+        if adapter_name in self.held_adapters:
+            self.drop_adapter(adapter_name)
+        self._active = [name for name in self._active if name != adapter_name]
+        self.adapters_changed()
+
+    def rename_adapter(self, old: str, new: str) -> None:
+        """Call an adapter by another name."""
+        if old in self.held_adapters:
+            self.move_adapter(old, new)
+        self._active = [new if name == old else name for name in self._active]
+        self.adapters_changed()
+
+
+class AdapterSet:
+    """The adapters of one model, over all the modules that hold a part of them.
+
+    Args:
+        model: Any module; its `AdapterModule` descendants are looked up at each use, so the view
+            never goes stale when a library replaces modules.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def modules(self) -> list[AdapterModule]:
+        """The adapter modules, in model order."""
+        return [m for m in self.model.modules() if isinstance(m, AdapterModule)]
+
+    def names(self) -> list[str]:
+        """Names of all adapters that some module holds, in order of appearance."""
+        return list(dict.fromkeys(name for m in self.modules() for name in m.held_adapters))
+
+    def active(self) -> list[str]:
+        """Names of the active adapters: the union over the modules, in order of appearance."""
+        return list(dict.fromkeys(name for m in self.modules() for name in m.active_adapters))
+
+    def irregular(self) -> bool:
+        """True if modules disagree about what is active or enabled."""
+        states = {(tuple(m.active_adapters), m.disable_adapters) for m in self.modules()}
+        return len(states) > 1
+
+    def check(self, names: Iterable[str], known: Iterable[str] | None = None) -> None:
+        """Refuse names that no module holds.
+
+        Raises:
+            AdapterNameError: Naming the unknown ones and those that exist.
+        """
+        present = list(known) if known is not None else self.names()
+        unknown = [n for n in names if n not in present]
+        if unknown:
+            have = ", ".join(repr(n) for n in present) or "none"
+            raise AdapterNameError(
+                f"no adapter named {', '.join(repr(n) for n in unknown)}; this model has: {have}. "
+                "Add one with add_adapter(name, config) or load_adapter(path, name)."
+            )
+
+    def activate(self, names: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Make these adapters the active ones everywhere."""
+        for module in self.modules():
+            module.set_adapter(names, inference_mode=inference_mode)
+
+    def enable(self, enabled: bool) -> None:
+        """Switch adapters on or off everywhere."""
+        for module in self.modules():
+            module.enable_adapters(enabled)
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """A context in which the model computes what its base computes; the state before returns after it."""
+        before = [(m, m.disable_adapters) for m in self.modules()]
+        self.enable(False)
+        try:
+            yield
+        finally:
+            for module, was_disabled in before:
+                module.enable_adapters(not was_disabled)
+
+    def delete(self, name: str) -> None:
+        """Forget an adapter everywhere."""
+        for module in self.modules():
+            module.delete_adapter(name)
+
+    def rename(self, old: str, new: str) -> None:
+        """Rename an adapter everywhere.
+
+        Raises:
+            AdapterNameError: If ``new`` is taken or unusable.
+        """
+        check_adapter_name(new)
+        if new in self.names():
+            raise AdapterNameError(
+                f"an adapter named {new!r} exists already; delete it or choose another name"
+            )
+        for module in self.modules():
+            module.rename_adapter(old, new)
+
+    def parameters(self, name: str) -> Iterator[nn.Parameter]:
+        """All parameters of one adapter."""
+        for module in self.modules():
+            yield from module.adapter_parameters(name) if name in module.held_adapters else ()

@@ -1,0 +1,210 @@
+"""Combining adapters, defined on the update: ``ΔW = Σ wᵢ sᵢ BᵢAᵢ``.
+
+A sum of low-rank updates is itself low-rank, so it is exact by concatenating factors, and reduced to
+a given rank by QR and a small SVD, never by the dense product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from veneer import variants
+from veneer.adapters import as_names
+from veneer.errors import CombineError
+from veneer.inits import InitResult
+from veneer.layers import LoraLayer
+from veneer.ops import low_rank
+from veneer.spec import LoraSpec
+
+#: What `combine` can do. The first three are the same exact sum; they differ in the rank of the result.
+COMBINATIONS = ("linear", "cat", "svd")
+
+
+@dataclass(frozen=True)
+class CombineReport:
+    """What combining gave.
+
+    Attributes:
+        combination_type: As asked for.
+        ranks: Rank of the result, by module path.
+        errors: ``‖ΔW' − ΔW‖ / ‖ΔW‖``, by module path; zero (up to rounding) where no rank was cut.
+    """
+
+    combination_type: str
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    errors: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def worst(self) -> float:
+        """The largest error of a module."""
+        return max(self.errors.values(), default=0.0)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.combination_type}: {len(self.ranks)} modules, rank "
+            f"{min(self.ranks.values(), default=0)}–{max(self.ranks.values(), default=0)}, "
+            f"relative error of the update at most {self.worst:.2%}"
+        )
+
+
+@dataclass(frozen=True)
+class Combined:
+    """One module's combined factors, not stored yet."""
+
+    layer: LoraLayer
+    spec: LoraSpec
+    start: InitResult
+    error: float
+
+
+def combine(
+    layers: Mapping[str, LoraLayer],
+    adapters: Sequence[str],
+    weights: Sequence[float],
+    adapter_name: str,
+    combination_type: str = "svd",
+    svd_rank: int | None = None,
+) -> tuple[list[Combined], CombineReport]:
+    """Factors of ``Σ wᵢ ΔWᵢ`` for every layer that holds one of the adapters. Nothing is stored.
+
+    ``"linear"`` and ``"cat"`` are exact: their rank is the sum of the ranks (that of one adapter where
+    there is only one). ``"svd"`` keeps the ``svd_rank`` largest singular values (by default the largest
+    rank among the adapters) and reports what was cut.
+
+    Args:
+        layers: Low-ranked layers by path.
+        adapters: Names of the adapters, without repetition.
+        weights: One factor each; negative ones subtract.
+        adapter_name: Name of the result.
+        combination_type: "linear", "cat" or "svd".
+        svd_rank: Rank of the result of "svd".
+
+    Returns:
+        The combined factors and the report.
+
+    Raises:
+        CombineError: Listing everything that makes the combination impossible or wrong.
+    """
+    names = as_names(list(adapters))
+    problems = _problems(layers, adapters, weights, combination_type, svd_rank)
+    if problems:
+        raise CombineError("these adapters cannot be combined:\n" + "\n".join(f"  - {p}" for p in problems))
+    by_name = dict(zip(names, weights, strict=True))
+    result, ranks, errors = [], {}, {}
+    for path, layer in layers.items():
+        present = [n for n in names if n in layer.held_adapters]
+        if not present:
+            continue
+        combined = _combine_layer(
+            path, layer, {n: by_name[n] for n in present}, adapter_name, combination_type, svd_rank
+        )
+        result.append(combined)
+        ranks[path], errors[path] = combined.spec.r, combined.error
+    return result, CombineReport(combination_type, ranks, errors)
+
+
+def _problems(
+    layers: Mapping[str, LoraLayer],
+    adapters: Sequence[str],
+    weights: Sequence[float],
+    combination_type: str,
+    svd_rank: int | None,
+) -> list[str]:
+    found = []
+    if combination_type not in COMBINATIONS:
+        found.append(
+            f"combination_type={combination_type!r} does not exist in this version; it has: "
+            f"{', '.join(COMBINATIONS)}"
+        )
+    if not adapters:
+        found.append("no adapter was named")
+    if len(set(adapters)) != len(adapters):
+        found.append("an adapter is named twice: add its weights up instead")
+    if len(weights) != len(adapters):
+        found.append(f"{len(adapters)} adapters but {len(weights)} weights")
+    if not all(isinstance(w, int | float) and abs(w) < float("inf") for w in weights):
+        found.append(f"weights must be finite numbers, got {list(weights)}")
+    if svd_rank is not None and (not isinstance(svd_rank, int) or svd_rank < 1):
+        found.append(f"svd_rank must be a positive integer, got {svd_rank!r}")
+    for name in as_names(list(adapters)):
+        held = {path: layer for path, layer in layers.items() if name in layer.held_adapters}
+        if not held:
+            found.append(f"no adapter named {name!r}")
+        kinds = {layer.specs[name].variant for layer in held.values()}
+        for kind in kinds:
+            if not variants.get(kind).additive:
+                found.append(
+                    f"{name!r} is a {kind} adapter: its effect is not a sum of updates, so there is no "
+                    "exact sum"
+                )
+        grouped = [path for path, layer in held.items() if not layer.is_matrix()]
+        if grouped and combination_type == "svd":
+            found.append(f"{grouped[0]} has groups: its update has no single pair of factors; use 'cat'")
+    return found
+
+
+@torch.no_grad()
+def _combine_layer(
+    path: str,
+    layer: LoraLayer,
+    weights: Mapping[str, float],
+    adapter_name: str,
+    combination_type: str,
+    svd_rank: int | None,
+) -> Combined:
+    parts = {n: layer.factors(n) for n in weights}
+    wide = {n: tuple(None if t is None else t.detach().float() for t in part) for n, part in parts.items()}
+    strengths = {n: w * layer.scaling[n] for n, w in weights.items()}
+    bias = _sum_biases(wide, strengths)
+    error = 0.0
+    if combination_type == "svd":
+        rank = svd_rank or max(layer.specs[n].r for n in weights)
+        a, b, error = _reduced(layer, wide, strengths, rank)
+    else:
+        a, b = _concatenated(layer, wide, strengths)
+        rank = a.shape[0]
+    first = layer.specs[next(iter(weights))]
+    # The strengths are in the factors, so that the result's own scaling is one.
+    spec = replace(
+        first, adapter=adapter_name, path=path, r=rank, lora_alpha=float(rank), use_rslora=False,
+        lora_bias=bias is not None, lora_dropout=0.0, init=True, loftq=None,
+    )  # fmt: skip
+    dtype = parts[first.adapter][0].dtype
+    start = InitResult(a.to(dtype), b.to(dtype), None if bias is None else bias.to(dtype))
+    return Combined(layer, spec, start, error)
+
+
+def _sum_biases(parts: Mapping[str, tuple[Any, ...]], strengths: Mapping[str, float]) -> Tensor | None:
+    terms = [strengths[n] * part[2] for n, part in parts.items() if part[2] is not None]
+    return torch.stack(terms).sum(0) if terms else None
+
+
+def _concatenated(
+    layer: LoraLayer, parts: Mapping[str, tuple[Any, ...]], strengths: Mapping[str, float]
+) -> tuple[Tensor, Tensor]:
+    """Stack the factors along the rank, group by group where the layer has groups."""
+    groups = int(getattr(layer.original_base(), "groups", 1))
+    a_chunks = [[chunk for chunk in part[0].chunk(groups)] for part in parts.values()]
+    a = torch.cat([chunks[g] for g in range(groups) for chunks in a_chunks])
+    b = torch.cat([strengths[n] * part[1] for n, part in parts.items()], dim=1)
+    return a, b
+
+
+def _reduced(
+    layer: LoraLayer, parts: Mapping[str, tuple[Any, ...]], strengths: Mapping[str, float], rank: int
+) -> tuple[Tensor, Tensor, float]:
+    terms = []
+    for name, (a, b, _) in parts.items():
+        b2, a2 = layer.matrices(a, b)
+        terms.append((b2, a2, strengths[name]))
+    b2, a2, error = low_rank.compress(terms, rank)
+    shape_a, shape_b = layer.shapes(layer.original_base(), rank)
+    # Fewer singular values than the rank that was asked for: the rest of the factors is zero.
+    a, b = a2.new_zeros(rank, a2.shape[1]), b2.new_zeros(b2.shape[0], rank)
+    a[: a2.shape[0]], b[:, : b2.shape[1]] = a2, b2
+    return a.reshape(shape_a), b.reshape(shape_b), error

@@ -1,0 +1,39 @@
+"""A plain floating-point tensor: the ordinary case."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from veneer.backends.base import Backend
+
+
+class Dense(Backend):
+    """The weight is a plain parameter of the module."""
+
+    name = "dense"
+
+    def matches(self, module: nn.Module) -> bool:
+        """A weight of a floating type."""
+        weight = getattr(module, "weight", None)
+        return isinstance(weight, Tensor) and weight.is_floating_point()
+
+    def read(self, module: nn.Module, name: str = "weight") -> Tensor:
+        """The parameter itself."""
+        tensor: Tensor = getattr(module, name)
+        return tensor.detach()
+
+    def write(self, module: nn.Module, tensor: Tensor, name: str = "weight") -> None:
+        """Copy into the parameter; a tensor of another shape becomes a new parameter."""
+        parameter: nn.Parameter = getattr(module, name)
+        if parameter.shape == tensor.shape:
+            with torch.no_grad():
+                parameter.copy_(tensor)
+        else:
+            # A new shape needs a new parameter: the old one may be held by an optimizer.
+            new = nn.Parameter(tensor.to(parameter.dtype), requires_grad=parameter.requires_grad)
+            setattr(module, name, new)
+
+    def writable_in_place(self, module: nn.Module) -> bool:
+        """Always."""
+        return True

@@ -1,0 +1,63 @@
+"""Weights that accelerate keeps elsewhere (CPU memory, disk) and fetches for each call.
+
+Such a module has its parameters on the meta device and an alignment hook that knows where the
+values are. The hook is recognised by its attributes, so accelerate need not be imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from veneer.backends.base import Backend
+
+
+def _hook(module: nn.Module) -> Any:
+    """The alignment hook of a module whose weights are offloaded, or None."""
+    hook = module.__dict__.get("_hf_hook")
+    for candidate in getattr(hook, "hooks", (hook,)):
+        if getattr(candidate, "offload", False) and getattr(candidate, "weights_map", None) is not None:
+            return candidate
+    return None
+
+
+class Offloaded(Backend):
+    """The weight lies in the hook's map; a written weight replaces the map's entry in memory."""
+
+    name = "offloaded"
+    priority = 10
+
+    def matches(self, module: nn.Module) -> bool:
+        """A weight on the meta device, with a hook that has its values."""
+        weight = getattr(module, "weight", None)
+        return isinstance(weight, Tensor) and weight.is_meta and _hook(module) is not None
+
+    def read(self, module: nn.Module, name: str = "weight") -> Tensor:
+        """The value in the hook's map; from disk it is read anew each time."""
+        value: Tensor = _hook(module).weights_map[name]
+        return value.detach()
+
+    def write(self, module: nn.Module, tensor: Tensor, name: str = "weight") -> None:
+        """Replace the value in the map, in memory."""
+        weights = _hook(module).weights_map
+        # A PrefixedDataset over a dict of tensors, or over a loader that prefers its `state_dict`
+        # to the files on disk: the user's offload folder is never rewritten.
+        dataset = getattr(weights, "dataset", weights)
+        key = f"{getattr(weights, 'prefix', '')}{name}"
+        store: MutableMapping[str, Tensor] = getattr(dataset, "state_dict", dataset)
+        store[key] = tensor.detach().to("cpu")
+        placeholder: nn.Parameter = getattr(module, name)
+        if placeholder.shape != tensor.shape:
+            setattr(module, name, nn.Parameter(torch.empty_like(tensor, device="meta"), requires_grad=False))
+
+    def device(self, module: nn.Module) -> torch.device:
+        """The device that the hook brings the weight to."""
+        return torch.device(_hook(module).execution_device)
+
+    def dtype(self, module: nn.Module) -> torch.dtype:
+        """The type of the placeholder."""
+        weight: Tensor = module.weight  # type: ignore[assignment]
+        return weight.dtype

@@ -1,0 +1,10 @@
+"""Where the factors start: one file an initialisation."""
+
+from __future__ import annotations
+
+from veneer.inits.base import Init, InitRequest, InitResult, find
+from veneer.registry import load_all
+
+load_all(__name__, __path__)
+
+__all__ = ["Init", "InitRequest", "InitResult", "find"]

@@ -1,0 +1,194 @@
+"""`AutoPeftModel…`: an adapter's directory is enough, its base is found and loaded by transformers."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import warnings
+from pathlib import Path
+from typing import Any, ClassVar
+
+from veneer.config import PeftConfig, TaskType
+from veneer.doors import adapter_directory
+from veneer.errors import AdapterFileError, ConfigError, MissingExtraError, VeneerWarning
+from veneer.model import (
+    PeftModel,
+    PeftModelForCausalLM,
+    PeftModelForFeatureExtraction,
+    PeftModelForQuestionAnswering,
+    PeftModelForSeq2SeqLM,
+    PeftModelForSequenceClassification,
+    PeftModelForTokenClassification,
+)
+
+#: Options of `PeftModel.from_pretrained`; the others belong to the base model.
+_ADAPTER_OPTIONS = ("autocast_adapter_dtype", "key_mapping", "strict", "check_base")
+#: Options that say where on the hub things lie. The base has a revision of its own, in the configuration.
+_HUB_OPTIONS = ("token", "cache_dir", "local_files_only", "force_download", "proxies")
+
+_AUTO_CLASSES = {
+    TaskType.CAUSAL_LM.value: "AutoModelForCausalLM",
+    TaskType.SEQ_2_SEQ_LM.value: "AutoModelForSeq2SeqLM",
+    TaskType.SEQ_CLS.value: "AutoModelForSequenceClassification",
+    TaskType.TOKEN_CLS.value: "AutoModelForTokenClassification",
+    TaskType.QUESTION_ANS.value: "AutoModelForQuestionAnswering",
+    TaskType.FEATURE_EXTRACTION.value: "AutoModel",
+}
+
+
+def _transformers() -> Any:
+    try:
+        return importlib.import_module("transformers")
+    except ModuleNotFoundError as error:
+        raise MissingExtraError("transformers", "hf", "loading a base model") from error
+
+
+class AutoPeftModel:
+    """Loads an adapter together with the base model that its configuration names."""
+
+    task: ClassVar[TaskType | None] = None
+    peft_class: ClassVar[type[PeftModel]] = PeftModel
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        raise OSError(f"{type(self).__name__} is made by {type(self).__name__}.from_pretrained(adapter)")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        config: PeftConfig | None = None,
+        revision: str | None = None,
+        **kwargs: Any,
+    ) -> PeftModel:
+        """Load base and adapter.
+
+        Args:
+            pretrained_model_name_or_path: Directory of the adapter, or its repository id.
+            adapter_name: Name for it in the model.
+            is_trainable: Whether its parameters require gradients.
+            config: Use this configuration instead of the file's.
+            revision: Revision of the adapter; the base's stands in the configuration.
+            **kwargs: Options of `PeftModel.from_pretrained` go there, those of the hub to both, all others to
+                the base model's ``from_pretrained``.
+
+        Raises:
+            AdapterFileError: If the adapter or the name of its base is missing.
+            ConfigError: If the adapter is for another task than this class.
+        """
+        options = {k: kwargs.pop(k) for k in _ADAPTER_OPTIONS if k in kwargs}
+        shared = {k: kwargs[k] for k in _HUB_OPTIONS if k in kwargs}
+        subfolder = kwargs.pop("subfolder", None)
+        directory = adapter_directory(
+            pretrained_model_name_or_path, subfolder=subfolder, revision=revision, **shared
+        )
+        if config is None:
+            config = PeftConfig.from_pretrained(directory)
+        base = cls._load_base(config, directory, kwargs)
+        _fit_vocabulary(base, directory)
+        return cls.peft_class.from_pretrained(
+            base, directory, adapter_name, is_trainable=is_trainable, config=config, **options
+        )
+
+    @classmethod
+    def _load_base(cls, config: PeftConfig, directory: Path, kwargs: dict[str, Any]) -> Any:
+        name = config.base_model_name_or_path
+        if not name:
+            raise AdapterFileError(
+                f"the configuration in {directory} does not name its base model; load the base yourself and "
+                "use "
+                "PeftModel.from_pretrained(base, adapter)"
+            )
+        task = getattr(config.task_type, "value", config.task_type)
+        if cls.task is not None and task is not None and task != cls.task.value:
+            raise ConfigError(
+                f"the adapter in {directory} is for {task}, and {cls.__name__} is for {cls.task.value}; "
+                "AutoPeftModel takes every task"
+            )
+        wanted = cls.task.value if cls.task is not None else task
+        transformers = _transformers()
+        if wanted is not None:
+            auto = getattr(transformers, _AUTO_CLASSES[wanted])
+        elif config.auto_mapping is not None:
+            auto = _mapped_class(config.auto_mapping)
+        else:
+            raise AdapterFileError(
+                f"the configuration in {directory} has no task_type, so the kind of base model is unknown: "
+                "use one of "
+                "the AutoPeftModelFor… classes, or load the base yourself and use PeftModel.from_pretrained"
+            )
+        return auto.from_pretrained(name, revision=config.revision, **kwargs)
+
+
+def _mapped_class(mapping: dict[str, Any]) -> Any:
+    """The transformers class that ``auto_mapping`` names; no other library is imported for a file's sake."""
+    library, name = str(mapping.get("parent_library") or ""), str(mapping.get("base_model_class") or "")
+    if library.partition(".")[0] != "transformers":
+        raise ConfigError(
+            f"auto_mapping names the library {library!r}: only classes of transformers are loaded by name"
+        )
+    found = getattr(_transformers(), name, None)
+    if found is None or not hasattr(found, "from_pretrained"):
+        raise ConfigError(f"auto_mapping names {name!r}, which transformers does not have")
+    return found
+
+
+def _fit_vocabulary(base: Any, directory: Path) -> None:
+    """If a larger tokenizer lies beside the adapter, give the base the vocabulary it was trained with."""
+    if not (directory / "tokenizer_config.json").exists() or not hasattr(base, "resize_token_embeddings"):
+        return
+    embedding = base.get_input_embeddings()
+    size = len(_transformers().AutoTokenizer.from_pretrained(str(directory)))
+    # Bases are often padded beyond their tokenizer; only tokens without a row need more.
+    if size > embedding.weight.shape[0]:
+        warnings.warn(
+            f"the tokenizer beside the adapter has {size} tokens and the base {embedding.weight.shape[0]} "
+            "rows: "
+            "the base's embeddings are resized",
+            VeneerWarning,
+            stacklevel=3,
+        )
+        base.resize_token_embeddings(size)
+
+
+class AutoPeftModelForCausalLM(AutoPeftModel):
+    """Loads a causal language model with its adapter."""
+
+    task = TaskType.CAUSAL_LM
+    peft_class = PeftModelForCausalLM
+
+
+class AutoPeftModelForSeq2SeqLM(AutoPeftModel):
+    """Loads an encoder-decoder language model with its adapter."""
+
+    task = TaskType.SEQ_2_SEQ_LM
+    peft_class = PeftModelForSeq2SeqLM
+
+
+class AutoPeftModelForSequenceClassification(AutoPeftModel):
+    """Loads a sequence classifier with its adapter."""
+
+    task = TaskType.SEQ_CLS
+    peft_class = PeftModelForSequenceClassification
+
+
+class AutoPeftModelForTokenClassification(AutoPeftModel):
+    """Loads a token classifier with its adapter."""
+
+    task = TaskType.TOKEN_CLS
+    peft_class = PeftModelForTokenClassification
+
+
+class AutoPeftModelForQuestionAnswering(AutoPeftModel):
+    """Loads a question answering model with its adapter."""
+
+    task = TaskType.QUESTION_ANS
+    peft_class = PeftModelForQuestionAnswering
+
+
+class AutoPeftModelForFeatureExtraction(AutoPeftModel):
+    """Loads a model without a head with its adapter."""
+
+    task = TaskType.FEATURE_EXTRACTION
+    peft_class = PeftModelForFeatureExtraction

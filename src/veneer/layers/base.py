@@ -1,0 +1,572 @@
+"""The one low-ranked layer: forward, merge, unmerge, add and remove, for every geometry.
+
+A subclass says which module types it wraps, the shapes of its factors, how a matrix update lies in
+the base weight, and how the branch is computed. Everything else is here, once.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from types import MappingProxyType
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from veneer import backends, inits, variants
+from veneer.adapters import AdapterModule, as_names
+from veneer.errors import AdapterNameError, MergeError, VeneerWarning
+from veneer.inits import InitRequest, InitResult
+from veneer.ops.merging import merge_dense, merge_into_
+from veneer.registry import TypeRegistry
+from veneer.spec import LoraSpec
+
+registry: TypeRegistry[type[LoraLayer]] = TypeRegistry("layer")
+
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+
+class Factor(nn.Module):
+    """One thin factor: a weight with its operation, and no `torch.nn.Linear`.
+
+    Whatever sweeps a model for linears (a quantiser, a second injection) leaves it alone.
+
+    Args:
+        weight: The factor.
+        bias: Added by the operation, or None.
+        operation: ``(x, weight, bias) -> y``; a module-level function or a partial of one, so that
+            it pickles.
+    """
+
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None = None, operation: Callable[..., Tensor] = F.linear
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+        self.bias = None if bias is None else nn.Parameter(bias)
+        self.operation = operation
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the operation in the type of ``x``: the thin factor is cast, never the activations."""
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return self.operation(x, self.weight.to(x.dtype), bias)
+
+    def extra_repr(self) -> str:
+        """The shape, for ``print(model)``."""
+        return "×".join(map(str, self.weight.shape)) + (" + bias" if self.bias is not None else "")
+
+
+class Undo(nn.Module):
+    """The base's tensors as they were before merging.
+
+    They are buffers that are not saved: they follow the layer to another device or dtype, into a
+    deepcopy and a pickle, and stay out of every state dict.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], attributes: Mapping[str, Any]) -> None:
+        super().__init__()
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor, persistent=False)
+        self.attributes = dict(attributes)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors by their name on the base layer."""
+        return {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+
+
+def stand_in(
+    base: nn.Module, tensors: Mapping[str, Tensor | None], attributes: Mapping[str, Any] = _NOTHING
+) -> nn.Module:
+    """A copy of ``base`` that computes with other tensors; ``base`` itself is not touched.
+
+    It shares everything but the named parameters and attributes, so a subclass's own forward runs as it
+    is written. Offloading hooks are left out: the tensors given are the ones to compute with.
+    """
+    twin = copy.copy(base)
+    state = twin.__dict__
+    state["_parameters"] = {**base._parameters, **tensors}
+    if "_hf_hook" in state:
+        for name in ("forward", "_hf_hook", "_old_forward"):
+            state.pop(name, None)
+    state.update(attributes)
+    return twin
+
+
+class LoraLayer(AdapterModule):
+    """A module with low-rank branches beside it: ``y = base(x) + Σ s·B(A(dropout(x)))``.
+
+    The branches of the active adapters are added, except those that are merged into the base weight.
+    `forward` never writes.
+
+    Args:
+        base_layer: The module to adapt, kept as it is under this name.
+    """
+
+    prefix: ClassVar[str] = "lora_"
+    adapter_layer_names: ClassVar[tuple[str, ...]] = (
+        "lora_A",
+        "lora_B",
+        "lora_embedding_A",
+        "lora_embedding_B",
+        "lora_magnitude_vector",
+    )
+    #: Types that this class wraps, as "module.QualName"; their subclasses are served too.
+    wraps: ClassVar[tuple[str, ...]] = ()
+    #: Where the two factors live.
+    factor_names: ClassVar[tuple[str, str]] = ("lora_A", "lora_B")
+    #: ``all-linear`` means this kind.
+    linear: ClassVar[bool] = False
+    #: The base weight is stored (in, out).
+    transposed: ClassVar[bool] = False
+    #: The layer looks rows up instead of multiplying.
+    lookup: ClassVar[bool] = False
+
+    lora_A: nn.ModuleDict
+    lora_B: nn.ModuleDict
+
+    def __init_subclass__(cls) -> None:
+        registry.add(cls.wraps, cls)
+        for name in cls.adapter_layer_names:
+            if name not in cls.factor_names:
+                setattr(cls, name, _NOTHING)
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.training = base_layer.training
+        for name in self.factor_names:
+            setattr(self, name, self.new_container())
+        self.lora_dropout = nn.ModuleDict()
+        self.scaling: dict[str, float] = {}
+        self._specs: dict[str, LoraSpec] = {}
+        self._merged: list[str] = []
+        self._live: tuple[str, ...] = ()
+        self._undo: Undo | None = None
+
+    # -- geometry: what a subclass supplies ----------------------------------------------------
+
+    @classmethod
+    def shapes(cls, base: nn.Module, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of A and B as stored, for a rank."""
+        raise NotImplementedError
+
+    @classmethod
+    def refuses(cls, base: nn.Module, spec: LoraSpec) -> str | None:
+        """Why this module cannot get what ``spec`` asks for, or None."""
+        return None
+
+    def low_rank(self, name: str, x: Tensor) -> Tensor:
+        """``B(A(x))``, unscaled. x: as the base takes it -> as the base gives it."""
+        raise NotImplementedError
+
+    def matrices(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """The factors as matrices whose product is the update: B (out, r), A (r, in·k…)."""
+        return b.flatten(1), a.flatten(1)
+
+    def to_matrix(self, weight: Tensor) -> Tensor:
+        """A base weight as the matrix (out, in·k…) that ``B @ A`` is added to."""
+        return weight.T if self.transposed else weight.flatten(1)
+
+    def from_matrix(self, matrix: Tensor, like: Tensor) -> Tensor:
+        """The inverse of `to_matrix`, in the shape of ``like``."""
+        return matrix.T if self.transposed else matrix.view_as(like)
+
+    def before_merge(self, weight: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        """The weight that an update can be added to, and the base's attributes that go with it.
+
+        Almost always the weight itself. A layer whose update does not fit the base's own parametrisation
+        (see the convolution with groups) gives an equivalent weight here.
+        """
+        return weight, {}
+
+    def is_matrix(self) -> bool:
+        """Whether the update is one product ``B @ A`` of the stored factors."""
+        return True
+
+    # -- containers ------------------------------------------------------------------------------
+
+    def new_container(self) -> nn.Module:
+        """An empty container of factors by adapter name."""
+        return nn.ModuleDict()
+
+    def put_factors(self, name: str, a: Tensor, b: Tensor, bias: Tensor | None) -> None:
+        """Store the factors of an adapter."""
+        self.lora_A[name] = Factor(a)
+        self.lora_B[name] = Factor(b, bias)
+
+    def factors(self, name: str) -> tuple[Tensor, Tensor, Tensor | None]:
+        """A, B and the bias of B of an adapter."""
+        a, b = self.lora_A[name], self.lora_B[name]
+        return a.weight, b.weight, b.bias  # type: ignore[return-value]
+
+    # -- what it holds ---------------------------------------------------------------------------
+
+    @property
+    def held_adapters(self) -> tuple[str, ...]:
+        """Names of the adapters that have factors here."""
+        return tuple(self._specs)
+
+    @property
+    def specs(self) -> Mapping[str, LoraSpec]:
+        """What each adapter gave this layer when it was made."""
+        return MappingProxyType(self._specs)
+
+    @property
+    def r(self) -> dict[str, int]:
+        """Rank by adapter name."""
+        return {name: spec.r for name, spec in self._specs.items()}
+
+    @property
+    def lora_alpha(self) -> dict[str, float]:
+        """``lora_alpha`` by adapter name."""
+        return {name: spec.lora_alpha for name, spec in self._specs.items()}
+
+    @property
+    def use_rslora(self) -> dict[str, bool]:
+        """Whether ``s = lora_alpha / √r``, by adapter name."""
+        return {name: spec.use_rslora for name, spec in self._specs.items()}
+
+    @property
+    def use_dora(self) -> dict[str, bool]:
+        """Whether the adapter is a DoRA, by adapter name."""
+        return {name: spec.variant == "dora" for name, spec in self._specs.items()}
+
+    @property
+    def lora_bias(self) -> dict[str, bool]:
+        """Whether B has a bias, by adapter name."""
+        return {name: spec.lora_bias for name, spec in self._specs.items()}
+
+    @property
+    def merged_adapters(self) -> list[str]:
+        """Names of the adapters that are merged into the base weight now."""
+        return list(self._merged)
+
+    @property
+    def merged(self) -> bool:
+        """True while any adapter is merged into the base weight."""
+        return bool(self._merged)
+
+    def get_base_layer(self) -> nn.Module:
+        """The adapted module itself."""
+        return self.base_layer
+
+    def original_base(self) -> nn.Module:
+        """The base layer as it is without any adapter, also while some are merged."""
+        if self._undo is None:
+            return self.base_layer
+        return stand_in(self.base_layer, self._undo.tensors(), self._undo.attributes)
+
+    def adapter_parameters(self, name: str) -> Iterator[nn.Parameter]:
+        """A, B and the bias of B."""
+        for tensor in self.factors(name):
+            if tensor is not None:
+                yield tensor  # type: ignore[misc]
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            # Code around the model reads `weight`, `in_features`, `stride`, … of the module it knows.
+            base = self.__dict__.get("_modules", {}).get("base_layer")
+            if base is None or name.startswith("_"):
+                raise
+            return getattr(base, name)
+
+    # -- adding and removing -----------------------------------------------------------------------
+
+    def initialise(self, spec: LoraSpec, seed: int) -> InitResult:
+        """Compute the factors that ``spec`` asks for; nothing is stored.
+
+        Args:
+            spec: What this layer gets.
+            seed: The adapter's draw from torch's global generator.
+        """
+        base = self.original_base()
+        shape_a, shape_b = self.shapes(base, spec.r)
+        request = InitRequest(
+            spec=spec,
+            shape_a=shape_a,
+            shape_b=shape_b,
+            bias=spec.lora_bias,
+            lookup=self.lookup,
+            matrix=lambda: self.to_matrix(backends.find(base).read(base)),
+            seed=seed,
+        )
+        return inits.find(spec.init)(request)
+
+    def add_adapter(self, spec: LoraSpec, start: InitResult, *, dtype: torch.dtype | None = None) -> None:
+        """Store an adapter's factors, beside the base and in its floating type unless said otherwise.
+
+        The adapter is not activated.
+
+        Args:
+            spec: What this layer gets.
+            start: The factors, from `initialise` or from a file.
+            dtype: Type of the stored factors; None keeps the type that ``start`` has.
+        """
+        backend = backends.find(self.base_layer)
+        device = start.a.device if start.a.is_meta else backend.device(self.base_layer)
+
+        def place(tensor: Tensor) -> Tensor:
+            return tensor.detach().to(device=device, dtype=dtype or tensor.dtype)
+
+        if start.base is not None:
+            self._replace_base(start.base)
+        self.put_factors(
+            spec.adapter,
+            place(start.a),
+            place(start.b),
+            None if start.bias is None else place(start.bias),
+        )
+        self.lora_dropout[spec.adapter] = nn.Dropout(p=spec.lora_dropout).train(self.training)
+        self._specs[spec.adapter] = spec
+        self.scaling[spec.adapter] = spec.scaling
+        self.adapters_changed()
+
+    def _replace_base(self, matrix: Tensor) -> None:
+        backend = backends.find(self.base_layer)
+        weight = backend.read(self.base_layer)
+        backend.write(self.base_layer, self.from_matrix(matrix, weight).to(weight))
+
+    def drop_adapter(self, name: str) -> None:
+        """Forget an adapter; if it is merged, the base gets its weight back first."""
+        if name in self._merged:
+            self.unmerge([name])
+        for container in (*(getattr(self, f) for f in self.factor_names), self.lora_dropout):
+            del container[name]
+        del self._specs[name]
+        del self.scaling[name]
+
+    def move_adapter(self, old: str, new: str) -> None:
+        """Keep an adapter under another name."""
+        for container in (*(getattr(self, f) for f in self.factor_names), self.lora_dropout):
+            container[new] = container[old]
+            del container[old]
+        self._specs[new] = replace(self._specs.pop(old), adapter=new)
+        self.scaling[new] = self.scaling.pop(old)
+        self._merged = [new if name == old else name for name in self._merged]
+
+    def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Make these adapters the active ones.
+
+        An adapter that is merged and not among them is unmerged first, with a warning: the layer computes
+        the base plus the active adapters, always.
+        """
+        names = as_names(adapter_names)
+        left = [name for name in self._merged if name not in names]
+        if left:
+            warnings.warn(
+                f"unmerging {', '.join(map(repr, left))}: no longer active. Merge again after set_adapter "
+                "if wanted.",
+                VeneerWarning,
+                stacklevel=2,
+            )
+            self.unmerge(left)
+        super().set_adapter(names, inference_mode=inference_mode)
+
+    def adapters_changed(self) -> None:
+        """Note which branches a forward adds."""
+        if self._disabled:
+            self._live = ()
+        else:
+            self._live = tuple(n for n in self._active if n in self._specs and n not in self._merged)
+
+    # -- strength ------------------------------------------------------------------------------------
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Set an adapter's strength to ``scale`` times what its configuration says."""
+        if adapter in self._specs:
+            self.scaling[adapter] = scale * self._specs[adapter].scaling
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the strength of the active adapters."""
+        for name in self._active:
+            if name in self.scaling:
+                self.scaling[name] *= scale
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the strength of the active adapters, or set it back to the configured one."""
+        for name in self._active:
+            if name in self.scaling:
+                self.scaling[name] = (
+                    self._specs[name].scaling if scale is None else self.scaling[name] / scale
+                )
+
+    # -- forward ---------------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The base's output plus the branches of the active adapters that are not merged."""
+        if self._disabled and self._merged:
+            return self.original_base()(x, *args, **kwargs)  # type: ignore[no-any-return]
+        result: Tensor = self.base_layer(x, *args, **kwargs)
+        for name in self._live:
+            result = variants.get(self._specs[name].variant).forward(self, name, x, result)
+        return result
+
+    def add_branch(self, name: str, x: Tensor, result: Tensor) -> Tensor:
+        """``result + s · B(A(dropout(x)))``, in the type of ``result``."""
+        branch = self.low_rank(name, self.lora_dropout[name](self.to_factors(name, x)))
+        return result + (branch * self.scaling[name]).to(result)
+
+    def to_factors(self, name: str, x: Tensor) -> Tensor:
+        """``x`` on the device of the factors: the two may differ in a model that is spread over devices."""
+        return x.to(self.factors(name)[0].device)
+
+    # -- merging ---------------------------------------------------------------------------------------
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """The scaled update ``s·BA`` in the layout of the weight it is merged into."""
+        if adapter not in self._specs:
+            raise AdapterNameError(f"this layer has no adapter {adapter!r}; it has: {list(self._specs)}")
+        a, b, _ = self.factors(adapter)
+        b2, a2 = self.matrices(a.detach(), b.detach())
+        weight, _ = self.before_merge(self._weight_meta())
+        return self.from_matrix(b2 @ a2, weight) * self.scaling[adapter]
+
+    def _weight_meta(self) -> Tensor:
+        """The base weight's shape before merging, without its values."""
+        base = self.original_base()
+        return backends.find(base).read(base).to("meta")
+
+    def refuses_merge(self, names: Sequence[str]) -> list[str]:
+        """Why merging these adapters would be wrong; empty if it is right."""
+        base = self.base_layer
+        reasons = []
+        weight = getattr(base, "weight", None)
+        backend = backends.find(base)
+        if isinstance(weight, Tensor) and weight.is_meta and backend.device(base).type == "meta":
+            reasons.append("the base weight is on the meta device: it has no values to merge into")
+        if (reason := backend.refuses_merge(base)) is not None:
+            reasons.append(reason)
+        biased = [n for n in names if self.factors(n)[2] is not None]
+        if biased and getattr(base, "bias", None) is None:
+            reasons.append(
+                f"lora_bias of {', '.join(map(repr, biased))} has no place to go: the base layer has no "
+                "bias, "
+                "and the architecture would drop one. Keep the adapter unmerged"
+            )
+        return reasons
+
+    def merge(
+        self,
+        safe_merge: bool = False,
+        adapter_names: Sequence[str] | None = None,
+        *,
+        keep_undo: bool = True,
+    ) -> float:
+        """Add adapters into the base weight: ``W ← W + Σ s·BA``, rounded once from float32.
+
+        Args:
+            safe_merge: Refuse, before anything changes, if the result would not be finite.
+            adapter_names: The adapters; None means the active ones. Those merged already, or not held
+                here, are passed over.
+            keep_undo: Keep what `unmerge` needs.
+
+        Returns:
+            The share of the update that survived rounding to the weight's type, in [0, 1].
+
+        Raises:
+            MergeError: If merging would give a wrong weight. Nothing has changed then.
+        """
+        asked = self._active if adapter_names is None else as_names(adapter_names)
+        names = [n for n in asked if n in self._specs and n not in self._merged]
+        if not names:
+            return 1.0
+        if reasons := self.refuses_merge(names):
+            raise MergeError("; ".join(reasons))
+        undo = self._undo
+        if undo is None and keep_undo:
+            undo = self._take_undo()
+        before = list(self._merged)
+        try:
+            if before and undo is not None:
+                self._restore(undo)
+            kept = self._merge_from_original([*before, *names], safe_merge)
+        except Exception:
+            if undo is not None:
+                self._restore(undo)
+                if before:
+                    self._merge_from_original(before, False)
+            raise
+        self._undo = undo
+        self._merged = [*before, *names]
+        self.adapters_changed()
+        return kept
+
+    def unmerge(self, adapter_names: Sequence[str] | None = None) -> None:
+        """Give the base weight back, bit for bit, whatever happened to the factors meanwhile.
+
+        Args:
+            adapter_names: The adapters to take out; None means all that are merged.
+
+        Raises:
+            MergeError: If the weight was merged without keeping an undo.
+        """
+        if not self._merged:
+            return
+        if self._undo is None:
+            raise MergeError(
+                "these adapters were merged without an undo (merge_and_unload): load the base again"
+            )
+        rest = [] if adapter_names is None else [n for n in self._merged if n not in as_names(adapter_names)]
+        self._restore(self._undo)
+        self._merged = rest
+        if rest:
+            self._merge_from_original(rest, False)
+        else:
+            self._undo = None
+        self.adapters_changed()
+
+    def _take_undo(self) -> Undo:
+        base, backend = self.base_layer, backends.find(self.base_layer)
+        weight = backend.read(base)
+        _, attributes = self.before_merge(weight.to("meta"))
+        tensors = {"weight": weight.clone()}
+        if isinstance(getattr(base, "bias", None), Tensor):
+            tensors["bias"] = backend.read(base, "bias").clone()
+        return Undo(tensors, {name: getattr(base, name) for name in attributes})
+
+    def _restore(self, undo: Undo) -> None:
+        base, backend = self.base_layer, backends.find(self.base_layer)
+        for name, tensor in undo.tensors().items():
+            backend.write(base, tensor, name)
+        for name, value in undo.attributes.items():
+            setattr(base, name, value)
+
+    @torch.no_grad()
+    def _merge_from_original(self, names: Sequence[str], check_finite: bool) -> float:
+        """Write the weight with these adapters into a base that has none merged; the share kept."""
+        base, backend = self.base_layer, backends.find(self.base_layer)
+        weight = backend.read(base)
+        kinds = {name: variants.get(self._specs[name].variant) for name in names}
+        if self.linear and backend.writable_in_place(base) and all(v.additive for v in kinds.values()):
+            terms = [(b, a, self.scaling[n]) for n in names for a, b, _ in [self.factors(n)]]
+            kept = merge_into_(weight, terms, transpose=self.transposed, check_finite=check_finite)
+        else:
+            start, attributes = self.before_merge(weight)
+            wide = torch.promote_types(start.dtype, torch.float32)
+            target = start.to(wide)
+            for name, variant in kinds.items():
+                delta = self.get_delta_weight(name).to(target)
+                target = variant.merged(target, delta, _NOTHING)
+            new, kept = merge_dense(start, target - start.to(wide))
+            if check_finite and not bool(new.isfinite().all()):
+                raise MergeError("the merged weight would hold infinite or undefined values")
+            backend.write(base, new)
+            for key, value in attributes.items():
+                setattr(base, key, value)
+        self._merge_biases(names)
+        return kept
+
+    def _merge_biases(self, names: Sequence[str]) -> None:
+        biases = [(self.factors(n)[2], self.scaling[n]) for n in names]
+        terms = [bias.detach().float() * scaling for bias, scaling in biases if bias is not None]
+        if terms:
+            base, backend = self.base_layer, backends.find(self.base_layer)
+            bias = backend.read(base, "bias")
+            total = bias.float() + torch.stack(terms).sum(0).to(bias.device)
+            backend.write(base, total.to(bias.dtype), "bias")

@@ -1,0 +1,103 @@
+"""Convolutions: `torch.nn.Conv1d`, `Conv2d`, `Conv3d` and their subclasses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from veneer.layers.base import LoraLayer, stand_in
+from veneer.spec import LoraSpec
+
+_CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_FORWARDS = (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
+
+
+class LoraConv(LoraLayer):
+    """``y = W ∗ x + b + s · B ∗₁ (A ∗ x)``: A has the base's geometry, B is a 1×1 convolution.
+
+    A is (r, in, k…), whatever the base's groups, and B is (out, r / groups, 1…), as in the field's
+    files. So with groups an update reaches across them; merging then gives the base the equivalent
+    weight without groups.
+
+    Shapes: x: (batch, in, d…) -> (batch, out, d'…).
+    """
+
+    wraps = (
+        "torch.nn.modules.conv.Conv1d",
+        "torch.nn.modules.conv.Conv2d",
+        "torch.nn.modules.conv.Conv3d",
+    )
+
+    @classmethod
+    def shapes(cls, base: nn.Module, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """A (r, in, k…), B (out, r / groups, 1…)."""
+        conv: Any = base
+        ones = (1,) * len(conv.kernel_size)
+        return (r, conv.in_channels, *conv.kernel_size), (conv.out_channels, r // conv.groups, *ones)
+
+    @classmethod
+    def refuses(cls, base: nn.Module, spec: LoraSpec) -> str | None:
+        """The rank is shared out among the groups."""
+        conv: Any = base
+        if spec.r % conv.groups:
+            return (
+                f"its {conv.groups} groups do not divide the rank r={spec.r}; choose a multiple "
+                "(rank_pattern)"
+            )
+        return None
+
+    def is_matrix(self) -> bool:
+        """With groups, B is block-diagonal."""
+        base: Any = self.original_base()
+        return int(base.groups) == 1
+
+    def low_rank(self, name: str, x: Tensor) -> Tensor:
+        """x: (batch, in, d…) -> (batch, out, d'…)."""
+        base: Any = self.original_base()
+        a: Any = self.lora_A[name]
+        b: Any = self.lora_B[name]
+        weight_a, weight_b = a.weight.to(x.dtype), b.weight.to(x.dtype)
+        bias = None if b.bias is None else b.bias.to(x.dtype)
+        convolve = _CONVOLVE[len(base.kernel_size)]
+        return convolve(self._convolve_as_base(base, x, weight_a), weight_b, bias, groups=base.groups)
+
+    @staticmethod
+    def _convolve_as_base(base: Any, x: Tensor, weight: Tensor) -> Tensor:
+        """``weight ∗ x`` with the base's stride, dilation and padding, without its groups and bias."""
+        if type(base).forward not in _FORWARDS:
+            # A subclass that pads in its own way: let its own forward do it, with A in place of W.
+            changes = {"groups": 1, "out_channels": weight.shape[0]}
+            twin = stand_in(base, {"weight": weight, "bias": None}, changes)
+            return type(base).forward(twin, x)  # type: ignore[no-any-return]
+        convolve = _CONVOLVE[len(base.kernel_size)]
+        if base.padding_mode != "zeros":
+            x = F.pad(x, base._reversed_padding_repeated_twice, mode=base.padding_mode)
+            return convolve(x, weight, None, base.stride, 0, base.dilation)
+        return convolve(x, weight, None, base.stride, base.padding, base.dilation)
+
+    def matrices(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """B (out, r), block-diagonal over the groups, and A (r, in·k…)."""
+        base: Any = self.original_base()
+        b2 = b.flatten(1)
+        if base.groups > 1:
+            b2 = torch.block_diag(*b2.chunk(base.groups))  # type: ignore[no-untyped-call]
+        return b2, a.flatten(1)
+
+    def before_merge(self, weight: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        """With groups, the same convolution without them: (out, in, k…), zero across groups."""
+        base: Any = self.original_base()
+        groups = base.groups
+        if groups == 1:
+            return weight, {}
+        out, width = weight.shape[:2]
+        if weight.is_meta:
+            return weight.new_empty(out, width * groups, *weight.shape[2:]), {"groups": 1}
+        full = weight.new_zeros(out, width * groups, *weight.shape[2:])
+        rows = out // groups
+        for g in range(groups):
+            block = slice(g * rows, (g + 1) * rows)
+            full[block, g * width : (g + 1) * width] = weight[block]
+        return full, {"groups": 1}

@@ -1,0 +1,84 @@
+"""Tables that are looked up: `torch.nn.Embedding`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from veneer.layers.base import LoraLayer
+from veneer.spec import LoraSpec
+
+
+class LoraEmbedding(LoraLayer):
+    """``y = W[i] + s · B A[:, i]``, with A (r, vocab) and B (dim, r).
+
+    The factors are parameters, not modules: on disk they have no ``.weight``. Dropout does not apply:
+    the input is an index. The base renormalises its own rows if it has a ``max_norm``; the update is
+    not renormalised.
+
+    Shapes: x: (...) integer -> (..., dim).
+    """
+
+    wraps = ("torch.nn.modules.sparse.Embedding",)
+    factor_names = ("lora_embedding_A", "lora_embedding_B")
+    transposed = True
+    lookup = True
+
+    lora_embedding_A: nn.ParameterDict
+    lora_embedding_B: nn.ParameterDict
+
+    @classmethod
+    def shapes(cls, base: nn.Module, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """A (r, vocab), B (dim, r)."""
+        return (r, int(base.num_embeddings)), (int(base.embedding_dim), r)  # type: ignore[arg-type]
+
+    @classmethod
+    def refuses(cls, base: nn.Module, spec: LoraSpec) -> str | None:
+        """An embedding has no bias."""
+        return "lora_bias has no meaning for an embedding" if spec.lora_bias else None
+
+    def new_container(self) -> nn.Module:
+        """Factors are kept as parameters."""
+        return nn.ParameterDict()
+
+    def put_factors(self, name: str, a: Tensor, b: Tensor, bias: Tensor | None) -> None:
+        """Store the factors of an adapter."""
+        self.lora_embedding_A[name] = nn.Parameter(a)
+        self.lora_embedding_B[name] = nn.Parameter(b)
+
+    def factors(self, name: str) -> tuple[Tensor, Tensor, Tensor | None]:
+        """A, B and no bias."""
+        return self.lora_embedding_A[name], self.lora_embedding_B[name], None
+
+    def low_rank(self, name: str, x: Tensor) -> Tensor:
+        """x: (...) integer -> (..., dim). Gradients of A are scaled or sparse as the base's are."""
+        a, b, _ = self.factors(name)
+        base: Any = self.base_layer
+        rows = F.embedding(
+            x,
+            a.T,
+            padding_idx=base.padding_idx,
+            scale_grad_by_freq=base.scale_grad_by_freq,
+            sparse=base.sparse,
+        )
+        return rows @ b.T
+
+    def add_branch(self, name: str, x: Tensor, result: Tensor) -> Tensor:
+        """``result + s · B A[:, x]``."""
+        branch = self.low_rank(name, self.to_factors(name, x))
+        return result + (branch * self.scaling[name]).to(result)
+
+    def before_merge(self, weight: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        """With a ``max_norm`` the rows as looked up: renormalised once and for all, before the update."""
+        base: Any = self.original_base()
+        limit = base.max_norm
+        if limit is None:
+            return weight, {}
+        if weight.is_meta:
+            return weight, {"max_norm": None}
+        norms = weight.norm(p=base.norm_type, dim=1, keepdim=True)
+        return (weight * (limit / (norms + 1e-7)).where(norms > limit, norms.new_ones(()))).to(weight), {
+            "max_norm": None
+        }

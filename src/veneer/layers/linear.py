@@ -1,0 +1,110 @@
+"""Matrices: `torch.nn.Linear`, and transformers' Conv1D, which stores its weight transposed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from veneer import variants
+from veneer.layers.base import LoraLayer
+from veneer.ops.lora_linear import add_lora_, lora_linear
+
+
+def _is_plain(base: nn.Module) -> bool:
+    """Whether ``base(x)`` is exactly ``x Wᵀ + b`` with the tensors that it holds.
+
+    A subclass, a hook, a parametrization, a tensor subclass or an offloaded weight each may compute
+    something else, so those run their own forward.
+    """
+    return (
+        type(base) is nn.Linear
+        and type(base.weight) is nn.Parameter
+        and "forward" not in base.__dict__
+        and not (
+            base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
+        )
+        and not base.weight.is_meta
+    )
+
+
+class LoraLinear(LoraLayer):
+    """``y = x Wᵀ + b + s · dropout(x) Aᵀ Bᵀ``, with A (r, in) and B (out, r).
+
+    Shapes: x: (..., in) -> (..., out).
+    """
+
+    wraps = ("torch.nn.modules.linear.Linear",)
+    linear = True
+
+    @classmethod
+    def shapes(cls, base: nn.Module, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """A (r, in), B (out, r)."""
+        return (r, int(base.in_features)), (int(base.out_features), r)  # type: ignore[arg-type]
+
+    def low_rank(self, name: str, x: Tensor) -> Tensor:
+        """x: (..., in) -> (..., out)."""
+        return self.lora_B[name](self.lora_A[name](x))  # type: ignore[no-any-return]
+
+    def _dropout(self, name: str) -> float:
+        dropout = self.lora_dropout[name]
+        return float(dropout.p) if dropout.training else 0.0  # type: ignore[arg-type]
+
+    def add_branch(self, name: str, x: Tensor, result: Tensor) -> Tensor:
+        """``result + s · dropout(x) Aᵀ Bᵀ``; one step, no full-size temporary."""
+        a, b, bias = self.factors(name)
+        if a.is_meta or torch.is_autocast_enabled(x.device.type):
+            return super().add_branch(name, x, result)
+        x = self.to_factors(name, x)
+        if result.device != a.device:
+            return super().add_branch(name, x, result)
+        return add_lora_(result, x, a, b, bias, self.scaling[name], self._dropout(name), inplace=False)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Base and first branch in one step where the base is a plain linear; else base, then branches."""
+        live = self._live
+        base: Any = self.base_layer
+        if (
+            not live
+            or args
+            or kwargs
+            or not variants.get(self._specs[live[0]].variant).additive
+            or not _is_plain(base)
+            or x.dtype != base.weight.dtype
+            or torch.is_autocast_enabled(x.device.type)
+        ):
+            return super().forward(x, *args, **kwargs)
+        first, *rest = live
+        a, b, bias = self.factors(first)
+        if not a.device == x.device == base.weight.device:
+            return super().forward(x)
+        result = lora_linear(
+            x,
+            base.weight,
+            base.bias,
+            a,
+            b,
+            bias,
+            self.scaling[first],
+            self._dropout(first),
+        )
+        for name in rest:
+            result = variants.get(self._specs[name].variant).forward(self, name, x, result)
+        return result
+
+
+class LoraConv1D(LoraLinear):
+    """transformers' Conv1D: a linear whose weight is stored (in, out).
+
+    Shapes: x: (..., in) -> (..., out).
+    """
+
+    wraps = ("transformers.pytorch_utils.Conv1D",)
+    transposed = True
+
+    @classmethod
+    def shapes(cls, base: nn.Module, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """A (r, in), B (out, r), whatever the layout of the base."""
+        size_in, size_out = base.weight.shape  # type: ignore[misc]
+        return (r, size_in), (size_out, r)

@@ -1,0 +1,95 @@
+"""Modules that an adapter trains whole: a head, a norm."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from veneer.adapters import AdapterModule
+from veneer.errors import VeneerError
+
+
+class ModulesToSaveWrapper(AdapterModule):
+    """A module beside the copies of it that adapters train.
+
+    With an active adapter that has a copy, the copy answers; otherwise the original. Two active
+    adapters that both have a copy cannot both answer, so that is refused when they are activated.
+
+    Args:
+        module_to_save: The original; it stays as it is.
+    """
+
+    def __init__(self, module_to_save: nn.Module) -> None:
+        super().__init__()
+        self.original_module = module_to_save
+        self.modules_to_save = nn.ModuleDict()
+        self.training = module_to_save.training
+
+    @property
+    def held_adapters(self) -> tuple[str, ...]:
+        """Names of the adapters that have a copy."""
+        return tuple(self.modules_to_save)
+
+    def adapter_parameters(self, name: str) -> Iterator[nn.Parameter]:
+        """The parameters of an adapter's copy."""
+        return self.modules_to_save[name].parameters()
+
+    def add_copy(self, name: str, module: nn.Module) -> None:
+        """Give an adapter its own copy, trainable once it is activated."""
+        self.modules_to_save[name] = module.requires_grad_(False)
+
+    def new_copy(self) -> nn.Module:
+        """A deep copy of the original, for an adapter to train."""
+        return copy.deepcopy(self.original_module)
+
+    def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
+        """Names on disk and in memory of an adapter's tensors here: transformers asks when it loads a file."""
+        own = self.modules_to_save[adapter_name].state_dict() if adapter_name in self.modules_to_save else ()
+        return {key: f"modules_to_save.{adapter_name}.{key}" for key in own}
+
+    def drop_adapter(self, name: str) -> None:
+        """Forget an adapter's copy."""
+        del self.modules_to_save[name]
+
+    def move_adapter(self, old: str, new: str) -> None:
+        """Keep a copy under another name."""
+        self.modules_to_save[new] = self.modules_to_save.pop(old)
+
+    def set_adapter(self, adapter_names: Any, inference_mode: bool = False) -> None:
+        """Make these adapters the active ones.
+
+        Raises:
+            VeneerError: If more than one of them has its own copy of this module.
+        """
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        mine = [name for name in names if name in self.modules_to_save]
+        if len(mine) > 1:
+            raise VeneerError(
+                f"the adapters {', '.join(map(repr, mine))} each trained their own copy of the same module "
+                f"(a {type(self.original_module).__name__}); only one of them can be active at a time"
+            )
+        super().set_adapter(names, inference_mode=inference_mode)
+
+    @property
+    def current(self) -> nn.Module:
+        """The module that answers now."""
+        if not self._disabled:
+            for name in self._active:
+                if name in self.modules_to_save:
+                    return self.modules_to_save[name]
+        return self.original_module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the module that answers now gives."""
+        return self.current(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "original_module" not in self.__dict__.get("_modules", {}) or name.startswith("_"):
+                raise
+            return getattr(self.current, name)

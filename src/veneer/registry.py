@@ -1,0 +1,93 @@
+"""Find the plug-ins of a folder; look one up by name, or by the type of a module.
+
+A layer, init, variant or backend registers itself by being defined. The folders load every module
+they contain, so adding one is adding a file.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Iterable, Iterator
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class NameRegistry(Generic[T]):
+    """Items by name.
+
+    Args:
+        kind: What the items are, for error messages ("init", "variant").
+    """
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self._items: dict[str, T] = {}
+
+    def add(self, name: str, item: T) -> None:
+        """Register ``item``; the same name twice is a mistake of the programmer.
+
+        Raises:
+            ValueError: If the name is taken by another item.
+        """
+        if name in self._items:
+            raise ValueError(f"{self.kind} {name!r} is registered twice: {self._items[name]!r} and {item!r}")
+        self._items[name] = item
+
+    def get(self, name: str) -> T | None:
+        """The item of that name, or None."""
+        return self._items.get(name)
+
+    def names(self) -> tuple[str, ...]:
+        """All registered names, sorted."""
+        return tuple(sorted(self._items))
+
+    def __iter__(self) -> Iterator[T]:
+        return iter(self._items.values())
+
+
+class TypeRegistry(Generic[T]):
+    """Items by the types they serve, found along a type's method resolution order.
+
+    Types are written as ``"module.QualName"``, so that a type of an optional library is served
+    without importing that library: an object of it cannot exist before its library was imported.
+    """
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self._items: dict[str, T] = {}
+
+    def add(self, type_names: Iterable[str], item: T) -> None:
+        """Register ``item`` for each of the types.
+
+        Raises:
+            ValueError: If a type is already served by another item.
+        """
+        for name in type_names:
+            if name in self._items:
+                raise ValueError(f"two {self.kind}s for {name}: {self._items[name]!r} and {item!r}")
+            self._items[name] = item
+
+    def find(self, cls: type) -> T | None:
+        """The item that serves ``cls`` or its nearest base class, or None."""
+        for base in cls.__mro__:
+            item = self._items.get(f"{base.__module__}.{base.__qualname__}")
+            if item is not None:
+                return item
+        return None
+
+    def items(self) -> Iterator[tuple[str, T]]:
+        """Pairs of type name and item."""
+        return iter(self._items.items())
+
+
+def load_all(package: str, path: Iterable[str]) -> None:
+    """Import every module of a package folder, in name order, so that its plug-ins register.
+
+    Args:
+        package: The package's ``__name__``.
+        path: The package's ``__path__``.
+    """
+    for module in sorted(pkgutil.iter_modules(path), key=lambda m: m.name):
+        importlib.import_module(f"{package}.{module.name}")

@@ -1,0 +1,345 @@
+"""A model with adapters <-> tensors under the names that they have on disk.
+
+Collecting and filling use one walk over the model, so what is saved is what is loaded.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from veneer.adapters import AdapterSet
+from veneer.checkpoint import (
+    LoadReport,
+    compare_fingerprints,
+    fingerprint,
+    match,
+    to_disk,
+)
+from veneer.config import LoraConfig
+from veneer.errors import AdapterNameError, BaseMismatchError, LoadMismatchError, VeneerWarning
+from veneer.inject import Injection, bias_parameters, embedding_weights
+from veneer.layers import LoraLayer
+from veneer.layers.modules_to_save import ModulesToSaveWrapper
+
+#: What a saved adapter's names begin with.
+PREFIX = "base_model.model."
+#: Key of the base's fingerprint in the metadata of a safetensors file.
+FINGERPRINT = "veneer_base"
+
+_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+
+
+def _clean(name: str) -> str:
+    """A parameter's name without the segments that compilers and shards add."""
+    return _WRAPPERS.sub("", name)
+
+
+class Slot(NamedTuple):
+    """One tensor of an adapter."""
+
+    disk: str
+    memory: str
+    tensor: Tensor
+
+
+def slots(model: nn.Module, adapter: str) -> Iterator[Slot]:
+    """Every tensor of an adapter in the model, biases and embeddings of the base apart.
+
+    Args:
+        model: A PeftModel, or any module with adapters in it.
+        adapter: The adapter's name.
+    """
+    for path, module in model.named_modules():
+        own: Iterable[tuple[str, Tensor]] = ()
+        if isinstance(module, LoraLayer) and adapter in module.held_adapters:
+            own = (
+                (name, tensor)
+                for container in module.adapter_layer_names
+                for name, tensor in _container_tensors(module, container, adapter)
+            )
+        elif isinstance(module, ModulesToSaveWrapper) and adapter in module.held_adapters:
+            own = (
+                (f"modules_to_save.{adapter}.{name}", tensor)
+                for name, tensor in module.modules_to_save[adapter].state_dict(keep_vars=True).items()
+            )
+        for name, tensor in own:
+            memory = _clean(f"{path}.{name}" if path else name)
+            yield Slot(to_disk(memory, adapter), memory, tensor)
+
+
+def _container_tensors(layer: LoraLayer, container: str, adapter: str) -> Iterator[tuple[str, Tensor]]:
+    held = getattr(layer, container)
+    if adapter not in held:
+        return
+    value = held[adapter]
+    if isinstance(value, Tensor):
+        yield f"{container}.{adapter}", value
+    else:
+        for name, tensor in value.state_dict(keep_vars=True).items():
+            yield f"{container}.{adapter}.{name}", tensor
+
+
+def _root(model: nn.Module) -> tuple[nn.Module, str]:
+    """The module that was adapted, and the prefix under which ``model`` holds it."""
+    inner = getattr(type(model), "get_base_model", None)
+    return (model.get_base_model(), PREFIX) if inner is not None else (model, "")  # type: ignore[operator]
+
+
+def _config(model: nn.Module, adapter: str) -> LoraConfig:
+    configs: Mapping[str, LoraConfig] = getattr(model, "peft_config", {})
+    if adapter not in configs:
+        AdapterSet(model).check([adapter], known=configs)
+    return configs[adapter]
+
+
+def adapter_state_dict(
+    model: nn.Module,
+    adapter: str,
+    *,
+    state_dict: Mapping[str, Tensor] | None = None,
+    save_embedding_layers: bool | Literal["auto"] = "auto",
+) -> dict[str, Tensor]:
+    """The tensors of an adapter under their names on disk; only they are ever collected.
+
+    Args:
+        model: A PeftModel, or any module with adapters in it.
+        adapter: The adapter's name.
+        state_dict: Take the values from this full state dict (gathered from shards) instead of the model.
+        save_embedding_layers: Add the input and output embeddings: True, False, or "auto": those that the
+            adapter targets, and both if the vocabulary was resized.
+
+    Raises:
+        AdapterNameError: If the model has no such adapter.
+        LoadMismatchError: If ``state_dict`` lacks a tensor of the adapter.
+    """
+    config = _config(model, adapter)
+    wanted = {slot.disk: slot for slot in slots(model, adapter)}
+    root, prefix = _root(model)
+    for name, parameter in bias_parameters(root, config.bias):
+        wanted[f"{prefix}{_clean(name)}"] = Slot(
+            f"{prefix}{_clean(name)}", f"{prefix}{_clean(name)}", parameter
+        )
+    for name, parameter in _embeddings(root, adapter, save_embedding_layers).items():
+        wanted[f"{prefix}{_clean(name)}"] = Slot(
+            f"{prefix}{_clean(name)}", f"{prefix}{_clean(name)}", parameter
+        )
+    if state_dict is None:
+        return {disk: slot.tensor.detach() for disk, slot in wanted.items()}
+    given = {_clean(name): tensor for name, tensor in state_dict.items()}
+    # A state dict of the wrapped model may lack the face's prefix, or already be an adapter's own.
+    result, absent = {}, []
+    for disk, slot in wanted.items():
+        for name in (slot.memory, slot.memory.removeprefix(PREFIX), f"{PREFIX}{slot.memory}", disk):
+            if name in given:
+                result[disk] = given[name].detach()
+                break
+        else:
+            absent.append(slot.memory)
+    if absent:
+        raise LoadMismatchError(
+            f"the state dict lacks {len(absent)} of the {len(wanted)} tensors of adapter {adapter!r}, "
+            f"for example {', '.join(absent[:3])}: was it gathered from all shards?"
+        )
+    return result
+
+
+def _embeddings(
+    root: nn.Module, adapter: str, save_embedding_layers: bool | Literal["auto"]
+) -> dict[str, nn.Parameter]:
+    weights = embedding_weights(root)
+    if save_embedding_layers is True or not weights:
+        if save_embedding_layers is True and not weights:
+            warnings.warn(
+                "save_embedding_layers=True, but this model does not say where its embeddings are: none are "
+                "saved",
+                VeneerWarning,
+                stacklevel=4,
+            )
+        return weights
+    if save_embedding_layers is False:
+        return {}
+    targeted = {
+        path
+        for path, module in root.named_modules()
+        if isinstance(module, LoraLayer) and adapter in module.held_adapters
+    }
+    return {
+        name: parameter
+        for name, parameter in weights.items()
+        if name.removesuffix(".base_layer.weight") in targeted
+        or (parameter.shape[0] != _declared_vocabulary(root) and _declared_vocabulary(root) is not None)
+    }
+
+
+def _declared_vocabulary(root: nn.Module) -> int | None:
+    """The vocabulary size in the configuration file of the base, if that is a local directory.
+
+    A difference from the model's own means that the embeddings were resized. Saving never asks the hub.
+    """
+    name = getattr(getattr(root, "config", None), "_name_or_path", None)
+    if not isinstance(name, str) or not name:
+        return None
+    file = Path(name) / "config.json"
+    try:
+        size = json.loads(file.read_text(encoding="utf-8")).get("vocab_size")
+    except (OSError, ValueError, AttributeError):  # not a local directory with a readable configuration
+        return None
+    return size if isinstance(size, int) else None
+
+
+def fill_injection(
+    injection: Injection,
+    shapes: Mapping[str, tuple[int, ...]],
+    read: Callable[[Iterable[str]], Mapping[str, Tensor]],
+    *,
+    where: object,
+    strict: bool = True,
+    prefix: str = PREFIX,
+) -> LoadReport:
+    """Give a prepared adapter the values of a file, after accounting for all of them.
+
+    Args:
+        injection: The prepared adapter; the model is not touched.
+        shapes: The file's names and shapes.
+        read: Reads tensors by their names in the file.
+        where: What to call the file in messages.
+        strict: Raise unless every tensor of the file is used and every expected one is there.
+        prefix: What the names begin with.
+
+    Raises:
+        LoadMismatchError: With ``strict``; or always when no tensor at all fits.
+    """
+    optional = {f"{prefix}{k}": v for k, v in injection.optional().items()}
+    expected = {f"{prefix}{k}": v for k, v in injection.expected().items()}
+    report = match({**expected, **optional}, shapes, optional=optional)
+    if strict or not report.renamed:
+        report.raise_for(where)
+    if report.notice:
+        warnings.warn(f"{where}: {report.notice}", VeneerWarning, stacklevel=4)
+    values = read(list(report.renamed))
+    injection.fill({report.renamed[k].removeprefix(prefix): t for k, t in values.items()})
+    if changed := injection.changed_embeddings():
+        warnings.warn(
+            f"{where} carries its own {' and '.join(changed)}: the base's values are replaced by them, "
+            "for every adapter on this model",
+            VeneerWarning,
+            stacklevel=4,
+        )
+    return report
+
+
+@torch.no_grad()
+def set_adapter_state_dict(
+    model: nn.Module,
+    tensors: Mapping[str, Tensor],
+    adapter: str,
+    *,
+    ignore_mismatched_sizes: bool = False,
+) -> LoadReport:
+    """Write tensors with names on disk into an adapter that the model has already.
+
+    Args:
+        model: A PeftModel, or any module with adapters in it.
+        tensors: The adapter's tensors by their names on disk.
+        adapter: The adapter's name.
+        ignore_mismatched_sizes: Pass over tensors of another shape instead of raising.
+
+    Returns:
+        The account of all keys.
+
+    Raises:
+        LoadMismatchError: If no tensor fits, or shapes differ. Nothing has been written then.
+    """
+    config = _config(model, adapter)
+    root, prefix = _root(model)
+    places: dict[str, Tensor] = {slot.disk: slot.tensor for slot in slots(model, adapter)}
+    if not places:
+        raise AdapterNameError(f"no module of the model holds the adapter {adapter!r}")
+    places.update({f"{prefix}{_clean(n)}": p for n, p in bias_parameters(root, config.bias)})
+    optional = {f"{prefix}{_clean(n)}": p for n, p in embedding_weights(root).items()}
+    every = {**places, **optional}
+    report = match(
+        {k: tuple(t.shape) for k, t in every.items()},
+        {k: tuple(t.shape) for k, t in tensors.items()},
+        optional=optional,
+    )
+    if not report.renamed or (report.mismatched and not ignore_mismatched_sizes):
+        report.raise_for("the state dict")
+    meta = {}
+    for key, name in report.renamed.items():
+        place = every[name]
+        if place.is_meta:
+            meta[name] = tensors[key]
+        else:
+            place.copy_(tensors[key])
+    if meta:
+        _materialise(model, adapter, meta)
+    return report
+
+
+def _materialise(model: nn.Module, adapter: str, values: Mapping[str, Tensor]) -> None:
+    """Replace parameters on the meta device by parameters with values."""
+    by_memory = {s.memory: values[s.disk] for s in slots(model, adapter) if s.disk in values}
+    for path, module in model.named_modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            value = by_memory.get(_clean(f"{path}.{name}" if path else name))
+            if value is not None and parameter.is_meta:
+                new = nn.Parameter(value.detach().clone().to(parameter.dtype), parameter.requires_grad)
+                setattr(module, name, new)
+
+
+def base_fingerprint(model: nn.Module, targets: Mapping[str, LoraLayer] | None = None) -> dict[str, Any]:
+    """What tells the base model of an adapter from another one of the same shape.
+
+    Args:
+        model: The base model, adapted or about to be.
+        targets: The adapted layers by path; None looks them up.
+    """
+    if targets is None:
+        targets = {path: m for path, m in model.named_modules() if isinstance(m, LoraLayer)}
+    weights = {
+        _clean(path): getattr(layer.original_base(), "weight", None) for path, layer in targets.items()
+    }
+    config = getattr(model, "config", None)
+    size = config.get("vocab_size") if isinstance(config, Mapping) else getattr(config, "vocab_size", None)
+    return fingerprint(
+        type(model).__name__,
+        size if isinstance(size, int) else None,
+        {path: w.detach() for path, w in weights.items() if isinstance(w, Tensor)},
+    )
+
+
+def check_base(injection: Injection, metadata: Mapping[str, str], where: object) -> None:
+    """Compare the base that an adapter was made on with the one it is about to be put on.
+
+    Raises:
+        BaseMismatchError: If they are plainly different models.
+    """
+    text = metadata.get(FINGERPRINT)
+    if text is None:
+        return
+    targets = {a.site.path: a.layer for a in injection.additions}
+    try:
+        saved = json.loads(text)
+    except ValueError:
+        saved = {}
+    result = compare_fingerprints(saved, base_fingerprint(injection.model, targets))
+    if result.severity == "none":
+        return
+    said = "; ".join(result.problems)
+    if result.severity == "wrong":
+        raise BaseMismatchError(
+            f"{where} was made on another base model: {said}. Load the base that its adapter_config.json "
+            "names; check_base=False loads it all the same"
+        )
+    warnings.warn(
+        f"{where}: the base model is not exactly the one it was made on: {said}", VeneerWarning, stacklevel=4
+    )

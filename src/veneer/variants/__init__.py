@@ -1,0 +1,10 @@
+"""How the low-rank update combines with the base weight: one file a variant."""
+
+from __future__ import annotations
+
+from veneer.registry import load_all
+from veneer.variants.base import Branch, Variant, get, registry
+
+load_all(__name__, __path__)
+
+__all__ = ["Branch", "Variant", "get", "registry"]
