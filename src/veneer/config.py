@@ -13,7 +13,7 @@ import json
 import math
 import os
 import re
-import tempfile
+import uuid
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -492,6 +492,9 @@ class PeftConfig:
         known = {f.name for f in dataclasses.fields(target) if f.init}
         _mention_newer_version(values.get("peft_version"))
         accepted = {k: v for k, v in values.items() if k in known and k != "runtime_config"}
+        accepted = {
+            k: v for k, v in accepted.items() if v is not None or k not in (*_FLAGS, "inference_mode")
+        }
         refused = [k for k, v in values.items() if k not in known and not _is_harmless(k, v)]
         unknown = ", ".join(_unknown_option(str(k), known) + f" = {_show(values[k])}" for k in refused)
         if refused and not strict:
@@ -562,17 +565,19 @@ class PeftConfig:
         values = self.to_json(inference_mode=None)
         if auto_mapping_dict is not None:
             values = dict(sorted({**values, "auto_mapping": auto_mapping_dict}.items()))
-        text = json.dumps(values, indent=2, allow_nan=False) + "\n"
-        handle, temporary = tempfile.mkstemp(dir=directory, prefix=".adapter_config-", suffix=".tmp")
         try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
+            text = json.dumps(values, indent=2, allow_nan=False) + "\n"
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"the configuration holds what JSON cannot: {error}") from error
+        temporary = directory / f".{CONFIG_FILE}.{uuid.uuid4().hex}.tmp"
+        try:
+            with open(temporary, "x", encoding="utf-8") as file:
                 file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
-            os.chmod(temporary, 0o666 & ~_umask())
             os.replace(temporary, directory / CONFIG_FILE)
         except BaseException:
-            os.unlink(temporary)
+            temporary.unlink(missing_ok=True)
             raise
 
 
@@ -663,9 +668,15 @@ class LoraConfig(PeftConfig):
         for name in ("modules_to_save", "layers_to_transform", "layers_pattern"):
             if isinstance(value := getattr(self, name), (tuple, set, frozenset, range)):
                 setattr(self, name, sorted(value) if isinstance(value, (set, frozenset)) else list(value))
+        for name in ("exclude_modules", "layers_pattern"):
+            if getattr(self, name) in ("", []):
+                setattr(self, name, None)
         for name in ("rank_pattern", "alpha_pattern", "loftq_config"):
             if getattr(self, name) is None:
                 setattr(self, name, {})
+        for name in _VARIANT_DICTS:
+            if dataclasses.is_dataclass(value := getattr(self, name)) and not isinstance(value, type):
+                setattr(self, name, dataclasses.asdict(value))
         for name, kind in _PARTS.items():
             setattr(self, name, _part(kind, getattr(self, name)))
         init = _init_name(self.init_lora_weights)
@@ -938,12 +949,6 @@ def _check_nesting(values: Any) -> None:
         if not level:
             return
     raise ConfigError(f"the configuration is nested more than {DEEPEST_NESTING} levels deep")
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def is_local(where: str) -> bool:

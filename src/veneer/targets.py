@@ -425,7 +425,8 @@ def shortest_names(targets: Iterable[str], others: Iterable[str]) -> list[str]:
         others: Paths of all other modules.
 
     Returns:
-        Sorted names; a target whose every end also matches another module appears with its full path.
+        Sorted names. A target whose own path is the end of another module's path is listed with that path,
+        though names cannot tell the two apart.
     """
     forbidden = {end for path in others for end in _path_ends(path)}
     names = set()
