@@ -87,7 +87,7 @@ def _sample(weight: torch.Tensor) -> list[float | None]:
     for size in reversed(weight.shape):
         index.append(torch.tensor([f % size for f in flat], device=weight.device))
         flat = [f // size for f in flat]
-    values = weight[tuple(reversed(index))] if index else weight.reshape(1)
+    values = weight[tuple(reversed(index))] if index else weight.expand(POSITIONS)
     rounded = values.to(torch.bfloat16).tolist()
     return [float(f"{v:.3g}") if math.isfinite(v) else None for v in rounded]
 

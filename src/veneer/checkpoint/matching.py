@@ -241,7 +241,8 @@ def _align(old: list[str], new: list[str]) -> tuple[str, str] | None:
         return None
     if not _is_part(head_old, head_new) and not _is_part(head_new, head_old):
         only_tail = same <= len(_tail(".".join(old)).split("."))
-        if only_tail or _parts_named(head_old) != _parts_named(head_new):
+        named_old, named_new = _parts_named(head_old), _parts_named(head_new)
+        if only_tail or (named_old and named_new and named_old != named_new):
             return None
     return ".".join([*head_old, ""]), ".".join([*head_new, ""])
 
