@@ -779,7 +779,12 @@ class LoraConfig(PeftConfig):
         return found + _count("qalora_group_size", self.qalora_group_size)
 
     def advice(self) -> list[str]:
-        """Sentences about values that are legal but rarely meant, for whoever makes an adapter from them."""
+        """Sentences about values that are legal but rarely meant, for whoever makes an adapter from them.
+
+        Raises:
+            ConfigError: If a value that cannot be right was assigned since construction.
+        """
+        self.validate()
         found = []
         scale = self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
         if scale < 0.25 and self.lora_alpha == 8:

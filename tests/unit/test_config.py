@@ -382,6 +382,13 @@ def test_other_advice() -> None:
     assert "use_rslora" in LoraConfig(r=2048, use_rslora=True).advice()[0]
 
 
+def test_an_assigned_value_is_checked_before_advice_is_given() -> None:
+    config = LoraConfig()
+    config.r = 0
+    with pytest.raises(ConfigError, match="r must be"):
+        config.advice()
+
+
 # --- the file ---
 
 
