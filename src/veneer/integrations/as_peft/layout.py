@@ -1,0 +1,175 @@
+"""Which names lie in which module of the facade.
+
+Read from what transformers, TRL, diffusers, accelerate and sentence-transformers import, and from the field's
+guides. The names are attributes of `objects.py`.
+"""
+
+from __future__ import annotations
+
+_CONFIGS = (
+    "PeftConfig",
+    "LoraConfig",
+    "LoftQConfig",
+    "EvaConfig",
+    "LoraRuntimeConfig",
+    "PeftType",
+    "TaskType",
+)
+_MODELS = (
+    "PeftModel",
+    "PeftMixedModel",
+    "PeftModelForCausalLM",
+    "PeftModelForSeq2SeqLM",
+    "PeftModelForSequenceClassification",
+    "PeftModelForTokenClassification",
+    "PeftModelForQuestionAnswering",
+    "PeftModelForFeatureExtraction",
+)
+_AUTO = (
+    "AutoPeftModel",
+    "AutoPeftModelForCausalLM",
+    "AutoPeftModelForSeq2SeqLM",
+    "AutoPeftModelForSequenceClassification",
+    "AutoPeftModelForTokenClassification",
+    "AutoPeftModelForQuestionAnswering",
+    "AutoPeftModelForFeatureExtraction",
+)
+_STATE = ("get_peft_model_state_dict", "set_peft_model_state_dict", "load_peft_weights")
+_FILES = ("CONFIG_NAME", "SAFETENSORS_WEIGHTS_NAME", "WEIGHTS_NAME")
+_OTHER = (
+    "AuxiliaryTrainingWrapper",
+    "ModulesToSaveWrapper",
+    "_get_submodules",
+    "fsdp_auto_wrap_policy",
+    "infer_device",
+    *_FILES,
+)
+_LORA = ("LoraConfig", "LoraLayer", "LoraModel", "LoftQConfig", "EvaConfig", "LoraRuntimeConfig")
+_FUNCTIONAL = ("cast_adapter_dtype", "delete_adapter", "set_adapter", "set_requires_grad")
+_HOTSWAP = (
+    "check_hotswap_configs_compatible",
+    "hotswap_adapter",
+    "hotswap_adapter_from_state_dict",
+    "prepare_model_for_compiled_hotswap",
+)
+
+LAYOUT: dict[str, tuple[str, ...]] = {
+    "peft": (
+        *_CONFIGS,
+        *_MODELS,
+        *_AUTO,
+        *_STATE,
+        "LoraModel",
+        "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
+        "PEFT_TYPE_TO_CONFIG_MAPPING",
+        "PEFT_TYPE_TO_TUNER_MAPPING",
+        "get_peft_config",
+        "get_peft_model",
+        "inject_adapter_in_model",
+    ),
+    "peft.auto": (*_AUTO, "MODEL_TYPE_TO_PEFT_MODEL_MAPPING", "PeftConfig"),
+    "peft.config": ("PeftConfig", "PromptLearningConfig"),
+    "peft.functional": (
+        *_FUNCTIONAL,
+        "get_peft_model_state_dict",
+        "inject_adapter_in_model",
+        "set_peft_model_state_dict",
+    ),
+    "peft.helpers": (
+        "check_if_peft_model",
+        "disable_input_dtype_casting",
+        "rescale_adapter_scale",
+        "update_forward_signature",
+        "update_generate_signature",
+        "update_signature",
+    ),
+    "peft.import_utils": ("is_bnb_available", "is_bnb_4bit_available"),
+    "peft.mapping": (
+        "PEFT_TYPE_TO_CONFIG_MAPPING",
+        "PEFT_TYPE_TO_PREFIX_MAPPING",
+        "PEFT_TYPE_TO_TUNER_MAPPING",
+        "get_peft_config",
+        "inject_adapter_in_model",
+    ),
+    "peft.mapping_func": ("MODEL_TYPE_TO_PEFT_MODEL_MAPPING", "get_peft_model"),
+    "peft.peft_model": (*_MODELS, *_STATE),
+    "peft.mixed_model": ("PeftMixedModel",),
+    "peft.tuners": _LORA,
+    "peft.tuners.tuners_utils": (
+        "BaseTuner",
+        "BaseTunerLayer",
+        "cast_adapter_dtype",
+        "delete_adapter",
+        "set_adapter",
+    ),
+    "peft.tuners.lora": (*_LORA, "Conv1d", "Conv2d", "Conv3d", "Embedding", "Linear"),
+    "peft.tuners.lora.config": ("LoraConfig", "LoftQConfig", "EvaConfig", "LoraRuntimeConfig"),
+    "peft.tuners.lora.layer": (
+        "LoraLayer",
+        "Conv1d",
+        "Conv2d",
+        "Conv3d",
+        "Embedding",
+        "Linear",
+    ),
+    "peft.tuners.lora.model": ("LoraModel",),
+    "peft.tuners.loha": ("LoHaLayer",),
+    "peft.tuners.loha.layer": ("LoHaLayer",),
+    "peft.tuners.lokr": ("LoKrLayer",),
+    "peft.tuners.lokr.layer": ("LoKrLayer", "factorization"),
+    "peft.utils": (*_STATE, *_OTHER, "PeftType", "TaskType"),
+    "peft.utils.constants": _FILES,
+    "peft.utils.hotswap": _HOTSWAP,
+    "peft.utils.integrations": ("gather_params_ctx", "init_empty_weights"),
+    "peft.utils.other": _OTHER,
+    "peft.utils.peft_types": ("PeftType", "TaskType"),
+    "peft.utils.save_and_load": _STATE,
+    "peft.utils.transformers_weight_conversion": ("build_peft_weight_mapping",),
+}
+
+# Public names of peft 0.21 that belong to methods or options which Veneer has not got.
+_METHODS_WITH_MODEL = (
+    "AdaLora Adamss AdaptionPrompt BOFT Beft C3A Deft Delora FourierFT Frod Glora Gralora HRA Hira IA3 "
+    "LNTuning Lily LoHa LoKr Miss OFT OSF Peanut Poly Psoft Pvera RandLora Road Shadow Shira Supertuning "
+    "TinyLora TrainableTokens UniLora VBLoRA Vera WaveFT XLora"
+).split()
+OTHER_METHODS = (
+    *(f"{method}{kind}" for method in _METHODS_WITH_MODEL for kind in ("Config", "Model")),
+    "ArrowConfig",
+    "BdLoraConfig",
+    "CPTConfig",
+    "CPTEmbedding",
+    "CartridgeConfig",
+    "CartridgeEncoder",
+    "KasaConfig",
+    "LoraGAConfig",
+    "MontecloraConfig",
+    "MultitaskPromptTuningConfig",
+    "MultitaskPromptTuningInit",
+    "PrefixEncoder",
+    "PrefixTuningConfig",
+    "PromptEmbedding",
+    "PromptEncoder",
+    "PromptEncoderConfig",
+    "PromptEncoderReparameterizationType",
+    "PromptLearningConfig",
+    "PromptTuningConfig",
+    "PromptTuningInit",
+    "VeloraConfig",
+    "cast_mixed_precision_params",
+    "compose_cartridge_adapters",
+    "convert_to_lora",
+    "create_arrow_model",
+    "find_kappa_target_modules",
+    "get_eva_state_dict",
+    "get_layer_status",
+    "get_model_status",
+    "initialize_kv_prefix_from_past_key_values",
+    "initialize_kv_prefix_from_text",
+    "initialize_lora_eva_weights",
+    "preprocess_loraga",
+    "prepare_model_for_kbit_training",
+    "prompt_embeddings_from_past_key_values",
+    "replace_lora_weights_loftq",
+    "save_as_lora",
+)

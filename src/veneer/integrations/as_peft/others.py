@@ -1,0 +1,33 @@
+"""Names of methods that Veneer has not got: they can be imported and tested against, not used."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NoReturn
+
+from ...errors import VeneerError
+
+
+class OtherMethod:
+    """Base of the stand-ins for what belongs to another method than LoRA."""
+
+    adapter_layer_names: tuple[str, ...] = ()
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refuse to be used.
+
+        Raises:
+            VeneerError: Always, naming what was used.
+        """
+        raise VeneerError(
+            f"{cls.__name__} is of a method or option that Veneer does not implement: it is a LoRA library. "
+            "It is reached because Veneer stands in for peft in this process; run this program with the "
+            "real peft (without register_as_peft, `python -m veneer.as_peft` or VENEER_AS_PEFT=1), or use "
+            "LoraConfig."
+        )
+
+
+@functools.cache
+def stub(name: str) -> type[OtherMethod]:
+    """The stand-in for one name; the same class each time."""
+    return type(name, (OtherMethod,), {"__module__": "peft", "__doc__": f"Stand-in for peft's {name}."})

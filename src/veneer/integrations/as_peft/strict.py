@@ -1,0 +1,205 @@
+"""Strict `model.load_adapter` of transformers: every tensor finds its place, or nothing changes.
+
+transformers logs a report and goes on when keys match nothing: the adapter is there, freshly initialised, and
+does nothing. Here a report that is not empty takes the adapter out again and raises.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import Tensor, nn
+
+from ...adapters import AdapterModule
+from ...errors import LoadMismatchError
+from ...inject import sites
+
+_CONTAINERS = (
+    "lora_A",
+    "lora_B",
+    "lora_embedding_A",
+    "lora_embedding_B",
+    "lora_magnitude_vector",
+    "modules_to_save",
+)
+# What transformers notes on the model.
+_ATTRIBUTES = ("peft_config", "_hf_peft_config_loaded", "_weight_conversions")
+
+
+def load_adapter(original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
+    """Call transformers' own `load_adapter`; take back what it did unless all went well.
+
+    Args:
+        original: `PeftAdapterMixin.load_adapter` as transformers defines it.
+        model: The transformers model.
+        args: As given by the caller.
+        kwargs: As given by the caller.
+
+    Returns:
+        What transformers returns: its loading report, empty.
+
+    Raises:
+        LoadMismatchError: Keys of the file that the model has no place for, places that the file does not
+            fill, or
+            other shapes. The model is as it was before.
+    """
+    given = inspect.signature(original).bind(model, *args, **kwargs).arguments
+    name = given.get("adapter_name") or "default"
+    config = given.get("load_config")
+    tolerant = bool(kwargs.get("ignore_mismatched_sizes", getattr(config, "ignore_mismatched_sizes", False)))
+    if "load_config" in inspect.signature(original).parameters:
+        # transformers raises at a wrong shape without saying which; its report does say.
+        kwargs["ignore_mismatched_sizes"] = True
+    before = _Before(model, name)
+    try:
+        report = original(model, *args, **kwargs)
+    except Exception:
+        before.restore()
+        raise
+    if report is None:
+        # Before version 5 it loads through set_peft_model_state_dict, which is strict itself.
+        return None
+    before.put_back("_weight_conversions")
+    missing = sorted(key for key in report.missing_keys if _belongs(key, name))
+    unexpected = sorted(report.unexpected_keys)
+    shapes = [] if tolerant else sorted(report.mismatched_keys)
+    if missing or unexpected or shapes:
+        total = len(_keys(model, name))
+        before.restore()
+        raise LoadMismatchError(
+            _message(type(model).__name__, name, _source(given), missing, unexpected, shapes, total)
+        )
+    return report
+
+
+class _Before:
+    """What a call of `load_adapter` may change in a model."""
+
+    def __init__(self, model: Any, name: str) -> None:
+        self.model = model
+        self.name = name
+        self.attributes = {key: vars(model)[key] for key in _ATTRIBUTES if key in vars(model)}
+        self.configs = dict(self.attributes.get("peft_config", {}))
+        self.frozen = [(p, p.requires_grad) for p in model.parameters()]
+        self.training = [(m, m.training) for m in model.modules()]
+        self.states = [
+            (m, m.active_adapters, m.disable_adapters)
+            for m in model.modules()
+            if isinstance(m, AdapterModule)
+        ]
+        # A hot swap writes into the tensors of an adapter that stays.
+        self.tensors: dict[str, Tensor] = {}
+        if name in _held(model):
+            self.tensors = {key: value.detach().clone() for key, value in _tensors(model, name).items()}
+
+    def put_back(self, key: str) -> None:
+        """Give the model one of its own attributes back, or take it away again."""
+        if key in self.attributes:
+            setattr(self.model, key, self.attributes[key])
+        else:
+            vars(self.model).pop(key, None)
+
+    def restore(self) -> bool:
+        """Bring the model back; true if there was anything to bring back."""
+        model = self.model
+        added = not self.tensors and self.name in _held(model)
+        if added:
+            _remove(model, self.name)
+        for key, value in self.tensors.items():
+            owner, _, last = key.rpartition(".")
+            setattr(model.get_submodule(owner), last, nn.Parameter(value, requires_grad=False))
+        for module, active, disabled in self.states:
+            module.set_adapter(active)
+            module.enable_adapters(not disabled)
+        for parameter, wanted in self.frozen:
+            parameter.requires_grad_(wanted)
+        for module, mode in self.training:
+            module.training = mode
+        for key in _ATTRIBUTES:
+            self.put_back(key)
+        if "peft_config" in self.attributes:
+            self.attributes["peft_config"].clear()
+            self.attributes["peft_config"].update(self.configs)
+        return added or bool(self.tensors)
+
+
+def _held(model: nn.Module) -> set[str]:
+    return {name for m in model.modules() if isinstance(m, AdapterModule) for name in m.held_adapters}
+
+
+def _remove(model: nn.Module, name: str) -> None:
+    """Take an adapter out, and unwrap every module that then holds none."""
+    for site in sites(model).values():
+        if isinstance(site.module, AdapterModule):
+            site.module.delete_adapter(name)
+            if not site.module.held_adapters:
+                site.replace(site.base)
+
+
+def _belongs(key: str, adapter: str) -> bool:
+    """Is this, by its name, a tensor of the adapter?"""
+    parts = key.split(".")
+    return any(a in _CONTAINERS and b == adapter for a, b in itertools.pairwise(parts))
+
+
+def _tensors(model: nn.Module, adapter: str) -> dict[str, Tensor]:
+    return {key: p for key, p in model.named_parameters() if _belongs(key, adapter)}
+
+
+def _keys(model: nn.Module, adapter: str) -> list[str]:
+    return list(_tensors(model, adapter))
+
+
+def _source(given: dict[str, Any]) -> str:
+    if given.get("adapter_state_dict") is not None:
+        return "the state dict"
+    config = given.get("load_config")
+    return str(given.get("peft_model_id") or getattr(config, "pretrained_model_name_or_path", None))
+
+
+def _examples(keys: Iterable[str]) -> str:
+    listed = list(keys)
+    rest = f" and {len(listed) - 3} more" if len(listed) > 3 else ""
+    return ", ".join(listed[:3]) + rest
+
+
+def _message(
+    model: str,
+    name: str,
+    source: str,
+    missing: list[str],
+    unexpected: list[str],
+    shapes: list[tuple[str, Iterable[int], Iterable[int]]],
+    total: int,
+) -> str:
+    lines = [
+        f"{source} does not fit this {model} as adapter {name!r}; nothing was loaded, the model is as before."
+    ]
+    if unexpected:
+        lines.append(f"  {len(unexpected)} keys match nothing in the model: {_examples(unexpected)}")
+    if missing:
+        lines.append(
+            f"  {len(missing)} of the adapter's {total} tensors were not given: {_examples(missing)}"
+        )
+    if shapes:
+        said = [f"{key} is {tuple(given)}, expected {tuple(wanted)}" for key, given, wanted in shapes]
+        lines.append(f"  {len(shapes)} have another shape: {_examples(said)}")
+    if len(missing) == total:
+        lines.append(
+            "  Not one tensor matched: the keys have another prefix than base_model.model.<path of the "
+            "module>, or the adapter was made for another model."
+        )
+    elif missing or unexpected:
+        lines.append(
+            "  Part of it matched: the adapter was made for a variant of this model (other depth, other "
+            "names of modules), or its target_modules are not those of its tensors."
+        )
+    else:
+        lines.append(
+            "  The names match: the adapter was made for a wider or narrower variant of this model, or its "
+            "configuration gives another rank than its tensors have."
+        )
+    return "\n".join(lines)

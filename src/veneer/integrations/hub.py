@@ -1,0 +1,284 @@
+"""Adapters on the hub: fetch one, publish one. Nothing here runs for a local path."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..errors import AdapterFileError, MissingExtraError
+
+CONFIG_NAME = "adapter_config.json"
+SAFETENSORS_NAME = "adapter_model.safetensors"
+BIN_NAME = "adapter_model.bin"
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+class EntryMissingError(AdapterFileError):
+    """The repository is there, the file is not in it."""
+
+
+class NotCachedError(AdapterFileError):
+    """The file is not in the cache, and the network cannot be asked."""
+
+
+def download_file(
+    repo_id: str,
+    filename: str,
+    *,
+    subfolder: str | None = None,
+    revision: str | None = None,
+    token: bool | str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+    force_download: bool = False,
+    **ignored: Any,
+) -> str:
+    """Fetch one file of a repository, or find it in the cache, and return its path.
+
+    Args:
+        repo_id: `"owner/name"`.
+        filename: Name of the file in the repository, or in `subfolder`.
+        subfolder: Directory of the repository, with `/` between its parts.
+        revision: Branch, tag or commit; the main branch if None.
+        token: A token, True for the stored one, False for none, None for the stored one if there is one.
+        cache_dir: Where files are kept; huggingface_hub's own cache if None.
+        local_files_only: Do not ask the network; take what the cache has.
+        force_download: Fetch again what the cache has.
+        ignored: Arguments that callers of the field's interface pass and that have no meaning any more.
+
+    Raises:
+        AdapterFileError: Saying what stands in the way (no such repository, revision or file; no access; no
+            network), and what to do.
+        MissingExtraError: huggingface_hub is not installed.
+    """
+    try:
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import HFValidationError
+    except ModuleNotFoundError as error:
+        raise MissingExtraError("huggingface_hub", "hf", f"reading {filename} of {repo_id!r}") from error
+    try:
+        path: str = hf_hub_download(
+            repo_id,
+            filename,
+            subfolder=subfolder or None,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            force_download=force_download,
+            library_name="veneer",
+        )
+        return path
+    except HFValidationError as error:
+        raise AdapterFileError(
+            f'{repo_id!r} is neither a directory here nor the id of a repository ("owner/name"): {error}'
+        ) from error
+    except (OSError, ValueError) as error:
+        where = _Place(repo_id, "/".join(filter(None, [subfolder, filename])), revision)
+        raise _explain(error, where, local_files_only) from error
+
+
+def download_adapter(
+    repo_id: str,
+    *,
+    subfolder: str | None = None,
+    revision: str | None = None,
+    token: bool | str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+    force_download: bool = False,
+    **ignored: Any,
+) -> Path:
+    """Fetch the configuration and the tensors of an adapter and return the directory that holds them.
+
+    The tensors are `adapter_model.safetensors` if the repository has it, else `adapter_model.bin`. Both files
+    come from one commit, also if the branch moves between the two requests.
+
+    Args:
+        repo_id: `"owner/name"`.
+        subfolder: Directory of the repository that holds the adapter.
+        revision: Branch, tag or commit; the main branch if None.
+        token: As for `download_file`.
+        cache_dir: As for `download_file`.
+        local_files_only: As for `download_file`.
+        force_download: As for `download_file`.
+        ignored: As for `download_file`.
+
+    Raises:
+        AdapterFileError: The adapter, or a part of it, cannot be had; says why.
+        MissingExtraError: huggingface_hub is not installed.
+    """
+    options: dict[str, Any] = {
+        "subfolder": subfolder,
+        "revision": revision,
+        "token": token,
+        "cache_dir": cache_dir,
+        "local_files_only": local_files_only,
+        "force_download": force_download,
+    }
+    config = Path(download_file(repo_id, CONFIG_NAME, **options))
+    commit = config.parents[len(Path(subfolder or "").parts)].name
+    if _COMMIT.fullmatch(commit):
+        options["revision"] = commit
+    try:
+        download_file(repo_id, SAFETENSORS_NAME, **options)
+    except (EntryMissingError, NotCachedError) as no_safetensors:
+        try:
+            download_file(repo_id, BIN_NAME, **options)
+        except NotCachedError:
+            raise no_safetensors from None
+        except EntryMissingError:
+            raise AdapterFileError(
+                f"{repo_id} has an {CONFIG_NAME} but neither {SAFETENSORS_NAME} nor {BIN_NAME} beside it"
+                f"{f' in {subfolder}' if subfolder else ''}: the upload is incomplete"
+            ) from no_safetensors
+    return config.parent
+
+
+def push_to_hub(
+    directory: str | os.PathLike[str],
+    repo_id: str,
+    *,
+    commit_message: str | None = None,
+    revision: str | None = None,
+    token: bool | str | None = None,
+    private: bool | None = None,
+    create_pr: bool = False,
+    path_in_repo: str | None = None,
+) -> str:
+    """Upload a saved adapter and return the address of the commit.
+
+    Args:
+        directory: What `save_pretrained` wrote. Only adapter files and the model card are uploaded.
+        repo_id: `"owner/name"`; made if it does not exist.
+        commit_message: First line of the commit.
+        revision: Branch; made if it does not exist. The main branch if None.
+        token: A token with the right to write, or True or None for the stored one.
+        private: Make a new repository private.
+        create_pr: Propose the change instead of making it.
+        path_in_repo: Directory of the repository; the root if None.
+
+    Raises:
+        AdapterFileError: There is no adapter in the directory, or the hub refuses; says why.
+        MissingExtraError: huggingface_hub is not installed.
+    """
+    try:
+        from huggingface_hub import HfApi
+    except ModuleNotFoundError as error:
+        raise MissingExtraError("huggingface_hub", "hf", f"uploading to {repo_id!r}") from error
+    if not any(Path(directory).rglob(CONFIG_NAME)):
+        raise AdapterFileError(f"no {CONFIG_NAME} in {os.fspath(directory)!r}: save the adapter there first")
+    api = HfApi(token=token, library_name="veneer")
+    try:
+        repository = str(api.create_repo(repo_id, private=private, exist_ok=True).repo_id)
+        if revision is not None:
+            api.create_branch(repository, branch=revision, exist_ok=True)
+        done = api.upload_folder(
+            repo_id=repository,
+            folder_path=os.fspath(directory),
+            path_in_repo=path_in_repo,
+            commit_message=commit_message or "Upload adapter",
+            revision=revision,
+            create_pr=create_pr,
+            allow_patterns=[
+                f"{prefix}{name}"
+                for prefix in ("", "*/")
+                for name in (CONFIG_NAME, SAFETENSORS_NAME, BIN_NAME, "README.md")
+            ],
+        )
+    except (OSError, ValueError) as error:
+        raise _explain(error, _Place(repo_id, None, revision), False) from error
+    return str(done)
+
+
+class _Place:
+    """What was asked for, in words."""
+
+    def __init__(self, repo_id: str, path: str | None, revision: str | None) -> None:
+        self.repo_id = repo_id
+        self.path = path
+        self.revision = revision
+
+    def __str__(self) -> str:
+        at = f" at revision {self.revision!r}" if self.revision else ""
+        return f"{self.path} of {self.repo_id}{at}" if self.path else f"{self.repo_id}{at}"
+
+
+def _explain(error: Exception, place: _Place, local_only: bool) -> AdapterFileError:
+    """What huggingface_hub's error means here, and the way out."""
+    from huggingface_hub import errors
+
+    rules: list[tuple[tuple[type[BaseException], ...], Callable[[], AdapterFileError]]] = [
+        ((errors.GatedRepoError,), lambda: AdapterFileError(_gated(place))),
+        ((errors.RepositoryNotFoundError,), lambda: AdapterFileError(_no_repository(place))),
+        ((errors.RevisionNotFoundError,), lambda: AdapterFileError(_no_revision(place))),
+        (
+            (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled),
+            lambda: _not_cached(error, place, local_only),
+        ),
+        ((errors.EntryNotFoundError,), lambda: EntryMissingError(_no_entry(place))),
+    ]
+    for kinds, make in rules:
+        if isinstance(error, kinds):
+            return make()
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status in (401, 403):
+        return AdapterFileError(
+            f"the hub refuses {place} (status {status}): the token is invalid, expired, or lacks the right. "
+            "Pass token=..., or log in with `hf auth login`."
+        )
+    cause = error.__cause__ or error
+    if isinstance(cause, errors.OfflineModeIsEnabled):
+        return _not_cached(cause, place, local_only)
+    by_status = f" (status {status})" if status else ""
+    return AdapterFileError(f"{place} could not be fetched{by_status}: {type(cause).__name__}: {cause}")
+
+
+def _gated(place: _Place) -> str:
+    return (
+        f"{place.repo_id} is gated: its owner has to let you in. Ask for access on its page, then pass "
+        "token=... or log in with `hf auth login`."
+    )
+
+
+def _no_repository(place: _Place) -> str:
+    return (
+        f"there is no directory {place.repo_id!r} here, and no repository of that id on the hub that this "
+        "token may see. Check the spelling; for a private repository pass token=... or log in with `hf "
+        "auth login`; for a local adapter pass the directory that holds its adapter_config.json."
+    )
+
+
+def _no_revision(place: _Place) -> str:
+    return (
+        f"{place.repo_id} has no branch, tag or commit {place.revision!r}. Leave revision out for the main "
+        "branch, or look its revisions up on its page."
+    )
+
+
+def _no_entry(place: _Place) -> str:
+    return (
+        f"the hub has no {place}. A repository without it is no adapter (a whole model, perhaps: load it "
+        "with its own library), or keeps it in a directory: pass subfolder=..."
+    )
+
+
+def _not_cached(error: Exception, place: _Place, local_only: bool) -> AdapterFileError:
+    from huggingface_hub import constants
+
+    if local_only:
+        reason, way_out = "local_files_only=True was passed", "leave that out once, with a network"
+    elif constants.HF_HUB_OFFLINE:
+        reason, way_out = "HF_HUB_OFFLINE=1 is set", "unset it once, with a network"
+    else:
+        root: BaseException = error
+        while root.__cause__ is not None:
+            root = root.__cause__
+        reason = f"the hub at {constants.ENDPOINT} did not answer ({type(root).__name__}: {root})"
+        way_out = "check the connection, the proxy and HF_ENDPOINT"
+    return NotCachedError(
+        f"{place} is not in the local cache, and {reason}. To get it, {way_out}; or pass a local directory."
+    )

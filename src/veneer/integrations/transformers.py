@@ -1,0 +1,186 @@
+"""Trainers of transformers and TRL with a Veneer model, the real peft present or not.
+
+transformers' Trainer saves only the adapter, resumes from it, and looks through the wrapper for the base
+model's signature if `isinstance(model, peft.PeftModel)`; otherwise it writes the whole model into every
+checkpoint. TRL asks the same of models and configurations. Here what they test against is widened by Veneer's
+classes, module by module:
+
+* where peft is installed, the name `PeftModel` in the trainer's module comes to mean "peft's or Veneer's", as
+  a
+  subclass of peft's class, so that everything else said of it stays true;
+* where it is not, the name is Veneer's class, and the module's `is_peft_available` says yes.
+
+Neither library itself is changed, and models of the real peft are treated as before.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import sys
+import warnings
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+from ..errors import VeneerWarning
+
+_TRL = ("PeftModel", "PeftConfig", "get_peft_model", "BaseTunerLayer", "PrefixTuningConfig")
+# Which names of a module are tested against. Where peft was not there, the module never got them.
+# TRL's modules use some each; where peft is there, a name that a module does not use is not given to it.
+NAMES = {
+    "transformers.trainer_utils": ("PeftModel", "PeftMixedModel"),
+    "transformers.trainer": ("PeftModel",),
+}
+
+
+def enable_trainer() -> None:
+    """Have transformers' Trainer treat a Veneer model as the adapter that it is.
+
+    `import veneer` arranges for this to happen by itself when the trainer is imported, before or after
+    Veneer. Calling it imports transformers' trainer. Calling it again does nothing.
+
+    Raises:
+        MissingExtraError: transformers is not installed.
+    """
+    from ..errors import MissingExtraError
+
+    try:
+        modules = [importlib.import_module(name) for name in NAMES]
+    except ModuleNotFoundError as error:
+        if error.name != "transformers":
+            raise
+        raise MissingExtraError("transformers", "hf", "enable_trainer()") from error
+    for module in modules:
+        widen(module)
+
+
+def widen(module: ModuleType) -> None:
+    """Widen what one module of transformers, accelerate or TRL takes for an adapter."""
+    name = module.__name__
+    if name.startswith("accelerate."):
+        _widen_accelerate(module)
+        return
+    absent = not _peft_there(module)
+    if absent and hasattr(module, "is_peft_available"):
+        module.is_peft_available = _always  # type: ignore[attr-defined]
+    for word in NAMES.get(name, _TRL):
+        ours = _ours(word)
+        present = vars(module).get(word)
+        if present is None and (absent or name in NAMES):
+            setattr(module, word, ours)
+        elif present is not None and not _accepts(present, ours):
+            setattr(module, word, _wider(word, present, ours))
+    if name == "transformers.trainer":
+        _widen_fsdp(module)
+        _check_trainer(module)
+
+
+def _peft_there(module: ModuleType) -> bool:
+    """Did the module, when it was imported, find a peft, real or ours?"""
+    answer = getattr(module, "is_peft_available", None)
+    if answer is None:
+        return "peft" in sys.modules
+    return bool(answer is not _always and answer())
+
+
+def _always() -> bool:
+    return True
+
+
+def _ours(word: str) -> Any:
+    return getattr(importlib.import_module(f"{__package__}.as_peft.objects"), word)
+
+
+def _accepts(present: Any, ours: Any) -> bool:
+    """Is it ours, or widened by us before?"""
+    return present is ours or getattr(present, "veneer_accepts", None) is ours
+
+
+def _wider(word: str, present: Any, ours: Any) -> Any:
+    return _either(present, ours) if isinstance(present, type) else _dispatching(present, ours)
+
+
+def _either(theirs: type, ours: type) -> type:
+    """A subclass of `theirs` of which the instances of `theirs` and of `ours` are instances."""
+    accepted = (theirs, ours)
+
+    class Either(type(theirs)):  # type: ignore[misc]
+        def __instancecheck__(cls, instance: object) -> bool:
+            return isinstance(instance, accepted) if cls is wide else super().__instancecheck__(instance)
+
+        def __subclasscheck__(cls, subclass: type) -> bool:
+            return issubclass(subclass, accepted) if cls is wide else super().__subclasscheck__(subclass)
+
+    wide: type = Either(
+        theirs.__name__,
+        (theirs,),
+        {"__module__": theirs.__module__, "__doc__": theirs.__doc__, "veneer_accepts": ours},
+    )
+    return wide
+
+
+def _dispatching(theirs: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..., Any]:
+    """`get_peft_model`: Veneer's for a configuration of Veneer's, else peft's."""
+    from ..config import PeftConfig
+
+    @functools.wraps(theirs)
+    def get_peft_model(model: Any, peft_config: Any, *args: Any, **kwargs: Any) -> Any:
+        make = ours if isinstance(peft_config, PeftConfig) else theirs
+        return make(model, peft_config, *args, **kwargs)
+
+    get_peft_model.veneer_accepts = ours  # type: ignore[attr-defined]
+    return get_peft_model
+
+
+def _widen_accelerate(module: ModuleType) -> None:
+    """Accelerate's `is_peft_model`, and the copies by name that were made of it before."""
+    theirs = vars(module).get("is_peft_model")
+    ours = _ours("PeftModel")
+    if theirs is None or _accepts(theirs, ours):
+        return
+
+    @functools.wraps(theirs)
+    def is_peft_model(model: Any) -> bool:
+        return isinstance(module.extract_model_from_parallel(model), ours) or theirs(model)
+
+    is_peft_model.veneer_accepts = ours  # type: ignore[attr-defined]
+    for name, other in list(sys.modules.items()):
+        if name.split(".")[0] in ("accelerate", "trl") and vars(other).get("is_peft_model") is theirs:
+            other.is_peft_model = is_peft_model  # type: ignore[attr-defined]
+
+
+def _widen_fsdp(trainer: ModuleType) -> None:
+    """With FSDP, Trainer takes the auto-wrap policy of adapters from peft; ours for our models."""
+    theirs = vars(trainer).get("update_fsdp_plugin_peft")
+    ours = _ours("PeftModel")
+    peft = sys.modules.get("peft")
+    if theirs is None or _accepts(theirs, ours) or getattr(peft, "PeftModel", None) is ours:
+        return
+
+    @functools.wraps(theirs)
+    def update_fsdp_plugin_peft(model: Any, accelerator: Any) -> None:
+        if peft is not None:
+            theirs(model, accelerator)
+        if isinstance(model, ours):
+            accelerator.state.fsdp_plugin.auto_wrap_policy = _ours("fsdp_auto_wrap_policy")(model)
+
+    update_fsdp_plugin_peft.veneer_accepts = ours  # type: ignore[attr-defined]
+    trainer.update_fsdp_plugin_peft = update_fsdp_plugin_peft  # type: ignore[attr-defined]
+
+
+def _check_trainer(trainer: ModuleType) -> None:
+    """Ask the trainer itself, with an instance that holds nothing; say so if this version asks otherwise."""
+    ask = vars(trainer).get("_is_peft_model")
+    probe = object.__new__(_ours("PeftModel"))
+    if ask is None or not ask(probe):
+        from transformers import __version__
+
+        warnings.warn(
+            f"transformers {__version__} decides in a way that Veneer does not know whether a model is an "
+            "adapter: Trainer may write whole models into its checkpoints. Call "
+            "veneer.as_peft.register_as_peft() before importing transformers, or save with "
+            "model.save_pretrained() yourself.",
+            VeneerWarning,
+            stacklevel=2,
+        )
