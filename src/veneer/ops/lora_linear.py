@@ -18,6 +18,7 @@ Source: LoRA, arXiv:2106.09685, equation 3.
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -61,7 +62,7 @@ def _branch_reference(
         x = torch.where(mask, x, 0.0) / (1.0 - p) if p < 1.0 else torch.zeros_like(x)
     elif p > 0.0:
         x = F.dropout(x, p)
-    if not torch.is_autocast_enabled(x.device.type):
+    if not _autocasts(x.device.type):
         A, B, B_bias = A.to(x.dtype), B.to(x.dtype), _to(B_bias, x.dtype)
     return scaling * F.linear(F.linear(x, A), B, B_bias)
 
@@ -105,7 +106,7 @@ def lora_linear(
         return lora_linear_reference(x, weight, bias, A, B, B_bias, scaling, p)
     check_probability(p)
     kind = x.device.type
-    if torch.is_autocast_enabled(kind):
+    if _autocasts(kind):
         if torch.float64 in (x.dtype, weight.dtype, A.dtype, B.dtype):  # autocast leaves float64 as it is
             return lora_linear_reference(x, weight, bias, A, B, B_bias, scaling, p)
         dtype = torch.get_autocast_dtype(kind)
@@ -145,7 +146,7 @@ def add_lora_(
     """Add the low-rank branch to the output y of a base layer whose inside is not ours (quantised, hooked).
 
     ``y + s (drop(x) Aᵀ Bᵀ + b_B)``. The factors are cast to x's dtype (to autocast's where that is on),
-    and the sum is rounded once to y's.
+    and the sum has y's dtype.
 
     Args:
         y: ``(..., out)``, what the base layer returned for x.
@@ -168,7 +169,7 @@ def add_lora_(
         return y + _branch_reference(x, A, B, B_bias, scaling, p, None).to(y.dtype)
     kind = x.device.type
     inplace = inplace and _writable(y)
-    if torch.is_autocast_enabled(kind):
+    if _autocasts(kind):
         if x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(kind))
         with torch.autocast(kind, enabled=False):
@@ -190,6 +191,16 @@ def _added(
         y, x, A.to(x.dtype), B.to(x.dtype), _to(B_bias, x.dtype), scaling, p, inplace
     )
     return out
+
+
+def _autocasts(kind: str) -> bool:
+    """Whether autocast is on for a kind of device; kinds that have none (meta) may not be asked."""
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
+def _as_in_forward(kind: str) -> AbstractContextManager[object]:
+    """A backward that runs inside an autocast region still computes in its forward's dtype."""
+    return torch.autocast(kind, enabled=False) if _autocasts(kind) else nullcontext()
 
 
 def _to(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -256,7 +267,7 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        with torch.autocast(grad.device.type, enabled=False):
+        with _as_in_forward(grad.device.type):
             return _LoraLinear._gradients(ctx, grad)
 
     @staticmethod
@@ -362,7 +373,7 @@ class _AddLora(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        with torch.autocast(grad.device.type, enabled=False):
+        with _as_in_forward(grad.device.type):
             return _AddLora._gradients(ctx, grad)
 
     @staticmethod

@@ -118,30 +118,37 @@ def _oriented(term: Term, device: torch.device, dtype: torch.dtype, transpose: b
     return (A.t() * scaling, B.t()) if transpose else (B * scaling, A)
 
 
-def _chunks(weight: Tensor, pairs: Sequence[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Rows of the weight with the float32 (float64) update of those rows, whose buffer is used again."""
+def _sums(weight: Tensor, pairs: Sequence[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """By chunks of rows: those of the weight, their sum with the update before rounding, and scratch.
+
+    The two float32 (float64) buffers are used again for the next chunk.
+    """
     rows, columns = weight.shape
     step = max(1, CHUNK_ELEMENTS // max(1, columns))
     work = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    buffer = torch.empty(min(step, rows), columns, dtype=work, device=weight.device)
+    buffers = torch.empty(2, min(step, rows), columns, dtype=work, device=weight.device)
     for start in range(0, rows, step):
         part = weight[start : start + step]
-        update = buffer[: part.shape[0]].zero_()
+        total, scratch = buffers[:, : part.shape[0]]
+        total.copy_(part)
         for left, right in pairs:
-            update.addmm_(left[start : start + step], right)
-        yield part, update
+            total.addmm_(left[start : start + step], right)
+        yield part, total, scratch
 
 
 def _merge_rounded_(weight: Tensor, pairs: Sequence[tuple[Tensor, Tensor]]) -> float:
-    wanted, lost = [], []
-    for part, total in _chunks(weight, pairs):
-        wanted.append(torch.linalg.vector_norm(total))
-        total.add_(part.to(total.dtype))
+    lost = []
+    for part, total, scratch in _sums(weight, pairs):
         part.copy_(total)
-        lost.append(torch.linalg.vector_norm(total.sub_(part.to(total.dtype))))
-    if not wanted:
-        return 1.0
-    return _kept(float(torch.stack(lost).norm()), float(torch.stack(wanted).norm()))
+        lost.append(torch.linalg.vector_norm(total.sub_(scratch.copy_(part))))
+    return _kept(float(torch.stack(lost).norm()), _norm(pairs)) if lost and pairs else 1.0
+
+
+def _norm(pairs: Sequence[tuple[Tensor, Tensor]]) -> float:
+    """``||D||`` from the Gram matrices of the stacked factors, in float64: terms may nearly cancel."""
+    left = torch.cat([pair[0] for pair in pairs], dim=1).double()
+    right = torch.cat([pair[1] for pair in pairs], dim=0).double()
+    return math.sqrt(max(0.0, float(((left.t() @ left) * (right @ right.t())).sum())))
 
 
 def _kept(lost: float, wanted: float) -> float:
@@ -154,9 +161,9 @@ def _refuse_non_finite(weight: Tensor, pairs: Sequence[tuple[Tensor, Tensor]], *
     if weight.numel() == 0 or _surely_finite(weight, pairs):
         return
     broken = before = 0
-    for part, total in _chunks(weight, pairs):
+    for part, total, _ in _sums(weight, pairs):
         finite = part.isfinite()
-        after = total.add_(part.to(total.dtype)).to(part.dtype).isfinite()
+        after = total.to(part.dtype).isfinite()
         before += int((~finite).sum())
         broken += int((finite & ~after).sum())
     if not broken and not (base_too and before):

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from tests.tolerances import assert_close
 from tests.unit.ops.cases import NAMES, SCALING, assert_same, exact, gradients, keep_mask, tensors
 from veneer.ops.dropout import draw
-from veneer.ops.lora_linear import lora_linear, lora_linear_reference
+from veneer.ops.lora_linear import add_lora_, lora_linear, lora_linear_reference
 
 SHAPES = [(24,), (7, 24), (3, 5, 24), (2, 3, 4, 24), (1, 24), (0, 24), (2, 0, 24)]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -293,6 +293,21 @@ def test_a_backward_inside_autocast_stays_in_the_forward_dtype() -> None:
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
+def test_tensors_without_storage_get_their_shapes(p: float) -> None:
+    given = {name: torch.empty_like(t, device="meta") for name, t in tensors((3, 5, 24)).items()}
+    for tensor in given.values():
+        tensor.requires_grad_()
+    y = fused(given, p)
+    assert y.device.type == "meta" and y.shape == (3, 5, 20)
+    assert {
+        name: grad.shape
+        for name, grad in zip(given, torch.autograd.grad(y.sum(), [*given.values()]), strict=True)
+    } == {name: tensor.shape for name, tensor in given.items()}
+    added = add_lora_(y, given["x"], given["A"], given["B"], given["B_bias"], SCALING, p)
+    assert added.device.type == "meta" and added.shape == y.shape
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
 def test_compiles_into_one_graph(p: float) -> None:
     given = tensors((6, 24), bias=False, B_bias=False)
     step = torch.compile(lora_linear, fullgraph=True, backend="aot_eager")
@@ -306,6 +321,9 @@ def test_compiles_into_one_graph(p: float) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings(
+    "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"
+)  # its imports
 def test_compiles_with_inductor() -> None:
     given = tensors((6, 24), B_bias=False)
     y = torch.compile(lora_linear, fullgraph=True)(*(given[name] for name in NAMES), SCALING, 0.0)
