@@ -15,17 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer import backends, inits, layers, targets, variants
+from veneer import backends, layers, targets
 from veneer.adapters import AdapterModule, AdapterSet, check_adapter_name
-from veneer.config import LoraConfig, unsupported_options
-from veneer.errors import AdapterNameError, ConfigError, TargetError, VeneerError, VeneerWarning
+from veneer.config import LoraConfig, looks_like_regex
+from veneer.errors import AdapterNameError, TargetError, VeneerError, VeneerWarning
 from veneer.inits import InitResult
 from veneer.layers import LoraLayer
+from veneer.layers.making import check_config, draw_seed, factor_dtype, why_not
 from veneer.layers.modules_to_save import ModulesToSaveWrapper
 from veneer.spec import LoraSpec
 from veneer.targets import Candidate, Plan
-
-_HALF = (torch.float16, torch.bfloat16)
 
 
 @dataclass
@@ -145,11 +144,17 @@ def plan(
     """
     inner = getattr(model, "get_base_model", None)
     root: nn.Module = inner() if callable(inner) and AdapterSet(model).modules() else model
-    return _plan(root, sites(root), config, adapter_name, strict_targets)
+    return _plan(root, sites(root), config, adapter_name, strict=strict_targets)
 
 
 def _plan(
-    model: nn.Module, found: Mapping[str, Site], config: LoraConfig, adapter_name: str, strict: bool
+    model: nn.Module,
+    found: Mapping[str, Site],
+    config: LoraConfig,
+    adapter_name: str,
+    *,
+    strict: bool = False,
+    loading: bool = False,
 ) -> Plan:
     return targets.plan(
         candidates(model, found),
@@ -157,6 +162,7 @@ def _plan(
         adapter_name,
         model_type=model_type(model),
         strict_targets=strict,
+        loading=loading,
     )
 
 
@@ -279,7 +285,7 @@ class Injection:
                 parameter.requires_grad_(False)
         for addition in self.additions:
             assert addition.start is not None
-            dtype = self._factor_dtype(addition.layer)
+            dtype = factor_dtype(addition.layer, self.autocast_adapter_dtype)
             addition.layer.add_adapter(addition.spec, addition.start, dtype=dtype)
             if addition.site.module is not addition.layer:
                 addition.site.replace(addition.layer)
@@ -320,12 +326,6 @@ class Injection:
             and not parameter.is_meta
             and not torch.equal(parameter.detach().cpu(), self._places[name].to(parameter.dtype))
         ]
-
-    def _factor_dtype(self, layer: LoraLayer) -> torch.dtype:
-        base = backends.find(layer.base_layer).dtype(layer.base_layer)
-        if base in _HALF:
-            return torch.float32 if self.autocast_adapter_dtype else base
-        return base if base in (torch.float32, torch.float64) else torch.float32
 
 
 def _is_meta(layer: LoraLayer) -> bool:
@@ -404,34 +404,6 @@ def _keep_out_of_fused_kernels(model: nn.Module) -> None:
             module.use_nested_tensor = False
 
 
-def draw_seed() -> int:
-    """One draw of torch's global generator; in a process group everyone gets rank 0's."""
-    seed = torch.randint(2**62, (1,), dtype=torch.int64)
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        backend = torch.distributed.get_backend()
-        device = torch.device("cuda", torch.cuda.current_device()) if backend == "nccl" else seed.device
-        shared = seed.to(device)
-        torch.distributed.broadcast(shared, src=0)
-        seed = shared.cpu()
-    return int(seed)
-
-
-def check_config(config: Any) -> LoraConfig:
-    """The configuration, if it is one that can be honoured.
-
-    Raises:
-        ConfigError: Listing every option that cannot.
-    """
-    if not isinstance(config, LoraConfig):
-        raise ConfigError(f"a LoraConfig is needed, got {type(config).__name__}")
-    names = [str(n) for init in inits.base.inits() for n in init.names if isinstance(n, str)]
-    if problems := unsupported_options(config, variants.registry.names(), names):
-        raise ConfigError(
-            "this configuration cannot be honoured:\n" + "\n".join(f"  - {problem}" for problem in problems)
-        )
-    return config
-
-
 def prepare(
     model: nn.Module,
     config: LoraConfig,
@@ -461,7 +433,7 @@ def prepare(
             warnings.warn(sentence, VeneerWarning, stacklevel=3)
     own_config = copy.deepcopy(config)
     found = sites(model)
-    chosen = _plan(model, found, own_config, adapter_name, strict_targets)
+    chosen = _plan(model, found, own_config, adapter_name, strict=strict_targets, loading=read_from_file)
     additions, reasons = [], []
     for spec in chosen.specs:
         site = found[spec.path]
@@ -478,20 +450,14 @@ def prepare(
             "these modules cannot be adapted as asked:\n" + "\n".join(f"  - {r}" for r in reasons)
         )
     copies = [_copy_of(found[path]) for path in chosen.modules_to_save]
-    _complete(own_config, model, additions, copies)
+    _complete(own_config, model, found, additions, copies)
     return Injection(model, own_config, adapter_name, chosen, additions, copies, autocast_adapter_dtype)
 
 
 def _refusal(site: Site, spec: LoraSpec) -> str | None:
     cls = layers.find(site.base)
     assert cls is not None
-    kind = type(site.base).__name__
-    layer = site.module if isinstance(site.module, LoraLayer) else cls(site.base)
-    return (
-        cls.refuses(site.base, spec)
-        or inits.find(spec.init).refuses(spec, kind, layer.is_matrix())
-        or variants.get(spec.variant).refuses(spec, kind)
-    )
+    return why_not(site.module if isinstance(site.module, LoraLayer) else cls(site.base), spec)
 
 
 def _copy_of(site: Site) -> Copy:
@@ -501,7 +467,13 @@ def _copy_of(site: Site) -> Copy:
     return Copy(site, wrapper, wrapper.new_copy())
 
 
-def _complete(config: LoraConfig, model: nn.Module, additions: list[Addition], copies: list[Copy]) -> None:
+def _complete(
+    config: LoraConfig,
+    model: nn.Module,
+    found: Mapping[str, Site],
+    additions: list[Addition],
+    copies: list[Copy],
+) -> None:
     """Write into our copy of the configuration what the model decided."""
     if any(a.layer.transposed and a.layer.linear for a in additions):
         config.fan_in_fan_out = True
@@ -515,12 +487,25 @@ def _complete(config: LoraConfig, model: nn.Module, additions: list[Addition], c
     if config.target_modules is None:
         names = targets.DEFAULT_TARGETS[model_type(model) or ""]
         config.target_modules = names if isinstance(names, str) else set(names)
+    elif _only_here(config):
+        paths = {a.site.path for a in additions}
+        config.target_modules = set(targets.shortest_names(paths, set(found) - paths))
+        if config.layers_to_transform is not None:
+            config.layers_to_transform = config.layers_pattern = None
     heads = {c.site.path for c in copies}
     named = list(config.modules_to_save or [])
     for path in sorted(heads):
         if not any(targets.matches(pattern, path) for pattern in named):
             named.append(path.rpartition(".")[2])
     config.modules_to_save = named or None
+
+
+def _only_here(config: LoraConfig) -> bool:
+    """Whether other readers would not understand the targets: ``all-linear``, or expressions in a list."""
+    target = config.target_modules
+    if isinstance(target, str):
+        return target.lower() == "all-linear" or config.layers_to_transform is not None
+    return any(looks_like_regex(pattern) for pattern in target or ())
 
 
 def _refuse_foreign_layers(model: nn.Module) -> None:

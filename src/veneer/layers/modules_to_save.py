@@ -46,7 +46,7 @@ class ModulesToSaveWrapper(AdapterModule):
         return copy.deepcopy(self.original_module)
 
     def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
-        """Names on disk and in memory of an adapter's tensors here: transformers asks when it loads a file."""
+        """Names on disk and in memory of an adapter's tensors here; transformers asks for them."""
         own = self.modules_to_save[adapter_name].state_dict() if adapter_name in self.modules_to_save else ()
         return {key: f"modules_to_save.{adapter_name}.{key}" for key in own}
 

@@ -1,0 +1,115 @@
+"""Making one low-ranked layer: whether it can be done, from which draw, in which type; and doing it alone."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+from veneer import backends, inits, variants
+from veneer.adapters import check_adapter_name
+from veneer.config import LoraConfig, unsupported_options
+from veneer.errors import AdapterNameError, ConfigError, TargetError
+from veneer.layers.base import LoraLayer, registry
+from veneer.layers.refused import refusal
+from veneer.spec import LoraSpec, resolve
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def draw_seed() -> int:
+    """One draw of torch's global generator; in a process group everyone gets rank 0's."""
+    seed = torch.randint(2**62, (1,), dtype=torch.int64)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        backend = torch.distributed.get_backend()
+        device = torch.device("cuda", torch.cuda.current_device()) if backend == "nccl" else seed.device
+        shared = seed.to(device)
+        torch.distributed.broadcast(shared, src=0)
+        seed = shared.cpu()
+    return int(seed)
+
+
+def check_config(config: Any) -> LoraConfig:
+    """The configuration, if it is one that can be honoured.
+
+    Raises:
+        ConfigError: Listing every option that cannot.
+    """
+    if not isinstance(config, LoraConfig):
+        raise ConfigError(f"a LoraConfig is needed, got {type(config).__name__}")
+    names = [str(n) for init in inits.base.inits() for n in init.names if isinstance(n, str)]
+    if problems := unsupported_options(config, variants.registry.names(), names):
+        raise ConfigError(
+            "this configuration cannot be honoured:\n" + "\n".join(f"  - {problem}" for problem in problems)
+        )
+    return config
+
+
+def why_not(layer: LoraLayer, spec: LoraSpec) -> str | None:
+    """Why a layer cannot get what ``spec`` asks for, or None."""
+    kind = type(layer.base_layer).__name__
+    return (
+        layer.refuses(layer.original_base(), spec)
+        or inits.find(spec.init).refuses(spec, kind, layer.is_matrix())
+        or variants.get(spec.variant).refuses(spec, kind)
+    )
+
+
+def factor_dtype(layer: LoraLayer, autocast_adapter_dtype: bool = True) -> torch.dtype:
+    """The type of new factors: the base's, but float32 beside 16-bit weights unless said otherwise."""
+    base = backends.find(layer.base_layer).dtype(layer.base_layer)
+    if base in _HALF:
+        return torch.float32 if autocast_adapter_dtype else base
+    return base if base in (torch.float32, torch.float64) else torch.float32
+
+
+def wrap(
+    module: nn.Module,
+    config: LoraConfig,
+    adapter_name: str = "default",
+    *,
+    autocast_adapter_dtype: bool = True,
+) -> LoraLayer:
+    """Put an adapter on one module, without a model around it.
+
+    Everything of the module is frozen, and the adapter becomes the active one. The result is trained, merged
+    and unmerged by itself: ``layer(x)``, ``layer.merge()``, ``layer.unmerge()``.
+
+    Args:
+        module: A linear, convolution or embedding, or a layer that `wrap` returned, for one more adapter.
+        config: What to adapt it with; the fields that choose modules do not matter. Not changed.
+        adapter_name: The adapter's name.
+        autocast_adapter_dtype: Keep the factors beside 16-bit weights in float32.
+
+    Returns:
+        The layer that stands for ``module``; ``layer.base_layer`` is the module itself.
+
+    Raises:
+        ConfigError: If an option cannot be honoured.
+        AdapterNameError: If the name is taken or unusable.
+        TargetError: If such a module cannot be adapted. It is then as it was.
+    """
+    check_adapter_name(adapter_name)
+    check_config(config)
+    cls = registry.find(type(module))
+    reason: str | None
+    if isinstance(module, LoraLayer):
+        layer = module
+    elif cls is None:
+        reason = refusal(module) or "Veneer has no layer for this type"
+        raise TargetError(f"a {type(module).__name__} cannot be adapted: {reason}")
+    else:
+        layer = cls(module)
+    if adapter_name in layer.held_adapters:
+        raise AdapterNameError(f"this layer has an adapter named {adapter_name!r} already")
+    spec = resolve(copy.deepcopy(config), adapter_name, "")
+    if (reason := why_not(layer, spec)) is not None:
+        raise TargetError(f"this {type(layer.base_layer).__name__} cannot be adapted as asked: {reason}")
+    start = layer.initialise(spec, draw_seed())
+    for parameter in layer.base_layer.parameters():
+        parameter.requires_grad_(False)
+    layer.add_adapter(spec, start, dtype=factor_dtype(layer, autocast_adapter_dtype))
+    layer.set_adapter(adapter_name)
+    return layer

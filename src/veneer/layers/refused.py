@@ -1,0 +1,38 @@
+"""Module types that are known and not adapted."""
+
+from __future__ import annotations
+
+from torch import nn
+
+#: Types that are known and not adapted, with the reason.
+REFUSED: dict[str, str] = {
+    **{
+        f"torch.nn.modules.conv.ConvTranspose{n}d": (
+            "a transposed convolution's update is not a convolution followed by a 1×1 one, which is what "
+            "adapter files hold"
+        )
+        for n in (1, 2, 3)
+    },
+    "torch.nn.modules.linear.Bilinear": "its weight is a stack of matrices over two inputs, not one matrix",
+    **{
+        f"torch.nn.modules.rnn.{name}": (
+            "its weights go into a fused recurrent kernel that calls no submodule: a branch beside them "
+            "would never run"
+        )
+        for name in ("RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell")
+    },
+    "torch.nn.modules.sparse.EmbeddingBag": "it reduces over bags inside one kernel; use nn.Embedding",
+    "torch.nn.modules.activation.MultiheadAttention": (
+        "it hands its projection weights to one fused function and calls no submodule: this version has no "
+        "adapters for it"
+    ),
+}
+
+
+def refusal(module: nn.Module) -> str | None:
+    """Why such a module is not adapted, for the types that a user might try; None for all others."""
+    for base in type(module).__mro__:
+        reason = REFUSED.get(f"{base.__module__}.{base.__qualname__}")
+        if reason is not None:
+            return reason
+    return None
