@@ -21,6 +21,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, TypeVar
 
+from veneer.doors import hub, is_local
 from veneer.errors import AdapterFileError, ConfigError, UnknownOptionError, VeneerWarning
 
 CONFIG_FILE = "adapter_config.json"
@@ -537,9 +538,7 @@ class PeftConfig:
         where = os.path.expanduser(os.fspath(pretrained_model_name_or_path))
         if is_local(where):
             return cls.from_file(_config_path(Path(where), subfolder))
-        from veneer.integrations.hub import download_file
-
-        return cls.from_file(Path(download_file(where, CONFIG_FILE, subfolder=subfolder, **kwargs)))
+        return cls.from_file(Path(hub().download_file(where, CONFIG_FILE, subfolder=subfolder, **kwargs)))
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> Any:
@@ -954,13 +953,6 @@ def _check_nesting(values: Any) -> None:
         if not level:
             return
     raise ConfigError(f"the configuration is nested more than {DEEPEST_NESTING} levels deep")
-
-
-def is_local(where: str) -> bool:
-    """Whether a name is a path here, existing or not, rather than a repository id such as ``org/name``."""
-    if os.path.exists(where):
-        return True
-    return where.startswith((".", "/", "~")) or "\\" in where or where.count("/") > 1 or not where
 
 
 def _config_path(directory: Path, subfolder: str | None) -> Path:
