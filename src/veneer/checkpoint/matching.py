@@ -125,16 +125,17 @@ def _account(expected: dict[str, Shape], found: dict[str, Shape], optional: froz
     used = {k: e for k, e in target.items() if e in expected}
     mismatched = tuple((e, expected[e], found[k]) for k, e in used.items() if expected[e] != found[k])
     filled = set(used.values())
+    missing = tuple(e for e in expected if e not in filled and e not in optional)
     return LoadReport(
         renamed={k: e for k, e in used.items() if expected[e] == found[k]},
-        missing=tuple(e for e in expected if e not in filled and e not in optional),
+        missing=missing,
         unexpected=tuple(k for k in found if k not in used),
         mismatched=mismatched,
         prefix=prefix,
         remarks=remarks,
         ambiguous=ambiguous,
         found=len(found),
-        expected=len(expected),
+        expected=len(filled) + len(missing),
     )
 
 
