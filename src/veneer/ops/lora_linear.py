@@ -28,6 +28,9 @@ from torch.autograd.function import once_differentiable
 
 from veneer.ops.dropout import check_probability, draw, wants_plain_torch, zero_dropped_
 
+#: Up to this many rows a 16-bit product on a CPU costs a fixed price, some five times that of a float32 one.
+FEW_ROWS = 64
+
 
 def lora_linear_reference(
     x: Tensor,
@@ -126,7 +129,11 @@ def _fused(
     scaling: float,
     p: float,
 ) -> Tensor:
-    y: Tensor = _LoraLinear.apply(  # type: ignore[no-untyped-call]
+    y: Tensor
+    if not torch.is_grad_enabled() and p == 0.0 and _few_rows(x):
+        y = F.linear(x, weight, bias)
+        return _add_branch_of_few_rows_(y.clone() if y._is_view() else y, x, A, B, B_bias, scaling)
+    y = _LoraLinear.apply(  # type: ignore[no-untyped-call]
         x, weight, bias, A.to(x.dtype), B.to(x.dtype), _to(B_bias, x.dtype), scaling, p
     )
     return y
@@ -187,10 +194,25 @@ def _added(
     p: float,
     inplace: bool,
 ) -> Tensor:
+    if not torch.is_grad_enabled() and p == 0.0 and _few_rows(x):
+        return _add_branch_of_few_rows_(y if inplace else y.clone(), x, A, B, B_bias, scaling)
     out: Tensor = _AddLora.apply(  # type: ignore[no-untyped-call]
         y, x, A.to(x.dtype), B.to(x.dtype), _to(B_bias, x.dtype), scaling, p, inplace
     )
     return out
+
+
+def _few_rows(x: Tensor) -> bool:
+    return x.is_cpu and x.numel() <= FEW_ROWS * x.shape[-1]
+
+
+def _add_branch_of_few_rows_(
+    y: Tensor, x: Tensor, A: Tensor, B: Tensor, B_bias: Tensor | None, scaling: float
+) -> Tensor:
+    """``y += s (x Aᵀ Bᵀ + b_B)`` in float32 (float64), graph-free: in decoding the calls are the cost."""
+    work = torch.float64 if x.dtype == torch.float64 else torch.float32
+    h = F.linear(x.to(work), A.to(work))
+    return y.add_(F.linear(h, B.to(work), _to(B_bias, work)), alpha=scaling)
 
 
 def _autocasts(kind: str) -> bool:

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from tests.tolerances import assert_close
 from tests.unit.ops.cases import NAMES, SCALING, assert_same, exact, gradients, keep_mask, tensors
 from veneer.ops.dropout import draw
-from veneer.ops.lora_linear import add_lora_, lora_linear, lora_linear_reference
+from veneer.ops.lora_linear import FEW_ROWS, add_lora_, lora_linear, lora_linear_reference
 
 SHAPES = [(24,), (7, 24), (3, 5, 24), (2, 3, 4, 24), (1, 24), (0, 24), (2, 0, 24)]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -227,6 +227,26 @@ def test_saved_for_backward(p: float, per_input: float) -> None:
     beyond = 256 * 4 * 4 + per_input * 256 * 64
     assert beyond * 0.8 <= sum(held.values()) <= beyond * 1.2
     assert y.requires_grad
+
+
+@pytest.mark.parametrize("rows", [(), (1,), (0,), (2, FEW_ROWS // 2), (FEW_ROWS + 1,)])
+@pytest.mark.parametrize("factor_dtype", [None, torch.float32])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_without_gradients(
+    dtype: torch.dtype, factor_dtype: torch.dtype | None, rows: tuple[int, ...]
+) -> None:
+    given = tensors((*rows, 24), dtype=dtype, factor_dtype=factor_dtype)
+    with torch.no_grad():
+        y = fused(given)
+        factors = (given["A"], given["B"], given["B_bias"])
+        base = torch.nn.functional.linear(given["x"], given["weight"], given["bias"])  # type: ignore[arg-type]
+        kept = base.clone()
+        added = add_lora_(base, given["x"], *factors, SCALING, 0.0)  # type: ignore[arg-type]
+    assert y.dtype == added.dtype == dtype
+    assert not y._is_view() and not y.requires_grad
+    assert torch.equal(base, kept)
+    for result in (y, added):
+        assert_same({"y": result}, {"y": twin(exact(given))}, dtype)
 
 
 def test_nothing_is_saved_without_gradients() -> None:
