@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from veneer import integrations
+from veneer.checks import TrainingCheck, check_training
 from veneer.config import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
     EvaConfig,
@@ -21,7 +22,23 @@ from veneer.config import (
     TaskType,
     get_peft_config,
 )
-from veneer.errors import VeneerError, VeneerWarning
+from veneer.errors import (
+    AdapterFileError,
+    AdapterNameError,
+    BaseMismatchError,
+    CheckpointError,
+    CombineError,
+    ConfigError,
+    DataError,
+    LoadMismatchError,
+    MergeError,
+    MissingExtraError,
+    TargetError,
+    TrainingError,
+    UnknownOptionError,
+    VeneerError,
+    VeneerWarning,
+)
 from veneer.inject import inject_adapter_in_model, plan
 from veneer.model import (
     MODEL_TYPE_TO_PEFT_MODEL_MAPPING,
@@ -67,6 +84,21 @@ _LAZY = {
 }
 
 __all__ = [
+    "AdapterFileError",
+    "AdapterNameError",
+    "BaseMismatchError",
+    "CheckpointError",
+    "CombineError",
+    "ConfigError",
+    "DataError",
+    "LoadMismatchError",
+    "MergeError",
+    "MissingExtraError",
+    "TargetError",
+    "TrainingError",
+    "UnknownOptionError",
+    "TrainingCheck",
+    "check_training",
     "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
     "PEFT_TYPE_TO_CONFIG_MAPPING",
     "AutoPeftModel",

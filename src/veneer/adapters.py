@@ -110,6 +110,18 @@ class AdapterModule(nn.Module):
                     parameter.requires_grad_(trainable)
         self.adapters_changed()
 
+    def set_strength(self, adapter_name: str, factor: float) -> None:
+        """Let an adapter count ``factor`` times as much as configured, where that has a meaning."""
+
+    def copy_adapter(self, old: str, new: str) -> None:
+        """Give this module an adapter ``new`` with copies of the tensors of ``old``; it is not active."""
+        raise NotImplementedError
+
+    def note_active(self, names: Sequence[str]) -> None:
+        """Take over what is active in the model, without touching what is trainable."""
+        self._active = as_names(names)
+        self.adapters_changed()
+
     def enable_adapters(self, enabled: bool) -> None:
         """Switch all adapters of this module on or off; what is active stays noted."""
         self._disabled = not enabled

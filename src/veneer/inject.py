@@ -296,11 +296,16 @@ class Injection:
         self._commit_base_tensors()
         _keep_out_of_fused_kernels(self.model)
         index = AdapterSet(self.model)
-        names = [self.adapter] if active is None else active
-        index.activate(names, inference_mode=not trainable)
+        if active is None:
+            index.activate([self.adapter], inference_mode=not trainable)
+        else:
+            known = {id(m) for m in before}
+            for module in index.modules():
+                if id(module) not in known:
+                    module.note_active(active)
         if disabled:
             index.enable(False)
-        if trainable and self.adapter in names:
+        if trainable and (active is None or self.adapter in active):
             for _, parameter in bias_parameters(self.model, self.config.bias):
                 parameter.requires_grad_(True)
 

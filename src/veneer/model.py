@@ -28,13 +28,16 @@ from veneer.errors import (
     CheckpointError,
     CombineError,
     ConfigError,
+    LoadMismatchError,
     MergeError,
     VeneerError,
     VeneerWarning,
 )
-from veneer.inject import Injection, bias_parameters, draw_seed, eject, prepare
+from veneer.inject import Injection, bias_parameters, eject, prepare
 from veneer.layers import LoraLayer
+from veneer.layers.making import draw_seed
 from veneer.layers.modules_to_save import ModulesToSaveWrapper
+from veneer.spec import resolve
 
 #: Below this share of the update that survives rounding, a merge warns.
 KEPT_WARNING = 0.8
@@ -167,7 +170,7 @@ class LoraModel(nn.Module):
             n: p.detach().clone()
             for n, p in bias_parameters(self.model, injection.config.bias, injection._targets())
         }
-        injection.commit(active=[injection.adapter] if activate else active, trainable=trainable)
+        injection.commit(active=None if activate else active, trainable=trainable)
         self._biases.update(biases)
         self.peft_config[injection.adapter] = injection.config
 
@@ -182,15 +185,55 @@ class LoraModel(nn.Module):
         names = self.index.active()
         return names[0] if len(names) == 1 else names
 
-    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+    def set_adapter(
+        self, adapter_name: str | Sequence[str] | Mapping[str, float], inference_mode: bool = False
+    ) -> None:
         """Make one or several adapters the active ones, trainable unless ``inference_mode``.
+
+        Args:
+            adapter_name: A name, several, or names with a strength each (see `set_strength`).
+            inference_mode: Leave the activated parameters frozen.
 
         Raises:
             AdapterNameError: For names that the model does not have; nothing has changed then.
         """
-        names = as_names(adapter_name)
+        names = as_names(adapter_name if isinstance(adapter_name, str) else list(adapter_name))
         self.index.check(names, known=self.peft_config)
         self.index.activate(names, inference_mode=inference_mode)
+        if isinstance(adapter_name, Mapping):
+            for name, factor in adapter_name.items():
+                self.set_strength(name, factor)
+
+    def set_strength(self, adapter_name: str, factor: float) -> None:
+        """Let an adapter count ``factor`` times as much as its configuration says.
+
+        ``s = factor · lora_alpha / r``. It is a property of the running model and is not saved. A merged
+        adapter keeps the strength it was merged with until it is merged again.
+
+        Raises:
+            AdapterNameError: If there is no such adapter.
+        """
+        self.index.check([adapter_name], known=self.peft_config)
+        for module in self.index.modules():
+            module.set_strength(adapter_name, factor)
+
+    def copy_adapter(self, old: str, new: str) -> None:
+        """Add an adapter ``new`` that begins as a copy of ``old``; it is not activated.
+
+        Raises:
+            AdapterNameError: If ``old`` does not exist, or ``new`` is taken or unusable.
+            ConfigError: If ``old`` trains biases of the base, of which there is one set.
+        """
+        self.index.check([old], known=self.peft_config)
+        check_adapter_name(new)
+        if new in self.peft_config:
+            raise AdapterNameError(f"an adapter named {new!r} exists already")
+        if self.peft_config[old].bias != "none":
+            raise ConfigError(f"{old!r} trains biases of the base itself, so it cannot be copied")
+        for module in self.index.modules():
+            if old in module.held_adapters:
+                module.copy_adapter(old, new)
+        self.peft_config[new] = copy.deepcopy(self.peft_config[old])
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter. If it was active, it leaves nothing active in its place."""
@@ -431,10 +474,8 @@ class LoraModel(nn.Module):
         config.lora_bias = any(c.spec.lora_bias for c in results)
         config.target_modules = set(report.ranks)
         config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
-        active = self.active_adapters
         for combined in results:
             combined.layer.add_adapter(combined.spec, combined.start)
-            combined.layer.set_adapter(active)
         self.peft_config[adapter_name] = config
         return report
 
@@ -647,8 +688,13 @@ class PeftModel(nn.Module):
             activate=not self.peft_config,
         )
 
-    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Make one or several adapters the active ones, trainable unless ``inference_mode``."""
+    def set_adapter(
+        self, adapter_name: str | Sequence[str] | Mapping[str, float], inference_mode: bool = False
+    ) -> None:
+        """Make one or several adapters the active ones, trainable unless ``inference_mode``.
+
+        A mapping of names to numbers sets their strengths too: ``{"style": 0.5, "task": 1.0}``.
+        """
         self.base_model.set_adapter(adapter_name, inference_mode=inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -767,6 +813,8 @@ class PeftModel(nn.Module):
     ) -> LoadReport:
         """Load an adapter beside those that are here; it is not activated unless it is the first.
 
+        Under a name that is taken it fills the tensors of that adapter, in place, as trainers do to resume.
+
         Args:
             model_id: A directory, which never touches the network, or a repository id on the hub.
             adapter_name: Name for it in this model.
@@ -792,17 +840,26 @@ class PeftModel(nn.Module):
             config = PeftConfig.from_pretrained(directory)
         config = copy.deepcopy(config)
         config.inference_mode = not is_trainable
+        file = open_adapter(directory)
+        rename = _renamer(key_mapping)
+        names = {rename(key): key for key in file.shapes}
+        if adapter_name in self.peft_config:
+            self._check_reload(config, adapter_name, directory)
+            if check_base:
+                state.check_base(self.get_base_model(), file.metadata, directory)
+            values = {new: t for new, old in names.items() for t in file.tensors([old]).values()}
+            report = state.set_adapter_state_dict(self, values, adapter_name, strict=strict, where=directory)
+            if not is_trainable:
+                self.eval()
+            return report
         injection = self.base_model.prepare(
             config,  # type: ignore[arg-type]
             adapter_name,
             autocast_adapter_dtype=autocast_adapter_dtype,
             read_from_file=True,
         )
-        file = open_adapter(directory)
         if check_base:
-            state.check_base(injection, file.metadata, directory)
-        rename = _renamer(key_mapping)
-        names = {rename(key): key for key in file.shapes}
+            state.check_base(injection.model, file.metadata, directory, injection._targets())
         report = state.fill_injection(
             injection,
             {new: file.shapes[old] for new, old in names.items()},
@@ -815,6 +872,37 @@ class PeftModel(nn.Module):
         if not is_trainable:
             self.eval()
         return report
+
+    def _check_reload(self, config: Any, adapter_name: str, where: object) -> None:
+        """Refuse to fill an adapter from a file where the tensors alone do not make it the file's.
+
+        Raises:
+            MergeError: The adapter is merged.
+            LoadMismatchError: Its strength is not the file's.
+        """
+        layers = {
+            path: layer
+            for path, layer in self.base_model.layers().items()
+            if adapter_name in layer.held_adapters
+        }
+        if any(adapter_name in layer.merged_adapters for layer in layers.values()):
+            raise MergeError(
+                f"the adapter {adapter_name!r} is merged: unmerge_adapter() before loading into it"
+            )
+        differing = [
+            f"{path}: {layer.specs[adapter_name].scaling:g} here, {wanted.scaling:g} in the file"
+            for path, layer in layers.items()
+            for wanted in [resolve(config, adapter_name, layer.specs[adapter_name].path)]
+            if (wanted.scaling, wanted.variant)
+            != (layer.specs[adapter_name].scaling, layer.specs[adapter_name].variant)
+        ]
+        if differing:
+            raise LoadMismatchError(
+                f"{where} cannot be loaded into the adapter {adapter_name!r} that is here, whose strength "
+                "or kind "
+                f"is another: {'; '.join(differing[:3])}. Load it under another name, or delete_adapter "
+                f"({adapter_name!r}) first"
+            )
 
     @classmethod
     def from_pretrained(

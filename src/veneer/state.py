@@ -243,14 +243,18 @@ def set_adapter_state_dict(
     adapter: str,
     *,
     ignore_mismatched_sizes: bool = False,
+    strict: bool = False,
+    where: object = "the state dict",
 ) -> LoadReport:
-    """Write tensors with names on disk into an adapter that the model has already.
+    """Write tensors with names on disk into an adapter that the model has already, in place.
 
     Args:
         model: A PeftModel, or any module with adapters in it.
         tensors: The adapter's tensors by their names on disk.
         adapter: The adapter's name.
         ignore_mismatched_sizes: Pass over tensors of another shape instead of raising.
+        strict: Raise also where tensors are missing or left over.
+        where: What to call the tensors in messages.
 
     Returns:
         The account of all keys.
@@ -271,8 +275,8 @@ def set_adapter_state_dict(
         {k: tuple(t.shape) for k, t in tensors.items()},
         optional=optional,
     )
-    if not report.renamed or (report.mismatched and not ignore_mismatched_sizes):
-        report.raise_for("the state dict")
+    if strict or not report.renamed or (report.mismatched and not ignore_mismatched_sizes):
+        report.raise_for(where)
     meta = {}
     for key, name in report.renamed.items():
         place = every[name]
@@ -317,8 +321,19 @@ def base_fingerprint(model: nn.Module, targets: Mapping[str, LoraLayer] | None =
     )
 
 
-def check_base(injection: Injection, metadata: Mapping[str, str], where: object) -> None:
+def check_base(
+    model: nn.Module,
+    metadata: Mapping[str, str],
+    where: object,
+    targets: Mapping[str, LoraLayer] | None = None,
+) -> None:
     """Compare the base that an adapter was made on with the one it is about to be put on.
+
+    Args:
+        model: The base model, adapted or about to be.
+        metadata: That of the adapter's file.
+        where: What to call the file in messages.
+        targets: The adapted layers by path; None looks them up.
 
     Raises:
         BaseMismatchError: If they are plainly different models.
@@ -326,12 +341,11 @@ def check_base(injection: Injection, metadata: Mapping[str, str], where: object)
     text = metadata.get(FINGERPRINT)
     if text is None:
         return
-    targets = {a.site.path: a.layer for a in injection.additions}
     try:
         saved = json.loads(text)
     except ValueError:
         saved = {}
-    result = compare_fingerprints(saved, base_fingerprint(injection.model, targets))
+    result = compare_fingerprints(saved, base_fingerprint(model, targets))
     if result.severity == "none":
         return
     said = "; ".join(result.problems)

@@ -301,7 +301,7 @@ class LoraLayer(AdapterModule):
     def add_adapter(self, spec: LoraSpec, start: InitResult, *, dtype: torch.dtype | None = None) -> None:
         """Store an adapter's factors, beside the base and in its floating type unless said otherwise.
 
-        The adapter is not activated.
+        The adapter is neither activated nor trainable yet.
 
         Args:
             spec: What this layer gets.
@@ -325,6 +325,8 @@ class LoraLayer(AdapterModule):
         self.lora_dropout[spec.adapter] = nn.Dropout(p=spec.lora_dropout).train(self.training)
         self._specs[spec.adapter] = spec
         self.scaling[spec.adapter] = spec.scaling
+        for parameter in self.adapter_parameters(spec.adapter):
+            parameter.requires_grad_(False)
         self.adapters_changed()
 
     def _replace_base(self, matrix: Tensor) -> None:
@@ -349,6 +351,13 @@ class LoraLayer(AdapterModule):
         self._specs[new] = replace(self._specs.pop(old), adapter=new)
         self.scaling[new] = self.scaling.pop(old)
         self._merged = [new if name == old else name for name in self._merged]
+
+    def copy_adapter(self, old: str, new: str) -> None:
+        """Store copies of an adapter's factors under another name, with the same strength."""
+        a, b, bias = (None if t is None else t.detach().clone() for t in self.factors(old))
+        assert a is not None and b is not None
+        self.add_adapter(replace(self._specs[old], adapter=new), InitResult(a, b, bias))
+        self.scaling[new] = self.scaling[old]
 
     def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make these adapters the active ones.
@@ -377,10 +386,14 @@ class LoraLayer(AdapterModule):
 
     # -- strength ------------------------------------------------------------------------------------
 
+    def set_strength(self, adapter_name: str, factor: float) -> None:
+        """Set ``s`` of an adapter to ``factor`` times what its configuration says."""
+        if adapter_name in self._specs:
+            self.scaling[adapter_name] = factor * self._specs[adapter_name].scaling
+
     def set_scale(self, adapter: str, scale: float) -> None:
-        """Set an adapter's strength to ``scale`` times what its configuration says."""
-        if adapter in self._specs:
-            self.scaling[adapter] = scale * self._specs[adapter].scaling
+        """The same as `set_strength`: the field's spelling."""
+        self.set_strength(adapter, scale)
 
     def scale_layer(self, scale: float) -> None:
         """Multiply the strength of the active adapters."""

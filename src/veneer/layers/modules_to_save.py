@@ -50,6 +50,10 @@ class ModulesToSaveWrapper(AdapterModule):
         own = self.modules_to_save[adapter_name].state_dict() if adapter_name in self.modules_to_save else ()
         return {key: f"modules_to_save.{adapter_name}.{key}" for key in own}
 
+    def copy_adapter(self, old: str, new: str) -> None:
+        """Give another adapter its own copy of an adapter's copy."""
+        self.add_copy(new, copy.deepcopy(self.modules_to_save[old]))
+
     def drop_adapter(self, name: str) -> None:
         """Forget an adapter's copy."""
         del self.modules_to_save[name]

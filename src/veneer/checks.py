@@ -1,0 +1,157 @@
+"""Questions to ask of a model before hours of training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from veneer.adapters import AdapterModule, AdapterSet
+from veneer.errors import TrainingError
+from veneer.layers import LoraLayer
+
+
+@dataclass(frozen=True)
+class TrainingCheck:
+    """What one backward pass reached.
+
+    Attributes:
+        loss: The loss of the batch.
+        trained: Names of the parameters of active adapters that got a gradient that is not zero throughout.
+        silent: Those that got none, or only zeros, by what that means.
+        other: Parameters that require a gradient and belong to no adapter.
+    """
+
+    loss: float
+    trained: tuple[str, ...]
+    silent: Mapping[str, str]
+    other: tuple[str, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Something trains, and nothing that should is out of reach."""
+        return bool(self.trained) and not self.silent
+
+    def __str__(self) -> str:
+        lines = [f"loss {self.loss:.4g}; {len(self.trained)} adapter tensors get a gradient"]
+        by_reason: dict[str, list[str]] = {}
+        for name, reason in self.silent.items():
+            by_reason.setdefault(reason, []).append(name)
+        lines += [f"{len(names)} {reason}: {', '.join(names[:3])}" for reason, names in by_reason.items()]
+        if self.other:
+            lines.append(f"{len(self.other)} trainable tensors outside adapters: {', '.join(self.other[:3])}")
+        return "\n".join(lines)
+
+
+def check_training(
+    model: nn.Module, batch: Any, loss: Callable[[nn.Module, Any], Tensor] | None = None
+) -> TrainingCheck:
+    """Run one forward and backward pass, and list the adapter parameters that no gradient reaches.
+
+    The model's gradients, its mode and torch's random state are put back afterwards. With a fresh
+    identity initialisation A gets zeros on the first step because B is zero: that is not reported.
+
+    Args:
+        model: A model with adapters.
+        batch: A mapping is passed as keywords, a tuple or list as positions, anything else as it is.
+        loss: ``(model, batch) -> scalar``; by default the output's ``loss``, or its mean square.
+
+    Raises:
+        TrainingError: If no parameter of an active adapter requires a gradient, or the loss has none or is
+            not finite.
+    """
+    named = dict(model.named_parameters())
+    owned = _active_parameters(model)
+    names = [name for name, p in named.items() if id(p) in owned]
+    frozen = [name for name in names if not named[name].requires_grad]
+    if not names or len(frozen) == len(names):
+        raise TrainingError(
+            f"no parameter of an active adapter requires a gradient (active: "
+            f"{AdapterSet(model).active() or 'none'}): "
+            "load it with is_trainable=True, or call set_adapter(name)"
+        )
+    before = {name: p.grad for name, p in named.items()}
+    mode, random = {m: m.training for m in model.modules()}, torch.get_rng_state()
+    try:
+        for p in named.values():
+            p.grad = None
+        model.train()
+        value = (loss or _default_loss)(model, batch)
+        _check_loss(value)
+        value.backward()  # type: ignore[no-untyped-call]
+        silent = {name: "are frozen" for name in frozen}
+        waiting = _waiting_for_b(model)
+        for name in names:
+            p = named[name]
+            if name in silent:
+                continue
+            if p.grad is None:
+                silent[name] = "get no gradient (is their module called in this model's forward?)"
+            elif not bool((p.grad.to_dense() if p.grad.is_sparse else p.grad).any()) and id(p) not in waiting:
+                silent[name] = "get a gradient of zeros"
+        trained = tuple(n for n in names if n not in silent)
+        other = tuple(n for n, p in named.items() if p.requires_grad and id(p) not in owned)
+        return TrainingCheck(float(value.detach()), trained, silent, other)
+    finally:
+        for name, p in named.items():
+            p.grad = before[name]
+        for module, training in mode.items():
+            module.training = training
+        torch.set_rng_state(random)
+
+
+def _active_parameters(model: nn.Module) -> set[int]:
+    return {
+        id(p)
+        for m in model.modules()
+        if isinstance(m, AdapterModule)
+        for name in m.active_adapters
+        if name in m.held_adapters
+        for p in m.adapter_parameters(name)
+    }
+
+
+def _waiting_for_b(model: nn.Module) -> set[int]:
+    """A factors beside a B of zeros: their gradient is B's multiple, so it is zero until B has moved."""
+    found = set()
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            for name in module.held_adapters:
+                a, b, _ = module.factors(name)
+                if not bool(b.any()):
+                    found.add(id(a))
+                if not bool(a.any()):
+                    found.add(id(b))
+    return found
+
+
+def _default_loss(model: nn.Module, batch: Any) -> Tensor:
+    if isinstance(batch, Mapping):
+        output = model(**batch)
+    elif isinstance(batch, tuple | list):
+        output = model(*batch)
+    else:
+        output = model(batch)
+    value = getattr(output, "loss", None)
+    if value is None:
+        value = getattr(output, "logits", output)
+        if not isinstance(value, Tensor):
+            raise TrainingError(
+                "the model's output has neither a loss nor logits and is no tensor: pass loss=lambda model, "
+                "batch: …"
+            )
+        value = value.float().pow(2).mean()
+    return value
+
+
+def _check_loss(value: Tensor) -> None:
+    if not value.requires_grad:
+        raise TrainingError(
+            "the loss does not depend on any trainable parameter: are the adapters disabled, "
+            "merged, or is the forward under torch.no_grad()?"
+        )
+    if not bool(torch.isfinite(value)):
+        raise TrainingError(f"the loss of this batch is {float(value.detach())}")

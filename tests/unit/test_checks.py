@@ -1,0 +1,85 @@
+"""`check_training`: what one backward pass reaches."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from veneer import LoraConfig, TrainingError, check_training, get_peft_model
+
+
+class Net(nn.Module):
+    """Two linears that are called, one that is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 8)
+        self.second = nn.Linear(8, 3)
+        self.idle = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., 6) -> (..., 3)."""
+        return self.second(torch.tanh(self.first(x)))  # type: ignore[no-any-return]
+
+
+def adapted(*names: str, **options: object) -> nn.Module:
+    return get_peft_model(Net(), LoraConfig(r=2, lora_alpha=6, target_modules=list(names), **options))
+
+
+def test_fresh_adapter_is_in_reach_though_a_gets_zeros_at_first() -> None:
+    result = check_training(adapted("first", "second"), torch.randn(4, 6))
+    assert result.ok
+    assert len(result.trained) == 4
+
+
+def test_module_that_is_never_called_is_named() -> None:
+    result = check_training(adapted("first", "idle"), torch.randn(4, 6))
+    assert not result.ok
+    assert {name.split(".")[2] for name in result.silent} == {"idle"}
+    assert "called" in str(result)
+
+
+def test_frozen_adapter_is_an_error_that_names_the_way_out() -> None:
+    model = adapted("first")
+    model.set_adapter("default", inference_mode=True)
+    with pytest.raises(TrainingError, match="is_trainable=True"):
+        check_training(model, torch.randn(4, 6))
+
+
+def test_disabled_adapter_is_an_error() -> None:
+    model = adapted("first")
+    with model.disable_adapter(), pytest.raises(TrainingError, match="disabled"):
+        check_training(model, torch.randn(4, 6))
+
+
+def test_loss_that_is_not_finite_is_an_error() -> None:
+    with pytest.raises(TrainingError, match="nan"):
+        check_training(adapted("first"), torch.full((4, 6), float("nan")))
+
+
+def test_gradients_mode_and_random_state_are_as_before() -> None:
+    model = adapted("first", lora_dropout=0.5).eval()
+    kept = torch.ones(2, 6)
+    parameter = model.get_parameter("base_model.model.first.lora_A.default.weight")
+    parameter.grad = kept
+    state = torch.get_rng_state()
+    check_training(model, torch.randn(0, 6).new_ones(4, 6))
+    assert parameter.grad is kept
+    assert not any(m.training for m in model.modules())
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_trainable_parameters_outside_adapters_are_named() -> None:
+    model = adapted("first")
+    model.get_base_model().second.requires_grad_(True)
+    result = check_training(model, torch.randn(4, 6))
+    assert len(result.other) == 2
+
+
+def test_batches_and_losses_of_every_form() -> None:
+    model = adapted("first")
+    x = torch.randn(4, 6)
+    for batch in (x, (x,), {"x": x}):
+        assert check_training(model, batch).ok
+    assert check_training(model, x, lambda m, b: m(b).sum()).ok
