@@ -2,8 +2,8 @@
 
 Each case of models.py gives data/<case>/ with adapter_config.json and adapter_model.safetensors as the
 reference saves them (sets in the order of their hashes), and golden.safetensors: the base weights, an input,
-and the outputs of the base alone and with the adapter. The reference's merged output is left out, as its merge
-of a 1x1 Conv1d fails.
+and the outputs of the base alone and with the adapter. The reference's merged output is left out:
+it cannot merge a 1x1 Conv1d.
 """
 
 from __future__ import annotations

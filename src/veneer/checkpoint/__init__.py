@@ -9,7 +9,7 @@ from ..adapters import check_adapter_name
 from .card import hub_id, merge_card, model_card
 from .fingerprint import BaseComparison, compare_fingerprints, fingerprint
 from .keys import to_disk
-from .layout import BIN_NAME, CARD_NAME, CONFIG_NAME, SAFETENSORS_NAME
+from .layout import BIN_NAME, CARD_NAME, CONFIG_NAME, SAFETENSORS_NAME, locate_config
 from .matching import LoadReport, match
 from .reading import AdapterFile, open_adapter, read_config
 from .writing import check_tensors, write_adapter
@@ -27,6 +27,7 @@ __all__ = [
     "compare_fingerprints",
     "fingerprint",
     "hub_id",
+    "locate_config",
     "match",
     "merge_card",
     "model_card",

@@ -17,10 +17,10 @@ from typing import Any, cast
 import torch
 from safetensors import SafetensorError, safe_open
 
+from ..config import read_config_file
 from ..errors import AdapterFileError, VeneerWarning
 from .layout import SAFETENSORS_NAME, locate_config, locate_tensors
 
-MAX_CONFIG_BYTES = 16 * 2**20
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format itself
 MAX_NAME = 1024
 
@@ -96,23 +96,12 @@ def open_adapter(directory: str | os.PathLike[str]) -> AdapterFile:
 
 
 def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
-    """The content of ``adapter_config.json`` as it is.
+    """The content of the ``adapter_config.json`` that belongs to the directory's tensors, as it is.
 
     Raises:
         AdapterFileError: missing, too large, or not a JSON object.
     """
-    path = locate_config(Path(directory))
-    if path.stat().st_size > MAX_CONFIG_BYTES:
-        raise AdapterFileError(
-            f"{path} has {path.stat().st_size:,} bytes; an adapter's configuration has a few thousand"
-        )
-    try:
-        content = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as exc:
-        raise AdapterFileError(f"{path} is not valid JSON: {exc}") from exc
-    if not isinstance(content, dict):
-        raise AdapterFileError(f"{path} holds a JSON {type(content).__name__}, not an object of options")
-    return content
+    return read_config_file(locate_config(Path(directory)))
 
 
 def _open_safetensors(path: Path) -> AdapterFile:

@@ -162,7 +162,7 @@ def _plain(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def _config_text(config: Mapping[str, Any]) -> str:
     try:
-        return json.dumps(dict(config), indent=2, allow_nan=False) + "\n"
+        return json.dumps(dict(sorted(config.items())), indent=2, allow_nan=False) + "\n"
     except (TypeError, ValueError) as exc:
         raise CheckpointError(f"the adapter's configuration cannot be written as JSON: {exc}") from exc
 

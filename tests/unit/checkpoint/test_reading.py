@@ -100,9 +100,9 @@ def test_config_as_it_is(adapter: Path) -> None:
         (b"", "not valid JSON"),
         (b'{"r": 8', "not valid JSON"),
         (b"\xff\xfe\x00", "not valid JSON"),
-        (b"[" * 200_000, "not valid JSON"),
+        (b"[" * 200_000, "nested too deeply"),
         (b"[1]", "holds a JSON list"),
-        (b" " * (16 * 2**20 + 1), "16,777,217 bytes"),
+        (b" " * (2**25), "is larger than"),
     ],
     ids=["empty", "truncated", "binary", "nested", "list", "huge"],
 )
