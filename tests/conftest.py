@@ -68,3 +68,15 @@ def models() -> Path:
     if not (place / ".stamp").is_file():
         pytest.fail(f"no pretrained models in {place}: run `make setup-test`")
     return place
+
+
+@pytest.fixture(scope="session")
+def smollm2(models: Path) -> Path:
+    """SmolLM2-135M-Instruct as a transformers directory, where the demo looks for it too; made once."""
+    from veneer.training import models as training_models
+
+    place = training_models.cache_dir() / training_models.DIRECTORY
+    if not (place / "config.json").is_file():
+        place.parent.mkdir(parents=True, exist_ok=True)
+        training_models.convert_gguf(models / training_models.GGUF, place)
+    return place

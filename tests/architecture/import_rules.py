@@ -26,7 +26,7 @@ RANKS: tuple[tuple[str, ...], ...] = (
     ("spec",),
     ("ops", "targets", "adapters", "inits", "variants", "backends"),
     ("layers",),
-    ("inject", "checkpoint", "arithmetic"),
+    ("inject", "checkpoint", "arithmetic", "checks"),
     ("state",),
     ("model",),
     ("training", "integrations"),

