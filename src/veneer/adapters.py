@@ -29,6 +29,10 @@ def check_adapter_name(name: str) -> None:
         reason = "it must be a non-empty string"
     elif any(c in name for c in "./\\\0"):
         reason = "it becomes part of parameter names and a directory name, so no '.', '/' or '\\'"
+    elif name != name.strip() or not name.isprintable() or len(name.encode()) > 200:
+        reason = "spaces at its ends, control characters and over 200 bytes do not survive as a file name"
+    elif name == "__base__":
+        reason = "that name stands for the base model without an adapter"
     elif (
         hasattr(nn.ModuleDict, name) or hasattr(nn.ParameterDict, name) or name in {"training", "base_layer"}
     ):

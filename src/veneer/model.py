@@ -20,7 +20,15 @@ from torch import Tensor, nn
 from veneer import arithmetic, state
 from veneer.adapters import AdapterSet, as_names, check_adapter_name
 from veneer.arithmetic import CombineReport
-from veneer.checkpoint import CARD_NAME, LoadReport, merge_card, model_card, open_adapter, write_adapter
+from veneer.checkpoint import (
+    CARD_NAME,
+    LoadReport,
+    locate_config,
+    merge_card,
+    model_card,
+    open_adapter,
+    write_adapter,
+)
 from veneer.config import LoraConfig, PeftConfig, TaskType
 from veneer.doors import adapter_directory, hub
 from veneer.errors import (
@@ -837,7 +845,7 @@ class PeftModel(nn.Module):
         """
         directory = adapter_directory(model_id, **kwargs)
         if config is None:
-            config = PeftConfig.from_pretrained(directory)
+            config = PeftConfig.from_file(locate_config(directory))
         config = copy.deepcopy(config)
         config.inference_mode = not is_trainable
         file = open_adapter(directory)
@@ -858,8 +866,6 @@ class PeftModel(nn.Module):
             autocast_adapter_dtype=autocast_adapter_dtype,
             read_from_file=True,
         )
-        if check_base:
-            state.check_base(injection.model, file.metadata, directory, injection._targets())
         report = state.fill_injection(
             injection,
             {new: file.shapes[old] for new, old in names.items()},
@@ -867,6 +873,9 @@ class PeftModel(nn.Module):
             where=directory,
             strict=strict,
         )
+        # After the account of tensors: where names or shapes differ, that says more.
+        if check_base:
+            state.check_base(injection.model, file.metadata, directory, injection._targets())
         first = not self.peft_config
         self.base_model.commit(injection, activate=first, trainable=is_trainable)
         if not is_trainable:
@@ -931,7 +940,7 @@ class PeftModel(nn.Module):
         )
         options = {k: kwargs[k] for k in ("strict", "check_base") if k in kwargs}
         if config is None:
-            config = PeftConfig.from_pretrained(directory)
+            config = PeftConfig.from_file(locate_config(directory))
         kind = _class_of(config.task_type) if cls is PeftModel else cls
         result = kind(model)
         result.load_adapter(

@@ -17,7 +17,7 @@ from veneer import LoraConfig, PeftModel, get_peft_model
 
 @pytest.fixture(scope="module")
 def network(models: Path) -> Iterator[nn.Module]:
-    """EfficientNet-Lite0 with its ImageNet weights, frozen; in float64, since 50 layers add their rounding up."""
+    """EfficientNet-Lite0 with its ImageNet weights, frozen; in float64: 50 layers add their rounding up."""
     sys.path.insert(0, str(models))
     try:
         from efficientnet_lite_pytorch import EfficientNet

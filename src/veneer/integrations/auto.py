@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 from typing import Any, ClassVar
 
+from veneer.checkpoint import locate_config
 from veneer.config import PeftConfig, TaskType
 from veneer.doors import adapter_directory
 from veneer.errors import AdapterFileError, ConfigError, MissingExtraError, VeneerWarning
@@ -84,7 +85,7 @@ class AutoPeftModel:
             pretrained_model_name_or_path, subfolder=subfolder, revision=revision, **shared
         )
         if config is None:
-            config = PeftConfig.from_pretrained(directory)
+            config = PeftConfig.from_file(locate_config(directory))
         base = cls._load_base(config, directory, kwargs)
         _fit_vocabulary(base, directory)
         return cls.peft_class.from_pretrained(
