@@ -52,9 +52,8 @@ def output(model: nn.Module, inputs: Any) -> Tensor:
     result = model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
     if isinstance(result, Tensor):
         return result
-    if result.get("logits") is not None:
-        return result.logits
-    return result["start_logits"] if "start_logits" in result else result.last_hidden_state
+    names = ("logits", "start_logits", "last_hidden_state")
+    return next(result[name] for name in names if result.get(name) is not None)
 
 
 def stored(place: Path) -> dict[str, Tensor]:

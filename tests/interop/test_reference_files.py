@@ -59,7 +59,6 @@ def convolution(dimensions: int) -> Callable[[], nn.Module]:
     kind = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dimensions - 1]
     return lambda: Net(
         lambda: kind(4, WIDTH, kernel_size=3, stride=2, padding=1),
-        # Not 1×1: the reference merges those by another rule (test_reference_merging.py).
         lambda: kind(WIDTH, WIDTH, kernel_size=2, bias=False),
     )
 

@@ -53,16 +53,13 @@ class LoraEmbedding(LoraLayer):
         return self.lora_embedding_A[name], self.lora_embedding_B[name], None
 
     def low_rank(self, name: str, x: Tensor) -> Tensor:
-        """x: (...) integer -> (..., dim). Gradients of A are scaled or sparse as the base's are."""
+        """x: (...) integer -> (..., dim). Gradients of A are scaled as the base's are, but always dense.
+
+        A lies (r, vocab), and torch cannot transpose the sparse gradient of the rows that were looked up.
+        """
         a, b, _ = self.factors(name)
         base: Any = self.base_layer
-        rows = F.embedding(
-            x,
-            a.T,
-            padding_idx=base.padding_idx,
-            scale_grad_by_freq=base.scale_grad_by_freq,
-            sparse=base.sparse,
-        )
+        rows = F.embedding(x, a.T, padding_idx=base.padding_idx, scale_grad_by_freq=base.scale_grad_by_freq)
         return rows @ b.T
 
     def add_branch(self, name: str, x: Tensor, result: Tensor) -> Tensor:
