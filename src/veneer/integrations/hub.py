@@ -169,7 +169,7 @@ def push_to_hub(
         from huggingface_hub import HfApi
     except ModuleNotFoundError as error:
         raise MissingExtraError("huggingface_hub", "hf", f"uploading to {repo_id!r}") from error
-    if not any(Path(directory).rglob(CONFIG_NAME)):
+    if not any(found for pattern in ("", "*/") for found in Path(directory).glob(f"{pattern}{CONFIG_NAME}")):
         raise AdapterFileError(f"no {CONFIG_NAME} in {os.fspath(directory)!r}: save the adapter there first")
     api = HfApi(token=token, library_name="veneer")
     try:
@@ -234,7 +234,9 @@ def _explain(error: Exception, place: _Place, local_only: bool) -> AdapterFileEr
     if isinstance(cause, errors.OfflineModeIsEnabled):
         return _not_cached(cause, place, local_only)
     by_status = f" (status {status})" if status else ""
-    return AdapterFileError(f"{place} could not be fetched{by_status}: {type(cause).__name__}: {cause}")
+    return AdapterFileError(
+        f"the hub did not do what was asked of {place}{by_status}: {type(cause).__name__}: {cause}"
+    )
 
 
 def _gated(place: _Place) -> str:
