@@ -77,6 +77,10 @@ class AdapterModule(nn.Module):
         """Keep the adapter's tensors under another name."""
         raise NotImplementedError
 
+    def refuses_active(self, names: Sequence[str]) -> str | None:
+        """Why these adapters cannot be active together here, or None."""
+        return None
+
     def adapters_changed(self) -> None:
         """Called after every change of what is active, enabled or held."""
 
@@ -190,8 +194,15 @@ class AdapterSet:
             )
 
     def activate(self, names: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Make these adapters the active ones everywhere."""
-        for module in self.modules():
+        """Make these adapters the active ones everywhere.
+
+        Raises:
+            AdapterNameError: If some module cannot have them active together. Nothing has changed then.
+        """
+        modules = self.modules()
+        if reasons := {r for m in modules if (r := m.refuses_active(as_names(names))) is not None}:
+            raise AdapterNameError("; ".join(sorted(reasons)))
+        for module in modules:
             module.set_adapter(names, inference_mode=inference_mode)
 
     def enable(self, enabled: bool) -> None:

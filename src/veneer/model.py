@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import os
 import re
 import sys
@@ -38,6 +39,7 @@ from veneer.errors import (
     ConfigError,
     LoadMismatchError,
     MergeError,
+    TargetError,
     VeneerError,
     VeneerWarning,
 )
@@ -46,6 +48,8 @@ from veneer.layers import LoraLayer
 from veneer.layers.making import draw_seed
 from veneer.layers.modules_to_save import ModulesToSaveWrapper
 from veneer.spec import resolve
+
+logger = logging.getLogger("veneer")
 
 #: Below this share of the update that survives rounding, a merge warns.
 KEPT_WARNING = 0.8
@@ -108,6 +112,13 @@ class LoraModel(nn.Module):
         strict_targets: bool = False,
     ) -> None:
         super().__init__()
+        if present := AdapterSet(model).names():
+            raise TargetError(
+                f"the model holds adapters already ({', '.join(map(repr, present))}): on the PeftModel that "
+                "put them "
+                "there use add_adapter(name, config) or load_adapter(path, name) for another one, or "
+                "unload() first"
+            )
         self.model = model
         self.training = model.training
         self.peft_config: dict[str, LoraConfig] = {}
@@ -181,6 +192,13 @@ class LoraModel(nn.Module):
         injection.commit(active=None if activate else active, trainable=trainable)
         self._biases.update(biases)
         self.peft_config[injection.adapter] = injection.config
+        scalings = sorted({a.spec.scaling for a in injection.additions})
+        logger.info(
+            "adapter %r: %d modules, scaling s = %s",
+            injection.adapter,
+            len(injection.additions),
+            " … ".join(f"{s:.4g}" for s in dict.fromkeys((scalings[0], scalings[-1]))),
+        )
 
     @property
     def active_adapters(self) -> list[str]:

@@ -132,7 +132,8 @@ def adapter_state_dict(
             f"{prefix}{_clean(name)}", f"{prefix}{_clean(name)}", parameter
         )
     if state_dict is None:
-        return {disk: slot.tensor.detach() for disk, slot in wanted.items()}
+        merged = _before_merging(root, prefix)
+        return {disk: merged.get(disk, slot.tensor).detach() for disk, slot in wanted.items()}
     given = {_clean(name): tensor for name, tensor in state_dict.items()}
     # A state dict of the wrapped model may lack the face's prefix, or already be an adapter's own.
     result, absent = {}, []
@@ -149,6 +150,17 @@ def adapter_state_dict(
             f"for example {', '.join(absent[:3])}: was it gathered from all shards?"
         )
     return result
+
+
+def _before_merging(root: nn.Module, prefix: str) -> dict[str, Tensor]:
+    """Tensors of base layers that hold a merged adapter, as they were before, by their name on disk."""
+    return {
+        f"{prefix}{_clean(path)}.base_layer.{name}": tensor
+        for path, layer in root.named_modules()
+        if isinstance(layer, LoraLayer) and layer.merged
+        for name, tensor in layer.original_base()._parameters.items()
+        if tensor is not None
+    }
 
 
 def _embeddings(

@@ -494,6 +494,8 @@ class LoraLayer(AdapterModule):
         undo = self._undo
         if undo is None and keep_undo:
             undo = self._take_undo()
+        if undo is not None and any(self.factors(n)[2] is not None for n in names):
+            self._add_bias(undo)
         before = list(self._merged)
         try:
             if before and undo is not None:
@@ -538,10 +540,13 @@ class LoraLayer(AdapterModule):
         base, backend = self.base_layer, backends.find(self.base_layer)
         weight = backend.read(base)
         _, attributes = self.before_merge(weight.to("meta"))
-        tensors = {"weight": weight.clone()}
-        if isinstance(getattr(base, "bias", None), Tensor):
-            tensors["bias"] = backend.read(base, "bias").clone()
-        return Undo(tensors, {name: getattr(base, name) for name in attributes})
+        return Undo({"weight": weight.clone()}, {name: getattr(base, name) for name in attributes})
+
+    def _add_bias(self, undo: Undo) -> None:
+        """Keep the base's bias too: only a merged bias changes it, and it may be trained by itself."""
+        if "bias" not in undo.tensors():
+            bias = backends.find(self.base_layer).read(self.base_layer, "bias")
+            undo.register_buffer("bias", bias.clone(), persistent=False)
 
     def _restore(self, undo: Undo) -> None:
         base, backend = self.base_layer, backends.find(self.base_layer)
@@ -577,9 +582,12 @@ class LoraLayer(AdapterModule):
 
     def _merge_biases(self, names: Sequence[str]) -> None:
         biases = [(self.factors(n)[2], self.scaling[n]) for n in names]
-        terms = [bias.detach().float() * scaling for bias, scaling in biases if bias is not None]
-        if terms:
-            base, backend = self.base_layer, backends.find(self.base_layer)
-            bias = backend.read(base, "bias")
-            total = bias.float() + torch.stack(terms).sum(0).to(bias.device)
-            backend.write(base, total.to(bias.dtype), "bias")
+        if not any(bias is not None for bias, _ in biases):
+            return
+        base, backend = self.base_layer, backends.find(self.base_layer)
+        bias = backend.read(base, "bias")
+        total = bias.to(torch.promote_types(bias.dtype, torch.float32))
+        for term, scaling in biases:
+            if term is not None:
+                total = total + term.detach().to(total) * scaling
+        backend.write(base, total.to(bias.dtype), "bias")

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from veneer.layers.base import LoraLayer
+from veneer.layers.base import LoraLayer, stand_in
 from veneer.spec import LoraSpec
 
 
@@ -58,8 +58,15 @@ class LoraEmbedding(LoraLayer):
         A lies (r, vocab), and torch cannot transpose the sparse gradient of the rows that were looked up.
         """
         a, b, _ = self.factors(name)
-        base: Any = self.base_layer
-        rows = F.embedding(x, a.T, padding_idx=base.padding_idx, scale_grad_by_freq=base.scale_grad_by_freq)
+        base: Any = self.original_base()
+        if type(base).forward is nn.Embedding.forward:
+            rows = F.embedding(
+                x, a.T, padding_idx=base.padding_idx, scale_grad_by_freq=base.scale_grad_by_freq
+            )
+        else:
+            # A subclass that scales what it looks up: let its own forward do it, with A in place of W.
+            changes = {"embedding_dim": a.shape[0], "max_norm": None, "sparse": False}
+            rows = type(base).forward(stand_in(base, {"weight": a.T}, changes), x)
         return rows @ b.T
 
     def add_branch(self, name: str, x: Tensor, result: Tensor) -> Tensor:

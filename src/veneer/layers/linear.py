@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from veneer import variants
-from veneer.layers.base import LoraLayer
+from veneer import backends, variants
+from veneer.layers.base import LoraLayer, stand_in
 from veneer.ops.lora_linear import add_lora_, lora_linear
+
+_NO_PRODUCT = (
+    "its class has a forward of its own that does not compute x Wᵀ + b, so an update added to the weight would "
+    "not do what the branch does. Keep the adapter unmerged"
+)
 
 
 def _is_plain(base: nn.Module) -> bool:
@@ -46,6 +52,24 @@ class LoraLinear(LoraLayer):
     def low_rank(self, name: str, x: Tensor) -> Tensor:
         """x: (..., in) -> (..., out)."""
         return self.lora_B[name](self.lora_A[name](x))  # type: ignore[no-any-return]
+
+    def refuses_merge(self, names: Sequence[str]) -> list[str]:
+        """Besides the common reasons: a subclass whose forward is something else than ``x Wᵀ + b``."""
+        return [*super().refuses_merge(names), *([] if self._multiplies(names) else [_NO_PRODUCT])]
+
+    @torch.no_grad()
+    def _multiplies(self, names: Sequence[str]) -> bool:
+        """Whether a dense base's forward, given A for its weight, computes ``x Aᵀ``."""
+        base = self.base_layer
+        kind = f"{type(base).__module__}.{type(base).__qualname__}"
+        if not names or type(base).forward is nn.Linear.forward or kind in self.wraps:
+            return True
+        if self.transposed or not backends.find(base).writable_in_place(base):
+            return True
+        a = self.factors(names[0])[0].detach()
+        x = torch.linspace(-1.0, 1.0, 2 * a.shape[1], device=a.device, dtype=a.dtype).view(2, -1)
+        given = type(base).forward(stand_in(base, {"weight": a, "bias": None}), x)
+        return torch.allclose(given, x @ a.t(), rtol=1e-2, atol=1e-2 * float(a.abs().max()))
 
     def _dropout(self, name: str) -> float:
         dropout = self.lora_dropout[name]

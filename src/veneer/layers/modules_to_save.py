@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import nn
 
-from veneer.adapters import AdapterModule
-from veneer.errors import VeneerError
+from veneer.adapters import AdapterModule, as_names
+from veneer.errors import AdapterNameError
 
 
 class ModulesToSaveWrapper(AdapterModule):
@@ -62,19 +62,25 @@ class ModulesToSaveWrapper(AdapterModule):
         """Keep a copy under another name."""
         self.modules_to_save[new] = self.modules_to_save.pop(old)
 
-    def set_adapter(self, adapter_names: Any, inference_mode: bool = False) -> None:
+    def refuses_active(self, names: Sequence[str]) -> str | None:
+        """Two copies cannot both answer."""
+        mine = [name for name in names if name in self.modules_to_save]
+        if len(mine) < 2:
+            return None
+        return (
+            f"the adapters {', '.join(map(repr, mine))} each trained their own copy of the same module "
+            f"(a {type(self.original_module).__name__}); only one of them can be active at a time"
+        )
+
+    def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make these adapters the active ones.
 
         Raises:
-            VeneerError: If more than one of them has its own copy of this module.
+            AdapterNameError: If more than one of them has its own copy of this module.
         """
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        mine = [name for name in names if name in self.modules_to_save]
-        if len(mine) > 1:
-            raise VeneerError(
-                f"the adapters {', '.join(map(repr, mine))} each trained their own copy of the same module "
-                f"(a {type(self.original_module).__name__}); only one of them can be active at a time"
-            )
+        names = as_names(adapter_names)
+        if (reason := self.refuses_active(names)) is not None:
+            raise AdapterNameError(reason)
         super().set_adapter(names, inference_mode=inference_mode)
 
     @property
