@@ -252,7 +252,13 @@ class Injection:
 
     def optional(self) -> dict[str, tuple[int, ...]]:
         """Names on disk of base tensors that a file may carry along: input and output embeddings."""
-        return {name: tuple(p.shape) for name, p in embedding_weights(self.model, self._targets()).items()}
+        return {name: tuple(p.shape) for name, p in self._embeddings().items()}
+
+    def _embeddings(self) -> dict[str, nn.Parameter]:
+        """Base embeddings, less those of which the adapter gets a copy of its own."""
+        own = tuple(f"{trained.site.path}." for trained in self.copies)
+        weights = embedding_weights(self.model, self._targets())
+        return {name: weight for name, weight in weights.items() if not name.startswith(own)}
 
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
         """Take all values from tensors with the names of `expected`; the base is not touched yet."""
@@ -323,10 +329,9 @@ class Injection:
 
     def changed_embeddings(self) -> list[str]:
         """Names of base embeddings that the file would replace by other values."""
-        weights = embedding_weights(self.model, self._targets())
         return [
             name
-            for name, parameter in weights.items()
+            for name, parameter in self._embeddings().items()
             if name in self._places
             and not parameter.is_meta
             and not torch.equal(parameter.detach().cpu(), self._places[name].to(parameter.dtype))

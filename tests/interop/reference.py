@@ -88,5 +88,6 @@ def both(
 def from_reference(base: nn.Module, place: Path, **kwargs: Any) -> Any:
     """An adapter's directory, opened by the reference on a copy of the base."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "LoRA adapter added to ConvNd layer with groups > 1")
+        for known in ("LoRA adapter added to ConvNd layer with groups > 1", ".*ensure_weight_tying"):
+            warnings.filterwarnings("ignore", known)
         return peft.PeftModel.from_pretrained(copy.deepcopy(base), str(place), **kwargs).eval()

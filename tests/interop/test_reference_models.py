@@ -1,0 +1,210 @@
+"""Models of transformers: tasks and their heads, default targets, all-linear, embeddings, tied weights."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+)
+
+import veneer
+from tests.interop.reference import (
+    both,
+    expect_same_model,
+    from_reference,
+    output,
+    peft,
+    quiet,
+    randomise,
+    stored,
+)
+from tests.interop.tiny import TINY, llama_config, one_text
+from tests.tolerances import assert_close
+from veneer import PeftModel
+from veneer.errors import ConfigError
+from veneer.targets import DEFAULT_TARGETS
+
+
+def exchange(
+    base: nn.Module, inputs: Any, options: dict[str, Any], place: Path, **saving: Any
+) -> tuple[Any, Any]:
+    """Write with each, read with the other, compare; the adapted models, ours and theirs."""
+    ours, theirs = both(lambda: base, options)
+    expect_same_names(ours, theirs)
+    randomise(theirs)
+    with quiet():
+        theirs.save_pretrained(place / "theirs", **saving)
+    loaded = PeftModel.from_pretrained(copy.deepcopy(base), place / "theirs").eval()
+    assert type(loaded).__name__ == type(ours).__name__ == type(theirs).__name__
+    expect_same_model(loaded, theirs)
+    assert_close(output(loaded, inputs), output(theirs, inputs))
+    randomise(ours, seed=2)
+    ours.save_pretrained(place / "ours", **saving)
+    assert stored(place / "ours").keys() == stored(place / "theirs").keys()
+    there = from_reference(base, place / "ours")
+    assert type(there).__name__ == type(ours).__name__
+    expect_same_model(ours, there)
+    assert_close(output(ours, inputs), output(there, inputs))
+    return ours, theirs
+
+
+def expect_same_names(ours: nn.Module, theirs: nn.Module) -> None:
+    for wanted in (False, True):
+        names = [{n for n, p in m.named_parameters() if p.requires_grad is wanted} for m in (ours, theirs)]
+        assert names[0] == names[1]
+
+
+# -- tasks -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_default_targets_and_the_head_of_the_task(name: str, tmp_path: Path) -> None:
+    tiny = TINY[name]
+    options = {"task_type": tiny.task, "r": 3, "lora_alpha": 5}
+    ours, theirs = exchange(tiny.build().eval(), tiny.inputs(), options, tmp_path)
+    mine, its = ours.peft_config["default"], theirs.peft_config["default"]
+    assert mine.target_modules == set(its.target_modules)
+    assert mine.task_type == its.task_type == tiny.task
+    heads = {"classifier", "score", "qa_outputs"}
+    # The reference notes every name that a head may have; ours, the one that this model has.
+    assert set(mine.modules_to_save or ()) == {
+        n for n in its.modules_to_save or () if n in heads and hasattr(ours.get_base_model(), n)
+    }
+
+
+#: Tasks whose head the reference first adapts as one more linear and then cannot train in full: a TypeError.
+BROKEN_ALL_LINEAR = {"bert_tokens", "bert_answers", "llama_tokens", "llama_answers"}
+
+
+@pytest.mark.parametrize("name", sorted(BROKEN_ALL_LINEAR))
+def test_all_linear_where_the_reference_adapts_the_head_first(name: str, tmp_path: Path) -> None:
+    tiny = TINY[name]
+    base, inputs = tiny.build().eval(), tiny.inputs()
+    options = {"task_type": tiny.task, "target_modules": "all-linear"}
+    with pytest.raises(TypeError, match="modules_to_save cannot be applied"), quiet():
+        peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**options))
+    ours = randomise(veneer.get_peft_model(copy.deepcopy(base), veneer.LoraConfig(**options))).eval()
+    ours.save_pretrained(tmp_path)
+    there = from_reference(base, tmp_path)
+    expect_same_model(ours, there)
+    assert_close(output(ours, inputs), output(there, inputs))
+
+
+@pytest.mark.parametrize("name", sorted(set(TINY) - BROKEN_ALL_LINEAR))
+def test_all_linear(name: str, tmp_path: Path) -> None:
+    tiny = TINY[name]
+    options = {"task_type": tiny.task, "target_modules": "all-linear", "rank_pattern": {"q_proj": 2}, "r": 3}
+    if not any("q_proj" in path for path, _ in tiny.build().named_modules()):
+        del options["rank_pattern"]
+    exchange(tiny.build().eval(), tiny.inputs(), options, tmp_path)
+
+
+def qwen2_moe() -> nn.Module:
+    return Qwen2MoeForCausalLM(
+        Qwen2MoeConfig(
+            vocab_size=23, hidden_size=16, intermediate_size=24, moe_intermediate_size=8, num_hidden_layers=1,
+            shared_expert_intermediate_size=8, num_attention_heads=2, num_key_value_heads=2, num_experts=3,
+            num_experts_per_tok=2, decoder_sparse_step=1, pad_token_id=0,
+        )
+    )  # fmt: skip
+
+
+def test_all_linear_leaves_out_what_chooses_among_experts(tmp_path: Path) -> None:
+    """The reference adapts the gate of the shared expert too; its adapter loads here all the same."""
+    base = qwen2_moe().eval()
+    ours, theirs = both(lambda: base, {"target_modules": "all-linear", "task_type": "CAUSAL_LM"})
+    adapted = [{n.split(".lora_A")[0] for n in m.state_dict() if ".lora_A." in n} for m in (ours, theirs)]
+    assert {n.rpartition(".")[2] for n in adapted[1] - adapted[0]} == {"shared_expert_gate"}
+    assert adapted[0] < adapted[1]
+    randomise(theirs)
+    with quiet():
+        theirs.save_pretrained(tmp_path)
+    inputs = one_text()
+    loaded = PeftModel.from_pretrained(base, tmp_path).eval()
+    expect_same_model(loaded, theirs)
+    assert_close(output(loaded, inputs), output(theirs, inputs))
+
+
+def test_adapters_of_bare_parameters_are_refused_by_name(tmp_path: Path) -> None:
+    """On Mixtral the reference's all-linear means the fused experts and the router's parameter as well."""
+    base = MixtralForCausalLM(
+        MixtralConfig(
+            vocab_size=23, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+            num_key_value_heads=2, num_local_experts=3, pad_token_id=0,
+        )
+    )  # fmt: skip
+    ours, theirs = both(lambda: base, {"target_modules": "all-linear", "task_type": "CAUSAL_LM"})
+    adapted = {n.split(".lora_A")[0].rpartition(".")[2] for n in ours.state_dict() if ".lora_A." in n}
+    assert adapted == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    with quiet():
+        theirs.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="target_parameters"):
+        PeftModel.from_pretrained(base, tmp_path)
+
+
+#: Model types whose default targets differ from the reference's, with the reason.
+OTHER_DEFAULTS: dict[str, str] = {
+    "vit": "transformers 5 renamed the projections: both names are listed",
+    "deit": "the same",
+    "dinov2": "the same",
+    "audio-spectrogram-transformer": "the same",
+}
+
+
+def test_default_targets_by_model_type() -> None:
+    theirs = peft.utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    def names(value: Any) -> Any:
+        return value if isinstance(value, str) else set(value)
+
+    assert not set(theirs) - set(DEFAULT_TARGETS)
+    different = {t for t in theirs if names(theirs[t]) != names(DEFAULT_TARGETS[t])}
+    assert different == set(OTHER_DEFAULTS) & set(theirs)
+    assert all(names(theirs[t]) < names(DEFAULT_TARGETS[t]) for t in different)
+
+
+# -- embeddings --------------------------------------------------------------------------------------------
+
+EMBEDDINGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "input_untied": ("llama", {"target_modules": ["embed_tokens", "q_proj"]}),
+    "output_untied": ("llama", {"target_modules": ["lm_head", "q_proj"]}),
+    "both_untied": ("llama", {"target_modules": ["lm_head", "embed_tokens"]}),
+    "input_by_expression": ("llama", {"target_modules": r".*\.(embed_tokens|q_proj)"}),
+    "saved_whole": ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}),
+}
+
+
+@pytest.mark.parametrize("name", EMBEDDINGS)
+def test_targeted_embeddings_are_saved_along(name: str, tmp_path: Path) -> None:
+    model, options = EMBEDDINGS[name]
+    tiny = TINY[model]
+    exchange(tiny.build().eval(), tiny.inputs(), options | {"task_type": tiny.task, "r": 3}, tmp_path)
+
+
+@pytest.mark.parametrize("whether", [True, False])
+def test_embeddings_on_demand(whether: bool, tmp_path: Path) -> None:
+    tiny = TINY["llama"]
+    options = {"target_modules": ["q_proj"], "task_type": tiny.task}
+    exchange(tiny.build().eval(), tiny.inputs(), options, tmp_path, save_embedding_layers=whether)
+    assert any("embed_tokens.weight" in key for key in stored(tmp_path / "ours")) is whether
+
+
+@pytest.mark.parametrize("targets", [["lm_head"], ["embed_tokens"], ["lm_head", "embed_tokens"]], ids=str)
+def test_tied_embeddings(targets: list[str], tmp_path: Path) -> None:
+    base = LlamaForCausalLM(llama_config(tie_word_embeddings=True)).eval()
+    options = {"target_modules": [*targets, "q_proj"], "task_type": "CAUSAL_LM", "r": 3}
+    with torch.no_grad():
+        ours, theirs = exchange(base, one_text(), options, tmp_path)
+    for model in (ours, theirs):
+        inner = model.get_base_model()
+        assert inner.get_input_embeddings().weight is inner.get_output_embeddings().weight
