@@ -1,0 +1,175 @@
+"""The pages are true: their code runs, their outputs are what is printed, their commands and links exist."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.docs.pages import PAGES, ROOT, Block, blocks, prose, run_page
+
+NOT_RUN: dict[str, str] = {
+    # "docs/page.md": "why its `python no-run` blocks cannot run"
+}
+PYTHON_PAGES = [page for page in PAGES if any(block.language == "python" for block in blocks(page))]
+SHELLS = {"bash", "sh", "shell", "console"}
+
+
+def _id(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No page may need the network."""
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError(f"a page opened a connection: {args[1:]}")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+@pytest.mark.parametrize("page", PYTHON_PAGES, ids=_id)
+def test_python_blocks_run(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, offline: None
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with torch.random.fork_rng():
+        run_page(page)
+
+
+FALSE_PAGES = {
+    "output": ("```python\nprint(1)\n```\n```text\n2\n```\n", "shows another output"),
+    "warning": ("```python\nimport warnings\nwarnings.warn('unsaid')\n```\n", "unsaid"),
+    "announced": ("<!-- warns: never -->\n```python\nx = 1\n```\n", "announces warnings that did not come"),
+    "error": ("```python\nx = 1\n```\nprose\n```python\n1 / 0\n```\n", "division by zero"),
+}
+
+
+@pytest.mark.parametrize("kind", FALSE_PAGES)
+def test_a_false_page_is_found_out(kind: str, tmp_path: Path) -> None:
+    text, complaint = FALSE_PAGES[kind]
+    page = tmp_path / "false.md"
+    page.write_text(text)
+    with pytest.raises((AssertionError, UserWarning, ZeroDivisionError), match=complaint):
+        run_page(page)
+
+
+def test_a_true_page_passes(tmp_path: Path) -> None:
+    page = tmp_path / "true.md"
+    page.write_text(
+        "<!-- warns: said -->\n```python\nimport warnings\nwarnings.warn('as said')\n"
+        "print('one 0.123')\n```\n```text\none 0...\n```\n"
+    )
+    run_page(page)
+
+
+def test_pages_exist() -> None:
+    named = {"README.md", "docs/index.md", "docs/lora.md", "docs/concepts/low-rank.md", "docs/migrating.md"}
+    assert named <= {_id(page) for page in PYTHON_PAGES}
+
+
+def test_blocks_that_do_not_run_are_listed_with_a_reason() -> None:
+    marked = {block.page for page in PAGES for block in blocks(page) if "no-run" in block.marks}
+    assert marked == set(NOT_RUN)
+    assert all(len(reason) > 20 for reason in NOT_RUN.values())
+
+
+@pytest.mark.parametrize("page", PAGES, ids=_id)
+def test_links_and_pictures_exist(page: Path) -> None:
+    broken = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)) + re.findall(
+        r'<img[^>]* src="([^"]+)"', prose(page)
+    ):
+        if re.match(r"[a-z]+://", target):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        if not file.exists() or (anchor and anchor not in _anchors(file)):
+            broken.append(target)
+    assert not broken, f"{_id(page)} links to nothing: {broken}"
+
+
+def _anchors(page: Path) -> set[str]:
+    """The anchors of headings as code hosts make them: lower case, no punctuation, hyphens for spaces."""
+    headings = re.findall(r"^#+ +(.+?) *$", prose(page), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=_id)
+def test_commands_exist(page: Path) -> None:
+    lines = [
+        (block.name, line) for block in blocks(page) if block.language in SHELLS for line in _commands(block)
+    ]
+    lines += [(_id(page), text) for text in re.findall(r"`((?:make|veneer) [a-z][^`]*)`", prose(page))]
+    problems = [f"{where}: {line!r}: {problem}" for where, line in lines if (problem := _problem(line))]
+    assert not problems, "\n".join(problems)
+
+
+def _commands(block: Block) -> list[str]:
+    joined = block.code.replace("\\\n", " ")
+    lines = (line.strip().removeprefix("$ ") for line in joined.splitlines())
+    return [part.strip() for line in lines if line and not line.startswith("#") for part in line.split("&&")]
+
+
+def _problem(line: str) -> str:
+    """What is wrong with one shell command of a page; empty when nothing is."""
+    words = [
+        word
+        for word in shlex.split(line, comments=True)
+        if "=" not in word.split("/")[0] or word.startswith("-")
+    ]
+    if not words:
+        return "no command"
+    program, *rest = words
+    program = program.removeprefix(".venv/bin/")
+    if program == "make":
+        return "" if all(target in _make_targets() for target in rest) else "no such make target"
+    if program == "veneer":
+        return _veneer_problem(rest)
+    if program in {"pip", "python"} and rest[:2] in (["install", "veneer"], ["-m", "veneer.as_peft"]):
+        return ""
+    if program == "pip" and rest[0] == "install":
+        unknown = set(re.findall(r"veneer\[([^\]]+)\]", line)) - _extras()
+        return f"no such extra {unknown}" if unknown else ""
+    if (program, *rest[:1]) == ("git", "clone") or program == "cd":
+        return ""
+    return "the test does not know how to check this command"
+
+
+def _make_targets() -> set[str]:
+    return set(re.findall(r"^([a-z][\w-]*):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
+
+
+def _extras() -> set[str]:
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    section = re.search(r"^\[project\.optional-dependencies\]\n(.*?)(?=^\[)", text, re.M | re.S)
+    assert section is not None
+    return set(re.findall(r"^([\w-]+) *=", section[1], re.M))
+
+
+def _veneer_problem(words: list[str]) -> str:
+    from typer.main import get_command
+
+    from veneer.cli.main import app
+
+    group: Any = get_command(app)
+    if not words:
+        return ""
+    command = group.commands.get(words[0])
+    if command is None:
+        return f"no such subcommand; there are {sorted(group.commands)}"
+    known = {
+        option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)
+    }
+    unknown = [
+        flag
+        for word in words[1:]
+        if word.startswith("-") and (flag := word.split("=")[0]) not in known | {"--help"}
+    ]
+    return f"no such flags {unknown}; there are {sorted(known)}" if unknown else ""
