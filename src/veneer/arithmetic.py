@@ -158,7 +158,7 @@ def _combine_layer(
     svd_rank: int | None,
 ) -> Combined:
     parts = {n: layer.factors(n) for n in weights}
-    wide = {n: tuple(None if t is None else t.detach().float() for t in part) for n, part in parts.items()}
+    wide = {n: tuple(None if t is None else _wide(t) for t in part) for n, part in parts.items()}
     strengths = {n: w * layer.scaling[n] for n, w in weights.items()}
     bias = _sum_biases(wide, strengths)
     error = 0.0
@@ -177,6 +177,10 @@ def _combine_layer(
     dtype = parts[first.adapter][0].dtype
     start = InitResult(a.to(dtype), b.to(dtype), None if bias is None else bias.to(dtype))
     return Combined(layer, spec, start, error)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _sum_biases(parts: Mapping[str, tuple[Any, ...]], strengths: Mapping[str, float]) -> Tensor | None:

@@ -37,3 +37,12 @@ class Dense(Backend):
     def writable_in_place(self, module: nn.Module) -> bool:
         """Always."""
         return True
+
+    def refuses_merge(self, module: nn.Module) -> str | None:
+        """A weight that is computed anew for each call (weight norm, a parametrization) cannot be written."""
+        if module._parameters.get("weight") is None:
+            return (
+                "its weight is computed from other tensors (a parametrization or weight norm), so an update "
+                "written into it would be lost; remove the parametrization first"
+            )
+        return None

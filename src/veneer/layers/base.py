@@ -258,7 +258,11 @@ class LoraLayer(AdapterModule):
         """The base layer as it is without any adapter, also while some are merged."""
         if self._undo is None:
             return self.base_layer
-        return stand_in(self.base_layer, self._undo.tensors(), self._undo.attributes)
+        base, tensors = self.base_layer, self._undo.tensors()
+        bias = getattr(base, "bias", None)
+        if isinstance(bias, Tensor) and bias.is_meta and "bias" not in tensors:
+            tensors["bias"] = backends.find(base).read(base, "bias")
+        return stand_in(base, tensors, self._undo.attributes)
 
     def adapter_parameters(self, name: str) -> Iterator[nn.Parameter]:
         """A, B and the bias of B."""

@@ -13,7 +13,7 @@ from veneer.layers.base import LoraLayer, stand_in
 from veneer.ops.lora_linear import add_lora_, lora_linear
 
 _NO_PRODUCT = (
-    "its class has a forward of its own that does not compute x Wᵀ + b, so an update added to the weight would "
+    "its class has a forward of its own that does not compute x Wᵀ + b: an update added to the weight would "
     "not do what the branch does. Keep the adapter unmerged"
 )
 

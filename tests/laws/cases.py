@@ -1,0 +1,339 @@
+"""What the laws are tried on: one table for each registry, keyed by what is registered.
+
+`test_tables.py` fails for a registered layer, initialisation, variant or backend that has no entry here, so
+a new file is tested the moment it exists. The layer cases are the ones that break others.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cache, partial
+from typing import Any
+
+import pytest
+import torch
+from accelerate import cpu_offload
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
+
+from veneer import LoraConfig, VeneerWarning
+from veneer.backends.base import backends
+from veneer.errors import ConfigError
+from veneer.inits.base import inits
+from veneer.layers import LoraLayer, registry, wrap
+from veneer.layers.making import why_not
+from veneer.spec import resolve
+from veneer.variants import registry as variants
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class SamePadConv2d(nn.Conv2d):
+    """Like EfficientNet's: another constructor, and a forward that pads by itself as TensorFlow does."""
+
+    def __init__(self, channels: tuple[int, int], size: int, step: int = 1, image_size: int = 9) -> None:
+        super().__init__(*channels, size, stride=step, bias=False)
+        total = max((-(-image_size // step) - 1) * step + size - image_size, 0)
+        self.pad = nn.ZeroPad2d((total // 2, total - total // 2, total // 2, total - total // 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Pad unevenly, then convolve."""
+        return F.conv2d(self.pad(x), self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+
+
+class ScaledLinear(nn.Linear):
+    """A subclass whose forward is not ``x Wᵀ + b``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Twice the ordinary output."""
+        return 2.0 * super().forward(x)
+
+
+class NamedLinear(nn.Linear):
+    """A subclass with another constructor that computes the same."""
+
+    def __init__(self, size_in: int, size_out: int, *, name: str) -> None:
+        super().__init__(size_in, size_out)
+        self.name = name
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The ordinary output."""
+        return F.linear(x, self.weight, self.bias)
+
+
+class ScaledEmbedding(nn.Embedding):
+    """Like Gemma's: the rows that are looked up are scaled."""
+
+    def __init__(self, count: int, size: int, *, scale: float) -> None:
+        super().__init__(count, size, padding_idx=0)
+        self.register_buffer("embed_scale", torch.tensor(scale), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scaled rows."""
+        return super().forward(x) * self.embed_scale.to(self.weight.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class LayerCase:
+    """A base layer, an input for it, and what the adapter is configured with beside the defaults."""
+
+    name: str
+    base: Callable[[], nn.Module]
+    x: Callable[[], Tensor]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    #: The base's own forward writes its weight (max_norm).
+    renormalises: bool = False
+    #: Its merge is refused; the reason contains this.
+    unmergeable: str = ""
+
+
+def _ints(*shape: int, high: int = 11) -> Callable[[], Tensor]:
+    return partial(torch.randint, 0, high, shape)
+
+
+def _floats(*shape: int) -> Callable[[], Tensor]:
+    return partial(torch.randn, *shape)
+
+
+def _transposed(*shape: int) -> Callable[[], Tensor]:
+    return lambda: torch.randn(*shape).transpose(0, -2)
+
+
+def _channels_last(*shape: int) -> Callable[[], Tensor]:
+    return lambda: torch.randn(*shape).to(memory_format=torch.channels_last)
+
+
+def _conv_cases(kind: type[nn.Module], dims: int) -> tuple[LayerCase, ...]:
+    x = _floats(2, 4, *(9, 7, 5)[:dims])
+    make = partial(partial, kind, 4, 6)
+    return (
+        LayerCase("plain", make(3), x),
+        LayerCase("no-bias-pointwise", make(1, bias=False), x),
+        LayerCase("stride-padding", make(3, stride=2, padding=1), x),
+        LayerCase("dilation", make(2, dilation=2), x),
+        LayerCase("same", make(3, padding="same", dilation=2), x),
+        LayerCase("valid", make(3, padding="valid"), x),
+        LayerCase("groups", make(3, groups=2, padding=1), x),
+        LayerCase("groups-same-circular", make(3, groups=2, padding="same", padding_mode="circular"), x),
+        LayerCase("circular", make(3, padding=1, padding_mode="circular", stride=2), x),
+        LayerCase("reflect", make(3, padding=1, padding_mode="reflect"), x),
+        LayerCase("replicate", make(3, padding=2, padding_mode="replicate", dilation=2), x),
+        LayerCase("lora-bias", make(3), x, {"lora_bias": True}),
+        LayerCase("large-rank", make(2), x, {"r": 40}),
+        LayerCase("unbatched", make(3), _floats(4, *(9, 7, 5)[:dims])),
+        LayerCase("empty", make(3), _floats(0, 4, *(9, 7, 5)[:dims])),
+    )
+
+
+LAYERS: dict[str, tuple[LayerCase, ...]] = {
+    "torch.nn.modules.linear.Linear": (
+        LayerCase("plain", partial(nn.Linear, 12, 10), _floats(3, 12)),
+        LayerCase("no-bias", partial(nn.Linear, 12, 10, bias=False), _floats(3, 12)),
+        LayerCase("1-D", partial(nn.Linear, 12, 10), _floats(12)),
+        LayerCase("3-D", partial(nn.Linear, 12, 10), _floats(2, 3, 12)),
+        LayerCase("4-D", partial(nn.Linear, 12, 10), _floats(2, 1, 3, 12)),
+        LayerCase("non-contiguous", partial(nn.Linear, 12, 10), _transposed(3, 4, 12)),
+        LayerCase("empty", partial(nn.Linear, 12, 10), _floats(0, 12)),
+        LayerCase("large-rank", partial(nn.Linear, 3, 2), _floats(5, 3), {"r": 32}),
+        LayerCase("lora-bias", partial(nn.Linear, 12, 10), _floats(3, 12), {"lora_bias": True}),
+        LayerCase("rslora", partial(nn.Linear, 12, 10), _floats(3, 12), {"use_rslora": True}),
+        LayerCase("subclass", partial(NamedLinear, 12, 10, name="q"), _floats(3, 12)),
+        LayerCase(
+            "subclass-no-product",
+            partial(ScaledLinear, 12, 10),
+            _floats(3, 12),
+            unmergeable="forward of its own",
+        ),
+        LayerCase(
+            "lora-bias-without-place",
+            partial(nn.Linear, 12, 10, bias=False),
+            _floats(3, 12),
+            {"lora_bias": True},
+            unmergeable="no place to go",
+        ),
+    ),
+    "transformers.pytorch_utils.Conv1D": (
+        LayerCase("plain", partial(Conv1D, 10, 12), _floats(3, 12)),
+        LayerCase("3-D", partial(Conv1D, 10, 12), _floats(2, 3, 12)),
+        LayerCase("non-contiguous", partial(Conv1D, 10, 12), lambda: torch.randn(3, 24)[:, ::2]),
+        LayerCase("empty", partial(Conv1D, 10, 12), _floats(0, 12)),
+        LayerCase("large-rank", partial(Conv1D, 2, 3), _floats(5, 3), {"r": 32}),
+        LayerCase("lora-bias", partial(Conv1D, 10, 12), _floats(3, 12), {"lora_bias": True}),
+    ),
+    "torch.nn.modules.sparse.Embedding": (
+        LayerCase("plain", partial(nn.Embedding, 11, 8), _ints(3, 5)),
+        LayerCase("1-D", partial(nn.Embedding, 11, 8), _ints(5)),
+        LayerCase("0-D", partial(nn.Embedding, 11, 8), _ints()),
+        LayerCase("empty", partial(nn.Embedding, 11, 8), _ints(0, 3)),
+        LayerCase("padding", partial(nn.Embedding, 11, 8, padding_idx=1), _ints(4, 5)),
+        LayerCase("max-norm", partial(nn.Embedding, 11, 8, max_norm=1.5), _ints(3, 5), renormalises=True),
+        LayerCase("by-frequency", partial(nn.Embedding, 11, 8, scale_grad_by_freq=True), _ints(4, 5)),
+        LayerCase("sparse", partial(nn.Embedding, 11, 8, sparse=True), _ints(4, 5)),
+        LayerCase("scaled", partial(ScaledEmbedding, 11, 8, scale=3.0), _ints(4, 5)),
+        LayerCase("large-rank", partial(nn.Embedding, 11, 3), _ints(4), {"r": 32, "use_rslora": True}),
+    ),
+    "torch.nn.modules.conv.Conv1d": _conv_cases(nn.Conv1d, 1),
+    "torch.nn.modules.conv.Conv2d": (
+        *_conv_cases(nn.Conv2d, 2),
+        LayerCase("own-constructor", partial(SamePadConv2d, (4, 6), 3, step=2), _floats(2, 4, 9, 9)),
+        LayerCase("channels-last", partial(nn.Conv2d, 4, 6, (3, 1)), _channels_last(2, 4, 7, 9)),
+    ),
+    "torch.nn.modules.conv.Conv3d": _conv_cases(nn.Conv3d, 3),
+}
+
+#: Options that ask for each initialisation, by the name of its class.
+INITS: dict[str, dict[str, Any]] = {
+    "Default": {"init_lora_weights": True},
+    "Gaussian": {"init_lora_weights": "gaussian"},
+    "Arbitrary": {"init_lora_weights": False},
+    "LoftQ": {"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4, "loftq_iter": 2}},
+}
+
+#: Options that ask for each variant.
+VARIANTS: dict[str, dict[str, Any]] = {"plain": {}}
+
+#: How a module comes to be stored in each way.
+BACKENDS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "dense": lambda module: module,
+    "offloaded": lambda module: cpu_offload(module, execution_device="cpu"),
+}
+
+
+@dataclass(frozen=True)
+class Combination:
+    """One layer case under one initialisation, variant, backend and dtype."""
+
+    case: LayerCase
+    init: str
+    variant: str
+    backend: str
+    dtype: torch.dtype
+
+    def config(self, **more: Any) -> LoraConfig:
+        """``lora_alpha`` is never ``r``: a scaling of one would hide a forgotten one."""
+        options = {"r": 4, **self.case.options, **INITS[self.init], **VARIANTS[self.variant], **more}
+        return LoraConfig(lora_alpha=3 * options["r"] / 2, **options)
+
+    def dense(self) -> nn.Module:
+        """The base as an ordinary module, frozen; the same values each time."""
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            base = self.case.base().to(self.dtype).requires_grad_(False)
+            for parameter in base.parameters():
+                parameter.data.copy_(torch.randn(parameter.shape) * 0.3)
+        return base
+
+    def base(self) -> nn.Module:
+        """The base in the storage of the backend."""
+        return BACKENDS[self.backend](self.dense())
+
+    def layer(self, *, trained: bool = True, **more: Any) -> LoraLayer:
+        """The adapted layer, in evaluation; with factors as training might leave them."""
+        layer = wrap(self.base().eval(), self.config(**more))
+        if trained:
+            train(layer, "default")
+        return layer
+
+    def x(self) -> Tensor:
+        """An input; the same values each time."""
+        with torch.random.fork_rng():
+            torch.manual_seed(2)
+            x = self.case.x()
+        return x.to(self.dtype) if x.is_floating_point() else x
+
+
+@torch.no_grad()
+def train(layer: nn.Module, adapter: str, seed: int = 3) -> None:
+    """Give all factors of an adapter values as training might leave them."""
+    generator = torch.Generator().manual_seed(seed)
+    for module in layer.modules():
+        if isinstance(module, LoraLayer) and adapter in module.held_adapters:
+            for parameter in module.adapter_parameters(adapter):
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+
+
+def init_of(name: str) -> Any:
+    """The registered initialisation whose class has that name."""
+    return next(init for init in inits() if type(init).__name__ == name)
+
+
+@cache
+def _computes(type_name: str, case: LayerCase, dtype: torch.dtype) -> bool:
+    """Whether torch has the base layer's kernels for a dtype on this machine, forward and backward."""
+    base = case.base().to(dtype)
+    x = case.x()
+    x = x.to(dtype).requires_grad_() if x.is_floating_point() else x
+    try:
+        base(x).sum().backward()
+    except (RuntimeError, NotImplementedError) as error:
+        if "not implemented" not in str(error) and "not supported" not in str(error):
+            raise
+        return False
+    return True
+
+
+def _is_worth_trying(init: str, variant: str, backend: str, dtype: torch.dtype) -> bool:
+    """Every dtype with the default init in dense storage; each other init and storage in fewer."""
+    if (init, backend) == ("Default", "dense"):
+        return True
+    if backend == "dense":
+        return dtype == torch.float32
+    return init == "Default" and dtype in (torch.float32, torch.bfloat16)
+
+
+def combinations() -> Iterator[Any]:
+    """All that is worth trying, as parameters for tests."""
+    kinds = itertools.product(
+        [type(i).__name__ for i in inits()], variants.names(), [b.name for b in backends()], DTYPES
+    )
+    wanted = [kind for kind in kinds if _is_worth_trying(*kind)]
+    for type_name, _ in registry.items():
+        for case in LAYERS.get(type_name, ()):
+            for init, variant, backend, dtype in wanted:
+                if not (init in INITS and variant in VARIANTS and backend in BACKENDS):
+                    continue  # test_tables.py fails for these
+                made = Combination(case, init, variant, backend, dtype)
+                if _computes(type_name, case, dtype) and _served(made):
+                    name = f"{type_name.rpartition('.')[2]}-{case.name}-{init}-{variant}-{backend}-{dtype}"
+                    yield pytest.param(made, id=name.replace("torch.", ""))
+
+
+@cache
+def _layer_without_adapter(case: LayerCase) -> LoraLayer:
+    base = case.base()
+    cls = registry.find(type(base))
+    assert cls is not None
+    return cls(base)
+
+
+def _served(made: Combination) -> bool:
+    try:
+        spec = resolve(made.config(), "default", "")
+    except ConfigError:  # options that exclude one another; tests/unit/test_config.py has them
+        return False
+    return why_not(_layer_without_adapter(made.case), spec) is None
+
+
+ALL = list(combinations())
+#: One per layer case: for laws that do not depend on the numbers.
+EACH_CASE = [
+    p
+    for p in ALL
+    if (p.values[0].init, p.values[0].backend, p.values[0].dtype) == ("Default", "dense", torch.float32)
+]
+#: Those that can be merged.
+MERGEABLE = [p for p in ALL if not p.values[0].case.unmergeable]
+
+
+def copied(module: nn.Module) -> nn.Module:
+    """A deep copy."""
+    return copy.deepcopy(module)
+
+
+def is_rounding_notice(warning: Any) -> bool:
+    """Whether a warning only says that 16-bit weights round an update away."""
+    return issubclass(warning.category, VeneerWarning) and "rounding" in str(warning.message)

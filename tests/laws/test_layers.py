@@ -1,0 +1,355 @@
+"""The laws of one adapted layer, for every layer case, initialisation, variant, backend and dtype."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from accelerate.hooks import remove_hook_from_submodules
+from torch import Tensor, nn
+
+from tests.laws.cases import ALL, EACH_CASE, MERGEABLE, Combination, init_of, train
+from tests.tolerances import BY_DTYPE, assert_close
+from veneer.backends import find
+from veneer.errors import MergeError
+from veneer.layers import Factor, LoraLayer, wrap
+from veneer.variants import get as get_variant
+
+each = pytest.mark.parametrize("made", ALL)
+each_mergeable = pytest.mark.parametrize("made", MERGEABLE)
+each_case = pytest.mark.parametrize("made", EACH_CASE)
+
+
+@contextmanager
+def rounding_is_known() -> Iterator[None]:
+    """16-bit merges may say that they round."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*survives rounding.*")
+        yield
+
+
+def weight_of(base: nn.Module) -> dict[str, Tensor]:
+    """The base's own tensors, wherever they are stored."""
+    names = [name for name in ("weight", "bias") if isinstance(getattr(base, name, None), Tensor)]
+    return {name: find(base).read(base, name).clone() for name in names}
+
+
+def assert_same_tensors(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    for name, tensor in actual.items():
+        assert tensor.dtype == expected[name].dtype, name
+        assert torch.equal(tensor, expected[name]), name
+
+
+def dense_like(made: Combination, layer: LoraLayer) -> nn.Module:
+    """The base as an ordinary frozen module, with what the initialisation made of it."""
+    base = made.dense().eval()
+    with torch.no_grad():
+        for name, tensor in weight_of(layer.base_layer).items():
+            getattr(base, name).copy_(tensor)
+    return base
+
+
+def slack(made: Combination) -> float:
+    """How often the errors of one rounding may add up: outputs of a merged weight are sums over its rows."""
+    return 4.0 if made.dtype in (torch.bfloat16, torch.float16) else 1.0
+
+
+def close(actual: Tensor, expected: Tensor, made: Combination) -> None:
+    tolerance = BY_DTYPE[made.dtype]
+    size = float(expected.detach().abs().max()) if expected.numel() else 1.0
+    wide = tolerance._replace(atol=tolerance.atol * slack(made) * max(1.0, size))
+    assert_close(actual, expected, wide)
+
+
+@each
+def test_a_fresh_adapter_is_an_identity_where_its_init_promises_it(made: Combination) -> None:
+    layer, x = made.layer(trained=False), made.x()
+    base = dense_like(made, layer)
+    if init_of(made.init).identity:
+        # The fused step lays its input out anew, and torch's kernels differ by layout in the last place.
+        assert torch.equal(layer(x), base(x.contiguous() if type(base) is nn.Linear else x))
+        assert torch.equal(made.dense().eval()(x), base(x)), "the init replaced the base weight"
+    elif x.numel():
+        assert not torch.equal(layer(x), base(x))
+
+
+@each
+def test_only_factors_get_gradients(made: Combination) -> None:
+    layer, x = made.layer().train(), made.x()
+    if x.is_floating_point():
+        x.requires_grad_()
+    layer(x).float().square().sum().backward()
+    own = {id(p) for p in layer.adapter_parameters("default")}
+    for name, parameter in layer.named_parameters():
+        assert parameter.requires_grad == (id(parameter) in own), name
+        assert (parameter.grad is not None) == (id(parameter) in own), name
+        if parameter.grad is not None and x.numel():
+            assert parameter.grad.to_dense().any(), name
+
+
+@each
+def test_the_branch_is_the_delta(made: Combination) -> None:
+    # Against the dense twin with W + ΔW: values, and the gradient that goes on to what lies before.
+    if made.case.unmergeable:
+        return_of_merge_is_refused(made)
+        return
+    layer, x = made.layer(), made.x()
+    dense = dense_like(made, layer).double()
+    base64 = dense_like(made, layer).double()
+    delta = layer.get_delta_weight("default").double()
+    bias = layer.factors("default")[2]
+    with torch.no_grad():
+        start, attributes = layer.before_merge(dense.weight)
+        dense.weight = nn.Parameter(start + delta, requires_grad=False)
+        for key, value in attributes.items():
+            setattr(dense, key, value)
+        if bias is not None:
+            dense.bias += layer.scaling["default"] * bias.double()
+    x64 = x.double() if x.is_floating_point() else x
+    close(layer(x).double(), dense(x64), made)
+    if x.numel():
+        assert not torch.allclose(dense(x64), base64(x64)), "the case shows no difference"
+    if x.is_floating_point():
+        x.requires_grad_()
+        x64.requires_grad_()
+        layer(x).sum().backward()
+        dense(x64).sum().backward()
+        close(x.grad.double(), x64.grad, made)
+
+
+def return_of_merge_is_refused(made: Combination) -> None:
+    layer = made.layer()
+    before = weight_of(layer.base_layer)
+    with pytest.raises(MergeError, match=made.case.unmergeable):
+        layer.merge()
+    assert_same_tensors(weight_of(layer.base_layer), before)
+    assert not layer.merged
+
+
+@each_mergeable
+def test_merged_equals_unmerged(made: Combination) -> None:
+    layer, x = made.layer(), made.x()
+    expected = layer(x)
+    with rounding_is_known():
+        kept = layer.merge()
+    assert layer.merged_adapters == ["default"]
+    assert 0.0 <= kept <= 1.0 + 1e-6
+    close(layer(x), expected, made)
+
+
+@each_mergeable
+def test_unmerge_gives_the_base_back_bit_for_bit(made: Combination) -> None:
+    layer, x = made.layer(), made.x()
+    before, output = weight_of(layer.base_layer), layer(x)
+    attributes = {k: v for k, v in vars(layer.base_layer).items() if isinstance(v, int | str | tuple | None)}
+    for _ in range(2):
+        layer.merge(safe_merge=True)
+        layer.unmerge()
+    assert not layer.merged
+    assert_same_tensors(weight_of(layer.base_layer), before)
+    assert {k: vars(layer.base_layer).get(k) for k in attributes} == attributes
+    assert torch.equal(layer(x), output)
+
+
+@each_mergeable
+def test_unmerge_is_exact_after_the_factors_changed(made: Combination) -> None:
+    layer = made.layer()
+    before = weight_of(layer.base_layer)
+    layer.merge()
+    train(layer, "default", seed=9)
+    layer.rename_adapter("default", "other")
+    for parameter in layer.adapter_parameters("other"):
+        parameter.data = parameter.data.to(torch.bfloat16)
+    layer.unmerge()
+    assert_same_tensors(weight_of(layer.base_layer), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("made", [p for p in MERGEABLE if p.values[0].backend == "dense"])
+def test_unmerge_is_exact_after_a_cast_copy_or_pickle(made: Combination, dtype: torch.dtype) -> None:
+    layer = made.layer()
+    expected = {name: tensor.to(dtype) for name, tensor in weight_of(layer.base_layer).items()}
+    layer.merge()
+    names = set(layer.state_dict())
+    for moved in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert set(moved.state_dict()) == names
+        moved.to(dtype)
+        moved.unmerge()
+        assert_same_tensors(weight_of(moved.base_layer), expected)
+    assert layer.merged
+    layer.delete_adapter("default")
+    assert_same_tensors({n: t.to(dtype) for n, t in weight_of(layer.base_layer).items()}, expected)
+
+
+@each_mergeable
+def test_merging_one_of_two_keeps_the_other(made: Combination) -> None:
+    layer, x = made.layer(), made.x()
+    wrap(layer, made.config(init_lora_weights=False), "second")
+    train(layer, "second", seed=5)
+    before = weight_of(layer.base_layer)
+    layer.set_adapter(["default", "second"])
+    expected = layer(x)
+    for name in ("default", "second"):
+        layer.merge(adapter_names=[name])
+        assert layer.merged_adapters == [name]
+        close(layer(x), expected, made)
+        layer.unmerge([name])
+        assert_same_tensors(weight_of(layer.base_layer), before)
+    layer.merge(adapter_names=["second"])
+    layer.merge()
+    assert layer.merged_adapters == ["second", "default"]
+    close(layer(x), expected, made)
+    layer.unmerge(["second"])
+    close(layer(x), expected, made)
+    layer.unmerge()
+    assert_same_tensors(weight_of(layer.base_layer), before)
+
+
+@each
+def test_disabled_equals_the_base_bit_for_bit(made: Combination) -> None:
+    layer, x = made.layer().train(), made.x()
+    base = dense_like(made, layer).train()
+    for merge in (False, True) if not made.case.unmergeable else (False,):
+        if merge:
+            layer.merge()
+        layer.enable_adapters(False)
+        for grad in (False, True):
+            given = x.clone().requires_grad_(grad and x.is_floating_point())
+            with torch.set_grad_enabled(grad):
+                assert torch.equal(layer(given), base(given))
+        layer.enable_adapters(True)
+        if x.numel():
+            assert not torch.equal(layer(x), base(x))
+
+
+@each
+def test_forward_writes_nothing(made: Combination) -> None:
+    layer, x = made.layer(lora_dropout=0.3), made.x()
+    states = ["trained", "disabled"] if made.case.unmergeable else ["trained", "disabled", "merged", "both"]
+    for state in states:
+        if state == "merged":
+            layer.enable_adapters(True)
+            layer.merge()
+        elif state in ("disabled", "both"):
+            layer.enable_adapters(False)
+        layer.train(state == "trained")
+        held = dict(layer.named_parameters()) | dict(layer.named_buffers())
+        # nn.Embedding's own renormalisation is the base's business.
+        held = {n: t for n, t in held.items() if not (made.case.renormalises and ".lora_" not in f".{n}")}
+        before = {
+            name: (t._version, t.data_ptr() if not t.is_meta else 0, t.clone()) for name, t in held.items()
+        }
+        modules = [id(m) for m in layer.modules()]
+        attributes = {k: copy.copy(v) for k, v in vars(layer).items() if not k.startswith("__")}
+        given = x.clone()
+        layer(given)
+        assert torch.equal(given, x)
+        assert [id(m) for m in layer.modules()] == modules
+        assert vars(layer).keys() == attributes.keys()
+        for key in ("scaling", "_active", "_merged", "_live", "_disabled", "_specs"):
+            assert vars(layer)[key] == attributes[key], key
+        for name, tensor in held.items():
+            version, pointer, value = before[name]
+            assert tensor._version == version and (tensor.is_meta or tensor.data_ptr() == pointer), name
+            assert tensor.is_meta or torch.equal(tensor, value), name
+
+
+@each_case
+def test_configuration_is_not_changed(made: Combination) -> None:
+    config = made.config()
+    before = copy.deepcopy(config)
+    wrap(made.base(), config)
+    assert config == before and vars(config) == vars(before)
+
+
+@each_case
+def test_deepcopy_and_pickle_give_independent_equals(made: Combination) -> None:
+    layer, x = made.layer(), made.x()
+    expected = layer(x)
+    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert torch.equal(twin(x), expected)
+        assert [n for n, _ in twin.named_modules()] == [n for n, _ in layer.named_modules()]
+        shared = {t.data_ptr() for t in layer.parameters()} & {t.data_ptr() for t in twin.parameters()}
+        assert not shared
+        train(twin, "default", seed=11)
+        assert torch.equal(layer(x), expected)
+        if x.numel():
+            assert not torch.equal(twin(x), expected)
+
+
+class Swept(nn.Module):
+    """What a quantiser puts in a module's place."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)
+
+
+def sweep(module: nn.Module) -> int:
+    """Replace every torch module that a quantiser looks for, as quantisers do."""
+    kinds = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    count = 0
+    for name, child in list(module.named_children()):
+        if isinstance(child, kinds) or type(child).__name__ == "Conv1D":
+            setattr(module, name, Swept(child))
+            count += 1
+        else:
+            count += sweep(child)
+    return count
+
+
+@each_case
+def test_quantising_after_wrapping_leaves_the_factors_alone(made: Combination) -> None:
+    layer, x = made.layer(), made.x()
+    expected = layer(x)
+    factors = [p.detach().clone() for p in layer.adapter_parameters("default")]
+    assert sweep(layer) == 1
+    assert isinstance(layer.base_layer, Swept)
+    assert all(isinstance(m, Factor) for c in ("lora_A", "lora_B") for m in dict(getattr(layer, c)).values())
+    for after, before in zip(layer.adapter_parameters("default"), factors, strict=True):
+        assert torch.equal(after, before) and after.dtype == before.dtype
+    if type(layer).__name__ in ("LoraLinear", "LoraConv1D"):
+        close(layer(x), expected, made)
+
+
+@each
+def test_the_fused_step_equals_its_twin(made: Combination) -> None:
+    layer, x = made.layer(), made.x()
+    if not get_variant(made.variant).additive:
+        return
+    results = []
+    for twin in (False, True):
+        given = x.clone().requires_grad_(x.is_floating_point())
+        layer.zero_grad()
+        if twin:
+            branch = layer.low_rank("default", given) * layer.scaling["default"]
+            out = layer.base_layer(given) + branch.to(made.dtype)
+        else:
+            out = layer(given)
+        (out * torch.linspace(-1, 1, out.numel()).view_as(out).to(out)).sum().backward()
+        grads = [p.grad.to_dense() for p in layer.adapter_parameters("default")]
+        results.append((out.detach(), *grads, *([given.grad] if given.grad is not None else [])))
+    for fused, plain in zip(*results, strict=True):
+        close(fused, plain, made)
+
+
+@pytest.mark.parametrize("made", [p for p in ALL if p.values[0].backend == "offloaded"])
+def test_offloaded_weights_stay_where_they_are(made: Combination) -> None:
+    layer, x = made.layer(), made.x()
+    dense = wrap(made.dense().eval(), made.config())
+    train(dense, "default")
+    assert all(p.is_meta for p in layer.base_layer.parameters())
+    assert (
+        torch.equal(layer(x), dense(x)) or made.case.renormalises or close(layer(x), dense(x), made) is None
+    )
+    assert all(p.is_meta for p in layer.base_layer.parameters())
+    remove_hook_from_submodules(layer)

@@ -1,0 +1,48 @@
+"""A registered layer, initialisation, variant or backend that the laws do not know fails here."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.laws import cases
+from veneer.backends.base import backends
+from veneer.inits.base import inits
+from veneer.layers import registry
+from veneer.variants import registry as variants
+
+
+@pytest.mark.parametrize("type_name", [name for name, _ in registry.items()])
+def test_every_layer_type_has_cases(type_name: str) -> None:
+    assert cases.LAYERS.get(type_name), f"add cases for {type_name} to LAYERS of tests/laws/cases.py"
+
+
+def test_every_init_variant_and_backend_has_a_case() -> None:
+    assert {type(init).__name__ for init in inits()} == set(cases.INITS)
+    assert set(variants.names()) == set(cases.VARIANTS)
+    assert {backend.name for backend in backends()} == set(cases.BACKENDS)
+
+
+def test_no_table_has_more_than_the_registries() -> None:
+    assert {name for name, _ in registry.items()} == set(cases.LAYERS)
+
+
+def test_tables_are_not_emptied_by_refusals() -> None:
+    seen = [p.values[0] for p in cases.ALL]
+    for type_name, table in cases.LAYERS.items():
+        for case in table:
+            dtypes = {
+                c.dtype for c in seen if c.case is case and c.init == "Default" and c.backend == "dense"
+            }
+            assert {torch.float32, torch.bfloat16, torch.float64} <= dtypes, (type_name, case.name, dtypes)
+    for init in cases.INITS:
+        assert any(c.init == init for c in seen)
+    for backend in cases.BACKENDS:
+        assert any(c.backend == backend for c in seen)
+
+
+def test_scaling_is_never_one() -> None:
+    # A scaling of one would hide a forgotten one.
+    for parameters in cases.ALL:
+        layer = parameters.values[0].layer(trained=False)
+        assert layer.scaling["default"] not in (0.0, 1.0)
