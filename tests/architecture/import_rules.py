@@ -1,11 +1,12 @@
 """Who may import whom, read from the syntax trees.
 
     errors -> registry · doors -> config -> spec -> ops · targets · adapters · inits · variants · backends
-           -> layers -> inject · checkpoint · arithmetic -> state -> model -> training · integrations
+           -> layers -> inject · checkpoint · arithmetic -> state -> model -> integrations -> training
            -> as_peft -> cli
 
 1. A unit (a module or folder right under the package) imports only from the left; units of one rank do not
-   import one another, except that inits, variants and backends may call ops.
+   import one another, except that inits, variants and backends may call ops. What stands to the right of all
+   that the public face gathers may import that face.
 2. Imports inside functions only where optional libraries are met, and in the doors.
 3. The first units use the standard library alone, the core torch and safetensors beside it.
 """
@@ -29,7 +30,8 @@ RANKS: tuple[tuple[str, ...], ...] = (
     ("inject", "checkpoint", "arithmetic", "checks"),
     ("state",),
     ("model",),
-    ("training", "integrations"),
+    ("integrations",),
+    ("training",),
     ("as_peft",),
     ("cli",),
 )
@@ -42,6 +44,7 @@ DOORS = {
     ("config.py", "from_pretrained"),
     ("doors.py", "hub"),
 }
+USES_PUBLIC_FACE = {"training", "as_peft", "cli"}
 STDLIB_ONLY = {"errors", "version", "registry", "doors", "config", "spec", "targets"}
 CORE_LIBRARIES = {"torch", "safetensors"}
 OPTIONAL_ALLOWED = {"backends", "integrations", "training", "as_peft", "cli"}
@@ -134,6 +137,8 @@ def _breach(found: Import, unit: str, where: str, package: Path) -> str | None:
 
 def _direction(unit: str, other: str, package: Path) -> str | None:
     if not (package / other).is_dir() and not (package / f"{other}.py").is_file():
+        if unit in USES_PUBLIC_FACE:
+            return None
         return f"{unit} imports {other!r} from the package root: name the unit that holds it"
     if other == unit or (unit, other) in SAME_RANK:
         return None

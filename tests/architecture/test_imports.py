@@ -56,6 +56,7 @@ ALLOWED = [
         "def f():\n    from huggingface_hub import hf_hub_download\n    from ..model import X",
     ),
     ("config", "class C:\n    def from_pretrained(cls):\n        from .integrations import hub"),
+    ("training__loop", "from veneer import LoraConfig, get_peft_model\nfrom ..integrations import hub"),
     ("model", "import safetensors.torch\nfrom .inject import inject"),
 ]
 BREACHES = [
@@ -81,6 +82,8 @@ BREACHES = [
     ("model", "import transformers", "not transformers"),
     ("layers__conv", "import numpy as np", "not numpy"),
     ("model", "from veneer import LoraConfig", "from the package root"),
+    ("integrations__hub", "from veneer import LoraConfig", "from the package root"),
+    ("integrations__hub", "from ..training import loop", "to the right of"),
     ("helpers", "", "no place in RANKS"),
 ]
 
