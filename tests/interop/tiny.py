@@ -1,4 +1,4 @@
-"""Models of transformers with a few hundred weights each, and inputs for them."""
+"""Models of transformers with a few thousand weights each, far from zero, and inputs for them."""
 
 from __future__ import annotations
 
@@ -38,6 +38,7 @@ def llama_config(**options: Any) -> LlamaConfig:
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "max_position_embeddings": 32,
+        "initializer_range": 0.3,
         "tie_word_embeddings": False,
         "pad_token_id": 0,
         "bos_token_id": 1,
@@ -53,6 +54,7 @@ def gpt2_config(**options: Any) -> GPT2Config:
         "n_layer": 2,
         "n_head": 2,
         "n_positions": 32,
+        "initializer_range": 0.3,
         "pad_token_id": 0,
         "bos_token_id": 1,
         "eos_token_id": 2,
@@ -70,6 +72,7 @@ def bert_config(**options: Any) -> BertConfig:
         "num_hidden_layers": 2,
         "num_attention_heads": 2,
         "max_position_embeddings": 32,
+        "initializer_range": 0.3,
         "num_labels": 3,
         "pad_token_id": 0,
         "hidden_dropout_prob": 0.0,
