@@ -72,8 +72,9 @@ def test_a_fresh_adapter_is_an_identity_where_its_init_promises_it(made: Combina
     layer, x = made.layer(trained=False), made.x()
     base = dense_like(made, layer)
     if init_of(made.init).identity:
+        fused = type(base) is nn.Linear and made.backend == "dense"
         # The fused step lays its input out anew, and torch's kernels differ by layout in the last place.
-        assert torch.equal(layer(x), base(x.contiguous() if type(base) is nn.Linear else x))
+        assert torch.equal(layer(x), base(x.contiguous() if fused else x))
         assert torch.equal(made.dense().eval()(x), base(x)), "the init replaced the base weight"
     elif x.numel():
         assert not torch.equal(layer(x), base(x))

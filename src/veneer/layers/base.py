@@ -86,7 +86,9 @@ def stand_in(
     It shares everything but the named parameters and attributes, so a subclass's own forward runs as it
     is written. Offloading hooks are left out: the tensors given are the ones to compute with.
     """
-    twin = copy.copy(base)
+    # Not copy.copy: compilers cannot follow it.
+    twin: nn.Module = object.__new__(type(base))
+    twin.__dict__.update(base.__dict__)
     state = twin.__dict__
     state["_parameters"] = {**base._parameters, **tensors}
     if "_hf_hook" in state:

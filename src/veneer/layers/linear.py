@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer import backends, variants
+from veneer import variants
 from veneer.layers.base import LoraLayer, stand_in
 from veneer.ops.lora_linear import add_lora_, lora_linear
 
+_FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _NO_PRODUCT = (
     "its class has a forward of its own that does not compute x Wᵀ + b: an update added to the weight would "
     "not do what the branch does. Keep the adapter unmerged"
@@ -64,8 +65,9 @@ class LoraLinear(LoraLayer):
         kind = f"{type(base).__module__}.{type(base).__qualname__}"
         if not names or type(base).forward is nn.Linear.forward or kind in self.wraps:
             return True
-        if self.transposed or not backends.find(base).writable_in_place(base):
-            return True
+        weight = base.weight
+        if self.transposed or type(weight) is not nn.Parameter or weight.dtype not in _FLOATS:
+            return True  # a quantised storage, which has a forward of its own by nature
         a = self.factors(names[0])[0].detach()
         x = torch.linspace(-1.0, 1.0, 2 * a.shape[1], device=a.device, dtype=a.dtype).view(2, -1)
         given = type(base).forward(stand_in(base, {"weight": a, "bias": None}), x)
