@@ -8,10 +8,12 @@ Run it from the repository root with the node package manager installed::
 It reads the headers of a public corpus of e-mails from about 2002, replaces everything that points to a
 person, and writes headers with the JSON record that Python's own ``email`` module reads out of them:
 
-* display names become ``Person 7``, local parts ``user7``; the address of the sender is no part of the record;
-* domains become coined words, but for a few providers with very many users and the public mailing lists;
+* display names become ``Person 7``, local parts ``user7``; the sender's address is no part of the record;
+* domains become coined words under ``.example``, which no real address can have; public mailing lists keep
+  their id;
 * subjects survive only when every word of theirs is an ordinary lower-case word of the corpus, and none is
-  a name of anybody who wrote or received a mail in it; one with an address, a long number or a rude word goes;
+  a name of anybody who wrote or received a mail in it; none does that has an
+  address, a long number or a rude word;
 * message ids, routes, hosts, organisations and every other header are dropped.
 
 Train and held-out mails share no sender domain, no sender and no subject.
@@ -40,10 +42,6 @@ SIZES = {"heldout": 48, "train": 128, "extra": 8}
 PER_DOMAIN = {"heldout": 2, "train": 3, "extra": 1}
 FIELDS = ("date", "domain", "list", "subject")
 
-PROVIDERS = set(
-    """hotmail.com yahoo.com aol.com msn.com yahoo.co.uk netscape.net earthlink.net comcast.net bellsouth.net
-    eircom.net excite.com mail.com gmx.net usa.net email.com""".split()
-)
 LISTS = {
     "ilug.linux.ie": "Irish Linux Users' Group",
     "social.linux.ie": "Irish Linux Users' Group social events",
@@ -79,16 +77,36 @@ SUFFIXES = {
 HOST_WORDS = {"mail", "lists", "www", "mx", "smtp", "alumni", "users", "news", "dev"}
 MAILERS = re.compile(
     r"^(Microsoft Outlook[\w ,.()]*|Mutt/[\w.]+|Apple Mail \([\d.]+\)|KMail/[\d.]+|Ximian Evolution [\d.]+|"
-    r"Internet Mail Service \([\d.]+\)|QUALCOMM Windows Eudora Version [\d.]+|Pegasus Mail for Windows \(v[\d.]+\)|"
+    r"Internet Mail Service \([\d.]+\)|QUALCOMM Windows Eudora Version [\d.]+|"
+    r"Pegasus Mail for Windows \(v[\d.]+\)|"
     r"exmh version [\d.]+)"
+)
+TAGS = re.compile(r"^(Re: )?\[(ILUG|Razor-users|SAtalk|SAdev|Exmh-workers|Spambayes|Webdev|use Perl)\] ")
+# Given names that are ordinary words too, so that counting cannot tell them.
+GIVEN_NAMES = set(
+    """art basil bill bob carol chase christian chuck clay cliff colin crystal dale dawn dean don drew earl
+    eve faith frank gene ginger glen grace grant guy hank harry heath herb holly hope iris ivy jack
+    jade jasmine jay jean jerry jim jimmy joe john josh joy june king kit lance lee mark mary matt
+    max may melody mike mo nick norm olive page pat paul penny pete peter ray rich rob robin rod
+    rose ruby rusty ryan sally sam sandy scott sean sharon skip stan sterling steve sue summer ted
+    tim tom tony troy van victor violet wade walker warren wayne will willow woody""".split()
+)
+# Words of display names that name no person: newsletters, companies, programs.
+NOT_NAMES = set(
+    """free now we internet linux software save phone tech daily web cd dvd digital why quote hello windows
+    rpm price times pc tv friend bank newsletter debt os office conference ink investor order
+    network search media join mac direct shell sun razor spamassassin users exmh gnome perl python
+    mail server kernel""".split()
 )
 # Words that a subject may not hold: rude, sales of the body, money that was never there.
 UNWANTED = set(
-    """sex sexy sexual xxx porn nude naked penis viagra breast breasts teen teens girls horny adult erotic orgasm
-    erection erections impotence cock hardcore cum lesbian lesbians virgin virgins rape fuck fucking shit ass bitch
-    dick pussy hot singles lonely wife husband bigger enlarge enlargement inches lover sensual pleasure nigeria
-    nigerian killed kill murder jews jewish muslim muslims islam islamic nazi hitler gay holocaust suicide terror
-    terrorist terrorists drugs cancer disease died dead death war bomb bin laden racist slut whore adults only""".split()
+    """sex sexy sexual xxx porn nude naked penis viagra breast breasts teen teens girls horny adult erotic
+    orgasm erection erections impotence cock hardcore cum lesbian lesbians virgin virgins rape fuck
+    fucking shit ass bitch dick pussy hot singles lonely wife husband bigger enlarge enlargement
+    inches lover sensual pleasure nigeria nigerian killed kill murder jews jewish muslim muslims
+    islam islamic nazi hitler gay holocaust suicide terror terrorist terrorists drugs cancer disease
+    died dead death war bomb bin laden racist slut whore adults only skin watch yyyy zzzz lose fat
+    child killing cry""".split()
 )
 
 
@@ -111,8 +129,9 @@ def corpus_files(folder: Path | None) -> list[tuple[str, str]]:
 def words_and_names(mails: list[tuple[str, str]]) -> tuple[set[str], set[str]]:
     """(ordinary words, names) of the whole corpus.
 
-    A word is ordinary when ten or more mails hold it in lower case. A name is a word of somebody's display
-    name or local part, unless it is written in lower case much more often than with a capital.
+    A word is ordinary when ten or more mails hold it in lower case. A name is a common given name, or a word
+    of somebody's display name or local part, unless mails write it in lower case clearly more often than with
+    a capital.
     """
     lower: collections.Counter[str] = collections.Counter()
     capital: collections.Counter[str] = collections.Counter()
@@ -127,7 +146,8 @@ def words_and_names(mails: list[tuple[str, str]]) -> tuple[set[str], set[str]]:
         for name, address in email.utils.getaddresses(fields):
             parts.update(re.findall(r"[a-z]{2,}", f"{name} {address.partition('@')[0]}".lower()))
     words = {word for word, count in lower.items() if count >= 10}
-    names = {part for part in parts if lower[part] < 4 * capital[part] or lower[part] < 10}
+    names = {part for part in parts if 2 * lower[part] < 3 * capital[part]} | GIVEN_NAMES
+    names -= NOT_NAMES
     return words, names
 
 
@@ -150,11 +170,9 @@ class Mask:
 
     def domain(self, domain: str) -> str:
         domain = domain.lower()
-        if domain in PROVIDERS:
-            return domain
         base = registrable(domain)
         if base not in self.domains:
-            self.domains[base] = f"{self._coin()}.{base.partition('.')[2]}"
+            self.domains[base] = f"{self._coin()}.example"
         hosts = domain[: -len(base)].strip(".").split(".") if domain != base else []
         kept = [host for host in hosts if host in HOST_WORDS]
         return ".".join([*kept, self.domains[base]])
@@ -181,8 +199,13 @@ def addresses(message: email.message.Message, field: str) -> list[tuple[str, str
     return [(n, a) for n, a in pairs if re.fullmatch(r"[^\s@<>]+@(?:[\w-]+\.)+[A-Za-z]{2,4}", a)]
 
 
+def thread_of(subject: str) -> str:
+    """The first four words, without tags and answer marks: what mails of one thread share."""
+    return " ".join(re.findall("[a-z]+", re.sub(r"\[[\w -]+\]|\bre\b", "", subject.lower()))[:4])
+
+
 def usable_subject(subject: str, words: set[str], names: set[str]) -> bool:
-    plain = subject[4:] if subject.startswith("Re: ") else subject
+    plain = TAGS.sub("", subject).removeprefix("Re: ")
     tokens = re.findall(r"[A-Za-z]+(?:'[a-z]+)?", plain)
     lowered = [token.lower() for token in tokens]
     return (
@@ -190,8 +213,11 @@ def usable_subject(subject: str, words: set[str], names: set[str]) -> bool:
         and len(tokens) >= 2
         and subject.isascii()
         and subject.isprintable()
-        and not re.search(r"[@\\{}<>|=_~^\"]|\d{5}|https?:|  |[!?.]{2}", subject)
-        and all(token in words and token not in names and token not in UNWANTED for token in lowered)
+        and not re.search(r"[@\\{}<>|=_~^\"]|\d{4}|https?:|  |[!?.*]{2}|[a-z]\.[a-z]{2}", subject)
+        and all(
+            (token in words or token in NOT_NAMES) and token not in names and token not in UNWANTED
+            for token in lowered
+        )
         and not plain.lower().startswith(("re:", "fw", "aw:", "[", "adv"))
     )
 
@@ -217,7 +243,7 @@ def masked_header(message: email.message.Message, mask: Mask) -> str | None:
     mailer = MAILERS.match(str(message["x-mailer"] or message["user-agent"] or ""))
     if mailer:
         lines["X-Mailer"] = mailer[0].strip(" ,(")
-    order = [name for name in dict.fromkeys(key.title() for key in message.keys()) if name in lines]
+    order = [name for name in dict.fromkeys(key.title() for key in list(message)) if name in lines]
     order += [name for name in lines if name not in order]
     return "\n".join(f"{name}: {lines[name]}" for name in order)
 
@@ -245,8 +271,10 @@ def select(mails: list[tuple[str, str]]) -> dict[str, list[dict[str, object]]]:
     for _, text in order:
         message = email.message_from_string(text)
         subject = " ".join(str(message["subject"] or "").split())
-        thread = subject.lower().removeprefix("re: ")
-        if thread in seen or not usable_subject(subject, words, names):
+        thread = thread_of(subject)
+        if any(thread.startswith(old) or old.startswith(thread) for old in seen) or not usable_subject(
+            subject, words, names
+        ):
             continue
         try:
             header = masked_header(message, mask)
@@ -260,15 +288,12 @@ def select(mails: list[tuple[str, str]]) -> dict[str, list[dict[str, object]]]:
     chosen: dict[str, list[dict[str, object]]] = {}
     domains = sorted(by_domain)
     random.Random(5).shuffle(domains)
-    # Rare senders are held out, so that the domains of the large providers are for training only.
-    domains.sort(key=lambda domain: domain in PROVIDERS)
     for part, size in SIZES.items():
         chosen[part] = []
         while len(chosen[part]) < size:
             if not domains:
                 sys.exit(f"error: too few mails for {part}: {len(chosen[part])} of {size}")
-            take = 8 * PER_DOMAIN[part] if domains[0] in PROVIDERS else PER_DOMAIN[part]
-            chosen[part] += by_domain[domains.pop(0)][:take]
+            chosen[part] += by_domain[domains.pop(0)][: PER_DOMAIN[part]]
         del chosen[part][size:]
         random.Random(11).shuffle(chosen[part])
     return chosen

@@ -1,0 +1,33 @@
+"""From data to a trained adapter: reading records, the loop (transformers' Trainer), evaluation, the demo.
+
+Nothing here is imported by ``import veneer``; transformers and the rest of the ``train`` extra are imported
+inside the functions that need them.
+"""
+
+from __future__ import annotations
+
+from .data import Collator, Encoded, encode, prompt_ids, read_records
+from .evaluate import answer_loss, exact_match, generate_answers, valid_json
+from .loop import TrainOptions, train
+from .models import cache_dir, demo_model, load_base
+from .progress import Progress, Silent, Terminal
+
+__all__ = [
+    "Collator",
+    "Encoded",
+    "Progress",
+    "Silent",
+    "Terminal",
+    "TrainOptions",
+    "answer_loss",
+    "cache_dir",
+    "demo_model",
+    "encode",
+    "exact_match",
+    "generate_answers",
+    "load_base",
+    "prompt_ids",
+    "read_records",
+    "train",
+    "valid_json",
+]

@@ -1,0 +1,141 @@
+"""Adapters on disk and the models they belong to: load, describe, merge and save."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint import open_adapter, read_config
+from ..config import LoraConfig, PeftConfig
+from ..errors import AdapterFileError, ConfigError
+from ..model import MergeReport, PeftModel
+from ..spec import resolve
+from .models import load_base, looks_local, quiet_transformers
+
+_FACTOR = re.compile(
+    r"^base_model\.model\.(?P<path>.+)\.lora_(?P<role>A|B|embedding_A|embedding_B)(\.weight)?$"
+)
+
+
+def load_adapted(
+    adapter: str | os.PathLike[str], base: str | None = None, dtype: str = "auto"
+) -> tuple[Any, Any]:
+    """(model, tokenizer) of a causal language model with a saved adapter on it, for asking and merging.
+
+    Args:
+        adapter: Directory of the adapter, or a hub id.
+        base: Base model; the one that the adapter names when None.
+        dtype: Type of the base, see `load_base`.
+
+    Raises:
+        AdapterFileError: There is no adapter, it is broken, or it names no base and none is given.
+        TrainingError: The base cannot be loaded.
+    """
+    if looks_local(adapter) or "/" not in os.fspath(adapter):
+        read_config(adapter)
+    config = PeftConfig.from_pretrained(adapter)
+    named = base or config.base_model_name_or_path
+    if not named:
+        raise AdapterFileError(f"the adapter {adapter} does not name its base model: say which with --model")
+    model, tokenizer = load_base(named, dtype)
+    adapted = PeftModel.from_pretrained(model, adapter, config=config)
+    return adapted, _own_tokenizer(adapter) or tokenizer
+
+
+def _own_tokenizer(adapter: str | os.PathLike[str]) -> Any:
+    """The tokenizer that was saved beside an adapter, if there is one."""
+    if not (Path(adapter) / "tokenizer_config.json").is_file():
+        return None
+    from transformers import AutoTokenizer
+
+    with quiet_transformers():
+        return AutoTokenizer.from_pretrained(adapter)
+
+
+def save_merged(model: Any, tokenizer: Any, place: Path) -> MergeReport:
+    """Merge a model's adapter into its base and save that with tokenizer and generation config.
+
+    Args:
+        model: An adapted causal language model; it is used up.
+        tokenizer: Saved along.
+        place: Directory; the model in it loads where neither Veneer nor PEFT is installed.
+
+    Returns:
+        The share of the update that the base's type could hold, for each module.
+    """
+    tuner = model.base_model
+    plain = model.merge_and_unload()
+    with quiet_transformers():
+        plain.save_pretrained(place)
+        tokenizer.save_pretrained(place)
+    report: MergeReport = tuner.merge_report
+    return report
+
+
+def describe(adapter: str | os.PathLike[str]) -> dict[str, Any]:
+    """What an adapter is, from its configuration and the header of its tensors.
+
+    Raises:
+        AdapterFileError: It is missing or broken.
+        ConfigError: Its configuration is not that of a LoRA.
+    """
+    config = PeftConfig.from_dict(read_config(adapter))
+    if not isinstance(config, LoraConfig):
+        raise ConfigError(f"{adapter} is no LoRA adapter but {config.peft_type}")
+    file = open_adapter(adapter)
+    layers: dict[str, dict[str, tuple[int, ...]]] = {}
+    others = []
+    for key, shape in file.shapes.items():
+        match = _FACTOR.match(key)
+        if match is None:
+            others.append(key)
+        else:
+            layers.setdefault(match["path"], {})[match["role"]] = shape
+    half = [path for path, factors in layers.items() if factors.keys() != {"A", "B"}]
+    if half:
+        raise AdapterFileError(f"{file.path} holds only one of the two factors of {', '.join(half[:3])}")
+    specs = [resolve(config, "default", path) for path in layers]
+    kinds = Counter((path.rpartition(".")[2], f["A"], f["B"]) for path, f in layers.items())
+    return {
+        "path": str(adapter),
+        "base": config.base_model_name_or_path,
+        "task_type": _word(config.task_type),
+        "peft_type": _word(config.peft_type),
+        "target_modules": _plain(config.target_modules),
+        "ranks": sorted({spec.r for spec in specs}),
+        "alphas": sorted({spec.lora_alpha for spec in specs}),
+        "scalings": sorted({spec.scaling for spec in specs}),
+        "parameters": sum(_count(shape) for shape in file.shapes.values()),
+        "bytes": file.path.stat().st_size,
+        "dtypes": sorted({str(dtype).removeprefix("torch.") for dtype in file.dtypes.values()}),
+        "layers": len(layers),
+        "modules": [
+            {
+                "module": name,
+                "count": n,
+                "A": list(a),
+                "B": list(b),
+                "parameters": n * (_count(a) + _count(b)),
+            }
+            for (name, a, b), n in kinds.items()
+        ],
+        "others": sorted(others),
+    }
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    product = 1
+    for side in shape:
+        product *= side
+    return product
+
+
+def _word(value: Any) -> str | None:
+    return None if value is None else str(getattr(value, "value", value))
+
+
+def _plain(targets: Any) -> Any:
+    return targets if targets is None or isinstance(targets, str) else sorted(targets)

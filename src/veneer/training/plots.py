@@ -1,0 +1,69 @@
+"""Pictures of a training run."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+INK, PALE, STRONG = "#333333", "#b8bfc6", "#0b6e8a"
+
+
+def can_plot() -> bool:
+    """Whether matplotlib is installed."""
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def loss_picture(
+    path: Path,
+    losses: Sequence[float],
+    title: str,
+    held_out: tuple[float, float] | None = None,
+    shares: Mapping[str, tuple[float, float]] | None = None,
+) -> None:
+    """Write a PNG: the loss of each step, and beside it shares before and after where they are given.
+
+    Args:
+        path: The file to write.
+        losses: Training loss, one a step.
+        title: Headline.
+        held_out: Loss on held-out examples before the first and after the last step.
+        shares: Name -> (before, after), each in [0, 1].
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10 if shares else 6.4, 4), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    columns = figure.subplots(1, 2, width_ratios=(3, 2)) if shares else [figure.subplots()]
+    curve = columns[0]
+    steps = range(1, len(losses) + 1)
+    marker = "o" if len(losses) <= 60 else ""
+    curve.plot(steps, losses, color=STRONG, marker=marker, markersize=4, label="training")
+    if held_out is not None:
+        curve.plot(
+            (0, len(losses)), held_out, "D", color=INK, markersize=7, label="held-out, before and after"
+        )
+        for x, y, side in ((0, held_out[0], "left"), (len(losses), held_out[1], "right")):
+            curve.annotate(
+                f"{y:.3f}",
+                (x, y),
+                xytext=(6 if side == "left" else -6, 8),
+                textcoords="offset points",
+                ha=side,
+            )
+    curve.set(xlabel="step", ylabel="loss per token of the answer", ylim=(0, None))
+    curve.legend(frameon=False)
+    if shares:
+        bars = columns[1]
+        for offset, place, color, name in ((-0.2, 0, PALE, "before"), (0.2, 1, STRONG, "after")):
+            values = [pair[place] for pair in shares.values()]
+            drawn = bars.bar([x + offset for x in range(len(values))], values, 0.38, color=color, label=name)
+            bars.bar_label(drawn, [f"{value:.0%}" for value in values], padding=2)
+        bars.set_xticks(range(len(shares)), list(shares))
+        bars.set(ylim=(0, 1.18), yticks=[])
+        bars.legend(frameon=False, ncols=2, loc="upper left")
+    for axes in columns:
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title, color=INK, fontweight="bold")
+    figure.savefig(path)

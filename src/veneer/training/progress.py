@@ -1,0 +1,95 @@
+"""Where a long job says what it does and how far it is: standard error, never standard output."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Protocol
+
+Advance = Callable[[int, str], None]
+
+
+class Progress(Protocol):
+    """What the functions of this package report to."""
+
+    def say(self, line: str) -> None:
+        """One line about what happens now."""
+
+    def bar(self, title: str, total: int) -> AbstractContextManager[Advance]:
+        """A context manager whose value is called with (how many steps more, a note)."""
+
+
+class Silent:
+    """Reports nothing."""
+
+    def say(self, line: str) -> None:
+        """Nothing."""
+
+    @contextmanager
+    def bar(self, title: str, total: int) -> Iterator[Advance]:
+        """A bar that nobody sees."""
+        yield lambda steps, note: None
+
+
+class Terminal:
+    """Reports on standard error: a live bar on a terminal, a few plain lines anywhere else."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+
+        self.console = Console(stderr=True, highlight=False)
+
+    def say(self, line: str) -> None:
+        """Print one line."""
+        self.console.print(line, markup=False, soft_wrap=True)
+
+    @contextmanager
+    def bar(self, title: str, total: int) -> Iterator[Advance]:
+        """A bar with a note and the time left; without a terminal about six lines in all."""
+        if self.console.is_terminal:
+            with self._live(title, total) as live:
+                yield live
+            return
+        begun, done, said = time.monotonic(), 0, 0
+
+        def advance(steps: int, note: str) -> None:
+            nonlocal done, said
+            done += steps
+            if steps and (done >= total or 5 * (done - said) >= total):
+                said = done
+                spent = time.monotonic() - begun
+                left = spent / done * max(total - done, 0)
+                words = [
+                    f"{title} {done}/{total}",
+                    note,
+                    f"{spent:.0f} s",
+                    f"{left:.0f} s left" if left else "",
+                ]
+                self.say("  " + ", ".join(word for word in words if word))
+
+        yield advance
+
+    @contextmanager
+    def _live(self, title: str, total: int) -> Iterator[Advance]:
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+        from rich.progress import Progress as RichProgress
+
+        columns = (
+            TextColumn("  {task.description}"),
+            BarColumn(bar_width=28),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
+        with RichProgress(*columns, console=self.console) as progress:
+            task = progress.add_task(title, total=total, note="")
+            yield lambda steps, note: progress.update(task, advance=steps, note=note)
