@@ -24,8 +24,8 @@ from tests.interop.reference import (
     quiet,
     randomise,
 )
+from tests.interop.reference_models import llama_config, one_text
 from tests.interop.test_reference_files import KINDS, OPTIONS, config
-from tests.interop.tiny import llama_config, one_text
 from tests.tolerances import OPS_SPECTRUM, assert_close
 from veneer import PeftModel
 from veneer.errors import MergeError, VeneerWarning

@@ -28,7 +28,7 @@ from tests.interop.reference import (
     randomise,
     stored,
 )
-from tests.interop.tiny import TINY, llama_config, one_text
+from tests.interop.reference_models import TINY, llama_config, one_text
 from tests.tolerances import assert_close
 from veneer import PeftModel
 from veneer.errors import ConfigError

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import veneer
 from tests.interop.reference import both, expect_same_model, peft, quiet
-from tests.interop.tiny import TINY, Tiny
+from tests.interop.reference_models import TINY, Tiny
 from tests.tolerances import TRAINING, TRAINING_BF16, assert_close
 
 STEPS = 10
