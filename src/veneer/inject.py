@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -246,7 +246,7 @@ class Injection:
         for trained in self.copies:
             for name, tensor in trained.module.state_dict().items():
                 result[f"{trained.site.path}.{name}"] = tuple(tensor.shape)
-        for name, parameter in bias_parameters(self.model, self.config.bias, self._targets()):
+        for name, parameter in self.biases():
             result[name] = tuple(parameter.shape)
         return result
 
@@ -271,6 +271,11 @@ class Injection:
             trained.module.load_state_dict(own, strict=False, assign=_has_meta(trained.module))
         self._places = dict(tensors)
 
+    def biases(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The base biases that the adapter trains, by their name on disk (without prefix)."""
+        copied = [trained.site.path for trained in self.copies]
+        return bias_parameters(self.model, self.config.bias, self.adapter, self._targets(), copied)
+
     def _targets(self) -> dict[str, LoraLayer]:
         return {addition.site.path: addition.layer for addition in self.additions}
 
@@ -284,8 +289,7 @@ class Injection:
         before = AdapterSet(self.model).modules()
         disabled = bool(before) and all(m.disable_adapters for m in before)
         own = {id(p) for m in before for name in m.held_adapters for p in m.adapter_parameters(name)}
-        if self.config.bias != "none":
-            own |= {id(p) for _, p in bias_parameters(self.model, self.config.bias, self._targets())}
+        own |= {id(p) for _, p in self.biases()}
         for parameter in self.model.parameters():
             if id(parameter) not in own:
                 parameter.requires_grad_(False)
@@ -312,14 +316,14 @@ class Injection:
         if disabled:
             index.enable(False)
         if trainable and (active is None or self.adapter in active):
-            for _, parameter in bias_parameters(self.model, self.config.bias):
+            for _, parameter in self.biases():
                 parameter.requires_grad_(True)
 
     def _commit_base_tensors(self) -> None:
         """Biases that the adapter trains, and embeddings that its file carries."""
         if not self._places:
             return
-        named = dict(bias_parameters(self.model, self.config.bias))
+        named = dict(self.biases())
         named.update(embedding_weights(self.model))
         with torch.no_grad():
             for name, parameter in named.items():
@@ -347,27 +351,42 @@ def _has_meta(module: nn.Module) -> bool:
 
 
 def bias_parameters(
-    model: nn.Module, kind: str, future: Mapping[str, LoraLayer] | None = None
+    model: nn.Module,
+    kind: str,
+    adapter: str,
+    future: Iterable[str] = (),
+    copied: Iterable[str] = (),
 ) -> Iterator[tuple[str, nn.Parameter]]:
-    """The base biases that ``bias=kind`` trains, by their name on disk (without prefix).
+    """The base biases that an adapter with ``bias=kind`` trains, by their name on disk (without prefix).
+
+    The names depend on what this adapter adapts, not on what other adapters of the model do.
 
     Args:
         model: The model.
-        kind: "none", "lora_only" (biases of adapted layers) or "all".
-        future: Layers that are about to be put in, by path.
+        kind: "none", "lora_only" (biases of the layers that the adapter adapts) or "all".
+        adapter: The adapter's name.
+        future: Paths of layers that it is about to adapt.
+        copied: Paths of modules that it is about to train whole.
     """
     if kind == "none":
         return
-    adapted = {path for path, m in model.named_modules() if isinstance(m, LoraLayer)} | set(future or ())
+    own = {
+        p: m for p, m in model.named_modules() if isinstance(m, AdapterModule) and adapter in m.held_adapters
+    }
+    adapted = {path for path, m in own.items() if isinstance(m, LoraLayer)} | set(future)
+    whole = {path for path, m in own.items() if isinstance(m, ModulesToSaveWrapper)} | set(copied)
+    roots = tuple(f"{path}." for path in whole)
     for name, parameter in model.named_parameters():
         path, _, last = name.rpartition(".")
-        inside = path.removesuffix(".base_layer")
         if last != "bias" or ".lora_" in f".{path}" or ".modules_to_save." in f".{name}":
             continue
-        if inside in adapted:
-            yield f"{inside}.base_layer.bias", parameter
+        path = path.removesuffix(".base_layer").replace(".original_module", "")
+        if f"{path}.".startswith(roots):
+            continue  # the adapter trains its own copy
+        if path in adapted:
+            yield f"{path}.base_layer.bias", parameter
         elif kind == "all":
-            yield name, parameter
+            yield f"{path}.bias" if path else "bias", parameter
 
 
 def embedding_weights(

@@ -185,10 +185,7 @@ class LoraModel(nn.Module):
     def commit(self, injection: Injection, *, activate: bool, trainable: bool = True) -> None:
         """Put a prepared adapter in."""
         active = self.index.active()
-        biases = {
-            n: p.detach().clone()
-            for n, p in bias_parameters(self.model, injection.config.bias, injection._targets())
-        }
+        biases = {name: parameter.detach().clone() for name, parameter in injection.biases()}
         injection.commit(active=None if activate else active, trainable=trainable)
         self._biases.update(biases)
         self.peft_config[injection.adapter] = injection.config
@@ -226,6 +223,8 @@ class LoraModel(nn.Module):
         names = as_names(adapter_name if isinstance(adapter_name, str) else list(adapter_name))
         self.index.check(names, known=self.peft_config)
         self.index.activate(names, inference_mode=inference_mode)
+        for adapter, _, parameter in self._trained_biases():
+            parameter.requires_grad_(adapter in names and not inference_mode)
         if isinstance(adapter_name, Mapping):
             for name, factor in adapter_name.items():
                 self.set_strength(name, factor)
@@ -264,10 +263,16 @@ class LoraModel(nn.Module):
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter. If it was active, it leaves nothing active in its place."""
         self.index.check([adapter_name], known=self.peft_config)
+        merged = {}
         if self.peft_config[adapter_name].bias != "none":
+            # What is merged may have a bias among it, so it is taken out before biases are given back.
+            merged = {layer: layer.merged_adapters for layer in self.layers().values() if layer.merged}
+            self.unmerge_adapter()
             self._restore_biases()
         was_active = adapter_name in self.active_adapters
         self.index.delete(adapter_name)
+        for layer, names in merged.items():
+            layer.merge(adapter_names=[n for n in names if n != adapter_name])
         del self.peft_config[adapter_name]
         if was_active and not self.active_adapters:
             rest = ", ".join(map(repr, self.peft_config)) or "none is left"
@@ -308,11 +313,18 @@ class LoraModel(nn.Module):
                 stacklevel=3,
             )
 
+    def _trained_biases(self) -> Iterator[tuple[str, str, nn.Parameter]]:
+        """The base biases that an adapter trains: its name, theirs and the parameter."""
+        for adapter, config in self.peft_config.items():
+            for name, parameter in bias_parameters(self.model, config.bias, adapter):
+                yield adapter, name, parameter
+
+    @torch.no_grad()
     def _restore_biases(self) -> None:
-        with torch.no_grad():
-            for name, parameter in bias_parameters(self.model, "all"):
-                if name in self._biases:
-                    parameter.copy_(self._biases[name])
+        for _, name, parameter in self._trained_biases():
+            if name in self._biases:
+                parameter.copy_(self._biases[name])
+            parameter.requires_grad_(False)
         self._biases.clear()
 
     # -- merging -------------------------------------------------------------------------------------

@@ -123,7 +123,7 @@ def adapter_state_dict(
     config = _config(model, adapter)
     wanted = {slot.disk: slot for slot in slots(model, adapter)}
     root, prefix = _root(model)
-    for name, parameter in bias_parameters(root, config.bias):
+    for name, parameter in bias_parameters(root, config.bias, adapter):
         wanted[f"{prefix}{_clean(name)}"] = Slot(
             f"{prefix}{_clean(name)}", f"{prefix}{_clean(name)}", parameter
         )
@@ -279,7 +279,7 @@ def set_adapter_state_dict(
     places: dict[str, Tensor] = {slot.disk: slot.tensor for slot in slots(model, adapter)}
     if not places:
         raise AdapterNameError(f"no module of the model holds the adapter {adapter!r}")
-    places.update({f"{prefix}{_clean(n)}": p for n, p in bias_parameters(root, config.bias)})
+    places.update({f"{prefix}{_clean(n)}": p for n, p in bias_parameters(root, config.bias, adapter)})
     optional = {f"{prefix}{_clean(n)}": p for n, p in embedding_weights(root).items()}
     every = {**places, **optional}
     report = match(

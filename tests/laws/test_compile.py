@@ -82,7 +82,7 @@ def test_a_model_is_one_graph_in_each_state() -> None:
             assert_close(compiled(x), model(x))
         # States that compute alike share a graph: "one merged" leaves "a" as the only branch.
         assert counter.graphs <= before + 1, state
-    # A layer that was merged once has a place for its undo: its states may be compiled once more, then no more.
+    # Once merged, a layer has a place for its undo: its states may be compiled once more, then no more.
     for round_number in range(2):
         seen = counter.graphs
         model.base_model.enable_adapter_layers()

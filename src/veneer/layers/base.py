@@ -6,7 +6,6 @@ the base weight, and how the branch is computed. Everything else is here, once.
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -318,7 +317,8 @@ class LoraLayer(AdapterModule):
         device = start.a.device if start.a.is_meta else backend.device(self.base_layer)
 
         def place(tensor: Tensor) -> Tensor:
-            return tensor.detach().to(device=device, dtype=dtype or tensor.dtype)
+            # A copy, in memory of its own: a tensor of a mapped file is neither aligned nor safe from others.
+            return tensor.detach().to(device=device, dtype=dtype or tensor.dtype, copy=True)
 
         if start.base is not None:
             self._replace_base(start.base)
