@@ -142,7 +142,8 @@ def _widen_accelerate(module: ModuleType) -> None:
 
     @functools.wraps(theirs)
     def is_peft_model(model: Any) -> bool:
-        return isinstance(module.extract_model_from_parallel(model), ours) or theirs(model)
+        inner = importlib.import_module("accelerate.utils.other").extract_model_from_parallel(model)
+        return isinstance(inner, ours) or bool(theirs(model))
 
     is_peft_model.veneer_accepts = ours  # type: ignore[attr-defined]
     for name, other in list(sys.modules.items()):
