@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 import re
 import shlex
 import socket
@@ -10,7 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from typer.main import get_command
 
+import veneer.cli.common
 from tests.docs.pages import PAGES, ROOT, Block, blocks, prose, run_page
 
 NOT_RUN: dict[str, str] = {
@@ -132,7 +136,7 @@ def _problem(line: str) -> str:
         return "" if all(target in _make_targets() for target in rest) else "no such make target"
     if program == "veneer":
         return _veneer_problem(rest)
-    if program in {"pip", "python"} and rest[:2] in (["install", "veneer"], ["-m", "veneer.as_peft"]):
+    if program == "python" and rest[:2] == ["-m", "veneer.as_peft"]:
         return ""
     if program == "pip" and rest[0] == "install":
         unknown = set(re.findall(r"veneer\[([^\]]+)\]", line)) - _extras()
@@ -153,23 +157,43 @@ def _extras() -> set[str]:
     return set(re.findall(r"^([\w-]+) *=", section[1], re.M))
 
 
+def _veneer_commands() -> dict[str, Any]:
+    for module in pkgutil.iter_modules(veneer.cli.__path__):
+        importlib.import_module(f"veneer.cli.{module.name}")
+    group: Any = get_command(veneer.cli.common.app)
+    return dict(group.commands)
+
+
 def _veneer_problem(words: list[str]) -> str:
-    from typer.main import get_command
-
-    from veneer.cli.main import app
-
-    group: Any = get_command(app)
+    commands = _veneer_commands()
     if not words:
         return ""
-    command = group.commands.get(words[0])
-    if command is None:
-        return f"no such subcommand; there are {sorted(group.commands)}"
-    known = {
-        option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)
-    }
-    unknown = [
-        flag
-        for word in words[1:]
-        if word.startswith("-") and (flag := word.split("=")[0]) not in known | {"--help"}
-    ]
+    if words[0] not in commands:
+        return f"no such subcommand; there are {sorted(commands)}"
+    options = ((*p.opts, *p.secondary_opts) for p in commands[words[0]].params)
+    known = {"--help"}.union(*options)
+    unknown = [flag for word in words if word.startswith("-") and (flag := word.split("=")[0]) not in known]
     return f"no such flags {unknown}; there are {sorted(known)}" if unknown else ""
+
+
+@pytest.mark.parametrize(
+    ("line", "right"),
+    [
+        ("make demo", True),
+        ("make nonsense", False),
+        ("veneer train --model m --data d.jsonl --output out", True),
+        ("veneer train --modle m", False),
+        ("veneer trian", False),
+        ("pip install 'veneer[train]'", True),
+        ("pip install 'veneer[trian]'", False),
+        ("rm -rf here", False),
+    ],
+)
+def test_wrong_commands_are_found_out(line: str, right: bool) -> None:
+    assert (not _problem(line)) is right
+
+
+def test_readme_names_every_command() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    missing = [name for name in _veneer_commands() if f"veneer {name}" not in readme]
+    assert not missing
