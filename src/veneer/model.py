@@ -772,6 +772,7 @@ class PeftModel(nn.Module):
         selected_adapters: Sequence[str] | None = None,
         save_embedding_layers: bool | Literal["auto"] = "auto",
         is_main_process: bool = True,
+        path_initial_model_for_weight_conversion: str | None = None,
         **kwargs: Any,
     ) -> None:
         """Write adapters, and nothing of the base model.
@@ -785,11 +786,18 @@ class PeftModel(nn.Module):
             save_embedding_layers: Save input and output embeddings along: True, False, or "auto" (those that
                 are targeted, and both if the vocabulary was resized).
             is_main_process: False writes nothing (other ranks of a group).
+            path_initial_model_for_weight_conversion: Leave it None: it belongs to initialisations that change
+                the base, which here keep it exact.
             **kwargs: ``state_dict``: take the values from this full state dict.
 
         Raises:
             CheckpointError: If the adapter cannot be written; what was there before is whole.
         """
+        if path_initial_model_for_weight_conversion is not None:
+            raise CheckpointError(
+                "path_initial_model_for_weight_conversion: no initialisation of this version leaves a "
+                "base to convert from; save without it"
+            )
         names = list(self.peft_config) if selected_adapters is None else as_names(selected_adapters)
         self.base_model.index.check(names, known=self.peft_config)
         if not names:
@@ -803,7 +811,7 @@ class PeftModel(nn.Module):
             )
             if not is_main_process:
                 continue
-            config = self.peft_config[name].to_json()
+            config = self._config_to_save(name)
             count = sum(t.numel() for t in tensors.values())
             write_adapter(
                 self._directory_of(save_directory, name),
@@ -817,6 +825,15 @@ class PeftModel(nn.Module):
                 ),
                 safe_serialization=safe_serialization,
             )
+
+    def _config_to_save(self, name: str) -> dict[str, Any]:
+        """The content of an adapter's configuration file; without a task it names the base's class."""
+        config, kind = self.peft_config[name], type(self.get_base_model())
+        values = config.to_json()
+        if config.task_type is None and kind.__module__.startswith("transformers."):
+            mapping = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
+            values = dict(sorted({**values, "auto_mapping": mapping}.items()))
+        return values
 
     @staticmethod
     def _directory_of(save_directory: str | os.PathLike[str], name: str) -> Path:

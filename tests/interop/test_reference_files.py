@@ -143,7 +143,7 @@ def test_both_ways(kind: str, option: str, tmp_path: Path) -> None:
     # Written by the reference, read by us.
     randomise(theirs)
     expected = output(theirs, inputs)
-    assert not torch.allclose(expected, output(base, inputs), atol=1e-2)
+    assert (expected - output(base, inputs)).abs().max() > 0.05
     with quiet():
         theirs.save_pretrained(tmp_path / "theirs")
     loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "theirs").eval()

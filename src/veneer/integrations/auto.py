@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -61,6 +62,7 @@ class AutoPeftModel:
         is_trainable: bool = False,
         config: PeftConfig | None = None,
         revision: str | None = None,
+        import_allowlist: Sequence[str] | None = None,
         **kwargs: Any,
     ) -> PeftModel:
         """Load base and adapter.
@@ -71,6 +73,8 @@ class AutoPeftModel:
             is_trainable: Whether its parameters require gradients.
             config: Use this configuration instead of the file's.
             revision: Revision of the adapter; the base's stands in the configuration.
+            import_allowlist: Libraries that a configuration without a task may name for its base; by default
+                transformers only.
             **kwargs: Options of `PeftModel.from_pretrained` go there, those of the hub to both, all others to
                 the base model's ``from_pretrained``.
 
@@ -86,14 +90,16 @@ class AutoPeftModel:
         )
         if config is None:
             config = PeftConfig.from_file(locate_config(directory))
-        base = cls._load_base(config, directory, kwargs)
+        base = cls._load_base(config, directory, kwargs, import_allowlist)
         _fit_vocabulary(base, directory)
         return cls.peft_class.from_pretrained(
             base, directory, adapter_name, is_trainable=is_trainable, config=config, **options
         )
 
     @classmethod
-    def _load_base(cls, config: PeftConfig, directory: Path, kwargs: dict[str, Any]) -> Any:
+    def _load_base(
+        cls, config: PeftConfig, directory: Path, kwargs: dict[str, Any], allowed: Sequence[str] | None
+    ) -> Any:
         name = config.base_model_name_or_path
         if not name:
             raise AdapterFileError(
@@ -112,7 +118,7 @@ class AutoPeftModel:
         if wanted is not None:
             auto = getattr(transformers, _AUTO_CLASSES[wanted])
         elif config.auto_mapping is not None:
-            auto = _mapped_class(config.auto_mapping)
+            auto = _mapped_class(config.auto_mapping, allowed)
         else:
             raise AdapterFileError(
                 f"the configuration in {directory} has no task_type, so the kind of base model is unknown: "
@@ -122,16 +128,19 @@ class AutoPeftModel:
         return auto.from_pretrained(name, revision=config.revision, **kwargs)
 
 
-def _mapped_class(mapping: dict[str, Any]) -> Any:
-    """The transformers class that ``auto_mapping`` names; no other library is imported for a file's sake."""
+def _mapped_class(mapping: dict[str, Any], allowed: Sequence[str] | None) -> Any:
+    """The class that ``auto_mapping`` names; no library is imported for a file's sake alone."""
     library, name = str(mapping.get("parent_library") or ""), str(mapping.get("base_model_class") or "")
-    if library.partition(".")[0] != "transformers":
+    known = ("transformers",) if allowed is None else tuple(allowed)
+    if not any(library == place or library.startswith(f"{place}.") for place in known):
         raise ConfigError(
-            f"auto_mapping names the library {library!r}: only classes of transformers are loaded by name"
+            f"auto_mapping names the library {library!r}, and only {', '.join(known) or 'none'} may be "
+            f"imported; if you trust it, pass import_allowlist=[{library.partition('.')[0]!r}]"
         )
-    found = getattr(_transformers(), name, None)
+    own = library.partition(".")[0] == "transformers"
+    found = getattr(_transformers() if own else importlib.import_module(library), name, None)
     if found is None or not hasattr(found, "from_pretrained"):
-        raise ConfigError(f"auto_mapping names {name!r}, which transformers does not have")
+        raise ConfigError(f"auto_mapping names {name!r}, which {library} does not have")
     return found
 
 
