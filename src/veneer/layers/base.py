@@ -37,22 +37,29 @@ class Factor(nn.Module):
     Args:
         weight: The factor.
         bias: Added by the operation, or None.
-        operation: ``(x, weight, bias) -> y``; a module-level function or a partial of one, so that
-            it pickles.
     """
 
-    def __init__(
-        self, weight: Tensor, bias: Tensor | None = None, operation: Callable[..., Tensor] = F.linear
-    ) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight)
         self.bias = None if bias is None else nn.Parameter(bias)
-        self.operation = operation
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply the operation in the type of ``x``: the thin factor is cast, never the activations."""
+    def forward(self, x: Tensor, operation: Callable[..., Tensor] = F.linear) -> Tensor:
+        """``operation(x, weight, bias)`` in the type of ``x``: the factor is cast, never the activations."""
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return self.operation(x, self.weight.to(x.dtype), bias)
+        return operation(x, self.weight.to(x.dtype), bias)
+
+    @staticmethod
+    def is_plain(module: nn.Module) -> bool:
+        """Whether the tensors of a factor may be used without calling it.
+
+        A factor that is sharded or offloaded by itself has them only while it is called.
+        """
+        return (
+            type(module) is Factor
+            and "forward" not in module.__dict__
+            and not (module._forward_hooks or module._forward_pre_hooks)
+        )
 
     def extra_repr(self) -> str:
         """The shape, for ``print(model)``."""
@@ -97,6 +104,14 @@ def stand_in(
     return twin
 
 
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module inside the wrappers that shards, checkpoints and compilers put around one."""
+    names = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
+    while (inner := next((module._modules[n] for n in names if n in module._modules), None)) is not None:
+        module = inner
+    return module
+
+
 class LoraLayer(AdapterModule):
     """A module with low-rank branches beside it: ``y = base(x) + Σ s·B(A(dropout(x)))``.
 
@@ -130,7 +145,8 @@ class LoraLayer(AdapterModule):
     lora_B: nn.ModuleDict
 
     def __init_subclass__(cls) -> None:
-        registry.add(cls.wraps, cls)
+        if "wraps" in cls.__dict__:  # others, such as FSDP2's, only dress a class up
+            registry.add(cls.wraps, cls)
         for name in cls.adapter_layer_names:
             if name not in cls.factor_names:
                 setattr(cls, name, _NOTHING)

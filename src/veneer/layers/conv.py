@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from veneer.layers.base import LoraLayer, stand_in
+from veneer.layers.base import LoraLayer, stand_in, unwrapped
 from veneer.spec import LoraSpec
 
 _CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -56,16 +57,13 @@ class LoraConv(LoraLayer):
 
     def low_rank(self, name: str, x: Tensor) -> Tensor:
         """x: (batch, in, d…) -> (batch, out, d'…)."""
-        base: Any = self.original_base()
-        a: Any = self.lora_A[name]
-        b: Any = self.lora_B[name]
-        weight_a, weight_b = a.weight.to(x.dtype), b.weight.to(x.dtype)
-        bias = None if b.bias is None else b.bias.to(x.dtype)
-        convolve = _CONVOLVE[len(base.kernel_size)]
-        return convolve(self._convolve_as_base(base, x, weight_a), weight_b, bias, groups=base.groups)
+        base: Any = unwrapped(self.original_base())
+        pointwise = partial(_CONVOLVE[len(base.kernel_size)], groups=base.groups)
+        h = self.lora_A[name](x, partial(self._convolve_as_base, base))
+        return self.lora_B[name](h, pointwise)  # type: ignore[no-any-return]
 
     @staticmethod
-    def _convolve_as_base(base: Any, x: Tensor, weight: Tensor) -> Tensor:
+    def _convolve_as_base(base: Any, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """``weight ∗ x`` with the base's stride, dilation and padding, without its groups and bias."""
         if type(base).forward not in _FORWARDS:
             # A subclass that pads in its own way: let its own forward do it, with A in place of W.

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from veneer.layers.base import LoraLayer, stand_in
+from veneer.layers.base import LoraLayer, stand_in, unwrapped
 from veneer.spec import LoraSpec
 
 
@@ -58,7 +58,7 @@ class LoraEmbedding(LoraLayer):
         A lies (r, vocab), and torch cannot transpose the sparse gradient of the rows that were looked up.
         """
         a, b, _ = self.factors(name)
-        base: Any = self.original_base()
+        base: Any = unwrapped(self.original_base())
         if type(base).forward is nn.Embedding.forward:
             rows = F.embedding(
                 x, a.T, padding_idx=base.padding_idx, scale_grad_by_freq=base.scale_grad_by_freq

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer import variants
-from veneer.layers.base import LoraLayer, stand_in
+from veneer.layers.base import Factor, LoraLayer, stand_in
 from veneer.ops.lora_linear import add_lora_, lora_linear
 
 _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -77,10 +77,14 @@ class LoraLinear(LoraLayer):
         dropout = self.lora_dropout[name]
         return float(dropout.p) if dropout.training else 0.0  # type: ignore[arg-type]
 
+    def _has_plain_factors(self, name: str) -> bool:
+        a, b = self.lora_A[name], self.lora_B[name]
+        return Factor.is_plain(a) and Factor.is_plain(b)
+
     def add_branch(self, name: str, x: Tensor, result: Tensor) -> Tensor:
         """``result + s · dropout(x) Aᵀ Bᵀ``; one step, no full-size temporary."""
         a, b, bias = self.factors(name)
-        if a.is_meta or torch.is_autocast_enabled(x.device.type):
+        if not self._has_plain_factors(name) or torch.is_autocast_enabled(x.device.type):
             return super().add_branch(name, x, result)
         x = self.to_factors(name, x)
         if result.device != a.device:
@@ -99,6 +103,7 @@ class LoraLinear(LoraLayer):
             or not _is_plain(base)
             or x.dtype != base.weight.dtype
             or torch.is_autocast_enabled(x.device.type)
+            or not self._has_plain_factors(live[0])
         ):
             return super().forward(x, *args, **kwargs)
         first, *rest = live
