@@ -102,21 +102,22 @@ def _wider(word: str, present: Any, ours: Any) -> Any:
 
 
 def _either(theirs: type, ours: type) -> type:
-    """A subclass of `theirs` of which the instances of `theirs` and of `ours` are instances."""
+    """A class of which the instances of `theirs` and of `ours` are instances.
+
+    It derives from `theirs`, so that its methods can be called through it; not from an abstract class, which
+    would ask it for its own subclasses.
+    """
     accepted = (theirs, ours)
 
-    class Either(type(theirs)):  # type: ignore[misc]
+    class Either(type):
         def __instancecheck__(cls, instance: object) -> bool:
             return isinstance(instance, accepted) if cls is wide else super().__instancecheck__(instance)
 
         def __subclasscheck__(cls, subclass: type) -> bool:
             return issubclass(subclass, accepted) if cls is wide else super().__subclasscheck__(subclass)
 
-    wide: type = Either(
-        theirs.__name__,
-        (theirs,),
-        {"__module__": theirs.__module__, "__doc__": theirs.__doc__, "veneer_accepts": ours},
-    )
+    attributes = {"__module__": theirs.__module__, "__doc__": theirs.__doc__, "veneer_accepts": ours}
+    wide: type = Either(theirs.__name__, (theirs,) if type(theirs) is type else (), attributes)
     return wide
 
 
