@@ -827,9 +827,16 @@ class PeftModel(nn.Module):
             )
 
     def _config_to_save(self, name: str) -> dict[str, Any]:
-        """The content of an adapter's configuration file; without a task it names the base's class."""
+        """The content of an adapter's configuration file.
+
+        Without a task it names the base's class. LoftQ is not named in it: other readers would run it again,
+        on a base that it has rounded already.
+        """
         config, kind = self.peft_config[name], type(self.get_base_model())
         values = config.to_json()
+        if str(values["init_lora_weights"]).lower() == "loftq":
+            values["init_lora_weights"] = True
+            values.pop("loftq_config", None)
         if config.task_type is None and kind.__module__.startswith("transformers."):
             mapping = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
             values = dict(sorted({**values, "auto_mapping": mapping}.items()))
@@ -901,7 +908,7 @@ class PeftModel(nn.Module):
         if adapter_name in self.peft_config:
             self._check_reload(config, adapter_name, directory)
             if check_base:
-                state.check_base(self.get_base_model(), file.metadata, directory)
+                state.check_base(self.get_base_model(), file.metadata, directory, carried=file.shapes)
             values = {new: t for new, old in names.items() for t in file.tensors([old]).values()}
             report = state.set_adapter_state_dict(self, values, adapter_name, strict=strict, where=directory)
             if not is_trainable:
@@ -922,7 +929,9 @@ class PeftModel(nn.Module):
         )
         # After the account of tensors: where names or shapes differ, that says more.
         if check_base:
-            state.check_base(injection.model, file.metadata, directory, injection._targets())
+            state.check_base(
+                injection.model, file.metadata, directory, injection._targets(), carried=file.shapes
+            )
         first = not self.peft_config
         self.base_model.commit(injection, activate=first, trainable=is_trainable)
         if not is_trainable:

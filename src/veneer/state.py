@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -338,6 +338,7 @@ def check_base(
     metadata: Mapping[str, str],
     where: object,
     targets: Mapping[str, LoraLayer] | None = None,
+    carried: Container[str] = (),
 ) -> None:
     """Compare the base that an adapter was made on with the one it is about to be put on.
 
@@ -346,6 +347,8 @@ def check_base(
         metadata: That of the adapter's file.
         where: What to call the file in messages.
         targets: The adapted layers by path; None looks them up.
+        carried: Names in the adapter's file. Base weights among them (embeddings, resized perhaps) need not
+            be those that the adapter was made on: they are replaced.
 
     Raises:
         BaseMismatchError: If they are plainly different models.
@@ -355,7 +358,9 @@ def check_base(
         return
     try:
         saved = json.loads(text)
-    except ValueError:
+        kept = {k: v for k, v in saved["samples"].items() if f"{PREFIX}{k}.base_layer.weight" not in carried}
+        saved = {**saved, "samples": kept}
+    except (ValueError, LookupError, TypeError, AttributeError):  # the comparison says that it is unreadable
         saved = {}
     result = compare_fingerprints(saved, base_fingerprint(model, targets))
     if result.severity == "none":
