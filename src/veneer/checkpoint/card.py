@@ -60,6 +60,7 @@ def model_card(
     front = [
         *([f"base_model: {_scalar(base)}"] if base else []),
         "library_name: peft",
+        *(["pipeline_tag: text-generation"] if str(config.get("task_type")) == "CAUSAL_LM" else []),
         "tags:",
         *(f"- {t}" for t in tags),
     ]
@@ -101,14 +102,19 @@ def merge_card(existing: str, new: str) -> str:
     """The card to write over an existing one.
 
     The body stays as it is, unless Veneer wrote it and nobody changed it since. In the front matter
-    ``base_model`` and ``library_name`` are set, tags are added, and everything else stays.
+    ``base_model`` and ``library_name`` are set, tags are added, ``pipeline_tag`` is set where there is none,
+    and everything else stays.
     """
     newline = "\r\n" if "\r\n" in existing else "\n"
     old_front, old_body = _split(existing)
     new_front, new_body = _split(new)
     merged = dict(old_front)
     for key, lines in new_front.items():
-        merged[key] = _merged_tags(old_front.get(key, []), lines) if key == "tags" else lines
+        if key == "tags":
+            lines = _merged_tags(old_front.get(key, []), lines)
+        elif key == "pipeline_tag":
+            lines = old_front.get(key, lines)
+        merged[key] = lines
     body = new_body if _unchanged(old_body) else old_body
     text = "\n".join(line for lines in merged.values() for line in lines)
     return f"---\n{text}\n---\n{body if body.startswith(chr(10)) else chr(10) + body}".replace("\n", newline)

@@ -27,6 +27,7 @@ def test_a_card() -> None:
     assert front(card) == {
         "base_model": "org/Some-Model_1.5",
         "library_name": "peft",
+        "pipeline_tag": "text-generation",
         "tags": ["base_model:adapter:org/Some-Model_1.5", "lora", "transformers"],
     }
     assert "r = 8, lora_alpha = 16, use_rslora, adapted: q_proj, v_proj, 1,234 parameters." in card
@@ -36,7 +37,7 @@ def test_a_card() -> None:
 def test_a_card_of_a_model_without_an_id() -> None:
     card = model_card({**CONFIG, "base_model_name_or_path": "/home/me/secret"}, name="ref")
     assert "secret" not in card and "base_model:" not in card
-    assert front(card) == {"library_name": "peft", "tags": ["lora"]}
+    assert front(card) == {"library_name": "peft", "pipeline_tag": "text-generation", "tags": ["lora"]}
     assert "# LoRA adapter ref" in card and "PeftModel.from_pretrained(base_model" in card
 
 
@@ -81,6 +82,12 @@ def test_the_body_of_an_edited_card_stays() -> None:
     assert merge_card(merged, NEW) == merged
 
 
+def test_a_pipeline_that_somebody_named_stays() -> None:
+    card = merge_card("---\npipeline_tag: text-to-speech\n---\nText\n", NEW)
+    assert front(card)["pipeline_tag"] == "text-to-speech"
+    assert "pipeline_tag" not in front(model_card({**CONFIG, "task_type": "SEQ_CLS"}))
+
+
 def test_other_front_matter_stays() -> None:
     mine = """---
 license: apache-2.0
@@ -106,6 +113,7 @@ more
         "license": "apache-2.0",
         "base_model": "org/Some-Model_1.5",
         "library_name": "peft",
+        "pipeline_tag": "text-generation",
         "tags": ["mine", "lora", "base_model:adapter:org/Some-Model_1.5", "transformers"],
         "datasets": ["a", "b"],
         "model-index": [{"name": "x", "results": [{"task": {"type": "y"}}]}],
