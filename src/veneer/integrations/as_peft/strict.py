@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 
+from ... import backends
 from ...adapters import AdapterModule
 from ...errors import LoadMismatchError
 from ...inject import sites
+from ...layers import LoraLayer
 
 _CONTAINERS = (
     "lora_A",
@@ -43,8 +46,7 @@ def load_adapter(original: Callable[..., Any], model: Any, *args: Any, **kwargs:
 
     Raises:
         LoadMismatchError: Keys of the file that the model has no place for, places that the file does not
-            fill, or
-            other shapes. The model is as it was before.
+            fill, or other shapes. The model is as it was before.
     """
     given = inspect.signature(original).bind(model, *args, **kwargs).arguments
     name = given.get("adapter_name") or "default"
@@ -55,7 +57,8 @@ def load_adapter(original: Callable[..., Any], model: Any, *args: Any, **kwargs:
         kwargs["ignore_mismatched_sizes"] = True
     before = _Before(model, name)
     try:
-        report = original(model, *args, **kwargs)
+        with _factors_in_memory(model):
+            report = original(model, *args, **kwargs)
     except Exception:
         before.restore()
         raise
@@ -72,7 +75,31 @@ def load_adapter(original: Callable[..., Any], model: Any, *args: Any, **kwargs:
         raise LoadMismatchError(
             _message(type(model).__name__, name, _source(given), missing, unexpected, shapes, total)
         )
+    _bring_to_their_layers(model, name)
     return report
+
+
+@contextmanager
+def _factors_in_memory(model: Any) -> Iterator[None]:
+    """Where the device map says "disk", transformers would put the factors there and never read them."""
+    spread = getattr(model, "hf_device_map", None)
+    if not spread or "disk" not in spread.values():
+        yield
+        return
+    model.hf_device_map = {path: "cpu" if place == "disk" else place for path, place in spread.items()}
+    try:
+        yield
+    finally:
+        model.hf_device_map = spread
+
+
+def _bring_to_their_layers(model: nn.Module, adapter: str) -> None:
+    """Factors go where their layer computes, which is not where an offloaded base weight lies."""
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer) and adapter in layer.held_adapters:
+            device = backends.find(layer.base_layer).device(layer.base_layer)
+            for parameter in layer.adapter_parameters(adapter):
+                parameter.data = parameter.data.to(device)
 
 
 class _Before:
