@@ -296,6 +296,16 @@ def test_disable_adapter() -> None:
         assert torch.equal(output(model, inputs), active)
 
 
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_disabling_keeps_trained_biases_and_both_say_so(bias: str) -> None:
+    ours, theirs, inputs, _ = filled("linear", bias=bias)
+    outputs = []
+    for model in (ours, theirs):
+        with pytest.warns(UserWarning, match="bias"), model.disable_adapter():
+            outputs.append(output(model, inputs))
+    assert_close(*outputs)
+
+
 def test_deleting_an_idle_adapter() -> None:
     ours, theirs, inputs, _ = filled("linear")
     second(ours, theirs, "linear")
