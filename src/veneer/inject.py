@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer import backends, layers, targets
+from veneer import backends, inits, layers, targets
 from veneer.adapters import AdapterModule, AdapterSet, check_adapter_name
 from veneer.config import LoraConfig, looks_like_regex
 from veneer.errors import AdapterNameError, TargetError, VeneerError, VeneerWarning
@@ -480,6 +480,8 @@ def prepare(
         )
     copies = [_copy_of(found[path]) for path in chosen.modules_to_save]
     _complete(own_config, model, found, additions, copies)
+    if not read_from_file:
+        _mention_replaced_bases(additions)
     return Injection(model, own_config, adapter_name, chosen, additions, copies, autocast_adapter_dtype)
 
 
@@ -527,6 +529,20 @@ def _complete(
         if not any(targets.matches(pattern, path) for pattern in named):
             named.append(path.rpartition(".")[2])
     config.modules_to_save = named or None
+
+
+def _mention_replaced_bases(additions: list[Addition]) -> None:
+    """Say whose base changes too where an initialisation gives the layers another weight."""
+    others = {
+        name for a in additions if inits.find(a.spec.init).replaces_base for name in a.layer.held_adapters
+    }
+    if others:
+        warnings.warn(
+            f"init_lora_weights={additions[0].spec.init!r} replaces base weights, and the adapters "
+            f"{', '.join(map(repr, sorted(others)))} work on the same ones: their outputs change",
+            VeneerWarning,
+            stacklevel=4,
+        )
 
 
 def _only_here(config: LoraConfig) -> bool:

@@ -76,6 +76,8 @@ class Init(abc.ABC):
     names: ClassVar[tuple[bool | str, ...]] = ()
     #: Whether the adapted model equals the base model until trained.
     identity: ClassVar[bool] = True
+    #: Whether it gives the base another weight: for every adapter beside it, and for good.
+    replaces_base: ClassVar[bool] = False
 
     def __init_subclass__(cls) -> None:
         _inits.append(cls())

@@ -50,6 +50,11 @@ def check_config(config: Any) -> LoraConfig:
 def why_not(layer: LoraLayer, spec: LoraSpec) -> str | None:
     """Why a layer cannot get what ``spec`` asks for, or None."""
     kind = type(layer.base_layer).__name__
+    if layer.merged and inits.find(spec.init).replaces_base:
+        return (
+            f"init_lora_weights={spec.init!r} replaces the base weight, which holds the merged "
+            f"{', '.join(map(repr, layer.merged_adapters))}: unmerge first"
+        )
     return (
         layer.refuses(layer.original_base(), spec)
         or inits.find(spec.init).refuses(spec, kind, layer.is_matrix())
