@@ -1,0 +1,195 @@
+"""The small functions that only other libraries call, each against what it promises."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from tests.tolerances import assert_close
+from veneer import LoraConfig, get_peft_model, get_peft_model_state_dict
+from veneer.checkpoint import to_disk
+from veneer.errors import AdapterNameError, ConfigError, LoadMismatchError, VeneerError
+from veneer.integrations.as_peft import objects
+from veneer.integrations.as_peft.hotswap import (
+    check_hotswap_configs_compatible,
+    hotswap_adapter,
+    hotswap_adapter_from_state_dict,
+    prepare_model_for_compiled_hotswap,
+)
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table = nn.Embedding(10, 6)
+        self.first = nn.Linear(6, 8)
+        self.second = nn.Linear(8, 3)
+
+    def forward(self, ids: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+        return self.second(self.first(self.table(ids)).relu()) * scale
+
+
+IDS = torch.tensor([[1, 2, 3], [7, 8, 9]])
+
+
+def adapted(rank: int = 2, alpha: int = 5, seed: int = 1, **options: Any) -> Any:
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=["first", "second", "table"], **options)
+    model = get_peft_model(Net(), config)
+    torch.manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            nn.init.normal_(parameter)
+    return model.eval()
+
+
+@pytest.mark.parametrize("adapter", ["default", "a", "lora_A", "weight"])
+def test_names_go_from_file_to_memory_and_back(adapter: str) -> None:
+    from veneer.integrations.as_peft.weights import to_memory
+
+    names = [
+        "base_model.model.a.first.lora_A.weight",
+        "base_model.model.a.first.lora_B.weight",
+        "base_model.model.a.first.lora_B.bias",
+        "base_model.model.a.table.lora_embedding_A",
+        "base_model.model.a.table.lora_embedding_B",
+        "base_model.model.a.first.lora_magnitude_vector",
+        "base_model.model.a.table.token_adapter.trainable_tokens_delta",
+        "base_model.model.a.first.base_layer.bias",
+        "base_model.model.model.norm.bias",
+        "base_model.model.score.weight",
+    ]
+    for name in names:
+        assert f"base_model.model.{to_disk(to_memory(name, adapter), adapter)}" == name
+    assert to_memory("a.first.lora_A.weight", adapter) == f"a.first.lora_A.{adapter}.weight"
+    assert to_memory("a.lora_A_like.weight", adapter) == "a.lora_A_like.weight"
+
+
+def in_memory(model: Any) -> dict[str, torch.Tensor]:
+    return {n: p.detach().clone() for n, p in model.named_parameters() if "lora_" in n}
+
+
+def test_a_swapped_adapter_computes_what_the_other_one_does() -> None:
+    model, other = adapted(seed=1), adapted(alpha=9, seed=2)
+    parameters = {n: id(p) for n, p in model.named_parameters()}
+    hotswap_adapter_from_state_dict(model, in_memory(other), "default", other.peft_config["default"])
+    assert torch.equal(model(IDS), other(IDS))
+    assert parameters == {n: id(p) for n, p in model.named_parameters()}, "in place"
+
+
+def test_a_smaller_rank_is_filled_up_with_zeros() -> None:
+    model, other = adapted(rank=4, seed=1), adapted(rank=2, alpha=9, seed=2)
+    hotswap_adapter_from_state_dict(model, in_memory(other), "default", other.peft_config["default"])
+    assert_close(model(IDS), other(IDS))
+
+
+def test_what_cannot_be_swapped_is_refused_and_nothing_changes() -> None:
+    model, bigger = adapted(rank=2), adapted(rank=4)
+    before = in_memory(model)
+    wrong = {
+        "does not fit into": in_memory(bigger),
+        "is not given": dict(list(before.items())[1:]),
+        "the model has no": {**before, "base_model.model.third.lora_A.default.weight": torch.zeros(2, 6)},
+    }
+    for words, tensors in wrong.items():
+        with pytest.raises(LoadMismatchError, match=words):
+            hotswap_adapter_from_state_dict(model, tensors, "default", model.peft_config["default"])
+    with pytest.raises(AdapterNameError, match="'nobody'"):
+        hotswap_adapter_from_state_dict(model, before, "nobody", model.peft_config["default"])
+    assert all(torch.equal(before[name], tensor) for name, tensor in in_memory(model).items())
+    with pytest.raises(ConfigError, match="lora_bias: False and True"):
+        check_hotswap_configs_compatible(LoraConfig(), LoraConfig(lora_bias=True))
+    check_hotswap_configs_compatible(LoraConfig(r=2), LoraConfig(r=8, lora_alpha=3))
+    with pytest.raises(VeneerError, match="not implemented"):
+        prepare_model_for_compiled_hotswap(model, target_rank=8)
+
+
+def test_swapping_from_a_directory(tmp_path: Any) -> None:
+    model, other = adapted(seed=1), adapted(alpha=9, seed=2)
+    other.save_pretrained(tmp_path)
+    hotswap_adapter(model, str(tmp_path), "default")
+    assert torch.equal(model(IDS), other(IDS))
+
+
+def test_rescaling_is_for_a_while() -> None:
+    model = adapted()
+    full, layer = model(IDS), model.base_model.model.first
+    base = dict(layer.scaling)
+    with objects.rescale_adapter_scale(model, 0.5):
+        assert layer.scaling == {"default": base["default"] * 0.5}
+        assert not torch.allclose(model(IDS), full)
+    assert layer.scaling == base and torch.equal(model(IDS), full)
+    with pytest.raises(ZeroDivisionError), objects.rescale_adapter_scale(model, 0):
+        raise ZeroDivisionError
+    assert torch.equal(model(IDS), full)
+    with pytest.raises(VeneerError, match="no adapter"), objects.rescale_adapter_scale(Net(), 0.5):
+        pass
+    with pytest.raises(TypeError, match="number"), objects.rescale_adapter_scale(model, "0.5"):  # type: ignore[arg-type]
+        pass
+
+
+def test_the_functional_verbs() -> None:
+    model = adapted()
+    model.add_adapter("second", LoraConfig(r=3, target_modules=["first"]))
+    objects.set_adapter(model, ["default", "second"])
+    assert model.active_adapters == ["default", "second"]
+    objects.set_requires_grad(model, "default", False)
+    trainable = {n.split(".")[-2] for n, p in model.named_parameters() if p.requires_grad}
+    assert trainable == {"second"}
+    assert objects.delete_adapter(model, "second", prefix="lora_") == ["default"]
+    assert "second" not in model.base_model.model.first.lora_A
+    half = adapted().to(torch.bfloat16)
+    objects.cast_adapter_dtype(half, "default", autocast_adapter_dtype=False)
+    assert {p.dtype for n, p in half.named_parameters() if "lora_" in n} == {torch.bfloat16}
+    objects.cast_adapter_dtype(half, "default")
+    assert {p.dtype for n, p in half.named_parameters() if "lora_" in n} == {torch.float32}
+    assert {p.dtype for n, p in half.named_parameters() if "lora_" not in n} == {torch.bfloat16}
+
+
+def test_signatures_can_be_made_those_of_the_base() -> None:
+    model = adapted()
+    wanted = model(IDS, scale=2.0)
+    objects.update_forward_signature(model)
+    assert list(inspect.signature(model.forward).parameters) == ["ids", "scale"]
+    assert torch.equal(model(IDS, scale=2.0), wanted)
+    with pytest.raises(VeneerError, match="'other'"):
+        objects.update_signature(model, "other")
+
+
+def test_an_adapter_is_told_from_what_is_none(tmp_path: Any) -> None:
+    adapted().save_pretrained(tmp_path / "adapter")
+    assert objects.check_if_peft_model(str(tmp_path / "adapter"))
+    assert not objects.check_if_peft_model(str(tmp_path))
+
+
+def test_fsdp_units_are_blocks_and_trainable_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapted()
+    monkeypatch.setenv("FSDP_TRANSFORMER_CLS_TO_WRAP", "LoraLinear")
+    policy = objects.fsdp_auto_wrap_policy(model)
+    units = {
+        name
+        for name, module in model.named_modules()
+        if policy(module=module, recurse=False, nonwrapped_numel=0)
+    }
+    inner = "base_model.model"
+    factors = {f"{inner}.{path}.lora_{x}.default" for path in ("first", "second") for x in "AB"}
+    assert units == factors | {f"{inner}.first", f"{inner}.second"}
+    monkeypatch.setenv("FSDP_TRANSFORMER_CLS_TO_WRAP", "NoSuchBlock")
+    with pytest.raises(VeneerError, match="NoSuchBlock"):
+        objects.fsdp_auto_wrap_policy(model)
+
+
+def test_submodules_and_places() -> None:
+    model = adapted()
+    parent, target, name = objects._get_submodules(model, "base_model.model.first")
+    assert parent is model.base_model.model and target is parent.first and name == "first"
+    with objects.init_empty_weights():
+        assert nn.Linear(3, 3).weight.is_meta
+    with objects.gather_params_ctx(target.weight), objects.disable_input_dtype_casting(model):
+        assert torch.equal(model(IDS), adapted()(IDS))
+    assert objects.infer_device() in ("cpu", "cuda", "mps")
+    assert set(get_peft_model_state_dict(model))
