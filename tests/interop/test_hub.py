@@ -270,12 +270,17 @@ print(push_to_hub(sys.argv[1], "me/published", token=sys.argv[2], private=True))
 far = PeftModel.from_pretrained(Tiny(), "me/published")
 for name, tensor in model.state_dict().items():
     assert torch.equal(tensor, far.state_dict()[name]), name
+print(model.push_to_hub("me/from-memory", token=sys.argv[2], commit_message="By hand"))
+near = PeftModel.from_pretrained(Tiny(), "me/from-memory")
+assert near.state_dict().keys() == far.state_dict().keys()
+assert all(torch.equal(tensor, near.state_dict()[name]) for name, tensor in far.state_dict().items())
 """,
         tmp_path / "adapter",
         TOKEN,
         env=environment(hub, home),
     )
     assert done.stdout.startswith(f"{hub.endpoint}/me/published/commit/")
+    assert f"{hub.endpoint}/me/from-memory/commit/" in done.stdout
     files = hub.repositories["me/published"].branches["main"]
     assert set(files) == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
     assert load_file(tmp_path / "adapter" / "adapter_model.safetensors").keys()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -192,6 +193,34 @@ def push_to_hub(
     except (OSError, ValueError) as error:
         raise _explain(error, _Place(repo_id, None, revision), False) from error
     return str(done)
+
+
+def push_adapter(
+    model: Any,
+    repo_id: str,
+    *,
+    safe_serialization: bool = True,
+    selected_adapters: Sequence[str] | None = None,
+    **kwargs: Any,
+) -> str:
+    """Save the adapters of a model, upload them, and return the address of the commit.
+
+    Args:
+        model: A `PeftModel`.
+        repo_id: `"owner/name"`; made if it does not exist.
+        safe_serialization: Write safetensors.
+        selected_adapters: The adapters; all of them if None.
+        kwargs: As for `push_to_hub`.
+
+    Raises:
+        AdapterFileError: The hub refuses; says why.
+        MissingExtraError: huggingface_hub is not installed.
+    """
+    with tempfile.TemporaryDirectory() as directory:
+        model.save_pretrained(
+            directory, safe_serialization=safe_serialization, selected_adapters=selected_adapters
+        )
+        return push_to_hub(directory, repo_id, **kwargs)
 
 
 class _Place:
