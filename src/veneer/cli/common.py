@@ -96,6 +96,9 @@ def _run(words: list[str]) -> int:
             _say(f"error: {error.format_message()}\nSee: {path} --help")
             return USAGE
         raise
+    if answer == INTERRUPTED:
+        # Newer typer turns Ctrl-C into this answer, older into Abort.
+        return _interrupted()
     return answer if isinstance(answer, int) else DONE
 
 

@@ -195,6 +195,8 @@ def _trainer(
         max_grad_norm=options.max_grad_norm,
         seed=options.seed,
         logging_steps=1,
+        # The filter would replace a loss that is no number by the mean of the others.
+        logging_nan_inf_filter=False,
         save_strategy="steps" if options.save_steps else "no",
         save_steps=options.save_steps or 500,
         save_total_limit=2,

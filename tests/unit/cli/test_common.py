@@ -1,0 +1,145 @@
+"""Exit codes, streams and messages of the command line."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+
+from veneer import VeneerError, VeneerWarning
+from veneer.cli import common, main
+
+TRAIN = ["train", "--model", "m", "--data", "d", "--output", "o"]
+
+
+def run(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "veneer", *words], capture_output=True, text=True)
+
+
+def test_as_a_process(tmp_path: Path) -> None:
+    version = run("--version")
+    assert (version.returncode, version.stderr) == (0, "")
+    assert version.stdout.startswith("veneer 0.")
+    failed = run("inspect", str(tmp_path / "nowhere"))
+    assert (failed.returncode, failed.stdout) == (1, "")
+    assert failed.stderr.startswith("error: ") and "Traceback" not in failed.stderr
+    assert "\x1b" not in failed.stderr
+
+
+def test_the_command_line_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; from veneer.cli import main; code = main(['--help'])\n"
+        "heavy = {'transformers', 'accelerate', 'matplotlib', 'huggingface_hub', 'datasets'}\n"
+        "print(heavy & set(sys.modules), file=sys.stderr)\n"
+        "sys.exit(code or len(heavy & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert all(command in done.stdout for command in ("demo", "train", "generate", "merge", "inspect"))
+
+
+def test_control_c_is_130() -> None:
+    code = (
+        "import os, signal, sys; from veneer.cli import common; from veneer.training import demo\n"
+        "demo.run_demo = lambda *a: os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.exit(common.main(['demo']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 130 == 128 + signal.SIGINT
+    assert done.stderr.strip() == "interrupted"
+
+
+def test_no_command_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    assert "Commands" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["inspekt", "x"], "inspect"),
+        (["inspect"], "adapter"),
+        (["inspect", "x", "--jsn"], "--json"),
+        (["merge", "x"], "--output"),
+        ([*TRAIN, "--learning-rat", "1"], "--learning-rate"),
+        ([*TRAIN, "--lora-r", "many"], "lora-r"),
+        ([*TRAIN, "--dtype", "int4"], "bfloat16"),
+        (["generate", "x", "hello", "--temperature", "-1"], "--temperature"),
+        (["generate", "x", "hello", "--max-new-tokens", "0"], "--max-new-tokens"),
+        (["generate", "x", ""], "empty"),
+    ],
+    ids=" ".join,
+)
+def test_wrong_usage_is_2_and_names_the_word(
+    words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: ") and said in captured.err
+    assert "--help" in captured.err and "Traceback" not in captured.err
+
+
+def test_underscores_are_dashes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--model", "m", "--data", str(tmp_path / "my_data.jsonl"), "--output", "o"]
+    assert main(["train", *words, "--learning_rate", "1e-3", "--lora_r=4"]) == 1
+    assert "my_data.jsonl" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "said"),
+    [
+        (VeneerError("what and why"), 1, "error: what and why\n"),
+        (OSError(28, "No space left on device"), 1, "error: [Errno 28] No space left on device\n"),
+        (ZeroDivisionError("division by zero"), 1, "error: unexpected ZeroDivisionError: division by zero"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
+)
+def test_failures(
+    raised: BaseException,
+    code: int,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(path: object) -> None:
+        raise raised
+
+    monkeypatch.setattr("veneer.training.adapters.describe", fail)
+    assert main(["inspect", "x"]) == code
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.startswith(said)
+    assert "Traceback" not in captured.err
+    if code == 1:
+        assert main(["inspect", "x", "--verbose"]) == code
+        assert "Traceback" in capsys.readouterr().err
+
+
+def test_warnings_are_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def warn(path: object) -> dict[str, str]:
+        warnings.warn("look here", VeneerWarning, stacklevel=1)
+        warnings.warn("of another library", DeprecationWarning, stacklevel=1)
+        return {"a": "b"}
+
+    monkeypatch.setattr("veneer.training.adapters.describe", warn)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        assert main(["inspect", "x", "--json"]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == "warning: look here\n"
+    assert json.loads(captured.out) == {"a": "b"}
+
+
+def test_sizes() -> None:
+    assert [common.size(n) for n in (12, 19_600_000, 269_060_552, 1_234)] == [
+        "12 bytes",
+        "19.6 MB",
+        "269 MB",
+        "1.23 kB",
+    ]

@@ -1,0 +1,122 @@
+"""Adapters on disk: described from headers, put on their base, merged into a plain model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.tolerances import assert_close
+from tests.unit.training.tiny import saved_tiny
+from veneer import AdapterFileError, ConfigError, LoraConfig, VeneerError, get_peft_model
+from veneer.training import load_base
+from veneer.training.adapters import describe, load_adapted, save_merged
+
+IDS = torch.arange(8)[None] + 20
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    base, _ = load_base(saved_tiny(tmp_path / "base"))
+    config = LoraConfig(
+        r=4,
+        lora_alpha=6,
+        target_modules=["q_proj", "down_proj"],
+        rank_pattern={"down_proj": 2},
+        init_lora_weights=False,
+        task_type="CAUSAL_LM",
+    )
+    torch.manual_seed(2)
+    get_peft_model(base, config).save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def test_describe(adapter: Path) -> None:
+    found = describe(adapter)
+    assert found["ranks"] == [2, 4] and found["alphas"] == [6] and found["scalings"] == [1.5, 3.0]
+    assert found["target_modules"] == ["down_proj", "q_proj"]
+    assert found["layers"] == 4 and found["dtypes"] == ["float32"]
+    assert found["base"] == str(adapter.parent / "base")
+    assert {"module": "q_proj", "count": 2, "A": [4, 32], "B": [32, 4], "parameters": 512} in found["modules"]
+    assert found["parameters"] == 512 + 2 * (2 * 48 + 32 * 2)
+    assert found["bytes"] == (adapter / "adapter_model.safetensors").stat().st_size
+    assert found["others"] == []
+    json.dumps(found)
+
+
+def test_load_adapted_computes_with_the_adapter(adapter: Path) -> None:
+    model, tokenizer = load_adapted(adapter)
+    plain, _ = load_base(adapter.parent / "base")
+    with torch.no_grad():
+        assert not torch.allclose(model(input_ids=IDS).logits, plain(IDS).logits, atol=1e-2)
+        with model.disable_adapter():
+            assert torch.equal(model(input_ids=IDS).logits, plain(IDS).logits)
+    assert tokenizer.chat_template
+
+
+def test_another_base_can_be_given(adapter: Path, tmp_path: Path) -> None:
+    moved = (adapter.parent / "base").rename(tmp_path / "moved")
+    with pytest.raises(VeneerError, match="no model at"):
+        load_adapted(adapter)
+    model, _ = load_adapted(adapter, str(moved))
+    assert model.peft_config["default"].r == 4
+
+
+def test_an_adapter_that_names_no_base(adapter: Path) -> None:
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = None
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(AdapterFileError, match="--model"):
+        load_adapted(adapter)
+
+
+def test_what_is_no_adapter(tmp_path: Path) -> None:
+    for act in (describe, load_adapted):
+        with pytest.raises(AdapterFileError):
+            act(tmp_path / "nowhere")
+        with pytest.raises(AdapterFileError):
+            act(tmp_path)
+
+
+def test_a_broken_adapter(adapter: Path) -> None:
+    file = adapter / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    for act in (describe, load_adapted):
+        with pytest.raises(AdapterFileError):
+            act(adapter)
+
+
+def test_half_an_adapter(adapter: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    del tensors["base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"]
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    with pytest.raises(
+        AdapterFileError, match=r"one of the two factors of model\.layers\.0\.self_attn\.q_proj"
+    ):
+        describe(adapter)
+
+
+def test_another_kind_of_adapter(adapter: Path) -> None:
+    (adapter / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "PREFIX_TUNING", "task_type": "CAUSAL_LM"})
+    )
+    with pytest.raises(ConfigError):
+        describe(adapter)
+
+
+def test_a_merged_model_computes_the_same(adapter: Path, tmp_path: Path) -> None:
+    model, tokenizer = load_adapted(adapter)
+    with torch.no_grad():
+        expected = model(input_ids=IDS).logits
+    report = save_merged(model, tokenizer, tmp_path / "merged")
+    assert len(report.kept) == 4 and report.worst > 0.999
+    merged, merged_tokenizer = load_base(tmp_path / "merged")
+    with torch.no_grad():
+        assert_close(merged(IDS).logits, expected)
+    assert merged_tokenizer.chat_template == tokenizer.chat_template
+    assert (tmp_path / "merged" / "generation_config.json").is_file()
+    assert not [name for name, _ in merged.named_parameters() if "lora" in name]
