@@ -189,7 +189,9 @@ class Addition:
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
         """Take the factors from tensors with the names of `keys`; absent ones are drawn as zero."""
         shapes = self.keys()
-        values = [tensors[k] if k in tensors else torch.zeros(shape) for k, shape in shapes.items()]
+        values = [
+            tensors[k] if k in tensors else torch.zeros(shape, device="cpu") for k, shape in shapes.items()
+        ]
         self.start = InitResult(values[0], values[1], values[2] if len(values) > 2 else None)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel, MT5Config, MT5ForConditionalGeneration
 
 import veneer
 from tests.interop.reference import (
@@ -163,6 +164,34 @@ def test_methods_of_layers(name: str) -> None:
     expect_compatible(f"LoraLayer.{name}", getattr(LoraLayer, name), getattr(peft.tuners.lora.Linear, name))
 
 
+def test_attributes_of_the_base_model_show_through() -> None:
+    tiny = TINY["llama"]
+    ours, theirs = both(tiny.build, {"task_type": tiny.task})
+    for name in ("config", "generation_config", "device", "dtype", "main_input_name", "name_or_path"):
+        found, expected = getattr(ours, name), getattr(theirs, name)
+        assert type(found) is type(expected), name
+        if name not in ("config", "generation_config"):
+            assert found == expected, name
+    assert ours.config is ours.get_base_model().config
+    assert ours.get_input_embeddings() is ours.get_base_model().model.embed_tokens
+    for model in (ours, theirs):
+        with pytest.raises(AttributeError):
+            model.nothing_of_that_name  # noqa: B018
+
+
+def test_lora_model_alone() -> None:
+    case = KINDS["linear"]
+    base, inputs = case.build().eval(), case.inputs()
+    given = config("linear", "plain")
+    ours = veneer.LoraModel(copy.deepcopy(base), veneer.LoraConfig(**given), "default").eval()
+    theirs = peft.LoraModel(copy.deepcopy(base), peft.LoraConfig(**given), "default").eval()
+    randomise(theirs)
+    ours.load_state_dict(theirs.state_dict())
+    expect_same_model(ours, theirs)
+    assert_close(output(ours, inputs), output(theirs, inputs))
+    assert_close(output(ours.merge_and_unload(), inputs), output(theirs.merge_and_unload(), inputs))
+
+
 def test_attributes() -> None:
     ours, theirs = both(KINDS["linear"].build, config("linear", "plain"))
     for cls, names in PROPERTIES.items():
@@ -260,6 +289,22 @@ def test_print_trainable_parameters(name: str, capsys: pytest.CaptureFixture[str
     assert mine is not None and its is not None
     assert mine.groups()[:2] == its.groups()[:2]
     assert f"{float(mine[3]):.4f}" == its[3]
+
+
+def test_counts_of_real_models() -> None:
+    """GPT-2 and mt0-large by their configurations, on the meta device."""
+    mt0 = MT5Config(
+        d_model=1024, d_ff=2816, num_heads=16, num_layers=24, num_decoder_layers=24, vocab_size=250112
+    )
+    for kind, shape, options, trainable in (
+        (GPT2LMHeadModel, GPT2Config(), {}, 294_912),
+        (MT5ForConditionalGeneration, mt0, {"task_type": "SEQ_2_SEQ_LM", "r": 8}, 2_359_296),
+    ):
+        with torch.device("meta"):
+            models = both(lambda kind=kind, shape=shape: kind(shape), options)
+        counts = [m.get_nb_trainable_parameters() for m in models]
+        assert counts[0] == counts[1]
+        assert counts[0][0] == trainable
 
 
 # -- state dicts -------------------------------------------------------------------------------------------

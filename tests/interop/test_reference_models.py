@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import nn
 from transformers import (
+    EfficientNetConfig,
+    EfficientNetForImageClassification,
     LlamaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
@@ -150,6 +152,25 @@ def test_adapters_of_bare_parameters_are_refused_by_name(tmp_path: Path) -> None
         theirs.save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="target_parameters"):
         PeftModel.from_pretrained(base, tmp_path)
+
+
+def test_efficientnet(tmp_path: Path) -> None:
+    """Its own convolutions beside plain ones, batch norms, and a head that is no sequence classifier's."""
+    base = EfficientNetForImageClassification(
+        EfficientNetConfig(
+            image_size=32, width_coefficient=0.25, depth_coefficient=0.2, hidden_dim=320, num_labels=3,
+        )
+    ).eval()  # fmt: skip
+    inputs = {"pixel_values": torch.randn(2, 3, 32, 32)}
+    options = {
+        "target_modules": ["expand_conv", "project_conv", "expand", "convolution"],
+        "modules_to_save": ["classifier"],
+        "r": 3,
+        "lora_alpha": 5,
+    }
+    ours, _ = exchange(base, inputs, options, tmp_path)
+    expected = output(ours, inputs)
+    assert_close(output(ours.merge_and_unload(), inputs), expected)
 
 
 #: Model types whose default targets differ from the reference's, with the reason.

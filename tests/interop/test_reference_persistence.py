@@ -151,6 +151,27 @@ def test_default_lies_at_the_root_and_others_below(writer: str, tmp_path: Path) 
         assert_close(output(its, inputs), output(ours, inputs))
 
 
+def test_subfolder(tmp_path: Path) -> None:
+    ours, theirs, inputs, base = filled()
+    ours.save_pretrained(tmp_path / "ours" / "below")
+    theirs.save_pretrained(tmp_path / "theirs" / "below")
+    for place in ("ours", "theirs"):
+        mine = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / place, subfolder="below").eval()
+        its = from_reference(base, tmp_path / place, subfolder="below")
+        assert_close(output(mine, inputs), output(theirs, inputs))
+        assert_close(output(its, inputs), output(theirs, inputs))
+        assert veneer.PeftConfig.from_pretrained(tmp_path / place, subfolder="below").r == 4
+
+
+def test_saving_leaves_the_model_in_training(tmp_path: Path) -> None:
+    ours, theirs, _, _ = filled(modules_to_save=["head"])
+    for model in (ours, theirs):
+        before = {n: p.requires_grad for n, p in model.named_parameters()}
+        model.save_pretrained(tmp_path)
+        assert model.peft_config["default"].inference_mode is False
+        assert {n: p.requires_grad for n, p in model.named_parameters()} == before
+
+
 def test_an_adapter_called_like_a_module(tmp_path: Path) -> None:
     """The reference then drops that module's tensors from the file of every other adapter, without a word."""
     ours, theirs, _, base = filled()

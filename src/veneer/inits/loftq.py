@@ -57,5 +57,5 @@ class LoftQ(Init):
             error = float(s[rank:].square().sum())  # ‖W − Q − s·BA‖²: what the cut left out
             if error < least:
                 best, best_a, best_b, least = rounded, a, b, error
-        bias = torch.zeros(request.shape_b[0]) if request.bias else None
+        bias = torch.zeros(request.shape_b[0], device="cpu") if request.bias else None
         return InitResult(best_a.reshape(request.shape_a), best_b.reshape(request.shape_b), bias, base=best)

@@ -16,15 +16,15 @@ def _kaiming(request: InitRequest, parameter: str, shape: tuple[int, ...]) -> Te
     That is U(−1/√fan_in, 1/√fan_in) with fan_in = in·k….
     """
     bound = 1.0 / math.sqrt(max(1, math.prod(shape[1:])))
-    return torch.empty(shape).uniform_(-bound, bound, generator=request.generator(parameter))
+    return torch.empty(shape, device="cpu").uniform_(-bound, bound, generator=request.generator(parameter))
 
 
 def _normal(request: InitRequest, parameter: str, shape: tuple[int, ...], std: float = 1.0) -> Tensor:
-    return torch.empty(shape).normal_(0.0, std, generator=request.generator(parameter))
+    return torch.empty(shape, device="cpu").normal_(0.0, std, generator=request.generator(parameter))
 
 
 def _zero_bias(request: InitRequest) -> Tensor | None:
-    return torch.zeros(request.shape_b[0]) if request.bias else None
+    return torch.zeros(request.shape_b[0], device="cpu") if request.bias else None
 
 
 class Default(Init):
@@ -40,10 +40,11 @@ class Default(Init):
         """A random, B zero."""
         if request.lookup:
             return InitResult(
-                torch.zeros(request.shape_a), _normal(request, "lora_embedding_B", request.shape_b)
+                torch.zeros(request.shape_a, device="cpu"),
+                _normal(request, "lora_embedding_B", request.shape_b),
             )
         a = _kaiming(request, "lora_A", request.shape_a)
-        return InitResult(a, torch.zeros(request.shape_b), _zero_bias(request))
+        return InitResult(a, torch.zeros(request.shape_b, device="cpu"), _zero_bias(request))
 
 
 class Gaussian(Init):
@@ -59,10 +60,11 @@ class Gaussian(Init):
         """A random, B zero."""
         if request.lookup:
             return InitResult(
-                torch.zeros(request.shape_a), _normal(request, "lora_embedding_B", request.shape_b)
+                torch.zeros(request.shape_a, device="cpu"),
+                _normal(request, "lora_embedding_B", request.shape_b),
             )
         a = _normal(request, "lora_A", request.shape_a, std=1.0 / request.spec.r)
-        return InitResult(a, torch.zeros(request.shape_b), _zero_bias(request))
+        return InitResult(a, torch.zeros(request.shape_b, device="cpu"), _zero_bias(request))
 
 
 class Arbitrary(Init):
@@ -83,7 +85,7 @@ class Arbitrary(Init):
         bias = None
         if request.bias:
             bound = 1.0 / math.sqrt(max(1, math.prod(request.shape_b[1:])))
-            bias = torch.empty(request.shape_b[0]).uniform_(
+            bias = torch.empty(request.shape_b[0], device="cpu").uniform_(
                 -bound, bound, generator=request.generator("lora_B.bias")
             )
         return InitResult(a, b, bias)

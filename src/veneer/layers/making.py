@@ -21,7 +21,7 @@ _HALF = (torch.float16, torch.bfloat16)
 
 def draw_seed() -> int:
     """One draw of torch's global generator; in a process group everyone gets rank 0's."""
-    seed = torch.randint(2**62, (1,), dtype=torch.int64)
+    seed = torch.randint(2**62, (1,), dtype=torch.int64, device="cpu")
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         backend = torch.distributed.get_backend()
         device = torch.device("cuda", torch.cuda.current_device()) if backend == "nccl" else seed.device

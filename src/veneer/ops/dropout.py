@@ -101,7 +101,8 @@ def _running_gaps(numel: int, p: float) -> Tensor:
     """One draw of gaps, enough to pass `numel` all but one time in 30,000, as zero-based int64 positions."""
     expected = numel * p
     count = int(expected + 4.0 * math.sqrt(expected * (1.0 - p))) + 8
-    draws = torch.rand(count, dtype=torch.float32 if p >= _FLOAT32_FROM_P else torch.float64)
+    dtype = torch.float32 if p >= _FLOAT32_FROM_P else torch.float64
+    draws = torch.rand(count, dtype=dtype, device="cpu")
     # rand() is in [0, 1) and does return 0: log1p(-u) stays finite where log(u) would not.
     gaps = draws.neg_().log1p_().div_(math.log1p(-p)).clamp_(max=float(numel)).add_(1.0)
     return gaps.to(torch.int64).cumsum_(0).sub_(1)

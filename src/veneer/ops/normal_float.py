@@ -20,12 +20,12 @@ def _code(bits: int) -> Tensor:
     half = 2 ** (bits - 1)
 
     def quantiles(count: int) -> Tensor:
-        p = torch.linspace(_OUTERMOST, 0.5, count + 1, dtype=torch.float64)[:-1]
+        p = torch.linspace(_OUTERMOST, 0.5, count + 1, dtype=torch.float64, device="cpu")[:-1]
         values: Tensor = torch.special.ndtri(p)
         return values
 
     positive, negative = quantiles(half), -quantiles(half - 1)
-    code = torch.cat([negative, torch.zeros(1, dtype=torch.float64), positive]).sort().values
+    code = torch.cat([negative, torch.zeros(1, dtype=torch.float64, device="cpu"), positive]).sort().values
     return (code / code.abs().max()).float()
 
 

@@ -85,7 +85,7 @@ def test_positions_beyond_31_bits() -> None:
 @pytest.mark.parametrize("drawn", [0.0, 1.0 - 2**-24])
 def test_the_ends_of_what_rand_returns(drawn: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """rand() does return exactly 0: the shortest gap, then; its largest value is the longest gap."""
-    monkeypatch.setattr(torch, "rand", lambda n, dtype=torch.float32: torch.full((n,), drawn, dtype=dtype))
+    monkeypatch.setattr(torch, "rand", lambda n, dtype, device: torch.full((n,), drawn, dtype=dtype))
     found = drop_positions(5000, 0.05)
     longest = math.floor(math.log(2**-24) / math.log1p(-0.05)) + 1
     step = 1 if drawn == 0.0 else longest

@@ -1,0 +1,42 @@
+"""Nothing is made on torch's default device: factors are drawn on the CPU and put beside their base."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from veneer import LoftQConfig, LoraConfig, get_peft_model
+from veneer.ops.dropout import drop_positions
+
+STARTS: list[dict[str, Any]] = [
+    {},
+    {"init_lora_weights": False, "lora_bias": True, "target_modules": ["1"]},
+    {"init_lora_weights": "gaussian"},
+    {"init_lora_weights": "loftq", "loftq_config": LoftQConfig()},
+]
+
+
+@pytest.mark.parametrize("options", STARTS, ids=lambda o: str(o.get("init_lora_weights", True)))
+def test_a_default_device_changes_no_factor(options: dict[str, Any]) -> None:
+    base = nn.Sequential(nn.Embedding(9, 64), nn.Linear(64, 6))
+    config = LoraConfig(**{"r": 4, "target_modules": ["0", "1"]} | options)
+    torch.manual_seed(3)
+    expected = get_peft_model(copy.deepcopy(base), config)
+    torch.manual_seed(3)
+    with torch.device("meta"):  # stands for any other device: nothing can be computed there
+        found = get_peft_model(copy.deepcopy(base), config)
+    state = found.state_dict()
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(state[name], tensor), name
+
+
+def test_a_default_device_changes_no_dropout() -> None:
+    torch.manual_seed(3)
+    expected = drop_positions(10_000, 0.1)
+    torch.manual_seed(3)
+    with torch.device("meta"):
+        assert torch.equal(drop_positions(10_000, 0.1), expected)
