@@ -1,4 +1,4 @@
-"""Loading into an adapter that is there already, as trainers do to resume."""
+"""Filling an adapter that is there already, in place: `load_adapter` under its name, as trainers resume."""
 
 from __future__ import annotations
 
