@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -144,6 +145,21 @@ def test_convolution_with_a_bias_of_b(geometry: str) -> None:
     assert_close(output(ours, x), output(theirs, x))
 
 
+def test_loftq_of_a_convolution_fails_in_the_reference_only() -> None:
+    """Its factorisation takes matrices; ours takes the kernel as one, (out, in·k…)."""
+    base = nn.Sequential(nn.Conv2d(4, 6, 3))
+    options = {"r": R, "lora_alpha": 6, "target_modules": ["0"], "init_lora_weights": "loftq"}
+    with pytest.raises((TypeError, AssertionError)):
+        peft.get_peft_model(
+            copy.deepcopy(base), peft.LoraConfig(**options, loftq_config=peft.LoftQConfig(loftq_bits=4))
+        )
+    ours = get_peft_model(copy.deepcopy(base), LoraConfig(**options, loftq_config={"loftq_bits": 4}))
+    layer: Any = ours.get_base_model()[0]
+    rounded = layer.base_layer.weight
+    error = (rounded + layer.get_delta_weight("default") - base[0].weight).norm()
+    assert 0 < error < (rounded - base[0].weight).norm()
+
+
 def test_groups_that_do_not_divide_the_rank_are_refused_by_both() -> None:
     base = nn.Sequential(nn.Conv2d(4, 8, 3, groups=4))
     with pytest.raises(ValueError, match="groups"), quiet():
@@ -222,6 +238,28 @@ def test_fan_in_fan_out_of_a_plain_linear_is_ignored_by_both_and_said() -> None:
     x = torch.randn(3, 5)
     assert_close(output(ours, x), output(theirs, x))
     assert ours.peft_config["default"].fan_in_fan_out is theirs.peft_config["default"].fan_in_fan_out is False
+
+
+@pytest.mark.parametrize("order", ["linear_first", "transposed_first"])
+def test_linear_and_transposed_linear_in_one_model(order: str, tmp_path: Path) -> None:
+    """One flag in the file for both; each library looks at the module instead."""
+    layers = [nn.Linear(6, 6), Conv1D(6, 6)]
+    base = nn.Sequential(*(layers if order == "linear_first" else layers[::-1])).eval()
+    ours, theirs = pair(base, target_modules=["0", "1"])
+    x = torch.randn(3, 6)
+    expected = output(theirs, x)
+    assert_close(output(ours, x), expected)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours.save_pretrained(tmp_path / "ours")
+    loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "theirs").eval()
+    with quiet():
+        there = peft.PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path / "ours")).eval()
+    for model in (loaded, there):
+        expect_same_model(model, theirs)
+        assert_close(output(model, x), expected)
+    merged, its = loaded.merge_and_unload(), theirs.merge_and_unload()
+    for mine, reference in zip(merged, its, strict=True):
+        assert_close(mine.weight, reference.weight)
 
 
 # -- tables ----------------------------------------------------------------------------------------------
