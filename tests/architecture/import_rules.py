@@ -41,7 +41,6 @@ FUNCTION_IMPORTS = {"backends", "integrations", "training", "as_peft", "cli"}
 #: (file, outermost function) of the doors: they need what stands to their right, or load public names lazily.
 DOORS = {
     ("__init__.py", "__getattr__"),
-    ("config.py", "from_pretrained"),
     ("doors.py", "hub"),
 }
 USES_PUBLIC_FACE = {"training", "as_peft", "cli"}

@@ -55,7 +55,7 @@ ALLOWED = [
         "integrations__hub",
         "def f():\n    from huggingface_hub import hf_hub_download\n    from ..model import X",
     ),
-    ("config", "class C:\n    def from_pretrained(cls):\n        from .integrations import hub"),
+    ("doors", "import importlib\ndef hub():\n    return importlib.import_module('veneer.integrations.hub')"),
     ("training__loop", "from veneer import LoraConfig, get_peft_model\nfrom ..integrations import hub"),
     ("model", "import safetensors.torch\nfrom .inject import inject"),
 ]

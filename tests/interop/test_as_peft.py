@@ -272,7 +272,7 @@ def test_a_script_runs_unchanged(nopeft_python: Path, tmp_path: Path, how: str) 
     done = run_command(nopeft_python, *words, "--option", "x", cwd=tmp_path if how == "script" else place)
     assert done.returncode == 3, done.stderr
     answer = json.loads(done.stdout)
-    assert answer["class"] == "veneer.config"
+    assert answer["class"] == "veneer.config.lora"
     assert answer["argv"][1:] == ["--option", "x"]
     assert answer["argv"][0].endswith("program.py")
     assert answer["beside"] == 42
@@ -336,10 +336,10 @@ def test_child_processes_see_it_once_installed(own_python: Path, tmp_path: Path)
         text=True,
         timeout=300,
     )
-    assert spawned.stdout.strip() == "('veneer.config', True)", spawned.stderr
+    assert spawned.stdout.strip() == "('veneer.config.lora', True)", spawned.stderr
     # A script started with `python -m veneer.as_peft` passes it on to its children by itself.
     through = run_command(own_python, tmp_path / "spawn.py", cwd=tmp_path)
-    assert through.stdout.strip() == "('veneer.config', True)", through.stderr
+    assert through.stdout.strip() == "('veneer.config.lora', True)", through.stderr
 
     assert run_command(own_python, "uninstall", cwd=tmp_path).returncode == 0
     assert not line.exists()

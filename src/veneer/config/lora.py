@@ -1,0 +1,260 @@
+"""The configuration of a LoRA adapter."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from veneer.config import values as check
+from veneer.config.base import FLAGS, NEEDS_INIT, PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, init_name
+from veneer.config.kinds import PeftType
+from veneer.config.parts import (
+    PARTS,
+    CordaConfig,
+    EvaConfig,
+    LoftQConfig,
+    LoraGAConfig,
+    LoraRuntimeConfig,
+    part,
+    part_problem,
+)
+from veneer.config.spelling import names_unknown_options
+
+_INITS = ("gaussian", "loftq", "pissa", "olora", "eva", "corda", "orthogonal", "lora_ga", "mica")
+
+
+_VARIANT_DICTS = ("velora_config", "monteclora_config", "use_bdlora", "arrow_config", "kasa_config")
+
+
+@names_unknown_options
+@dataclass
+class LoraConfig(PeftConfig):
+    r"""Which modules get a low-rank update, and of what kind: ``W x + scaling * B A x``.
+
+    A *module pattern* is a name (``"q_proj"``), the end of a dotted path (``"mlp.c_proj"``), a full path, or
+    a regular expression that matches a whole path: alone and in a list, for every field that takes patterns.
+
+    Args:
+        r: The rank of the update; above the size of a layer is legal.
+        target_modules: Module patterns, or ``"all-linear"`` for every linear layer but the output head and
+            routers. None takes the defaults of the model's type.
+        exclude_modules: Module patterns to leave out again.
+        lora_alpha: ``scaling = lora_alpha / r``, or ``lora_alpha / sqrt(r)`` with ``use_rslora``.
+        lora_dropout: Probability of dropping an element of the branch's input.
+        fan_in_fan_out: The weight lies as (in, out), as in transformers' Conv1D.
+        bias: Which biases train: ``"none"``, ``"all"``, or ``"lora_only"`` for those of adapted layers.
+        use_rslora: Scale by the square root of the rank (https://arxiv.org/abs/2312.03732).
+        modules_to_save: Modules that train in full and are saved with the adapter, as names or ends of paths.
+        init_lora_weights: True (A Kaiming-uniform, B zero), False (both random), ``"gaussian"``, ``"loftq"``,
+            or another initialisation by name.
+        layers_to_transform: Numbers of the layers to adapt; others are left out.
+        layers_pattern: The name before the layer's number, if it is not the first numbered one.
+        rank_pattern: Another ``r`` for modules; the first pattern that matches the end of a path wins.
+        alpha_pattern: Another ``lora_alpha`` for modules, by the same rule.
+        loftq_config: A :class:`LoftQConfig` or its dictionary, for ``init_lora_weights="loftq"``.
+        lora_bias: Give B a trainable bias.
+        eva_config, corda_config, lora_ga_config: Options of the initialisation of that name.
+        use_dora, velora_config, alora_invocation_tokens, use_qalora, qalora_group_size, monteclora_config,
+        use_bdlora, arrow_config, kasa_config: Variants of the update; see :func:`veneer.spec.variant_name`.
+        megatron_config, megatron_core, trainable_token_indices, layer_replication, target_parameters,
+        ensure_weight_tying: See :func:`unsupported_options`.
+        runtime_config: Options of the running process.
+
+    Raises:
+        UnknownOptionError: For an option that does not exist, with the one that was probably meant.
+        ConfigError: Listing every value that cannot be right.
+
+    Source: Hu et al., LoRA (https://arxiv.org/abs/2106.09685), section 4.1.
+    """
+
+    r: int = 8
+    target_modules: set[str] | list[str] | str | None = None
+    exclude_modules: set[str] | list[str] | str | None = None
+    lora_alpha: int | float = 8
+    lora_dropout: float = 0.0
+    fan_in_fan_out: bool = False
+    bias: str = "none"
+    use_rslora: bool = False
+    modules_to_save: list[str] | None = None
+    init_lora_weights: bool | str = True
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, int | float] = field(default_factory=dict)
+    megatron_config: dict[str, Any] | None = None
+    megatron_core: str | None = "megatron.core"
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    loftq_config: LoftQConfig | dict[str, int] = field(default_factory=dict)
+    eva_config: EvaConfig | None = None
+    corda_config: CordaConfig | None = None
+    lora_ga_config: LoraGAConfig | None = None
+    use_dora: bool = False
+    velora_config: dict[str, Any] | None = None
+    alora_invocation_tokens: list[int] | None = None
+    use_qalora: bool = False
+    qalora_group_size: int = 16
+    monteclora_config: dict[str, Any] | None = None
+    layer_replication: list[tuple[int, int]] | None = None
+    runtime_config: LoraRuntimeConfig = field(default_factory=LoraRuntimeConfig)
+    lora_bias: bool = False
+    target_parameters: list[str] | None = None
+    use_bdlora: dict[str, Any] | None = None
+    arrow_config: dict[str, Any] | None = None
+    kasa_config: dict[str, Any] | None = None
+    ensure_weight_tying: bool = False
+
+    def _normalise(self) -> None:
+        super()._normalise()
+        if self.peft_type is None:
+            self.peft_type = PeftType.LORA
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(value := getattr(self, name), (list, tuple, frozenset)) and check.is_names(value):
+                setattr(self, name, set(value))
+        for name in ("modules_to_save", "layers_to_transform", "layers_pattern"):
+            if isinstance(value := getattr(self, name), (tuple, set, frozenset, range)):
+                setattr(self, name, sorted(value) if isinstance(value, (set, frozenset)) else list(value))
+        for name in ("exclude_modules", "layers_pattern"):
+            if getattr(self, name) in ("", []):
+                setattr(self, name, None)
+        for name in ("rank_pattern", "alpha_pattern", "loftq_config"):
+            if getattr(self, name) is None:
+                setattr(self, name, {})
+        for name in _VARIANT_DICTS:
+            if dataclasses.is_dataclass(value := getattr(self, name)) and not isinstance(value, type):
+                setattr(self, name, dataclasses.asdict(value))
+        for name, kind in PARTS.items():
+            setattr(self, name, part(kind, getattr(self, name)))
+        init = init_name(self.init_lora_weights)
+        loftq = part(LoftQConfig, self.loftq_config) if self.loftq_config or init == "loftq" else None
+        if isinstance(loftq, LoftQConfig):
+            self.loftq_config = dataclasses.asdict(loftq)
+        if init == "eva" and self.eva_config is None:
+            self.eva_config = EvaConfig()
+        if init == "corda" and self.corda_config is None:
+            self.corda_config = CordaConfig()
+
+    def _problems(self) -> list[str]:
+        found = super()._problems()
+        if isinstance(self.peft_type, PeftType) and self.peft_type is not PeftType.LORA:
+            found.append(f"peft_type must be LORA in a LoraConfig, got {self.peft_type.value}")
+        found += check.count("r", self.r)
+        found += check.positive("lora_alpha", self.lora_alpha)
+        found += check.fraction("lora_dropout", self.lora_dropout)
+        found += check.choice("bias", self.bias, ("none", "all", "lora_only"))
+        for name in FLAGS:
+            found += check.flag(name, getattr(self, name))
+        return found + self._target_problems() + self._init_problems() + self._rare_problems()
+
+    def _target_problems(self) -> list[str]:
+        found = check.patterns("target_modules", self.target_modules)
+        found += check.patterns("exclude_modules", self.exclude_modules)
+        found += check.patterns("layers_pattern", self.layers_pattern)
+        if self.target_modules is not None and not self.target_modules and not self.target_parameters:
+            way_out = (
+                "full training of modules_to_save alone needs no adapter: set requires_grad on them instead"
+                if self.modules_to_save
+                else 'name the modules to adapt, or pass "all-linear", or None for the model type\'s defaults'
+            )
+            found = [f for f in found if not f.startswith("target_modules is an empty")]
+            found.append(f"target_modules is empty, so nothing would be adapted; {way_out}")
+        if self.modules_to_save is not None and not (
+            isinstance(self.modules_to_save, list) and check.is_names(self.modules_to_save)
+        ):
+            found.append(
+                f"modules_to_save must be a list of non-empty strings, got {check.show(self.modules_to_save)}"
+            )
+        layers = self.layers_to_transform
+        if layers is not None:
+            for index in layers if isinstance(layers, list) else [layers]:
+                found += check.count("layers_to_transform", index, least=0)
+        elif self.layers_pattern:
+            found.append(
+                "layers_pattern without layers_to_transform has no effect: pass the layers' numbers too"
+            )
+        found += check.pattern_values("rank_pattern", self.rank_pattern, check.count)
+        return found + check.pattern_values("alpha_pattern", self.alpha_pattern, check.positive)
+
+    def _init_problems(self) -> list[str]:
+        found = []
+        init = init_name(self.init_lora_weights)
+        if (
+            not isinstance(init, bool)
+            and init not in _INITS
+            and not re.fullmatch(r"pissa_niter_\d{1,4}", str(init))
+        ):
+            known = ("True", "False", *_INITS, "pissa_niter_<number>")
+            found += check.choice("init_lora_weights", self.init_lora_weights, known)
+        for name, kind in PARTS.items():
+            value = getattr(self, name)
+            if isinstance(value, kind):
+                found += value._problems()
+            elif value is not None or name == "runtime_config":
+                found.append(part_problem(name, kind, value))
+        loftq = part(LoftQConfig, self.loftq_config)
+        if isinstance(loftq, LoftQConfig):
+            found += loftq._problems()
+        else:
+            found.append(part_problem("loftq_config", LoftQConfig, self.loftq_config))
+        if self.lora_bias is True and not isinstance(init, bool):
+            found.append(
+                f"lora_bias=True needs init_lora_weights True or False, got "
+                f"{check.show(self.init_lora_weights)}"
+            )
+        return found
+
+    def _rare_problems(self) -> list[str]:
+        found = check.text("megatron_core", self.megatron_core)
+        for name in (*_VARIANT_DICTS, "megatron_config"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, dict):
+                found.append(f"{name} must be a dictionary or None, got {check.show(value)}")
+        if self.target_parameters is not None and not check.is_names(self.target_parameters):
+            found.append(
+                f"target_parameters must be a list of strings or None, got "
+                f"{check.show(self.target_parameters)}"
+            )
+        for name, kinds in (
+            ("trainable_token_indices", (list, dict)),
+            ("alora_invocation_tokens", (list,)),
+            ("layer_replication", (list,)),
+        ):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, kinds):
+                found.append(
+                    f"{name} must be a {' or '.join(k.__name__ for k in kinds)} or None, got "
+                    f"{check.show(value)}"
+                )
+        return found + check.count("qalora_group_size", self.qalora_group_size)
+
+    def advice(self) -> list[str]:
+        """Sentences about values that are legal but rarely meant, for whoever makes an adapter from them.
+
+        Raises:
+            ConfigError: If a value that cannot be right was assigned since construction.
+        """
+        self.validate()
+        found = []
+        scale = self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+        if scale < 0.25 and self.lora_alpha == 8:
+            found.append(
+                f"lora_alpha is 8 (the default) with r={self.r}, so the update is scaled by {scale:.4g} and "
+                f"learns slowly: pass lora_alpha={self.r} for a scale of 1, or use_rslora=True"
+                if not self.use_rslora
+                else f"lora_alpha is 8 (the default) with r={self.r} and use_rslora, a scale of {scale:.4g}"
+            )
+        elif scale > 32:
+            found.append(
+                f"lora_alpha={self.lora_alpha} with r={self.r} scales the update by {scale:.4g}: rarely meant"
+            )
+        if self.lora_dropout == 1:
+            found.append("lora_dropout=1 drops every input of the branch: it never learns")
+        for name, init in NEEDS_INIT.items():
+            if getattr(self, name) and init_name(self.init_lora_weights) != init:
+                found.append(f"{name} has no effect without init_lora_weights={init!r}")
+        return found
+
+
+PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.LORA] = LoraConfig

@@ -1,0 +1,67 @@
+"""Options that do not exist, and the ones that were probably meant."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+from collections.abc import Iterable
+from typing import Any, TypeVar
+
+from veneer.errors import UnknownOptionError
+
+_SPELLINGS = {
+    "alpha": "lora_alpha",
+    "scaling": "lora_alpha",
+    "rank": "r",
+    "lora_r": "r",
+    "lora_rank": "r",
+    "dim": "r",
+    "dropout": "lora_dropout",
+    "initialize_lora_weights": "init_lora_weights",
+    "init_weights": "init_lora_weights",
+    "init": "init_lora_weights",
+    "target_module": "target_modules",
+    "targets": "target_modules",
+    "lora_target": "target_modules",
+    "lora_target_modules": "target_modules",
+    "module_to_save": "modules_to_save",
+    "excluded_modules": "exclude_modules",
+    "layers": "layers_to_transform",
+    "ranks": "rank_pattern",
+    "alphas": "alpha_pattern",
+    "rslora": "use_rslora",
+    "dora": "use_dora",
+    "task": "task_type",
+    "base_model": "base_model_name_or_path",
+    "base_model_name": "base_model_name_or_path",
+    "lora_bias_type": "bias",
+}
+
+
+_C = TypeVar("_C")
+
+
+def unknown_option(name: str, known: Iterable[str]) -> str:
+    """An unknown name, with the known one that was probably meant."""
+    known = list(known)
+    near = (
+        [_SPELLINGS[name]] if _SPELLINGS.get(name) in known else difflib.get_close_matches(name, known, n=1)
+    )
+    return f"{name!r}" + (f" (did you mean {near[0]!r}?)" if near else "")
+
+
+def names_unknown_options(cls: type[_C]) -> type[_C]:
+    """Make the constructor answer an unknown keyword with the option that was probably meant."""
+    original = cls.__init__
+    known = [f.name for f in dataclasses.fields(cls) if f.init]  # type: ignore[arg-type]
+
+    @functools.wraps(original)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        unknown = [unknown_option(k, known) for k in kwargs if k not in known]
+        if unknown:
+            raise UnknownOptionError(f"{cls.__name__} has no option {', '.join(unknown)}")
+        original(self, *args, **kwargs)
+
+    cls.__init__ = __init__  # type: ignore[method-assign]
+    return cls

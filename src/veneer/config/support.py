@@ -1,0 +1,71 @@
+"""What a configuration may ask for that Veneer cannot do."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from veneer.config.base import init_name
+from veneer.config.lora import LoraConfig
+
+
+def variants_of(config: LoraConfig) -> list[str]:
+    """The variants of the update that a configuration asks for, by name; none for plain low-rank updates."""
+    asked = {
+        "dora": config.use_dora,
+        "alora": bool(config.alora_invocation_tokens),
+        "velora": config.velora_config is not None,
+        "qalora": config.use_qalora,
+        "bdlora": config.use_bdlora is not None,
+        "arrow": config.arrow_config is not None,
+        "kasa": config.kasa_config is not None,
+        "monteclora": config.monteclora_config is not None,
+    }
+    return [name for name, wanted in asked.items() if wanted]
+
+
+_VARIANT_OPTIONS = {
+    "dora": "use_dora=True",
+    "alora": "alora_invocation_tokens",
+    "velora": "velora_config",
+    "qalora": "use_qalora=True",
+    "bdlora": "use_bdlora",
+    "arrow": "arrow_config",
+    "kasa": "kasa_config",
+    "monteclora": "monteclora_config",
+}
+
+
+def unsupported_options(
+    config: LoraConfig, variants: Collection[str] = ("plain",), inits: Collection[str] | None = None
+) -> list[str]:
+    """A sentence for each option that a configuration switches on and that cannot be honoured.
+
+    Args:
+        config: Any configuration that parses.
+        variants: The names of the variants that exist.
+        inits: The names of the initialisations that exist besides True and False; None leaves them unchecked.
+
+    Returns:
+        Sentences for people; empty when all of it can be done.
+    """
+    asked = variants_of(config)
+    found = [
+        f"{_VARIANT_OPTIONS[name]} asks for the variant {name!r}, which does not exist here yet"
+        for name in asked
+        if name not in variants
+    ]
+    if len(asked) > 1:
+        found.append(f"the variants {', '.join(asked)} cannot be combined: choose one")
+    init = str(init_name(config.init_lora_weights)).split("_niter_")[0]
+    if inits is not None and init not in ("True", "False") and init not in inits:
+        found.append(f"init_lora_weights={config.init_lora_weights!r} does not exist here yet")
+    rare = {
+        "target_parameters": "low-rank updates of bare parameters",
+        "trainable_token_indices": "training of single token embeddings",
+        "layer_replication": "replication of layers",
+        "megatron_config": "layers of Megatron",
+    }
+    found += [f"{name}: {what} cannot be done yet" for name, what in rare.items() if getattr(config, name)]
+    if config.ensure_weight_tying:
+        found.append("ensure_weight_tying=True: adapters of tied weights cannot be tied to each other yet")
+    return found

@@ -1,0 +1,128 @@
+"""Checks of single values; each gives the sentences that say what is wrong, and none where all is right."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+LARGEST_RANK = 2**20  # above any weight matrix in use: a larger number in a file is damage or malice
+
+
+def show(value: object) -> str:
+    """A value for a message, short whatever it is."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer of thousands of digits has no repr
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def is_number(value: object) -> bool:
+    """Whether it is a finite number, and no boolean."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    try:
+        return math.isfinite(float(value))
+    except OverflowError:
+        return False
+
+
+def count(name: str, value: object, least: int = 1, most: int = LARGEST_RANK) -> list[str]:
+    """Problems of an integer within bounds."""
+    if isinstance(value, int) and not isinstance(value, bool) and least <= value <= most:
+        return []
+    return [f"{name} must be an integer from {least} to {most}, got {show(value)}"]
+
+
+def positive(name: str, value: Any) -> list[str]:
+    """Problems of a number above zero."""
+    if is_number(value) and value > 0:
+        return []
+    return [f"{name} must be a finite number above 0, got {show(value)}"]
+
+
+def fraction(name: str, value: Any) -> list[str]:
+    """Problems of a number from 0 to 1."""
+    if is_number(value) and 0 <= value <= 1:
+        return []
+    return [f"{name} must be a number from 0 to 1, got {show(value)}"]
+
+
+def flag(name: str, value: object) -> list[str]:
+    """Problems of a boolean."""
+    return [] if isinstance(value, bool) else [f"{name} must be True or False, got {show(value)}"]
+
+
+def choice(name: str, value: object, known: Iterable[object]) -> list[str]:
+    """Problems of a value out of a few."""
+    known = tuple(known)
+    if any(type(value) is type(k) and value == k for k in known):
+        return []
+    return [
+        f"{name} must be one of {', '.join(map(str, known))}; got {show(value)}{did_you_mean(value, known)}"
+    ]
+
+
+def did_you_mean(value: object, known: Iterable[object]) -> str:
+    """The nearest known value in brackets, or nothing."""
+    if not isinstance(value, str):
+        return ""
+    near = difflib.get_close_matches(value.lower(), [str(k).lower() for k in known], n=1, cutoff=0.6)
+    spelling = next((str(k) for k in known if near and str(k).lower() == near[0]), None)
+    return f" (did you mean {spelling}?)" if spelling else ""
+
+
+def text(name: str, value: object) -> list[str]:
+    """Problems of a string that may be absent."""
+    if value is None or isinstance(value, str):
+        return []
+    return [f"{name} must be a string or None, got {show(value)}"]
+
+
+def is_names(value: object) -> bool:
+    """Whether it is a collection of non-empty strings."""
+    return isinstance(value, (list, tuple, set, frozenset)) and all(isinstance(v, str) and v for v in value)
+
+
+def looks_like_regex(pattern: str) -> bool:
+    """Whether a pattern is a regular expression: it holds a special character other than a path's dot."""
+    return any(c in pattern for c in r"\^$*+?{}[]()|")
+
+
+def expression(name: str, pattern: str) -> list[str]:
+    """Problems of a pattern that is a regular expression."""
+    if not looks_like_regex(pattern):
+        return []
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        return [f"{name}: {show(pattern)} is not a valid regular expression ({error})"]
+    return []
+
+
+def patterns(name: str, value: object) -> list[str]:
+    """Problems of ``target_modules``-like fields: None, a pattern, or several."""
+    if value is None:
+        return []
+    if isinstance(value, str):
+        return expression(name, value) if value else [f"{name} is an empty string"]
+    if not is_names(value):
+        return [f"{name} must be a string or a list of non-empty strings, got {show(value)}"]
+    return [p for v in sorted(value) for p in expression(name, v)]  # type: ignore[call-overload]
+
+
+def pattern_values(name: str, value: object, check: Callable[[str, Any], list[str]]) -> list[str]:
+    """Problems of a dictionary from patterns to numbers."""
+    if not isinstance(value, Mapping):
+        return [f"{name} must be a dictionary from module patterns to numbers, got {show(value)}"]
+    found = []
+    for key, number in value.items():
+        if not isinstance(key, str) or not key:
+            found.append(f"{name}: every key must be a non-empty string, got {show(key)}")
+            continue
+        found += expression(name, key)
+        found += check(f"{name}[{show(key)}]", number)
+    return found
