@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 import transformers
@@ -513,7 +514,6 @@ def test_loftq_adapters(tmp_path: Path) -> None:
 @pytest.mark.parametrize("where", ["cpu_offload", "disk_offload"])
 def test_offloaded_bases(where: str, tmp_path: Path) -> None:
     """A base whose weights are on disk or held back, with an adapter of the reference: run and merged."""
-    accelerate = pytest.importorskip("accelerate")
     tiny = TINY["llama"]
     base = tiny.build().eval()
     _, theirs = both(lambda: base, {"task_type": tiny.task, "target_modules": ["q_proj", "down_proj"]})

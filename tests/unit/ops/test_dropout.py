@@ -169,3 +169,11 @@ def test_checkpointing_and_transforms() -> None:
     compiled = torch.compile(sparse_dropout, fullgraph=True, backend="aot_eager")(x, 0.2)
     torch.manual_seed(6)
     assert_close(compiled, F.dropout(x, 0.2))
+
+
+def test_a_default_device_changes_no_dropout() -> None:
+    torch.manual_seed(3)
+    expected = drop_positions(10_000, 0.1)
+    torch.manual_seed(3)
+    with torch.device("meta"):
+        assert torch.equal(drop_positions(10_000, 0.1), expected)

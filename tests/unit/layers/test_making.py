@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from veneer import LoftQConfig, LoraConfig, get_peft_model
-from veneer.ops.dropout import drop_positions
 
 STARTS: list[dict[str, Any]] = [
     {},
@@ -32,11 +31,3 @@ def test_a_default_device_changes_no_factor(options: dict[str, Any]) -> None:
     state = found.state_dict()
     for name, tensor in expected.state_dict().items():
         assert torch.equal(state[name], tensor), name
-
-
-def test_a_default_device_changes_no_dropout() -> None:
-    torch.manual_seed(3)
-    expected = drop_positions(10_000, 0.1)
-    torch.manual_seed(3)
-    with torch.device("meta"):
-        assert torch.equal(drop_positions(10_000, 0.1), expected)
