@@ -45,7 +45,7 @@ def make(name, model, **more):
     return SFTTrainer(model=model, args=options, train_dataset=data, processing_class=tokenizer, **more)
 
 def finish(trainer):
-    assert type(trainer.model).__module__ == "veneer.model", type(trainer.model)
+    assert type(trainer.model).__module__ == "veneer.model.tasks", type(trainer.model)
     base = {n: p.clone() for n, p in trainer.model.named_parameters() if "lora_" not in n}
     assert all(not p.requires_grad for n, p in trainer.model.named_parameters() if "lora_" not in n)
     trainer.train()

@@ -1,0 +1,40 @@
+"""Models with adapters: the verbs over them, their files, and the face that users know."""
+
+from __future__ import annotations
+
+from veneer.model.face import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel
+from veneer.model.lora_model import LoraModel
+from veneer.model.merging import MergeReport
+from veneer.model.state_dicts import (
+    LoadResult,
+    get_peft_model_state_dict,
+    load_peft_weights,
+    set_peft_model_state_dict,
+)
+from veneer.model.tasks import (
+    PeftModelForCausalLM,
+    PeftModelForFeatureExtraction,
+    PeftModelForQuestionAnswering,
+    PeftModelForSeq2SeqLM,
+    PeftModelForSequenceClassification,
+    PeftModelForTokenClassification,
+    get_peft_model,
+)
+
+__all__ = [
+    "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
+    "LoadResult",
+    "LoraModel",
+    "MergeReport",
+    "PeftModel",
+    "PeftModelForCausalLM",
+    "PeftModelForFeatureExtraction",
+    "PeftModelForQuestionAnswering",
+    "PeftModelForSeq2SeqLM",
+    "PeftModelForSequenceClassification",
+    "PeftModelForTokenClassification",
+    "get_peft_model",
+    "get_peft_model_state_dict",
+    "load_peft_weights",
+    "set_peft_model_state_dict",
+]

@@ -1,0 +1,222 @@
+"""The face that users know."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+from torch import nn
+
+from veneer.config import PeftConfig, TaskType
+from veneer.errors import (
+    VeneerError,
+    VeneerWarning,
+)
+from veneer.model.lora_model import LoraModel
+from veneer.model.persistence import Persistence
+
+#: The class of each task; a class enters itself.
+MODEL_TYPE_TO_PEFT_MODEL_MAPPING: dict[str, type[PeftModel]] = {}
+
+
+class PeftModel(Persistence):
+    """A base model with adapters: trains, saves and loads only them.
+
+    Args:
+        model: The base model; adapters are put into it in place, and everything else is frozen.
+        peft_config: Configuration of the first adapter (copied), or None to start without one.
+        adapter_name: Its name.
+        autocast_adapter_dtype: Keep the factors beside 16-bit weights in float32.
+        low_cpu_mem_usage: Create the factors on the meta device, to be loaded.
+
+    Raises:
+        ConfigError, TargetError, AdapterNameError: The model is then as it was.
+    """
+
+    task: ClassVar[TaskType | None] = None
+
+    def __init_subclass__(cls) -> None:
+        if cls.__dict__.get("task") is not None:
+            MODEL_TYPE_TO_PEFT_MODEL_MAPPING[cls.__dict__["task"].value] = cls
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: PeftConfig | None = None,
+        adapter_name: str = "default",
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        config = peft_config
+        if isinstance(config, PeftConfig) and not config.base_model_name_or_path:
+            config = copy.deepcopy(config)
+            config.base_model_name_or_path = name_of(model)
+        self.base_model = LoraModel(
+            model,
+            config,  # type: ignore[arg-type]
+            adapter_name,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+            low_cpu_mem_usage=low_cpu_mem_usage,
+            **options,
+        )
+        self.training = model.training
+        self.config = getattr(model, "config", {"model_type": "custom"})
+        _let_checkpointing_pass_gradients(model)
+
+    @classmethod
+    def class_for(cls, task_type: str | TaskType | None) -> type[PeftModel]:
+        """The class of a task; a class that is one task's stays what it is."""
+        if cls is not PeftModel:
+            return cls
+        return MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(getattr(task_type, "value", task_type) or "", PeftModel)
+
+    # -- the field's attributes ------------------------------------------------------------------------
+
+    @property
+    def peft_type(self) -> Any:
+        """The method of the active adapter."""
+        return self.active_peft_config.peft_type
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Names of the active adapters."""
+        return self.base_model.active_adapters
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        """The active adapter's name; a list where it is not exactly one."""
+        return self.base_model.active_adapter
+
+    @property
+    def modules_to_save(self) -> set[str] | None:
+        """Names of the modules that some adapter trains whole."""
+        names = {n for c in self.peft_config.values() for n in (c.modules_to_save or ())}
+        return names or None
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_model" or "base_model" not in self.__dict__.get("_modules", {}):
+                raise
+            return getattr(self.base_model, name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the adapted model gives.
+
+        Raises:
+            VeneerError: For ``adapter_names``: rows of one batch with different adapters are not served yet.
+        """
+        _refuse_mixed_batch(kwargs)
+        return self.get_base_model()(*args, **kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The base model's ``generate``; input ids by keyword or by position."""
+        _refuse_mixed_batch(kwargs)
+        return self.get_base_model().generate(*args, **kwargs)  # type: ignore[operator]
+
+    def train(self, mode: bool = True) -> PeftModel:
+        """Set the training mode, and say so if there is nothing to train."""
+        super().train(mode)
+        if mode and self.peft_config and not any(p.requires_grad for p in self.parameters()):
+            warnings.warn(
+                "this model is put into training mode, but every parameter is frozen: load the adapter with "
+                "is_trainable=True, or call set_adapter(name) to train it",
+                VeneerWarning,
+                stacklevel=2,
+            )
+        return self
+
+    # -- adapters ----------------------------------------------------------------------------------------
+
+    def add_adapter(
+        self,
+        adapter_name: str,
+        peft_config: PeftConfig,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
+        *,
+        strict_targets: bool = False,
+    ) -> None:
+        """Add an adapter with fresh factors; it is not activated.
+
+        Raises:
+            ConfigError, TargetError, AdapterNameError: The model is then as it was.
+        """
+        config = copy.deepcopy(peft_config)
+        if not config.base_model_name_or_path:
+            config.base_model_name_or_path = name_of(self.get_base_model())
+        self.base_model.inject(
+            config,  # type: ignore[arg-type]
+            adapter_name,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+            low_cpu_mem_usage=low_cpu_mem_usage,
+            strict_targets=strict_targets,
+            activate=not self.peft_config,
+        )
+
+    def set_adapter(
+        self, adapter_name: str | Sequence[str] | Mapping[str, float], inference_mode: bool = False
+    ) -> None:
+        """Make one or several adapters the active ones, trainable unless ``inference_mode``.
+
+        A mapping of names to numbers sets their strengths too: ``{"style": 0.5, "task": 1.0}``.
+        """
+        self.base_model.set_adapter(adapter_name, inference_mode=inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter. If it was active, it leaves nothing active in its place."""
+        self.base_model.delete_adapter(adapter_name)
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """A context in which the model computes what its base computes."""
+        self.base_model._mention_biases()
+        with self.base_model.index.disabled():
+            yield
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """Numbers of trainable and of all parameters; packed 4-bit weights count as what they hold."""
+        trainable = total = 0
+        for parameter in self.parameters():
+            count = parameter.numel()
+            if type(parameter).__name__ == "Params4bit":
+                count *= 2 * parameter.element_size()
+            total += count
+            trainable += count if parameter.requires_grad else 0
+        return trainable, total
+
+    def print_trainable_parameters(self) -> None:
+        """Print the numbers of trainable and of all parameters, and their ratio in per cent."""
+        trainable, total = self.get_nb_trainable_parameters()
+        share = 100 * trainable / total if total else 0.0
+        print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share}")
+
+
+def _refuse_mixed_batch(kwargs: Mapping[str, Any]) -> None:
+    if kwargs.get("adapter_names") is not None:
+        raise VeneerError(
+            "adapter_names: rows of one batch through different adapters are not served by this version; "
+            "call the model once per adapter after set_adapter(name)"
+        )
+
+
+def name_of(model: nn.Module) -> str | None:
+    """Where the base model came from, if it says so."""
+    name = model.__dict__.get("name_or_path") or getattr(
+        getattr(model, "config", None), "_name_or_path", None
+    )
+    return name if isinstance(name, str) and name else None
+
+
+def _let_checkpointing_pass_gradients(model: nn.Module) -> None:
+    """With reentrant gradient checkpointing a frozen embedding's output must require a gradient."""
+    if any(getattr(m, "gradient_checkpointing", False) for m in model.modules()):
+        enable = getattr(model, "enable_input_require_grads", None)
+        if callable(enable):
+            enable()

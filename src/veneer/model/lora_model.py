@@ -1,0 +1,117 @@
+"""The model that adapters are in, with all the verbs over them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from veneer import arithmetic
+from veneer.adapters import as_names, check_adapter_name
+from veneer.arithmetic import CombineReport
+from veneer.errors import (
+    AdapterNameError,
+    CombineError,
+)
+from veneer.layers.modules_to_save import ModulesToSaveWrapper
+from veneer.model.merging import MergeVerbs
+
+
+class LoraModel(MergeVerbs):
+    """A base model with adapters in it; the verbs over all its adapted layers.
+
+    Args:
+        model: The base model; adapters are put into it in place.
+        peft_config: Configuration of the first adapter, or None to start without one.
+        adapter_name: Its name.
+        autocast_adapter_dtype: Keep the factors beside 16-bit weights in float32.
+        low_cpu_mem_usage: Create the factors on the meta device, to be loaded.
+    """
+
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | None = None,
+        svd_clamp: int | None = None,
+        svd_full_matrices: bool = True,
+        svd_driver: str | None = None,
+        density: float | None = None,
+        majority_sign_method: str = "total",
+    ) -> CombineReport:
+        """Add the adapter whose update is ``Σ wᵢ ΔWᵢ``; it is not activated.
+
+        See `veneer.arithmetic.combine`. ``svd_full_matrices`` and ``svd_driver`` have no meaning here: no
+        dense matrix is decomposed.
+
+        Raises:
+            CombineError: Listing everything that makes the combination impossible or wrong.
+        """
+        check_adapter_name(adapter_name)
+        if adapter_name in self.peft_config:
+            raise AdapterNameError(f"an adapter named {adapter_name!r} exists already")
+        names = as_names(list(adapters))
+        self.index.check(names, known=self.peft_config)
+        self._check_combination(names, svd_clamp, density)
+        results, report = arithmetic.combine(
+            self.layers(), adapters, weights, adapter_name, combination_type, svd_rank
+        )
+        config = copy.deepcopy(self.peft_config[names[0]])
+        ranks = list(report.ranks.values())
+        config.r = max(set(ranks), key=ranks.count)
+        config.lora_alpha = config.r
+        config.rank_pattern = {f"^{p}$": r for p, r in report.ranks.items() if r != config.r}
+        config.alpha_pattern = dict(config.rank_pattern)
+        config.use_rslora, config.lora_dropout, config.init_lora_weights = False, 0.0, True
+        config.lora_bias = any(c.spec.lora_bias for c in results)
+        config.target_modules = set(report.ranks)
+        config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
+        for combined in results:
+            combined.layer.add_adapter(combined.spec, combined.start)
+        self.peft_config[adapter_name] = config
+        return report
+
+    def _check_combination(self, names: Sequence[str], svd_clamp: int | None, density: float | None) -> None:
+        problems = []
+        for name in names:
+            config = self.peft_config[name]
+            if config.bias != "none":
+                problems.append(f"{name!r} trains biases of the base (bias={config.bias!r})")
+        whole = [
+            name
+            for m in self.index.modules()
+            if isinstance(m, ModulesToSaveWrapper)
+            for name in m.held_adapters
+            if name in names
+        ]
+        if whole:
+            problems.append(
+                f"{whole[0]!r} trains whole modules (modules_to_save), which are no low-rank updates"
+            )
+        if svd_clamp is not None:
+            problems.append("svd_clamp would change the update that was asked for")
+        if density is not None:
+            problems.append("density belongs to ties and dare, which this version does not have")
+        if problems:
+            from_all = "\n".join(f"  - {p}" for p in problems)
+            raise CombineError(f"these adapters cannot be combined:\n{from_all}")
+
+    def get_base_model(self) -> nn.Module:
+        """The model that was adapted."""
+        return self.model
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the adapted model gives."""
+        return self.model(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "model" or "model" not in self.__dict__.get("_modules", {}):
+                raise
+            return getattr(self.model, name)

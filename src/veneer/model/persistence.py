@@ -1,0 +1,346 @@
+"""Saving adapters, and only them; loading them with every tensor accounted for."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from torch import nn
+
+from veneer import state
+from veneer.adapters import as_names, check_adapter_name
+from veneer.checkpoint import (
+    CARD_NAME,
+    LoadReport,
+    locate_config,
+    merge_card,
+    model_card,
+    open_adapter,
+    write_adapter,
+)
+from veneer.config import LoraConfig, PeftConfig, TaskType
+from veneer.doors import adapter_directory, hub
+from veneer.errors import (
+    AdapterNameError,
+    CheckpointError,
+    LoadMismatchError,
+    MergeError,
+)
+from veneer.model.lora_model import LoraModel
+from veneer.spec import resolve
+
+if TYPE_CHECKING:
+    from veneer.model.face import PeftModel
+
+
+class Persistence(nn.Module):
+    """Adapters of a model into directories, and out of them."""
+
+    base_model: LoraModel
+
+    @classmethod
+    def class_for(cls, task_type: str | TaskType | None) -> type[PeftModel]:
+        """The class of a task."""
+        raise NotImplementedError
+
+    @property
+    def peft_config(self) -> dict[str, LoraConfig]:
+        """Configurations by adapter name."""
+        return self.base_model.peft_config
+
+    @property
+    def active_peft_config(self) -> LoraConfig:
+        """The configuration of the (first) active adapter.
+
+        Raises:
+            AdapterNameError: If none is active.
+        """
+        active = self.base_model.active_adapters
+        if not active:
+            raise AdapterNameError(
+                f"no adapter is active; the model has: {', '.join(self.peft_config) or 'none'}"
+            )
+        return self.peft_config[active[0]]
+
+    def get_base_model(self) -> nn.Module:
+        """The model that was adapted."""
+        return self.base_model.model
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        safe_serialization: bool = True,
+        selected_adapters: Sequence[str] | None = None,
+        save_embedding_layers: bool | Literal["auto"] = "auto",
+        is_main_process: bool = True,
+        path_initial_model_for_weight_conversion: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Write adapters, and nothing of the base model.
+
+        The adapter ``"default"`` lies in the directory itself, any other in a sub-directory of its name.
+
+        Args:
+            save_directory: Made if it does not exist.
+            safe_serialization: False writes a pickled ``.bin`` instead of safetensors.
+            selected_adapters: Names; None means all.
+            save_embedding_layers: Save input and output embeddings along: True, False, or "auto" (those that
+                are targeted, and both if the vocabulary was resized).
+            is_main_process: False writes nothing (other ranks of a group).
+            path_initial_model_for_weight_conversion: Leave it None: it belongs to initialisations that change
+                the base, which here keep it exact.
+            **kwargs: ``state_dict``: take the values from this full state dict.
+
+        Raises:
+            CheckpointError: If the adapter cannot be written; what was there before is whole.
+        """
+        if path_initial_model_for_weight_conversion is not None:
+            raise CheckpointError(
+                "path_initial_model_for_weight_conversion: no initialisation of this version leaves a "
+                "base to convert from; save without it"
+            )
+        names = list(self.peft_config) if selected_adapters is None else as_names(selected_adapters)
+        self.base_model.index.check(names, known=self.peft_config)
+        if not names:
+            raise CheckpointError("there is no adapter to save")
+        if os.path.isfile(save_directory):
+            raise CheckpointError(f"{save_directory} is a file; a directory is needed")
+        given = kwargs.pop("state_dict", None)
+        for name in names:
+            tensors = state.adapter_state_dict(
+                self, name, state_dict=given, save_embedding_layers=save_embedding_layers
+            )
+            if not is_main_process:
+                continue
+            config = self._config_to_save(name)
+            count = sum(t.numel() for t in tensors.values())
+            write_adapter(
+                self._directory_of(save_directory, name),
+                tensors,
+                config,
+                metadata={state.FINGERPRINT: json.dumps(state.base_fingerprint(self.get_base_model()))},
+                card=model_card(
+                    config,
+                    transformers_model=hasattr(self.get_base_model(), "save_pretrained"),
+                    parameters=count,
+                ),
+                safe_serialization=safe_serialization,
+            )
+
+    def _config_to_save(self, name: str) -> dict[str, Any]:
+        """The content of an adapter's configuration file.
+
+        Without a task it names the base's class. LoftQ is not named in it: other readers would run it again,
+        on a base that it has rounded already.
+        """
+        config, kind = self.peft_config[name], type(self.get_base_model())
+        values = config.to_json()
+        if str(values["init_lora_weights"]).lower() == "loftq":
+            values["init_lora_weights"] = True
+            values.pop("loftq_config", None)
+        if config.task_type is None and kind.__module__.startswith("transformers."):
+            mapping = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
+            values = dict(sorted({**values, "auto_mapping": mapping}.items()))
+        return values
+
+    @staticmethod
+    def _directory_of(save_directory: str | os.PathLike[str], name: str) -> Path:
+        check_adapter_name(name)
+        return Path(save_directory) if name == "default" else Path(save_directory) / name
+
+    def create_or_update_model_card(self, output_dir: str | os.PathLike[str]) -> None:
+        """Write the card of the active adapter, keeping the body of an existing one."""
+        from_config = self.active_peft_config.to_json()
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        write_card(Path(output_dir), from_config, hasattr(self.get_base_model(), "save_pretrained"))
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
+        """Save into a temporary directory and upload it with huggingface_hub."""
+        return hub().push_adapter(self, repo_id, **kwargs)
+
+    def load_adapter(
+        self,
+        model_id: str | os.PathLike[str],
+        adapter_name: str,
+        is_trainable: bool = False,
+        torch_device: str | None = None,
+        autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = False,
+        key_mapping: Mapping[str, str] | Callable[[str], str] | None = None,
+        *,
+        strict: bool = True,
+        check_base: bool = True,
+        config: PeftConfig | None = None,
+        **kwargs: Any,
+    ) -> LoadReport:
+        """Load an adapter beside those that are here; it is not activated unless it is the first.
+
+        Under a name that is taken it fills the tensors of that adapter, in place, as trainers do to resume.
+
+        Args:
+            model_id: A directory, which never touches the network, or a repository id on the hub.
+            adapter_name: Name for it in this model.
+            is_trainable: Whether its parameters require gradients once active.
+            torch_device: Ignored: factors go where their layer computes.
+            autocast_adapter_dtype: Keep the factors beside 16-bit weights in float32.
+            ephemeral_gpu_offload: Accepted for the field's sake.
+            low_cpu_mem_usage: Accepted for the field's sake: factors are never initialised before loading.
+            key_mapping: Renames keys of the file: regular expressions to replacements, or a function.
+            strict: Raise unless every tensor of the file is used and every expected one is there.
+            check_base: Raise if the adapter was made on a plainly different base model.
+            config: Use this configuration instead of the file's.
+            **kwargs: ``subfolder``, ``revision``, ``token``, ``cache_dir`` and the like.
+
+        Returns:
+            The account of every tensor.
+
+        Raises:
+            AdapterFileError, LoadMismatchError, BaseMismatchError, TargetError: The model is then as it was.
+        """
+        directory = adapter_directory(model_id, **kwargs)
+        if config is None:
+            config = PeftConfig.from_file(locate_config(directory))
+        config = copy.deepcopy(config)
+        config.inference_mode = not is_trainable
+        file = open_adapter(directory)
+        rename = renamer(key_mapping)
+        names = {rename(key): key for key in file.shapes}
+        if adapter_name in self.peft_config:
+            self._check_reload(config, adapter_name, directory)
+            if check_base:
+                state.check_base(self.get_base_model(), file.metadata, directory, carried=file.shapes)
+            values = {new: t for new, old in names.items() for t in file.tensors([old]).values()}
+            report = state.set_adapter_state_dict(self, values, adapter_name, strict=strict, where=directory)
+            if not is_trainable:
+                self.eval()
+            return report
+        injection = self.base_model.prepare(
+            config,  # type: ignore[arg-type]
+            adapter_name,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+            read_from_file=True,
+        )
+        report = state.fill_injection(
+            injection,
+            {new: file.shapes[old] for new, old in names.items()},
+            lambda keys: {key: t for key in keys for t in file.tensors([names[key]]).values()},
+            where=directory,
+            strict=strict,
+        )
+        # After the account of tensors: where names or shapes differ, that says more.
+        if check_base:
+            state.check_base(
+                injection.model, file.metadata, directory, injection._targets(), carried=file.shapes
+            )
+        first = not self.peft_config
+        self.base_model.commit(injection, activate=first, trainable=is_trainable)
+        if not is_trainable:
+            self.eval()
+        return report
+
+    def _check_reload(self, config: Any, adapter_name: str, where: object) -> None:
+        """Refuse to fill an adapter from a file where the tensors alone do not make it the file's.
+
+        Raises:
+            MergeError: The adapter is merged.
+            LoadMismatchError: Its strength is not the file's.
+        """
+        layers = {
+            path: layer
+            for path, layer in self.base_model.layers().items()
+            if adapter_name in layer.held_adapters
+        }
+        if any(adapter_name in layer.merged_adapters for layer in layers.values()):
+            raise MergeError(
+                f"the adapter {adapter_name!r} is merged: unmerge_adapter() before loading into it"
+            )
+        differing = [
+            f"{path}: {layer.specs[adapter_name].scaling:g} here, {wanted.scaling:g} in the file"
+            for path, layer in layers.items()
+            for wanted in [resolve(config, adapter_name, layer.specs[adapter_name].path)]
+            if (wanted.scaling, wanted.variant)
+            != (layer.specs[adapter_name].scaling, layer.specs[adapter_name].variant)
+        ]
+        if differing:
+            raise LoadMismatchError(
+                f"{where} cannot be loaded into the adapter {adapter_name!r} that is here, whose strength "
+                "or kind "
+                f"is another: {'; '.join(differing[:3])}. Load it under another name, or delete_adapter "
+                f"({adapter_name!r}) first"
+            )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: nn.Module,
+        model_id: str | os.PathLike[str],
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        config: PeftConfig | None = None,
+        autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = False,
+        key_mapping: Mapping[str, str] | Callable[[str], str] | None = None,
+        **kwargs: Any,
+    ) -> PeftModel:
+        """Put a saved adapter on its base model; the arguments are those of `load_adapter`.
+
+        Returns:
+            A model of the class that the adapter's task has.
+
+        Raises:
+            AdapterFileError, LoadMismatchError, BaseMismatchError, TargetError: The model is then as it was.
+        """
+        directory = adapter_directory(
+            model_id, **{k: v for k, v in kwargs.items() if k not in ("strict", "check_base")}
+        )
+        options = {k: kwargs[k] for k in ("strict", "check_base") if k in kwargs}
+        if config is None:
+            config = PeftConfig.from_file(locate_config(directory))
+        kind = cls.class_for(config.task_type)
+        result = kind(model)
+        result.load_adapter(
+            directory,
+            adapter_name,
+            is_trainable=is_trainable,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+            key_mapping=key_mapping,
+            config=config,
+            **options,
+        )
+        return result
+
+
+def renamer(mapping: Mapping[str, str] | Callable[[str], str] | None) -> Callable[[str], str]:
+    """A function that renames keys as the field's ``key_mapping`` does: without the saved prefix."""
+    if mapping is None:
+        return lambda key: key
+    if callable(mapping):
+        return mapping
+    patterns = [(re.compile(pattern), replacement) for pattern, replacement in mapping.items()]
+
+    def rename(key: str) -> str:
+        has_prefix = key.startswith(state.PREFIX)
+        name = key.removeprefix(state.PREFIX)
+        for pattern, replacement in patterns:
+            name, count = pattern.subn(replacement, name)
+            if count:
+                break
+        return f"{state.PREFIX}{name}" if has_prefix else name
+
+    return rename
+
+
+def write_card(directory: Path, config: Mapping[str, Any], transformers_model: bool) -> None:
+    """Write or update ``README.md`` of an adapter directory."""
+    path = directory / CARD_NAME
+    card = model_card(config, transformers_model=transformers_model)
+    if path.exists():
+        card = merge_card(path.read_text(encoding="utf-8", errors="replace"), card)
+    path.write_text(card, encoding="utf-8")

@@ -1,0 +1,270 @@
+"""Which adapters a model has, which are active, and how much each counts."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from veneer.adapters import AdapterSet, as_names, check_adapter_name
+from veneer.config import LoraConfig
+from veneer.errors import (
+    AdapterNameError,
+    ConfigError,
+    TargetError,
+    VeneerWarning,
+)
+from veneer.inject import Injection, bias_parameters, prepare
+from veneer.layers import LoraLayer
+from veneer.layers.making import draw_seed
+
+logger = logging.getLogger("veneer")
+
+
+class AdapterVerbs(nn.Module):
+    """A base model with adapters in it: which there are, which are active, how strong.
+
+    Args:
+        model: The base model; adapters are put into it in place.
+        peft_config: Configuration of the first adapter, or None to start without one.
+        adapter_name: Its name.
+        autocast_adapter_dtype: Keep the factors beside 16-bit weights in float32.
+        low_cpu_mem_usage: Create the factors on the meta device, to be loaded.
+    """
+
+    prefix: str = "lora_"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: LoraConfig | None = None,
+        adapter_name: str = "default",
+        *,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        strict_targets: bool = False,
+    ) -> None:
+        super().__init__()
+        if present := AdapterSet(model).names():
+            raise TargetError(
+                f"the model holds adapters already ({', '.join(map(repr, present))}): on the PeftModel that "
+                "put them there use add_adapter(name, config) or load_adapter(path, name) for another one, "
+                "or "
+                "unload() first"
+            )
+        self.model = model
+        self.training = model.training
+        self.peft_config: dict[str, LoraConfig] = {}
+        self._biases: dict[str, Tensor] = {}
+        if peft_config is not None:
+            self.inject(
+                peft_config,
+                adapter_name,
+                autocast_adapter_dtype=autocast_adapter_dtype,
+                low_cpu_mem_usage=low_cpu_mem_usage,
+                strict_targets=strict_targets,
+                activate=True,
+            )
+
+    # -- adapters ------------------------------------------------------------------------------------
+
+    @property
+    def index(self) -> AdapterSet:
+        """The adapters over all modules of the model."""
+        return AdapterSet(self.model)
+
+    def layers(self) -> dict[str, LoraLayer]:
+        """The low-ranked layers by their path in the base model."""
+        return {path: m for path, m in self.model.named_modules() if isinstance(m, LoraLayer)}
+
+    def inject(
+        self,
+        config: LoraConfig,
+        adapter_name: str,
+        *,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        strict_targets: bool = False,
+        activate: bool = False,
+    ) -> None:
+        """Add an adapter with fresh factors; the model is unchanged if that fails."""
+        injection = self.prepare(
+            config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype, strict_targets=strict_targets
+        )
+        injection.initialise(draw_seed(), meta=low_cpu_mem_usage)
+        self.commit(injection, activate=activate, trainable=not config.inference_mode)
+
+    def prepare(self, config: LoraConfig, adapter_name: str, **options: Any) -> Injection:
+        """Build an adapter beside the model.
+
+        Raises:
+            ConfigError: If a second adapter would train the biases that another one trains.
+        """
+        others = [n for n, c in self.peft_config.items() if c.bias != "none"]
+        if others and getattr(config, "bias", "none") != "none":
+            raise ConfigError(
+                f"the adapter {others[0]!r} trains biases of the base "
+                f"(bias={self.peft_config[others[0]].bias!r}); "
+                "there is one set of them, so a second adapter needs bias='none'"
+            )
+        if adapter_name in self.peft_config:
+            raise AdapterNameError(
+                f"the model has an adapter named {adapter_name!r} already; delete_adapter it first or "
+                "choose another name"
+            )
+        return prepare(self.model, config, adapter_name, **options)
+
+    def commit(self, injection: Injection, *, activate: bool, trainable: bool = True) -> None:
+        """Put a prepared adapter in."""
+        active = self.index.active()
+        biases = {name: parameter.detach().clone() for name, parameter in injection.biases()}
+        injection.commit(active=None if activate else active, trainable=trainable)
+        self._biases.update(biases)
+        self.peft_config[injection.adapter] = injection.config
+        scalings = sorted({a.spec.scaling for a in injection.additions})
+        logger.info(
+            "adapter %r: %d modules, scaling s = %s",
+            injection.adapter,
+            len(injection.additions),
+            " … ".join(f"{s:.4g}" for s in dict.fromkeys((scalings[0], scalings[-1]))),
+        )
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Names of the active adapters."""
+        return self.index.active()
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        """The active adapter's name; a list where it is not exactly one."""
+        names = self.index.active()
+        return names[0] if len(names) == 1 else names
+
+    def set_adapter(
+        self, adapter_name: str | Sequence[str] | Mapping[str, float], inference_mode: bool = False
+    ) -> None:
+        """Make one or several adapters the active ones, trainable unless ``inference_mode``.
+
+        Args:
+            adapter_name: A name, several, or names with a strength each (see `set_strength`).
+            inference_mode: Leave the activated parameters frozen.
+
+        Raises:
+            AdapterNameError: For names that the model does not have; nothing has changed then.
+        """
+        names = as_names(adapter_name if isinstance(adapter_name, str) else list(adapter_name))
+        self.index.check(names, known=self.peft_config)
+        self.index.activate(names, inference_mode=inference_mode)
+        for adapter, _, parameter in self._trained_biases():
+            parameter.requires_grad_(adapter in names and not inference_mode)
+        if isinstance(adapter_name, Mapping):
+            for name, factor in adapter_name.items():
+                self.set_strength(name, factor)
+
+    def set_strength(self, adapter_name: str, factor: float) -> None:
+        """Let an adapter count ``factor`` times as much as its configuration says.
+
+        ``s = factor · lora_alpha / r``. It is a property of the running model and is not saved. A merged
+        adapter keeps the strength it was merged with until it is merged again.
+
+        Raises:
+            AdapterNameError: If there is no such adapter.
+        """
+        self.index.check([adapter_name], known=self.peft_config)
+        for module in self.index.modules():
+            module.set_strength(adapter_name, factor)
+
+    def copy_adapter(self, old: str, new: str) -> None:
+        """Add an adapter ``new`` that begins as a copy of ``old``; it is not activated.
+
+        Raises:
+            AdapterNameError: If ``old`` does not exist, or ``new`` is taken or unusable.
+            ConfigError: If ``old`` trains biases of the base, of which there is one set.
+        """
+        self.index.check([old], known=self.peft_config)
+        check_adapter_name(new)
+        if new in self.peft_config:
+            raise AdapterNameError(f"an adapter named {new!r} exists already")
+        if self.peft_config[old].bias != "none":
+            raise ConfigError(f"{old!r} trains biases of the base itself, so it cannot be copied")
+        for module in self.index.modules():
+            if old in module.held_adapters:
+                module.copy_adapter(old, new)
+        self.peft_config[new] = copy.deepcopy(self.peft_config[old])
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter. If it was active, it leaves nothing active in its place."""
+        self.index.check([adapter_name], known=self.peft_config)
+        merged = {}
+        if self.peft_config[adapter_name].bias != "none":
+            # What is merged may have a bias among it, so it is taken out before biases are given back.
+            merged = {layer: layer.merged_adapters for layer in self.layers().values() if layer.merged}
+            self.unmerge_adapter()
+            self._restore_biases()
+        was_active = adapter_name in self.active_adapters
+        self.index.delete(adapter_name)
+        for layer, names in merged.items():
+            layer.merge(adapter_names=[n for n in names if n != adapter_name])
+        del self.peft_config[adapter_name]
+        if was_active and not self.active_adapters:
+            rest = ", ".join(map(repr, self.peft_config)) or "none is left"
+            warnings.warn(
+                f"the deleted adapter {adapter_name!r} was the active one: no adapter is active now. "
+                f"Choose with set_adapter: {rest}",
+                VeneerWarning,
+                stacklevel=2,
+            )
+
+    def rename_adapter(self, old: str, new: str) -> None:
+        """Give an adapter another name.
+
+        Raises:
+            AdapterNameError: If ``old`` does not exist, or ``new`` is taken or unusable.
+        """
+        self.index.check([old], known=self.peft_config)
+        self.index.rename(old, new)
+        self.peft_config = {new if n == old else n: c for n, c in self.peft_config.items()}
+
+    def enable_adapter_layers(self) -> None:
+        """Let the active adapters work."""
+        self.index.enable(True)
+
+    def disable_adapter_layers(self) -> None:
+        """Let the model compute what its base computes, until enabled again."""
+        self._mention_biases()
+        self.index.enable(False)
+
+    def _mention_biases(self) -> None:
+        trained = [n for n, c in self.peft_config.items() if c.bias != "none"]
+        if trained:
+            warnings.warn(
+                f"the adapter {trained[0]!r} trains biases of the base itself "
+                f"(bias={self.peft_config[trained[0]].bias!r}): "
+                "with adapters disabled the output keeps them, and is not the base model's",
+                VeneerWarning,
+                stacklevel=3,
+            )
+
+    def _trained_biases(self) -> Iterator[tuple[str, str, nn.Parameter]]:
+        """The base biases that an adapter trains: its name, theirs and the parameter."""
+        for adapter, config in self.peft_config.items():
+            for name, parameter in bias_parameters(self.model, config.bias, adapter):
+                yield adapter, name, parameter
+
+    @torch.no_grad()
+    def _restore_biases(self) -> None:
+        for _, name, parameter in self._trained_biases():
+            if name in self._biases:
+                parameter.copy_(self._biases[name])
+            parameter.requires_grad_(False)
+        self._biases.clear()
+
+    def unmerge_adapter(self) -> None:
+        """Give every base weight back, bit for bit."""
+        for layer in self.layers().values():
+            layer.unmerge()
