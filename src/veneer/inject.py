@@ -26,6 +26,9 @@ from veneer.layers.modules_to_save import ModulesToSaveWrapper
 from veneer.spec import LoraSpec
 from veneer.targets import Candidate, Plan
 
+#: Where torch's transformer encoder keeps, while it holds adapters, whether it packs padded batches.
+_NESTED = "_use_nested_tensor_without_adapters"
+
 
 @dataclass
 class Site:
@@ -432,6 +435,7 @@ def _keep_out_of_fused_kernels(model: nn.Module) -> None:
                 if isinstance(child, LoraLayer) and not child._forward_hooks:
                     child.register_forward_hook(_no_op)
         elif isinstance(module, nn.TransformerEncoder) and AdapterSet(module).modules():
+            module.__dict__.setdefault(_NESTED, module.use_nested_tensor)
             module.use_nested_tensor = False
 
 
@@ -652,5 +656,8 @@ def eject(model: nn.Module, *, before: Callable[[LoraLayer], None] | None = None
             site.replace(site.module.current if before is not None else site.module.original_module)
         else:
             raise VeneerError(f"cannot take a {type(site.module).__name__} out of the model")
+    for module in model.modules():
+        if _NESTED in module.__dict__:
+            module.use_nested_tensor = module.__dict__.pop(_NESTED)
     model.__dict__.pop("peft_config", None)
     return model

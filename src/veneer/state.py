@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.adapters import AdapterSet
+from veneer.backends import stored_elsewhere
 from veneer.checkpoint import (
     LoadReport,
     compare_fingerprints,
@@ -133,7 +134,9 @@ def adapter_state_dict(
         )
     if state_dict is None:
         merged = _before_merging(root, prefix)
-        return {disk: merged.get(disk, slot.tensor).detach() for disk, slot in wanted.items()}
+        elsewhere = stored_elsewhere(model) if any(s.tensor.is_meta for s in wanted.values()) else {}
+        values = {disk: elsewhere.get(id(slot.tensor), slot.tensor) for disk, slot in wanted.items()}
+        return {disk: merged.get(disk, value).detach() for disk, value in values.items()}
     given = {_clean(name): tensor for name, tensor in state_dict.items()}
     # A state dict of the wrapped model may lack the face's prefix, or already be an adapter's own.
     result, absent = {}, []

@@ -6,6 +6,7 @@ values are. The hook is recognised by its attributes, so accelerate need not be 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import MutableMapping
 from typing import Any
 
@@ -22,6 +23,33 @@ def _hook(module: nn.Module) -> Any:
         if getattr(candidate, "offload", False) and getattr(candidate, "weights_map", None) is not None:
             return candidate
     return None
+
+
+def stored(module: nn.Module, name: str) -> Tensor | None:
+    """The value of a parameter that is kept elsewhere, or None if it is not."""
+    hook = _hook(module)
+    return None if hook is None else hook.weights_map[name].detach()
+
+
+def copied(module: nn.Module) -> nn.Module:
+    """A deep copy that holds its own values, where the original's are kept elsewhere."""
+    hooks = {id(m): m.__dict__["_hf_hook"] for m in module.modules() if _hook(m) is not None}
+    # A hook knows the values of the whole model; none of them belongs into the copy.
+    twin = copy.deepcopy(module, {id(hook): None for hook in hooks.values()})
+    for old, new in zip(module.modules(), twin.modules(), strict=True):
+        if id(old) not in hooks:
+            continue
+        for name in ("forward", "_hf_hook", "_old_forward"):
+            new.__dict__.pop(name, None)
+        device = _hook(old).execution_device
+        for name, parameter in old._parameters.items():
+            if parameter is not None and parameter.is_meta:
+                value = _hook(old).weights_map[name].detach().to(device, copy=True)
+                new._parameters[name] = nn.Parameter(value, requires_grad=parameter.requires_grad)
+        for name, buffer in old._buffers.items():
+            if buffer is not None and buffer.is_meta:
+                new._buffers[name] = _hook(old).weights_map[name].detach().to(device, copy=True)
+    return twin
 
 
 class Offloaded(Backend):

@@ -449,7 +449,8 @@ class LoraLayer(AdapterModule):
 
     def to_factors(self, name: str, x: Tensor) -> Tensor:
         """``x`` on the device of the factors: the two may differ in a model that is spread over devices."""
-        return x.to(self.factors(name)[0].device)
+        device = self.factors(name)[0].device
+        return x if device.type == "meta" else x.to(device)  # offloaded factors are fetched when called
 
     # -- merging ---------------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from veneer import backends
 from veneer.adapters import AdapterModule, as_names
 from veneer.errors import AdapterNameError
 
@@ -43,7 +44,7 @@ class ModulesToSaveWrapper(AdapterModule):
 
     def new_copy(self) -> nn.Module:
         """A deep copy of the original, for an adapter to train."""
-        return copy.deepcopy(self.original_module)
+        return backends.copied(self.original_module)
 
     def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
         """Names on disk and in memory of an adapter's tensors here; transformers asks for them."""
