@@ -7,6 +7,7 @@ import json
 import math
 import os
 import secrets
+import shutil
 import struct
 import warnings
 from collections.abc import Iterator, Mapping
@@ -73,6 +74,8 @@ def write_adapter(
             _write_tensors(temps["tensors"], _plain(tensors), dict(metadata or {}), format)
             # The order matters: while the tensors' temporary file exists, the configuration's is ignored.
             _write_text(temps["config"], text)
+            # safetensors makes files that only their owner may read; this one is as the others are.
+            shutil.copymode(temps["config"], temps["tensors"])
             if card is not None:
                 _write_text(temps["card"], card)
             os.replace(temps["tensors"], root / tensors_name(format))

@@ -6,13 +6,14 @@ import copy
 import json
 import os
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
-from veneer import state
+from veneer import inits, state
 from veneer.adapters import as_names, check_adapter_name
 from veneer.checkpoint import (
     CARD_NAME,
@@ -30,6 +31,7 @@ from veneer.errors import (
     CheckpointError,
     LoadMismatchError,
     MergeError,
+    VeneerWarning,
 )
 from veneer.model.lora_model import LoraModel
 from veneer.spec import resolve
@@ -118,6 +120,7 @@ class Persistence(nn.Module):
             if not is_main_process:
                 continue
             config = self._config_to_save(name)
+            self._mention_replaced_base(name)
             count = sum(t.numel() for t in tensors.values())
             write_adapter(
                 self._directory_of(save_directory, name),
@@ -132,17 +135,29 @@ class Persistence(nn.Module):
                 safe_serialization=safe_serialization,
             )
 
+    def _mention_replaced_base(self, name: str) -> None:
+        init = resolve(self.peft_config[name], name, "").init
+        if inits.find(init).replaces_base:
+            warnings.warn(
+                f"init_lora_weights={init!r} replaced base weights, and the adapter {name!r} fits those "
+                "only: save "
+                "the base too (unload() gives it back, with its save_pretrained or state_dict) and load this "
+                "adapter onto that",
+                VeneerWarning,
+                stacklevel=3,
+            )
+
     def _config_to_save(self, name: str) -> dict[str, Any]:
         """The content of an adapter's configuration file.
 
-        Without a task it names the base's class. LoftQ is not named in it: other readers would run it again,
-        on a base that it has rounded already.
+        Without a task it names the base's class. An initialisation that replaced the base is not named in it:
+        other readers would run it again, on a base that has been replaced already.
         """
         config, kind = self.peft_config[name], type(self.get_base_model())
+        if inits.find(resolve(config, name, "").init).replaces_base:
+            config = copy.copy(config)
+            config.init_lora_weights = True
         values = config.to_json()
-        if str(values["init_lora_weights"]).lower() == "loftq":
-            values["init_lora_weights"] = True
-            values.pop("loftq_config", None)
         if config.task_type is None and kind.__module__.startswith("transformers."):
             mapping = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
             values = dict(sorted({**values, "auto_mapping": mapping}.items()))

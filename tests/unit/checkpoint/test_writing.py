@@ -318,3 +318,12 @@ def test_a_readme_that_was_edited_keeps_its_body(tmp_path: Path) -> None:
     )
     write_adapter(tmp_path, OLD, {})
     assert (tmp_path / CARD_NAME).read_bytes() == kept
+
+
+def test_all_files_are_readable_alike(tmp_path: Path) -> None:
+    old = os.umask(0o022)
+    try:
+        write_adapter(tmp_path, OLD, OLD_CONFIG, card="text")
+    finally:
+        os.umask(old)
+    assert {oct(p.stat().st_mode & 0o777) for p in tmp_path.iterdir()} == {"0o644"}
