@@ -1,0 +1,104 @@
+"""The index over the modules of a model, and names."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from veneer import LoraConfig, get_peft_model
+from veneer.adapters import AdapterSet, as_names, check_adapter_name
+from veneer.errors import AdapterNameError, VeneerError
+
+
+def model(**more: object) -> nn.Module:
+    base = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.LayerNorm(3))
+    result = get_peft_model(base, LoraConfig(r=2, lora_alpha=6, target_modules=["0"], **more), "a")
+    result.add_adapter("b", LoraConfig(r=2, lora_alpha=6, target_modules=["0", "1"]))
+    return result
+
+
+@pytest.mark.parametrize(
+    "name", ["", "a.b", "a/b", "a\\b", "..", "keys", "items", "training", "forward", "base_layer"]
+)
+def test_names_that_cannot_be_are_refused(name: str) -> None:
+    with pytest.raises(AdapterNameError):
+        check_adapter_name(name)
+
+
+@pytest.mark.parametrize("name", ["default", "übung", "a b", "1", "A-b_c", "None"])
+def test_names_that_can_be_work_everywhere(name: str) -> None:
+    check_adapter_name(name)
+    made = model()
+    made.add_adapter(name, LoraConfig(r=2, lora_alpha=6, target_modules=["0"]))
+    made.set_adapter(name)
+    assert made(torch.ones(3)).shape == (3,)
+    made.base_model.rename_adapter(name, "other")
+    assert made.active_adapters == ["other"]
+
+
+def test_no_name_that_is_no_string() -> None:
+    with pytest.raises(AdapterNameError):
+        check_adapter_name(3)  # type: ignore[arg-type]
+
+
+def test_as_names() -> None:
+    assert as_names("a") == ["a"] and as_names(("b", "a", "b")) == ["b", "a"] and as_names([]) == []
+
+
+def test_the_index_finds_modules_names_and_parameters() -> None:
+    made = model(modules_to_save=["2"])
+    index = AdapterSet(made)
+    assert index.names() == ["a", "b"] and index.active() == ["a"]
+    assert len(index.modules()) == 3
+    assert sum(p.numel() for p in index.parameters("a")) == 12 + 6
+    assert sum(p.numel() for p in index.parameters("b")) == 24
+
+
+def test_disagreement_between_layers_is_legal_and_reported() -> None:
+    made = model()
+    index = AdapterSet(made)
+    assert not index.irregular()
+    made.base_model.model[0].set_adapter("b")
+    assert index.irregular() and index.active() == ["b", "a"]
+    index.activate("a")
+    made.base_model.model[1].enable_adapters(False)
+    assert index.irregular()
+    with index.disabled():
+        assert not index.irregular()
+    assert made.base_model.model[1].disable_adapters and not made.base_model.model[0].disable_adapters
+
+
+def test_disabled_is_left_after_an_error_too() -> None:
+    index = AdapterSet(model())
+    with pytest.raises(RuntimeError), index.disabled():
+        raise RuntimeError
+    assert not any(m.disable_adapters for m in index.modules())
+
+
+def test_only_active_adapters_are_trainable() -> None:
+    made = model()
+    index = AdapterSet(made)
+    for names in (["a"], ["b"], ["a", "b"], []):
+        index.activate(names)
+        for name in ("a", "b"):
+            assert all(p.requires_grad == (name in names) for p in index.parameters(name))
+    index.activate(["a"], inference_mode=True)
+    assert not any(p.requires_grad for p in made.parameters())
+
+
+def test_unknown_and_taken_names_are_refused_with_what_exists() -> None:
+    index = AdapterSet(model())
+    with pytest.raises(AdapterNameError, match=r"'x'.*'a', 'b'"):
+        index.check(["a", "x"])
+    with pytest.raises(AdapterNameError, match="exists already"):
+        index.rename("a", "b")
+    assert index.names() == ["a", "b"]
+
+
+def test_what_cannot_be_active_together_changes_nothing() -> None:
+    made = model(modules_to_save=["2"])
+    made.add_adapter("c", LoraConfig(r=2, lora_alpha=6, target_modules=["0"], modules_to_save=["2"]))
+    with pytest.raises(VeneerError, match="own copy"):
+        made.set_adapter(["a", "c"])
+    assert AdapterSet(made).active() == ["a"] and not AdapterSet(made).irregular()

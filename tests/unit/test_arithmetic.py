@@ -1,0 +1,180 @@
+"""Combining adapters, defined on the update."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from tests.laws.cases import train
+from tests.tolerances import assert_close
+from veneer import CombineError, LoraConfig, PeftModel, get_peft_model
+from veneer.errors import AdapterNameError
+
+
+class Net(nn.Module):
+    """One layer of each geometry, the convolution with and without groups."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(7, 6)
+        self.linear = nn.Linear(6, 8)
+        self.conv1d = Conv1D(6, 8)
+        self.conv = nn.Conv2d(4, 6, 3)
+        self.grouped = nn.Conv1d(6, 4, 3, groups=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Only the chain of matrices."""
+        return self.conv1d(self.linear(self.embed(x)))
+
+
+PLAIN = ["embed", "linear", "conv1d", "conv"]
+
+
+def made(dtype: torch.dtype = torch.float32, targets: list[str] | None = None) -> PeftModel:
+    def config(r: int, **more: Any) -> LoraConfig:
+        return LoraConfig(r=r, lora_alpha=r + 3, target_modules=targets or PLAIN, **more)
+
+    model = get_peft_model(Net().to(dtype), config(4), "a")
+    model.add_adapter("b", config(2, use_rslora=True))
+    model.add_adapter("c", config(6, rank_pattern={"linear": 2}, alpha_pattern={"linear": 9}))
+    for seed, name in enumerate("abc"):
+        train(model, name, seed)
+    return model
+
+
+def deltas(model: PeftModel, name: str) -> dict[str, Tensor]:
+    return {p: m.get_delta_weight(name) for p, m in model.base_model.layers().items() if name in m.r}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", ["linear", "cat"])
+@pytest.mark.parametrize("weights", [[1.0, 1.0, 1.0], [0.5, -1.5, 2.0], [0.0, 1.0, 0.0]])
+def test_sums_are_exact(dtype: torch.dtype, kind: str, weights: list[float]) -> None:
+    model = made(dtype)
+    report = model.base_model.add_weighted_adapter(["a", "b", "c"], weights, "sum", kind)
+    parts = [deltas(model, name) for name in "abc"]
+    for path, delta in deltas(model, "sum").items():
+        assert delta.dtype == dtype
+        assert_close(delta, sum(w * part[path] for w, part in zip(weights, parts, strict=True)))
+    assert report.worst == 0.0
+    assert report.ranks["linear"] == 8 and report.ranks["conv"] == 12
+
+
+def test_groups_are_summed_group_by_group() -> None:
+    def config(r: int) -> LoraConfig:
+        return LoraConfig(r=r, lora_alpha=5, target_modules=["grouped"])
+
+    model = get_peft_model(Net(), config(4), "a")
+    model.add_adapter("b", config(2))
+    train(model, "a", 0)
+    train(model, "b", 1)
+    model.base_model.add_weighted_adapter(["a", "b"], [0.5, -2.0], "sum", "cat")
+    wanted = 0.5 * deltas(model, "a")["grouped"] - 2.0 * deltas(model, "b")["grouped"]
+    assert_close(deltas(model, "sum")["grouped"], wanted)
+    with pytest.raises(CombineError, match="groups"):
+        model.base_model.add_weighted_adapter(["a", "b"], [0.5, -2.0], "other", "svd")
+
+
+@pytest.mark.parametrize("rank", [None, 1, 3, 40])
+def test_svd_is_the_best_of_its_rank_and_says_the_error(rank: int | None) -> None:
+    model = made()
+    report = model.base_model.add_weighted_adapter(["a", "b"], [1.0, -0.5], "cut", "svd", svd_rank=rank)
+    one, two = deltas(model, "a"), deltas(model, "b")
+    for path, delta in deltas(model, "cut").items():
+        wanted = one[path] - 0.5 * two[path]
+        assert report.ranks[path] == (rank or 4)
+        values = torch.linalg.svdvals(wanted.flatten(1).double())
+        best = float(values[rank or 4 :].norm() / values.norm())
+        assert report.errors[path] == pytest.approx(best, abs=1e-5)
+        assert float((delta - wanted).norm() / wanted.norm()) == pytest.approx(best, abs=1e-5)
+
+
+def test_an_adapter_that_some_layers_lack_counts_as_zero_there() -> None:
+    model = made()
+    model.add_adapter("d", LoraConfig(r=2, lora_alpha=5, target_modules=["linear"]))
+    train(model, "d", 7)
+    model.base_model.add_weighted_adapter(["a", "d"], [1.0, 1.0], "sum", "cat")
+    assert_close(deltas(model, "sum")["conv"], deltas(model, "a")["conv"])
+    assert_close(deltas(model, "sum")["linear"], deltas(model, "a")["linear"] + deltas(model, "d")["linear"])
+
+
+def test_biases_of_b_are_summed_with_their_scaling() -> None:
+    def config(r: int) -> LoraConfig:
+        return LoraConfig(r=r, lora_alpha=5, target_modules=["linear"], lora_bias=True)
+
+    model = get_peft_model(Net(), config(4), "a")
+    model.add_adapter("b", config(2))
+    train(model, "a", 0)
+    train(model, "b", 1)
+    layer = model.base_model.layers()["linear"]
+    x = torch.randn(3, 6)
+    base = layer.base_layer(x)
+    outputs = []
+    for name in ("a", "b"):
+        model.set_adapter(name)
+        outputs.append(layer(x) - base)
+    model.base_model.add_weighted_adapter(["a", "b"], [2.0, -1.0], "sum", "cat")
+    model.set_adapter("sum")
+    assert_close(layer(x) - base, 2 * outputs[0] - outputs[1])
+
+
+def test_the_set_strength_counts() -> None:
+    model = made()
+    model.base_model.set_strength("a", 3.0)
+    model.base_model.add_weighted_adapter(["a"], [1.0], "twice", "linear")
+    assert_close(deltas(model, "twice")["linear"], deltas(model, "a")["linear"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((["a", "b"], [1.0], "n", "cat"), "2 adapters but 1 weights"),
+        ((["a", "a"], [1.0, 1.0], "n", "cat"), "named twice"),
+        ((["a"], [float("nan")], "n", "cat"), "finite"),
+        ((["a"], [1.0], "n", "ties"), "does not exist"),
+        ((["a"], [1.0], "n", "svd", 0), "svd_rank"),
+        (([], [], "n", "cat"), "no adapter"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_and_nothing_is_added(
+    arguments: tuple[Any, ...], message: str
+) -> None:
+    model = made()
+    with pytest.raises(CombineError, match=message):
+        model.base_model.add_weighted_adapter(*arguments)
+    assert list(model.peft_config) == ["a", "b", "c"]
+    assert all("n" not in m.r for m in model.base_model.layers().values())
+
+
+def test_all_faults_come_at_once() -> None:
+    with pytest.raises(CombineError) as caught:
+        made().base_model.add_weighted_adapter(["a", "b"], [float("inf")], "n", "dare")
+    assert "weights" in str(caught.value) and "dare" in str(caught.value) and "finite" in str(caught.value)
+
+
+def test_unknown_and_taken_names_are_refused() -> None:
+    model = made()
+    with pytest.raises(AdapterNameError, match="'x'"):
+        model.base_model.add_weighted_adapter(["a", "x"], [1.0, 1.0], "n", "cat")
+    with pytest.raises(AdapterNameError, match="exists already"):
+        model.base_model.add_weighted_adapter(["a"], [1.0], "b", "cat")
+
+
+def test_the_result_saves_and_loads(tmp_path: Any) -> None:
+    base = Net()
+    state = {k: v.clone() for k, v in base.state_dict().items()}
+    model = get_peft_model(base, LoraConfig(r=4, lora_alpha=7, target_modules=PLAIN), "a")
+    model.add_adapter("b", LoraConfig(r=2, lora_alpha=7, target_modules=["linear"]))
+    train(model, "a", 0)
+    train(model, "b", 1)
+    model.base_model.add_weighted_adapter(["a", "b"], [1.0, 0.5], "sum", "cat")
+    model.save_pretrained(tmp_path, selected_adapters=["sum"])
+    again = Net()
+    again.load_state_dict(state)
+    loaded = PeftModel.from_pretrained(again, tmp_path / "sum", "sum")
+    for path, delta in deltas(loaded, "sum").items():
+        assert torch.equal(delta, deltas(model, "sum")[path]), path

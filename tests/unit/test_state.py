@@ -1,0 +1,135 @@
+"""A model with adapters <-> tensors under their names on disk."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.laws.cases import train
+from veneer import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
+from veneer.errors import AdapterNameError, LoadMismatchError
+from veneer.state import base_fingerprint, set_adapter_state_dict, slots
+
+
+class Net(nn.Module):
+    """A table, a linear and a norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(7, 4)
+        self.linear = nn.Linear(4, 3)
+        self.norm = nn.LayerNorm(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.linear(self.embed(x)))
+
+
+NAMES = {
+    "embed.lora_embedding_A": (2, 7),
+    "embed.lora_embedding_B": (4, 2),
+    "linear.lora_A.weight": (2, 4),
+    "linear.lora_B.weight": (3, 2),
+    "linear.lora_B.bias": (3,),
+    "norm.weight": (3,),
+    "norm.bias": (3,),
+}
+
+
+def config(*targets: str, **more: object) -> LoraConfig:
+    return LoraConfig(r=2, lora_alpha=6, target_modules=list(targets), **more)
+
+
+def made(name: str = "default") -> PeftModel:
+    model = get_peft_model(Net(), config("linear", lora_bias=True, modules_to_save=["norm"]), name)
+    model.add_adapter("table", config("embed"))
+    return model
+
+
+@pytest.mark.parametrize("name", ["default", "weight", "lora_A", "a b"])
+def test_names_on_disk_do_not_hold_the_adapters_name(name: str) -> None:
+    model = made(name)
+    found = {
+        **get_peft_model_state_dict(model, adapter_name=name),
+        **get_peft_model_state_dict(model, adapter_name="table"),
+    }
+    assert {k: tuple(v.shape) for k, v in found.items()} == {
+        f"base_model.model.{k}": shape for k, shape in NAMES.items()
+    }
+
+
+def test_an_injected_module_has_the_same_names_without_prefix() -> None:
+    model = inject_adapter_in_model(config("linear"), Net())
+    assert set(get_peft_model_state_dict(model)) == {"linear.lora_A.weight", "linear.lora_B.weight"}
+
+
+def test_only_the_adapters_tensors_are_collected() -> None:
+    model = made()
+    state = get_peft_model_state_dict(model)
+    own = {p.data_ptr() for p in model.parameters() if p.requires_grad}
+    assert {t.data_ptr() for t in state.values()} == own
+
+
+def test_a_compiled_model_has_the_same_names() -> None:
+    model = made()
+    assert get_peft_model_state_dict(torch.compile(model)).keys() == get_peft_model_state_dict(model).keys()
+    model.base_model.model.linear = torch.compile(model.base_model.model.linear)
+    assert "base_model.model.linear.lora_A.weight" in {s.disk for s in slots(model, "default")}
+
+
+def test_values_of_a_given_state_dict_with_or_without_prefix() -> None:
+    model = made()
+    full = {k: torch.full_like(v, 7.0) for k, v in model.state_dict().items()}
+    inner = {k.removeprefix("base_model.model."): v for k, v in full.items()}
+    for given in (full, inner, get_peft_model_state_dict(model, state_dict=full)):
+        taken = get_peft_model_state_dict(model, state_dict=given)
+        assert taken.keys() == get_peft_model_state_dict(model).keys()
+        assert all(bool((v == 7.0).all()) for v in taken.values())
+    del full["base_model.model.linear.lora_A.default.weight"]
+    with pytest.raises(LoadMismatchError, match=r"linear\.lora_A\.default\.weight.*all shards"):
+        get_peft_model_state_dict(model, state_dict=full)
+
+
+def test_unknown_adapters_are_named() -> None:
+    with pytest.raises(AdapterNameError, match="'default', 'table'"):
+        get_peft_model_state_dict(made(), adapter_name="x")
+
+
+def test_nothing_is_written_unless_everything_fits() -> None:
+    model = made()
+    state = {k: torch.randn_like(v) for k, v in get_peft_model_state_dict(model).items()}
+    before = {k: v.clone() for k, v in get_peft_model_state_dict(model).items()}
+    with pytest.raises(LoadMismatchError):
+        set_adapter_state_dict(model, {**state, "base_model.model.norm.bias": torch.ones(9)}, "default")
+    assert all(torch.equal(v, before[k]) for k, v in get_peft_model_state_dict(model).items())
+    report = set_adapter_state_dict(
+        model, {**state, "base_model.model.norm.bias": torch.ones(9)}, "default", ignore_mismatched_sizes=True
+    )
+    assert len(report.mismatched) == 1
+    after = get_peft_model_state_dict(model)
+    assert torch.equal(after["base_model.model.norm.bias"], before["base_model.model.norm.bias"])
+    assert all(torch.equal(after[k], v) for k, v in state.items() if k != "base_model.model.norm.bias")
+
+
+def test_factors_without_values_get_them() -> None:
+    source = made()
+    train(source, "default")
+    model = inject_adapter_in_model(
+        config("linear", lora_bias=True, modules_to_save=["norm"]), Net(), low_cpu_mem_usage=True
+    )
+    state = {k.removeprefix("base_model.model."): v for k, v in get_peft_model_state_dict(source).items()}
+    assert set_adapter_state_dict(model, state, "default").ok
+    assert not any(p.is_meta for p in model.parameters())
+    assert all(torch.equal(v, state[k]) for k, v in get_peft_model_state_dict(model).items())
+    assert all(p.requires_grad for p in model.linear.adapter_parameters("default"))
+
+
+def test_the_fingerprint_is_that_of_the_base_without_adapters() -> None:
+    torch.manual_seed(1)
+    model = get_peft_model(Net(), config("linear", "embed"))
+    train(model, "default")
+    fresh = base_fingerprint(model.get_base_model())
+    model.merge_adapter()
+    assert base_fingerprint(model.get_base_model()) == fresh
+    torch.manual_seed(2)
+    assert base_fingerprint(get_peft_model(Net(), config("linear", "embed")).get_base_model()) != fresh
