@@ -60,7 +60,11 @@ def _show(result: DemoResult) -> None:
         f"The adapter has {size(adapter)}, the base {size(base)}: {base / adapter:.0f} times as much.",
         soft_wrap=True,
     )
-    console.print(f"Merging kept {result.kept:.1%} of the update in 16-bit weights.")
+    console.print(
+        f"Merging into 32-bit weights ({size(result.sizes['merged'])}) kept {result.kept:.1%} of the update; "
+        f"into 16-bit weights it would have kept {result.kept_in_16_bits:.1%}.",
+        soft_wrap=True,
+    )
     console.print(
         f"It took {sum(result.seconds.values()):.0f} s, {result.seconds['training']:.0f} of them training."
     )
@@ -110,9 +114,9 @@ def _scores(result: DemoResult) -> Table:
 
     total = len(result.mails)
     table = Table(title=f"{total} held-out mails, senders and threads not trained on", title_style="")
-    for column in ("", "before", "after", "reloaded", "merged"):
+    for column in ("", "before", "after", "reloaded"):
         table.add_column(column, justify="left" if not column else "right")
-    scores = (result.before, result.after, result.reloaded, result.merged)
+    scores = (result.before, result.after, result.reloaded)
     table.add_row("exact match", *(f"{score.exact}/{total}" for score in scores))
     table.add_row("valid JSON", *(f"{score.valid}/{total}" for score in scores))
     table.add_row("held-out loss", *(f"{score.loss:.3f}" for score in scores))

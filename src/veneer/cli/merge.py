@@ -10,6 +10,9 @@ import typer
 from .common import app, show_json, size
 from .train import check_dtype
 
+#: Share of the update below which losing the rest is worth a warning.
+WORTH_SAYING = 0.9
+
 
 @app.command()
 def merge(
@@ -38,6 +41,11 @@ def merge(
     progress.say(f"Merging {adapter} and writing {output}")
     report = save_merged(adapted, tokenizer, output)
     weights = directory_bytes(output, "*.safetensors")
+    if report.mean < WORTH_SAYING:
+        progress.say(
+            f"warning: only {report.mean:.0%} of the update survived rounding to the weights' type, so the "
+            "merged model answers differently from the adapter; --dtype float32 keeps all of it"
+        )
     worst = sorted(report.kept.items(), key=lambda pair: pair[1])[:3]
     if as_json:
         show_json(

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from ..checkpoint import open_adapter, read_config
 from ..config import LoraConfig, PeftConfig
-from ..errors import AdapterFileError, ConfigError
+from ..errors import AdapterFileError, ConfigError, VeneerWarning
 from ..model import MergeReport, PeftModel
 from ..spec import resolve
 from .models import load_base, looks_local, quiet_transformers
@@ -66,13 +67,24 @@ def save_merged(model: Any, tokenizer: Any, place: Path) -> MergeReport:
     Returns:
         The share of the update that the base's type could hold, for each module.
     """
-    tuner = model.base_model
-    plain = model.merge_and_unload()
+    plain, report = merge(model)
     with quiet_transformers():
         plain.save_pretrained(place)
         tokenizer.save_pretrained(place)
-    report: MergeReport = tuner.merge_report
     return report
+
+
+def merge(model: Any) -> tuple[Any, MergeReport]:
+    """(plain model, what was kept of the update for each module); the adapted model is used up.
+
+    How much was kept is for the caller to say, so the library's own warning about it is not given.
+    """
+    tuner = model.base_model
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*survives rounding", category=VeneerWarning)
+        plain = model.merge_and_unload()
+    report: MergeReport = tuner.merge_report
+    return plain, report
 
 
 def describe(adapter: str | os.PathLike[str]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import torch
 
 from .. import LoraConfig, PeftModel, get_peft_model
 from ..checkpoint import SAFETENSORS_NAME
-from .adapters import save_merged
+from .adapters import merge, save_merged
 from .data import Collator, Row, encode, pad_token, prompt_ids
 from .evaluate import answer_loss, exact_match, generate_answers, valid_json
 from .loop import TrainOptions, train, write_json
@@ -29,10 +29,10 @@ RANK = 16
 STEPS = 16
 OPTIONS = TrainOptions(learning_rate=1e-3, max_steps=STEPS, batch_size=8)
 MAX_NEW_TOKENS = 80
-#: Relative difference of the held-out loss up to which a merged 16-bit model agrees with its adapter.
-MERGED_LOSS = 0.02
-#: Share of the answers that may differ, where rounding the merged weights tips two close tokens.
-MERGED_ANSWERS = 0.1
+#: Mails on which the merged model is held against the adapter: 32 bits take three times the time of 16.
+MERGED_MAILS = 24
+#: Relative difference of two losses that are the same but for the order of summation in 32 bits.
+SAME_LOSS = 1e-4
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,10 @@ class DemoResult:
     before: Score
     after: Score
     reloaded: Score
+    unmerged: Score
     merged: Score
     kept: float
+    kept_in_16_bits: float
     trainable: int
     parameters: int
     sizes: dict[str, int]
@@ -159,10 +161,15 @@ def run_demo(output: Path, seed: int = 0, progress: Progress | None = None) -> D
     fresh: Any = PeftModel.from_pretrained(load_base(source)[0], adapter)
     reloaded = examiner.examine(fresh)
     clock.lap("reloaded")
-    progress.say("5/5  Merged into the base, saved, and loaded by transformers alone")
-    merged_place = output / "merged"
-    kept = save_merged(fresh, tokenizer, merged_place).mean
+    rounded = merge(fresh)[1]
     del fresh
+    progress.say(f"5/5  Adapter and merged model in 32 bits, on {MERGED_MAILS} of the mails")
+    examiner = Examiner(tokenizer, parts["heldout"][:MERGED_MAILS], progress)
+    wide: Any = PeftModel.from_pretrained(load_base(source, "float32")[0], adapter)
+    unmerged = examiner.examine(wide)
+    merged_place = output / "merged"
+    report = save_merged(wide, tokenizer, merged_place)
+    del wide
     merged = examiner.examine(load_base(merged_place)[0])
     clock.lap("merged")
 
@@ -171,13 +178,16 @@ def run_demo(output: Path, seed: int = 0, progress: Progress | None = None) -> D
         before=before,
         after=after,
         reloaded=reloaded,
+        unmerged=unmerged,
         merged=merged,
-        kept=kept,
+        kept=report.mean,
+        kept_in_16_bits=rounded.mean,
         trainable=trainable,
         parameters=parameters,
         sizes={
             "adapter": (adapter / SAFETENSORS_NAME).stat().st_size,
             "base": directory_bytes(source, "*.safetensors"),
+            "merged": directory_bytes(merged_place, "*.safetensors"),
         },
         places={
             "base model": str(source),
@@ -186,7 +196,7 @@ def run_demo(output: Path, seed: int = 0, progress: Progress | None = None) -> D
             "metrics": str(output / "metrics.json"),
         },
         seconds=clock.laps,
-        bars=bars(before, after, reloaded, merged),
+        bars=bars(before, after, reloaded, unmerged, merged),
     )
     losses = [entry["loss"] for entry in run["losses"]]
     if can_plot():
@@ -196,12 +206,9 @@ def run_demo(output: Path, seed: int = 0, progress: Progress | None = None) -> D
     return result
 
 
-def bars(before: Score, after: Score, reloaded: Score, merged: Score) -> list[Bar]:
+def bars(before: Score, after: Score, reloaded: Score, unmerged: Score, merged: Score) -> list[Bar]:
     """What must hold for the demo to have succeeded."""
     total = len(after.answers)
-    same = sum(a == b for a, b in zip(after.answers, reloaded.answers, strict=True))
-    agree = sum(a == b for a, b in zip(after.answers, merged.answers, strict=True))
-    drift = abs(merged.loss / after.loss - 1)
     return [
         Bar("valid JSON", "at least 90 %", f"{after.valid}/{total}", after.valid >= 0.9 * total),
         Bar("exact answers", "at least half", f"{after.exact}/{total}", after.exact >= 0.5 * total),
@@ -211,19 +218,20 @@ def bars(before: Score, after: Score, reloaded: Score, merged: Score) -> list[Ba
             f"{before.loss:.3f} -> {after.loss:.3f}",
             after.loss <= 0.5 * before.loss,
         ),
-        Bar(
-            "reloaded adapter",
-            "the same answers, the same loss",
-            f"{same}/{total} the same, loss {reloaded.loss:.3f}",
-            same == total and abs(reloaded.loss / after.loss - 1) < 1e-3,
-        ),
-        Bar(
-            "merged model",
-            f"at least {1 - MERGED_ANSWERS:.0%} the same answers, loss within {MERGED_LOSS:.0%}",
-            f"{agree}/{total} the same, loss {merged.loss:.3f}",
-            agree >= (1 - MERGED_ANSWERS) * total and drift <= MERGED_LOSS,
-        ),
+        _agreement("reloaded adapter", after, reloaded),
+        _agreement("merged model", unmerged, merged),
     ]
+
+
+def _agreement(what: str, one: Score, other: Score) -> Bar:
+    total = len(one.answers)
+    same = sum(a == b for a, b in zip(one.answers, other.answers, strict=True))
+    return Bar(
+        what,
+        "same answers, same loss",
+        f"{same}/{total} the same, {one.loss:.5f} and {other.loss:.5f}",
+        same == total and abs(other.loss / one.loss - 1) <= SAME_LOSS,
+    )
 
 
 class _Clock:

@@ -41,17 +41,12 @@ def loss_picture(
     marker = "o" if len(losses) <= 60 else ""
     curve.plot(steps, losses, color=STRONG, marker=marker, markersize=4, label="training")
     if held_out is not None:
-        curve.plot(
-            (0, len(losses)), held_out, "D", color=INK, markersize=7, label="held-out, before and after"
-        )
-        for x, y, side in ((0, held_out[0], "left"), (len(losses), held_out[1], "right")):
-            curve.annotate(
-                f"{y:.3f}",
-                (x, y),
-                xytext=(6 if side == "left" else -6, 8),
-                textcoords="offset points",
-                ha=side,
-            )
+        ends = (0, len(losses))
+        curve.plot(ends, held_out, "D", color=INK, markersize=7, label="held-out, before and after")
+        for x, y, side, gap in zip(ends, held_out, ("right", "left"), (-8, 8), strict=True):
+            curve.annotate(f"{y:.3f}", (x, y), xytext=(gap, -4), textcoords="offset points", ha=side)
+        room = 0.14 * len(losses)
+        curve.set_xlim(-room, len(losses) + room)
     curve.set(xlabel="step", ylabel="loss per token of the answer", ylim=(0, None))
     curve.legend(frameon=False)
     if shares:

@@ -29,19 +29,9 @@ def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train_words(base: Path, data: Path, output: Path, *more: str) -> list[str]:
-    words = ["train", "--model", str(base), "--data", str(data), "--output", str(output)]
-    return [
-        *words,
-        "--max-steps",
-        "4",
-        "--batch-size",
-        "4",
-        "--learning-rate",
-        "0.01",
-        "--lora-r",
-        "4",
-        *more,
-    ]
+    files = ["--model", str(base), "--data", str(data), "--output", str(output)]
+    how = "--max-steps 4 --batch-size 4 --learning-rate 0.01 --lora-r 4".split()
+    return ["train", *files, *how, *more]
 
 
 def test_train_writes_the_adapter(adapter: Path) -> None:
@@ -225,11 +215,13 @@ def result(passed: bool) -> Any:
         before=demo.Score(0, 0, 0.6, ["before"] * 48),
         after=score,
         reloaded=score,
+        unmerged=score,
         merged=score,
-        kept=0.99,
+        kept=1.0,
+        kept_in_16_bits=0.45,
         trainable=100,
         parameters=10_000,
-        sizes={"adapter": 20_000_000, "base": 269_000_000},
+        sizes={"adapter": 20_000_000, "base": 269_000_000, "merged": 538_000_000},
         places={"adapter": "somewhere/adapter"},
         seconds={"training": 60.0},
         bars=[demo.Bar("valid JSON", "at least 90 %", "48/48", passed)],
@@ -250,17 +242,8 @@ def test_demo_exits_1_unless_every_bar_is_reached(
     assert main(["demo", "--output", str(tmp_path), "--seed", "3"]) == (0 if passed else 1)
     assert asked == [(tmp_path, 3)]
     out = capsys.readouterr().out
-    for words in (
-        "before",
-        "after",
-        "exact match",
-        "valid JSON",
-        "held-out loss",
-        "reloaded",
-        "merged",
-        "20 MB",
-        "269 MB",
-    ):
+    rows = ("exact match", "valid JSON", "held-out loss")
+    for words in ("before", "after", "reloaded", *rows, "20 MB", "269 MB", "538 MB", "45.0%"):
         assert words in out
     assert ("Every bar was reached" in out) is passed
     assert ("NOT REACHED: valid JSON" in out) is not passed

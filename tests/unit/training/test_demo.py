@@ -26,7 +26,7 @@ def test_the_prompt_names_every_key() -> None:
 
 
 def test_all_bars_reached() -> None:
-    assert [bar.passed for bar in bars(BEFORE, AFTER, AFTER, AFTER)] == [True] * 5
+    assert [bar.passed for bar in bars(BEFORE, AFTER, AFTER, AFTER, AFTER)] == [True] * 5
 
 
 @pytest.mark.parametrize(
@@ -34,15 +34,15 @@ def test_all_bars_reached() -> None:
     [
         (0, replace(AFTER, valid=8), AFTER, AFTER),
         (1, replace(AFTER, exact=4), AFTER, AFTER),
-        (2, replace(AFTER, loss=0.51), replace(AFTER, loss=0.51), replace(AFTER, loss=0.51)),
+        (2, replace(AFTER, loss=0.51), replace(AFTER, loss=0.51), AFTER),
         (3, AFTER, replace(AFTER, answers=["{}", *GOOD[1:]]), AFTER),
         (3, AFTER, replace(AFTER, loss=0.41), AFTER),
-        (4, AFTER, AFTER, replace(AFTER, answers=["{}", "{}", *GOOD[2:]])),
-        (4, AFTER, AFTER, replace(AFTER, loss=0.42)),
+        (4, AFTER, AFTER, replace(AFTER, answers=["{}", *GOOD[1:]])),
+        (4, AFTER, AFTER, replace(AFTER, loss=0.401)),
     ],
 )
 def test_each_bar_fails_alone(place: int, after: Score, reloaded: Score, merged: Score) -> None:
-    passed = [bar.passed for bar in bars(BEFORE, after, reloaded, merged)]
+    passed = [bar.passed for bar in bars(BEFORE, after, reloaded, AFTER, merged)]
     assert passed == [number != place for number in range(5)]
 
 
