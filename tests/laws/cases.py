@@ -45,6 +45,22 @@ class SamePadConv2d(nn.Conv2d):
         return F.conv2d(self.pad(x), self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
 
 
+class PrePadConv2d(nn.Conv2d):
+    """A subclass that changes the inner step of a convolution only."""
+
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return super()._conv_forward(F.pad(x, (1, 0, 2, 1)), weight, bias)
+
+
+class StandardisedConv2d(nn.Conv2d):
+    """A subclass that does not compute with its weight itself."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Every filter with unit norm."""
+        norm = self.weight.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+        return self._conv_forward(x, self.weight / norm, self.bias)
+
+
 class ScaledLinear(nn.Linear):
     """A subclass whose forward is not ``x Wᵀ + b``."""
 
@@ -180,6 +196,13 @@ LAYERS: dict[str, tuple[LayerCase, ...]] = {
     "torch.nn.modules.conv.Conv2d": (
         *_conv_cases(nn.Conv2d, 2),
         LayerCase("own-constructor", partial(SamePadConv2d, (4, 6), 3, step=2), _floats(2, 4, 9, 9)),
+        LayerCase("own-inner-step", partial(PrePadConv2d, 4, 6, 3, groups=2), _floats(2, 4, 9, 7)),
+        LayerCase(
+            "not-linear-in-its-weight",
+            partial(StandardisedConv2d, 4, 6, 3),
+            _floats(2, 4, 9, 7),
+            unmergeable="not linear in the weight",
+        ),
         LayerCase("channels-last", partial(nn.Conv2d, 4, 6, (3, 1)), _channels_last(2, 4, 7, 9)),
     ),
     "torch.nn.modules.conv.Conv3d": _conv_cases(nn.Conv3d, 3),

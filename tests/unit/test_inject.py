@@ -132,6 +132,16 @@ def test_a_module_in_several_places_is_adapted_once_in_all_of_them() -> None:
     assert isinstance(model.first, LoraLayer)
     assert model.first is model.again is model.list[0]
     assert sum(isinstance(m, LoraLayer) for m in model.modules()) == 1
+    train(model, "default")
+    x = torch.randn(2, 4)
+    expected = model(x)
+    model.first.merge()
+    assert_close(model(x), expected)
+    model.first.unmerge()
+    whole = get_peft_model(Tower(), config("first"))
+    train(whole, "default")
+    expected = whole(x)
+    assert_close(whole.merge_and_unload()(x), expected)
     eject(model)
     assert model.first is model.again is model.list[0] is original
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -13,7 +15,16 @@ from veneer.layers.base import LoraLayer, stand_in, unwrapped
 from veneer.spec import LoraSpec
 
 _CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
-_FORWARDS = (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
+_KINDS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_FORWARDS = {function for kind in _KINDS for function in (kind.forward, kind._conv_forward)}
+_NOT_LINEAR = (
+    "its class has a forward of its own that is not linear in the weight (a standardised weight?): an update "
+    "added to the weight would not do what the branch does. Keep the adapter unmerged"
+)
+
+
+def _has_own_forward(base: Any) -> bool:
+    return type(base).forward not in _FORWARDS or type(base)._conv_forward not in _FORWARDS
 
 
 class LoraConv(LoraLayer):
@@ -50,6 +61,20 @@ class LoraConv(LoraLayer):
             )
         return None
 
+    def refuses_merge(self, names: Sequence[str]) -> list[str]:
+        """Besides the common reasons: a subclass whose forward is not linear in its weight."""
+        base: Any = unwrapped(self.original_base())
+        reasons = super().refuses_merge(names)
+        if names and _has_own_forward(base):
+            a = self.factors(names[0])[0].detach()
+            sizes = (d * (k - 1) + 8 for k, d in zip(base.kernel_size, base.dilation, strict=True))
+            shape = (1, base.in_channels, *sizes)
+            x = torch.linspace(-1.0, 1.0, math.prod(shape), device=a.device, dtype=a.dtype).view(shape)
+            once, twice = (self._convolve_as_base(base, x, n * a) for n in (1, 2))
+            if not torch.allclose(twice, 2 * once, rtol=1e-2, atol=1e-2 * float(once.abs().max())):
+                reasons.append(_NOT_LINEAR)
+        return reasons
+
     def is_matrix(self) -> bool:
         """With groups, B is block-diagonal."""
         base: Any = self.original_base()
@@ -65,7 +90,7 @@ class LoraConv(LoraLayer):
     @staticmethod
     def _convolve_as_base(base: Any, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """``weight ∗ x`` with the base's stride, dilation and padding, without its groups and bias."""
-        if type(base).forward not in _FORWARDS:
+        if _has_own_forward(base):
             # A subclass that pads in its own way: let its own forward do it, with A in place of W.
             changes = {"groups": 1, "out_channels": weight.shape[0]}
             twin = stand_in(base, {"weight": weight, "bias": None}, changes)

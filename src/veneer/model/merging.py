@@ -197,11 +197,12 @@ class MergeVerbs(AdapterVerbs):
 def shared_weights(model: nn.Module, layers: Mapping[str, LoraLayer]) -> dict[str, list[str]]:
     """Adapted layers whose base weight is another module's weight too, with those modules' paths."""
     users: dict[Any, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        path = name.rpartition(".")[0].removesuffix(".base_layer")
-        storage = None if parameter.is_meta or parameter.numel() == 0 else parameter.untyped_storage()
-        key = id(parameter) if storage is None else (storage.data_ptr(), parameter.storage_offset())
-        users.setdefault(key, []).append(path)
+    # A module that stands in several places is one module: its weight is its own.
+    for place, module in model.named_modules():
+        for parameter in (p for p in module._parameters.values() if p is not None):
+            storage = None if parameter.is_meta or parameter.numel() == 0 else parameter.untyped_storage()
+            key = id(parameter) if storage is None else (storage.data_ptr(), parameter.storage_offset())
+            users.setdefault(key, []).append(place.removesuffix(".base_layer"))
     found = {}
     for paths in users.values():
         distinct = list(dict.fromkeys(paths))
