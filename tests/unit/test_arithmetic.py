@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from tests.laws.cases import train
-from tests.tolerances import assert_close
+from tests.tolerances import OPS_SPECTRUM, assert_close
 from veneer import CombineError, LoraConfig, PeftModel, get_peft_model
 from veneer.errors import AdapterNameError
 
@@ -89,8 +89,8 @@ def test_svd_is_the_best_of_its_rank_and_says_the_error(rank: int | None) -> Non
         assert report.ranks[path] == (rank or 4)
         values = torch.linalg.svdvals(wanted.flatten(1).double())
         best = float(values[rank or 4 :].norm() / values.norm())
-        assert report.errors[path] == pytest.approx(best, abs=1e-5)
-        assert float((delta - wanted).norm() / wanted.norm()) == pytest.approx(best, abs=1e-5)
+        assert report.errors[path] == pytest.approx(best, abs=OPS_SPECTRUM.atol)
+        assert float((delta - wanted).norm() / wanted.norm()) == pytest.approx(best, abs=OPS_SPECTRUM.atol)
 
 
 def test_an_adapter_that_some_layers_lack_counts_as_zero_there() -> None:
