@@ -113,7 +113,9 @@ def _scores(result: DemoResult) -> Table:
     from rich.table import Table
 
     total = len(result.mails)
-    table = Table(title=f"{total} held-out mails, senders and threads not trained on", title_style="")
+    table = Table(
+        title=f"{total} held-out mails: senders and threads not trained on", title_style="", min_width=56
+    )
     for column in ("", "before", "after", "reloaded"):
         table.add_column(column, justify="left" if not column else "right")
     scores = (result.before, result.after, result.reloaded)

@@ -229,7 +229,7 @@ def _agreement(what: str, one: Score, other: Score) -> Bar:
     return Bar(
         what,
         "same answers, same loss",
-        f"{same}/{total} the same, {one.loss:.5f} and {other.loss:.5f}",
+        f"{same}/{total}, {one.loss:.5f} and {other.loss:.5f}",
         same == total and abs(other.loss / one.loss - 1) <= SAME_LOSS,
     )
 

@@ -32,6 +32,7 @@ def loss_picture(
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(10 if shares else 6.4, 4), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
@@ -47,6 +48,7 @@ def loss_picture(
             curve.annotate(f"{y:.3f}", (x, y), xytext=(gap, -4), textcoords="offset points", ha=side)
         room = 0.14 * len(losses)
         curve.set_xlim(-room, len(losses) + room)
+    curve.xaxis.set_major_locator(MaxNLocator(integer=True))
     curve.set(xlabel="step", ylabel="loss per token of the answer", ylim=(0, None))
     curve.legend(frameon=False)
     if shares:
@@ -57,6 +59,7 @@ def loss_picture(
             bars.bar_label(drawn, [f"{value:.0%}" for value in values], padding=2)
         bars.set_xticks(range(len(shares)), list(shares))
         bars.set(ylim=(0, 1.18), yticks=[])
+        bars.spines["left"].set_visible(False)
         bars.legend(frameon=False, ncols=2, loc="upper left")
     for axes in columns:
         axes.spines[["top", "right"]].set_visible(False)
