@@ -181,7 +181,7 @@ class MergeVerbs(AdapterVerbs):
             if isinstance(module, ModulesToSaveWrapper):
                 module.set_adapter(names, inference_mode=True)
                 module.enable_adapters(True)
-        eject(self.model, before=lambda layer: None)
+        eject(self.model, trained_copies=True)
         self.peft_config = {}
         return self.model
 

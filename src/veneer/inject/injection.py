@@ -1,0 +1,208 @@
+"""An adapter that is ready to be put into a model, and the step that puts it there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from veneer import backends
+from veneer.adapters import AdapterSet
+from veneer.config import LoraConfig
+from veneer.inits import InitResult
+from veneer.inject.base_tensors import bias_parameters, embedding_weights
+from veneer.inject.encoder import keep_out_of_fused_kernels
+from veneer.inject.places import Site
+from veneer.layers import LoraLayer
+from veneer.layers.making import factor_dtype
+from veneer.layers.modules_to_save import ModulesToSaveWrapper
+from veneer.spec import LoraSpec
+from veneer.targets import Plan
+
+
+@dataclass
+class Addition:
+    """One layer that will get factors."""
+
+    site: Site
+    layer: LoraLayer
+    spec: LoraSpec
+    start: InitResult | None = None
+
+    def keys(self) -> dict[str, tuple[int, ...]]:
+        """Names on disk of its factors, under the module's path, with their shapes."""
+        shape_a, shape_b = self.layer.shapes(self.layer.original_base(), self.spec.r)
+        name_a, name_b = self.layer.factor_names
+        suffix = "" if self.layer.lookup else ".weight"
+        path = self.site.path
+        result = {f"{path}.{name_a}{suffix}": shape_a, f"{path}.{name_b}{suffix}": shape_b}
+        if self.spec.lora_bias:
+            result[f"{path}.{name_b}.bias"] = shape_b[:1]
+        return result
+
+    def fill(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take the factors from tensors with the names of `keys`; absent ones are drawn as zero."""
+        shapes = self.keys()
+        values = [
+            tensors[k] if k in tensors else torch.zeros(shape, device="cpu") for k, shape in shapes.items()
+        ]
+        self.start = InitResult(values[0], values[1], values[2] if len(values) > 2 else None)
+
+
+@dataclass
+class Copy:
+    """One module that will be trained whole."""
+
+    site: Site
+    wrapper: ModulesToSaveWrapper
+    module: nn.Module
+
+
+@dataclass
+class Injection:
+    """An adapter that is ready to be put into a model.
+
+    Attributes:
+        model: The model; unchanged until `commit`.
+        config: The caller's configuration, copied and completed.
+        plan: What matched and what did not.
+        additions: Layers with their future factors.
+        copies: Modules with their future copies.
+    """
+
+    model: nn.Module
+    config: LoraConfig
+    adapter: str
+    plan: Plan
+    additions: list[Addition]
+    copies: list[Copy]
+    autocast_adapter_dtype: bool = True
+    _places: dict[str, Tensor] = field(default_factory=dict)
+
+    def initialise(self, seed: int, meta: bool = False) -> None:
+        """Compute the starting factors of every layer.
+
+        Args:
+            seed: The adapter's draw.
+            meta: Give shapes without values (``low_cpu_mem_usage``): they will be loaded.
+        """
+        for addition in self.additions:
+            if meta or _is_meta(addition.layer):
+                shapes = list(addition.keys().values())
+                a, b, *bias = (torch.empty(shape, device="meta") for shape in shapes)
+                addition.start = InitResult(a, b, bias[0] if bias else None)
+            else:
+                addition.start = addition.layer.initialise(addition.spec, seed)
+
+    def expected(self) -> dict[str, tuple[int, ...]]:
+        """Names on disk (without any prefix) of every tensor of the adapter, with their shapes."""
+        result: dict[str, tuple[int, ...]] = {}
+        for addition in self.additions:
+            result.update(addition.keys())
+        for trained in self.copies:
+            for name, tensor in trained.module.state_dict().items():
+                result[f"{trained.site.path}.{name}"] = tuple(tensor.shape)
+        for name, parameter in self.biases():
+            result[name] = tuple(parameter.shape)
+        return result
+
+    def optional(self) -> dict[str, tuple[int, ...]]:
+        """Names on disk of base tensors that a file may carry along: input and output embeddings."""
+        return {name: tuple(p.shape) for name, p in self._embeddings().items()}
+
+    def _embeddings(self) -> dict[str, nn.Parameter]:
+        """Base embeddings, less those of which the adapter gets a copy of its own."""
+        own = tuple(f"{trained.site.path}." for trained in self.copies)
+        weights = embedding_weights(self.model, self._targets())
+        return {name: weight for name, weight in weights.items() if not name.startswith(own)}
+
+    def fill(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take all values from tensors with the names of `expected`; the base is not touched yet."""
+        for addition in self.additions:
+            addition.fill(tensors)
+        for trained in self.copies:
+            prefix = f"{trained.site.path}."
+            own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+            own = {k: v for k, v in own.items() if k in trained.module.state_dict()}
+            trained.module.load_state_dict(own, strict=False, assign=_has_meta(trained.module))
+        self._places = dict(tensors)
+
+    def biases(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The base biases that the adapter trains, by their name on disk (without prefix)."""
+        copied = [trained.site.path for trained in self.copies]
+        return bias_parameters(self.model, self.config.bias, self.adapter, self._targets(), copied)
+
+    def _targets(self) -> dict[str, LoraLayer]:
+        return {addition.site.path: addition.layer for addition in self.additions}
+
+    def commit(self, *, active: list[str] | None = None, trainable: bool = True) -> None:
+        """Put everything in its place. Nothing here can fail half-way.
+
+        Args:
+            active: Adapters that are active afterwards; None activates this one.
+            trainable: Whether the activated parameters require gradients.
+        """
+        before = AdapterSet(self.model).modules()
+        disabled = bool(before) and all(m.disable_adapters for m in before)
+        own = {id(p) for m in before for name in m.held_adapters for p in m.adapter_parameters(name)}
+        own |= {id(p) for _, p in self.biases()}
+        for parameter in self.model.parameters():
+            if id(parameter) not in own:
+                parameter.requires_grad_(False)
+        for addition in self.additions:
+            assert addition.start is not None
+            dtype = factor_dtype(addition.layer, self.autocast_adapter_dtype)
+            addition.layer.add_adapter(addition.spec, addition.start, dtype=dtype)
+            if addition.site.module is not addition.layer:
+                addition.site.replace(addition.layer)
+        for trained in self.copies:
+            trained.wrapper.add_copy(self.adapter, trained.module)
+            if trained.site.module is not trained.wrapper:
+                trained.site.replace(trained.wrapper)
+        self._commit_base_tensors()
+        keep_out_of_fused_kernels(self.model)
+        index = AdapterSet(self.model)
+        if active is None:
+            index.activate([self.adapter], inference_mode=not trainable)
+        else:
+            known = {id(m) for m in before}
+            for module in index.modules():
+                if id(module) not in known:
+                    module.note_active(active)
+        if disabled:
+            index.enable(False)
+        if trainable and (active is None or self.adapter in active):
+            for _, parameter in self.biases():
+                parameter.requires_grad_(True)
+
+    def _commit_base_tensors(self) -> None:
+        """Biases that the adapter trains, and embeddings that its file carries."""
+        if not self._places:
+            return
+        named = dict(self.biases())
+        named.update(embedding_weights(self.model))
+        with torch.no_grad():
+            for name, parameter in named.items():
+                value = self._places.get(name)
+                if value is not None and not torch.equal(parameter.cpu(), value.to(parameter.dtype)):
+                    parameter.copy_(value)
+
+    def changed_embeddings(self) -> list[str]:
+        """Names of base embeddings that the file would replace by other values."""
+        return [
+            name
+            for name, parameter in self._embeddings().items()
+            if name in self._places
+            and not parameter.is_meta
+            and not torch.equal(parameter.detach().cpu(), self._places[name].to(parameter.dtype))
+        ]
+
+
+def _is_meta(layer: LoraLayer) -> bool:
+    return backends.find(layer.base_layer).device(layer.base_layer).type == "meta"
+
+
+def _has_meta(module: nn.Module) -> bool:
+    return any(p.is_meta for p in module.parameters())

@@ -1,0 +1,155 @@
+"""The modules of a model as the plan sees them, and the plan itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from veneer import layers, targets
+from veneer.adapters import AdapterModule, AdapterSet
+from veneer.config import LoraConfig
+from veneer.layers import LoraLayer
+from veneer.layers.modules_to_save import ModulesToSaveWrapper
+from veneer.targets import Candidate, Plan
+
+
+@dataclass
+class Site:
+    """A module and every place of the model that refers to it."""
+
+    path: str
+    module: nn.Module
+    places: list[tuple[nn.Module, str]]
+
+    @property
+    def base(self) -> nn.Module:
+        """The module that the model was built with."""
+        if isinstance(self.module, LoraLayer):
+            return self.module.base_layer
+        if isinstance(self.module, ModulesToSaveWrapper):
+            return self.module.original_module
+        return self.module
+
+    def replace(self, module: nn.Module) -> None:
+        """Put another module in all the places."""
+        for parent, name in self.places:
+            parent._modules[name] = module
+
+
+def sites(model: nn.Module) -> dict[str, Site]:
+    """Every module of the model by its path, with adapted ones standing for what they adapt."""
+    found: dict[int, Site] = {}
+
+    def visit(module: nn.Module, prefix: str) -> None:
+        for name, child in module._modules.items():
+            if child is None:
+                continue
+            site = found.get(id(child))
+            if site is not None:
+                site.places.append((module, name))
+                continue
+            path = f"{prefix}{name}"
+            found[id(child)] = Site(path, child, [(module, name)])
+            if not isinstance(child, AdapterModule):
+                visit(child, f"{path}.")
+
+    visit(model, "")
+    return {site.path: site for site in found.values()}
+
+
+def _output_head(model: nn.Module) -> nn.Module | None:
+    getter = getattr(model, "get_output_embeddings", None)
+    if not callable(getter):
+        return None
+    try:
+        head = getter()
+    except (NotImplementedError, AttributeError):  # models without one
+        return None
+    return head if isinstance(head, nn.Module) else None
+
+
+def _is_router(path: str, parent: nn.Module) -> bool:
+    """A linear that chooses experts: named so beside a list of experts, or inside a router."""
+    name = path.rpartition(".")[2]
+    if "router" in path.lower() or "Router" in type(parent).__name__:
+        return True
+    return "gate" in name and any("expert" in sibling for sibling in parent._modules if sibling != name)
+
+
+def candidates(model: nn.Module, found: Mapping[str, Site]) -> list[Candidate]:
+    """What `targets.plan` needs to know of each module."""
+    head = _output_head(model)
+    result = []
+    for path, site in found.items():
+        base, parent = site.base, site.places[0][0]
+        cls = layers.find(base)
+        reason = layers.refusal(base) or ""
+        if isinstance(parent, nn.MultiheadAttention):
+            reason = (
+                "nn.MultiheadAttention reads this module's weight without calling it: a branch would "
+                "never run"
+            )
+        supported = cls is not None and not reason and not isinstance(site.module, ModulesToSaveWrapper)
+        result.append(
+            Candidate(
+                path=path,
+                type_name=type(base).__name__,
+                supported=supported,
+                linear=cls is not None and cls.linear,
+                output_head=base is head or site.module is head,
+                router=cls is not None and cls.linear and _is_router(path, parent),
+                reason=reason,
+            )
+        )
+    return result
+
+
+def model_type(model: nn.Module) -> str | None:
+    """Transformers' name of the architecture, if the model has one."""
+    config = getattr(model, "config", None)
+    value = config.get("model_type") if isinstance(config, Mapping) else getattr(config, "model_type", None)
+    return value if isinstance(value, str) else None
+
+
+def plan(
+    model: nn.Module, config: LoraConfig, adapter_name: str = "default", *, strict_targets: bool = False
+) -> Plan:
+    """A dry run: what ``config`` would adapt in ``model``, and what it would not.
+
+    Args:
+        model: Any module; it may be on the meta device.
+        config: The configuration.
+        adapter_name: Name that the adapter would get.
+        strict_targets: Raise instead of warning when part of the configuration matches nothing.
+
+    Returns:
+        The plan; ``print(plan)`` shows a table.
+
+    Raises:
+        TargetError: If nothing matched, a named module cannot be adapted, or ``strict_targets`` found fault.
+    """
+    inner = getattr(model, "get_base_model", None)
+    root: nn.Module = inner() if callable(inner) and AdapterSet(model).modules() else model
+    return plan_sites(root, sites(root), config, adapter_name, strict=strict_targets)
+
+
+def plan_sites(
+    model: nn.Module,
+    found: Mapping[str, Site],
+    config: LoraConfig,
+    adapter_name: str,
+    *,
+    strict: bool = False,
+    loading: bool = False,
+) -> Plan:
+    """The plan for the sites that were found."""
+    return targets.plan(
+        candidates(model, found),
+        config,
+        adapter_name,
+        model_type=model_type(model),
+        strict_targets=strict,
+        loading=loading,
+    )

@@ -1,0 +1,158 @@
+"""Working out and building an adapter beside the model: everything that can fail."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Mapping
+
+from torch import nn
+
+from veneer import inits, layers, targets
+from veneer.adapters import AdapterModule, AdapterSet, check_adapter_name
+from veneer.config import LoraConfig, looks_like_regex
+from veneer.errors import AdapterNameError, TargetError, VeneerWarning
+from veneer.inject.injection import Addition, Copy, Injection
+from veneer.inject.places import Site, model_type, plan_sites, sites
+from veneer.layers import LoraLayer
+from veneer.layers.making import check_config, why_not
+from veneer.layers.modules_to_save import ModulesToSaveWrapper
+from veneer.spec import LoraSpec
+
+
+def prepare(
+    model: nn.Module,
+    config: LoraConfig,
+    adapter_name: str,
+    *,
+    autocast_adapter_dtype: bool = True,
+    strict_targets: bool = False,
+    read_from_file: bool = False,
+) -> Injection:
+    """Work out and build an adapter beside the model, without touching it.
+
+    Raises:
+        ConfigError: If an option cannot be honoured.
+        AdapterNameError: If the name is taken or unusable.
+        TargetError: If nothing matches, or what matches cannot be adapted; all reasons at once.
+    """
+    check_adapter_name(adapter_name)
+    check_config(config)
+    _refuse_foreign_layers(model)
+    if adapter_name in AdapterSet(model).names():
+        raise AdapterNameError(
+            f"the model has an adapter named {adapter_name!r} already; choose another name or "
+            "delete_adapter first"
+        )
+    if not read_from_file:
+        for sentence in config.advice():
+            warnings.warn(sentence, VeneerWarning, stacklevel=3)
+    own_config = copy.deepcopy(config)
+    found = sites(model)
+    chosen = plan_sites(model, found, own_config, adapter_name, strict=strict_targets, loading=read_from_file)
+    additions, reasons = [], []
+    for spec in chosen.specs:
+        site = found[spec.path]
+        reason = _refusal(site, spec)
+        if reason is not None:
+            reasons.append(f"{spec.path} ({type(site.base).__name__}): {reason}")
+            continue
+        cls = layers.find(site.base)
+        assert cls is not None  # the plan holds supported modules only
+        layer = site.module if isinstance(site.module, LoraLayer) else cls(site.base)
+        additions.append(Addition(site, layer, spec))
+    if reasons:
+        raise TargetError(
+            "these modules cannot be adapted as asked:\n" + "\n".join(f"  - {r}" for r in reasons)
+        )
+    copies = [_copy_of(found[path]) for path in chosen.modules_to_save]
+    _complete(own_config, model, found, additions, copies)
+    if not read_from_file:
+        _mention_replaced_bases(additions)
+    return Injection(model, own_config, adapter_name, chosen, additions, copies, autocast_adapter_dtype)
+
+
+def _refusal(site: Site, spec: LoraSpec) -> str | None:
+    cls = layers.find(site.base)
+    assert cls is not None
+    return why_not(site.module if isinstance(site.module, LoraLayer) else cls(site.base), spec)
+
+
+def _copy_of(site: Site) -> Copy:
+    wrapper = (
+        site.module if isinstance(site.module, ModulesToSaveWrapper) else ModulesToSaveWrapper(site.module)
+    )
+    return Copy(site, wrapper, wrapper.new_copy())
+
+
+def _complete(
+    config: LoraConfig,
+    model: nn.Module,
+    found: Mapping[str, Site],
+    additions: list[Addition],
+    copies: list[Copy],
+) -> None:
+    """Write into our copy of the configuration what the model decided."""
+    if any(a.layer.transposed and a.layer.linear for a in additions):
+        config.fan_in_fan_out = True
+    elif config.fan_in_fan_out:
+        warnings.warn(
+            "fan_in_fan_out=True, but no adapted layer stores its weight (in, out): it is ignored",
+            VeneerWarning,
+            stacklevel=4,
+        )
+        config.fan_in_fan_out = False
+    if config.target_modules is None:
+        names = targets.DEFAULT_TARGETS[model_type(model) or ""]
+        config.target_modules = names if isinstance(names, str) else set(names)
+    elif _only_here(config):
+        paths = {a.site.path for a in additions}
+        config.target_modules = set(targets.shortest_names(paths, set(found) - paths))
+        if config.layers_to_transform is not None:
+            config.layers_to_transform = config.layers_pattern = None
+    heads = {c.site.path for c in copies}
+    named = list(config.modules_to_save or [])
+    for path in sorted(heads):
+        if not any(targets.matches(pattern, path) for pattern in named):
+            named.append(path.rpartition(".")[2])
+    config.modules_to_save = named or None
+
+
+def _mention_replaced_bases(additions: list[Addition]) -> None:
+    """Say whose base changes too where an initialisation gives the layers another weight."""
+    others = {
+        name for a in additions if inits.find(a.spec.init).replaces_base for name in a.layer.held_adapters
+    }
+    if others:
+        warnings.warn(
+            f"init_lora_weights={additions[0].spec.init!r} replaces base weights, and the adapters "
+            f"{', '.join(map(repr, sorted(others)))} work on the same ones: their outputs change",
+            VeneerWarning,
+            stacklevel=4,
+        )
+
+
+def _only_here(config: LoraConfig) -> bool:
+    """Whether other readers would not understand the targets: ``all-linear``, or expressions in a list."""
+    target = config.target_modules
+    if isinstance(target, str):
+        return target.lower() == "all-linear" or config.layers_to_transform is not None
+    return any(looks_like_regex(pattern) for pattern in target or ())
+
+
+def _refuse_foreign_layers(model: nn.Module) -> None:
+    """Wrapping another library's adapted layers, or a whole PeftModel, would nest adapters silently."""
+    for path, module in model.named_modules():
+        if isinstance(module, AdapterModule):
+            continue
+        if type(module).__module__.partition(".")[0] == "peft":
+            raise TargetError(
+                f"the model already holds layers of the peft library (at {path or 'its root'}): "
+                "merge or unload them there first, or load their adapter here with PeftModel.from_pretrained"
+            )
+        if hasattr(type(module), "merge_and_unload") and path == "":
+            raise TargetError(
+                "the model is a PeftModel already: use model.add_adapter(name, config) for another adapter, "
+                "or "
+                "model.get_base_model() / model.unload() to start anew"
+            )
