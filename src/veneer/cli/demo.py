@@ -51,7 +51,9 @@ def _show(result: DemoResult) -> None:
     console.print()
     for place in _telling(result):
         _side_by_side(console, result, place)
+    console.print(f"{len(result.mails)} held-out mails, whose senders and threads it was not trained on:")
     console.print(_scores(result))
+    console.print("\nWhat had to be reached:")
     console.print(_bars(result))
     share = result.trainable / result.parameters
     adapter, base = result.sizes["adapter"], result.sizes["base"]
@@ -113,9 +115,7 @@ def _scores(result: DemoResult) -> Table:
     from rich.table import Table
 
     total = len(result.mails)
-    table = Table(
-        title=f"{total} held-out mails: senders and threads not trained on", title_style="", min_width=56
-    )
+    table = Table()
     for column in ("", "before", "after", "reloaded"):
         table.add_column(column, justify="left" if not column else "right")
     scores = (result.before, result.after, result.reloaded)
@@ -128,7 +128,7 @@ def _scores(result: DemoResult) -> Table:
 def _bars(result: DemoResult) -> Table:
     from rich.table import Table
 
-    table = Table(title="What had to be reached", title_style="")
+    table = Table()
     for column in ("", "needed", "reached", ""):
         table.add_column(column)
     for bar in result.bars:

@@ -214,7 +214,7 @@ def bars(before: Score, after: Score, reloaded: Score, unmerged: Score, merged: 
         Bar("exact answers", "at least half", f"{after.exact}/{total}", after.exact >= 0.5 * total),
         Bar(
             "held-out loss",
-            "at most half of the base's",
+            "at most half of before",
             f"{before.loss:.3f} -> {after.loss:.3f}",
             after.loss <= 0.5 * before.loss,
         ),
@@ -229,7 +229,7 @@ def _agreement(what: str, one: Score, other: Score) -> Bar:
     return Bar(
         what,
         "same answers, same loss",
-        f"{same}/{total}, {one.loss:.5f} and {other.loss:.5f}",
+        f"{same}/{total}, {one.loss:.4f} and {other.loss:.4f}",
         same == total and abs(other.loss / one.loss - 1) <= SAME_LOSS,
     )
 
