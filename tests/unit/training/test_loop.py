@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.tolerances import TRAINING, assert_close
 from tests.unit.training.tiny import RECORDS, tiny_model, tiny_tokenizer
 from veneer import ConfigError, LoraConfig, PeftModel, TrainingError, get_peft_model
 from veneer.training import TrainOptions, encode, train
@@ -100,7 +101,7 @@ def test_resume_continues_the_same_curve(tmp_path: Path) -> None:
 def test_accumulation_equals_one_large_batch(tmp_path: Path) -> None:
     large = run(tmp_path / "a", batch_size=8, max_steps=3)
     small = run(tmp_path / "b", batch_size=2, gradient_accumulation_steps=4, max_steps=3)
-    assert large == pytest.approx(small, rel=1e-4)
+    assert_close(torch.tensor(large), torch.tensor(small), TRAINING)
 
 
 def test_it_reports_each_step(tmp_path: Path) -> None:

@@ -1,0 +1,98 @@
+"""`veneer train`: what it writes, on which stream it speaks, what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.unit.cli.words import train_words
+from tests.unit.training.tiny import saved_records
+from veneer.cli import main
+
+
+def test_train_writes_the_adapter(adapter: Path) -> None:
+    names = {path.name for path in adapter.iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors", "metrics.json", "loss.png"} <= names
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    assert config["r"] == 4 and config["lora_alpha"] == 16
+    assert len(json.loads((adapter / "metrics.json").read_text())["losses"]) == 4
+
+
+def test_train_speaks_on_the_right_streams(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = saved_records(tmp_path / "data.jsonl")
+    assert main(train_words(base, data, tmp_path / "a", "--json", "--target-modules", "q_proj,v_proj")) == 0
+    captured = capsys.readouterr()
+    metrics = json.loads(captured.out)
+    assert metrics["steps"] == 4
+    assert "16 examples" in captured.err and "training 4/4" in captured.err
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    assert sorted(config["target_modules"]) == ["q_proj", "v_proj"]
+
+
+def test_train_resumes(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = saved_records(tmp_path / "data.jsonl")
+    assert main(train_words(base, data, tmp_path / "whole", "--json")) == 0
+    whole = json.loads(capsys.readouterr().out)["losses"]
+    assert main(train_words(base, data, tmp_path / "cut", "--save-steps", "3")) == 0
+    capsys.readouterr()
+    for path in (tmp_path / "cut").glob("checkpoint-4/*"):
+        path.unlink()
+    (tmp_path / "cut" / "checkpoint-4").rmdir()
+    assert main(train_words(base, data, tmp_path / "cut", "--resume", "--json")) == 0
+    assert json.loads(capsys.readouterr().out)["losses"] == whole
+
+
+def test_train_says_what_was_cut(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "' + "a" * 90 + '", "completion": "b"}\n')
+    assert main(train_words(base, data, tmp_path / "a", "--max-length", "30")) == 0
+    assert "1 examples are longer than 30 tokens and were cut; 1 of them lost" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "No such file"),
+        ("nonsense\n", "line 1 is no JSON"),
+        ('{"promt": "a", "completion": "b"}\n', "'prompt'"),
+    ],
+)
+def test_train_refuses_bad_data_before_anything_is_written(
+    content: str | None, said: str, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "data.jsonl"
+    if content is not None:
+        data.write_text(content)
+    assert main(train_words(base, data, tmp_path / "out")) == 1
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.startswith("error: ") and said in captured.err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--lora-r", "0"], "r"),
+        (["--learning-rate", "-1"], "learning_rate"),
+        (["--target-modules", "q_porj"], "q_proj"),
+        (["--resume"], "holds no checkpoint"),
+    ],
+    ids=" ".join,
+)
+def test_train_refuses_bad_settings(
+    more: list[str], said: str, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = train_words(base, saved_records(tmp_path / "data.jsonl"), tmp_path / "out", *more)
+    assert main(words) == 1
+    error = capsys.readouterr().err
+    assert "error: " in error and said in error and "bug" not in error
+
+
+def test_train_refuses_a_model_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = saved_records(tmp_path / "data.jsonl")
+    assert main(train_words(tmp_path / "nothing", data, tmp_path / "out")) == 1
+    assert "no model at" in capsys.readouterr().err
