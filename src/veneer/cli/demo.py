@@ -63,8 +63,8 @@ def _show(result: DemoResult) -> None:
         soft_wrap=True,
     )
     console.print(
-        f"Merging into 32-bit weights ({size(result.sizes['merged'])}) kept {result.kept:.1%} of the update; "
-        f"into 16-bit weights it would have kept {result.kept_in_16_bits:.1%}.",
+        f"Merged into 32-bit weights ({size(result.sizes['merged'])}), which round the last place only; "
+        f"16-bit weights would have kept {result.kept_in_16_bits:.1%} of the update.",
         soft_wrap=True,
     )
     console.print(

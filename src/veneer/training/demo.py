@@ -65,7 +65,6 @@ class DemoResult:
     reloaded: Score
     unmerged: Score
     merged: Score
-    kept: float
     kept_in_16_bits: float
     trainable: int
     parameters: int
@@ -168,7 +167,7 @@ def run_demo(output: Path, seed: int = 0, progress: Progress | None = None) -> D
     wide: Any = PeftModel.from_pretrained(load_base(source, "float32")[0], adapter)
     unmerged = examiner.examine(wide)
     merged_place = output / "merged"
-    report = save_merged(wide, tokenizer, merged_place)
+    save_merged(wide, tokenizer, merged_place)
     del wide
     merged = examiner.examine(load_base(merged_place)[0])
     clock.lap("merged")
@@ -180,7 +179,6 @@ def run_demo(output: Path, seed: int = 0, progress: Progress | None = None) -> D
         reloaded=reloaded,
         unmerged=unmerged,
         merged=merged,
-        kept=report.mean,
         kept_in_16_bits=rounded.mean,
         trainable=trainable,
         parameters=parameters,

@@ -20,7 +20,6 @@ def result(passed: bool) -> Any:
         reloaded=score,
         unmerged=score,
         merged=score,
-        kept=1.0,
         kept_in_16_bits=0.45,
         trainable=100,
         parameters=10_000,
