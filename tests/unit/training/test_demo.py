@@ -59,7 +59,7 @@ def test_the_whole_course_on_a_tiny_model(tmp_path: Path, monkeypatch: pytest.Mo
     assert by_name["reloaded adapter"] and by_name["merged model"]
     assert by_name["valid JSON"] is by_name["exact answers"] is False
     assert result.after.loss < result.before.loss
-    assert result.sizes["adapter"] > 0 and 0 < result.kept_in_16_bits < 1
+    assert result.sizes["adapter"] > 0 and result.kept_in_16_bits > 0.99  # the tiny base has 32 bits
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert metrics["passed"] is False and len(metrics["losses"]) == 2
     assert all(Path(place).exists() for place in result.places.values())
