@@ -218,8 +218,13 @@ class AdapterSet:
         try:
             yield
         finally:
+            known = {id(module) for module, _ in before}
             for module, was_disabled in before:
                 module.enable_adapters(not was_disabled)
+            if not all(was_disabled for _, was_disabled in before):
+                for module in self.modules():
+                    if id(module) not in known:  # came while the others were disabled
+                        module.enable_adapters(True)
 
     def delete(self, name: str) -> None:
         """Forget an adapter everywhere."""

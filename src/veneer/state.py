@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from veneer import backends
 from veneer.adapters import AdapterSet
 from veneer.backends import stored_elsewhere
 from veneer.checkpoint import (
@@ -25,8 +26,8 @@ from veneer.checkpoint import (
     to_disk,
 )
 from veneer.config import LoraConfig
-from veneer.errors import AdapterNameError, BaseMismatchError, LoadMismatchError, VeneerWarning
-from veneer.inject import Injection, bias_parameters, embedding_weights
+from veneer.errors import AdapterNameError, BaseMismatchError, LoadMismatchError, MergeError, VeneerWarning
+from veneer.inject import Injection, bias_parameters, differs_from_base, embedding_weights, merged_over
 from veneer.layers import LoraLayer
 from veneer.layers.modules_to_save import ModulesToSaveWrapper
 
@@ -132,8 +133,8 @@ def adapter_state_dict(
         wanted[f"{prefix}{_clean(name)}"] = Slot(
             f"{prefix}{_clean(name)}", f"{prefix}{_clean(name)}", parameter
         )
+    merged = _before_merging(root, prefix)
     if state_dict is None:
-        merged = _before_merging(root, prefix)
         elsewhere = stored_elsewhere(model) if any(s.tensor.is_meta for s in wanted.values()) else {}
         values = {disk: elsewhere.get(id(slot.tensor), slot.tensor) for disk, slot in wanted.items()}
         return {disk: merged.get(disk, value).detach() for disk, value in values.items()}
@@ -141,6 +142,9 @@ def adapter_state_dict(
     # A state dict of the wrapped model may lack the face's prefix, or already be an adapter's own.
     result, absent = {}, []
     for disk, slot in wanted.items():
+        if disk in merged:  # a state dict of this model holds the merged values
+            result[disk] = merged[disk].detach()
+            continue
         for name in (slot.memory, slot.memory.removeprefix(PREFIX), f"{PREFIX}{slot.memory}", disk):
             if name in given:
                 result[disk] = given[name].detach()
@@ -242,6 +246,11 @@ def fill_injection(
     values = read(list(report.renamed))
     injection.fill({report.renamed[k].removeprefix(prefix): t for k, t in values.items()})
     if changed := injection.changed_embeddings():
+        if under := [name for name in changed if merged_over(injection.model, name)]:
+            raise MergeError(
+                f"{where} carries its own {' and '.join(under)}, into which an adapter is merged here: "
+                "unmerge_adapter() before loading it"
+            )
         warnings.warn(
             f"{where} carries its own {' and '.join(changed)}: the base's values are replaced by them, "
             "for every adapter on this model",
@@ -282,6 +291,7 @@ def set_adapter_state_dict(
     places: dict[str, Tensor] = {slot.disk: slot.tensor for slot in slots(model, adapter)}
     if not places:
         raise AdapterNameError(f"no module of the model holds the adapter {adapter!r}")
+    own = set(places)
     places.update({f"{prefix}{_clean(n)}": p for n, p in bias_parameters(root, config.bias, adapter)})
     optional = {f"{prefix}{_clean(n)}": p for n, p in embedding_weights(root).items()}
     every = {**places, **optional}
@@ -292,8 +302,21 @@ def set_adapter_state_dict(
     )
     if strict or not report.renamed or (report.mismatched and not ignore_mismatched_sizes):
         report.raise_for(where)
+    merged = [p for p, m in root.named_modules() if isinstance(m, LoraLayer) and adapter in m.merged_adapters]
+    if merged:
+        raise MergeError(
+            f"the adapter {adapter!r} is merged (into {merged[0]} and {len(merged) - 1} more): "
+            "unmerge_adapter() before loading into it"
+        )
+    beside = {n: k for k, n in report.renamed.items() if n not in own}
+    names = {n: n.removeprefix(prefix) for n in beside}
+    changed = [n for n, k in beside.items() if differs_from_base(root, names[n], tensors[k])]
+    if under := [n for n in changed if merged_over(root, names[n])]:
+        raise MergeError(f"another adapter is merged into {' and '.join(under)}: unmerge_adapter() first")
     meta = {}
     for key, name in report.renamed.items():
+        if name in beside and name not in changed:
+            continue
         place = every[name]
         if place.is_meta:
             meta[name] = tensors[key]
@@ -313,6 +336,11 @@ def _materialise(model: nn.Module, adapter: str, values: Mapping[str, Tensor]) -
             if value is not None and parameter.is_meta:
                 new = nn.Parameter(value.detach().clone().to(parameter.dtype), parameter.requires_grad)
                 setattr(module, name, new)
+    for module in model.modules():
+        if isinstance(module, LoraLayer) and adapter in module.held_adapters:
+            device = backends.find(module.base_layer).device(module.base_layer)
+            for parameter in module.adapter_parameters(adapter):
+                parameter.data = parameter.data.to(device)
 
 
 def base_fingerprint(model: nn.Module, targets: Mapping[str, LoraLayer] | None = None) -> dict[str, Any]:

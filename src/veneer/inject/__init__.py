@@ -7,7 +7,7 @@ then only puts finished modules in their places.
 from __future__ import annotations
 
 from veneer.inject.api import eject, inject_adapter_in_model
-from veneer.inject.base_tensors import bias_parameters, embedding_weights
+from veneer.inject.base_tensors import bias_parameters, differs_from_base, embedding_weights, merged_over
 from veneer.inject.injection import Addition, Copy, Injection
 from veneer.inject.places import Site, candidates, model_type, plan, sites
 from veneer.inject.preparing import prepare
@@ -19,9 +19,11 @@ __all__ = [
     "Site",
     "bias_parameters",
     "candidates",
+    "differs_from_base",
     "eject",
     "embedding_weights",
     "inject_adapter_in_model",
+    "merged_over",
     "model_type",
     "plan",
     "prepare",

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from veneer import backends
 from veneer.adapters import AdapterModule
 from veneer.layers import LoraLayer
 from veneer.layers.modules_to_save import ModulesToSaveWrapper
@@ -74,3 +76,42 @@ def embedding_weights(
         if isinstance(weight, nn.Parameter):
             result[f"{path}.weight"] = weight
     return result
+
+
+def _owner(model: nn.Module, name: str) -> tuple[nn.Module, nn.Module, str]:
+    """The module at a base tensor's name on disk, the base module in it, and the tensor's own name."""
+    path, _, last = name.rpartition(".")
+    path = path.removesuffix(".base_layer")
+    module = model.get_submodule(path) if path else model
+    if isinstance(module, LoraLayer):
+        return module, module.base_layer, last
+    if isinstance(module, ModulesToSaveWrapper):
+        return module, module.original_module, last
+    return module, module, last
+
+
+def merged_over(model: nn.Module, name: str) -> bool:
+    """Whether an adapter is merged into the layer that a base tensor belongs to."""
+    module, _, _ = _owner(model, name)
+    return isinstance(module, LoraLayer) and module.merged
+
+
+def differs_from_base(model: nn.Module, name: str, value: Tensor) -> bool:
+    """Whether ``value`` differs from the base tensor of that name on disk, as it is without merged adapters.
+
+    A base on the meta device has no values to differ from.
+    """
+    module, base, last = _owner(model, name)
+    backend = backends.find(base)
+    original = module.original_base() if isinstance(module, LoraLayer) and module.merged else None
+    here = backend.read(base, last) if original is None else original._parameters[last]
+    if here is None or here.is_meta:
+        return False
+    return not torch.equal(here.detach().cpu(), value.to(here.dtype).cpu())
+
+
+def write_base_tensor(model: nn.Module, name: str, value: Tensor) -> None:
+    """Give a base tensor another value, where it differs and wherever it is stored."""
+    if differs_from_base(model, name, value):
+        _, base, last = _owner(model, name)
+        backends.find(base).write(base, value, last)

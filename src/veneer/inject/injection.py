@@ -12,7 +12,12 @@ from veneer import backends
 from veneer.adapters import AdapterSet
 from veneer.config import LoraConfig
 from veneer.inits import InitResult
-from veneer.inject.base_tensors import bias_parameters, embedding_weights
+from veneer.inject.base_tensors import (
+    bias_parameters,
+    differs_from_base,
+    embedding_weights,
+    write_base_tensor,
+)
 from veneer.inject.encoder import keep_out_of_fused_kernels
 from veneer.inject.places import Site
 from veneer.layers import LoraLayer
@@ -145,12 +150,14 @@ class Injection:
             trainable: Whether the activated parameters require gradients.
         """
         before = AdapterSet(self.model).modules()
+        holding = [m for m in before if m.held_adapters]
         disabled = bool(before) and all(m.disable_adapters for m in before)
-        own = {id(p) for m in before for name in m.held_adapters for p in m.adapter_parameters(name)}
-        own |= {id(p) for _, p in self.biases()}
-        for parameter in self.model.parameters():
-            if id(parameter) not in own:
-                parameter.requires_grad_(False)
+        if not holding:
+            # The first adapter freezes the base; what trains beside an adapter later on is meant to.
+            own = {id(p) for _, p in self.biases()}
+            for parameter in self.model.parameters():
+                if id(parameter) not in own:
+                    parameter.requires_grad_(False)
         for addition in self.additions:
             assert addition.start is not None
             dtype = factor_dtype(addition.layer, self.autocast_adapter_dtype)
@@ -181,22 +188,16 @@ class Injection:
         """Biases that the adapter trains, and embeddings that its file carries."""
         if not self._places:
             return
-        named = dict(self.biases())
-        named.update(embedding_weights(self.model))
-        with torch.no_grad():
-            for name, parameter in named.items():
-                value = self._places.get(name)
-                if value is not None and not torch.equal(parameter.cpu(), value.to(parameter.dtype)):
-                    parameter.copy_(value)
+        for name in [*dict(self.biases()), *embedding_weights(self.model)]:
+            if name in self._places:
+                write_base_tensor(self.model, name, self._places[name])
 
     def changed_embeddings(self) -> list[str]:
         """Names of base embeddings that the file would replace by other values."""
         return [
             name
-            for name, parameter in self._embeddings().items()
-            if name in self._places
-            and not parameter.is_meta
-            and not torch.equal(parameter.detach().cpu(), self._places[name].to(parameter.dtype))
+            for name in self._embeddings()
+            if name in self._places and differs_from_base(self.model, name, self._places[name])
         ]
 
 

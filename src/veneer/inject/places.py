@@ -91,6 +91,9 @@ def candidates(model: nn.Module, found: Mapping[str, Site]) -> list[Candidate]:
                 "nn.MultiheadAttention reads this module's weight without calling it: a branch would "
                 "never run"
             )
+        if isinstance(site.module, ModulesToSaveWrapper) and cls is not None:
+            named = ", ".join(map(repr, site.module.held_adapters))
+            reason = f"{named} trains it whole (modules_to_save)" if named else reason
         supported = cls is not None and not reason and not isinstance(site.module, ModulesToSaveWrapper)
         result.append(
             Candidate(

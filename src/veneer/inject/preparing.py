@@ -65,6 +65,8 @@ def prepare(
         raise TargetError(
             "these modules cannot be adapted as asked:\n" + "\n".join(f"  - {r}" for r in reasons)
         )
+    if reasons := [r for path in chosen.modules_to_save if (r := _not_to_copy(found[path])) is not None]:
+        raise TargetError("these modules cannot be trained whole:\n" + "\n".join(f"  - {r}" for r in reasons))
     copies = [_copy_of(found[path]) for path in chosen.modules_to_save]
     _complete(own_config, model, found, additions, copies)
     if not read_from_file:
@@ -76,6 +78,19 @@ def _refusal(site: Site, spec: LoraSpec) -> str | None:
     cls = layers.find(site.base)
     assert cls is not None
     return why_not(site.module if isinstance(site.module, LoraLayer) else cls(site.base), spec)
+
+
+def _not_to_copy(site: Site) -> str | None:
+    """Why a module cannot be trained whole: a copy of it would hold other adapters' factors."""
+    if isinstance(site.module, ModulesToSaveWrapper):
+        return None
+    names = AdapterSet(site.module).names()
+    if not names:
+        return None
+    return (
+        f"{site.path} ({type(site.base).__name__}): {', '.join(map(repr, names))} adapts it or a part of it; "
+        "unload() first, or leave it out of modules_to_save"
+    )
 
 
 def _copy_of(site: Site) -> Copy:

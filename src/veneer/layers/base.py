@@ -478,6 +478,10 @@ class LoraLayer(AdapterModule):
             reasons.append("the base weight is on the meta device: it has no values to merge into")
         if (reason := backend.refuses_merge(base)) is not None:
             reasons.append(reason)
+        empty = [n for n in names if any(p.is_meta for p in self.adapter_parameters(n))]
+        if empty and backend.device(base).type != "meta":
+            named = ", ".join(map(repr, empty))
+            reasons.append(f"the factors of {named} were never loaded (low_cpu_mem_usage)")
         biased = [n for n in names if self.factors(n)[2] is not None]
         if biased and getattr(base, "bias", None) is None:
             reasons.append(
@@ -529,6 +533,7 @@ class LoraLayer(AdapterModule):
                 self._restore(undo)
                 if before:
                     self._merge_from_original(before, False)
+                self._drop_bias(undo, before)
             raise
         self._undo = undo
         self._merged = [*before, *names]
@@ -555,6 +560,7 @@ class LoraLayer(AdapterModule):
         self._merged = rest
         if rest:
             self._merge_from_original(rest, False)
+            self._drop_bias(self._undo, rest)
         else:
             self._undo = None
         self.adapters_changed()
@@ -570,6 +576,11 @@ class LoraLayer(AdapterModule):
         if "bias" not in undo.tensors():
             bias = backends.find(self.base_layer).read(self.base_layer, "bias")
             undo.register_buffer("bias", bias.clone(), persistent=False)
+
+    def _drop_bias(self, undo: Undo, merged: Sequence[str]) -> None:
+        """Keep no bias that no merged adapter changes: restored later, it would undo its training."""
+        if not any(self.factors(n)[2] is not None for n in merged):
+            undo._buffers.pop("bias", None)
 
     def _restore(self, undo: Undo) -> None:
         base, backend = self.base_layer, backends.find(self.base_layer)

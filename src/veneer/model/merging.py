@@ -171,6 +171,14 @@ class MergeVerbs(AdapterVerbs):
             MergeError: Naming every layer that cannot be merged. The model is then as it was.
         """
         names = self.active_adapters if adapter_names is None else as_names(adapter_names)
+        if self.peft_config and not names:
+            raise MergeError(
+                f"no adapter is active, so there is nothing to merge; the model has: "
+                f"{', '.join(self.peft_config)}. "
+                "Choose with set_adapter or adapter_names, or take the base alone by unload()"
+            )
+        if reasons := {r for m in self.index.modules() if (r := m.refuses_active(names)) is not None}:
+            raise MergeError("; ".join(sorted(reasons)))
         self._merge(names, safe_merge, untie, keep_undo=False, progressbar=progressbar)
         extra = [n for layer in self.layers().values() for n in layer.merged_adapters if n not in names]
         if extra:

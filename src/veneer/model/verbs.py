@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -16,6 +17,7 @@ from veneer.config import LoraConfig
 from veneer.errors import (
     AdapterNameError,
     ConfigError,
+    MergeError,
     TargetError,
     VeneerWarning,
 )
@@ -57,6 +59,7 @@ class AdapterVerbs(nn.Module):
                 "or "
                 "unload() first"
             )
+        AdapterSet(model).enable(True)  # layers that an earlier, deleted adapter left behind
         self.model = model
         self.training = model.training
         self.peft_config: dict[str, LoraConfig] = {}
@@ -112,6 +115,14 @@ class AdapterVerbs(nn.Module):
                 f"(bias={self.peft_config[others[0]].bias!r}); "
                 "there is one set of them, so a second adapter needs bias='none'"
             )
+        if getattr(config, "bias", "none") != "none":
+            for path, layer in self.layers().items():
+                if any(layer.lora_bias[name] for name in layer.merged_adapters):
+                    raise MergeError(
+                        f"{path} has a lora_bias merged into its bias, which bias={config.bias!r} would "
+                        "train: "
+                        "unmerge_adapter() first"
+                    )
         if adapter_name in self.peft_config:
             raise AdapterNameError(
                 f"the model has an adapter named {adapter_name!r} already; delete_adapter it first or "
@@ -159,6 +170,9 @@ class AdapterVerbs(nn.Module):
         """
         names = as_names(adapter_name if isinstance(adapter_name, str) else list(adapter_name))
         self.index.check(names, known=self.peft_config)
+        if isinstance(adapter_name, Mapping):
+            for factor in adapter_name.values():
+                _check_factor(factor)
         self.index.activate(names, inference_mode=inference_mode)
         for adapter, _, parameter in self._trained_biases():
             parameter.requires_grad_(adapter in names and not inference_mode)
@@ -176,6 +190,7 @@ class AdapterVerbs(nn.Module):
             AdapterNameError: If there is no such adapter.
         """
         self.index.check([adapter_name], known=self.peft_config)
+        _check_factor(factor)
         for module in self.index.modules():
             module.set_strength(adapter_name, factor)
 
@@ -268,3 +283,8 @@ class AdapterVerbs(nn.Module):
         """Give every base weight back, bit for bit."""
         for layer in self.layers().values():
             layer.unmerge()
+
+
+def _check_factor(factor: object) -> None:
+    if isinstance(factor, bool) or not isinstance(factor, int | float) or not math.isfinite(factor):
+        raise ConfigError(f"the strength of an adapter is a finite number, got {factor!r}")
