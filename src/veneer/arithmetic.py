@@ -6,7 +6,8 @@ a given rank by QR and a small SVD, never by the dense product.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -64,8 +65,8 @@ class Combined:
 
 def combine(
     layers: Mapping[str, LoraLayer],
-    adapters: Sequence[str],
-    weights: Sequence[float],
+    adapters: str | Sequence[str],
+    weights: float | Sequence[float],
     adapter_name: str,
     combination_type: str = "svd",
     svd_rank: int | None = None,
@@ -78,8 +79,9 @@ def combine(
 
     Args:
         layers: Low-ranked layers by path.
-        adapters: Names of the adapters, without repetition.
-        weights: One factor each; negative ones subtract.
+        adapters: Names of the adapters, without repetition; one name may stand alone.
+        weights: One factor each; negative ones subtract. Anything that is one real number will do: Python's,
+            numpy's, or a tensor without dimensions.
         adapter_name: Name of the result.
         combination_type: "linear", "cat" or "svd".
         svd_rank: Rank of the result of "svd".
@@ -90,11 +92,13 @@ def combine(
     Raises:
         CombineError: Listing everything that makes the combination impossible or wrong.
     """
-    names = as_names(list(adapters))
-    problems = _problems(layers, adapters, weights, combination_type, svd_rank)
+    adapters = [adapters] if isinstance(adapters, str) else list(adapters)
+    names = as_names(adapters)
+    numbers = [_number(w) for w in _listed(weights)]
+    problems = _problems(layers, adapters, numbers, weights, combination_type, svd_rank)
     if problems:
         raise CombineError("these adapters cannot be combined:\n" + "\n".join(f"  - {p}" for p in problems))
-    by_name = dict(zip(names, weights, strict=True))
+    by_name = {n: w for n, w in zip(names, numbers, strict=True) if w is not None}
     result, ranks, errors = [], {}, {}
     for path, layer in layers.items():
         present = [n for n in names if n in layer.held_adapters]
@@ -108,10 +112,32 @@ def combine(
     return result, CombineReport(combination_type, ranks, errors)
 
 
+def _listed(weights: object) -> list[object]:
+    """The weights one by one; a lone number stands for itself."""
+    if isinstance(weights, Iterable) and not isinstance(weights, str) and getattr(weights, "ndim", 1) > 0:
+        return list(weights)
+    return [weights]
+
+
+def _number(weight: Any) -> float | None:
+    """A weight as a float, or None for what is no finite real number (a truth value is none)."""
+    dtype = str(getattr(weight, "dtype", "")).removeprefix("torch.")
+    if dtype.startswith(("bool", "complex")) or getattr(weight, "ndim", 0) > 0:
+        return None
+    if isinstance(weight, bool | str | bytes):
+        return None
+    try:
+        number = float(weight.detach() if isinstance(weight, Tensor) else weight)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        return None
+    return number if math.isfinite(number) else None
+
+
 def _problems(
     layers: Mapping[str, LoraLayer],
     adapters: Sequence[str],
-    weights: Sequence[float],
+    numbers: Sequence[float | None],
+    weights: object,
     combination_type: str,
     svd_rank: int | None,
 ) -> list[str]:
@@ -125,13 +151,13 @@ def _problems(
         found.append("no adapter was named")
     if len(set(adapters)) != len(adapters):
         found.append("an adapter is named twice: add its weights up instead")
-    if len(weights) != len(adapters):
-        found.append(f"{len(adapters)} adapters but {len(weights)} weights")
-    if not all(isinstance(w, int | float) and abs(w) < float("inf") for w in weights):
-        found.append(f"weights must be finite numbers, got {list(weights)}")
+    if len(numbers) != len(adapters):
+        found.append(f"{len(adapters)} adapters but {len(numbers)} weights")
+    if None in numbers:
+        found.append(f"weights must be finite numbers, got {weights!r}")
     if svd_rank is not None and (not isinstance(svd_rank, int) or svd_rank < 1):
         found.append(f"svd_rank must be a positive integer, got {svd_rank!r}")
-    for name in as_names(list(adapters)):
+    for name in as_names(adapters):
         held = {path: layer for path, layer in layers.items() if name in layer.held_adapters}
         if not held:
             found.append(f"no adapter named {name!r}")

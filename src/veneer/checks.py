@@ -51,8 +51,9 @@ def check_training(
 ) -> TrainingCheck:
     """Run one forward and backward pass, and list the adapter parameters that no gradient reaches.
 
-    The model's gradients, its mode and torch's random state are put back afterwards. With a fresh
-    identity initialisation A gets zeros on the first step because B is zero: that is not reported.
+    The model's gradients, its mode, its buffers (running statistics) and the random states of the CPU and of
+    every CUDA device in use are put back afterwards. With a fresh identity initialisation A gets zeros on the
+    first step because B is zero: that is not reported.
 
     Args:
         model: A model with adapters.
@@ -74,7 +75,8 @@ def check_training(
             "load it with is_trainable=True, or call set_adapter(name)"
         )
     before = {name: p.grad for name, p in named.items()}
-    mode, random = {m: m.training for m in model.modules()}, torch.get_rng_state()
+    mode, buffers = {m: m.training for m in model.modules()}, _Buffers(model)
+    random, cuda = torch.get_rng_state(), _cuda_random_states()
     try:
         for p in named.values():
             p.grad = None
@@ -100,7 +102,36 @@ def check_training(
             p.grad = before[name]
         for module, training in mode.items():
             module.training = training
+        buffers.put_back()
         torch.set_rng_state(random)
+        if cuda:
+            torch.cuda.set_rng_state_all(cuda)
+
+
+class _Buffers:
+    """What the buffers of a model are: which tensor each name holds, and its values, copied to the CPU."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._held = [
+            (module, name, buffer, None if buffer is None else buffer.detach().to("cpu", copy=True))
+            for module in model.modules()
+            for name, buffer in module._buffers.items()
+            if buffer is None or not buffer.is_meta
+        ]
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        for module, name, buffer, kept in self._held:
+            if module._buffers.get(name) is not buffer:
+                module._buffers[name] = buffer
+            # An untouched buffer is not written: it may be expanded, or a tensor that refuses to be.
+            if buffer is not None and kept is not None and not torch.equal(buffer.cpu(), kept):
+                buffer.copy_(kept)
+
+
+def _cuda_random_states() -> list[Tensor]:
+    """Those of every device; none where CUDA has not been started, which asking would do."""
+    return torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
 
 
 def _active_parameters(model: nn.Module) -> set[int]:

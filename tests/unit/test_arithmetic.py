@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -138,6 +139,14 @@ def test_the_set_strength_counts() -> None:
         ((["a"], [1.0], "n", "ties"), "does not exist"),
         ((["a"], [1.0], "n", "svd", 0), "svd_rank"),
         (([], [], "n", "cat"), "no adapter"),
+        ((["a", "b"], [True, 1.0], "n", "cat"), "finite"),
+        ((["a", "b"], [np.bool_(True), 1.0], "n", "cat"), "finite"),
+        ((["a", "b"], torch.tensor([True, False]), "n", "cat"), "finite"),
+        ((["a", "b"], [torch.ones(1), 1.0], "n", "cat"), "finite"),
+        ((["a", "b"], [torch.tensor(float("inf")), 1.0], "n", "cat"), "finite"),
+        ((["a", "b"], [np.complex64(1), 1.0], "n", "cat"), "finite"),
+        ((["a", "b"], ["1", None], "n", "cat"), "finite"),
+        (("a", [1.0, 2.0], "n", "cat"), "1 adapters but 2 weights"),
     ],
 )
 def test_what_makes_no_sense_is_refused_and_nothing_is_added(
@@ -148,6 +157,37 @@ def test_what_makes_no_sense_is_refused_and_nothing_is_added(
         model.base_model.add_weighted_adapter(*arguments)
     assert list(model.peft_config) == ["a", "b", "c"]
     assert all("n" not in m.r for m in model.base_model.layers().values())
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [
+        [torch.tensor(0.5), torch.tensor(-2, requires_grad=False)],
+        [torch.tensor(0.5, requires_grad=True), -2],
+        [np.float32(0.5), np.int64(-2)],
+        np.array([0.5, -2.0]),
+        torch.tensor([0.5, -2.0]),
+        (0.5, -2.0),
+    ],
+)
+def test_weights_are_numbers_of_any_library(weights: Any) -> None:
+    model = made()
+    model.base_model.add_weighted_adapter(["a", "b"], weights, "n", "cat")
+    model.base_model.add_weighted_adapter(["a", "b"], [0.5, -2.0], "plain", "cat")
+    expected = deltas(model, "plain")
+    assert all(torch.equal(delta, expected[path]) for path, delta in deltas(model, "n").items())
+
+
+def test_one_name_may_stand_alone() -> None:
+    model = get_peft_model(Net(), LoraConfig(r=4, lora_alpha=7, target_modules=PLAIN))
+    train(model, "default", 0)
+    model.base_model.add_weighted_adapter("default", [0.5], "less", "cat")
+    model.base_model.add_weighted_adapter("default", 0.5, "again", "cat")
+    for path, delta in deltas(model, "default").items():
+        assert_close(deltas(model, "less")[path], 0.5 * delta)
+        assert torch.equal(deltas(model, "again")[path], deltas(model, "less")[path])
+    with pytest.raises(AdapterNameError, match="'nobody'"):
+        model.base_model.add_weighted_adapter("nobody", [0.5], "n", "cat")
 
 
 def test_all_faults_come_at_once() -> None:

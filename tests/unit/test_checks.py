@@ -83,3 +83,45 @@ def test_batches_and_losses_of_every_form() -> None:
     for batch in (x, (x,), {"x": x}):
         assert check_training(model, batch).ok
     assert check_training(model, x, lambda m, b: m(b).sum()).ok
+
+
+class Normed(Net):
+    """With running statistics, a buffer that forward replaces, and one that is empty."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(8)
+        self.register_buffer("seen", torch.zeros(1))
+        self.register_buffer("none", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (T, 6) -> (T, 3)."""
+        self.seen = self.seen + len(x)
+        return self.second(self.norm(self.first(x)))  # type: ignore[no-any-return]
+
+
+def test_buffers_are_as_before() -> None:
+    model = get_peft_model(Normed(), LoraConfig(r=2, lora_alpha=6, target_modules=["first"])).train()
+    model(torch.randn(4, 6))
+    held = dict(model.named_buffers())
+    values = {name: b.clone() for name, b in held.items()}
+    assert len(held) == 4
+    check_training(model, torch.randn(4, 6))
+    for name, buffer in model.named_buffers():
+        assert buffer is held[name], name
+        assert torch.equal(buffer, values[name]), name
+    with pytest.raises(TrainingError, match="nan"):
+        check_training(model, torch.full((4, 6), float("nan")))
+    assert all(torch.equal(b, values[name]) for name, b in model.named_buffers())
+
+
+def test_random_states_of_cuda_are_put_back_where_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    states, calls = [torch.zeros(16, dtype=torch.uint8)], []
+    monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: states)
+    monkeypatch.setattr(torch.cuda, "set_rng_state_all", calls.append)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    check_training(adapted("first"), torch.randn(4, 6))
+    assert calls == []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    check_training(adapted("first"), torch.randn(4, 6))
+    assert len(calls) == 1 and calls[0] is states

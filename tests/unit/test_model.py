@@ -20,6 +20,7 @@ from veneer import (
     ConfigError,
     LoraConfig,
     PeftModel,
+    PeftType,
     VeneerWarning,
     get_peft_model,
     get_peft_model_state_dict,
@@ -394,3 +395,14 @@ def test_whole_modules_of_a_spread_model_are_trained_and_saved(
     assert_close(PeftModel.from_pretrained(net(), tmp_path / "adapter")(X), expected)
     again = PeftModel.from_pretrained(spread(net(), tmp_path / "other"), tmp_path / "adapter")
     assert_close(again(X), expected)
+
+
+def test_the_method_of_a_model_is_told_whatever_is_active() -> None:
+    model = get_peft_model(net(), config())
+    assert model.peft_type == PeftType.LORA
+    model.add_adapter("other", config())
+    with pytest.warns(VeneerWarning, match="was the active one"):
+        model.delete_adapter("default")
+    assert not model.active_adapters
+    assert hasattr(model, "peft_type") and model.peft_type == PeftType.LORA
+    assert PeftModel(net()).peft_type is None

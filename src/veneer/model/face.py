@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from veneer.config import PeftConfig, TaskType
+from veneer.config import PeftConfig, PeftType, TaskType
 from veneer.errors import (
     VeneerError,
     VeneerWarning,
@@ -78,9 +78,9 @@ class PeftModel(Persistence):
     # -- the field's attributes ------------------------------------------------------------------------
 
     @property
-    def peft_type(self) -> Any:
-        """The method of the active adapter."""
-        return self.active_peft_config.peft_type
+    def peft_type(self) -> PeftType | None:
+        """The method of the adapters, active or not: LoRA; None in a model without adapters."""
+        return PeftType.LORA if self.peft_config else None
 
     @property
     def active_adapters(self) -> list[str]:

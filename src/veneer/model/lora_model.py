@@ -32,8 +32,8 @@ class LoraModel(MergeVerbs):
 
     def add_weighted_adapter(
         self,
-        adapters: Sequence[str],
-        weights: Sequence[float],
+        adapters: str | Sequence[str],
+        weights: float | Sequence[float],
         adapter_name: str,
         combination_type: str = "svd",
         svd_rank: int | None = None,
@@ -54,7 +54,8 @@ class LoraModel(MergeVerbs):
         check_adapter_name(adapter_name)
         if adapter_name in self.peft_config:
             raise AdapterNameError(f"an adapter named {adapter_name!r} exists already")
-        names = as_names(list(adapters))
+        adapters = [adapters] if isinstance(adapters, str) else list(adapters)
+        names = as_names(adapters)
         self.index.check(names, known=self.peft_config)
         self._check_combination(names, svd_clamp, density)
         results, report = arithmetic.combine(

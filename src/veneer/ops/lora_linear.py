@@ -9,6 +9,9 @@ Backward, with ``g = s G B`` computed once for both uses::
 
     dB = (hᵀ G)ᵀ        dA = gᵀ X        dX = G W        dX += g A       in place
 
+Where the gradient is to be differentiated again (``create_graph=True``) the same is said out of place, with
+h made anew from X and A, which autograd then follows.
+
 What is kept for it is X, which the base's neighbours share, the r-wide h, and the positions that dropout
 drew.
 
@@ -24,7 +27,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from veneer.ops.dropout import check_probability, draw, wants_plain_torch, zero_dropped_
 
@@ -86,7 +88,8 @@ def lora_linear(
     on a 16-bit base): they are cast, x never is. Any subset of the tensors may require grad. Under
     `torch.compile`, `torch.func` transforms and forward-mode differentiation, for tensor subclasses and for
     p = 1 it is `lora_linear_reference`. Under autocast its inputs are cast as `F.linear` would cast them.
-    Differentiable once: a second derivative raises.
+    Derivatives of any order are right, dropout included; with a frozen A beside a trained B the input is not
+    kept, and ``create_graph=True`` raises.
 
     Args:
         x: ``(..., in)``, any strides, 1-D and empty batches too.
@@ -103,7 +106,8 @@ def lora_linear(
 
     Raises:
         ValueError: p is not a probability.
-        RuntimeError: shapes or dtypes of x, weight and bias do not fit, as in `F.linear`.
+        RuntimeError: shapes or dtypes of x, weight and bias do not fit, as in `F.linear`. In a backward with
+            ``create_graph=True``: A is frozen, B and x require grad, and x was not kept.
     """
     if p == 1.0 or wants_plain_torch(x, weight, A, B):
         return lora_linear_reference(x, weight, bias, A, B, B_bias, scaling, p)
@@ -278,7 +282,7 @@ class _LoraLinear(torch.autograd.Function):
         ctx.save_for_backward(
             x if need_w or need_a else None,
             weight if need_x else None,
-            A if need_x else None,
+            A if need_x or (need_a and need_b) else None,
             B if need_x or need_a else None,
             h if need_b else None,
             drop if need_x or need_a else None,
@@ -287,7 +291,6 @@ class _LoraLinear(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         with _as_in_forward(grad.device.type):
             return _LoraLinear._gradients(ctx, grad)
@@ -299,7 +302,13 @@ class _LoraLinear(torch.autograd.Function):
         G = _rows(grad)
         dx = (G @ weight) if need_x else None
         dw = (G.t() @ _rows(x)) if need_w else None
-        dA, dB = _branch_gradients(G, x, A, B, h, drop, ctx.scale, dx, need_a, need_b)
+        if torch.is_grad_enabled():
+            more, dA, dB = _differentiable_gradients(
+                G, x, A, B, h, drop, ctx.scale, ctx.shape[-1], need_x, need_a, need_b
+            )
+            dx = None if dx is None or more is None else dx + more
+        else:
+            dA, dB = _branch_gradients(G, x, A, B, h, drop, ctx.scale, dx, need_a, need_b)
         summed = G.sum(0) if need_bias or need_bb else None
         return (
             None if dx is None else dx.view(ctx.shape),
@@ -339,6 +348,51 @@ def _branch_gradients(
     if dx is not None and A is not None:
         _add_to_kept_(dx, g, A, drop)
     return dA, dB
+
+
+def _differentiable_gradients(
+    G: Tensor,
+    x: Tensor | None,
+    A: Tensor | None,
+    B: Tensor | None,
+    h: Tensor | None,
+    drop: Tensor | None,
+    scale: float,
+    width: int,
+    need_x: bool,
+    need_a: bool,
+    need_b: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The branch's ``dX``, ``dA`` and ``dB`` as a graph over G, x, A and B, for ``create_graph=True``."""
+    dropped = None if drop is None else _dropped_mask(drop, G.shape[0], width)
+
+    def kept(rows: Tensor) -> Tensor:
+        return rows if dropped is None else rows.masked_fill(dropped, 0.0)
+
+    dx = dA = dB = None
+    if B is not None:
+        g = G @ B * scale
+        dx = kept(g @ A) if need_x and A is not None else None
+        dA = g.t() @ kept(_rows(x)) if need_a and x is not None else None
+    if h is not None and not need_x and not need_a:
+        dB = G.t() @ h  # h depends on nothing that is differentiated
+    elif need_b:
+        if x is None or A is None:
+            raise RuntimeError(
+                "create_graph=True: a LoRA layer whose B trains beside a frozen A does not keep its input, "
+                "so the gradient of B cannot be differentiated again. Let A require a gradient too, or use "
+                "torch.func (grad, hessian, jacrev), which runs the layer in plain torch"
+            )
+        dB = G.t() @ (kept(_rows(x)) @ A.t() * scale)
+    return dx, dA, dB
+
+
+def _dropped_mask(drop: Tensor, rows: int, width: int) -> Tensor:
+    """``(T, in)``, True where x was dropped, from either form of a draw."""
+    if drop.dtype == torch.bool:
+        return ~drop.view(rows, width)
+    mask = torch.zeros(rows * width, dtype=torch.bool, device=drop.device)
+    return mask.index_fill_(0, drop.long(), True).view(rows, width)
 
 
 def _add_to_kept_(dx: Tensor, g: Tensor, A: Tensor, drop: Tensor | None) -> None:
@@ -384,7 +438,7 @@ class _AddLora(torch.autograd.Function):
         _, need_x, need_a, need_b = ctx.needs_input_grad[:4]
         ctx.save_for_backward(
             x if need_a else None,
-            A if need_x else None,
+            A if need_x or (need_a and need_b) else None,
             B if need_x or need_a else None,
             h if need_b else None,
             drop if need_x or need_a else None,
@@ -393,7 +447,6 @@ class _AddLora(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         with _as_in_forward(grad.device.type):
             return _AddLora._gradients(ctx, grad)
@@ -403,12 +456,15 @@ class _AddLora(torch.autograd.Function):
         x, A, B, h, drop = ctx.saved_tensors
         need_y, need_x, need_a, need_b, need_bb = ctx.needs_input_grad[:5]
         G = _rows(grad.to(ctx.dtype))
-        dA, dB = _branch_gradients(G, x, A, B, h, drop, ctx.scale, None, need_a, need_b)
-        dx = None
-        if need_x:
-            dx = G @ B.mul(ctx.scale) @ A
-            if drop is not None:
+        if torch.is_grad_enabled():
+            dx, dA, dB = _differentiable_gradients(
+                G, x, A, B, h, drop, ctx.scale, ctx.shape[-1], need_x, need_a, need_b
+            )
+        else:
+            dA, dB = _branch_gradients(G, x, A, B, h, drop, ctx.scale, None, need_a, need_b)
+            dx = G @ B.mul(ctx.scale) @ A if need_x else None
+            if dx is not None and drop is not None:
                 zero_dropped_(dx, drop)
-            dx = dx.view(ctx.shape)
+        dx = None if dx is None else dx.view(ctx.shape)
         summed = G.sum(0) * ctx.scaling if need_bb else None
         return grad if need_y else None, dx, dA, dB, summed, None, None, None

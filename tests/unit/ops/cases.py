@@ -56,6 +56,17 @@ def gradients(y: Tensor, given: dict[str, Tensor | None], seed: int = 1) -> dict
     return dict(zip(wanted, torch.autograd.grad(y, list(wanted.values()), noise), strict=True))
 
 
+def second_derivatives(y: Tensor, given: dict[str, Tensor | None]) -> dict[str, Tensor]:
+    """Gradients of a cubic in the gradients of a cubic in y; zeros for what it does not depend on."""
+    wanted = {name: t for name, t in given.items() if t is not None and t.requires_grad}
+    first = torch.autograd.grad(y.pow(3).sum(), list(wanted.values()), create_graph=True)
+    second = torch.autograd.grad(
+        sum(grad.pow(3).sum() for grad in first), list(wanted.values()), allow_unused=True
+    )
+    found = zip(wanted.items(), second, strict=True)
+    return {name: torch.zeros_like(t) if grad is None else grad for (name, t), grad in found}
+
+
 def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor], dtype: torch.dtype) -> None:
     """Equal names, and values equal within the dtype's tolerance, in units of the expected's own size."""
     assert actual.keys() == expected.keys()

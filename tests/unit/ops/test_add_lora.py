@@ -10,7 +10,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tests.tolerances import assert_close
-from tests.unit.ops.cases import SCALING, assert_same, exact, gradients, keep_mask, tensors
+from tests.unit.ops.cases import (
+    SCALING,
+    assert_same,
+    exact,
+    gradients,
+    keep_mask,
+    second_derivatives,
+    tensors,
+)
 from veneer.ops.dropout import draw
 from veneer.ops.lora_linear import add_lora_, lora_linear_reference
 
@@ -188,3 +196,25 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
     with pytest.raises(RuntimeError):
         add_lora_(y, given["x"], given["A"], given["B"], None, 1.0, 0.0, inplace=True)  # type: ignore[arg-type]
     assert not y.any()
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize(("shape", "p"), [((24,), 0.0), ((7, 24), 0.0), ((2, 3, 24), 0.3), ((80, 64), 0.1)])
+def test_second_derivatives_equal_the_twin(shape: tuple[int, ...], p: float, inplace: bool) -> None:
+    given = tensors(shape, dtype=torch.float64)
+    torch.manual_seed(5)
+    mask = keep_mask(given["x"], draw(given["x"], p)) if p else None
+    torch.manual_seed(5)
+    found = second_derivatives(added(given, p, inplace=inplace), given)
+    assert_same(found, second_derivatives(twin(given, p, mask), given), torch.float64)
+
+
+def test_second_derivatives_with_a_frozen_a_are_refused_not_wrong() -> None:
+    given = tensors(dtype=torch.float64)
+    given["A"].requires_grad_(False)
+    with pytest.raises(RuntimeError, match="frozen A"):
+        second_derivatives(added(given), given)
+    given["x"].requires_grad_(False)
+    assert_same(
+        second_derivatives(added(given), given), second_derivatives(twin(given), given), torch.float64
+    )

@@ -13,7 +13,16 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from tests.tolerances import assert_close
-from tests.unit.ops.cases import NAMES, SCALING, assert_same, exact, gradients, keep_mask, tensors
+from tests.unit.ops.cases import (
+    NAMES,
+    SCALING,
+    assert_same,
+    exact,
+    gradients,
+    keep_mask,
+    second_derivatives,
+    tensors,
+)
 from veneer.ops.dropout import draw
 from veneer.ops.lora_linear import FEW_ROWS, add_lora_, lora_linear, lora_linear_reference
 
@@ -254,11 +263,70 @@ def test_nothing_is_saved_without_gradients() -> None:
     assert fused(given).grad_fn is None
 
 
-def test_a_second_derivative_is_refused() -> None:
-    given = tensors()
-    (grad,) = torch.autograd.grad(fused(given).square().sum(), [given["A"]], create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
+@pytest.mark.parametrize(("shape", "p"), [((24,), 0.0), ((7, 24), 0.0), ((2, 3, 24), 0.3), ((80, 64), 0.1)])
+def test_second_derivatives_equal_the_twin(shape: tuple[int, ...], p: float) -> None:
+    given = tensors(shape, dtype=torch.float64)
+    torch.manual_seed(5)
+    mask = keep_mask(given["x"], draw(given["x"], p)) if p else None  # type: ignore[arg-type]
+    torch.manual_seed(5)
+    assert_same(
+        second_derivatives(fused(given, p), given),
+        second_derivatives(twin(given, p, mask), given),
+        torch.float64,
+    )
+
+
+def test_second_derivatives_for_every_subset_of_gradients() -> None:
+    for chosen in itertools.product([False, True], repeat=len(NAMES)):
+        given = tensors(dtype=torch.float64)
+        for name, wanted in zip(NAMES, chosen, strict=True):
+            given[name].requires_grad_(wanted)  # type: ignore[union-attr]
+        need_x, need_w, _, need_a, need_b, _ = chosen
+        if (
+            need_b and need_x and not need_a and not need_w
+        ):  # the one subset for which x would be kept only for this
+            with pytest.raises(RuntimeError, match="frozen A"):
+                second_derivatives(fused(given), given)
+        elif any(chosen):
+            assert_same(
+                second_derivatives(fused(given), given),
+                second_derivatives(twin(given), given),
+                torch.float64,
+            )
+
+
+def test_the_hessian_of_an_adapted_layer() -> None:
+    given = tensors((2, 5), out=4, r=3, dtype=torch.float64)
+
+    def hessian(step: Callable[..., Tensor], vectorize: bool = False) -> Tensor:
+        def of_x(x: Tensor) -> Tensor:
+            return step({**given, "x": x}).pow(3).sum()
+
+        found: Tensor = torch.autograd.functional.hessian(of_x, given["x"], vectorize=vectorize)
+        return found
+
+    expected = hessian(twin)
+    assert expected.any()
+    assert_close(hessian(fused), expected)
+    assert_close(hessian(fused, vectorize=True), expected)
+
+
+def test_gradients_of_any_order_are_those_of_differences() -> None:
+    given = tensors((2, 5), out=3, r=2, dtype=torch.float64)
+    inputs = tuple(given[name] for name in NAMES)
+    assert torch.autograd.gradcheck(lambda *t: lora_linear(*t, SCALING, 0.0), inputs)
+    assert torch.autograd.gradgradcheck(lambda *t: lora_linear(*t, SCALING, 0.0), inputs)
+
+
+def test_first_derivatives_are_the_same_with_create_graph() -> None:
+    for dtype in DTYPES:
+        given = tensors((80, 64), dtype=dtype, factor_dtype=torch.float32)
+        y = fused(given, 0.1)
+        wanted = [given[name] for name in NAMES]
+        noise = torch.randn(y.shape).to(dtype)
+        plain = torch.autograd.grad(y, wanted, noise, retain_graph=True)  # type: ignore[arg-type]
+        graph = torch.autograd.grad(y, wanted, noise, create_graph=True)  # type: ignore[arg-type]
+        assert_same(dict(zip(NAMES, graph, strict=True)), dict(zip(NAMES, plain, strict=True)), dtype)
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # torch's own jvp
