@@ -6,11 +6,27 @@ when one is used and not before.
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import os
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+from veneer.errors import UnknownOptionError
+
+#: Keywords that say how to fetch from the hub, or that libraries pass along; a local path needs none of them.
+HUB_OPTIONS = frozenset(
+    """
+    revision token use_auth_token cache_dir local_files_only force_download resume_download proxies subfolder
+    user_agent repo_type library_name library_version headers etag_timeout endpoint local_dir
+    local_dir_use_symlinks force_filename legacy_cache_layout tqdm_class dry_run
+    trust_remote_code adapter_kwargs _commit_hash _from_auto _from_pipeline
+    _raise_exceptions_for_missing_entries
+    _raise_exceptions_for_gated_repo _raise_exceptions_for_connection_errors
+    """.split()
+)
 
 
 def hub() -> ModuleType:
@@ -26,6 +42,31 @@ def is_local(where: str | os.PathLike[str]) -> bool:
     return text.startswith((".", "/", "~")) or "\\" in text or text.count("/") > 1 or not text
 
 
+def refuse_unknown(
+    call: str, given: Iterable[str], accepted: Collection[str], near: Iterable[str] = ()
+) -> None:
+    """Refuse keywords that a call does not have, rather than let a misspelt one do nothing.
+
+    Args:
+        call: Name of what was called.
+        given: Names of the keywords that no parameter took.
+        accepted: Those that are accepted all the same.
+        near: Names of the parameters, which may have been meant.
+
+    Raises:
+        UnknownOptionError: Naming each unknown keyword, with the known one that is most like it.
+    """
+    known = sorted({*accepted, *near})
+    problems = []
+    for name in given:
+        if name in accepted:
+            continue
+        likely = difflib.get_close_matches(name, known, n=1)
+        problems.append(repr(name) + (f" (did you mean {likely[0]!r}?)" if likely else ""))
+    if problems:
+        raise UnknownOptionError(f"{call} has no option {', '.join(problems)}")
+
+
 def adapter_directory(
     where: str | os.PathLike[str], subfolder: str | None = None, **hub_options: Any
 ) -> Path:
@@ -35,7 +76,11 @@ def adapter_directory(
         where: A path, which never touches the network, or a repository id.
         subfolder: Where in it the adapter lies.
         **hub_options: ``revision``, ``token``, ``cache_dir``, ``local_files_only`` and the like.
+
+    Raises:
+        UnknownOptionError: For keywords that neither the hub nor its users have.
     """
+    refuse_unknown("loading an adapter", hub_options, HUB_OPTIONS)
     if is_local(where):
         path = Path(where).expanduser()
         return path / subfolder if subfolder else path

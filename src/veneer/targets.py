@@ -436,6 +436,30 @@ def shortest_names(targets: Iterable[str], others: Iterable[str]) -> list[str]:
     return sorted(names)
 
 
+def portable_targets(targets: Iterable[str], others: Iterable[str]) -> set[str] | str:
+    """Target modules for a file: names, or one expression where names would match other modules too.
+
+    A target whose whole path is the end of another module's (``fc`` beside ``sub.fc``) has no name of its
+    own, and readers that take expressions in a list for names understand an expression only by itself.
+
+    Args:
+        targets: Paths of the adapted modules.
+        others: Paths of all other modules.
+
+    Returns:
+        The set of `shortest_names`, or an expression that matches the whole path of each target and no other.
+    """
+    paths, others = list(targets), set(others)
+    names = set(shortest_names(paths, others))
+    covered = {end for path in others for end in _path_ends(path)}
+    exact = sorted(names & covered)
+    if not exact:
+        return names
+    free = "|".join(re.escape(name) for name in sorted(names - covered))
+    parts = [rf"(?:.*\.)?(?:{free})"] if free else []
+    return f"^(?:{'|'.join([*parts, *map(re.escape, exact)])})$"
+
+
 def _path_ends(path: str) -> list[str]:
     """A path and its ends after each dot, the longest first."""
     ends = [path]

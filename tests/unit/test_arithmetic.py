@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import peft
 import pytest
 import torch
 from torch import Tensor, nn
@@ -218,3 +219,59 @@ def test_the_result_saves_and_loads(tmp_path: Any) -> None:
     loaded = PeftModel.from_pretrained(again, tmp_path / "sum", "sum")
     for path, delta in deltas(loaded, "sum").items():
         assert torch.equal(delta, deltas(model, "sum")[path]), path
+
+
+def test_a_result_with_and_without_biases_saves_and_loads(tmp_path: Any) -> None:
+    base = Net()
+    state = {k: v.clone() for k, v in base.state_dict().items()}
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["linear"], lora_bias=True), "a")
+    model.add_adapter("b", LoraConfig(r=2, target_modules=["conv1d", "conv", "grouped"]))
+    train(model, "a", 0)
+    train(model, "b", 1)
+    with torch.no_grad():
+        model.base_model.layers()["linear"].factors("a")[2].add_(1.0)
+    model.base_model.add_weighted_adapter(["a", "b"], [2.0, 0.5], "sum", "cat")
+    model.save_pretrained(tmp_path, selected_adapters=["sum"])
+    again = Net()
+    again.load_state_dict(state)
+    loaded = PeftModel.from_pretrained(again, tmp_path / "sum", "sum").base_model.layers()
+    assert set(loaded) == {"linear", "conv1d", "conv", "grouped"}
+    for path, layer in model.base_model.layers().items():
+        for ours, theirs in zip(layer.factors("sum"), loaded[path].factors("sum"), strict=True):
+            assert torch.equal(ours, theirs), path
+    summed = loaded["linear"].factors("sum")[2]
+    original = model.base_model.layers()["linear"]
+    assert_close(summed, 2.0 * original.scaling["a"] * original.factors("a")[2])
+    assert all(not loaded[path].factors("sum")[2].any() for path in ("conv1d", "conv", "grouped"))
+
+
+def test_a_bias_and_an_embedding_cannot_be_combined() -> None:
+    model = get_peft_model(Net(), LoraConfig(r=2, target_modules=["linear"], lora_bias=True), "a")
+    model.add_adapter("b", LoraConfig(r=2, target_modules=["embed"]))
+    with pytest.raises(CombineError, match="embed: lora_bias has no meaning for an embedding"):
+        model.base_model.add_weighted_adapter(["a", "b"], [1.0, 1.0], "sum", "cat")
+    assert "sum" not in model.peft_config
+    assert all("sum" not in layer.held_adapters for layer in model.base_model.layers().values())
+
+
+class Nested(nn.Module):
+    """A layer whose path is the end of another's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.fc = nn.Linear(4, 4)
+            self.sub = nn.ModuleDict({"fc": nn.Linear(4, 4)})
+
+
+def test_a_result_on_a_layer_whose_path_ends_anothers_saves_and_loads(tmp_path: Any) -> None:
+    model = get_peft_model(Nested(), LoraConfig(r=2, target_modules="^fc$"), "a")
+    train(model, "a", 0)
+    model.base_model.add_weighted_adapter(["a"], [0.5], "less", "cat")
+    model.save_pretrained(tmp_path, selected_adapters=["less"])
+    for reader in (PeftModel, peft.PeftModel):
+        loaded = reader.from_pretrained(Nested(), tmp_path / "less", "less")
+        held = {p for p, m in loaded.base_model.model.named_modules() if "less" in getattr(m, "r", ())}
+        assert held == {"fc"}
+        assert_close(loaded.base_model.model.fc.get_delta_weight("less"), deltas(model, "less")["fc"])

@@ -26,7 +26,7 @@ from veneer import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
-from veneer.errors import AdapterNameError, MergeError, VeneerError
+from veneer.errors import AdapterNameError, CheckpointError, MergeError, UnknownOptionError, VeneerError
 
 
 class Net(nn.Module):
@@ -395,6 +395,84 @@ def test_whole_modules_of_a_spread_model_are_trained_and_saved(
     assert_close(PeftModel.from_pretrained(net(), tmp_path / "adapter")(X), expected)
     again = PeftModel.from_pretrained(spread(net(), tmp_path / "other"), tmp_path / "adapter")
     assert_close(again(X), expected)
+
+
+def test_misspelt_keywords_of_loading_and_saving_are_named(tmp_path: Path) -> None:
+    model = get_peft_model(net(), config())
+    model.save_pretrained(tmp_path)
+    with pytest.raises(UnknownOptionError, match=r"'is_trainble' .did you mean 'is_trainable'"):
+        PeftModel.from_pretrained(net(), tmp_path, is_trainble=True)
+    with pytest.raises(UnknownOptionError, match=r"'check_bse' .did you mean 'check_base'"):
+        model.load_adapter(tmp_path, "other", check_bse=False)
+    with pytest.raises(UnknownOptionError, match=r"'safe_serialisation' .did you mean 'safe_serialization'"):
+        model.save_pretrained(tmp_path / "new", safe_serialisation=False)
+    assert not (tmp_path / "new").exists() and list(model.peft_config) == ["default"]
+
+
+def test_keywords_that_trainers_and_hubs_pass_are_accepted(tmp_path: Path) -> None:
+    model = get_peft_model(net(), config())
+    model.save_pretrained(
+        tmp_path / "a",
+        state_dict=None,
+        save_function=torch.save,
+        max_shard_size="5GB",
+        token=None,
+        variant=None,
+    )
+    fetched = {
+        "revision": "main",
+        "token": None,
+        "cache_dir": None,
+        "local_files_only": True,
+        "subfolder": "a",
+    }
+    again = PeftModel.from_pretrained(net(), tmp_path, device_map="auto", torch_device="cpu", **fetched)
+    again.load_adapter(tmp_path, "other", max_memory=None, offload_folder=None, _commit_hash=None, **fetched)
+    assert list(again.peft_config) == ["default", "other"]
+    with pytest.warns(VeneerWarning, match=r"uploads nothing: call push_to_hub"):
+        model.save_pretrained(tmp_path / "b", push_to_hub=True)
+
+
+def test_save_embedding_layers_has_three_values(tmp_path: Path) -> None:
+    model = get_peft_model(net(), config())
+    for value in ("bogus", None, 2):
+        with pytest.raises(ConfigError, match=r"save_embedding_layers must be True, False or 'auto', got"):
+            model.save_pretrained(tmp_path / "new", save_embedding_layers=value)  # type: ignore[arg-type]
+        with pytest.raises(ConfigError, match="save_embedding_layers"):
+            get_peft_model_state_dict(model, save_embedding_layers=value)  # type: ignore[arg-type]
+    assert not (tmp_path / "new").exists()
+
+
+def test_what_is_no_configuration_is_refused_by_name(tmp_path: Path) -> None:
+    model: Any = get_peft_model(net(), config())
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="config: a LoraConfig is needed, got dict"):
+        PeftModel.from_pretrained(net(), tmp_path, config={"r": 2})  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="config: a LoraConfig is needed, got dict"):
+        model.load_adapter(tmp_path, "other", config={"r": 2})
+    with pytest.raises(ConfigError, match="add_adapter needs a LoraConfig, got NoneType"):
+        model.add_adapter("other", None)
+    with pytest.raises(CheckpointError, match="mapping of names to tensors is needed, got NoneType"):
+        set_peft_model_state_dict(model, None)  # type: ignore[arg-type]
+    assert list(model.peft_config) == ["default"]
+
+
+@pytest.mark.parametrize(
+    ("mapping", "message"),
+    [
+        ({"(": "x"}, r"'\(' is not a valid regular expression"),
+        ({"first": r"\9"}, "is not a valid replacement for 'first'"),
+        ({"first": r"\g<no>"}, "is not a valid replacement for 'first'"),
+        ({"first": 3}, "3 is not a valid replacement"),
+        ([("a", "b")], "a mapping of regular expressions .* got list"),
+    ],
+)
+def test_an_impossible_renaming_is_refused(mapping: Any, message: str, tmp_path: Path) -> None:
+    model = get_peft_model(net(), config())
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=message):
+        model.load_adapter(tmp_path, "other", key_mapping=mapping)
+    assert list(model.peft_config) == ["default"]
 
 
 def test_the_method_of_a_model_is_told_whatever_is_active() -> None:

@@ -19,6 +19,7 @@ from veneer.targets import (
     layer_index,
     matches,
     plan,
+    portable_targets,
     shortest_names,
 )
 
@@ -441,6 +442,29 @@ def test_shortest_names_match_the_targets_and_nothing_else() -> None:
 
 def test_shortest_names_of_a_target_at_the_end_of_another_module() -> None:
     assert shortest_names(["lin"], ["a.lin"]) == ["lin"]
+
+
+@pytest.mark.parametrize(
+    ("targets", "others"),
+    [
+        (["lin"], ["a", "a.lin"]),
+        (["lin", "b.up", "c.up"], ["a", "b", "c", "a.lin"]),
+        (["a.lin", "x-y", "b.up"], ["z", "z.a", "z.a.lin", "aXlin", "z.x-y", "b", "lin"]),
+        (["fc", "sub.fc"], ["sub"]),
+    ],
+)
+def test_portable_targets_match_the_targets_and_nothing_else(targets: list[str], others: list[str]) -> None:
+    written = portable_targets(targets, others)
+    paths = [*targets, *others]
+    if isinstance(written, str):
+        assert [p for p in paths if re.fullmatch(written, p)] == targets  # as the field reads a lone string
+        assert [p for p in paths if matches(written, p)] == targets
+    else:
+        assert [p for p in paths if any(matches(name, p) for name in written)] == targets
+
+
+def test_portable_targets_are_names_where_names_can_tell() -> None:
+    assert portable_targets(["a.up", "b.up"], ["a", "b", "a.down"]) == {"up"}
 
 
 def test_five_hundred_modules_take_ten_milliseconds() -> None:

@@ -12,6 +12,7 @@ from torch import nn
 
 from veneer.config import PeftConfig, PeftType, TaskType
 from veneer.errors import (
+    ConfigError,
     VeneerError,
     VeneerWarning,
 )
@@ -148,6 +149,8 @@ class PeftModel(Persistence):
         Raises:
             ConfigError, TargetError, AdapterNameError: The model is then as it was.
         """
+        if not isinstance(peft_config, PeftConfig):
+            raise ConfigError(f"add_adapter needs a LoraConfig, got {type(peft_config).__name__}")
         config = copy.deepcopy(peft_config)
         if not config.base_model_name_or_path:
             config.base_model_name_or_path = name_of(self.get_base_model())

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
-from veneer import arithmetic
+from veneer import arithmetic, targets
 from veneer.adapters import as_names, check_adapter_name
-from veneer.arithmetic import CombineReport
+from veneer.arithmetic import Combined, CombineReport
 from veneer.errors import (
     AdapterNameError,
     CombineError,
 )
+from veneer.inject.places import sites
 from veneer.layers.modules_to_save import ModulesToSaveWrapper
 from veneer.model.merging import MergeVerbs
 
@@ -61,6 +63,7 @@ class LoraModel(MergeVerbs):
         results, report = arithmetic.combine(
             self.layers(), adapters, weights, adapter_name, combination_type, svd_rank
         )
+        results = _alike_in_bias(results)
         config = copy.deepcopy(self.peft_config[names[0]])
         ranks = list(report.ranks.values())
         config.r = max(set(ranks), key=ranks.count)
@@ -69,7 +72,9 @@ class LoraModel(MergeVerbs):
         config.alpha_pattern = dict(config.rank_pattern)
         config.use_rslora, config.lora_dropout, config.init_lora_weights = False, 0.0, True
         config.lora_bias = any(c.spec.lora_bias for c in results)
-        config.target_modules = set(report.ranks)
+        config.target_modules = targets.portable_targets(
+            report.ranks, set(sites(self.model)) - set(report.ranks)
+        )
         config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
         for combined in results:
             combined.layer.add_adapter(combined.spec, combined.start)
@@ -116,3 +121,24 @@ class LoraModel(MergeVerbs):
             if name == "model" or "model" not in self.__dict__.get("_modules", {}):
                 raise
             return getattr(self.model, name)
+
+
+def _alike_in_bias(results: Sequence[Combined]) -> list[Combined]:
+    """Give every result a bias, zero where it has none, if any has one: a configuration says it for all.
+
+    Raises:
+        CombineError: If a layer that cannot have one, such as an embedding, is among them.
+    """
+    if not any(c.spec.lora_bias for c in results):
+        return list(results)
+    filled, problems = [], []
+    for combined in results:
+        spec, start = replace(combined.spec, lora_bias=True), combined.start
+        if reason := combined.layer.refuses(combined.layer.original_base(), spec):
+            problems.append(f"{spec.path}: {reason}, and another of the layers has a lora_bias")
+        elif start.bias is None:
+            start = replace(start, bias=start.b.new_zeros(start.b.shape[0]))
+        filled.append(replace(combined, spec=spec, start=start))
+    if problems:
+        raise CombineError("these adapters cannot be combined:\n" + "\n".join(f"  - {p}" for p in problems))
+    return filled

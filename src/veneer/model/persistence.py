@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import os
 import re
@@ -25,10 +26,11 @@ from veneer.checkpoint import (
     write_adapter,
 )
 from veneer.config import LoraConfig, PeftConfig, TaskType
-from veneer.doors import adapter_directory, hub
+from veneer.doors import HUB_OPTIONS, adapter_directory, hub, refuse_unknown
 from veneer.errors import (
     AdapterNameError,
     CheckpointError,
+    ConfigError,
     LoadMismatchError,
     MergeError,
     VeneerWarning,
@@ -38,6 +40,22 @@ from veneer.spec import resolve
 
 if TYPE_CHECKING:
     from veneer.model.face import PeftModel
+
+#: Keywords that callers of the field's API pass along when they load: places for a base that is spread over
+#: devices, which its own hooks decide here, and a leniency whose place is taken by ``strict``.
+_LOADING = HUB_OPTIONS | frozenset(
+    """
+    torch_device device_map max_memory offload_folder offload_dir offload_index use_safetensors
+    ignore_mismatched_sizes
+    """.split()
+)
+#: Keywords that savers of whole models take, and that trainers pass along.
+_SAVING = HUB_OPTIONS | frozenset(
+    """
+    state_dict save_function max_shard_size push_to_hub variant save_peft_format save_original_format
+    repo_id repo_name commit_message commit_description private create_pr save_config distributed_checkpoint
+    """.split()
+)
 
 
 class Persistence(nn.Module):
@@ -96,11 +114,23 @@ class Persistence(nn.Module):
             is_main_process: False writes nothing (other ranks of a group).
             path_initial_model_for_weight_conversion: Leave it None: it belongs to initialisations that change
                 the base, which here keep it exact.
-            **kwargs: ``state_dict``: take the values from this full state dict.
+            **kwargs: ``state_dict``: take the values from this full state dict. Others
+                that trainers pass along to any model (``save_function``, ``max_shard_size``, ``token`` and
+                the like) are without meaning for an adapter.
 
         Raises:
+            UnknownOptionError: For a keyword that nobody passes.
+            ConfigError: For another value of ``save_embedding_layers``.
             CheckpointError: If the adapter cannot be written; what was there before is whole.
         """
+        refuse_unknown("save_pretrained", kwargs, _SAVING, _parameters(Persistence.save_pretrained))
+        check_save_embedding_layers(save_embedding_layers)
+        if kwargs.get("push_to_hub"):
+            warnings.warn(
+                "save_pretrained uploads nothing: call push_to_hub(repo_id) for that",
+                VeneerWarning,
+                stacklevel=2,
+            )
         if path_initial_model_for_weight_conversion is not None:
             raise CheckpointError(
                 "path_initial_model_for_weight_conversion: no initialisation of this version leaves a "
@@ -216,15 +246,18 @@ class Persistence(nn.Module):
             The account of every tensor.
 
         Raises:
+            ConfigError: If the configuration or a renaming is none; for unknown keywords.
             AdapterFileError, LoadMismatchError, BaseMismatchError, TargetError: The model is then as it was.
         """
-        directory = adapter_directory(model_id, **kwargs)
+        refuse_unknown("load_adapter", kwargs, _LOADING, _parameters(Persistence.load_adapter))
+        rename = renamer(key_mapping)
+        _check_config(config)
+        directory = adapter_directory(model_id, **_for_the_hub(kwargs))
         if config is None:
             config = PeftConfig.from_file(locate_config(directory))
         config = copy.deepcopy(config)
         config.inference_mode = not is_trainable
         file = open_adapter(directory)
-        rename = renamer(key_mapping)
         names = {rename(key): key for key in file.shapes}
         if adapter_name in self.peft_config:
             self._check_reload(config, adapter_name, directory)
@@ -310,11 +343,13 @@ class Persistence(nn.Module):
             A model of the class that the adapter's task has.
 
         Raises:
+            ConfigError: If the configuration or a renaming is none; for unknown keywords.
             AdapterFileError, LoadMismatchError, BaseMismatchError, TargetError: The model is then as it was.
         """
-        directory = adapter_directory(
-            model_id, **{k: v for k, v in kwargs.items() if k not in ("strict", "check_base")}
-        )
+        known = _parameters(Persistence.from_pretrained) | {"strict", "check_base"}
+        refuse_unknown("from_pretrained", kwargs, _LOADING | {"strict", "check_base"}, known)
+        _check_config(config)
+        directory = adapter_directory(model_id, **_for_the_hub(kwargs))
         options = {k: kwargs[k] for k in ("strict", "check_base") if k in kwargs}
         if config is None:
             config = PeftConfig.from_file(locate_config(directory))
@@ -332,19 +367,68 @@ class Persistence(nn.Module):
         return result
 
 
+def check_save_embedding_layers(value: object) -> None:
+    """Refuse what is neither a boolean nor "auto".
+
+    Raises:
+        ConfigError: With what was given.
+    """
+    if not isinstance(value, bool) and value != "auto":
+        raise ConfigError(f"save_embedding_layers must be True, False or 'auto', got {value!r}")
+
+
+def _check_config(config: object) -> None:
+    if config is not None and not isinstance(config, PeftConfig):
+        raise ConfigError(
+            f"config: a LoraConfig is needed, got {type(config).__name__}; LoraConfig(r=…, …) makes one, and "
+            "without the argument the file's own is used"
+        )
+
+
+def _parameters(function: Callable[..., Any]) -> set[str]:
+    """Names that can be given to a method by keyword."""
+    return set(inspect.signature(function).parameters) - {"self", "cls", "kwargs"}
+
+
+def _for_the_hub(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in kwargs.items() if name in HUB_OPTIONS}
+
+
 def renamer(mapping: Mapping[str, str] | Callable[[str], str] | None) -> Callable[[str], str]:
-    """A function that renames keys as the field's ``key_mapping`` does: without the saved prefix."""
+    """A function that renames keys as the field's ``key_mapping`` does: without the saved prefix.
+
+    Raises:
+        ConfigError: If it is neither a mapping nor a function, or a pattern is no regular expression.
+    """
     if mapping is None:
         return lambda key: key
     if callable(mapping):
         return mapping
-    patterns = [(re.compile(pattern), replacement) for pattern, replacement in mapping.items()]
+    if not isinstance(mapping, Mapping):
+        raise ConfigError(
+            "key_mapping: a mapping of regular expressions to replacements, or a function, is needed; got "
+            f"{type(mapping).__name__}"
+        )
+    patterns = []
+    for source, replacement in mapping.items():
+        try:
+            patterns.append((re.compile(source), replacement))
+        except (re.error, TypeError) as error:
+            raise ConfigError(
+                f"key_mapping: {source!r} is not a valid regular expression ({error})"
+            ) from error
 
     def rename(key: str) -> str:
         has_prefix = key.startswith(state.PREFIX)
         name = key.removeprefix(state.PREFIX)
         for pattern, replacement in patterns:
-            name, count = pattern.subn(replacement, name)
+            try:
+                name, count = pattern.subn(replacement, name)
+            except (re.error, IndexError, TypeError) as error:
+                raise ConfigError(
+                    f"key_mapping: {replacement!r} is not a valid replacement for "
+                    f"{pattern.pattern!r} ({error})"
+                ) from error
             if count:
                 break
         return f"{state.PREFIX}{name}" if has_prefix else name

@@ -15,9 +15,10 @@ from veneer.checkpoint import (
 )
 from veneer.doors import adapter_directory
 from veneer.errors import (
+    CheckpointError,
     VeneerWarning,
 )
-from veneer.model.persistence import renamer
+from veneer.model.persistence import check_save_embedding_layers, renamer
 
 
 class LoadResult(NamedTuple):
@@ -43,6 +44,7 @@ def get_peft_model_state_dict(
         unwrap_compiled: Accepted for the field's sake: a compiled model is always unwrapped.
         save_embedding_layers: See `PeftModel.save_pretrained`.
     """
+    check_save_embedding_layers(save_embedding_layers)
     inner = getattr(model, "_orig_mod", model)
     return state.adapter_state_dict(
         inner, adapter_name, state_dict=state_dict, save_embedding_layers=save_embedding_layers
@@ -63,7 +65,13 @@ def set_peft_model_state_dict(
 
     Raises:
         LoadMismatchError: If no tensor fits, or shapes differ. Nothing has been written then.
+        CheckpointError: If it is no mapping of names to tensors.
     """
+    if not isinstance(peft_model_state_dict, Mapping):
+        raise CheckpointError(
+            "peft_model_state_dict: a mapping of names to tensors is needed, got "
+            f"{type(peft_model_state_dict).__name__}"
+        )
     report = state.set_adapter_state_dict(
         model, peft_model_state_dict, adapter_name, ignore_mismatched_sizes=ignore_mismatched_sizes
     )
