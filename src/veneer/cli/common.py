@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -59,6 +60,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     from . import demo, generate, inspect, merge, train  # noqa: F401  registers the commands
 
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without × or … is no reason to fail
     given = list(sys.argv[1:] if arguments is None else arguments)
     words, verbose = _normalised(given)
     if not verbose:

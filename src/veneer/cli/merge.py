@@ -32,11 +32,14 @@ def merge(
     """Merge an adapter into its base model; the result loads with transformers alone."""
     check_dtype(dtype)
     from ..training import Terminal
-    from ..training.adapters import load_adapted, save_merged
-    from ..training.models import check_output, directory_bytes
+    from ..training.adapters import check_not_a_source, load_adapted, save_merged
+    from ..training.models import check_output, directory_bytes, refuse_file
 
     progress = Terminal()
+    refuse_file(output)
+    check_not_a_source(output, adapter)
     adapted, tokenizer = load_adapted(adapter, model, dtype)
+    check_not_a_source(output, getattr(adapted.config, "_name_or_path", ""))
     check_output(output)
     progress.say(f"Merging {adapter} and writing {output}")
     report = save_merged(adapted, tokenizer, output)

@@ -47,7 +47,7 @@ def train(
     from .. import LoraConfig, get_peft_model
     from ..training import Terminal, TrainOptions, encode, load_base, read_records
     from ..training import train as run
-    from ..training.models import check_output
+    from ..training.models import check_output, refuse_file
     from ..training.plots import can_plot, loss_picture
 
     progress = Terminal()
@@ -69,7 +69,10 @@ def train(
         task_type="CAUSAL_LM",
     )
     check_dtype(dtype)
+    refuse_file(output)
     records = read_records(data)
+    if Path(model).is_dir():  # the adapter notes where its base is, for whoever stands elsewhere later
+        model = str(Path(model).resolve())
     base, tokenizer = load_base(model, dtype)
     encoded = encode(records, tokenizer, max_length)
     progress.say(f"{len(encoded.rows)} examples from {data}")

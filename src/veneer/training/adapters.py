@@ -9,9 +9,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import open_adapter, read_config
+from ..checkpoint import CONFIG_NAME, open_adapter, read_config
 from ..config import LoraConfig, PeftConfig
-from ..errors import AdapterFileError, ConfigError, VeneerWarning
+from ..errors import AdapterFileError, ConfigError, VeneerError, VeneerWarning
 from ..model import MergeReport, PeftModel
 from ..spec import resolve
 from .models import load_base, looks_local, quiet_transformers
@@ -54,6 +54,23 @@ def _own_tokenizer(adapter: str | os.PathLike[str]) -> Any:
 
     with quiet_transformers():
         return AutoTokenizer.from_pretrained(adapter)
+
+
+def check_not_a_source(place: Path, source: str) -> None:
+    """Raise if a merged model would overwrite what it is made of, or lie beside an adapter.
+
+    transformers applies an adapter that it finds beside a model, so the update would count twice.
+
+    Raises:
+        VeneerError: Naming the directory.
+    """
+    if source and Path(source).exists() and place.resolve() == Path(source).resolve():
+        raise VeneerError(f"{place} holds what is to be merged; name another directory for the output")
+    if (place / CONFIG_NAME).exists():
+        raise VeneerError(
+            f"{place} holds an adapter, which transformers would apply to the merged model once more; "
+            "name another directory for the output"
+        )
 
 
 def save_merged(model: Any, tokenizer: Any, place: Path) -> MergeReport:

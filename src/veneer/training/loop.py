@@ -145,15 +145,27 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def _last_checkpoint(output: Path) -> str:
-    from transformers.trainer_utils import get_last_checkpoint
-
-    found = get_last_checkpoint(str(output)) if output.is_dir() else None
-    if found is None:
+    """The newest checkpoint that was written to its end: its state is among the last files."""
+    numbers = {
+        int(place.name.removeprefix("checkpoint-")): place
+        for place in output.glob("checkpoint-*")
+        if place.name.removeprefix("checkpoint-").isdigit()
+    }
+    whole = [n for n in sorted(numbers) if _is_json(numbers[n] / "trainer_state.json")]
+    if not whole:
         raise TrainingError(
-            f"nothing to resume: {output} holds no checkpoint. Start without resume (checkpoints are written "
-            "every save_steps steps)."
+            f"nothing to resume: {output} holds no {'complete ' if numbers else ''}checkpoint. Start without "
+            "--resume; --save-steps N writes one every N steps."
         )
-    return str(found)
+    return str(numbers[whole[-1]])
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # the run was cut off before or while it wrote it
+        return False
+    return True
 
 
 def _trainer(

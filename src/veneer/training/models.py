@@ -241,12 +241,23 @@ def directory_bytes(place: str | os.PathLike[str], pattern: str = "*") -> int:
     return sum(file.stat().st_size for file in Path(place).glob(pattern) if file.is_file())
 
 
+def refuse_file(place: Path) -> None:
+    """Raise if the place for results is a file; nothing is made yet.
+
+    Raises:
+        VeneerError: Naming it.
+    """
+    if place.is_file():
+        raise VeneerError(f"{place} is a file; name a directory for the output")
+
+
 def check_output(place: Path) -> None:
     """Raise unless results can be written into a directory.
 
     Raises:
         VeneerError: It is a file, cannot be made, or cannot be written to.
     """
+    refuse_file(place)
     try:
         place.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=place):

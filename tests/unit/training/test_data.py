@@ -130,3 +130,9 @@ def test_files_that_are_no_text(tmp_path: Path) -> None:
 def test_records_of_a_wrong_shape(record: dict[str, object]) -> None:
     with pytest.raises(DataError, match="record 1"):
         encode([record], TOKENIZER)
+
+
+def test_separators_inside_strings_and_a_byte_order_mark_are_data(tmp_path: Path) -> None:
+    text = json.dumps({"prompt": "a\u2028b\u0085c", "completion": "d"}, ensure_ascii=False)
+    (tmp_path / "d.jsonl").write_text(f"\ufeff{text}\n", encoding="utf-8")
+    assert read_records(tmp_path / "d.jsonl")[0]["prompt"] == "a\u2028b\u0085c"

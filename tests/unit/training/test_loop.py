@@ -14,7 +14,7 @@ import torch
 from tests.tolerances import TRAINING, assert_close
 from tests.unit.training.tiny import RECORDS, tiny_model, tiny_tokenizer
 from veneer import ConfigError, LoraConfig, PeftModel, TrainingError, get_peft_model
-from veneer.training import TrainOptions, encode, train
+from veneer.training import TrainOptions, encode, loop, train
 
 TOKENIZER = tiny_tokenizer()
 ROWS = encode(RECORDS, TOKENIZER).rows
@@ -144,3 +144,14 @@ def test_wrong_options_are_named_together() -> None:
         ConfigError, match=r"learning_rate must be above 0, not -1; batch_size must be above 0"
     ):
         TrainOptions(learning_rate=-1, batch_size=0)
+
+
+def test_a_checkpoint_that_was_cut_off_is_passed_over(tmp_path: Path) -> None:
+    for number, state in ((2, "{}"), (10, "{}"), (12, '{"cut'), (14, None)):
+        place = tmp_path / f"checkpoint-{number}"
+        place.mkdir()
+        if state is not None:
+            (place / "trainer_state.json").write_text(state)
+    assert loop._last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+    with pytest.raises(TrainingError, match="--save-steps"):
+        loop._last_checkpoint(tmp_path / "none")
