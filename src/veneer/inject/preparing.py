@@ -122,7 +122,7 @@ def _complete(
         config.target_modules = names if isinstance(names, str) else set(names)
     elif _only_here(config):
         paths = {a.site.path for a in additions}
-        config.target_modules = set(targets.shortest_names(paths, set(found) - paths))
+        config.target_modules = targets.portable_targets(paths, set(found) - paths)
         if config.layers_to_transform is not None:
             config.layers_to_transform = config.layers_pattern = None
     heads = {c.site.path for c in copies}
