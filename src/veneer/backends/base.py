@@ -20,6 +20,8 @@ class Backend(abc.ABC):
 
     priority: int = 0
     name: str = ""
+    #: The field's name of the quantised storage, or None for weights that are not quantised.
+    quantization: str | None = None
 
     def __init_subclass__(cls) -> None:
         _backends.append(cls())

@@ -11,6 +11,13 @@ from veneer.model.state_dicts import (
     load_peft_weights,
     set_peft_model_state_dict,
 )
+from veneer.model.status import (
+    TunerLayerStatus,
+    TunerModelStatus,
+    cast_mixed_precision_params,
+    get_layer_status,
+    get_model_status,
+)
 from veneer.model.tasks import (
     PeftModelForCausalLM,
     PeftModelForFeatureExtraction,
@@ -33,6 +40,11 @@ __all__ = [
     "PeftModelForSeq2SeqLM",
     "PeftModelForSequenceClassification",
     "PeftModelForTokenClassification",
+    "TunerLayerStatus",
+    "TunerModelStatus",
+    "cast_mixed_precision_params",
+    "get_layer_status",
+    "get_model_status",
     "get_peft_model",
     "get_peft_model_state_dict",
     "load_peft_weights",

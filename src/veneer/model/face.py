@@ -18,6 +18,13 @@ from veneer.errors import (
 )
 from veneer.model.lora_model import LoraModel
 from veneer.model.persistence import Persistence
+from veneer.model.status import (
+    TunerLayerStatus,
+    TunerModelStatus,
+    count_parameters,
+    get_layer_status,
+    get_model_status,
+)
 
 #: The class of each task; a class enters itself.
 MODEL_TYPE_TO_PEFT_MODEL_MAPPING: dict[str, type[PeftModel]] = {}
@@ -185,14 +192,15 @@ class PeftModel(Persistence):
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """Numbers of trainable and of all parameters; packed 4-bit weights count as what they hold."""
-        trainable = total = 0
-        for parameter in self.parameters():
-            count = parameter.numel()
-            if type(parameter).__name__ == "Params4bit":
-                count *= 2 * parameter.element_size()
-            total += count
-            trainable += count if parameter.requires_grad else 0
-        return trainable, total
+        return count_parameters(self)
+
+    def get_layer_status(self) -> list[TunerLayerStatus]:
+        """The status of every module that holds adapters; see `veneer.get_layer_status`."""
+        return get_layer_status(self)
+
+    def get_model_status(self) -> TunerModelStatus:
+        """The status of all adapters of the model; see `veneer.get_model_status`."""
+        return get_model_status(self)
 
     def print_trainable_parameters(self) -> None:
         """Print the numbers of trainable and of all parameters, and their ratio in per cent."""

@@ -35,12 +35,14 @@ _AUTO = (
     "AutoPeftModelForFeatureExtraction",
 )
 _STATE = ("get_peft_model_state_dict", "set_peft_model_state_dict", "load_peft_weights")
+_STATUS = ("TunerLayerStatus", "TunerModelStatus", "get_layer_status", "get_model_status")
 _FILES = ("CONFIG_NAME", "SAFETENSORS_WEIGHTS_NAME", "WEIGHTS_NAME")
 _OTHER = (
     "AuxiliaryTrainingWrapper",
     "ModulesToSaveWrapper",
     "_get_submodules",
     "fsdp_auto_wrap_policy",
+    "cast_mixed_precision_params",
     "infer_device",
     *_FILES,
 )
@@ -63,6 +65,9 @@ LAYOUT: dict[str, tuple[str, ...]] = {
         "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
         "PEFT_TYPE_TO_CONFIG_MAPPING",
         "PEFT_TYPE_TO_TUNER_MAPPING",
+        "cast_mixed_precision_params",
+        "get_layer_status",
+        "get_model_status",
         "get_peft_config",
         "get_peft_model",
         "inject_adapter_in_model",
@@ -92,7 +97,7 @@ LAYOUT: dict[str, tuple[str, ...]] = {
         "inject_adapter_in_model",
     ),
     "peft.mapping_func": ("MODEL_TYPE_TO_PEFT_MODEL_MAPPING", "get_peft_model"),
-    "peft.peft_model": (*_MODELS, *_STATE),
+    "peft.peft_model": (*_MODELS, *_STATE, *_STATUS),
     "peft.mixed_model": ("PeftMixedModel",),
     "peft.tuners": _LORA,
     "peft.tuners.tuners_utils": (
@@ -156,14 +161,11 @@ OTHER_METHODS = (
     "PromptTuningConfig",
     "PromptTuningInit",
     "VeloraConfig",
-    "cast_mixed_precision_params",
     "compose_cartridge_adapters",
     "convert_to_lora",
     "create_arrow_model",
     "find_kappa_target_modules",
     "get_eva_state_dict",
-    "get_layer_status",
-    "get_model_status",
     "initialize_kv_prefix_from_past_key_values",
     "initialize_kv_prefix_from_text",
     "initialize_lora_eva_weights",

@@ -1,0 +1,205 @@
+"""What state the adapters of a model are in, module by module and in all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import nn
+
+from veneer import backends
+from veneer.adapters import AdapterModule, AdapterSet
+from veneer.errors import TargetError
+from veneer.layers import LoraLayer
+
+Irregular = Literal["irregular"]
+_T = TypeVar("_T")
+
+
+@dataclass
+class TunerLayerStatus:
+    """The adapters of one module.
+
+    Attributes:
+        name: Path in the base model.
+        module_type: Class of the module that holds the adapters.
+        enabled: Whether adapters are switched on here.
+        active_adapters: Names of the active ones.
+        merged_adapters: Names of those that are merged into the weight.
+        requires_grad: Whether an adapter's parameters here are trainable, by its name.
+        available_adapters: Names of all that this module holds.
+        devices: Kinds of device that an adapter's parameters lie on, by its name.
+        quantization_backend: Name of the quantised storage of the base weight, or None.
+    """
+
+    name: str
+    module_type: str
+    enabled: bool
+    active_adapters: list[str]
+    merged_adapters: list[str]
+    requires_grad: dict[str, bool | Irregular]
+    available_adapters: list[str]
+    devices: dict[str, list[str]]
+    quantization_backend: str | None
+
+
+@dataclass
+class TunerModelStatus:
+    """The adapters of a model; where its modules disagree the value is ``"irregular"``.
+
+    Attributes:
+        base_model_type: Class of the base model.
+        adapter_model_type: Class that holds the verbs; ``"None"`` for a bare torch model.
+        peft_types: The method of each adapter.
+        trainable_params: Number of trainable parameters.
+        total_params: Number of all parameters.
+        num_adapter_layers: Number of modules that hold adapters.
+        enabled, active_adapters, merged_adapters, requires_grad, available_adapters, devices,
+        quantization_backend: As in `TunerLayerStatus`, over all modules.
+    """
+
+    base_model_type: str
+    adapter_model_type: str
+    peft_types: dict[str, str]
+    trainable_params: int
+    total_params: int
+    num_adapter_layers: int
+    enabled: bool | Irregular
+    active_adapters: list[str] | Irregular
+    merged_adapters: list[str] | Irregular
+    requires_grad: dict[str, bool | Irregular]
+    available_adapters: list[str]
+    devices: dict[str, list[str]]
+    quantization_backend: str | None
+
+
+def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
+    """The status of every module that holds adapters, in model order.
+
+    Args:
+        model: A `PeftModel`, or any model that adapters were injected into.
+
+    Raises:
+        TargetError: The model holds no adapter.
+    """
+    found = [
+        _layer_status(path, module)
+        for path, module in _base(model).named_modules()
+        if isinstance(module, AdapterModule) and module.held_adapters
+    ]
+    if not found:
+        raise TargetError(
+            "this model holds no adapter: put one in with get_peft_model, inject_adapter_in_model or "
+            "load_adapter"
+        )
+    return found
+
+
+def _layer_status(path: str, module: AdapterModule) -> TunerLayerStatus:
+    held = {name: list(module.adapter_parameters(name)) for name in module.held_adapters}
+    storage = backends.find(module.base_layer).quantization if isinstance(module, LoraLayer) else None
+    return TunerLayerStatus(
+        name=path,
+        module_type=type(module).__name__,
+        enabled=not module.disable_adapters,
+        active_adapters=module.active_adapters,
+        merged_adapters=module.merged_adapters if isinstance(module, LoraLayer) else [],
+        requires_grad={name: _agreed(p.requires_grad for p in own) for name, own in held.items() if own},
+        available_adapters=sorted(held),
+        devices={name: sorted({p.device.type for p in own}) for name, own in held.items()},
+        quantization_backend=storage,
+    )
+
+
+def get_model_status(model: nn.Module) -> TunerModelStatus:
+    """The status of all adapters of a model.
+
+    Args:
+        model: A `PeftModel`, or any model that adapters were injected into.
+
+    Raises:
+        TargetError: The model holds no adapter.
+    """
+    layers = get_layer_status(model)
+    verbs = getattr(model, "base_model", None) if hasattr(model, "get_base_model") else None
+    trainable, total = count_parameters(model)
+    names = sorted({name for layer in layers for name in layer.available_adapters})
+    grads = {
+        name: _agreed(layer.requires_grad[name] for layer in layers if name in layer.requires_grad)
+        for name in names
+    }
+    places = {name: sorted({d for layer in layers for d in layer.devices.get(name, ())}) for name in names}
+    return TunerModelStatus(
+        base_model_type=type(_base(model)).__name__,
+        adapter_model_type="None" if verbs is None else type(verbs).__name__,
+        peft_types=_methods(model),
+        trainable_params=trainable,
+        total_params=total,
+        num_adapter_layers=len(layers),
+        enabled=_agreed(layer.enabled for layer in layers),
+        active_adapters=_agreed(layer.active_adapters for layer in layers),
+        merged_adapters=_merged(layers),
+        requires_grad=grads,
+        available_adapters=names,
+        devices=places,
+        quantization_backend=_agreed(layer.quantization_backend for layer in layers),
+    )
+
+
+def _base(model: nn.Module) -> nn.Module:
+    """The adapted model inside its face."""
+    inner = getattr(model, "get_base_model", None)
+    return inner() if callable(inner) else model
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """Numbers of trainable and of all parameters; packed 4-bit weights count as what they hold."""
+    trainable = total = 0
+    for parameter in model.parameters():
+        count = parameter.numel()
+        if type(parameter).__name__ == "Params4bit":
+            count *= 2 * parameter.element_size()
+        total += count
+        trainable += count if parameter.requires_grad else 0
+    return trainable, total
+
+
+def _methods(model: nn.Module) -> dict[str, str]:
+    configs: Any = getattr(model, "peft_config", None)
+    if not isinstance(configs, dict):
+        return {name: "LORA" for name in AdapterSet(model).names()}
+    return {name: str(getattr(c.peft_type, "value", c.peft_type)) for name, c in configs.items()}
+
+
+def _merged(layers: Sequence[TunerLayerStatus]) -> list[str] | Irregular:
+    """The merged adapters, if each of them is merged wherever it can be."""
+    merged = {name for layer in layers for name in layer.merged_adapters}
+    for layer in layers:
+        if layer.module_type != "ModulesToSaveWrapper" and (
+            merged & set(layer.available_adapters) - set(layer.merged_adapters)
+        ):
+            return "irregular"
+    return sorted(merged)
+
+
+def _agreed(values: Iterable[_T]) -> _T | Irregular:
+    """The value that all have, or ``"irregular"``."""
+    given = list(values)
+    return given[0] if all(value == given[0] for value in given) else "irregular"
+
+
+@torch.no_grad()
+def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:
+    """Frozen parameters into ``dtype``, trainable ones into float32, for mixed-precision training.
+
+    Only floating-point parameters are touched: a quantised weight stays what it is.
+
+    Args:
+        model: Changed in place; the parameters stay the same objects.
+        dtype: ``torch.float16`` or ``torch.bfloat16``.
+    """
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.to(torch.float32 if parameter.requires_grad else dtype)
