@@ -1,7 +1,9 @@
 """Combining adapters, defined on the update: ``ΔW = Σ wᵢ sᵢ BᵢAᵢ``.
 
 A sum of low-rank updates is itself low-rank, so it is exact by concatenating factors, and reduced to
-a given rank by QR and a small SVD, never by the dense product.
+a given rank by QR and a small SVD, never by the dense product. The methods that trim and vote (ties, dare,
+magnitude_prune) work entry by entry, so they are no functions of the sum: on the entries of the factors, as
+the field defines them, or, with ``_svd``, on those of the dense updates, which are then cut to a rank.
 """
 
 from __future__ import annotations
@@ -19,11 +21,11 @@ from veneer.adapters import as_names
 from veneer.errors import CombineError
 from veneer.inits import InitResult
 from veneer.layers import LoraLayer
-from veneer.ops import low_rank
+from veneer.ops import low_rank, pruning
 from veneer.spec import LoraSpec
 
 #: What `combine` can do. The first three are the same exact sum; they differ in the rank of the result.
-COMBINATIONS = ("linear", "cat", "svd")
+COMBINATIONS = ("linear", "cat", "svd", *pruning.METHODS, *(f"{name}_svd" for name in pruning.METHODS))
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,19 @@ class CombineReport:
 
 
 @dataclass(frozen=True)
+class Trim:
+    """How entries are combined by the methods of `veneer.ops.pruning`."""
+
+    method: str
+    density: float
+    majority_sign_method: str
+
+    def __call__(self, tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+        """One tensor of several."""
+        return pruning.combine(tensors, weights, self.method, self.density, self.majority_sign_method)
+
+
+@dataclass(frozen=True)
 class Combined:
     """One module's combined factors, not stored yet."""
 
@@ -70,6 +85,8 @@ def combine(
     adapter_name: str,
     combination_type: str = "svd",
     svd_rank: int | None = None,
+    density: float | None = None,
+    majority_sign_method: str = "total",
 ) -> tuple[list[Combined], CombineReport]:
     """Factors of ``Σ wᵢ ΔWᵢ`` for every layer that holds one of the adapters. Nothing is stored.
 
@@ -77,14 +94,20 @@ def combine(
     there is only one). ``"svd"`` keeps the ``svd_rank`` largest singular values (by default the largest
     rank among the adapters) and reports what was cut.
 
+    ``"ties"``, ``"dare_linear"``, ``"dare_ties"`` and ``"magnitude_prune"`` combine the factors entry by
+    entry (adapters of one rank only), with ``√|wᵢ sᵢ|`` on each factor. With ``_svd`` behind the name they
+    combine the updates themselves, and keep the ``svd_rank`` largest singular values.
+
     Args:
         layers: Low-ranked layers by path.
         adapters: Names of the adapters, without repetition; one name may stand alone.
         weights: One factor each; negative ones subtract. Anything that is one real number will do: Python's,
             numpy's, or a tensor without dimensions.
         adapter_name: Name of the result.
-        combination_type: "linear", "cat" or "svd".
-        svd_rank: Rank of the result of "svd".
+        combination_type: One of `COMBINATIONS`.
+        svd_rank: Rank of the result of "svd" and of the forms that end in it.
+        density: Share of the entries that trimming keeps, in [0, 1].
+        majority_sign_method: How ties and dare_ties vote: "total" or "frequency".
 
     Returns:
         The combined factors and the report.
@@ -96,16 +119,18 @@ def combine(
     names = as_names(adapters)
     numbers = [_number(w) for w in _listed(weights)]
     problems = _problems(layers, adapters, numbers, weights, combination_type, svd_rank)
+    problems += _pruning_problems(layers, names, combination_type, density, majority_sign_method)
     if problems:
         raise CombineError("these adapters cannot be combined:\n" + "\n".join(f"  - {p}" for p in problems))
     by_name = {n: w for n, w in zip(names, numbers, strict=True) if w is not None}
+    trim = Trim(combination_type.removesuffix("_svd"), density or 0.0, majority_sign_method)
     result, ranks, errors = [], {}, {}
     for path, layer in layers.items():
         present = [n for n in names if n in layer.held_adapters]
         if not present:
             continue
         combined = _combine_layer(
-            path, layer, {n: by_name[n] for n in present}, adapter_name, combination_type, svd_rank
+            path, layer, {n: by_name[n] for n in present}, adapter_name, combination_type, svd_rank, trim
         )
         result.append(combined)
         ranks[path], errors[path] = combined.spec.r, combined.error
@@ -169,8 +194,37 @@ def _problems(
                     "exact sum"
                 )
         grouped = [path for path, layer in held.items() if not layer.is_matrix()]
-        if grouped and combination_type == "svd":
+        if grouped and combination_type.endswith("svd"):
             found.append(f"{grouped[0]} has groups: its update has no single pair of factors; use 'cat'")
+    return found
+
+
+def _pruning_problems(
+    layers: Mapping[str, LoraLayer],
+    names: Sequence[str],
+    combination_type: str,
+    density: float | None,
+    majority_sign_method: str,
+) -> list[str]:
+    """What the methods that work entry by entry cannot do."""
+    method = combination_type.removesuffix("_svd")
+    if method not in pruning.METHODS:
+        if density is None:
+            return []
+        return [f"density belongs to {', '.join(pruning.METHODS)}, not to {combination_type!r}"]
+    found = pruning.refused(method, density, majority_sign_method)
+    for path, layer in layers.items():
+        present = [n for n in names if n in layer.held_adapters]
+        ranks = {n: layer.specs[n].r for n in present}
+        if method == combination_type and len(set(ranks.values())) > 1:
+            listed = ", ".join(f"{n!r} has {r}" for n, r in ranks.items())
+            found.append(
+                f"{method} combines factors of one rank, and on {path} {listed}: use {method + '_svd'!r}"
+            )
+            break
+    biased = [n for n in names if any(layer.lora_bias.get(n) for layer in layers.values())]
+    if biased:
+        found.append(f"{biased[0]!r} has a lora_bias, for which {method} has no meaning")
     return found
 
 
@@ -182,6 +236,7 @@ def _combine_layer(
     adapter_name: str,
     combination_type: str,
     svd_rank: int | None,
+    trim: Trim,
 ) -> Combined:
     parts = {n: layer.factors(n) for n in weights}
     wide = {n: tuple(None if t is None else _wide(t) for t in part) for n, part in parts.items()}
@@ -191,6 +246,15 @@ def _combine_layer(
     if combination_type == "svd":
         rank = svd_rank or max(layer.specs[n].r for n in weights)
         a, b, error = _reduced(layer, wide, strengths, rank)
+    elif combination_type.endswith("_svd"):
+        rank = svd_rank or max(layer.specs[n].r for n in weights)
+        a, b, error = _trimmed_updates(layer, wide, weights, rank, trim)
+    elif combination_type in pruning.METHODS:
+        roots = [math.sqrt(abs(s)) for s in strengths.values()]
+        signed = [math.copysign(root, s) for root, s in zip(roots, strengths.values(), strict=True)]
+        a = trim([_wide(a) for a, _, _ in parts.values()], signed)
+        b = trim([_wide(b) for _, b, _ in parts.values()], roots)
+        rank = layer.specs[next(iter(weights))].r
     else:
         a, b = _concatenated(layer, wide, strengths)
         rank = a.shape[0]
@@ -232,7 +296,34 @@ def _reduced(
     for name, (a, b, _) in parts.items():
         b2, a2 = layer.matrices(a, b)
         terms.append((b2, a2, strengths[name]))
-    b2, a2, error = low_rank.compress(terms, rank)
+    return _as_stored(layer, *low_rank.compress(terms, rank), rank)
+
+
+def _trimmed_updates(
+    layer: LoraLayer,
+    parts: Mapping[str, tuple[Any, ...]],
+    weights: Mapping[str, float],
+    rank: int,
+    trim: Trim,
+) -> tuple[Tensor, Tensor, float]:
+    """The dense updates combined entry by entry, then cut to a rank."""
+    dense = []
+    for name, (a, b, _) in parts.items():
+        b2, a2 = layer.matrices(a, b)
+        dense.append(layer.scaling[name] * (b2 @ a2))
+    # The strength of an update counts before the vote, its weight after it.
+    total = trim(dense, [weights[name] for name in parts])
+    u, s, vh = torch.linalg.svd(total, full_matrices=False)
+    root = s[:rank].sqrt()
+    energy = s.double().square()
+    whole = float(energy.sum())
+    error = 0.0 if whole == 0.0 else float((energy[rank:].sum() / whole).sqrt())
+    return _as_stored(layer, u[:, :rank] * root, root[:, None] * vh[:rank], error, rank)
+
+
+def _as_stored(
+    layer: LoraLayer, b2: Tensor, a2: Tensor, error: float, rank: int
+) -> tuple[Tensor, Tensor, float]:
     shape_a, shape_b = layer.shapes(layer.original_base(), rank)
     # Fewer singular values than the rank that was asked for: the rest of the factors is zero.
     a, b = a2.new_zeros(rank, a2.shape[1]), b2.new_zeros(b2.shape[0], rank)

@@ -456,3 +456,33 @@ def test_a_combined_adapter_saves_and_loads_in_the_reference(tmp_path: Any) -> N
 
 def test_every_broken_thing_has_its_test() -> None:
     assert {f"test_{name}" for name in BROKEN} <= set(globals())
+
+
+@pytest.mark.parametrize("kind", ["linear", "embedding", "conv2d"])
+@pytest.mark.parametrize("vote", ["total", "frequency"])
+@pytest.mark.parametrize(
+    "form", ["ties", "dare_linear", "dare_ties", "magnitude_prune", "ties_svd", "magnitude_prune_svd"]
+)
+def test_trimmed_and_voted_combinations_are_the_references(
+    kind: str, vote: str, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def draw(probability: Tensor) -> Tensor:
+        # The reference draws unused factors in between, so a seed would not give both the same entries.
+        return (torch.arange(probability.numel()) % 3 > 0).to(probability).view_as(probability)
+
+    monkeypatch.setattr(torch, "bernoulli", draw)
+    ours, theirs, *_ = filled(kind, r=3, lora_alpha=7)
+    second(ours, theirs, kind, r=3, lora_alpha=2)
+    how = {"combination_type": form, "density": 0.6, "majority_sign_method": vote, "svd_rank": 3}
+    for model in (theirs, ours):
+        with quiet():
+            model.add_weighted_adapter(["default", "second"], [0.7, -1.2], "sum", **how)
+    expected = {n: m.get_delta_weight("sum") for n, m in theirs.base_model.named_modules() if is_layer(m)}
+    got = {n: m.get_delta_weight("sum") for n, m in ours.base_model.named_modules() if is_layer(m)}
+    assert expected.keys() == got.keys() and expected
+    for name, delta in expected.items():
+        assert_close(got[name], delta, OPS_SPECTRUM)
+
+
+def is_layer(module: nn.Module) -> bool:
+    return hasattr(module, "get_delta_weight") and hasattr(module, "base_layer")

@@ -15,6 +15,7 @@ from tests.laws.cases import train
 from tests.tolerances import OPS_SPECTRUM, assert_close
 from veneer import CombineError, LoraConfig, PeftModel, get_peft_model
 from veneer.errors import AdapterNameError
+from veneer.ops import pruning
 
 
 class Net(nn.Module):
@@ -137,7 +138,12 @@ def test_the_set_strength_counts() -> None:
         ((["a", "b"], [1.0], "n", "cat"), "2 adapters but 1 weights"),
         ((["a", "a"], [1.0, 1.0], "n", "cat"), "named twice"),
         ((["a"], [float("nan")], "n", "cat"), "finite"),
-        ((["a"], [1.0], "n", "ties"), "does not exist"),
+        ((["a"], [1.0], "n", "tie"), "does not exist"),
+        ((["a", "b"], [1.0, 1.0], "n", "ties", None, None, True, None, 0.5), "'ties_svd'"),
+        ((["a", "c"], [1.0, 1.0], "n", "ties_svd"), "from 0 to 1, got None"),
+        ((["a", "c"], [1.0, 1.0], "n", "dare_linear_svd", None, None, True, None, 1.5), "from 0 to 1"),
+        ((["a", "c"], [1.0, 1.0], "n", "cat", None, None, True, None, 0.5), "density belongs to"),
+        ((["a"], [1.0], "n", "ties", None, None, True, None, 0.5, "loudest"), "majority_sign_method"),
         ((["a"], [1.0], "n", "svd", 0), "svd_rank"),
         (([], [], "n", "cat"), "no adapter"),
         ((["a", "b"], [True, 1.0], "n", "cat"), "finite"),
@@ -275,3 +281,32 @@ def test_a_result_on_a_layer_whose_path_ends_anothers_saves_and_loads(tmp_path: 
         held = {p for p, m in loaded.base_model.model.named_modules() if "less" in getattr(m, "r", ())}
         assert held == {"fc"}
         assert_close(loaded.base_model.model.fc.get_delta_weight("less"), deltas(model, "less")["fc"])
+
+
+@pytest.mark.parametrize("kind", list(pruning.METHODS))
+def test_keeping_everything_of_one_adapter_is_that_adapter(kind: str) -> None:
+    model = made()
+    for form in (kind, f"{kind}_svd"):
+        model.base_model.add_weighted_adapter(["a"], [1.0], form, form, density=1.0)
+        for path, delta in deltas(model, "a").items():
+            assert_close(deltas(model, form)[path], delta, OPS_SPECTRUM)
+
+
+def test_updates_that_are_trimmed_and_voted_are_those_of_the_dense_ones() -> None:
+    model = made()
+    weights = [0.5, -2.0]
+    report = model.base_model.add_weighted_adapter(
+        ["a", "c"], weights, "n", "ties_svd", svd_rank=20, density=0.3
+    )
+    assert report.worst < 1e-5
+    for path, delta in deltas(model, "n").items():
+        both = [deltas(model, name)[path] for name in "ac"]
+        assert_close(delta, pruning.combine(both, weights, "ties", 0.3), OPS_SPECTRUM)
+
+
+def test_a_rank_that_is_cut_is_reported() -> None:
+    model = made()
+    report = model.base_model.add_weighted_adapter(
+        ["a", "c"], [1.0, 1.0], "n", "magnitude_prune_svd", svd_rank=1, density=0.5
+    )
+    assert 0.05 < report.worst < 1

@@ -45,7 +45,7 @@ class LoraModel(MergeVerbs):
         density: float | None = None,
         majority_sign_method: str = "total",
     ) -> CombineReport:
-        """Add the adapter whose update is ``Σ wᵢ ΔWᵢ``; it is not activated.
+        """Add the adapter whose update is ``Σ wᵢ ΔWᵢ``, or trimmed and voted; it is not activated.
 
         See `veneer.arithmetic.combine`. ``svd_full_matrices`` and ``svd_driver`` have no meaning here: no
         dense matrix is decomposed.
@@ -59,9 +59,16 @@ class LoraModel(MergeVerbs):
         adapters = [adapters] if isinstance(adapters, str) else list(adapters)
         names = as_names(adapters)
         self.index.check(names, known=self.peft_config)
-        self._check_combination(names, svd_clamp, density)
+        self._check_combination(names, svd_clamp)
         results, report = arithmetic.combine(
-            self.layers(), adapters, weights, adapter_name, combination_type, svd_rank
+            self.layers(),
+            adapters,
+            weights,
+            adapter_name,
+            combination_type,
+            svd_rank,
+            density,
+            majority_sign_method,
         )
         results = _alike_in_bias(results)
         config = copy.deepcopy(self.peft_config[names[0]])
@@ -81,7 +88,7 @@ class LoraModel(MergeVerbs):
         self.peft_config[adapter_name] = config
         return report
 
-    def _check_combination(self, names: Sequence[str], svd_clamp: int | None, density: float | None) -> None:
+    def _check_combination(self, names: Sequence[str], svd_clamp: int | None) -> None:
         problems = []
         for name in names:
             config = self.peft_config[name]
@@ -100,8 +107,6 @@ class LoraModel(MergeVerbs):
             )
         if svd_clamp is not None:
             problems.append("svd_clamp would change the update that was asked for")
-        if density is not None:
-            problems.append("density belongs to ties and dare, which this version does not have")
         if problems:
             from_all = "\n".join(f"  - {p}" for p in problems)
             raise CombineError(f"these adapters cannot be combined:\n{from_all}")
