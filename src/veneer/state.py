@@ -15,7 +15,6 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from veneer import backends
 from veneer.adapters import AdapterSet
 from veneer.backends import stored_elsewhere
 from veneer.checkpoint import (
@@ -338,7 +337,7 @@ def _materialise(model: nn.Module, adapter: str, values: Mapping[str, Tensor]) -
                 setattr(module, name, new)
     for module in model.modules():
         if isinstance(module, LoraLayer) and adapter in module.held_adapters:
-            device = backends.find(module.base_layer).device(module.base_layer)
+            device = module.base_device()
             for parameter in module.adapter_parameters(adapter):
                 parameter.data = parameter.data.to(device)
 

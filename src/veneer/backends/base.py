@@ -47,6 +47,18 @@ class Backend(abc.ABC):
         """The floating-point type that the layer computes in."""
         return self.read(module).dtype
 
+    def holds(self, module: nn.Module, name: str) -> bool:
+        """Whether this backend stores the tensor of that name of ``module``."""
+        return name == "weight" and self.matches(module)
+
+    def tensor_device(self, module: nn.Module, name: str) -> torch.device:
+        """The device that computes with the tensor of that name."""
+        return self.device(module) if name == "weight" else self.read(module, name).device
+
+    def tensor_dtype(self, module: nn.Module, name: str) -> torch.dtype:
+        """The floating-point type that the tensor of that name is computed with in."""
+        return self.dtype(module) if name == "weight" else self.read(module, name).dtype
+
     def writable_in_place(self, module: nn.Module) -> bool:
         """Whether `read` gives the very tensor that the layer computes with."""
         return False
@@ -55,15 +67,19 @@ class Backend(abc.ABC):
         """Why the weight cannot be written, or None."""
         return None
 
+    def refuses_to_write(self, module: nn.Module, name: str) -> str | None:
+        """Why the tensor of that name cannot be written, or None."""
+        return self.refuses_merge(module) if name == "weight" else None
 
-def find(module: nn.Module) -> Backend:
-    """The backend that stores the weight of ``module``.
+
+def find(module: nn.Module, name: str = "weight") -> Backend:
+    """The backend that stores the weight, or the tensor of that name, of ``module``.
 
     Raises:
         MergeError: If none does.
     """
     for backend in _backends:
-        if backend.matches(module):
+        if backend.holds(module, name):
             return backend
     raise MergeError(f"the weight of a {type(module).__name__} is stored in a way that Veneer does not know")
 

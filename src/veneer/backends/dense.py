@@ -18,6 +18,11 @@ class Dense(Backend):
         weight = getattr(module, "weight", None)
         return isinstance(weight, Tensor) and weight.is_floating_point()
 
+    def holds(self, module: nn.Module, name: str) -> bool:
+        """A tensor of a floating type, whatever its name."""
+        tensor = getattr(module, name, None)
+        return isinstance(tensor, Tensor) and tensor.is_floating_point()
+
     def read(self, module: nn.Module, name: str = "weight") -> Tensor:
         """The parameter itself."""
         tensor: Tensor = getattr(module, name)
@@ -40,9 +45,13 @@ class Dense(Backend):
 
     def refuses_merge(self, module: nn.Module) -> str | None:
         """A weight that is computed anew for each call (weight norm, a parametrization) cannot be written."""
-        if module._parameters.get("weight") is None:
+        return self.refuses_to_write(module, "weight")
+
+    def refuses_to_write(self, module: nn.Module, name: str) -> str | None:
+        """The same of a tensor of any name."""
+        if module._parameters.get(name) is None:
             return (
-                "its weight is computed from other tensors (a parametrization or weight norm), so an update "
+                f"its {name} is computed from other tensors (a parametrization or weight norm), so an update "
                 "written into it would be lost; remove the parametrization first"
             )
         return None

@@ -63,6 +63,15 @@ class Offloaded(Backend):
         weight = getattr(module, "weight", None)
         return isinstance(weight, Tensor) and weight.is_meta and _hook(module) is not None
 
+    def holds(self, module: nn.Module, name: str) -> bool:
+        """A tensor on the meta device, whatever its name, with a hook that has its values."""
+        tensor = getattr(module, name, None)
+        return isinstance(tensor, Tensor) and tensor.is_meta and _hook(module) is not None
+
+    def tensor_device(self, module: nn.Module, name: str) -> torch.device:
+        """The device that the hook brings the tensor to."""
+        return self.device(module)
+
     def read(self, module: nn.Module, name: str = "weight") -> Tensor:
         """The value in the hook's map; from disk it is read anew each time."""
         value: Tensor = _hook(module).weights_map[name]

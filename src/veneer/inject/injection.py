@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from veneer import backends
 from veneer.adapters import AdapterSet
 from veneer.config import LoraConfig
 from veneer.inits import InitResult
@@ -202,7 +201,7 @@ class Injection:
 
 
 def _is_meta(layer: LoraLayer) -> bool:
-    return backends.find(layer.base_layer).device(layer.base_layer).type == "meta"
+    return layer.base_device().type == "meta"
 
 
 def _has_meta(module: nn.Module) -> bool:

@@ -140,6 +140,10 @@ class LoraLayer(AdapterModule):
     transposed: ClassVar[bool] = False
     #: The layer looks rows up instead of multiplying.
     lookup: ClassVar[bool] = False
+    #: The tensor of the base that is adapted.
+    weight_name: str = "weight"
+    #: Children of the base that are adapted along with it, under their own names.
+    adapts_inside: ClassVar[tuple[str, ...]] = ()
 
     lora_A: nn.ModuleDict
     lora_B: nn.ModuleDict
@@ -271,14 +275,27 @@ class LoraLayer(AdapterModule):
         """The adapted module itself."""
         return self.base_layer
 
+    @property
+    def backend(self) -> backends.Backend:
+        """How the adapted tensor of the base is stored."""
+        return backends.find(self.get_base_layer(), self.weight_name)
+
+    def base_device(self) -> torch.device:
+        """Where the factors belong."""
+        return self.backend.tensor_device(self.get_base_layer(), self.weight_name)
+
+    def base_dtype(self) -> torch.dtype:
+        """The floating type that the base computes in."""
+        return self.backend.tensor_dtype(self.get_base_layer(), self.weight_name)
+
     def original_base(self) -> nn.Module:
         """The base layer as it is without any adapter, also while some are merged."""
         if self._undo is None:
-            return self.base_layer
-        base, tensors = self.base_layer, self._undo.tensors()
+            return self.get_base_layer()
+        base, tensors = self.get_base_layer(), self._undo.tensors()
         bias = getattr(base, "bias", None)
         if isinstance(bias, Tensor) and bias.is_meta and "bias" not in tensors:
-            tensors["bias"] = backends.find(base).read(base, "bias")
+            tensors["bias"] = self.backend.read(base, "bias")
         return stand_in(base, tensors, self._undo.attributes)
 
     def adapter_parameters(self, name: str) -> Iterator[nn.Parameter]:
@@ -314,7 +331,7 @@ class LoraLayer(AdapterModule):
             shape_b=shape_b,
             bias=spec.lora_bias,
             lookup=self.lookup,
-            matrix=lambda: self.to_matrix(backends.find(base).read(base)),
+            matrix=lambda: self.to_matrix(backends.find(base, self.weight_name).read(base, self.weight_name)),
             seed=seed,
         )
         return inits.find(spec.init)(request)
@@ -329,8 +346,7 @@ class LoraLayer(AdapterModule):
             start: The factors, from `initialise` or from a file.
             dtype: Type of the stored factors; None keeps the type that ``start`` has.
         """
-        backend = backends.find(self.base_layer)
-        device = start.a.device if start.a.is_meta else backend.device(self.base_layer)
+        device = start.a.device if start.a.is_meta else self.base_device()
 
         def place(tensor: Tensor) -> Tensor:
             # A copy, in memory of its own: a tensor of a mapped file is neither aligned nor safe from others.
@@ -352,9 +368,9 @@ class LoraLayer(AdapterModule):
         self.adapters_changed()
 
     def _replace_base(self, matrix: Tensor) -> None:
-        backend = backends.find(self.base_layer)
-        weight = backend.read(self.base_layer)
-        backend.write(self.base_layer, self.from_matrix(matrix, weight).to(weight))
+        base, backend = self.get_base_layer(), self.backend
+        weight = backend.read(base, self.weight_name)
+        backend.write(base, self.from_matrix(matrix, weight).to(weight), self.weight_name)
 
     def drop_adapter(self, name: str) -> None:
         """Forget an adapter; if it is merged, the base gets its weight back first."""
@@ -466,20 +482,19 @@ class LoraLayer(AdapterModule):
     def _weight_meta(self) -> Tensor:
         """The base weight's shape before merging, without its values."""
         base = self.original_base()
-        return backends.find(base).read(base).to("meta")
+        return self.backend.read(base, self.weight_name).to("meta")
 
     def refuses_merge(self, names: Sequence[str]) -> list[str]:
         """Why merging these adapters would be wrong; empty if it is right."""
-        base = self.base_layer
+        base, backend = self.get_base_layer(), self.backend
         reasons = []
-        weight = getattr(base, "weight", None)
-        backend = backends.find(base)
-        if isinstance(weight, Tensor) and weight.is_meta and backend.device(base).type == "meta":
+        weight = getattr(base, self.weight_name, None)
+        if isinstance(weight, Tensor) and weight.is_meta and self.base_device().type == "meta":
             reasons.append("the base weight is on the meta device: it has no values to merge into")
-        if (reason := backend.refuses_merge(base)) is not None:
+        if (reason := backend.refuses_to_write(base, self.weight_name)) is not None:
             reasons.append(reason)
         empty = [n for n in names if any(p.is_meta for p in self.adapter_parameters(n))]
-        if empty and backend.device(base).type != "meta":
+        if empty and self.base_device().type != "meta":
             named = ", ".join(map(repr, empty))
             reasons.append(f"the factors of {named} were never loaded (low_cpu_mem_usage)")
         biased = [n for n in names if self.factors(n)[2] is not None]
@@ -566,15 +581,15 @@ class LoraLayer(AdapterModule):
         self.adapters_changed()
 
     def _take_undo(self) -> Undo:
-        base, backend = self.base_layer, backends.find(self.base_layer)
-        weight = backend.read(base)
+        base, name = self.get_base_layer(), self.weight_name
+        weight = self.backend.read(base, name)
         _, attributes = self.before_merge(weight.to("meta"))
-        return Undo({"weight": weight.clone()}, {name: getattr(base, name) for name in attributes})
+        return Undo({name: weight.clone()}, {key: getattr(base, key) for key in attributes})
 
     def _add_bias(self, undo: Undo) -> None:
         """Keep the base's bias too: only a merged bias changes it, and it may be trained by itself."""
         if "bias" not in undo.tensors():
-            bias = backends.find(self.base_layer).read(self.base_layer, "bias")
+            bias = self.backend.read(self.get_base_layer(), "bias")
             undo.register_buffer("bias", bias.clone(), persistent=False)
 
     def _drop_bias(self, undo: Undo, merged: Sequence[str]) -> None:
@@ -583,7 +598,7 @@ class LoraLayer(AdapterModule):
             undo._buffers.pop("bias", None)
 
     def _restore(self, undo: Undo) -> None:
-        base, backend = self.base_layer, backends.find(self.base_layer)
+        base, backend = self.get_base_layer(), self.backend
         for name, tensor in undo.tensors().items():
             backend.write(base, tensor, name)
         for name, value in undo.attributes.items():
@@ -592,8 +607,8 @@ class LoraLayer(AdapterModule):
     @torch.no_grad()
     def _merge_from_original(self, names: Sequence[str], check_finite: bool) -> float:
         """Write the weight with these adapters into a base that has none merged; the share kept."""
-        base, backend = self.base_layer, backends.find(self.base_layer)
-        weight = backend.read(base)
+        base, backend = self.get_base_layer(), self.backend
+        weight = backend.read(base, self.weight_name)
         kinds = {name: variants.get(self._specs[name].variant) for name in names}
         if self.linear and backend.writable_in_place(base) and all(v.additive for v in kinds.values()):
             terms = [(b, a, self.scaling[n]) for n in names for a, b, _ in [self.factors(n)]]
@@ -608,7 +623,7 @@ class LoraLayer(AdapterModule):
             new, kept = merge_dense(start, target - start.to(wide))
             if check_finite and not bool(new.isfinite().all()):
                 raise MergeError("the merged weight would hold infinite or undefined values")
-            backend.write(base, new)
+            backend.write(base, new, self.weight_name)
             for key, value in attributes.items():
                 setattr(base, key, value)
         self._merge_biases(names)
@@ -618,7 +633,7 @@ class LoraLayer(AdapterModule):
         biases = [(self.factors(n)[2], self.scaling[n]) for n in names]
         if not any(bias is not None for bias, _ in biases):
             return
-        base, backend = self.base_layer, backends.find(self.base_layer)
+        base, backend = self.get_base_layer(), self.backend
         bias = backend.read(base, "bias")
         total = bias.to(torch.promote_types(bias.dtype, torch.float32))
         for term, scaling in biases:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from veneer import backends, inits, variants
+from veneer import inits, variants
 from veneer.adapters import check_adapter_name
 from veneer.config import LoraConfig, unsupported_options
 from veneer.errors import AdapterNameError, ConfigError, TargetError
@@ -64,7 +64,7 @@ def why_not(layer: LoraLayer, spec: LoraSpec) -> str | None:
 
 def factor_dtype(layer: LoraLayer, autocast_adapter_dtype: bool = True) -> torch.dtype:
     """The type of new factors: the base's, but float32 beside 16-bit weights unless said otherwise."""
-    base = backends.find(layer.base_layer).dtype(layer.base_layer)
+    base = layer.base_dtype()
     if base in _HALF:
         return torch.float32 if autocast_adapter_dtype else base
     return base if base in (torch.float32, torch.float64) else torch.float32

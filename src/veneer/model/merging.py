@@ -100,7 +100,7 @@ class MergeVerbs(AdapterVerbs):
                     print(f"\rmerging {number}/{len(layers)}", end="", file=sys.stderr, flush=True)
                 before = layer.merged_adapters
                 # Without an undo a failure half-way could not be taken back; only these can fail.
-                can_fail = safe_merge or layer.get_base_layer().weight.dtype == torch.float16
+                can_fail = safe_merge or layer.base_dtype() == torch.float16
                 kept[path] = layer.merge(safe_merge, names, keep_undo=keep_undo or can_fail)
                 done.append((layer, [n for n in layer.merged_adapters if n not in before]))
         except Exception as error:

@@ -9,7 +9,6 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import nn
 
-from veneer import backends
 from veneer.adapters import AdapterModule, AdapterSet
 from veneer.errors import TargetError
 from veneer.layers import LoraLayer
@@ -99,7 +98,7 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
 
 def _layer_status(path: str, module: AdapterModule) -> TunerLayerStatus:
     held = {name: list(module.adapter_parameters(name)) for name in module.held_adapters}
-    storage = backends.find(module.base_layer).quantization if isinstance(module, LoraLayer) else None
+    storage = module.backend.quantization if isinstance(module, LoraLayer) else None
     return TunerLayerStatus(
         name=path,
         module_type=type(module).__name__,

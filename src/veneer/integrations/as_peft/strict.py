@@ -14,7 +14,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ... import backends
 from ...adapters import AdapterModule
 from ...errors import LoadMismatchError
 from ...inject import sites
@@ -97,7 +96,7 @@ def _bring_to_their_layers(model: nn.Module, adapter: str) -> None:
     """Factors go where their layer computes, which is not where an offloaded base weight lies."""
     for layer in model.modules():
         if isinstance(layer, LoraLayer) and adapter in layer.held_adapters:
-            device = backends.find(layer.base_layer).device(layer.base_layer)
+            device = layer.base_device()
             for parameter in layer.adapter_parameters(adapter):
                 parameter.data = parameter.data.to(device)
 
