@@ -6,6 +6,30 @@ messages to standard error.
 
 from __future__ import annotations
 
-from .common import main
+import os
+import sys
+from collections.abc import Sequence
 
 __all__ = ["main"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: What follows the program's name; ``sys.argv`` when None.
+
+    Returns:
+        The exit code.
+    """
+    try:
+        if not sys.stdout.isatty() and not os.environ.get("FORCE_COLOR"):
+            # On a build server typer would colour its help without a terminal.
+            os.environ.setdefault("_TYPER_FORCE_DISABLE_TERMINAL", "1")
+        # Imported here, so that Ctrl-C during the imports is answered like any other.
+        from .common import main as run
+
+        return run(arguments)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import io
 import json
 import os
+import pkgutil
 import sys
 import traceback
 from collections.abc import Sequence
@@ -12,7 +15,9 @@ from typing import Annotated, Any
 
 import typer
 
-from ..errors import VeneerError, VeneerWarning
+from ..errors import ConfigError, VeneerError
+from . import messages
+from .messages import say
 
 DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
@@ -49,6 +54,13 @@ def _veneer(
     """LoRA for PyTorch, PEFT-compatible: train, ask, look into and merge adapters."""
 
 
+def register_commands() -> None:
+    """Import every file of this folder: a file with ``@app.command()`` in it is a command."""
+    package = sys.modules[__package__ or "veneer.cli"]
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"{package.__name__}.{module.name}")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 
@@ -58,28 +70,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
-    from . import demo, generate, inspect, merge, train  # noqa: F401  registers the commands
-
+    words, verbose = _normalised(list(sys.argv[1:] if arguments is None else arguments))
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without × or … is no reason to fail
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    words, verbose = _normalised(given)
     if not verbose:
-        _calm_warnings()
+        messages.quieten(lambda: flags_of(words[0]) if words else {})
     try:
-        return _run(words)
+        register_commands()
+        code = _run(words)
+        sys.stdout.flush()  # a full disk or a reader that left shows here at the latest
+        return code
     except KeyboardInterrupt:
         return _interrupted()
     except BrokenPipeError:
         # The reader of our output left (`veneer inspect … | head`): nothing is wrong.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return DONE
-    except (VeneerError, OSError, MemoryError) as error:
-        return _failed(str(error) or type(error).__name__, verbose)
+    except SystemExit as leaving:
+        if isinstance(leaving.__context__, BrokenPipeError):  # rich makes this of it
+            return DONE
+        raise
     except Exception as error:
-        words_of = str(error).strip() or "no message"
-        return _failed(f"unexpected {type(error).__name__}: {words_of}\nThis is a bug in Veneer.", verbose)
+        if messages.was_interrupted(error):
+            return _interrupted()
+        return _failed(error, words, verbose)
 
 
 def _run(words: list[str]) -> int:
@@ -97,7 +112,7 @@ def _run(words: list[str]) -> int:
             if type(error).__name__ == "NoArgsIsHelpError":
                 print(error.format_message())
                 return USAGE
-            _say(f"error: {error.format_message()}\nSee: {path} --help")
+            say(f"error: {error.format_message()}\nSee: {path} --help")
             return USAGE
         raise
     if answer == INTERRUPTED:
@@ -122,31 +137,49 @@ def _normalised(words: list[str]) -> tuple[list[str], bool]:
     return out + rest, verbose
 
 
-def _calm_warnings() -> None:
-    """Veneer's own warnings as one line each; other libraries' not at all."""
-    import warnings
-
-    def show(message: Warning | str, category: type[Warning], *details: Any, **more: Any) -> None:
-        if issubclass(category, VeneerWarning):
-            _say(f"warning: {message}")
-
-    warnings.showwarning = show
-
-
-def _failed(message: str, verbose: bool) -> int:
+def _failed(error: Exception, words: list[str], verbose: bool) -> int:
     if verbose:
         traceback.print_exc()
-    _say(f"error: {message}" + ("" if verbose else "\n(--verbose shows the traceback)" * ("bug" in message)))
+    system = messages.of_system(error)
+    if system is not None:
+        if isinstance(error, OSError):
+            _drop_output(only_if_broken=True)
+        message = system
+    elif isinstance(error, VeneerError):
+        message = str(error) or type(error).__name__
+    else:
+        message = messages.unexpected(error)
+    say("error: " + messages.in_flags(message, flags_of(words[0]) if words else {}))
+    if isinstance(error, ConfigError):
+        # Adapter files have errors of their own; what is wrong here was asked for on the command line.
+        say(f"See: veneer {words[0]} --help")
+        return USAGE
     return FAILED
 
 
 def _interrupted() -> int:
-    _say("interrupted")
+    say("interrupted")
     return INTERRUPTED
 
 
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+def _drop_output(only_if_broken: bool = False) -> None:
+    """Send what is left in the buffer of standard output to nowhere, so that leaving raises nothing more."""
+    try:
+        if only_if_broken:
+            sys.stdout.flush()
+            return
+    except OSError:
+        pass
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@functools.cache
+def flags_of(command: str) -> dict[str, str]:
+    """Name of a parameter -> its flag, of a command; empty where there is no such command."""
+    group: Any = typer.main.get_command(app)
+    found = group.commands.get(command)
+    pairs = ((p.name, [o for o in p.opts if o.startswith("--")]) for p in (found.params if found else ()))
+    return {name: options[0] for name, options in pairs if options}
 
 
 def show_json(content: object) -> None:

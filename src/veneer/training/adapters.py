@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import warnings
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +39,23 @@ def load_adapted(
     """
     if looks_local(adapter) or "/" not in os.fspath(adapter):
         read_config(adapter)
-    config = PeftConfig.from_pretrained(adapter)
+    with _blaming(adapter):
+        config = PeftConfig.from_pretrained(adapter)
     named = base or config.base_model_name_or_path
     if not named:
         raise AdapterFileError(f"the adapter {adapter} does not name its base model: say which with --model")
     model, tokenizer = load_base(named, dtype)
     adapted = PeftModel.from_pretrained(model, adapter, config=config)
     return adapted, _own_tokenizer(adapter) or tokenizer
+
+
+@contextlib.contextmanager
+def _blaming(adapter: str | os.PathLike[str]) -> Iterator[None]:
+    """What is wrong in an adapter's configuration is an error of that file, not of the caller's options."""
+    try:
+        yield
+    except ConfigError as error:
+        raise AdapterFileError(f"the {CONFIG_NAME} of {adapter} cannot be used: {error}") from error
 
 
 def _own_tokenizer(adapter: str | os.PathLike[str]) -> Any:
@@ -108,12 +120,12 @@ def describe(adapter: str | os.PathLike[str]) -> dict[str, Any]:
     """What an adapter is, from its configuration and the header of its tensors.
 
     Raises:
-        AdapterFileError: It is missing or broken.
-        ConfigError: Its configuration is not that of a LoRA.
+        AdapterFileError: It is missing or broken, or its configuration is not that of a LoRA.
     """
-    config = PeftConfig.from_dict(read_config(adapter))
+    with _blaming(adapter):
+        config = PeftConfig.from_dict(read_config(adapter))
     if not isinstance(config, LoraConfig):
-        raise ConfigError(f"{adapter} is no LoRA adapter but {config.peft_type}")
+        raise AdapterFileError(f"{adapter} is no LoRA adapter but {config.peft_type}")
     file = open_adapter(adapter)
     layers: dict[str, dict[str, tuple[int, ...]]] = {}
     others = []

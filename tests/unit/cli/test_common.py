@@ -68,6 +68,8 @@ def test_no_command_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
         (["merge", "x"], "--output"),
         ([*TRAIN, "--learning-rat", "1"], "--learning-rate"),
         ([*TRAIN, "--lora-r", "many"], "lora-r"),
+        ([*TRAIN, "--lora-r", "0"], "--lora-r must be"),
+        ([*TRAIN, "--learning-rate", "-1"], "--learning-rate must be"),
         ([*TRAIN, "--dtype", "int4"], "bfloat16"),
         (["generate", "x", "hello", "--temperature", "-1"], "--temperature"),
         (["generate", "x", "hello", "--max-new-tokens", "0"], "--max-new-tokens"),
@@ -95,7 +97,7 @@ def test_underscores_are_dashes(tmp_path: Path, capsys: pytest.CaptureFixture[st
     ("raised", "code", "said"),
     [
         (VeneerError("what and why"), 1, "error: what and why\n"),
-        (OSError(28, "No space left on device"), 1, "error: [Errno 28] No space left on device\n"),
+        (OSError(28, "No space left on device"), 1, "error: the disk is full (No space left on device)"),
         (ZeroDivisionError("division by zero"), 1, "error: unexpected ZeroDivisionError: division by zero"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
     ],

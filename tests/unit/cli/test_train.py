@@ -76,8 +76,6 @@ def test_train_refuses_bad_data_before_anything_is_written(
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (["--lora-r", "0"], "r"),
-        (["--learning-rate", "-1"], "learning_rate"),
         (["--target-modules", "q_porj"], "q_proj"),
         (["--resume"], "holds no checkpoint"),
     ],

@@ -1,0 +1,128 @@
+"""What goes to standard error: an error in the words of the command line, warnings, nobody else's noise."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import re
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ..errors import VeneerWarning
+
+#: Configuration fields whose flag has another name.
+FLAG_OF = {"r": "lora_r", "num_train_epochs": "epochs", "per_device_train_batch_size": "batch_size"}
+#: What the library says to those who write Python -> what the command line says instead.
+PHRASES = {
+    "; check_base=False loads it all the same": "",
+    "; strict=False loads what fits": "",
+    ", or read with strict=False": "",
+    "untie=True": "--untie",
+    "Merge into float32 (model.float() before)": "Merge with --dtype float32",
+}
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FULL_WORDS = re.compile(
+    r"no space left on device|disk quota exceeded|file too large|PytorchStreamWriter failed writing", re.I
+)
+_MEMORY_WORDS = re.compile(r"out of memory|can't allocate memory|cannot allocate memory", re.I)
+
+
+def say(line: str) -> None:
+    """One message on standard error."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def quieten(flags: Callable[[], Mapping[str, str]]) -> None:
+    """Veneer's own warnings as one line each; other libraries' notices not at all.
+
+    Args:
+        flags: Gives the flags of the command that runs, by the parameter's name.
+    """
+
+    def show(message: Warning | str, category: type[Warning], *details: Any, **more: Any) -> None:
+        if issubclass(category, VeneerWarning):
+            say("warning: " + in_flags(str(message), flags()))
+
+    warnings.showwarning = show
+    # What torchao, bitsandbytes and others log when they are imported goes through this handler.
+    if logging.lastResort is not None:
+        logging.lastResort.setLevel(logging.ERROR)
+    for name, value in (
+        ("TRANSFORMERS_VERBOSITY", "error"),
+        ("DATASETS_VERBOSITY", "error"),
+        ("DIFFUSERS_VERBOSITY", "error"),
+        ("TOKENIZERS_PARALLELISM", "false"),
+        ("TORCH_CPP_LOG_LEVEL", "ERROR"),
+    ):
+        os.environ.setdefault(name, value)
+
+
+def was_interrupted(error: BaseException | None) -> bool:
+    """Whether Ctrl-C is behind an error: compiled modules report it as one of their own."""
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def of_system(error: BaseException) -> str | None:
+    """An error of the machine in one sentence with the way out, or None where it is something else."""
+    text = str(error).strip()
+    if (isinstance(error, OSError) and error.errno in _FULL) or _FULL_WORDS.search(text):
+        place = getattr(error, "filename", None)
+        where = f" while {place} was written" if place else ""
+        return f"the disk is full{where} ({_reason(error)}). Free some space, or write to another disk."
+    if isinstance(error, MemoryError) or _MEMORY_WORDS.search(text):
+        return (
+            f"out of memory ({_reason(error)}). Smaller batches (--batch-size), shorter examples "
+            "(--max-length) or a smaller type (--dtype bfloat16) take less, where the command has them."
+        )
+    if isinstance(error, OSError):
+        return _reason(error) if error.filename is None else f"{error.filename}: {_reason(error)}"
+    return None
+
+
+def _reason(error: BaseException) -> str:
+    strerror = getattr(error, "strerror", None)
+    if strerror:
+        return str(strerror)
+    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+
+
+def unexpected(error: BaseException) -> str:
+    """An error that nobody foresaw, with whose it is."""
+    frames = traceback.extract_tb(error.__traceback__)
+    owner = "veneer"
+    for frame in frames:
+        if found := re.search(r"[/\\](?:site|dist)-packages[/\\](\w+)", frame.filename):
+            owner = found[1]
+        elif "veneer" in frame.filename:
+            owner = "veneer"
+    kind, words = type(error).__name__, str(error).strip() or "no message"
+    whose = "This is a bug in Veneer." if owner == "veneer" else f"It was raised in {owner}."
+    return f"unexpected {kind}: {words}\n{whose} --verbose shows the traceback."
+
+
+def in_flags(message: str, flags: Mapping[str, str]) -> str:
+    """A message of the library with the options of the command in place of Python's names.
+
+    Args:
+        message: As the library says it.
+        flags: Name of a parameter -> flag, of the command that runs.
+    """
+    for phrase, instead in PHRASES.items():
+        message = message.replace(phrase, instead)
+    for field, flag in FLAG_OF.items():
+        if flag in flags and field not in flags:
+            message = re.sub(rf"(?<![\w.\-'\"])({field})(?= must | is |=)", flags[flag], message)
+    names = sorted((n for n in flags if "_" in n), key=len, reverse=True)
+    if names:
+        # A word in quotes or in a path is a value, not an option.
+        pattern = rf"(?<![\w.\-'\"/])({'|'.join(map(re.escape, names))})(?![\w\-/'\"])(?!\.\w)"
+        message = re.sub(pattern, lambda found: flags[found[1]], message)
+    return message
