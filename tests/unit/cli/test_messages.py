@@ -26,7 +26,7 @@ FLAGS = {
     [
         ("r must be an integer, got 0", "--lora-r must be an integer, got 0"),
         ("bad:\n  - r must be above 0", "bad:\n  - --lora-r must be above 0"),
-        ("lora_alpha is 8 with r=64: pass lora_alpha=8", "--lora-alpha is 8 with --lora-r=64: pass --lora-alpha=8"),
+        ("lora_alpha is 8, r=64: pass lora_alpha=8", "--lora-alpha is 8, --lora-r=64: pass --lora-alpha=8"),
         ("learning_rate must be above 0; epochs must be", "--learning-rate must be above 0; epochs must be"),
         ("no 'learning_rate' in out/learning_rate.txt", "no 'learning_rate' in out/learning_rate.txt"),
         ("model.lora_alpha and lora_alpha.json", "model.lora_alpha and lora_alpha.json"),
