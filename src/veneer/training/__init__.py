@@ -6,7 +6,23 @@ inside the functions that need them.
 
 from __future__ import annotations
 
-from .data import Collator, Encoded, encode, prompt_ids, read_records
+from .data import (
+    Collator,
+    Encoded,
+    EncodedLabels,
+    LabelCollator,
+    Packed,
+    Preferences,
+    Records,
+    encode,
+    encode_classification,
+    encode_preferences,
+    form_of,
+    pack,
+    packing_for,
+    prompt_ids,
+    read_records,
+)
 from .evaluate import answer_loss, exact_match, generate_answers, valid_json
 from .loop import TrainOptions, train
 from .models import cache_dir, demo_model, load_base
@@ -15,7 +31,12 @@ from .progress import Progress, Silent, Terminal
 __all__ = [
     "Collator",
     "Encoded",
+    "EncodedLabels",
+    "LabelCollator",
+    "Packed",
+    "Preferences",
     "Progress",
+    "Records",
     "Silent",
     "Terminal",
     "TrainOptions",
@@ -23,9 +44,14 @@ __all__ = [
     "cache_dir",
     "demo_model",
     "encode",
+    "encode_classification",
+    "encode_preferences",
     "exact_match",
+    "form_of",
     "generate_answers",
     "load_base",
+    "pack",
+    "packing_for",
     "prompt_ids",
     "read_records",
     "train",

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .data import IGNORED, Collator, Row
+from .data import IGNORED, Collator, Row, without_cache
 from .progress import Progress, Silent
 
 
@@ -28,7 +28,7 @@ def loss_sum(model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         (sum, count), both scalars; the sum is of float32 and carries gradients.
     """
     labels = batch["labels"][:, 1:]
-    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    inputs = {name: value for name, value in batch.items() if name != "labels"} | without_cache(model)
     keep = (labels != IGNORED).any(dim=0).nonzero().squeeze(1)
     if _keeps_logits(model):
         logits = model(**inputs, logits_to_keep=keep).logits

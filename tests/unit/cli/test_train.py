@@ -57,7 +57,7 @@ def test_train_says_what_was_cut(base: Path, tmp_path: Path, capsys: pytest.Capt
     ("content", "said"),
     [
         (None, "No such file"),
-        ("nonsense\n", "line 1 is no JSON"),
+        ("nonsense\n", "line 1: it is no JSON"),
         ('{"promt": "a", "completion": "b"}\n', "'prompt'"),
     ],
 )

@@ -95,10 +95,10 @@ def test_a_good_file_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ('{"prompt": "a", "completion": "b"}\n{"prompt": \n', "line 2 is no JSON"),
+        ('{"prompt": "a", "completion": "b"}\n{"prompt": \n', "line 2: it is no JSON"),
         ('{"promt": "a", "completion": "b"}\n', "'promt' should perhaps be 'prompt'"),
         ('{"question": "a", "answer": "b"}\n', "it has 'question', 'answer'"),
-        ('["a", "b"]\n', "no JSON object but list"),
+        ('["a", "b"]\n', "no object but a list"),
         ("\n\n", "holds no records"),
     ],
 )

@@ -1,0 +1,98 @@
+"""Rows of tokens -> batches of tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+IGNORED = -100
+
+Row = dict[str, list[int]]
+Separation = Literal["position_ids", "mask"]
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Rows -> a batch padded at its right end to the longest row.
+
+    Attributes:
+        pad: Token that fills up; masked out, so which one does not matter.
+        packed: What keeps the examples of packed rows apart, see `packing_for`.
+    """
+
+    pad: int
+    packed: Separation = "position_ids"
+
+    def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+        """``input_ids`` and ``labels``: (rows, longest), and what the model may attend to.
+
+        That is ``attention_mask``: (rows, longest) for plain rows; for packed ones ``position_ids``: (rows,
+        longest), which begin at 0 with every example, and, where ``packed`` is ``mask``, beside them
+        ``attention_mask``: (rows, 1, longest, longest), added to the scores.
+        """
+        longest = max(len(row["input_ids"]) for row in rows)
+        batch = {
+            "input_ids": _filled([row["input_ids"] for row in rows], self.pad, longest),
+            "labels": _filled([row["labels"] for row in rows], IGNORED, longest),
+        }
+        if "position_ids" not in rows[0]:
+            mask = _filled([[1] * len(row["input_ids"]) for row in rows], 0, longest)
+            return {"input_ids": batch["input_ids"], "attention_mask": mask, "labels": batch["labels"]}
+        # What fills up is one more example, so that nothing attends to it and no row needs a mask for it.
+        batch["position_ids"] = torch.tensor(
+            [[*row["position_ids"], *range(longest - len(row["position_ids"]))] for row in rows]
+        )
+        if self.packed == "mask":
+            batch["attention_mask"] = block_mask(batch["position_ids"])
+        return batch
+
+
+def block_mask(position_ids: Tensor) -> Tensor:
+    """The causal mask of packed rows: 0 within an example, the least number elsewhere.
+
+    Args:
+        position_ids: (rows, length), beginning at 0 with every example.
+
+    Returns:
+        (rows, 1, length, length), float32.
+    """
+    example = (position_ids == 0).cumsum(-1)
+    allowed = (example[:, :, None] == example[:, None, :]).tril()
+    mask = torch.zeros(allowed.shape).masked_fill_(~allowed, torch.finfo(torch.float32).min)
+    return mask[:, None]
+
+
+@dataclass(frozen=True)
+class LabelCollator:
+    """Rows of a classifier -> a batch padded at its right end.
+
+    Attributes:
+        pad: Token that fills up.
+    """
+
+    pad: int
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """``input_ids`` and ``attention_mask``: (rows, longest); ``labels``: (rows,)."""
+        longest = max(len(row["input_ids"]) for row in rows)
+        return {
+            "input_ids": _filled([row["input_ids"] for row in rows], self.pad, longest),
+            "attention_mask": _filled([[1] * len(row["input_ids"]) for row in rows], 0, longest),
+            "labels": torch.tensor([row["labels"] for row in rows]),
+        }
+
+
+def _filled(values: Sequence[Sequence[int]], filler: int, longest: int) -> Tensor:
+    return torch.tensor([[*v, *[filler] * (longest - len(v))] for v in values])
+
+
+def pad_token(tokenizer: Any) -> int:
+    """A token to fill batches with."""
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return int(token)
+    return 0

@@ -1,0 +1,245 @@
+"""Records -> token rows whose loss falls on the answers only.
+
+Where the tokenizer has a chat template, a prompt and its completion are one turn of the user and one of the
+assistant; where it has none, they are joined as they are and closed by the end-of-sequence token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from ...errors import DataError
+from .batch import IGNORED, Row
+from .forms import Form, Message, Purpose, Record, Unfit, form_of, problem_list, read_as
+from .sources import Records
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Token rows and what happened on the way.
+
+    Attributes:
+        rows: ``input_ids`` and ``labels`` of each example; labels are -100 where no loss falls.
+        cut: How many examples were cut at the maximum length.
+        dropped: How many were left out because nothing to learn was left of them.
+        empty: How many have an empty answer, which teaches to say nothing.
+        max_length: Where they were cut.
+    """
+
+    rows: list[Row]
+    cut: int = 0
+    dropped: int = 0
+    empty: int = 0
+    max_length: int = 1024
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all rows."""
+        return sum(len(row["input_ids"]) for row in self.rows)
+
+    @property
+    def learned(self) -> int:
+        """Tokens that loss falls on: not the first of a row, which nothing stands before."""
+        return sum(label != IGNORED for row in self.rows for label in row["labels"][1:])
+
+    def lines(self) -> list[str]:
+        """What to say about it."""
+        lines = [
+            f"{count(len(self.rows), 'example')}, {self.tokens:,} tokens, loss on {self.learned:,} of them"
+        ]
+        if self.cut:
+            lines.append(f"warning: {longer(self.cut, self.max_length)} and were cut")
+        if self.dropped:
+            lines.append(
+                f"warning: {count(self.dropped, 'example')} left out: nothing to learn fits into "
+                f"{self.max_length} tokens"
+            )
+        if self.empty:
+            lines.append(
+                f"warning: {count(self.empty, 'example')} with an empty answer: they teach to say nothing"
+            )
+        return lines
+
+
+def count(number: int, word: str) -> str:
+    """``1 example``, ``2 examples``."""
+    return f"{number:,} {word}{'' if number == 1 else 's'}"
+
+
+def longer(number: int, max_length: int) -> str:
+    """The beginning of a warning."""
+    return f"{count(number, 'example')} longer than {max_length} tokens"
+
+
+def encode(records: Sequence[Record], tokenizer: Any, max_length: int = 1024) -> Encoded:
+    """Tokenise records; pieces are tokenised one by one, as generation will see the prompt.
+
+    Args:
+        records: From `read_records`, or mappings of one form.
+        tokenizer: Of transformers; its chat template lays out conversations.
+        max_length: Where examples are cut.
+
+    Raises:
+        DataError: Records that cannot be laid out (one error for all), or nothing to learn in any of them.
+    """
+    rows: list[Row] = []
+    cut = empty = 0
+    for row, blank in each(records, "sft", lambda example, form: _row(example, form, tokenizer)):
+        cut += len(row["input_ids"]) > max_length
+        row = {name: values[:max_length] for name, values in row.items()}
+        if any(label != IGNORED for label in row["labels"][1:]):
+            rows.append(row)
+            empty += blank
+    if not rows:
+        raise DataError(
+            f"nothing of any answer fits into {max_length} tokens (of {count(len(records), 'record')}): "
+            "raise the maximum length"
+        )
+    return Encoded(rows, cut, len(records) - len(rows), empty, max_length)
+
+
+def each(
+    records: Sequence[Record], purpose: Purpose, make: Callable[[dict[str, Any], Form], T]
+) -> Iterator[T]:
+    """What is made of each record, after the form; one error for all records of which nothing can be made.
+
+    Raises:
+        DataError: Counts them and names the first few.
+    """
+    known = records if isinstance(records, Records) and records.form.purpose == purpose else None
+    form = form_of(records, purpose) if known is None else known.form
+    made, problems = [], []
+    for number, record in enumerate(records):
+        try:
+            made.append(make(read_as(form, record), form))
+        except Unfit as error:
+            problems.append((known.where(number) if known else f"record {number + 1}", str(error)))
+    if problems:
+        raise DataError(problem_list(problems, len(records), known.source if known else "the data"))
+    return iter(made)
+
+
+def _row(example: dict[str, Any], form: Form, tokenizer: Any) -> tuple[Row, bool]:
+    """(row, whether an answer is empty) of a record in plain words."""
+    ids: list[int] = []
+    labels: list[int] = []
+    parts = pieces(example, tokenizer, form.joint)
+    for text, answer in parts:
+        # A template writes its own first token; plain text gets the tokenizer's.
+        plain = not ids and ("text" in example or not has_template(tokenizer))
+        piece = opening(text, tokenizer) if plain else tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids += piece
+        labels += piece if answer else [IGNORED] * len(piece)
+    return {"input_ids": ids, "labels": labels}, _says_nothing(example)
+
+
+def _says_nothing(example: Mapping[str, Any]) -> bool:
+    if "messages" in example:
+        answers = [m for m in example["messages"] if m["role"] == "assistant"]
+        return any(not m.get("content", "").strip() and not m.get("tool_calls") for m in answers)
+    return not example.get("completion", example.get("text", "")).strip()
+
+
+def has_template(tokenizer: Any) -> bool:
+    """Whether a tokenizer lays out conversations."""
+    return bool(getattr(tokenizer, "chat_template", None))
+
+
+def as_messages(prompt: str | Sequence[Message], role: str = "user") -> list[Message]:
+    """A text as the one message of a role; messages as they are."""
+    return [{"role": role, "content": prompt}] if isinstance(prompt, str) else list(prompt)
+
+
+def pieces(example: Record, tokenizer: Any, joint: str = "") -> list[tuple[str, bool]]:
+    """The text of an example in order, each piece with whether loss falls on it.
+
+    Args:
+        example: A record in plain words: ``text``, ``prompt`` and ``completion``, or ``messages``.
+        tokenizer: Of transformers.
+        joint: Between prompt and completion where there is no chat template.
+
+    Raises:
+        Unfit: Messages without a chat template, or a template that fails or rewrites earlier turns.
+    """
+    end = tokenizer.eos_token or ""
+    if "text" in example:
+        return [(example["text"] + end * (not example["text"].endswith(end)), True)]
+    if not has_template(tokenizer):
+        if "messages" in example:
+            raise Unfit(
+                "the tokenizer has no chat template, so messages cannot be laid out; give texts as prompt "
+                "and completion, or take a chat model"
+            )
+        return [(example["prompt"] + joint, False), (example["completion"] + end, True)]
+    tools = example.get("tools")
+    messages = example.get("messages") or [
+        *as_messages(example["prompt"]),
+        *as_messages(example["completion"], "assistant"),
+    ]
+    text, found = "", []
+    for place, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before = laid_out(tokenizer, messages[:place], tools, answer_next=True)
+        after = laid_out(tokenizer, messages[: place + 1], tools)
+        if not (before.startswith(text) and after.startswith(before)):
+            raise Unfit(
+                "the chat template of this model rewrites earlier turns, so loss on the answers only cannot "
+                "be laid out; give one prompt and one completion a record"
+            )
+        answer = after[len(before) :]
+        if end and end in answer:
+            answer = answer[: answer.rindex(end) + len(end)]
+        found += [(before[len(text) :], False), (answer, True)]
+        text = before + answer
+    return found
+
+
+def laid_out(
+    tokenizer: Any, messages: Sequence[Message], tools: Any = None, *, answer_next: bool = False
+) -> str:
+    """The text that a chat template makes of messages.
+
+    Raises:
+        Unfit: The template fails; carries what it says.
+    """
+    try:
+        text: str = tokenizer.apply_chat_template(
+            list(messages), tools=tools, tokenize=False, add_generation_prompt=answer_next
+        )
+    except Exception as error:  # a template is a program of somebody else's, and jinja is not imported here
+        words = str(error).strip() or type(error).__name__
+        roles = ", ".join(message["role"] for message in messages)
+        raise Unfit(
+            f"the model's chat template refuses the roles {roles or 'of no message'}: {words}"
+        ) from error
+    return text
+
+
+def prompt_ids(prompt: str | Sequence[Message], tokenizer: Any, tools: Any = None) -> list[int]:
+    """The tokens that a model is given before it answers: ``prompt`` laid out as in training.
+
+    Raises:
+        DataError: Messages without a chat template, or a template that fails.
+    """
+    if not has_template(tokenizer):
+        if not isinstance(prompt, str):
+            raise DataError("the tokenizer has no chat template, so the prompt must be a text")
+        return opening(prompt, tokenizer)
+    try:
+        text = laid_out(tokenizer, as_messages(prompt), tools, answer_next=True)
+    except Unfit as error:
+        raise DataError(str(error)) from error
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def opening(text: str, tokenizer: Any) -> list[int]:
+    """The tokens of a text that something follows: with the tokenizer's first token, without its last."""
+    first = tokenizer.bos_token is None or not text.startswith(tokenizer.bos_token)
+    ids = list(tokenizer(text, add_special_tokens=first)["input_ids"])
+    closed = ids[-1:] == [tokenizer.eos_token_id] and not text.endswith(tokenizer.eos_token or "")
+    return ids[:-1] if closed else ids

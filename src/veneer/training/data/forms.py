@@ -1,0 +1,388 @@
+"""The forms that records come in: which columns each has, what a good record of it is, what it means.
+
+One entry of `FORMS` is one form. Its `read` gives the record in plain words (``prompt`` and ``completion``,
+``messages``, ``text``, …), or raises `Unfit` with what is wrong about that record.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from ...errors import DataError
+
+Record = Mapping[str, Any]
+Message = dict[str, Any]
+Purpose = Literal["sft", "dpo", "classification"]
+PURPOSES: tuple[Purpose, ...] = ("sft", "dpo", "classification")
+SHOWN = 3
+
+#: ShareGPT's names of who speaks -> roles of chat templates.
+SPEAKERS = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "assistant": "assistant",
+    "tool": "tool",
+    "observation": "tool",
+}
+
+
+class Unfit(DataError):
+    """What is wrong with one record; where many are read, one line of a `DataError`."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """A form of records.
+
+    Attributes:
+        name: What it is called in code.
+        title: What it is called in sentences.
+        purpose: What it trains.
+        columns: Columns that a record of this form has.
+        more: Columns that it may have.
+        read: Record -> the record in plain words, see this module's first lines.
+        example: A record in short, for messages.
+        joint: Between prompt and answer where a model has no chat template.
+    """
+
+    name: str
+    title: str
+    purpose: Purpose
+    columns: tuple[str, ...]
+    read: Callable[[Record], dict[str, Any]] = field(repr=False, compare=False)
+    example: str
+    more: tuple[str, ...] = ()
+    joint: str = ""
+
+    def __str__(self) -> str:
+        return f"columns {' + '.join(self.columns)} ({self.title})"
+
+    def fits(self, record: Record) -> bool:
+        """Whether the record has the columns of this form; null is as good as absent."""
+        return all(record.get(column) is not None for column in self.columns)
+
+
+def text_of(value: object, name: str) -> str:
+    """A text that tokenizers take.
+
+    Raises:
+        Unfit: It is something else.
+    """
+    if not isinstance(value, str):
+        raise Unfit(f"{name} is {kind_of(value)}, not text")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise Unfit(f"{name} holds half of a surrogate pair, which is no character") from None
+    return value
+
+
+def kind_of(value: object) -> str:
+    """A value's type in the words of JSON."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return f"a boolean ({str(value).lower()})"
+    if isinstance(value, int | float):
+        return f"a number ({value})"
+    names: dict[type, str] = {str: "a text", list: "a list", dict: "an object"}
+    return names.get(type(value), type(value).__name__)
+
+
+def messages_of(value: object, name: str) -> list[Message]:
+    """A list of messages with role and content; what is null in them is left out.
+
+    Raises:
+        Unfit: It is no such list.
+    """
+    if not isinstance(value, list) or not value:
+        what = "an empty list" if value == [] else kind_of(value)
+        raise Unfit(f"{name} is {what}, not a list of messages with role and content")
+    return [_message(message, f"{name}[{place}]") for place, message in enumerate(value)]
+
+
+def _message(value: object, name: str) -> Message:
+    if not isinstance(value, Mapping):
+        raise Unfit(f"{name} is {kind_of(value)}, not an object with role and content")
+    if "role" not in value and "from" in value:
+        return _said(value, name)
+    message = {key: part for key, part in value.items() if part is not None}
+    if isinstance(message.get("content"), list):
+        raise Unfit(f"{name}.content is a list of parts; only text is understood")
+    text_of(message.get("role"), f"{name}.role")
+    if "content" in message or "tool_calls" not in message:
+        text_of(message.get("content"), f"{name}.content")
+    return message
+
+
+def _said(value: Record, name: str) -> Message:
+    """A message of ShareGPT: from and value."""
+    speaker = text_of(value.get("from"), f"{name}.from")
+    if speaker.lower() not in SPEAKERS:
+        close = difflib.get_close_matches(speaker.lower(), SPEAKERS, n=1)
+        hint = f"; perhaps {close[0]!r}" if close else ""
+        raise Unfit(f"{name}.from is {speaker!r}, which is none of {', '.join(SPEAKERS)}{hint}")
+    return {
+        "role": SPEAKERS[speaker.lower()],
+        "content": text_of(value.get("value"), f"{name}.value"),
+    }
+
+
+def _answered(messages: list[Message], name: str) -> list[Message]:
+    if not any(message["role"] == "assistant" for message in messages):
+        raise Unfit(f"{name} has no message of the role 'assistant', so there is nothing to learn")
+    return messages
+
+
+def _with_tools(record: Record, found: dict[str, Any]) -> dict[str, Any]:
+    tools = record.get("tools")
+    if tools is None:
+        return found
+    if not isinstance(tools, list):
+        raise Unfit(f"tools is {kind_of(tools)}, not a list")
+    return {**found, "tools": tools}
+
+
+def _messages(record: Record) -> dict[str, Any]:
+    return _with_tools(
+        record, {"messages": _answered(messages_of(record["messages"], "messages"), "messages")}
+    )
+
+
+def _sharegpt(record: Record) -> dict[str, Any]:
+    messages = messages_of(record["conversations"], "conversations")
+    if record.get("system"):
+        messages = [{"role": "system", "content": text_of(record["system"], "system")}, *messages]
+    return _with_tools(record, {"messages": _answered(messages, "conversations")})
+
+
+def _prompt_completion(record: Record) -> dict[str, Any]:
+    prompt, completion = record["prompt"], record["completion"]
+    if isinstance(prompt, str) and isinstance(completion, str):
+        return {"prompt": text_of(prompt, "prompt"), "completion": text_of(completion, "completion")}
+    both = _turns(prompt, "prompt", "user") + _turns(completion, "completion", "assistant")
+    return _with_tools(record, {"messages": _answered(both, "completion")})
+
+
+def _turns(value: object, name: str, role: str) -> list[Message]:
+    """Messages, or a text as the one message of a role."""
+    if isinstance(value, list):
+        return messages_of(value, name)
+    return [{"role": role, "content": text_of(value, name)}]
+
+
+def _alpaca(record: Record) -> dict[str, Any]:
+    prompt = text_of(record["instruction"], "instruction")
+    if record.get("input"):
+        prompt = f"{prompt}\n\n{text_of(record['input'], 'input')}"
+    answer = text_of(record["output"], "output")
+    if not record.get("system"):
+        return {"prompt": prompt, "completion": answer}
+    system = {"role": "system", "content": text_of(record["system"], "system")}
+    return {"messages": [system, *_turns(prompt, "", "user"), *_turns(answer, "", "assistant")]}
+
+
+def _text(record: Record) -> dict[str, Any]:
+    return {"text": text_of(record["text"], "text")}
+
+
+def _preference(record: Record) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for column in ("prompt", "chosen", "rejected"):
+        value = record[column]
+        found[column] = messages_of(value, column) if isinstance(value, list) else text_of(value, column)
+    if isinstance(found["chosen"], str) != isinstance(found["rejected"], str):
+        raise Unfit("chosen and rejected are not alike: one is a text, the other a list of messages")
+    return _differing(found)
+
+
+def _preference_whole(record: Record) -> dict[str, Any]:
+    """Two whole conversations; the prompt is what they begin with in common."""
+    chosen, rejected = (messages_of(record[column], column) for column in ("chosen", "rejected"))
+    shared = 0
+    while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
+        shared += 1
+    if not shared:
+        raise Unfit("chosen and rejected do not begin alike, and there is no prompt")
+    return _differing({"prompt": chosen[:shared], "chosen": chosen[shared:], "rejected": rejected[shared:]})
+
+
+def _differing(found: dict[str, Any]) -> dict[str, Any]:
+    if found["chosen"] == found["rejected"]:
+        raise Unfit("chosen and rejected are the same, so there is nothing to prefer")
+    if not (found["chosen"] and found["rejected"]):
+        raise Unfit("chosen or rejected holds nothing beside what both begin with")
+    return found
+
+
+def _classified(column: str) -> Callable[[Record], dict[str, Any]]:
+    def read(record: Record) -> dict[str, Any]:
+        label = record["label"]
+        if not isinstance(label, int | str) or isinstance(label, bool):
+            raise Unfit(f"label is {kind_of(label)}, not a name or a whole number")
+        return {"text": text_of(record[column], column), "label": label}
+
+    return read
+
+
+#: In the order in which they are looked for.
+FORMS: tuple[Form, ...] = (
+    Form(
+        "messages", "conversation", "sft", ("messages",), _messages,
+        '{"messages": [{"role": …, "content": …}, …]}', ("tools",),
+    ),
+    Form(
+        "prompt-completion", "instruction", "sft", ("prompt", "completion"), _prompt_completion,
+        '{"prompt": …, "completion": …}', ("tools",),
+    ),
+    Form(
+        "sharegpt", "ShareGPT", "sft", ("conversations",), _sharegpt,
+        '{"conversations": [{"from": …, "value": …}, …]}', ("system", "tools"),
+    ),
+    Form(
+        "alpaca", "Alpaca", "sft", ("instruction", "output"), _alpaca,
+        '{"instruction": …, "output": …}', ("input", "system"), "\n\n",
+    ),
+    Form("text", "plain text, loss on all of it", "sft", ("text",), _text, '{"text": …}'),
+    Form(
+        "preference", "preference", "dpo", ("prompt", "chosen", "rejected"), _preference,
+        '{"prompt": …, "chosen": …, "rejected": …}',
+    ),
+    Form(
+        "preference-whole", "preference, whole conversations", "dpo", ("chosen", "rejected"),
+        _preference_whole, '{"chosen": [{"role": …, "content": …}, …], "rejected": […]}',
+    ),
+    Form(
+        "classification", "classification", "classification", ("text", "label"), _classified("text"),
+        '{"text": …, "label": …}',
+    ),
+    Form(
+        "classification-sentence", "classification", "classification", ("sentence", "label"),
+        _classified("sentence"), '{"sentence": …, "label": …}',
+    ),
+)  # fmt: skip
+
+#: Where data of one purpose is given for another: what to do about it.
+ELSEWHERE: dict[Purpose, str] = {
+    "sft": "that is data for fine-tuning on answers, not for this",
+    "dpo": "that is preference data: train on it with --method dpo",
+    "classification": "that is data for a classifier, not for this",
+}
+
+
+def form_of(records: Sequence[object], purpose: Purpose = "sft") -> Form:
+    """The form of most records; where as many have another one, the one looked for first.
+
+    Args:
+        records: At least one.
+        purpose: ``sft``, ``dpo`` or ``classification``.
+
+    Raises:
+        DataError: No record has a form of that purpose; names the columns found and the nearest right ones.
+    """
+    form = most_common_form(records, purpose)
+    if form is None:
+        problems = [(f"record {n}", lacking(record, purpose)) for n, record in enumerate(records, start=1)]
+        raise DataError(problem_list(problems, len(records), "the data", understood(purpose)))
+    return form
+
+
+def most_common_form(records: Sequence[object], purpose: Purpose) -> Form | None:
+    """As `form_of`; None where no record has a form of that purpose.
+
+    Raises:
+        DataError: There is no such purpose.
+    """
+    if purpose not in PURPOSES:
+        raise DataError(f"the purpose of data is one of {', '.join(PURPOSES)}, not {purpose!r}")
+    found = Counter(form.name for record in records if (form := _first_fit(record, purpose)) is not None)
+    return max((form for form in FORMS if form.name in found), key=lambda f: found[f.name], default=None)
+
+
+def read_as(form: Form, record: object) -> dict[str, Any]:
+    """A record in plain words.
+
+    Raises:
+        Unfit: It has not the form.
+    """
+    if isinstance(record, Mapping) and form.fits(record):
+        return form.read(record)
+    other = _first_fit(record, form.purpose)
+    if other is not None:
+        raise Unfit(f"it has the {other}, the others have the {form}; one set of data has one form")
+    raise Unfit(lacking(record, form.purpose))
+
+
+def _first_fit(record: object, purpose: Purpose) -> Form | None:
+    if not isinstance(record, Mapping):
+        return None
+    return next((form for form in FORMS if form.purpose == purpose and form.fits(record)), None)
+
+
+def lacking(record: object, purpose: Purpose) -> str:
+    """What is wrong with the columns of a record that has no form of a purpose."""
+    if not isinstance(record, Mapping):
+        return f"it is no object but {kind_of(record)}"
+    found = ", ".join(repr(name) for name in record) or "no column"
+    hints = _hints(record, purpose)
+    return f"it lacks columns that are needed: it has {found}" + (f" ({'; '.join(hints)})" if hints else "")
+
+
+def _hints(record: Record, purpose: Purpose) -> list[str]:
+    for other in PURPOSES:
+        if other != purpose and _first_fit(record, other) is not None:
+            return [ELSEWHERE[other]]
+    columns = {column for form in FORMS if form.purpose == purpose for column in form.columns}
+    null = [f"{name!r} is null" for name in record if name in columns and record[name] is None]
+    return [*near_columns(record, columns), *null]
+
+
+def near_columns(record: Record, columns: Iterable[str]) -> list[str]:
+    """Which of a record's columns are perhaps misspelt."""
+    folded = {column.casefold(): column for column in columns}
+    hints = []
+    for name in record:
+        if name in folded.values():
+            continue
+        close = difflib.get_close_matches(str(name).strip().casefold(), folded, n=1, cutoff=0.7)
+        near = [folded[c] for c in close if folded[c] not in record]
+        hints += [f"{name!r} should perhaps be {c!r}" for c in near]
+    return hints
+
+
+def understood(purpose: Purpose) -> str:
+    """The forms of a purpose, for the end of a message."""
+    return "Understood: " + ", ".join(form.example for form in FORMS if form.purpose == purpose)
+
+
+def problem_list(problems: Sequence[tuple[str, str]], total: int, source: str, way_out: str = "") -> str:
+    """One message for all bad records: how many, the first few with their places, what to do.
+
+    Args:
+        problems: (place, what is wrong) of each bad record.
+        total: How many records there are, bad ones included.
+        source: What the user named.
+        way_out: A last line.
+    """
+    alike: dict[str, list[str]] = {}
+    for place, words in problems:
+        alike.setdefault(words, []).append(place)
+    lines = [
+        f"{len(problems)} of {total} {'record' if total == 1 else 'records'} of {source} cannot be used:"
+    ]
+    for words, places in list(alike.items())[:SHOWN]:
+        others = f" (and {len(places) - 1} more like it)" if len(places) > 1 else ""
+        lines.append(f"  {places[0]}: {words}{others}")
+    if len(alike) > SHOWN:
+        rest = sum(len(places) for places in list(alike.values())[SHOWN:])
+        lines.append(f"  … and {rest} more")
+    return "\n".join([*lines, *([way_out] if way_out else [])])

@@ -1,0 +1,102 @@
+"""Records with a text and a label -> rows of a classifier."""
+
+from __future__ import annotations
+
+import difflib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ...errors import DataError
+from .encoding import count, each, longer
+from .forms import Record, Unfit
+
+
+@dataclass(frozen=True)
+class EncodedLabels:
+    """Rows of a classifier.
+
+    Attributes:
+        rows: ``input_ids`` and ``labels`` (the number of the class) of each example.
+        label_names: Names of the classes in the order of their numbers.
+        cut: How many examples were cut at the maximum length.
+        max_length: Where they were cut.
+    """
+
+    rows: list[dict[str, Any]]
+    label_names: list[str]
+    cut: int = 0
+    max_length: int = 512
+
+    def lines(self) -> list[str]:
+        """What to say about it: how many of each class, the shares being what guessing would reach."""
+        found = Counter(row["labels"] for row in self.rows)
+        shown = [f"{name} {found[number]}" for number, name in enumerate(self.label_names)][:8]
+        more = f", … ({len(self.label_names)} classes)" if len(self.label_names) > 8 else ""
+        lines = [f"{count(len(self.rows), 'example')}: {', '.join(shown)}{more}"]
+        if self.cut:
+            lines.append(f"warning: {longer(self.cut, self.max_length)} and were cut")
+        return lines
+
+
+def encode_classification(
+    records: Sequence[Record],
+    tokenizer: Any,
+    max_length: int = 512,
+    label_names: Sequence[str] | None = None,
+) -> EncodedLabels:
+    """Tokenise texts and number their labels.
+
+    Args:
+        records: From `read_records` with the purpose ``classification``, or mappings with ``text`` (or
+            ``sentence``) and ``label``.
+        tokenizer: Of transformers.
+        max_length: Where texts are cut.
+        label_names: Names of the classes that a model knows. Without them they are those that the source
+            tells, else the labels found, in order. A label that is a number stands for the class of that
+            number where the names are told, and is a name of its own where they are not.
+
+    Raises:
+        DataError: Texts and numbers as labels, fewer than two classes, or labels that a model does not know.
+    """
+    examples = list(each(records, "classification", lambda example, form: example))
+    told = label_names if label_names is not None else getattr(records, "label_names", None)
+    names = list(told) if told is not None else _names(examples)
+    if len(names) < 2:
+        raise DataError(f"a classifier needs two classes or more; all labels are {names[0]!r}")
+    numbers = {name: number for number, name in enumerate(names)}
+    rows, cut = [], 0
+    labels = each(records, "classification", lambda example, form: _number(example["label"], numbers))
+    for example, label in zip(examples, labels, strict=True):
+        ids = list(tokenizer(example["text"])["input_ids"])
+        if len(ids) > max_length:
+            ids, cut = (
+                list(tokenizer(example["text"], truncation=True, max_length=max_length)["input_ids"]),
+                cut + 1,
+            )
+        rows.append({"input_ids": ids, "labels": label})
+    return EncodedLabels(rows, names, cut, max_length)
+
+
+def _names(examples: Sequence[Record]) -> list[str]:
+    kinds = {type(example["label"]) for example in examples}
+    if len(kinds) > 1:
+        raise DataError("some labels are texts and some numbers: write all in one way")
+    return [str(label) for label in sorted({example["label"] for example in examples})]
+
+
+def _number(label: str | int, numbers: dict[str, int]) -> int:
+    """The number of a class that is named, or already numbered.
+
+    Raises:
+        Unfit: There is no such class.
+    """
+    if str(label) in numbers:
+        return numbers[str(label)]
+    if isinstance(label, int) and 0 <= label < len(numbers):
+        return label
+    close = difflib.get_close_matches(str(label), numbers, n=1)
+    known = list(numbers)[:8]
+    hint = f"; perhaps {close[0]!r}" if close else ""
+    raise Unfit(f"label {label!r} is no class that is known: {', '.join(known)}{hint}")

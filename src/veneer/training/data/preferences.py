@@ -1,0 +1,72 @@
+"""Records with a better and a worse answer -> what TRL's DPOTrainer takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .encoding import as_messages, count, each, has_template, laid_out, longer
+from .forms import Form, Record, Unfit
+
+
+@dataclass(frozen=True)
+class Preferences:
+    """Pairs of answers.
+
+    Attributes:
+        rows: ``prompt``, ``chosen`` and ``rejected`` of each: lists of messages where the tokenizer has a
+            chat template, else texts.
+        cut: How many are longer than the maximum length with one of their answers.
+        max_length: Where the trainer cuts them.
+    """
+
+    rows: list[dict[str, Any]]
+    cut: int = 0
+    max_length: int = 1024
+
+    def lines(self) -> list[str]:
+        """What to say about it."""
+        lines = [f"{count(len(self.rows), 'pair')} of answers"]
+        if self.cut:
+            lines.append(f"warning: {longer(self.cut, self.max_length)}; they are cut")
+        return lines
+
+
+def encode_preferences(records: Sequence[Record], tokenizer: Any, max_length: int = 1024) -> Preferences:
+    """Pairs in the layout in which the model is asked later.
+
+    A prompt that is a text becomes a turn of the user where the tokenizer has a chat template, as `encode`
+    and `prompt_ids` have it: else a model would be trained on prompts that it never sees.
+
+    Args:
+        records: From `read_records` with the purpose ``dpo``, or mappings of a form of preferences.
+        tokenizer: Of transformers.
+        max_length: Longest prompt and answer together, in tokens; longer ones are counted.
+
+    Raises:
+        DataError: Records that cannot be laid out; one error for all of them.
+    """
+    found = list(each(records, "dpo", lambda example, form: _pair(example, form, tokenizer)))
+    rows = [row for row, _ in found]
+    return Preferences(rows, sum(length > max_length for _, length in found), max_length)
+
+
+def _pair(example: dict[str, Any], form: Form, tokenizer: Any) -> tuple[dict[str, Any], int]:
+    """(the pair, tokens of the longer side)."""
+    if has_template(tokenizer):
+        pair = {
+            "prompt": as_messages(example["prompt"]),
+            "chosen": as_messages(example["chosen"], "assistant"),
+            "rejected": as_messages(example["rejected"], "assistant"),
+        }
+        sides = [laid_out(tokenizer, pair["prompt"] + pair[side]) for side in ("chosen", "rejected")]
+    elif all(isinstance(part, str) for part in example.values()):
+        pair = example
+        sides = [example["prompt"] + example[side] for side in ("chosen", "rejected")]
+    else:
+        raise Unfit(
+            "the tokenizer has no chat template, so messages cannot be laid out; give texts, or "
+            "take a chat model"
+        )
+    return pair, max(len(tokenizer(side, add_special_tokens=False)["input_ids"]) for side in sides)
