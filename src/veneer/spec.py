@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 from veneer.config import LoftQConfig, LoraConfig, looks_like_regex, variants_of
 from veneer.errors import ConfigError
@@ -26,6 +27,7 @@ class LoraSpec:
         variant: ``"plain"`` or the name of another way to combine W and the update.
         use_rslora: Divide by the square root of the rank.
         lora_bias: Give B a trainable bias.
+        variant_options: What the variant read from the configuration; see `Variant.options`.
         loftq: Options of the LoftQ initialisation, with that initialisation only.
 
     Raises:
@@ -41,6 +43,7 @@ class LoraSpec:
     variant: str = "plain"
     use_rslora: bool = False
     lora_bias: bool = False
+    variant_options: Mapping[str, Any] = field(default_factory=dict, hash=False)
     loftq: LoftQConfig | None = None
 
     def __post_init__(self) -> None:

@@ -20,7 +20,7 @@ def to_disk(memory_name: str, adapter: str) -> str:
     ========================================  ===================================
     ``P.lora_A.<adapter>.weight``             ``P.lora_A.weight`` (lora_B, and lora_B's bias, too)
     ``P.lora_embedding_A.<adapter>``          ``P.lora_embedding_A`` (and B)
-    ``P.lora_magnitude_vector.<adapter>.weight``  ``P.lora_magnitude_vector``
+    ``P.lora_magnitude_vector.<adapter>.weight``  ``P.lora_magnitude_vector`` (any other ``lora_…``, too)
     ``P.trainable_tokens_delta.<adapter>``    ``P.trainable_tokens_delta``
     ``P.modules_to_save.<adapter>.R``         ``P.R``
     anything else (``P.base_layer.bias``)     unchanged
@@ -37,7 +37,7 @@ def to_disk(memory_name: str, adapter: str) -> str:
     if len(parts) >= 3 and parts[-2] == adapter:
         if parts[-3] in FACTORS and parts[-1] in ("weight", "bias"):
             return ".".join([*parts[:-2], parts[-1]])
-        if parts[-3] == MAGNITUDE and parts[-1] == "weight":
+        if parts[-3].startswith("lora_") and parts[-1] == "weight":
             return ".".join(parts[:-2])
     if parts[-1] == adapter and parts[-2:-1] and parts[-2] in (*EMBEDDING_FACTORS, MAGNITUDE, TOKENS_DELTA):
         return ".".join(parts[:-1])

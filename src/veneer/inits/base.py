@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import abc
 import hashlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -61,12 +61,14 @@ class InitResult:
         bias: Bias of B (out,), or None.
         base: A replacement (out, in·k…) for the base weight, for the initialisations that by nature
             replace it; None leaves the base exact.
+        extra: What the variant has beside the factors; the layer asks it, an initialisation leaves it empty.
     """
 
     a: Tensor
     b: Tensor
     bias: Tensor | None = None
     base: Tensor | None = None
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Init(abc.ABC):

@@ -36,23 +36,14 @@ class Addition:
     start: InitResult | None = None
 
     def keys(self) -> dict[str, tuple[int, ...]]:
-        """Names on disk of its factors, under the module's path, with their shapes."""
-        shape_a, shape_b = self.layer.shapes(self.layer.original_base(), self.spec.r)
-        name_a, name_b = self.layer.factor_names
-        suffix = "" if self.layer.lookup else ".weight"
-        path = self.site.path
-        result = {f"{path}.{name_a}{suffix}": shape_a, f"{path}.{name_b}{suffix}": shape_b}
-        if self.spec.lora_bias:
-            result[f"{path}.{name_b}.bias"] = shape_b[:1]
-        return result
+        """Names on disk of its tensors, with the module's path, and their shapes."""
+        return {f"{self.site.path}.{k}": shape for k, shape in self.layer.tensor_shapes(self.spec).items()}
 
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take the factors from tensors with the names of `keys`; absent ones are drawn as zero."""
-        shapes = self.keys()
-        values = [
-            tensors[k] if k in tensors else torch.zeros(shape, device="cpu") for k, shape in shapes.items()
-        ]
-        self.start = InitResult(values[0], values[1], values[2] if len(values) > 2 else None)
+        """Take the values from tensors with the names of `keys`, as far as they are there."""
+        prefix = f"{self.site.path}."
+        own = {key.removeprefix(prefix): tensors[key] for key in self.keys() if key in tensors}
+        self.start = self.layer.start_from(self.spec, own)
 
 
 @dataclass
@@ -94,9 +85,7 @@ class Injection:
         """
         for addition in self.additions:
             if meta or _is_meta(addition.layer):
-                shapes = list(addition.keys().values())
-                a, b, *bias = (torch.empty(shape, device="meta") for shape in shapes)
-                addition.start = InitResult(a, b, bias[0] if bias else None)
+                addition.fill({k: torch.empty(s, device="meta") for k, s in addition.keys().items()})
             else:
                 addition.start = addition.layer.initialise(addition.spec, seed)
 

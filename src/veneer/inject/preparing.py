@@ -15,7 +15,7 @@ from veneer.errors import AdapterNameError, TargetError, VeneerWarning
 from veneer.inject.injection import Addition, Copy, Injection
 from veneer.inject.places import Site, model_type, plan_sites, sites
 from veneer.layers import LoraLayer
-from veneer.layers.making import check_config, why_not
+from veneer.layers.making import check_config, why_not, with_variant_options
 from veneer.layers.modules_to_save import ModulesToSaveWrapper
 from veneer.spec import LoraSpec
 
@@ -51,7 +51,7 @@ def prepare(
     found = sites(model)
     chosen = plan_sites(model, found, own_config, adapter_name, strict=strict_targets, loading=read_from_file)
     additions, reasons = [], []
-    for spec in chosen.specs:
+    for spec in (with_variant_options(spec, own_config) for spec in chosen.specs):
         site = found[spec.path]
         reason = _refusal(site, spec)
         if reason is not None:

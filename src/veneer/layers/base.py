@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -18,11 +19,13 @@ from torch.nn import functional as F
 
 from veneer import backends, inits, variants
 from veneer.adapters import AdapterModule, as_names
-from veneer.errors import AdapterNameError, MergeError, VeneerWarning
+from veneer.errors import AdapterNameError, ConfigError, MergeError, VeneerWarning
 from veneer.inits import InitRequest, InitResult
 from veneer.ops.merging import merge_dense, merge_into_
+from veneer.ops.row_norms import State
 from veneer.registry import TypeRegistry
 from veneer.spec import LoraSpec
+from veneer.variants import ParameterRequest
 
 registry: TypeRegistry[type[LoraLayer]] = TypeRegistry("layer")
 
@@ -44,8 +47,10 @@ class Factor(nn.Module):
         self.weight = nn.Parameter(weight)
         self.bias = None if bias is None else nn.Parameter(bias)
 
-    def forward(self, x: Tensor, operation: Callable[..., Tensor] = F.linear) -> Tensor:
+    def forward(self, x: Tensor | None, operation: Callable[..., Tensor] = F.linear) -> Tensor:
         """``operation(x, weight, bias)`` in the type of ``x``: the factor is cast, never the activations."""
+        if x is None:
+            return operation(x, self.weight, self.bias)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return operation(x, self.weight.to(x.dtype), bias)
 
@@ -61,9 +66,20 @@ class Factor(nn.Module):
             and not (module._forward_hooks or module._forward_pre_hooks)
         )
 
+    @staticmethod
+    def read(module: nn.Module) -> Tensor:
+        """The weight of a factor: itself where it is there to read, else a copy that gradients go through."""
+        if Factor.is_plain(module):
+            return module.weight  # type: ignore[return-value]
+        return module(None, _copy_of_weight)  # type: ignore[no-any-return]
+
     def extra_repr(self) -> str:
         """The shape, for ``print(model)``."""
         return "×".join(map(str, self.weight.shape)) + (" + bias" if self.bias is not None else "")
+
+
+def _copy_of_weight(x: None, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return weight.clone()
 
 
 class Undo(nn.Module):
@@ -123,7 +139,7 @@ class LoraLayer(AdapterModule):
     """
 
     prefix: ClassVar[str] = "lora_"
-    adapter_layer_names: ClassVar[tuple[str, ...]] = (
+    adapter_layer_names: tuple[str, ...] = (
         "lora_A",
         "lora_B",
         "lora_embedding_A",
@@ -151,9 +167,6 @@ class LoraLayer(AdapterModule):
     def __init_subclass__(cls) -> None:
         if "wraps" in cls.__dict__:  # others, such as FSDP2's, only dress a class up
             registry.add(cls.wraps, cls)
-        for name in cls.adapter_layer_names:
-            if name not in cls.factor_names:
-                setattr(cls, name, _NOTHING)
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
@@ -196,6 +209,19 @@ class LoraLayer(AdapterModule):
         """The inverse of `to_matrix`, in the shape of ``like``."""
         return matrix.T if self.transposed else matrix.view_as(like)
 
+    @property
+    def out_axis(self) -> int:
+        """The axis of the features in what the base gives, counted from the end."""
+        return -1
+
+    def vector_shape(self) -> tuple[int, ...]:
+        """How one number for each output feature is stored."""
+        return self.shapes(self.original_base(), 1)[1][:1]
+
+    def along_output(self, vector: Tensor) -> Tensor:
+        """One number for each output feature, shaped so that it multiplies an output."""
+        return vector.reshape(-1, *(1,) * (-self.out_axis - 1))
+
     def before_merge(self, weight: Tensor) -> tuple[Tensor, dict[str, Any]]:
         """The weight that an update can be added to, and the base's attributes that go with it.
 
@@ -223,6 +249,33 @@ class LoraLayer(AdapterModule):
         """A, B and the bias of B of an adapter."""
         a, b = self.lora_A[name], self.lora_B[name]
         return a.weight, b.weight, b.bias  # type: ignore[return-value]
+
+    def put_extra(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Store the parameters that an adapter's variant has beside the factors."""
+        for key, tensor in tensors.items():
+            if key not in self._modules:
+                setattr(self, key, nn.ModuleDict())
+                if key not in self.adapter_layer_names:
+                    self.adapter_layer_names = (*self.adapter_layer_names, key)
+            self._container(key)[name] = Factor(tensor)
+
+    def _extra_modules(self, name: str) -> dict[str, nn.Module]:
+        """The modules that hold what `put_extra` stored."""
+        names = [key for key in self.adapter_layer_names if key not in self.factor_names]
+        held = {key: self._container(key) for key in names if key in self._modules}
+        return {key: container[name] for key, container in held.items() if name in container}
+
+    def _container(self, key: str) -> Any:
+        return self._modules[key]
+
+    def _containers(self, name: str) -> list[Any]:
+        """Everything here that holds something of an adapter by its name."""
+        keys = (*self.factor_names, *self._extra_modules(name), "lora_dropout")
+        return [self._container(key) for key in keys]
+
+    def extra(self, name: str) -> dict[str, Tensor]:
+        """The parameters that an adapter's variant has beside the factors, by their name."""
+        return {key: Factor.read(module) for key, module in self._extra_modules(name).items()}
 
     # -- what it holds ---------------------------------------------------------------------------
 
@@ -299,15 +352,19 @@ class LoraLayer(AdapterModule):
         return stand_in(base, tensors, self._undo.attributes)
 
     def adapter_parameters(self, name: str) -> Iterator[nn.Parameter]:
-        """A, B and the bias of B."""
+        """A, B, the bias of B, and what the adapter's variant has beside them."""
         for tensor in self.factors(name):
             if tensor is not None:
                 yield tensor  # type: ignore[misc]
+        for module in self._extra_modules(name).values():
+            yield module.weight  # type: ignore[misc]
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
+            if name in type(self).adapter_layer_names:
+                return _NOTHING  # no adapter has such a tensor here
             # Code around the model reads `weight`, `in_features`, `stride`, … of the module it knows.
             base = self.__dict__.get("_modules", {}).get("base_layer")
             if base is None or name.startswith("_"):
@@ -323,9 +380,14 @@ class LoraLayer(AdapterModule):
             spec: What this layer gets.
             seed: The adapter's draw from torch's global generator.
         """
+        request = self._init_request(spec, seed)
+        start = inits.find(spec.init)(request)
+        return replace(start, extra=self._start_of_extra(spec, start, request))
+
+    def _init_request(self, spec: LoraSpec, seed: int) -> InitRequest:
         base = self.original_base()
         shape_a, shape_b = self.shapes(base, spec.r)
-        request = InitRequest(
+        return InitRequest(
             spec=spec,
             shape_a=shape_a,
             shape_b=shape_b,
@@ -334,7 +396,69 @@ class LoraLayer(AdapterModule):
             matrix=lambda: self.to_matrix(backends.find(base, self.weight_name).read(base, self.weight_name)),
             seed=seed,
         )
-        return inits.find(spec.init)(request)
+
+    def _parameter_request(
+        self, spec: LoraSpec, start: InitResult | None, request: InitRequest
+    ) -> ParameterRequest:
+        def matrix() -> Tensor:
+            assert start is not None
+            return self.matrix() if start.base is None else start.base
+
+        def update() -> tuple[Tensor, Tensor]:
+            assert start is not None
+            return self.matrices(start.a, start.b)
+
+        return ParameterRequest(
+            spec=spec,
+            vector_shape=self.vector_shape(),
+            shape_a=request.shape_a,
+            shape_b=request.shape_b,
+            matrix=matrix,
+            update=update,
+            generator=request.generator,
+        )
+
+    def _start_of_extra(
+        self, spec: LoraSpec, start: InitResult, request: InitRequest
+    ) -> Mapping[str, Tensor]:
+        variant = variants.get(spec.variant)
+        asked = self._parameter_request(spec, start, request)
+        shapes, tensors = variant.shapes(asked), variant.parameters(asked)
+        given = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+        if given != {key: tuple(shape) for key, shape in shapes.items()}:
+            raise ConfigError(
+                f"the variant {spec.variant!r} announced parameters of the shapes {dict(shapes)}, "
+                f"and gave {given}"
+            )
+        return tensors
+
+    def tensor_shapes(self, spec: LoraSpec) -> dict[str, tuple[int, ...]]:
+        """Names on disk, below the module's path, of the tensors that an adapter has here, and their shapes.
+
+        First A, B and the bias of B, if there is one; then what the variant has beside them.
+        """
+        request = self._init_request(spec, 0)
+        suffix = "" if self.lookup else ".weight"
+        name_a, name_b = self.factor_names
+        result = {f"{name_a}{suffix}": request.shape_a, f"{name_b}{suffix}": request.shape_b}
+        if spec.lora_bias:
+            result[f"{name_b}.bias"] = request.shape_b[:1]
+        more = variants.get(spec.variant).shapes(self._parameter_request(spec, None, request))
+        return {**result, **{key: tuple(shape) for key, shape in more.items()}}
+
+    def start_from(self, spec: LoraSpec, tensors: Mapping[str, Tensor]) -> InitResult:
+        """What an adapter starts with that was saved: tensors by the names of `tensor_shapes`.
+
+        Absent factors are zero, and absent parameters of the variant start as for a new adapter.
+        """
+        shapes = self.tensor_shapes(spec)
+        names = [key for key in shapes if key.startswith(self.factor_names)]
+        values = [tensors[k] if k in tensors else torch.zeros(shapes[k], device="cpu") for k in names]
+        start = InitResult(values[0], values[1], values[2] if len(values) > 2 else None)
+        extra = {key: tensors[key] for key in shapes if key not in names and key in tensors}
+        if len(extra) < len(shapes) - len(names):
+            extra = {**self._start_of_extra(spec, start, self._init_request(spec, 0)), **extra}
+        return replace(start, extra=extra)
 
     def add_adapter(self, spec: LoraSpec, start: InitResult, *, dtype: torch.dtype | None = None) -> None:
         """Store an adapter's factors, beside the base and in its floating type unless said otherwise.
@@ -360,6 +484,7 @@ class LoraLayer(AdapterModule):
             place(start.b),
             None if start.bias is None else place(start.bias),
         )
+        self.put_extra(spec.adapter, {key: place(tensor) for key, tensor in start.extra.items()})
         self.lora_dropout[spec.adapter] = nn.Dropout(p=spec.lora_dropout).train(self.training)
         self._specs[spec.adapter] = spec
         self.scaling[spec.adapter] = spec.scaling
@@ -376,14 +501,17 @@ class LoraLayer(AdapterModule):
         """Forget an adapter; if it is merged, the base gets its weight back first."""
         if name in self._merged:
             self.unmerge([name])
-        for container in (*(getattr(self, f) for f in self.factor_names), self.lora_dropout):
+        for container in self._containers(name):
             del container[name]
+        for key in set(self.adapter_layer_names).difference(self.factor_names):
+            if key in self._modules and not self._container(key):
+                del self._modules[key]
         del self._specs[name]
         del self.scaling[name]
 
     def move_adapter(self, old: str, new: str) -> None:
         """Keep an adapter under another name."""
-        for container in (*(getattr(self, f) for f in self.factor_names), self.lora_dropout):
+        for container in self._containers(old):
             container[new] = container[old]
             del container[old]
         self._specs[new] = replace(self._specs.pop(old), adapter=new)
@@ -394,7 +522,8 @@ class LoraLayer(AdapterModule):
         """Store copies of an adapter's factors under another name, with the same strength."""
         a, b, bias = (None if t is None else t.detach().clone() for t in self.factors(old))
         assert a is not None and b is not None
-        self.add_adapter(replace(self._specs[old], adapter=new), InitResult(a, b, bias))
+        extra = {key: tensor.detach().clone() for key, tensor in self.extra(old).items()}
+        self.add_adapter(replace(self._specs[old], adapter=new), InitResult(a, b, bias, extra=extra))
         self.scaling[new] = self.scaling[old]
 
     def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
@@ -454,14 +583,70 @@ class LoraLayer(AdapterModule):
         if self._disabled and self._merged:
             return self.original_base()(x, *args, **kwargs)  # type: ignore[no-any-return]
         result: Tensor = self.base_layer(x, *args, **kwargs)
+        if not self._live:
+            return result
+        base = partial(self._base_output, x, *args, known=None if self._merged else result, **kwargs)
         for name in self._live:
-            result = variants.get(self._specs[name].variant).forward(self, name, x, result)
+            result = self.apply_adapter(name, x, result, base)
         return result
+
+    def apply_adapter(self, name: str, x: Tensor, result: Tensor, base: Callable[[], Tensor]) -> Tensor:
+        """``result`` and what one adapter adds to it.
+
+        Args:
+            name: The adapter.
+            x: The layer's input, or some of its rows.
+            result: The output so far, for the same rows; not written.
+            base: Gives the output of the base alone for them.
+        """
+        return variants.get(self._specs[name].variant).forward(self, name, x, result, base)
+
+    def _base_output(self, x: Tensor, *args: Any, known: Tensor | None, **kwargs: Any) -> Tensor:
+        return self.original_base()(x, *args, **kwargs) if known is None else known
 
     def add_branch(self, name: str, x: Tensor, result: Tensor) -> Tensor:
         """``result + s · B(A(dropout(x)))``, in the type of ``result``."""
-        branch = self.low_rank(name, self.lora_dropout[name](self.to_factors(name, x)))
+        branch = self.low_rank(name, self.dropped(name, x))
         return result + (branch * self.scaling[name]).to(result)
+
+    def dropout_of(self, name: str) -> float:
+        """The probability with which the branch drops elements of its input now; 0 in evaluation."""
+        dropout = self.lora_dropout[name]
+        return float(dropout.p) if dropout.training else 0.0  # type: ignore[arg-type]
+
+    def dropped(self, name: str, x: Tensor) -> Tensor:
+        """``dropout(x)``, on the factors' device."""
+        return self.lora_dropout[name](self.to_factors(name, x))  # type: ignore[no-any-return]
+
+    def base_linear(self, x: Tensor) -> Tensor:
+        """What the base alone gives for x, without its bias; nothing merged, no adapter."""
+        return self.without_bias(self.original_base()(x))
+
+    def without_bias(self, output: Tensor) -> Tensor:
+        """An output of the base less the base's bias."""
+        base = self.original_base()
+        bias = getattr(base, "bias", None)
+        if not isinstance(bias, Tensor):
+            return output
+        if bias.is_meta:
+            bias = backends.find(base).read(base, "bias")
+        return output - self.along_output(bias.to(output))
+
+    def matrix(self) -> Tensor:
+        """The base weight without any adapter as a dense matrix (out, in·k…), detached."""
+        base = self.original_base()
+        return self.to_matrix(self.before_merge(backends.find(base).read(base))[0])
+
+    def weight_state(self) -> object:
+        """Something that compares equal as long as `matrix` gives the same; None where that is unknown."""
+        weight = self.original_base()._parameters.get("weight")
+        return None if weight is None else State.of(weight)
+
+    def update(self, name: str) -> tuple[Tensor, Tensor]:
+        """The update as matrices B (out, r) and A (r, in·k…): what `low_rank` multiplies with, unscaled."""
+        held = [self._container(key)[name] for key in self.factor_names]
+        a, b = (t if isinstance(t, Tensor) else Factor.read(t) for t in held)
+        return self.matrices(a, b)
 
     def to_factors(self, name: str, x: Tensor) -> Tensor:
         """``x`` on the device of the factors: the two may differ in a model that is spread over devices."""
@@ -474,10 +659,13 @@ class LoraLayer(AdapterModule):
         """The scaled update ``s·BA`` in the layout of the weight it is merged into."""
         if adapter not in self._specs:
             raise AdapterNameError(f"this layer has no adapter {adapter!r}; it has: {list(self._specs)}")
-        a, b, _ = self.factors(adapter)
-        b2, a2 = self.matrices(a.detach(), b.detach())
         weight, _ = self.before_merge(self._weight_meta())
-        return self.from_matrix(b2 @ a2, weight) * self.scaling[adapter]
+        return self.from_matrix(self._dense_update(adapter), weight)
+
+    def _dense_update(self, adapter: str) -> Tensor:
+        """The scaled update as a matrix (out, in·k…)."""
+        b2, a2 = self.update(adapter)
+        return b2.detach() @ a2.detach() * self.scaling[adapter]
 
     def _weight_meta(self) -> Tensor:
         """The base weight's shape before merging, without its values."""
@@ -497,6 +685,8 @@ class LoraLayer(AdapterModule):
         if empty and self.base_device().type != "meta":
             named = ", ".join(map(repr, empty))
             reasons.append(f"the factors of {named} were never loaded (low_cpu_mem_usage)")
+        kinds = {variants.get(s.variant).refuses_merge(s) for s in map(self._specs.__getitem__, names)}
+        reasons += sorted(reason for reason in kinds if reason is not None)
         biased = [n for n in names if self.factors(n)[2] is not None]
         if biased and getattr(base, "bias", None) is None:
             reasons.append(
@@ -611,16 +801,17 @@ class LoraLayer(AdapterModule):
         weight = backend.read(base, self.weight_name)
         kinds = {name: variants.get(self._specs[name].variant) for name in names}
         if self.linear and backend.writable_in_place(base) and all(v.additive for v in kinds.values()):
-            terms = [(b, a, self.scaling[n]) for n in names for a, b, _ in [self.factors(n)]]
+            terms = [(*self.update(n), self.scaling[n]) for n in names]
             kept = merge_into_(weight, terms, transpose=self.transposed, check_finite=check_finite)
         else:
             start, attributes = self.before_merge(weight)
             wide = torch.promote_types(start.dtype, torch.float32)
-            target = start.to(wide)
+            matrix = self.to_matrix(start).to(wide)
+            total = torch.zeros_like(matrix)
             for name, variant in kinds.items():
-                delta = self.get_delta_weight(name).to(target)
-                target = variant.merged(target, delta, _NOTHING)
-            new, kept = merge_dense(start, target - start.to(wide))
+                extra = {key: tensor.detach().to(matrix) for key, tensor in self.extra(name).items()}
+                total += variant.merged(matrix, self._dense_update(name).to(matrix), extra) - matrix
+            new, kept = merge_dense(start, self.from_matrix(total, start))
             if check_finite and not bool(new.isfinite().all()):
                 raise MergeError("the merged weight would hold infinite or undefined values")
             backend.write(base, new, self.weight_name)

@@ -109,6 +109,17 @@ class LoraConv(LoraLayer):
             b2 = torch.block_diag(*b2.chunk(base.groups))  # type: ignore[no-untyped-call]
         return b2, a.flatten(1)
 
+    @property
+    def out_axis(self) -> int:
+        """The channels stand before the image."""
+        base: Any = self.original_base()
+        return -len(base.kernel_size) - 1
+
+    def vector_shape(self) -> tuple[int, ...]:
+        """(1, out, 1…)."""
+        base: Any = self.original_base()
+        return (1, base.out_channels, *(1,) * len(base.kernel_size))
+
     def before_merge(self, weight: Tensor) -> tuple[Tensor, dict[str, Any]]:
         """With groups, the same convolution without them: (out, in, k…), zero across groups."""
         base: Any = self.original_base()

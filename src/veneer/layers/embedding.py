@@ -69,10 +69,13 @@ class LoraEmbedding(LoraLayer):
             rows = type(base).forward(stand_in(base, {"weight": a.T}, changes), x)
         return rows @ b.T
 
-    def add_branch(self, name: str, x: Tensor, result: Tensor) -> Tensor:
-        """``result + s · B A[:, x]``."""
-        branch = self.low_rank(name, self.to_factors(name, x))
-        return result + (branch * self.scaling[name]).to(result)
+    def dropout_of(self, name: str) -> float:
+        """Never: the input is an index."""
+        return 0.0
+
+    def dropped(self, name: str, x: Tensor) -> Tensor:
+        """The input itself, on the factors' device."""
+        return self.to_factors(name, x)
 
     def before_merge(self, weight: Tensor) -> tuple[Tensor, dict[str, Any]]:
         """With a ``max_norm`` the rows as looked up: renormalised once and for all, before the update."""

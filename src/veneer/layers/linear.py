@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -73,10 +74,6 @@ class LoraLinear(LoraLayer):
         given = type(base).forward(stand_in(base, {"weight": a, "bias": None}), x)
         return torch.allclose(given, x @ a.t(), rtol=1e-2, atol=1e-2 * float(a.abs().max()))
 
-    def _dropout(self, name: str) -> float:
-        dropout = self.lora_dropout[name]
-        return float(dropout.p) if dropout.training else 0.0  # type: ignore[arg-type]
-
     def _has_plain_factors(self, name: str) -> bool:
         a, b = self.lora_A[name], self.lora_B[name]
         return Factor.is_plain(a) and Factor.is_plain(b)
@@ -89,7 +86,7 @@ class LoraLinear(LoraLayer):
         x = self.to_factors(name, x)
         if result.device != a.device:
             return super().add_branch(name, x, result)
-        return add_lora_(result, x, a, b, bias, self.scaling[name], self._dropout(name), inplace=False)
+        return add_lora_(result, x, a, b, bias, self.scaling[name], self.dropout_of(name), inplace=False)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Base and first branch in one step where the base is a plain linear; else base, then branches."""
@@ -99,7 +96,7 @@ class LoraLinear(LoraLayer):
             not live
             or args
             or kwargs
-            or not variants.get(self._specs[live[0]].variant).additive
+            or not all(self._is_additive(name) for name in live[0 if self._merged else 1 :])
             or not _is_plain(base)
             or x.dtype != base.weight.dtype
             or torch.is_autocast_enabled(x.device.type)
@@ -107,22 +104,33 @@ class LoraLinear(LoraLayer):
         ):
             return super().forward(x, *args, **kwargs)
         first, *rest = live
-        a, b, bias = self.factors(first)
-        if not a.device == x.device == base.weight.device:
+        if not self.factors(first)[0].device == x.device == base.weight.device:
             return super().forward(x)
-        result = lora_linear(
+        variant = variants.get(self._specs[first].variant)
+        result = variant.whole(self, first, x, partial(self._together, first, x), base.bias)
+        if result is None:
+            return super().forward(x)
+        for name in rest:
+            result = self.add_branch(name, x, result)
+        return result
+
+    def _is_additive(self, name: str) -> bool:
+        return variants.get(self._specs[name].variant).additive
+
+    def _together(self, name: str, x: Tensor) -> Tensor:
+        """``x Wᵀ + b + s · dropout(x) Aᵀ Bᵀ`` in one step, for a plain base."""
+        base: Any = self.base_layer
+        a, b, bias = self.factors(name)
+        return lora_linear(
             x,
             base.weight,
             base.bias,
             a,
             b,
             bias,
-            self.scaling[first],
-            self._dropout(first),
+            self.scaling[name],
+            self.dropout_of(name),
         )
-        for name in rest:
-            result = variants.get(self._specs[name].variant).forward(self, name, x, result)
-        return result
 
 
 class LoraConv1D(LoraLinear):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -62,6 +63,11 @@ def why_not(layer: LoraLayer, spec: LoraSpec) -> str | None:
     )
 
 
+def with_variant_options(spec: LoraSpec, config: LoraConfig) -> LoraSpec:
+    """The same with what its variant reads from the configuration."""
+    return replace(spec, variant_options=dict(variants.get(spec.variant).options(config)))
+
+
 def factor_dtype(layer: LoraLayer, autocast_adapter_dtype: bool = True) -> torch.dtype:
     """The type of new factors: the base's, but float32 beside 16-bit weights unless said otherwise."""
     base = layer.base_dtype()
@@ -109,7 +115,8 @@ def wrap(
         layer = cls(module)
     if adapter_name in layer.held_adapters:
         raise AdapterNameError(f"this layer has an adapter named {adapter_name!r} already")
-    spec = resolve(copy.deepcopy(config), adapter_name, "")
+    config = copy.deepcopy(config)
+    spec = with_variant_options(resolve(config, adapter_name, ""), config)
     if (reason := why_not(layer, spec)) is not None:
         raise TargetError(f"this {type(layer.base_layer).__name__} cannot be adapted as asked: {reason}")
     start = layer.initialise(spec, draw_seed())

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping
-from typing import ClassVar, Protocol
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
 
+import torch
 from torch import Tensor
 
+from veneer.config import LoraConfig
 from veneer.errors import ConfigError
 from veneer.registry import NameRegistry
 from veneer.spec import LoraSpec
@@ -15,18 +18,98 @@ from veneer.spec import LoraSpec
 registry: NameRegistry[Variant] = NameRegistry("variant")
 
 
+@dataclass(frozen=True)
+class ParameterRequest:
+    """What a variant may look at when its own parameters of one layer are made.
+
+    Attributes:
+        spec: What this layer gets from this adapter.
+        vector_shape: How one number for each output feature is stored: (out,), or (1, out, 1…) beside a
+            convolution.
+        shape_a: Shape of A as stored.
+        shape_b: Shape of B as stored.
+        matrix: Gives the base weight as a matrix (out, in·k…), as it is beside the starting factors.
+        update: Gives the starting update as B (out, r) and A (r, in·k…): ``W + s·B @ A``.
+        generator: Gives a random generator that depends on the adapter's draw and a parameter's name only.
+    """
+
+    spec: LoraSpec
+    vector_shape: tuple[int, ...]
+    shape_a: tuple[int, ...]
+    shape_b: tuple[int, ...]
+    matrix: Callable[[], Tensor]
+    update: Callable[[], tuple[Tensor, Tensor]]
+    generator: Callable[[str], torch.Generator]
+
+
 class Branch(Protocol):
-    """What a variant sees of the layer that it works in."""
+    """What a variant sees of the layer that it works in. ``name`` is always the adapter's."""
+
+    @property
+    def training(self) -> bool:
+        """Whether the layer is being trained."""
+        ...
+
+    @property
+    def scaling(self) -> Mapping[str, float]:
+        """``s`` by adapter name."""
+        ...
+
+    @property
+    def specs(self) -> Mapping[str, LoraSpec]:
+        """What each adapter gave this layer."""
+        ...
+
+    def low_rank(self, name: str, x: Tensor) -> Tensor:
+        """``B(A(x))``: neither scaled nor with dropout. x: as the base takes it -> as the base gives it."""
+        ...
 
     def add_branch(self, name: str, x: Tensor, result: Tensor) -> Tensor:
-        """``result + s · low_rank(dropout(x))`` for the adapter ``name``."""
+        """``result + s · low_rank(dropout(x))``; the fused step where there is one."""
+        ...
+
+    def dropout_of(self, name: str) -> float:
+        """The probability with which the branch drops elements of its input now; 0 in evaluation."""
+        ...
+
+    def dropped(self, name: str, x: Tensor) -> Tensor:
+        """``dropout(x)``, on the factors' device."""
+        ...
+
+    def base_linear(self, x: Tensor) -> Tensor:
+        """What the base alone gives for x, without its bias; nothing merged, no adapter."""
+        ...
+
+    def without_bias(self, output: Tensor) -> Tensor:
+        """An output of the base less the base's bias."""
+        ...
+
+    def along_output(self, vector: Tensor) -> Tensor:
+        """One number for each output feature, shaped so that it multiplies an output."""
+        ...
+
+    def matrix(self) -> Tensor:
+        """The base weight without any adapter as a dense matrix (out, in·k…), detached."""
+        ...
+
+    def weight_state(self) -> object:
+        """Something that compares equal as long as `matrix` gives the same; None where that is unknown."""
+        ...
+
+    def update(self, name: str) -> tuple[Tensor, Tensor]:
+        """The update as B (out, r) and A (r, in·k…): what ``low_rank`` multiplies with, unscaled."""
+        ...
+
+    def extra(self, name: str) -> Mapping[str, Tensor]:
+        """The variant's own parameters of the adapter, as stored."""
         ...
 
 
 class Variant(abc.ABC):
     """One way of combining the base weight with a low-rank update.
 
-    Defining a subclass registers it under its `name`.
+    Defining a subclass registers it under its `name`. That is all: the parameters that it asks for are
+    initialised, stored in the layer, trained, saved, loaded, copied, renamed and merged with the factors.
     """
 
     name: ClassVar[str] = ""
@@ -36,30 +119,70 @@ class Variant(abc.ABC):
     def __init_subclass__(cls) -> None:
         registry.add(cls.name, cls())
 
+    def options(self, config: LoraConfig) -> Mapping[str, Any]:
+        """What this variant needs of the configuration at run time; kept in ``spec.variant_options``."""
+        return {}
+
     def refuses(self, spec: LoraSpec, layer_type: str) -> str | None:
         """Why this variant cannot serve the spec on that type of layer, or None."""
         return None
 
+    def refuses_merge(self, spec: LoraSpec) -> str | None:
+        """Why no weight computes what the adapter does, or None where one does."""
+        return None
+
+    def shapes(self, request: ParameterRequest) -> Mapping[str, tuple[int, ...]]:
+        """Shapes of the parameters that an adapter has beside A and B, by their names.
+
+        A name begins with ``lora_``. In memory such a parameter is called
+        ``<layer>.<name>.<adapter>.weight``, on disk ``<layer>.<name>``. Tensors of the request may not be
+        asked for here: a model can be without values.
+        """
+        return {}
+
+    def parameters(self, request: ParameterRequest) -> Mapping[str, Tensor]:
+        """Where the parameters of `shapes` start; it writes nothing."""
+        return {}
+
     @abc.abstractmethod
-    def forward(self, layer: Branch, name: str, x: Tensor, result: Tensor) -> Tensor:
-        """The layer's output with the adapter ``name`` applied.
+    def forward(
+        self, layer: Branch, name: str, x: Tensor, result: Tensor, base: Callable[[], Tensor]
+    ) -> Tensor:
+        """``result`` and what the adapter ``name`` adds to it. It writes nothing.
+
+        Adapters add up: what one adds depends on the base and on itself, never on the others, so that their
+        order does not matter and any of them may be merged.
 
         Args:
-            layer: The layer, which computes its own low-rank branch.
+            layer: The layer.
             name: The adapter.
             x: The layer's input.
-            result: Its output so far: the base's, plus the adapters applied before. Fresh; it may be
-                written.
+            result: The base's output, plus what the adapters before have added.
+            base: Gives the output of the base alone for x.
         """
+
+    def whole(
+        self, layer: Branch, name: str, x: Tensor, together: Callable[[], Tensor], bias: Tensor | None
+    ) -> Tensor | None:
+        """The same for a layer that can compute base and branch in one step; None where that is no help.
+
+        Args:
+            layer: The layer.
+            name: The adapter, the first to be applied.
+            x: The layer's input.
+            together: Gives ``W x + b + s·B(A(dropout(x)))``.
+            bias: The base's bias b, or None.
+        """
+        return None
 
     @abc.abstractmethod
     def merged(self, weight: Tensor, delta: Tensor, extra: Mapping[str, Tensor]) -> Tensor:
-        """The weight with the update applied.
+        """The weight with which the base alone computes what `forward` does. It writes nothing.
 
         Args:
-            weight: Dense base weight, in the layout of the base layer.
-            delta: The scaled update, in the same layout.
-            extra: The variant's own parameters of this adapter.
+            weight: The base weight as a dense matrix (out, in·k…), without any adapter.
+            delta: The scaled update, of the same shape.
+            extra: The variant's own parameters of this adapter, as stored.
         """
 
 

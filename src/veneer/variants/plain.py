@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
@@ -18,9 +18,17 @@ class Plain(Variant):
     name = "plain"
     additive = True
 
-    def forward(self, layer: Branch, name: str, x: Tensor, result: Tensor) -> Tensor:
+    def forward(
+        self, layer: Branch, name: str, x: Tensor, result: Tensor, base: Callable[[], Tensor]
+    ) -> Tensor:
         """``result + s·BA x``."""
         return layer.add_branch(name, x, result)
+
+    def whole(
+        self, layer: Branch, name: str, x: Tensor, together: Callable[[], Tensor], bias: Tensor | None
+    ) -> Tensor:
+        """``W x + b + s·BA x``."""
+        return together()
 
     def merged(self, weight: Tensor, delta: Tensor, extra: Mapping[str, Tensor]) -> Tensor:
         """``W + ΔW``."""

@@ -24,7 +24,7 @@ def test_plain_hands_the_branch_to_the_layer() -> None:
             assert name == "default"
             return result + 2 * x
 
-    out = get("plain").forward(Layer(), "default", torch.ones(2), torch.zeros(2))
+    out = get("plain").forward(Layer(), "default", torch.ones(2), torch.zeros(2), torch.zeros(2).clone)
     assert torch.equal(out, torch.full((2,), 2.0))
 
 

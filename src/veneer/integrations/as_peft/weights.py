@@ -14,7 +14,6 @@ from transformers.core_model_loading import WeightRenaming
 _PREFIX = "base_model.model."
 _WITH_WEIGHT = ("lora_A", "lora_B")
 _BARE = ("lora_embedding_A", "lora_embedding_B", "trainable_tokens_delta")
-_MAGNITUDE = "lora_magnitude_vector"
 
 
 def to_memory(key: str, adapter: str) -> str:
@@ -29,7 +28,7 @@ def to_memory(key: str, adapter: str) -> str:
         return ".".join([*parts[:-1], adapter, parts[-1]])
     if parts[-1] in _BARE:
         return f"{key}.{adapter}"
-    if parts[-1] == _MAGNITUDE:
+    if parts[-1].startswith("lora_"):
         return f"{key}.{adapter}.weight"
     return key
 

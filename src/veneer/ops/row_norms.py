@@ -1,0 +1,76 @@
+"""Lengths of the rows of a weight and of its low-rank update, without the dense update.
+
+For each row, ``‖w + s·(BA)‖² = ‖w‖² + 2s⟨w, (BA)⟩ + s²‖(BA)‖²``, where the two last terms need no more than
+``W Aᵀ`` and the Gram matrix ``A Aᵀ``: both are as thin as the factors.
+
+Source: the identity is that of a squared sum; its use for DoRA is Veneer's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn import functional as F
+
+
+def _work(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def squared_row_norms(weight: Tensor) -> Tensor:
+    """``‖w‖²`` of every row, in float32 (float64 where W is). weight: (out, in) -> (out,)."""
+    norms: Tensor = torch.linalg.vector_norm(weight, dim=1, dtype=_work(weight))
+    return norms.square()
+
+
+def updated_row_norms(squared: Tensor, weight: Tensor, B: Tensor, A: Tensor, scaling: float) -> Tensor:
+    """``‖W + s·BA‖`` of every row.
+
+    Args:
+        squared: (out,), from `squared_row_norms`.
+        weight: (out, in), of any floating type. A is brought to its type for the one product with it; the
+            rest is float32 (float64 where W is).
+        B: (out, r).
+        A: (r, in).
+        scaling: s.
+
+    Returns:
+        (out,), in float32 (float64 where W is).
+    """
+    work = _work(weight)
+    a, b = A.to(squared), B.to(squared)
+    across = (F.linear(weight, A.to(weight)).to(work) * b).sum(1)
+    own = ((b @ (a @ a.T)) * b).sum(1)
+    return (squared + 2.0 * scaling * across + scaling**2 * own).clamp_min(0.0).sqrt()
+
+
+class State:
+    """What tells whether a tensor still holds what it held: its memory, place in it, and version.
+
+    Another tensor in the same memory is told apart, however that memory came to be used again. Writing
+    through ``tensor.data`` in place goes unnoticed by torch, and so by this.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._storage = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
+        self._rest = (tensor._version, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype)
+
+    @staticmethod
+    def of(*tensors: Tensor | None) -> tuple[State, ...] | None:
+        """The states of tensors, those that are None left out; None where one cannot be told."""
+        held = [tensor for tensor in tensors if tensor is not None]
+        if any(t.is_meta or t.is_inference() or type(t) not in _PLAIN for t in held):
+            return None
+        return tuple(map(State, held))
+
+    def __eq__(self, other: Any) -> bool:
+        same = isinstance(other, State) and self._storage.cdata == other._storage.cdata
+        return same and self._rest == other._rest
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
