@@ -217,7 +217,7 @@ INITS: dict[str, dict[str, Any]] = {
 }
 
 #: Options that ask for each variant.
-VARIANTS: dict[str, dict[str, Any]] = {"plain": {}}
+VARIANTS: dict[str, dict[str, Any]] = {"plain": {}, "dora": {"use_dora": True}}
 
 #: How a module comes to be stored in each way.
 BACKENDS: dict[str, Callable[[nn.Module], nn.Module]] = {
@@ -299,10 +299,16 @@ def _computes(type_name: str, case: LayerCase, dtype: torch.dtype) -> bool:
     return True
 
 
-def _is_worth_trying(init: str, variant: str, backend: str, dtype: torch.dtype) -> bool:
-    """Every dtype with the default init in dense storage; each other init and storage in fewer."""
+def _is_worth_trying(first: bool, init: str, variant: str, backend: str, dtype: torch.dtype) -> bool:
+    """Every dtype with the default init in dense storage; each other init, variant and storage in fewer.
+
+    Args:
+        first: Whether it is the first of the layer type's cases.
+    """
     if (init, backend) == ("Default", "dense"):
-        return True
+        return variant == "plain" or dtype == torch.float32 or first
+    if variant != "plain" and not first:
+        return False
     if backend == "dense":
         return dtype == torch.float32
     return init == "Default" and dtype in (torch.float32, torch.bfloat16)
@@ -310,13 +316,13 @@ def _is_worth_trying(init: str, variant: str, backend: str, dtype: torch.dtype) 
 
 def combinations() -> Iterator[Any]:
     """All that is worth trying, as parameters for tests."""
-    kinds = itertools.product(
-        [type(i).__name__ for i in inits()], variants.names(), [b.name for b in backends()], DTYPES
-    )
-    wanted = [kind for kind in kinds if _is_worth_trying(*kind)]
+    names = ([type(i).__name__ for i in inits()], variants.names(), [b.name for b in backends()])
+    kinds = list(itertools.product(*names, DTYPES))
     for type_name, _ in registry.items():
-        for case in LAYERS.get(type_name, ()):
-            for init, variant, backend, dtype in wanted:
+        for number, case in enumerate(LAYERS.get(type_name, ())):
+            for init, variant, backend, dtype in kinds:
+                if not _is_worth_trying(number == 0, init, variant, backend, dtype):
+                    continue
                 if not (init in INITS and variant in VARIANTS and backend in BACKENDS):
                     continue  # test_tables.py fails for these
                 made = Combination(case, init, variant, backend, dtype)
@@ -346,7 +352,8 @@ ALL = list(combinations())
 EACH_CASE = [
     p
     for p in ALL
-    if (p.values[0].init, p.values[0].backend, p.values[0].dtype) == ("Default", "dense", torch.float32)
+    if (p.values[0].init, p.values[0].variant, p.values[0].backend, p.values[0].dtype)
+    == ("Default", "plain", "dense", torch.float32)
 ]
 #: Those that can be merged.
 MERGEABLE = [p for p in ALL if not p.values[0].case.unmergeable]

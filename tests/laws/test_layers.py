@@ -107,7 +107,9 @@ def test_the_branch_is_the_delta(made: Combination) -> None:
     bias = layer.factors("default")[2]
     with torch.no_grad():
         start, attributes = layer.before_merge(dense.weight)
-        dense.weight = nn.Parameter(start + delta, requires_grad=False)
+        extra = {key: tensor.double() for key, tensor in layer.extra("default").items()}
+        merged = get_variant(made.variant).merged(layer.to_matrix(start), layer.to_matrix(delta), extra)
+        dense.weight = nn.Parameter(layer.from_matrix(merged, start), requires_grad=False)
         for key, value in attributes.items():
             setattr(dense, key, value)
         if bias is not None:

@@ -116,7 +116,7 @@ FAILED_INJECTIONS: dict[str, tuple[dict[str, Any], type[Exception]]] = {
     "groups do not divide the rank": ({"r": 3}, TargetError),
     "init refuses one layer": (INITS["LoftQ"], TargetError),
     "lora_bias refuses one layer": ({"lora_bias": True}, TargetError),
-    "variant does not exist": ({"use_dora": True}, ConfigError),
+    "variant does not exist": ({"use_qalora": True}, ConfigError),
     "init does not exist": ({"init_lora_weights": "pissa"}, ConfigError),
     "saved and targeted": ({"modules_to_save": ["linear"]}, TargetError),
 }

@@ -1,0 +1,117 @@
+"""DoRA: the direction of each row of the weight is low-ranked, its length is trained by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from veneer.ops.dropout import wants_plain_torch
+from veneer.ops.row_norms import State, squared_row_norms, updated_row_norms
+from veneer.spec import LoraSpec
+from veneer.variants.base import Branch, ParameterRequest, Variant
+
+MAGNITUDE = "lora_magnitude_vector"
+
+#: What is computed from the tensors of a layer, with what they were; it dies with the layer.
+_memos: WeakKeyDictionary[Any, dict[Any, tuple[object, Tensor]]] = WeakKeyDictionary()
+
+
+class Dora(Variant):
+    """``W' = m ⊙ (W + s·BA) / ‖W + s·BA‖``, row by row; m starts at ``‖W + s·BA‖``.
+
+    The norm is a constant to the gradient. It comes from low-rank algebra:
+    ``‖W + s·BA‖² = ‖W‖² + 2s⟨W, BA⟩ + s²‖BA‖²``. The bias of the base is not scaled. With dropout, the base
+    sees the dropped input too in what is added: ``y = W x + b + (c − 1) W x̃ + c s·BA x̃``, with
+    ``c = m / ‖W + s·BA‖``.
+
+    Source: Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation", 2024, equations 5 and 11; with dropout
+    as in the reference implementation.
+    """
+
+    name = "dora"
+
+    def refuses(self, spec: LoraSpec, layer_type: str) -> str | None:
+        """A bias of B: what would be scaled by what is not defined."""
+        return "use_dora and lora_bias exclude one another: choose one" if spec.lora_bias else None
+
+    def shapes(self, request: ParameterRequest) -> Mapping[str, tuple[int, ...]]:
+        """One magnitude for each output feature."""
+        return {MAGNITUDE: request.vector_shape}
+
+    @torch.no_grad()
+    def parameters(self, request: ParameterRequest) -> Mapping[str, Tensor]:
+        """The norms that the rows have at the start."""
+        weight = request.matrix()
+        b, a = (factor.to(weight.device) for factor in request.update())
+        norms = updated_row_norms(squared_row_norms(weight), weight, b, a, request.spec.scaling)
+        return {MAGNITUDE: norms.view(request.vector_shape)}
+
+    def forward(
+        self, layer: Branch, name: str, x: Tensor, result: Tensor, base: Callable[[], Tensor]
+    ) -> Tensor:
+        """``result + (c − 1) W x̃ + c s·BA x̃``."""
+        scale = self._scale(layer, name, result)
+        if layer.dropout_of(name):
+            dropped = layer.dropped(name, x)
+            plain = layer.base_linear(dropped.to(x.device)).to(result)
+        else:
+            dropped = layer.dropped(name, x)
+            plain = layer.without_bias(base())
+        branch = layer.low_rank(name, dropped).to(result) * layer.scaling[name]
+        return result + ((plain + branch) * scale - plain).to(result)
+
+    def whole(
+        self, layer: Branch, name: str, x: Tensor, together: Callable[[], Tensor], bias: Tensor | None
+    ) -> Tensor | None:
+        """``c (W x + b + s·BA x) + (1 − c) b``; None with dropout, where the base sees two inputs."""
+        if layer.dropout_of(name):
+            return None
+        both = together()
+        scale = self._scale(layer, name, both)
+        return (both * scale if bias is None else torch.addcmul((1.0 - scale) * bias, both, scale)).to(both)
+
+    def merged(self, weight: Tensor, delta: Tensor, extra: Mapping[str, Tensor]) -> Tensor:
+        """``m ⊙ (W + ΔW) / ‖W + ΔW‖``."""
+        total = weight + delta
+        norms = torch.linalg.vector_norm(total, dim=1)
+        return total * (extra[MAGNITUDE].reshape(-1) / _safe(norms)).unsqueeze(1)
+
+    def _scale(self, layer: Branch, name: str, output: Tensor) -> Tensor:
+        """c, one for each output feature, shaped to multiply an output; its gradient is that of m."""
+        magnitude = layer.extra(name)[MAGNITUDE]
+        norms = _safe(self._norms(layer, name, torch.is_grad_enabled())).to(magnitude.device)
+        return layer.along_output(magnitude.reshape(-1) / norms).to(output.device)
+
+    @torch.no_grad()
+    def _norms(self, layer: Branch, name: str, grad: bool) -> Tensor:
+        """``‖W + s·BA‖`` of each row, (out,); in evaluation kept until one of its tensors changes."""
+        b, a = layer.update(name)
+        scaling = layer.scaling[name]
+        states = None if wants_plain_torch(a, b) else layer.weight_state()
+        if states is None:
+            weight = layer.matrix()
+            return updated_row_norms(squared_row_norms(weight), weight, b, a, scaling)
+        memo = _memos.setdefault(layer, {})
+        settled = not (layer.training or grad)
+        key = (states, State.of(a, b), scaling) if settled else None
+        known = memo.pop(name, None)
+        if settled and known is not None and known[0] == key:
+            memo[name] = known
+            return known[1]
+        weight = layer.matrix()
+        squared = memo.get(None)
+        if squared is None or squared[0] != states:
+            squared = memo[None] = (states, squared_row_norms(weight))
+        norms = updated_row_norms(squared[1], weight, b, a, scaling)
+        if key is not None and key[1] is not None:
+            memo[name] = (key, norms)
+        return norms
+
+
+def _safe(norms: Tensor) -> Tensor:
+    """A row of zeros has no direction: it stays zero, whatever it is multiplied with."""
+    return torch.where(norms > 0, norms, 1.0)
