@@ -635,11 +635,12 @@ class LoraLayer(AdapterModule):
     def matrix(self) -> Tensor:
         """The base weight without any adapter as a dense matrix (out, in·k…), detached."""
         base = self.original_base()
-        return self.to_matrix(self.before_merge(backends.find(base).read(base))[0])
+        weight = backends.find(base, self.weight_name).read(base, self.weight_name)
+        return self.to_matrix(self.before_merge(weight)[0])
 
     def weight_state(self) -> object:
         """Something that compares equal as long as `matrix` gives the same; None where that is unknown."""
-        weight = self.original_base()._parameters.get("weight")
+        weight = self.original_base()._parameters.get(self.weight_name)
         return None if weight is None else State.of(weight)
 
     def update(self, name: str) -> tuple[Tensor, Tensor]:
