@@ -11,13 +11,17 @@ import pkgutil
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..errors import ConfigError, VeneerError
 from . import messages
 from .messages import say
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
 
 DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
@@ -185,6 +189,24 @@ def flags_of(command: str) -> dict[str, str]:
 def show_json(content: object) -> None:
     """Print a result for programs."""
     print(json.dumps(content, indent=2))
+
+
+def console() -> Console:
+    """Standard output as rich writes it: no colour and no folding of tables where there is no terminal."""
+    from rich.console import Console
+
+    made = Console(highlight=False)
+    return made if made.is_terminal else Console(highlight=False, width=1000)
+
+
+def table(*columns: str) -> Table:
+    """An empty table without rules: the first column to the left, numbers to the right."""
+    from rich.table import Table
+
+    made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for number, column in enumerate(columns):
+        made.add_column(column, justify="right" if number else "left", overflow="fold", no_wrap=number == 0)
+    return made
 
 
 def size(count: int) -> str:

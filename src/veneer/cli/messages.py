@@ -57,8 +57,11 @@ def quieten(flags: Callable[[], Mapping[str, str]]) -> None:
         ("DIFFUSERS_VERBOSITY", "error"),
         ("TOKENIZERS_PARALLELISM", "false"),
         ("TORCH_CPP_LOG_LEVEL", "ERROR"),
+        ("TORCH_LOGS", "-torch"),  # errors only
     ):
         os.environ.setdefault(name, value)
+    if "torch" in sys.modules:  # it has read its variables already
+        logging.getLogger("torch").setLevel(logging.ERROR)
 
 
 def was_interrupted(error: BaseException | None) -> bool:

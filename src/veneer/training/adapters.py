@@ -6,16 +6,15 @@ import contextlib
 import os
 import re
 import warnings
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import CONFIG_NAME, open_adapter, read_config
+from ..checkpoint import CONFIG_NAME, AdapterFile, open_adapter, read_config
 from ..config import LoraConfig, PeftConfig
 from ..errors import AdapterFileError, ConfigError, VeneerError, VeneerWarning
 from ..model import MergeReport, PeftModel
-from ..spec import resolve
+from ..spec import LoraSpec, resolve, variant_name
 from .models import load_base, looks_local, quiet_transformers
 
 _FACTOR = re.compile(
@@ -39,7 +38,7 @@ def load_adapted(
     """
     if looks_local(adapter) or "/" not in os.fspath(adapter):
         read_config(adapter)
-    with _blaming(adapter):
+    with blaming(adapter):
         config = PeftConfig.from_pretrained(adapter)
     named = base or config.base_model_name_or_path
     if not named:
@@ -50,7 +49,7 @@ def load_adapted(
 
 
 @contextlib.contextmanager
-def _blaming(adapter: str | os.PathLike[str]) -> Iterator[None]:
+def blaming(adapter: str | os.PathLike[str]) -> Iterator[None]:
     """What is wrong in an adapter's configuration is an error of that file, not of the caller's options."""
     try:
         yield
@@ -122,33 +121,24 @@ def describe(adapter: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         AdapterFileError: It is missing or broken, or its configuration is not that of a LoRA.
     """
-    with _blaming(adapter):
-        config = PeftConfig.from_dict(read_config(adapter))
-    if not isinstance(config, LoraConfig):
-        raise AdapterFileError(f"{adapter} is no LoRA adapter but {config.peft_type}")
-    file = open_adapter(adapter)
-    layers: dict[str, dict[str, tuple[int, ...]]] = {}
-    others = []
-    for key, shape in file.shapes.items():
-        match = _FACTOR.match(key)
-        if match is None:
-            others.append(key)
-        else:
-            layers.setdefault(match["path"], {})[match["role"]] = shape
-    half = [path for path, factors in layers.items() if factors.keys() != {"A", "B"}]
-    if half:
-        raise AdapterFileError(f"{file.path} holds only one of the two factors of {', '.join(half[:3])}")
-    specs = [resolve(config, "default", path) for path in layers]
-    kinds = Counter((path.rpartition(".")[2], f["A"], f["B"]) for path, f in layers.items())
+    config, file, specs = open_lora(adapter)
+    keys, others = factor_names(file)
+    layers = {path: {r: file.shapes[key] for r, key in roles.items()} for path, roles in keys.items()}
+    kinds: dict[tuple[str, tuple[int, ...], tuple[int, ...]], list[str]] = {}
+    for path, f in layers.items():
+        kinds.setdefault((path.rpartition(".")[2], f["A"], f["B"]), []).append(path)
     return {
         "path": str(adapter),
         "base": config.base_model_name_or_path,
         "task_type": _word(config.task_type),
         "peft_type": _word(config.peft_type),
         "target_modules": _plain(config.target_modules),
-        "ranks": sorted({spec.r for spec in specs}),
-        "alphas": sorted({spec.lora_alpha for spec in specs}),
-        "scalings": sorted({spec.scaling for spec in specs}),
+        "ranks": sorted({spec.r for spec in specs.values()}),
+        "alphas": sorted({spec.lora_alpha for spec in specs.values()}),
+        "scalings": sorted({spec.scaling for spec in specs.values()}),
+        "use_rslora": config.use_rslora,
+        "variant": variant_name(config),
+        "modules_to_save": _plain(config.modules_to_save),
         "parameters": sum(_count(shape) for shape in file.shapes.values()),
         "bytes": file.path.stat().st_size,
         "dtypes": sorted({str(dtype).removeprefix("torch.") for dtype in file.dtypes.values()}),
@@ -156,15 +146,70 @@ def describe(adapter: str | os.PathLike[str]) -> dict[str, Any]:
         "modules": [
             {
                 "module": name,
-                "count": n,
+                "count": len(paths),
                 "A": list(a),
                 "B": list(b),
-                "parameters": n * (_count(a) + _count(b)),
+                "parameters": len(paths) * (_count(a) + _count(b)),
+                "paths": paths,
             }
-            for (name, a, b), n in kinds.items()
+            for (name, a, b), paths in kinds.items()
         ],
         "others": sorted(others),
     }
+
+
+def open_lora(
+    adapter: str | os.PathLike[str],
+) -> tuple[LoraConfig, AdapterFile, dict[str, LoraSpec]]:
+    """(configuration, tensors not read yet, what each module got) of a LoRA on disk.
+
+    Raises:
+        AdapterFileError: It is missing or broken, is no LoRA, or its two files disagree; names the modules.
+    """
+    with blaming(adapter):
+        config = PeftConfig.from_dict(read_config(adapter))
+        if not isinstance(config, LoraConfig):
+            raise ConfigError(f"it is no LoRA but {config.peft_type}")
+        variant_name(config)
+    file = open_adapter(adapter)
+    specs, wrong = {}, []
+    for path, roles in factor_names(file)[0].items():
+        spec = specs[path] = resolve(config, "default", path)
+        a, b = file.shapes[roles["A"]], file.shapes[roles["B"]]
+        if len(a) < 2 or len(b) < 2 or a[0] != b[1]:
+            wrong.append(f"{path}: factors of shapes {a} and {b} have no product")
+        elif a[0] != spec.r and not (config.target_parameters and a[0] % spec.r == 0):
+            wrong.append(f"{path}: the configuration gives it rank {spec.r}, its factors have rank {a[0]}")
+    if not specs:
+        raise AdapterFileError(
+            f"{file.path} holds no factors of a LoRA, only: {', '.join(file.shapes) or 'nothing'}"
+        )
+    if wrong:
+        more = f"\n  and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise AdapterFileError(
+            f"{file.path} does not fit its {CONFIG_NAME}:\n  " + "\n  ".join(wrong[:5]) + more
+        )
+    return config, file, specs
+
+
+def factor_names(file: AdapterFile) -> tuple[dict[str, dict[str, str]], list[str]]:
+    """(module path -> the names of its factors "A" and "B" in the file, the names of all other tensors).
+
+    Raises:
+        AdapterFileError: A module has only one of the two.
+    """
+    layers: dict[str, dict[str, str]] = {}
+    others = []
+    for key in file.shapes:
+        match = _FACTOR.match(key)
+        if match is None:
+            others.append(key)
+        else:
+            layers.setdefault(match["path"], {})[match["role"].removeprefix("embedding_")] = key
+    half = [path for path, factors in layers.items() if factors.keys() != {"A", "B"}]
+    if half:
+        raise AdapterFileError(f"{file.path} holds only one of the two factors of {', '.join(half[:3])}")
+    return layers, others
 
 
 def _count(shape: tuple[int, ...]) -> int:

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from veneer.cli import main
 
@@ -13,10 +15,49 @@ from veneer.cli import main
 def test_inspect(adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(adapter)]) == 0
     out = capsys.readouterr().out
-    assert "rank        4\n" in out and "scaling     4\n" in out and "down_proj" in out and "4 × 48" in out
+    assert "rank        4\n" in out and "scaling     4 (alpha / r)\n" in out and "down_proj" in out
+    assert "32×48" in out and "The first 4 directions hold" in out
     assert main(["inspect", str(adapter), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["layers"] == 14 and found["scalings"] == [4.0]
+    assert len(found["updates"]) == 14
+    assert all(len(u["singular_values"]) == 4 and u["energy_first"]["k"] == 4 for u in found["updates"])
+
+
+def test_headers_only(
+    adapter: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("veneer.training.spectra.spectra", None)
+    assert main(["inspect", str(adapter), "--no-spectrum"]) == 0
+    out = capsys.readouterr().out
+    assert "4×48" in out and "directions" not in out
+    assert main(["inspect", str(adapter), "--no-spectrum", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["updates"] == []
+
+
+def test_every_module_and_a_picture(
+    adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["inspect", str(adapter), "--modules", "--first", "1"]
+    assert main([*words, "--plot", str(tmp_path / "map.png")]) == 0
+    out = capsys.readouterr().out
+    assert "model.layers.1.mlp.down_proj" in out and "stable" in out and "first direction holds" in out
+    assert [path.name for path in tmp_path.iterdir()] == ["map.png"]
+    for wrong, said in (("map.gif", ".png"), ("nowhere/map.png", "no directory")):
+        assert main([*words, "--plot", str(tmp_path / wrong)]) == 2
+        captured = capsys.readouterr()
+        assert captured.out == "" and said in captured.err
+
+
+def test_an_untrained_adapter_is_said(
+    adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    zeroed = {k: torch.zeros_like(t) if ".lora_B." in k else t for k, t in tensors.items()}
+    save_file(zeroed, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_bytes((adapter / "adapter_config.json").read_bytes())
+    assert main(["inspect", str(tmp_path)]) == 0
+    assert "14 of 14 updates are zero" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("command", [["inspect"], ["generate"], ["merge", "--output", "out"]], ids=" ".join)

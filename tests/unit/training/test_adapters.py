@@ -39,7 +39,9 @@ def test_describe(adapter: Path) -> None:
     assert found["target_modules"] == ["down_proj", "q_proj"]
     assert found["layers"] == 4 and found["dtypes"] == ["float32"]
     assert found["base"] == str(adapter.parent / "base")
-    assert {"module": "q_proj", "count": 2, "A": [4, 32], "B": [32, 4], "parameters": 512} in found["modules"]
+    paths = [f"model.layers.{n}.self_attn.q_proj" for n in range(2)]
+    row = {"module": "q_proj", "count": 2, "A": [4, 32], "B": [32, 4], "parameters": 512, "paths": paths}
+    assert row in found["modules"]
     assert found["parameters"] == 512 + 2 * (2 * 48 + 32 * 2)
     assert found["bytes"] == (adapter / "adapter_model.safetensors").stat().st_size
     assert found["others"] == []

@@ -1,0 +1,207 @@
+"""Spectra of the updates in an adapter's files: how large they are and how many directions they use.
+
+The update of a module is ``D = s·B A``. Its singular values are those of the small core ``R₁ R₂ᵀ`` of
+``B = Q₁R₁`` and ``Aᵀ = Q₂R₂`` (`ops.low_rank`); the dense product is never formed and no base is loaded.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import AdapterFileError, CombineError
+from ..ops import low_rank
+from .adapters import factor_names, open_lora
+
+#: "How many directions are needed" means: for this share of the energy.
+MOST = 0.99
+
+
+@dataclass(frozen=True)
+class UpdateSpectrum:
+    """One module's update, seen through its singular values.
+
+    Attributes:
+        path: The module.
+        r: Rank it was given.
+        scaling: The strength ``s`` that it starts with, inside the values.
+        shape: ``(out, in)`` of the update as a matrix; kernels are flattened into ``in``.
+        values: Singular values of ``s·B A``, descending. Where one pair of factors holds the updates of
+            several experts, those of all of them.
+    """
+
+    path: str
+    r: int
+    scaling: float
+    shape: tuple[int, int]
+    values: tuple[float, ...]
+
+    @property
+    def norm(self) -> float:
+        """Frobenius norm, ``√Σσ²``."""
+        return math.sqrt(math.fsum(v * v for v in self.values))
+
+    @property
+    def largest(self) -> float:
+        """Spectral norm, σ₁."""
+        return self.values[0] if self.values else 0.0
+
+    @property
+    def stable_rank(self) -> float:
+        """``‖D‖²_F / σ₁²``: never above the rank, and small changes of D change it little; 0 where D is 0.
+
+        Source: Rudelson and Vershynin, Sampling from large matrices, J. ACM 54 (2007), section 1.1.
+        """
+        return (self.norm / self.largest) ** 2 if self.largest else 0.0
+
+    @property
+    def effective_rank(self) -> float:
+        """``exp(−Σ pᵢ ln pᵢ)`` with ``pᵢ = σᵢ / Σσ``: the exponential of the values' entropy; 0 where D is 0.
+
+        Source: Roy and Vetterli, The effective rank, EUSIPCO (2007), definition 1.
+        """
+        total = math.fsum(self.values)
+        shares = [v / total for v in self.values if v > 0] if total else []
+        return math.exp(-math.fsum(p * math.log(p) for p in shares)) if shares else 0.0
+
+    def energy(self, first: int) -> float:
+        """Share of ``Σσ²`` that the ``first`` largest values hold; 1 where D is 0."""
+        total = math.fsum(v * v for v in self.values)
+        return math.fsum(v * v for v in self.values[:first]) / total if total else 1.0
+
+    def needed(self, share: float = MOST) -> int:
+        """How many of the largest values hold a share of the energy; 0 where D is 0."""
+        total = math.fsum(v * v for v in self.values)
+        held, count = 0.0, 0
+        while total and held < share * total and count < len(self.values):
+            held += self.values[count] ** 2
+            count += 1
+        return count
+
+
+def spectra(
+    adapter: str | os.PathLike[str], tell: Callable[[int, int], None] | None = None
+) -> list[UpdateSpectrum]:
+    """The spectrum of every update of an adapter, from its files alone.
+
+    Of a DoRA it is that of the low-rank part, before its magnitudes.
+
+    Args:
+        adapter: Directory of the adapter.
+        tell: Called with (how many are done, how many there are).
+
+    Raises:
+        AdapterFileError: It is missing, broken, no LoRA, or not finite; lists the modules.
+    """
+    _, file, specs = open_lora(adapter)
+    layers, _ = factor_names(file)
+    found, broken = [], []
+    for number, (path, roles) in enumerate(layers.items(), 1):
+        spec = specs[path]
+        factors = file.tensors(roles.values())
+        a, b = factors[roles["A"]].flatten(1), factors[roles["B"]].flatten(1)
+        try:
+            values = _values(b, a, spec.r)
+        except CombineError as error:
+            broken.append(f"{path}: {error}")
+            continue
+        scaled = (values.double() * abs(spec.scaling)).tolist()
+        found.append(UpdateSpectrum(path, spec.r, spec.scaling, (b.shape[0], a.shape[1]), tuple(scaled)))
+        if tell is not None:
+            tell(number, len(layers))
+    if broken:
+        more = f"\n  and {len(broken) - 5} more" if len(broken) > 5 else ""
+        raise AdapterFileError(
+            f"{file.path}: {len(broken)} of {len(layers)} updates cannot be computed:"
+            + "".join(f"\n  {line}" for line in broken[:5])
+            + more
+        )
+    return found
+
+
+def _values(b: Tensor, a: Tensor, r: int) -> Tensor:
+    """Singular values of one update, or of the updates of several experts together, descending."""
+    experts = a.shape[0] // r
+    if experts <= 1 or a.shape[0] != experts * r or b.shape[1] != a.shape[0]:
+        return low_rank.spectrum(b, a)
+    rows = a.reshape(experts, r, -1)
+    columns = b.reshape(b.shape[0], r, experts)
+    parts = [low_rank.spectrum(columns[:, :, e], rows[e]) for e in range(experts)]
+    return torch.cat(parts).sort(descending=True).values
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Numbers of updates laid out over layers and kinds of module.
+
+    Attributes:
+        layers: Columns, in order: the number of the layer, with what stands before it where that differs.
+        before: What stands before every layer's number.
+        kinds: Rows: the module's path inside its layer, other numbers replaced by ``*``.
+        values: ``values[row][column]``, means where several updates meet, None where there is none.
+    """
+
+    layers: list[str]
+    before: str
+    kinds: list[str]
+    values: list[list[float | None]]
+
+
+def grid(updates: Sequence[UpdateSpectrum], value: Callable[[UpdateSpectrum], float]) -> Grid:
+    """One number of each update over layers and kinds of module."""
+    cells: dict[tuple[str, tuple[str, int]], list[float]] = {}
+    for update in updates:
+        before, number, kind = _place(update.path)
+        cells.setdefault((kind, (before, number)), []).append(value(update))
+    kinds = list(dict.fromkeys(kind for kind, _ in cells))
+    prefixes = list(dict.fromkeys(layer[0] for _, layer in cells))
+    layers = sorted({layer for _, layer in cells}, key=lambda layer: (prefixes.index(layer[0]), layer[1]))
+    numbered = [prefix for prefix in prefixes if prefix]
+    shared = numbered[0] if len(numbered) == 1 else ""
+    names = [
+        "–" if number < 0 else str(number) if prefix == shared else f"{prefix}.{number}"
+        for prefix, number in layers
+    ]
+    table: list[list[float | None]] = [
+        [_mean(cells.get((kind, layer))) for layer in layers] for kind in kinds
+    ]
+    return Grid(names, shared, kinds, table)
+
+
+def _place(path: str) -> tuple[str, int, str]:
+    """(what stands before the first number, that number or −1, the rest) of a module's path."""
+    parts = path.split(".")
+    first = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+    if first is None or first == len(parts) - 1:
+        return "", -1, re.sub(r"(?<=\.)\d+$", "*", path)
+    kind = ".".join("*" if part.isdigit() else part for part in parts[first + 1 :])
+    return ".".join(parts[:first]), int(parts[first]), kind
+
+
+def _mean(values: Sequence[float] | None) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def as_json(updates: Sequence[UpdateSpectrum], first: int) -> Iterator[dict[str, Any]]:
+    """Each update as plain values."""
+    for update in updates:
+        yield {
+            "module": update.path,
+            "r": update.r,
+            "scaling": update.scaling,
+            "shape": list(update.shape),
+            "norm": update.norm,
+            "spectral_norm": update.largest,
+            "stable_rank": update.stable_rank,
+            "effective_rank": update.effective_rank,
+            "energy_first": {"k": first, "share": update.energy(first)},
+            "rank_for_99_percent": update.needed(),
+            "singular_values": list(update.values),
+        }
