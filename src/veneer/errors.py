@@ -11,6 +11,7 @@ The tree; each also is the built-in exception that callers of the field's API al
     │   ├── AdapterFileError               missing, truncated, hostile or unreadable file
     │   ├── LoadMismatchError RuntimeError tensors that do not fit the model
     │   └── BaseMismatchError              the adapter was made on another base model
+    ├── RoutingError         ValueError    rows of a batch that cannot go through the adapters named
     ├── MergeError           ValueError    a merge that would be wrong
     ├── CombineError         ValueError    adapters that cannot be combined
     ├── DataError            ValueError    training or evaluation data that cannot be used
@@ -57,6 +58,10 @@ class LoadMismatchError(CheckpointError, RuntimeError):
 
 class BaseMismatchError(CheckpointError):
     """The adapter was trained on another base model than the one it is loaded onto."""
+
+
+class RoutingError(VeneerError, ValueError):
+    """Rows of a batch that cannot go through the adapters named for them."""
 
 
 class MergeError(VeneerError, ValueError):

@@ -24,6 +24,7 @@ from veneer.inits import InitRequest, InitResult
 from veneer.ops.merging import merge_dense, merge_into_
 from veneer.ops.row_norms import State
 from veneer.registry import TypeRegistry
+from veneer.routing import Routing, current
 from veneer.spec import LoraSpec
 from veneer.variants import ParameterRequest
 
@@ -580,6 +581,8 @@ class LoraLayer(AdapterModule):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base's output plus the branches of the active adapters that are not merged."""
+        if (routing := current(self)) is not None:
+            return self._forward_rows(routing, x, *args, **kwargs)
         if self._disabled and self._merged:
             return self.original_base()(x, *args, **kwargs)  # type: ignore[no-any-return]
         result: Tensor = self.base_layer(x, *args, **kwargs)
@@ -603,6 +606,33 @@ class LoraLayer(AdapterModule):
 
     def _base_output(self, x: Tensor, *args: Any, known: Tensor | None, **kwargs: Any) -> Tensor:
         return self.original_base()(x, *args, **kwargs) if known is None else known
+
+    def _forward_rows(self, routing: Routing, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The base's output plus, for each row, the branch of the row's own adapter."""
+        result: Tensor = self.original_base()(x, *args, **kwargs)
+        if self._disabled or not any(name in self._specs for name in routing.used):
+            return result
+        where = next(iter(self._specs.values())).path or type(self).__name__
+        names = routing.rows(x.shape[0] if x.dim() else 0, self.held_adapters, where)
+        return self.add_rows(routing, names, x, result)
+
+    def add_rows(self, routing: Routing, names: tuple[str | None, ...], x: Tensor, result: Tensor) -> Tensor:
+        """``result`` with the branch of each row's own adapter added.
+
+        Args:
+            routing: Of the call that runs.
+            names: The adapter of each row, None for none.
+            x: (rows, ...) as the base takes it.
+            result: (rows, ...), the base's output, fresh.
+        """
+        base = result
+        for name, rows in routing.indices(names, x.device).items():
+            if name is not None:
+                there = rows.to(result.device)
+                own = base[there]
+                part = self.apply_adapter(name, x[rows], own, lambda own=own: own)  # type: ignore[misc]
+                result = result.index_copy(0, there, part.to(result))
+        return result
 
     def add_branch(self, name: str, x: Tensor, result: Tensor) -> Tensor:
         """``result + s · B(A(dropout(x)))``, in the type of ``result``."""

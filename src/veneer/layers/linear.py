@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from veneer import variants
 from veneer.layers.base import Factor, LoraLayer, stand_in
+from veneer.ops import mixed_batch
 from veneer.ops.lora_linear import add_lora_, lora_linear
+from veneer.routing import Routing, current
 
 _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _NO_PRODUCT = (
@@ -88,8 +90,49 @@ class LoraLinear(LoraLayer):
             return super().add_branch(name, x, result)
         return add_lora_(result, x, a, b, bias, self.scaling[name], self.dropout_of(name), inplace=False)
 
+    def add_rows(self, routing: Routing, names: tuple[str | None, ...], x: Tensor, result: Tensor) -> Tensor:
+        """All adapters of the batch together, or row by row, whichever is faster.
+
+        Only where an update is nothing but a product: no dropout, no bias, no other variant.
+        """
+        used = tuple(dict.fromkeys(name for name in names if name is not None))
+        plain = (
+            all(variants.get(self._specs[n].variant).additive and self.factors(n)[2] is None for n in used)
+            and all(self._has_plain_factors(n) and self.dropout_of(n) == 0 for n in used)
+            and all(self.factors(n)[0].device == x.device == result.device for n in used)
+            and not torch.is_autocast_enabled(x.device.type)
+            and _is_plain(self.original_base())
+        )
+        if not plain:
+            return super().add_rows(routing, names, x, result)
+        ranks = [0 if n is None else self._specs[n].r for n in names]
+        total, tokens = sum(self._specs[n].r for n in used), x.numel() // x.shape[-1]
+        runs = routing.runs(names)
+        size = x.shape[-1] + result.shape[-1]
+        count = sum(name is not None for name, _, _ in runs)
+        if mixed_batch.prefers_mask(count, tokens, total, sum(ranks) / len(ranks), size):
+            return mixed_batch.by_mask(x, result, *self._side_by_side(routing, names, used, x))
+        terms = {n: (*self.factors(n)[:2], self.scaling[n]) for n in used}
+        return mixed_batch.by_runs(x, result, terms, runs)
+
+    def _side_by_side(
+        self, routing: Routing, names: tuple[str | None, ...], used: tuple[str, ...], x: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Factors of all adapters, (R, in) and (out, R), and the strengths by row, (rows, R)."""
+        key = (names, x.dtype)
+        if not torch.is_grad_enabled() and (held := routing.memo.get(self, {}).get(key)):
+            return held  # type: ignore[no-any-return]
+        a = torch.cat([self.factors(n)[0].to(x.dtype) for n in used])
+        b = torch.cat([self.factors(n)[1].to(x.dtype) for n in used], dim=1)
+        mask = routing.mask(names, tuple((n, self._specs[n].r, self.scaling[n]) for n in used), x)
+        if not torch.is_grad_enabled():
+            routing.memo.setdefault(self, {})[key] = (a, b, mask)
+        return a, b, mask
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Base and first branch in one step where the base is a plain linear; else base, then branches."""
+        if (routing := current(self)) is not None:
+            return self._forward_rows(routing, x, *args, **kwargs)
         live = self._live
         base: Any = self.base_layer
         if (

@@ -6,11 +6,12 @@ import copy
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from veneer import backends
 from veneer.adapters import AdapterModule, as_names
-from veneer.errors import AdapterNameError
+from veneer.errors import AdapterNameError, RoutingError
+from veneer.routing import Routing, current
 
 
 class ModulesToSaveWrapper(AdapterModule):
@@ -94,8 +95,32 @@ class ModulesToSaveWrapper(AdapterModule):
         return self.original_module
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the module that answers now gives."""
+        """What the module that answers now gives; in a mixed batch, each row's own adapter's copy."""
+        if (routing := current(self)) is not None and not self._disabled:
+            return self._forward_rows(routing, *args, **kwargs)
         return self.current(*args, **kwargs)
+
+    def _forward_rows(self, routing: Routing, *args: Any, **kwargs: Any) -> Any:
+        first = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.dim()), None)
+        mine = [name for name in routing.used if name in self.modules_to_save]
+        if first is None or not mine:
+            return self.original_module(*args, **kwargs)
+        count = first.shape[0]
+        names = routing.rows(count, mine, f"a {type(self.original_module).__name__} (modules_to_save)")
+        whole: Tensor | None = None
+        for name, rows in routing.indices(names, first.device).items():
+            module = self.original_module if name is None else self.modules_to_save[name]
+            part = module(*(_taken(v, rows, count) for v in args),
+                          **{k: _taken(v, rows, count) for k, v in kwargs.items()})  # fmt: skip
+            if not isinstance(part, Tensor) or part.shape[:1] != rows.shape:
+                raise RoutingError(
+                    f"a {type(module).__name__} (modules_to_save) gives no tensor with one row for each row "
+                    "of the batch, so adapters cannot be mixed in one batch here"
+                )
+            if whole is None:
+                whole = part.new_zeros(count, *part.shape[1:])
+            whole = whole.index_copy(0, rows, part)
+        return whole
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -104,3 +129,8 @@ class ModulesToSaveWrapper(AdapterModule):
             if "original_module" not in self.__dict__.get("_modules", {}) or name.startswith("_"):
                 raise
             return getattr(self.current, name)
+
+
+def _taken(value: Any, rows: Tensor, count: int) -> Any:
+    """The rows of a value that has one for each row of the batch; anything else as it is."""
+    return value[rows] if isinstance(value, Tensor) and value.shape[:1] == (count,) else value

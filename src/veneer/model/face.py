@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, ClassVar
 
 from torch import nn
@@ -13,7 +13,6 @@ from torch import nn
 from veneer.config import PeftConfig, PeftType, TaskType
 from veneer.errors import (
     ConfigError,
-    VeneerError,
     VeneerWarning,
 )
 from veneer.model.lora_model import LoraModel
@@ -25,6 +24,7 @@ from veneer.model.status import (
     get_layer_status,
     get_model_status,
 )
+from veneer.routing import Routing, keep_for_backward, routed
 
 #: The class of each task; a class enters itself.
 MODEL_TYPE_TO_PEFT_MODEL_MAPPING: dict[str, type[PeftModel]] = {}
@@ -114,19 +114,42 @@ class PeftModel(Persistence):
                 raise
             return getattr(self.base_model, name)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """What the adapted model gives.
 
-        Raises:
-            VeneerError: For ``adapter_names``: rows of one batch with different adapters are not served yet.
-        """
-        _refuse_mixed_batch(kwargs)
-        return self.get_base_model()(*args, **kwargs)
+        Args:
+            adapter_names: For a mixed batch: the adapter of each row, ``"__base__"`` for none. Which adapters
+                are active does not matter then.
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """The base model's ``generate``; input ids by keyword or by position."""
-        _refuse_mixed_batch(kwargs)
-        return self.get_base_model().generate(*args, **kwargs)  # type: ignore[operator]
+        Raises:
+            RoutingError: For adapters that cannot be mixed, or names that do not fit the rows.
+        """
+        if adapter_names is None:
+            return self.get_base_model()(*args, **kwargs)
+        with self._routed(adapter_names) as routing:
+            output = self.get_base_model()(*args, **kwargs)
+        keep_for_backward(output, routing)
+        return output
+
+    def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """The base model's ``generate``; input ids by keyword or by position.
+
+        Args:
+            adapter_names: For a mixed batch: the adapter of each row, ``"__base__"`` for none.
+
+        Raises:
+            RoutingError: For adapters that cannot be mixed, or names that do not fit the rows.
+        """
+        model = self.get_base_model()
+        if adapter_names is None:
+            return model.generate(*args, **kwargs)  # type: ignore[operator]
+        with self._routed(adapter_names, _expansion(model, kwargs)):
+            return model.generate(*args, **kwargs)  # type: ignore[operator]
+
+    def _routed(self, names: Sequence[str], expand: int = 1) -> AbstractContextManager[Routing]:
+        """The context of one call whose rows go through these adapters."""
+        self.base_model.check_mixed_batch(names)
+        return routed(self.get_base_model(), list(names), expand)
 
     def train(self, mode: bool = True) -> PeftModel:
         """Set the training mode, and say so if there is nothing to train."""
@@ -209,12 +232,16 @@ class PeftModel(Persistence):
         print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share}")
 
 
-def _refuse_mixed_batch(kwargs: Mapping[str, Any]) -> None:
-    if kwargs.get("adapter_names") is not None:
-        raise VeneerError(
-            "adapter_names: rows of one batch through different adapters are not served by this version; "
-            "call the model once per adapter after set_adapter(name)"
-        )
+def _expansion(model: nn.Module, kwargs: Mapping[str, Any]) -> int:
+    """How many rows `generate` makes of one: beams, or samples."""
+    configs = (kwargs.get("generation_config"), getattr(model, "generation_config", None))
+
+    def asked(name: str) -> int:
+        if kwargs.get(name) is not None:
+            return int(kwargs[name])
+        return next((int(value) for c in configs if (value := getattr(c, name, None)) is not None), 1)
+
+    return max(asked("num_beams"), asked("num_return_sequences"))
 
 
 def name_of(model: nn.Module) -> str | None:

@@ -18,12 +18,14 @@ from veneer.errors import (
     AdapterNameError,
     ConfigError,
     MergeError,
+    RoutingError,
     TargetError,
     VeneerWarning,
 )
 from veneer.inject import Injection, bias_parameters, prepare
 from veneer.layers import LoraLayer
 from veneer.layers.making import draw_seed
+from veneer.routing import BASE
 
 logger = logging.getLogger("veneer")
 
@@ -179,6 +181,32 @@ class AdapterVerbs(nn.Module):
         if isinstance(adapter_name, Mapping):
             for name, factor in adapter_name.items():
                 self.set_strength(name, factor)
+
+    def check_mixed_batch(self, names: Sequence[str]) -> None:
+        """Refuse names for the rows of a batch that cannot be served.
+
+        Raises:
+            RoutingError: Listing all that is wrong.
+        """
+        problems = []
+        if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+            raise RoutingError(f"adapter_names is a list of names, one for each row, got {names!r}")
+        used = list(dict.fromkeys(name for name in names if name != BASE))
+        if not names:
+            problems.append("it is empty: one name for each row of the batch is needed")
+        if unknown := [name for name in used if name not in self.peft_config]:
+            have = ", ".join(map(repr, [*self.peft_config, BASE]))
+            problems.append(f"no adapter named {', '.join(map(repr, unknown))}; there are: {have}")
+        if merged := sorted({n for layer in self.layers().values() for n in layer.merged_adapters}):
+            problems.append(
+                f"{', '.join(map(repr, merged))} is merged into the weights, so no row would be without it: "
+                "unmerge_adapter() first"
+            )
+        if biased := [n for n in self.peft_config if self.peft_config[n].bias != "none"]:
+            bias = self.peft_config[biased[0]].bias
+            problems.append(f"{biased[0]!r} trains biases of the base itself (bias={bias!r}), for all rows")
+        if problems:
+            raise RoutingError("this batch cannot be mixed:\n" + "\n".join(f"  - {p}" for p in problems))
 
     def set_strength(self, adapter_name: str, factor: float) -> None:
         """Let an adapter count ``factor`` times as much as its configuration says.

@@ -1,0 +1,249 @@
+"""Which row of a batch goes through which adapter, for the length of one call.
+
+A `Routing` belongs to one forward, or to one `generate`; layers find it while that call runs. It is neither
+state of a module nor does it outlive the call, but for one case: gradient checkpointing runs a part of the
+forward once more in the backward. transformers' checkpointing is given the routing along; a recomputation
+by other means, which would silently take the active adapters, is refused.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from veneer.errors import RoutingError
+from veneer.ops.mixed_batch import Run, runs_of
+
+#: The name that stands for the base model without an adapter.
+BASE = "__base__"
+
+
+class Routing:
+    """The adapter of each row of a batch.
+
+    Args:
+        names: One for each row; `BASE` for none.
+        expand: How many neighbouring rows of a layer's input one row may have become (beams, samples).
+    """
+
+    def __init__(self, names: Sequence[str], expand: int = 1) -> None:
+        self.names = tuple(names)
+        self.expand = expand
+        self.thread = threading.get_ident()
+        #: Layers that ran inside a checkpoint that does not know of this routing.
+        self.recomputed: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self._carried = False
+        self._rows: dict[Any, Any] = {}
+        #: What layers computed for this call, by layer; they are held, so a key cannot be taken again.
+        self.memo: dict[nn.Module, Any] = {}
+
+    @property
+    def used(self) -> tuple[str, ...]:
+        """The adapters of the batch, without the base, in order of appearance."""
+        return tuple(dict.fromkeys(name for name in self.names if name != BASE))
+
+    def rows(self, count: int, held: Sequence[str], where: str) -> tuple[str | None, ...]:
+        """The adapter of each row of a layer's input, None where the layer has none for it.
+
+        Args:
+            count: Rows of the layer's input.
+            held: The adapters that the layer holds.
+            where: What to call the layer in an error.
+
+        Raises:
+            RoutingError: The rows are not those of the batch.
+        """
+        key = (count, tuple(held))
+        if key not in self._rows:
+            times, rest = divmod(count, len(self.names))
+            if rest or times not in (1, self.expand):
+                raise RoutingError(
+                    f"adapter_names has {len(self.names)} names, but the input of {where} has {count} rows: "
+                    "which adapter each belongs to is unknown. Pass one name for each row of the batch; a "
+                    "model that lays the rows of a batch together inside cannot mix adapters in one batch"
+                )
+            mine = [name if name in held else None for name in self.names]
+            self._rows[key] = tuple(name for name in mine for _ in range(times))
+        found: tuple[str | None, ...] = self._rows[key]
+        return found
+
+    def runs(self, names: tuple[str | None, ...]) -> list[Run]:
+        """`runs_of`, computed once."""
+        if names not in self._rows:
+            self._rows[names] = runs_of(names)
+        found: list[Run] = self._rows[names]
+        return found
+
+    def indices(self, names: tuple[str | None, ...], device: torch.device) -> dict[str | None, Tensor]:
+        """The places of each adapter's rows, as index tensors."""
+        key = (names, device)
+        if key not in self._rows:
+            self._rows[key] = {
+                name: torch.tensor([i for i, n in enumerate(names) if n == name], device=device)
+                for name in dict.fromkeys(names)
+            }
+        found: dict[str | None, Tensor] = self._rows[key]
+        return found
+
+    def mask(
+        self, names: tuple[str | None, ...], blocks: tuple[tuple[str, int, float], ...], like: Tensor
+    ) -> Tensor:
+        """The strength of each row's own adapter in that adapter's columns, zero elsewhere.
+
+        Args:
+            names: The adapter of each row.
+            blocks: Adapter, number of columns and strength, in the order of the columns.
+            like: Of the device and type wanted.
+
+        Returns:
+            (rows, columns).
+        """
+        key = (names, blocks, like.device, like.dtype)
+        if key not in self._rows:
+            owners = [name for name, columns, _ in blocks for _ in range(columns)]
+            scales = torch.tensor([s for _, columns, s in blocks for _ in range(columns)])
+            mine = torch.tensor([[owner == name for owner in owners] for name in names])
+            self._rows[key] = (mine * scales).to(like)
+        found: Tensor = self._rows[key]
+        return found
+
+    def note(self, layer: nn.Module) -> None:
+        """Remember a layer that a checkpoint will run again without this routing."""
+        if self._carried or torch.compiler.is_compiling():
+            return
+        saved: object = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        if saved is not None or (self.with_grad and not torch.is_grad_enabled()):
+            self.recomputed.add(layer)
+
+    with_grad = False
+
+
+class _Current:
+    """Holds the routing of the call that runs now. A plain object: compilers guard on its attribute."""
+
+    routing: Routing | None = None
+
+
+_current = _Current()
+_turn = threading.RLock()
+_alive: weakref.WeakSet[Routing] = weakref.WeakSet()
+
+
+def current(layer: nn.Module) -> Routing | None:
+    """The routing of the call that runs, for a layer that is being called.
+
+    Raises:
+        RoutingError: The layer is called by a recomputation in a backward, whose routing is gone.
+    """
+    routing = _current.routing
+    if routing is None:
+        if _alive and not torch.compiler.is_compiling():
+            _refuse_recomputation(layer)
+        return None
+    if not torch.compiler.is_compiling() and routing.thread != threading.get_ident():
+        return None
+    routing.note(layer)
+    return routing
+
+
+def _refuse_recomputation(layer: nn.Module) -> None:
+    if torch._C._current_graph_task_id() == -1:
+        return
+    if any(layer in routing.recomputed for routing in _alive):
+        raise RoutingError(
+            "a part of the model is computed again in the backward (gradient checkpointing), and which row "
+            "belongs to which adapter is not known any more. Use the model's own checkpointing "
+            "(gradient_checkpointing_enable of a transformers model), or none, with adapter_names"
+        )
+
+
+@contextmanager
+def routed(model: nn.Module, names: Sequence[str], expand: int = 1) -> Iterator[Routing]:
+    """A context in which the rows of a batch go through the adapters named.
+
+    Args:
+        model: The model that is called inside.
+        names: One for each row.
+        expand: See `Routing`.
+    """
+    routing = Routing(names, expand)
+    routing.with_grad = torch.is_grad_enabled()
+    with _turn, _checkpoints_carry(model, routing), _as_current(routing):
+        yield routing
+
+
+@contextmanager
+def _as_current(routing: Routing) -> Iterator[None]:
+    before, _current.routing = _current.routing, routing
+    thread, routing.thread = routing.thread, threading.get_ident()
+    try:
+        yield
+    finally:
+        _current.routing, routing.thread = before, thread
+
+
+def keep_for_backward(output: Any, routing: Routing) -> None:
+    """Let the routing live as long as the graph of an output, so that a recomputation is recognised."""
+    routing.memo.clear()
+    if not routing.recomputed:
+        return
+    for tensor in _tensors(output):
+        if tensor.grad_fn is not None:
+            kept: dict[str, object] = tensor.grad_fn.metadata  # type: ignore[assignment]
+            kept["veneer.routing"] = routing
+            _alive.add(routing)
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, Mapping):
+        for value in output.values():
+            yield from _tensors(value)
+    elif isinstance(output, list | tuple):
+        for value in output:
+            yield from _tensors(value)
+
+
+class _Carried:
+    """A function that runs under a routing whenever it is called: in the forward, again in the backward."""
+
+    def __init__(self, function: Callable[..., Any], routing: Routing) -> None:
+        self.function, self.routing = function, routing
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the function."""
+        before, self.routing._carried = self.routing._carried, True
+        try:
+            with _turn, _as_current(self.routing):
+                return self.function(*args, **kwargs)
+        finally:
+            self.routing._carried = before
+
+
+@contextmanager
+def _checkpoints_carry(model: nn.Module, routing: Routing) -> Iterator[None]:
+    """Let transformers' checkpointing give the routing to its recomputations."""
+    name = "_gradient_checkpointing_func"
+    places = [
+        m for m in model.modules() if getattr(m, "gradient_checkpointing", False) and name in m.__dict__
+    ]
+    before = [m.__dict__[name] for m in places]
+    for module, checkpoint in zip(places, before, strict=True):
+        module.__dict__[name] = functools.partial(_carrying, checkpoint, routing)
+    try:
+        yield
+    finally:
+        for module, checkpoint in zip(places, before, strict=True):
+            module.__dict__[name] = checkpoint
+
+
+def _carrying(checkpoint: Callable[..., Any], routing: Routing, function: Any, *args: Any, **kw: Any) -> Any:
+    return checkpoint(_Carried(function, routing), *args, **kw)

@@ -1,0 +1,215 @@
+"""Mixed batches of whole models: names and rows, generation, checkpointing, refusals."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+
+from tests.laws.cases import train
+from tests.tolerances import assert_close
+from veneer import LoraConfig, PeftModel, RoutingError, get_peft_model
+from veneer.routing import BASE
+
+NAMES = ["a", BASE, "b", "a"]
+
+
+def llama(**more: Any) -> PeftModel:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=31, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=64,
+    )  # fmt: skip
+    return adapted(LlamaForCausalLM(config), **more)
+
+
+def adapted(base: nn.Module, **more: Any) -> PeftModel:
+    options = {"target_modules": "all-linear", "task_type": "CAUSAL_LM", **more}
+    model = get_peft_model(base, LoraConfig(r=3, lora_alpha=5, **options), "a")
+    model.add_adapter("b", LoraConfig(r=2, lora_alpha=7, **options))
+    for seed, name in enumerate("ab"):
+        train(model, name, seed)
+    return model.eval()
+
+
+def ids(rows: int = 4) -> Tensor:
+    return torch.randint(1, 31, (rows, 6), generator=torch.Generator().manual_seed(1))
+
+
+def each_by_itself(model: PeftModel, x: Tensor) -> Tensor:
+    rows = []
+    for row, name in enumerate(NAMES):
+        if name == BASE:
+            with model.disable_adapter():
+                rows.append(model(x[row : row + 1]).logits)
+        else:
+            model.set_adapter(name, inference_mode=True)
+            rows.append(model(x[row : row + 1]).logits)
+    return torch.cat(rows)
+
+
+@pytest.mark.parametrize("more", [{}, {"use_rslora": True}, {"modules_to_save": ["lm_head"]}])
+def test_rows_are_what_they_are_alone(more: dict[str, Any]) -> None:
+    model = llama(**more)
+    assert_close(model(ids(), adapter_names=NAMES).logits, each_by_itself(model, ids()))
+
+
+def test_which_adapters_are_active_does_not_matter_and_stays() -> None:
+    model = llama()
+    first = model(ids(), adapter_names=NAMES).logits
+    model.set_adapter("b")
+    assert torch.equal(model(ids(), adapter_names=NAMES).logits, first)
+    assert model.active_adapters == ["b"]
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"num_return_sequences": 2, "do_sample": True}])
+def test_generating(options: dict[str, Any]) -> None:
+    model, x = llama(), ids()
+    common = {"max_new_tokens": 5, "pad_token_id": 0, "eos_token_id": None}
+    torch.manual_seed(3)
+    mixed = model.generate(input_ids=x, adapter_names=NAMES, **common, **options)
+    if options.get("do_sample"):
+        assert mixed.shape[0] == 8  # what is drawn depends on the batch
+        return
+    for row, name in enumerate(NAMES):
+        alone = model.generate(input_ids=x[row : row + 1], adapter_names=[name], **common, **options)
+        assert torch.equal(mixed[row], alone[0])
+
+
+def test_generating_with_an_encoder() -> None:
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=31, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, decoder_start_token_id=0,
+        pad_token_id=0, eos_token_id=None,
+    )  # fmt: skip
+    model = adapted(T5ForConditionalGeneration(config), task_type="SEQ_2_SEQ_LM")
+    common = {"max_new_tokens": 5, "num_beams": 2}
+    mixed = model.generate(input_ids=ids(), adapter_names=NAMES, **common)
+    for row, name in enumerate(NAMES):
+        alone = model.generate(input_ids=ids()[row : row + 1], adapter_names=[name], **common)
+        assert torch.equal(mixed[row][: alone.shape[1]], alone[0])
+
+
+def gradients(model: PeftModel) -> dict[str, Tensor]:
+    model.zero_grad()
+    model(ids(), adapter_names=NAMES).logits.square().sum().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_the_models_own_checkpointing_recomputes_with_the_same_rows(reentrant: bool) -> None:
+    model = llama().train()
+    for name in "ab":
+        for parameter in model.base_model.index.parameters(name):
+            parameter.requires_grad_(True)
+    expected = gradients(model)
+    assert {name.split(".")[-2] for name in expected} == {"a", "b"}
+    base = model.get_base_model()
+    base.activation_checkpointing_enable({"use_reentrant": reentrant})
+    base.enable_input_require_grads()
+    before = [m.__dict__.get("_gradient_checkpointing_func") for m in base.modules()]
+    actual = gradients(model)
+    assert [m.__dict__.get("_gradient_checkpointing_func") for m in base.modules()] == before
+    assert actual.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert_close(actual[name], gradient)
+
+
+class Checkpointed(nn.Module):
+    """Checkpoints by itself, where no routing can be given along."""
+
+    def __init__(self, reentrant: bool) -> None:
+        super().__init__()
+        self.reentrant = reentrant
+        self.inner = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The linear, computed again in the backward."""
+        return checkpoint(self.inner, x, use_reentrant=self.reentrant)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_recomputation_without_the_rows_is_refused(reentrant: bool) -> None:
+    model = adapted(Checkpointed(reentrant), task_type=None)
+    x = torch.randn(4, 4, requires_grad=True)
+    loss = model(x, adapter_names=NAMES).sum()
+    with pytest.raises(RoutingError, match="computed again in the backward"):
+        loss.backward()
+    del loss
+    model(x).sum().backward()  # an ordinary forward is not affected
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["a", "b", "c", "a"], r"no adapter named 'c'; there are: 'a', 'b', '__base__'"),
+        (["a", "b"], r"has 2 names, but the input of .* has 4 rows"),
+        ([], "it is empty"),
+        ("aabb", "a list of names"),
+    ],
+)
+def test_names_that_do_not_fit_are_refused(names: Any, message: str) -> None:
+    with pytest.raises(RoutingError, match=message):
+        llama()(ids(), adapter_names=names)
+
+
+def test_what_cannot_be_mixed_is_refused() -> None:
+    model = llama()
+    model.merge_adapter(["b"])
+    with pytest.raises(RoutingError, match="'b' is merged into the weights"):
+        model(ids(), adapter_names=NAMES)
+    torch.manual_seed(0)
+    biased = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(target_modules=["0"], bias="all"), "a")
+    with pytest.raises(RoutingError, match="trains biases of the base itself"):
+        biased(torch.randn(1, 4), adapter_names=["a"])
+
+
+def test_a_failing_forward_leaves_no_routing_behind() -> None:
+    model = llama()
+    expected = model(ids()).logits
+    with pytest.raises(IndexError):
+        model(ids() + 1000, adapter_names=NAMES)
+    assert torch.equal(model(ids()).logits, expected)
+
+
+def test_another_thread_is_not_affected() -> None:
+    model = llama()
+    model.set_adapter("a")
+    expected, seen, begun = model(ids()).logits, [], []
+    inside = model.get_base_model().model.layers[0].mlp
+
+    def elsewhere(*_: Any) -> None:
+        if not begun:
+            begun.append(True)
+            thread = threading.Thread(target=lambda: seen.append(model(ids()).logits))
+            thread.start()
+            thread.join()
+
+    handle = inside.register_forward_pre_hook(elsewhere)
+    model(ids(), adapter_names=NAMES)
+    handle.remove()
+    assert torch.equal(seen[0], expected)
+
+
+def test_adapters_that_are_disabled_stay_so() -> None:
+    model = llama()
+    with model.disable_adapter():
+        base = model(ids()).logits
+        assert torch.equal(model(ids(), adapter_names=NAMES).logits, base)
+
+
+def test_compiled_models_follow_the_rows() -> None:
+    model = llama()
+    expected = each_by_itself(model, ids())
+    model.set_adapter("a", inference_mode=True)
+    plain = model(ids()).logits
+    base = model.get_base_model()
+    base.model.layers[0].mlp = torch.compile(base.model.layers[0].mlp, backend="eager")
+    for _ in range(2):
+        assert_close(model(ids(), adapter_names=NAMES).logits, expected)
+        assert_close(model(ids()).logits, plain)
