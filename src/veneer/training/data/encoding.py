@@ -52,15 +52,15 @@ class Encoded:
             f"{count(len(self.rows), 'example')}, {self.tokens:,} tokens, loss on {self.learned:,} of them"
         ]
         if self.cut:
-            lines.append(f"warning: {longer(self.cut, self.max_length)} and were cut")
+            lines.append(f"warning: {longer(self.cut, 'example', self.max_length)} were cut")
         if self.dropped:
             lines.append(
-                f"warning: {count(self.dropped, 'example')} left out: nothing to learn fits into "
+                f"warning: {count(self.dropped, 'example')} left out: nothing to learn in the first "
                 f"{self.max_length} tokens"
             )
         if self.empty:
             lines.append(
-                f"warning: {count(self.empty, 'example')} with an empty answer: they teach to say nothing"
+                f"warning: {count(self.empty, 'example')} with an empty answer, which teaches to say nothing"
             )
         return lines
 
@@ -70,9 +70,9 @@ def count(number: int, word: str) -> str:
     return f"{number:,} {word}{'' if number == 1 else 's'}"
 
 
-def longer(number: int, max_length: int) -> str:
+def longer(number: int, word: str, max_length: int) -> str:
     """The beginning of a warning."""
-    return f"{count(number, 'example')} longer than {max_length} tokens"
+    return f"{count(number, word)} longer than {max_length} tokens"
 
 
 def encode(records: Sequence[Record], tokenizer: Any, max_length: int = 1024) -> Encoded:

@@ -338,12 +338,10 @@ def lacking(record: object, purpose: Purpose) -> str:
 
 
 def _hints(record: Record, purpose: Purpose) -> list[str]:
-    for other in PURPOSES:
-        if other != purpose and _first_fit(record, other) is not None:
-            return [ELSEWHERE[other]]
     columns = {column for form in FORMS if form.purpose == purpose for column in form.columns}
     null = [f"{name!r} is null" for name in record if name in columns and record[name] is None]
-    return [*near_columns(record, columns), *null]
+    others = (other for other in PURPOSES if other != purpose and _first_fit(record, other) is not None)
+    return [*near_columns(record, columns), *null] or [ELSEWHERE[other] for other in others][:1]
 
 
 def near_columns(record: Record, columns: Iterable[str]) -> list[str]:

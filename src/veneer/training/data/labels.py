@@ -36,7 +36,7 @@ class EncodedLabels:
         more = f", … ({len(self.label_names)} classes)" if len(self.label_names) > 8 else ""
         lines = [f"{count(len(self.rows), 'example')}: {', '.join(shown)}{more}"]
         if self.cut:
-            lines.append(f"warning: {longer(self.cut, self.max_length)} and were cut")
+            lines.append(f"warning: {longer(self.cut, 'example', self.max_length)} were cut")
         return lines
 
 

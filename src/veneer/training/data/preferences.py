@@ -29,7 +29,7 @@ class Preferences:
         """What to say about it."""
         lines = [f"{count(len(self.rows), 'pair')} of answers"]
         if self.cut:
-            lines.append(f"warning: {longer(self.cut, self.max_length)}; they are cut")
+            lines.append(f"warning: {longer(self.cut, 'pair', self.max_length)}; such are cut")
         return lines
 
 

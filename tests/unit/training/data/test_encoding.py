@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 
-from tests.unit.training.tiny import RECORDS, saved_records, tiny_tokenizer
+from tests.unit.training.tiny import RECORDS, tiny_tokenizer
 from veneer import DataError
-from veneer.training import Collator, encode, prompt_ids, read_records
+from veneer.training import Collator, encode, prompt_ids
 from veneer.training.data import IGNORED, pieces
 
 TOKENIZER = tiny_tokenizer()
@@ -88,35 +87,6 @@ def test_the_collator_pads_on_the_right() -> None:
     assert batch["labels"].tolist() == [[IGNORED, 6, IGNORED], [IGNORED, 8, 9]]
 
 
-def test_a_good_file_is_read(tmp_path: Path) -> None:
-    assert read_records(saved_records(tmp_path / "data.jsonl")) == RECORDS
-
-
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        ('{"prompt": "a", "completion": "b"}\n{"prompt": \n', "line 2: it is no JSON"),
-        ('{"promt": "a", "completion": "b"}\n', "'promt' should perhaps be 'prompt'"),
-        ('{"question": "a", "answer": "b"}\n', "it has 'question', 'answer'"),
-        ('["a", "b"]\n', "no object but a list"),
-        ("\n\n", "holds no records"),
-    ],
-)
-def test_a_bad_file_is_refused_with_the_place(tmp_path: Path, content: str, words: str) -> None:
-    file = tmp_path / "data.jsonl"
-    file.write_text(content)
-    with pytest.raises(DataError, match=words):
-        read_records(file)
-
-
-def test_files_that_are_no_text(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="No such file"):
-        read_records(tmp_path / "nowhere.jsonl")
-    (tmp_path / "bytes.jsonl").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(DataError, match="no UTF-8 text"):
-        read_records(tmp_path / "bytes.jsonl")
-
-
 @pytest.mark.parametrize(
     "record",
     [
@@ -132,7 +102,64 @@ def test_records_of_a_wrong_shape(record: dict[str, object]) -> None:
         encode([record], TOKENIZER)
 
 
-def test_separators_inside_strings_and_a_byte_order_mark_are_data(tmp_path: Path) -> None:
-    text = json.dumps({"prompt": "a\u2028b\u0085c", "completion": "d"}, ensure_ascii=False)
-    (tmp_path / "d.jsonl").write_text(f"\ufeff{text}\n", encoding="utf-8")
-    assert read_records(tmp_path / "d.jsonl")[0]["prompt"] == "a\u2028b\u0085c"
+def test_plain_text_is_learned_whole() -> None:
+    for tokenizer in (TOKENIZER, tiny_tokenizer(template=None)):
+        encoded = encode([{"text": "Once upon"}, {"text": ""}, {"text": "Closed.<|end|>"}], tokenizer)
+        assert learned(encoded.rows[0]) == "Once upon<|end|>" and learned(encoded.rows[1]) == "Closed.<|end|>"
+        assert (encoded.dropped, encoded.empty) == (1, 0)
+
+
+def test_what_happened_is_said() -> None:
+    records = [
+        {"prompt": "p", "completion": "abcdefgh"},
+        {"prompt": "p" * 50, "completion": "a"},
+        {"prompt": "p", "completion": " "},
+    ]
+    encoded = encode(records, TOKENIZER, max_length=9)
+    assert (encoded.tokens, encoded.learned) == (16, 6)
+    assert encoded.lines() == [
+        "2 examples, 16 tokens, loss on 6 of them",
+        "warning: 2 examples longer than 9 tokens were cut",
+        "warning: 1 example left out: nothing to learn in the first 9 tokens",
+        "warning: 1 example with an empty answer, which teaches to say nothing",
+    ]
+    assert encode(RECORDS, TOKENIZER).lines() == ["16 examples, 272 tokens, loss on 48 of them"]
+
+
+def test_other_forms_are_laid_out_like_prompt_and_completion() -> None:
+    expected = encode([{"prompt": "Two?", "completion": "2"}], TOKENIZER).rows
+    turns = [{"from": "human", "value": "Two?"}, {"from": "gpt", "value": "2"}]
+    for record in ({"instruction": "Two?", "input": "", "output": "2"}, {"conversations": turns}):
+        assert encode([record], TOKENIZER).rows == expected
+
+
+def test_an_instruction_without_a_chat_template_is_set_apart() -> None:
+    plain = tiny_tokenizer(template=None)
+    row = encode([{"instruction": "Add.", "input": "1, 1", "output": "2"}], plain).rows[0]
+    assert plain.decode(row["input_ids"]) == "Add.\n\n1, 1\n\n2<|end|>"
+    assert learned(row) == "2<|end|>"
+
+
+def test_tokens_that_a_tokenizer_puts_around_every_text() -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    plain = tiny_tokenizer(template=None)
+    plain.add_special_tokens({"bos_token": "<|user|>"})
+    ids = [("<|user|>", plain.bos_token_id), ("<|end|>", plain.eos_token_id)]
+    plain.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|user|> $A <|end|>", special_tokens=ids
+    )
+    assert plain("a")["input_ids"] == [plain.bos_token_id, *tiny_tokenizer()("a")["input_ids"], 0]
+    for record in ({"prompt": "a", "completion": "b"}, {"prompt": "<|user|>a", "completion": "b"}):
+        row = encode([record], plain).rows[0]
+        assert plain.decode(row["input_ids"]) == "<|user|>ab<|end|>"
+        ids = prompt_ids(record["prompt"], plain)
+        assert row["input_ids"][: len(ids)] == ids and learned(row) == "b<|end|>"
+
+
+def test_a_template_that_fails_is_refused_with_what_it_says() -> None:
+    failing = tiny_tokenizer("{{ raise_exception('roles must alternate') }}")
+    with pytest.raises(DataError, match="chat template refuses the roles user: roles must alternate"):
+        prompt_ids("Two?", failing)
+    with pytest.raises(DataError, match=r"16 of 16 records[^\n]*\n.*15 more like it"):
+        encode(RECORDS, failing)

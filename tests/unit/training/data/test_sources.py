@@ -1,0 +1,260 @@
+"""Files, directories and ids -> records of one form; one error for all that is wrong with them."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.unit.training.tiny import RECORDS, saved_records, tiny_tokenizer
+from veneer import DataError
+from veneer.training import encode, read_records
+
+NEEDED = '{"prompt": "a", "completion": "b"}\n'
+
+
+def test_a_good_file_is_read(tmp_path: Path) -> None:
+    records = read_records(saved_records(tmp_path / "data.jsonl"))
+    assert records == RECORDS
+    assert records.form.name == "prompt-completion" and records.where(3) == "line 4"
+    assert (
+        records.line() == f"16 records from {tmp_path}/data.jsonl: columns prompt + completion (instruction)"
+    )
+
+
+def test_columns_that_are_not_used_are_said(tmp_path: Path) -> None:
+    file = tmp_path / "data.jsonl"
+    file.write_text('{"instruction": "a", "output": "b", "inpt": "c", "id": 3}\n')
+    line = read_records(file).line()
+    assert line.startswith("1 record from ")
+    assert line.endswith("(Alpaca); not used: id, inpt ('inpt' should perhaps be 'input')")
+
+
+def test_all_bad_lines_are_in_one_error(tmp_path: Path) -> None:
+    lines = ['{"prompt": ', '{"promt": "a", "completion": "b"}', NEEDED, '{"prompt": 3, "completion": "b"}',
+             '{"text": "a"}', "", '["a"]', '{"prompt": 3, "completion": "c"}']  # fmt: skip
+    file = tmp_path / "data.jsonl"
+    file.write_text("\n".join(lines))
+    with pytest.raises(DataError) as caught:
+        read_records(file)
+    said = str(caught.value).splitlines()
+    assert said[0] == f"6 of 7 records of {file} cannot be used:"
+    assert said[1].startswith("  line 1: it is no JSON (")
+    assert said[2].startswith("  line 2: it lacks columns that are needed: it has 'promt', 'completion'")
+    assert said[3] == "  line 5: prompt is a number (3), not text (and 1 more like it)"
+    assert said[4] == "  … and 2 more" and said[5].startswith("Understood: ")
+
+
+@pytest.mark.parametrize("content", ["", "\n\n", "\ufeff", "[]"])
+@pytest.mark.parametrize("name", ["data.jsonl", "data.json"])
+def test_files_without_records(tmp_path: Path, content: str, name: str) -> None:
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    with pytest.raises(DataError):
+        read_records(tmp_path / name)
+
+
+def test_files_that_are_no_text(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="No such file"):
+        read_records(tmp_path / "nowhere.jsonl")
+    (tmp_path / "bytes.jsonl").write_bytes(b"{}\xff\xfe\x00")
+    with pytest.raises(DataError, match=r"no UTF-8 text \(byte 2\)"):
+        read_records(tmp_path / "bytes.jsonl")
+    (tmp_path / "deep.jsonl").write_text("[" * 200_000 + "]" * 200_000)
+    with pytest.raises(DataError, match="nested too deeply"):
+        read_records(tmp_path / "deep.jsonl")
+
+
+def test_separators_inside_strings_and_a_byte_order_mark_are_data(tmp_path: Path) -> None:
+    text = json.dumps({"prompt": "a\u2028b\u0085c", "completion": "d"}, ensure_ascii=False)
+    (tmp_path / "d.jsonl").write_text(f"\ufeff{text}\r\n\r\n", encoding="utf-8", newline="")
+    assert read_records(tmp_path / "d.jsonl")[0]["prompt"] == "a\u2028b\u0085c"
+
+
+def test_a_json_list_and_jsonl_by_another_name(tmp_path: Path) -> None:
+    (tmp_path / "list.json").write_text(json.dumps(RECORDS, indent=1))
+    assert read_records(tmp_path / "list.json") == RECORDS
+    assert read_records(saved_records(tmp_path / "lines.json")) == RECORDS
+    (tmp_path / "bad.json").write_text('[{"prompt": "a",\n')
+    with pytest.raises(DataError, match=r"bad\.json is no JSON"):
+        read_records(tmp_path / "bad.json")
+
+
+def test_csv_cells_stay_the_texts_that_they_are(tmp_path: Path) -> None:
+    file = tmp_path / "data.csv"
+    file.write_bytes(
+        b'\xef\xbb\xbfprompt, completion\r\n007,"1,5 ""is""\r\nmore"\r\n\r\nnull,NA\r\n"'
+        + b"x" * 200_000
+        + b'",1\r\n'
+    )
+    records = read_records(file)
+    assert records[0] == {"prompt": "007", "completion": '1,5 "is"\r\nmore'}
+    assert records[1] == {"prompt": "null", "completion": "NA"}
+    assert len(records[2]["prompt"]) == 200_000
+    assert [records.where(n) for n in range(3)] == ["line 2", "line 5", "line 6"]
+
+
+@pytest.mark.parametrize(("mark", "name"), [(";", "data.csv"), ("\t", "data.tsv"), ("\t", "data.csv")])
+def test_other_marks_between_cells(tmp_path: Path, mark: str, name: str) -> None:
+    (tmp_path / name).write_text(f"prompt{mark}completion\na, b{mark}c\n")
+    assert read_records(tmp_path / name) == [{"prompt": "a, b", "completion": "c"}]
+
+
+def test_conversations_in_csv_are_json(tmp_path: Path) -> None:
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    cell = json.dumps(messages).replace('"', '""')
+    (tmp_path / "data.csv").write_text(f'id,messages\n1,"{cell}"\n')
+    assert read_records(tmp_path / "data.csv")[0]["messages"] == messages
+    (tmp_path / "data.csv").write_text('id,messages\n1,"[{]"\n')
+    with pytest.raises(DataError, match="line 2: messages is no JSON"):
+        read_records(tmp_path / "data.csv")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (
+            "prompt,completion\na,b\nc\nd,e,f\n",
+            "line 3: it has 1 field where the header has 2\n  line 4: it has 3",
+        ),
+        ("prompt,prompt,completion\na,b,c\n", "more than one column 'prompt'"),
+        ('prompt,completion\na,"b\n', "is no CSV"),
+        ("promt,completion\na,b\n", "'promt' should perhaps be 'prompt'"),
+        ("prompt,completion\n", "holds no records"),
+        ("", "holds no records"),
+    ],
+)
+def test_bad_csv(tmp_path: Path, content: str, words: str) -> None:
+    (tmp_path / "data.csv").write_text(content)
+    with pytest.raises(DataError, match=re.escape(words)):
+        read_records(tmp_path / "data.csv")
+
+
+def test_parquet_with_names_of_classes(tmp_path: Path) -> None:
+    from datasets import ClassLabel, Dataset, Features, Value
+
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["bad", "good"])})
+    data = Dataset.from_dict({"text": ["a", "b"], "label": [1, 0]}, features=features)
+    data.to_parquet(tmp_path / "data.parquet")
+    data.save_to_disk(tmp_path / "saved")
+    for place in (tmp_path / "data.parquet", tmp_path / "saved"):
+        records = read_records(place, "classification")
+        assert records == [{"text": "a", "label": 1}, {"text": "b", "label": 0}]
+        assert records.label_names == ["bad", "good"]
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1 and nothing more")
+    with pytest.raises(DataError, match=r"bad\.parquet is no Parquet file"):
+        read_records(tmp_path / "bad.parquet")
+
+
+def test_nulls_of_columns_that_a_table_has_for_other_rows(tmp_path: Path) -> None:
+    from datasets import Dataset
+
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    rows: list[dict[str, Any]] = [
+        {"messages": messages, "tools": None},
+        {"messages": [{"role": "tool", "content": "x", "name": "f"}, *messages], "tools": None},
+    ]
+    Dataset.from_list(rows).to_parquet(tmp_path / "data.parquet")
+    assert len(encode(read_records(tmp_path / "data.parquet"), tiny_tokenizer()).rows) == 2
+
+
+def test_a_directory_of_files(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    for name in ("train-00000-of-00002.jsonl", "train-00001-of-00002.jsonl", "validation.jsonl"):
+        (tmp_path / "data" / name).write_text(json.dumps({"text": name}) + "\n")
+    (tmp_path / "README.md").write_text("# data")
+    (tmp_path / ".hidden.jsonl").write_text("nonsense")
+    records = read_records(tmp_path)
+    assert [record["text"][:11] for record in records] == ["train-00000", "train-00001"]
+    assert records.where(1) == "data/train-00001-of-00002.jsonl, line 1"
+    assert read_records(f"{tmp_path}:validation") == [{"text": "validation.jsonl"}]
+    with pytest.raises(DataError, match="holds no split 'test': it has train, validation"):
+        read_records(f"{tmp_path}:test")
+
+
+def test_directories_without_splits_or_data(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"holds no data: looked for \.jsonl"):
+        read_records(tmp_path)
+    for name in ("a.jsonl", "b.csv"):
+        (tmp_path / name).write_text("text\nfrom b\n" if name == "b.csv" else '{"text": "from a"}\n')
+    assert [record["text"] for record in read_records(tmp_path)] == ["from a", "from b"]
+    with pytest.raises(DataError, match="2 files of no split"):
+        read_records(f"{tmp_path}:test")
+
+
+def test_saved_data_sets_have_splits(tmp_path: Path) -> None:
+    from datasets import Dataset, DatasetDict
+
+    parts = {name: Dataset.from_list([{"text": name}]) for name in ("train", "test")}
+    DatasetDict(parts).save_to_disk(tmp_path / "saved")
+    assert read_records(tmp_path / "saved") == [{"text": "train"}]
+    assert read_records(f"{tmp_path / 'saved'}:test") == [{"text": "test"}]
+    with pytest.raises(DataError, match="no split 'dev' but train, test"):
+        read_records(f"{tmp_path / 'saved'}:dev")
+
+
+@pytest.mark.parametrize(
+    ("name", "asked"),
+    [
+        ("imdb", ("imdb", None, "train")),
+        ("imdb:test[:5%]", ("imdb", None, "test[:5%]")),
+        ("stanfordnlp/imdb", ("stanfordnlp/imdb", None, "train")),
+        ("nyu-mll/glue/sst2:validation", ("nyu-mll/glue", "sst2", "validation")),
+    ],
+)
+def test_ids_of_the_hub(name: str, asked: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    calls = []
+
+    def load_dataset(path: str, config: str | None, split: str) -> Any:
+        calls.append((path, config, split))
+        return datasets.Dataset.from_list([{"text": "a"}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert read_records(name) == [{"text": "a"}]
+    assert calls == [asked]
+
+
+def test_a_hub_that_does_not_answer_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    def load_dataset(*arguments: Any, **more: Any) -> Any:
+        raise ConnectionError("Couldn't reach 'org/data' on the Hub (LocalEntryNotFoundError)\nmore")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(DataError) as caught:
+        read_records("org/data:test")
+    assert str(caught.value) == (
+        "'org/data' is no file or directory here, and as a data set of the hub it cannot be had "
+        "(split 'test'): Couldn't reach 'org/data' on the Hub (LocalEntryNotFoundError). "
+        "Check the name and the network, or give a file."
+    )
+
+
+@pytest.mark.parametrize("name", ["data.jsonl", "./data", "/data/here", "a/b.csv", "a//b", "a/b/c/d"])
+def test_missing_files_never_become_ids(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets, "load_dataset", None)
+    with pytest.raises(DataError, match=r"No such file|neither a file"):
+        read_records(name)
+
+
+def test_errors_of_encoding_name_the_line(tmp_path: Path) -> None:
+    file = tmp_path / "data.jsonl"
+    bad = {"messages": [{"role": "clown", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    good = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    file.write_text("\n\n" + json.dumps(good) + "\n" + json.dumps(bad) + "\n")
+    strict = tiny_tokenizer(
+        "{% for m in messages %}{% if m['role'] == 'clown' %}{{ raise_exception('no clowns') }}{% endif %}"
+        "{{ m['content'] }}{% endfor %}"
+    )
+    with pytest.raises(DataError) as caught:
+        encode(read_records(file), strict)
+    assert str(caught.value).splitlines() == [
+        f"1 of 2 records of {file} cannot be used:",
+        "  line 4: the model's chat template refuses the roles clown: no clowns",
+    ]
