@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import importlib
 import io
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, SupportsIndex
 
 from ...errors import DataError
-from ..models import looks_local, require
+from ..models import looks_local, quiet_transformers, require
 from .forms import (
     Form,
     Purpose,
@@ -369,8 +370,6 @@ def _hub(name: str, split: str) -> Raw:
     if len(parts) > 3 or not all(parts):
         raise DataError(f"{name!r} is neither a file or directory that exists nor an id of the hub")
     require("datasets", "data", f"the data set {name!r} of the hub (there is no file of that name)")
-    from ..models import quiet_transformers
-
     path, config = "/".join(parts[:2]), parts[2] if len(parts) == 3 else None
     with quiet_transformers():
         return _dataset_rows(_fetched(path, config, split))
@@ -382,7 +381,8 @@ def _fetched(path: str, config: str | None, split: str) -> Any:
     bars = datasets.utils.logging.is_progress_bar_enabled()
     datasets.utils.logging.disable_progress_bar()
     try:
-        return datasets.load_dataset(path, config, split=split)
+        with _offline_where_it_is():
+            return datasets.load_dataset(path, config, split=split)
     except Exception as error:  # whatever the network, the hub or the files' reader raises
         raise DataError(
             f"{path!r} is no file or directory here, and as a data set of the hub it cannot be had "
@@ -392,6 +392,39 @@ def _fetched(path: str, config: str | None, split: str) -> Any:
     finally:
         if bars:
             datasets.utils.logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def _offline_where_it_is() -> Iterator[None]:
+    """Where the hub does not answer, what was fetched before is used at once, not after many attempts."""
+    import datasets
+    import huggingface_hub
+
+    places = (datasets.config, huggingface_hub.constants)
+    before = [getattr(place, "HF_HUB_OFFLINE", False) for place in places]
+    if not any(before) and not _hub_answers():
+        for place in places:
+            place.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        for place, value in zip(places, before, strict=True):
+            place.HF_HUB_OFFLINE = value
+
+
+def _hub_answers(timeout: float = 4.0) -> bool:
+    import urllib.error
+    import urllib.request
+
+    try:
+        urllib.request.urlopen(
+            os.environ.get("HF_ENDPOINT", "https://huggingface.co"), timeout=timeout
+        ).close()
+    except urllib.error.HTTPError:  # an answer, too
+        return True
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def _first_line(error: Exception) -> str:
