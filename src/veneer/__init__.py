@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from veneer import integrations
+from veneer.calibration import get_eva_state_dict, initialize_lora_eva_weights
 from veneer.checks import TrainingCheck, check_training
 from veneer.config import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
@@ -137,9 +138,11 @@ __all__ = [
     "cast_mixed_precision_params",
     "get_layer_status",
     "get_model_status",
+    "get_eva_state_dict",
     "get_peft_config",
     "get_peft_model",
     "get_peft_model_state_dict",
+    "initialize_lora_eva_weights",
     "inject_adapter_in_model",
     "load_peft_weights",
     "plan",

@@ -262,7 +262,7 @@ def _combine_layer(
     # The strengths are in the factors, so that the result's own scaling is one.
     spec = replace(
         first, adapter=adapter_name, path=path, r=rank, lora_alpha=float(rank), use_rslora=False,
-        lora_bias=bias is not None, lora_dropout=0.0, init=True, loftq=None,
+        lora_bias=bias is not None, lora_dropout=0.0, init=True, init_config=None,
     )  # fmt: skip
     dtype = parts[first.adapter][0].dtype
     start = InitResult(a.to(dtype), b.to(dtype), None if bias is None else bias.to(dtype))

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from veneer.config import LoftQConfig, LoraConfig, looks_like_regex, variants_of
+from veneer.config import LoraConfig, init_options, looks_like_regex, variants_of
 from veneer.errors import ConfigError
 
 
@@ -28,7 +28,7 @@ class LoraSpec:
         use_rslora: Divide by the square root of the rank.
         lora_bias: Give B a trainable bias.
         variant_options: What the variant read from the configuration; see `Variant.options`.
-        loftq: Options of the LoftQ initialisation, with that initialisation only.
+        init_config: Options of that initialisation (a `LoftQConfig`, `EvaConfig`, …), None where it has none.
 
     Raises:
         ConfigError: For a rank below 1.
@@ -44,7 +44,7 @@ class LoraSpec:
     use_rslora: bool = False
     lora_bias: bool = False
     variant_options: Mapping[str, Any] = field(default_factory=dict, hash=False)
-    loftq: LoftQConfig | None = None
+    init_config: Any = None
 
     def __post_init__(self) -> None:
         if self.r < 1:
@@ -133,7 +133,6 @@ def resolve(config: LoraConfig, adapter: str, path: str) -> LoraSpec:
     alpha_key = module_patterns(tuple(config.alpha_pattern)).first(path)
     init = config.init_lora_weights
     init = init if isinstance(init, bool) else init.lower()
-    loftq = config.loftq_config
     return LoraSpec(
         path=path,
         adapter=adapter,
@@ -144,5 +143,5 @@ def resolve(config: LoraConfig, adapter: str, path: str) -> LoraSpec:
         variant=variant_name(config),
         use_rslora=config.use_rslora,
         lora_bias=config.lora_bias,
-        loftq=None if init != "loftq" else LoftQConfig(**loftq) if isinstance(loftq, dict) else loftq,
+        init_config=init_options(config),
     )

@@ -1,8 +1,8 @@
 """Who may import whom, read from the syntax trees.
 
     errors -> registry · doors -> config -> spec -> ops · targets · adapters · inits · variants · backends
-           -> routing -> layers -> inject · checkpoint · arithmetic -> state -> model -> integrations
-           -> training -> as_peft -> cli
+           -> routing -> layers -> inject · checkpoint · arithmetic -> state -> model -> calibration
+           -> integrations -> training -> as_peft -> cli
 
 1. A unit (a module or folder right under the package) imports only from the left; units of one rank do not
    import one another, except that inits, variants and backends may call ops. What stands to the right of all
@@ -31,6 +31,7 @@ RANKS: tuple[tuple[str, ...], ...] = (
     ("inject", "checkpoint", "arithmetic", "checks"),
     ("state",),
     ("model",),
+    ("calibration",),
     ("integrations",),
     ("training",),
     ("as_peft",),

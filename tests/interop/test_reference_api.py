@@ -31,7 +31,8 @@ from veneer.layers import LoraLayer
 
 FUNCTIONS = """
     get_peft_config get_peft_model inject_adapter_in_model get_peft_model_state_dict set_peft_model_state_dict
-    load_peft_weights get_layer_status get_model_status cast_mixed_precision_params
+    load_peft_weights get_layer_status get_model_status cast_mixed_precision_params get_eva_state_dict
+    initialize_lora_eva_weights
 """.split()
 CLASSES = """
     LoraConfig PeftConfig LoftQConfig EvaConfig LoraRuntimeConfig PeftModel PeftModelForCausalLM
@@ -47,8 +48,6 @@ LATER = {
     "PeftMixedModel": "adapters of different methods in one model",
     "prepare_model_for_kbit_training": "quantised bases",
     "replace_lora_weights_loftq": "quantised bases",
-    "initialize_lora_eva_weights": "initialisations from data",
-    "get_eva_state_dict": "initialisations from data",
 }
 METHODS: dict[str, str] = {
     "PeftModel": """

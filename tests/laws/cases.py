@@ -213,6 +213,8 @@ INITS: dict[str, dict[str, Any]] = {
     "Default": {"init_lora_weights": True},
     "Gaussian": {"init_lora_weights": "gaussian"},
     "Arbitrary": {"init_lora_weights": False},
+    "Orthogonal": {"init_lora_weights": "orthogonal"},
+    "Eva": {"init_lora_weights": "eva"},
     "LoftQ": {"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4, "loftq_iter": 2}},
 }
 

@@ -71,7 +71,10 @@ def close(actual: Tensor, expected: Tensor, made: Combination) -> None:
 def test_a_fresh_adapter_is_an_identity_where_its_init_promises_it(made: Combination) -> None:
     layer, x = made.layer(trained=False), made.x()
     base = dense_like(made, layer)
-    if init_of(made.init).identity:
+    init = init_of(made.init)
+    if init.identity and not init.exact:
+        close(layer(x), base(x), made)
+    elif init.identity:
         fused = type(base) is nn.Linear and made.backend == "dense"
         # The fused step lays its input out anew, and torch's kernels differ by layout in the last place.
         assert torch.equal(layer(x), base(x.contiguous() if fused else x))

@@ -93,8 +93,8 @@ def test_the_name_of_the_initialisation(given: bool | str, name: bool | str) -> 
 
 def test_loftq_options_come_along_with_loftq_only() -> None:
     config = LoraConfig(init_lora_weights="loftq", loftq_config={"loftq_bits": 2})
-    assert resolve(config, "a", PATH).loftq == LoftQConfig(loftq_bits=2, loftq_iter=1)
-    assert resolve(LoraConfig(loftq_config=LoftQConfig(2)), "a", PATH).loftq is None
+    assert resolve(config, "a", PATH).init_config == LoftQConfig(loftq_bits=2, loftq_iter=1)
+    assert resolve(LoraConfig(loftq_config=LoftQConfig(2)), "a", PATH).init_config is None
 
 
 def test_variant_names() -> None:

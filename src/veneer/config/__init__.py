@@ -11,7 +11,7 @@ from veneer.config.files import CONFIG_FILE, read_config_file
 from veneer.config.kinds import PeftType, TaskType
 from veneer.config.lora import LoraConfig
 from veneer.config.parts import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig, LoraRuntimeConfig
-from veneer.config.support import unsupported_options, variants_of
+from veneer.config.support import init_options, unsupported_options, variants_of
 from veneer.config.values import looks_like_regex
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "PeftType",
     "TaskType",
     "get_peft_config",
+    "init_options",
     "looks_like_regex",
     "read_config_file",
     "unsupported_options",

@@ -3,9 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Any
 
-from veneer.config.base import init_name
+from veneer.config.base import NEEDS_INIT, init_name
 from veneer.config.lora import LoraConfig
+from veneer.config.parts import LoftQConfig, part
+
+
+def init_options(config: LoraConfig) -> Any:
+    """The options of the initialisation that a configuration asks for, None where it has none."""
+    for name, init in NEEDS_INIT.items():
+        if init == init_name(config.init_lora_weights):
+            value = getattr(config, name)
+            return part(LoftQConfig, value) if name == "loftq_config" else value
+    return None
 
 
 def variants_of(config: LoraConfig) -> list[str]:

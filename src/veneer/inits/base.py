@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import abc
 import hashlib
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from veneer.errors import ConfigError
 from veneer.spec import LoraSpec
@@ -29,6 +31,7 @@ class InitRequest:
         lookup: True where the layer looks rows up instead of multiplying (an embedding).
         matrix: Gives the base weight as a matrix (out, in·k…), in which the update is ``B @ A``.
         seed: Number that the adapter drew; combined with the parameter's name for each generator.
+        stats: What was measured on data for this layer (see `note_statistics`), or None.
     """
 
     spec: LoraSpec
@@ -38,6 +41,7 @@ class InitRequest:
     lookup: bool
     matrix: Callable[[], Tensor]
     seed: int
+    stats: Any = None
 
     def generator(self, parameter: str) -> torch.Generator:
         """A generator that depends on the adapter's draw and on the parameter's full name only.
@@ -62,6 +66,7 @@ class InitResult:
         base: A replacement (out, in·k…) for the base weight, for the initialisations that by nature
             replace it; None leaves the base exact.
         extra: What the variant has beside the factors; the layer asks it, an initialisation leaves it empty.
+        residual: ``(A₀, B₀)``, frozen: the update is ``s·(BA − B₀A₀)``; None where it is ``s·BA``.
     """
 
     a: Tensor
@@ -69,6 +74,7 @@ class InitResult:
     bias: Tensor | None = None
     base: Tensor | None = None
     extra: Mapping[str, Tensor] = field(default_factory=dict)
+    residual: tuple[Tensor, Tensor] | None = None
 
 
 class Init(abc.ABC):
@@ -78,8 +84,19 @@ class Init(abc.ABC):
     names: ClassVar[tuple[bool | str, ...]] = ()
     #: Whether the adapted model equals the base model until trained.
     identity: ClassVar[bool] = True
+    #: Whether that holds bit for bit; otherwise up to rounding.
+    exact: ClassVar[bool] = True
     #: Whether it gives the base another weight: for every adapter beside it, and for good.
     replaces_base: ClassVar[bool] = False
+    #: Whether its start, which is not zero, is taken off the update: ``s·(BA − B₀A₀)``. The method as
+    #: published takes it off the base weight instead, which would change the base for other adapters.
+    subtracts_start: ClassVar[bool] = False
+    #: Whether the same base weight and options always give the same start.
+    repeatable: ClassVar[bool] = False
+    #: Whether it starts from the inputs of the layer, which must be numbers then.
+    measures_inputs: ClassVar[bool] = False
+    #: How to measure what it needs to know from data, or "" if it needs nothing.
+    measured_by: ClassVar[str] = ""
 
     def __init_subclass__(cls) -> None:
         _inits.append(cls())
@@ -97,6 +114,10 @@ class Init(abc.ABC):
             as_matrix: Whether the layer's update is one matrix product ``B @ A``.
         """
         return None
+
+    def lacks(self, stats: Any) -> bool:
+        """Whether it cannot start without what `measured_by` gives."""
+        return bool(self.measured_by) and stats is None
 
     @abc.abstractmethod
     def __call__(self, request: InitRequest) -> InitResult:
@@ -121,3 +142,76 @@ def find(value: bool | str) -> Init:
 def inits() -> tuple[Init, ...]:
     """All registered initialisations."""
     return tuple(_inits)
+
+
+_statistics: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+
+
+def note_statistics(module: nn.Module, stats: Any) -> None:
+    """Keep what was measured for a base module until an adapter that starts from it is in place.
+
+    It is kept beside the module, not on it: neither a copy nor a pickle of the model carries it.
+    """
+    _statistics[module] = stats
+
+
+def statistics_of(module: nn.Module) -> Any:
+    """What was measured for a base module, or None."""
+    return _statistics.get(module)
+
+
+def forget_statistics(module: nn.Module) -> None:
+    """Drop what was measured for a base module."""
+    _statistics.pop(module, None)
+
+
+def kaiming(request: InitRequest, parameter: str, shape: tuple[int, ...]) -> Tensor:
+    """Kaiming-uniform with a = √5.
+
+    That is U(−1/√fan_in, 1/√fan_in) with fan_in = in·k….
+    """
+    bound = 1.0 / math.sqrt(max(1, math.prod(shape[1:])))
+    return torch.empty(shape, device="cpu").uniform_(-bound, bound, generator=request.generator(parameter))
+
+
+def normal(request: InitRequest, parameter: str, shape: tuple[int, ...], std: float = 1.0) -> Tensor:
+    """N(0, std²)."""
+    return torch.empty(shape, device="cpu").normal_(0.0, std, generator=request.generator(parameter))
+
+
+def zero_bias(request: InitRequest) -> Tensor | None:
+    """A bias of B that is zero, where B has one."""
+    return torch.zeros(request.shape_b[0], device="cpu") if request.bias else None
+
+
+def filled(request: InitRequest, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Factors of fewer than r rows and columns, in the shapes asked for; ``B @ A`` stays what it is.
+
+    Where a matrix has fewer directions than the rank, the rest of one factor is zero and that of the other
+    random, so that it can learn.
+
+    Args:
+        request: What was asked for.
+        a: (k, in·k…), k ≤ r.
+        b: (out, k).
+    """
+    missing = request.spec.r - a.shape[0]
+    if missing > 0:
+        rows, columns = (missing, a.shape[1]), (b.shape[0], missing)
+        if request.lookup:
+            more_a, more_b = torch.zeros(rows), normal(request, "lora_embedding_B", columns)
+        else:
+            more_a, more_b = kaiming(request, "lora_A", rows), torch.zeros(columns)
+        a, b = torch.cat([a, more_a.to(a)]), torch.cat([b, more_b.to(b)], dim=1)
+    return a.reshape(request.shape_a).contiguous(), b.reshape(request.shape_b).contiguous()
+
+
+def subtracted(request: InitRequest, a: Tensor, b: Tensor) -> InitResult:
+    """The start (a, b), and the same as the term that is taken off the update."""
+    a, b = filled(request, a, b)
+    return InitResult(a, b, residual=(a, b))
+
+
+def not_one_matrix(what: str, layer_type: str) -> str:
+    """Why an initialisation that factorises a matrix cannot start a layer without one."""
+    return f"{what} factorises one matrix, and the update of this {layer_type} is not one (groups)"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from veneer.errors import ConfigError
-from veneer.inits.base import Init, InitRequest, InitResult
+from veneer.inits.base import Init, InitRequest, InitResult, filled, not_one_matrix, zero_bias
 from veneer.ops.normal_float import round_to_bits
 from veneer.spec import LoraSpec
 
@@ -28,7 +28,7 @@ class LoftQ(Init):
     def refuses(self, spec: LoraSpec, layer_type: str, as_matrix: bool) -> str | None:
         """It needs one matrix to factorise."""
         if not as_matrix:
-            return f"LoftQ factorises one matrix, and the update of this {layer_type} is not one"
+            return not_one_matrix("LoftQ", layer_type)
         return None
 
     @torch.no_grad()
@@ -38,24 +38,21 @@ class LoftQ(Init):
         Raises:
             ConfigError: Without a `LoftQConfig`.
         """
-        options = request.spec.loftq
+        options = request.spec.init_config
         if options is None:
             raise ConfigError("init_lora_weights='loftq' needs loftq_config=LoftQConfig(...)")
         weight = request.matrix().float()
-        r, scaling = request.spec.r, request.spec.scaling
-        rank = min(r, *weight.shape)
-        a = best_a = weight.new_zeros(r, weight.shape[1])
-        b = best_b = weight.new_zeros(weight.shape[0], r)
+        scaling = request.spec.scaling
+        rank = min(request.spec.r, *weight.shape)
+        a = best_a = weight.new_zeros(rank, weight.shape[1])
+        b = best_b = weight.new_zeros(weight.shape[0], rank)
         best, least = weight, float("inf")
         for _ in range(options.loftq_iter):
             rounded = round_to_bits(weight - scaling * (b @ a), options.loftq_bits)
             u, s, vh = torch.linalg.svd(weight - rounded, full_matrices=False)
-            a, b = torch.zeros_like(a), torch.zeros_like(b)
             root = (s[:rank] / scaling).sqrt()
-            a[:rank] = root[:, None] * vh[:rank]
-            b[:, :rank] = u[:, :rank] * root
+            a, b = root[:, None] * vh[:rank], u[:, :rank] * root
             error = float(s[rank:].square().sum())  # ‖W − Q − s·BA‖²: what the cut left out
             if error < least:
                 best, best_a, best_b, least = rounded, a, b, error
-        bias = torch.zeros(request.shape_b[0], device="cpu") if request.bias else None
-        return InitResult(best_a.reshape(request.shape_a), best_b.reshape(request.shape_b), bias, base=best)
+        return InitResult(*filled(request, best_a, best_b), zero_bias(request), base=best)

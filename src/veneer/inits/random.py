@@ -5,26 +5,8 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
 
-from veneer.inits.base import Init, InitRequest, InitResult
-
-
-def _kaiming(request: InitRequest, parameter: str, shape: tuple[int, ...]) -> Tensor:
-    """Kaiming-uniform with a = √5.
-
-    That is U(−1/√fan_in, 1/√fan_in) with fan_in = in·k….
-    """
-    bound = 1.0 / math.sqrt(max(1, math.prod(shape[1:])))
-    return torch.empty(shape, device="cpu").uniform_(-bound, bound, generator=request.generator(parameter))
-
-
-def _normal(request: InitRequest, parameter: str, shape: tuple[int, ...], std: float = 1.0) -> Tensor:
-    return torch.empty(shape, device="cpu").normal_(0.0, std, generator=request.generator(parameter))
-
-
-def _zero_bias(request: InitRequest) -> Tensor | None:
-    return torch.zeros(request.shape_b[0], device="cpu") if request.bias else None
+from veneer.inits.base import Init, InitRequest, InitResult, kaiming, normal, zero_bias
 
 
 class Default(Init):
@@ -41,10 +23,10 @@ class Default(Init):
         if request.lookup:
             return InitResult(
                 torch.zeros(request.shape_a, device="cpu"),
-                _normal(request, "lora_embedding_B", request.shape_b),
+                normal(request, "lora_embedding_B", request.shape_b),
             )
-        a = _kaiming(request, "lora_A", request.shape_a)
-        return InitResult(a, torch.zeros(request.shape_b, device="cpu"), _zero_bias(request))
+        a = kaiming(request, "lora_A", request.shape_a)
+        return InitResult(a, torch.zeros(request.shape_b, device="cpu"), zero_bias(request))
 
 
 class Gaussian(Init):
@@ -61,10 +43,10 @@ class Gaussian(Init):
         if request.lookup:
             return InitResult(
                 torch.zeros(request.shape_a, device="cpu"),
-                _normal(request, "lora_embedding_B", request.shape_b),
+                normal(request, "lora_embedding_B", request.shape_b),
             )
-        a = _normal(request, "lora_A", request.shape_a, std=1.0 / request.spec.r)
-        return InitResult(a, torch.zeros(request.shape_b, device="cpu"), _zero_bias(request))
+        a = normal(request, "lora_A", request.shape_a, std=1.0 / request.spec.r)
+        return InitResult(a, torch.zeros(request.shape_b, device="cpu"), zero_bias(request))
 
 
 class Arbitrary(Init):
@@ -77,11 +59,11 @@ class Arbitrary(Init):
         """A and B random."""
         if request.lookup:
             return InitResult(
-                _normal(request, "lora_embedding_A", request.shape_a),
-                _normal(request, "lora_embedding_B", request.shape_b),
+                normal(request, "lora_embedding_A", request.shape_a),
+                normal(request, "lora_embedding_B", request.shape_b),
             )
-        a = _kaiming(request, "lora_A", request.shape_a)
-        b = _kaiming(request, "lora_B", request.shape_b)
+        a = kaiming(request, "lora_A", request.shape_a)
+        b = kaiming(request, "lora_B", request.shape_b)
         bias = None
         if request.bias:
             bound = 1.0 / math.sqrt(max(1, math.prod(request.shape_b[1:])))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from veneer.adapters import AdapterSet
 from veneer.config import LoraConfig
-from veneer.inits import InitResult
+from veneer.inits import InitResult, forget_statistics
 from veneer.inject.base_tensors import (
     bias_parameters,
     differs_from_base,
@@ -82,6 +82,9 @@ class Injection:
         Args:
             seed: The adapter's draw.
             meta: Give shapes without values (``low_cpu_mem_usage``): they will be loaded.
+
+        Raises:
+            ConfigError: If the initialisation starts from data, and nothing was measured.
         """
         for addition in self.additions:
             if meta or _is_meta(addition.layer):
@@ -152,6 +155,7 @@ class Injection:
             addition.layer.add_adapter(addition.spec, addition.start, dtype=dtype)
             if addition.site.module is not addition.layer:
                 addition.site.replace(addition.layer)
+            forget_statistics(addition.layer.base_layer)
         for trained in self.copies:
             trained.wrapper.add_copy(self.adapter, trained.module)
             if trained.site.module is not trained.wrapper:

@@ -202,6 +202,10 @@ class LoraLayer(AdapterModule):
         """The factors as matrices whose product is the update: B (out, r), A (r, in·k…)."""
         return b.flatten(1), a.flatten(1)
 
+    def rows(self, x: Tensor) -> Tensor:
+        """The rows that A is multiplied with. x: as the base takes it -> (n, in·k…)."""
+        return x.reshape(-1, x.shape[-1])
+
     def to_matrix(self, weight: Tensor) -> Tensor:
         """A base weight as the matrix (out, in·k…) that ``B @ A`` is added to."""
         return weight.T if self.transposed else weight.flatten(1)
@@ -233,6 +237,10 @@ class LoraLayer(AdapterModule):
 
     def is_matrix(self) -> bool:
         """Whether the update is one product ``B @ A`` of the stored factors."""
+        return True
+
+    def is_linear(self) -> bool:
+        """Whether the branch is linear in A: not where the base's own forward does more with its weight."""
         return True
 
     # -- containers ------------------------------------------------------------------------------
@@ -380,9 +388,17 @@ class LoraLayer(AdapterModule):
         Args:
             spec: What this layer gets.
             seed: The adapter's draw from torch's global generator.
+
+        Raises:
+            ConfigError: If the initialisation starts from data, and nothing was measured.
         """
-        request = self._init_request(spec, seed)
-        start = inits.find(spec.init)(request)
+        request, init = self._init_request(spec, seed), inits.find(spec.init)
+        if init.lacks(request.stats):
+            raise ConfigError(
+                f"init_lora_weights={spec.init!r} starts from what was measured on data, and nothing was for "
+                f"{spec.path or 'this module'}: call {init.measured_by} on this very model first"
+            )
+        start = init(request)
         return replace(start, extra=self._start_of_extra(spec, start, request))
 
     def _init_request(self, spec: LoraSpec, seed: int) -> InitRequest:
@@ -396,6 +412,7 @@ class LoraLayer(AdapterModule):
             lookup=self.lookup,
             matrix=lambda: self.to_matrix(backends.find(base, self.weight_name).read(base, self.weight_name)),
             seed=seed,
+            stats=inits.statistics_of(self.base_layer),
         )
 
     def _parameter_request(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from veneer import backends
 from veneer.layers.base import LoraLayer, stand_in, unwrapped
 from veneer.spec import LoraSpec
 
@@ -63,17 +64,26 @@ class LoraConv(LoraLayer):
 
     def refuses_merge(self, names: Sequence[str]) -> list[str]:
         """Besides the common reasons: a subclass whose forward is not linear in its weight."""
-        base: Any = unwrapped(self.original_base())
         reasons = super().refuses_merge(names)
-        if names and _has_own_forward(base):
-            a = self.factors(names[0])[0].detach()
-            sizes = (d * (k - 1) + 8 for k, d in zip(base.kernel_size, base.dilation, strict=True))
-            shape = (1, base.in_channels, *sizes)
-            x = torch.linspace(-1.0, 1.0, math.prod(shape), device=a.device, dtype=a.dtype).view(shape)
-            once, twice = (self._convolve_as_base(base, x, n * a) for n in (1, 2))
-            if not torch.allclose(twice, 2 * once, rtol=1e-2, atol=1e-2 * float(once.abs().max())):
-                reasons.append(_NOT_LINEAR)
+        if names and not self.is_linear():
+            reasons.append(_NOT_LINEAR)
         return reasons
+
+    @torch.no_grad()
+    def is_linear(self) -> bool:
+        """Whether a subclass's forward gives twice the output for twice the weight."""
+        base: Any = unwrapped(self.original_base())
+        backend = backends.find(self.base_layer)
+        like: dict[str, Any] = {"device": backend.device(self.base_layer), "dtype": base.weight.dtype}
+        if not _has_own_forward(base) or like["device"].type == "meta":
+            return True
+        a = torch.linspace(-1.0, 1.0, 2 * base.in_channels * math.prod(base.kernel_size), **like)
+        a = a.view(2, base.in_channels, *base.kernel_size)
+        sizes = (d * (k - 1) + 8 for k, d in zip(base.kernel_size, base.dilation, strict=True))
+        shape = (1, base.in_channels, *sizes)
+        x = torch.linspace(-1.0, 1.0, math.prod(shape), **like).view(shape)
+        once, twice = (self._convolve_as_base(base, x, n * a) for n in (1, 2))
+        return torch.allclose(twice, 2 * once, rtol=1e-2, atol=1e-2 * float(once.abs().max()))
 
     def is_matrix(self) -> bool:
         """With groups, B is block-diagonal."""
@@ -100,6 +110,14 @@ class LoraConv(LoraLayer):
             x = F.pad(x, base._reversed_padding_repeated_twice, mode=base.padding_mode)
             return convolve(x, weight, None, base.stride, 0, base.dilation)
         return convolve(x, weight, None, base.stride, base.padding, base.dilation)
+
+    def rows(self, x: Tensor) -> Tensor:
+        """The patches: what filters that are one at one place give. x: (batch, in, d…) -> (n, in·k…)."""
+        base: Any = unwrapped(self.original_base())
+        size = base.in_channels * math.prod(base.kernel_size)
+        each = torch.eye(size, dtype=x.dtype, device=x.device)
+        patches = self._convolve_as_base(base, x, each.view(size, base.in_channels, *base.kernel_size))
+        return patches.movedim(-1 - len(base.kernel_size), -1).reshape(-1, size)
 
     def matrices(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         """B (out, r), block-diagonal over the groups, and A (r, in·k…)."""

@@ -56,6 +56,17 @@ def why_not(layer: LoraLayer, spec: LoraSpec) -> str | None:
             f"init_lora_weights={spec.init!r} replaces the base weight, which holds the merged "
             f"{', '.join(map(repr, layer.merged_adapters))}: unmerge first"
         )
+    init = inits.find(spec.init)
+    if (init.subtracts_start or not init.exact) and not layer.is_linear():
+        return (
+            f"init_lora_weights={spec.init!r} needs a branch that is linear in A, and the forward of this "
+            f"{kind} does more with its weight than multiply"
+        )
+    if layer.lookup and init.measures_inputs:
+        return (
+            f"init_lora_weights={spec.init!r} starts from directions of the layer's inputs, and those of a "
+            f"{kind} are indices"
+        )
     return (
         layer.refuses(layer.original_base(), spec)
         or inits.find(spec.init).refuses(spec, kind, layer.is_matrix())
@@ -123,5 +134,6 @@ def wrap(
     for parameter in layer.base_layer.parameters():
         parameter.requires_grad_(False)
     layer.add_adapter(spec, start, dtype=factor_dtype(layer, autocast_adapter_dtype))
+    inits.forget_statistics(layer.base_layer)
     layer.set_adapter(adapter_name)
     return layer

@@ -36,6 +36,7 @@ _AUTO = (
 )
 _STATE = ("get_peft_model_state_dict", "set_peft_model_state_dict", "load_peft_weights")
 _STATUS = ("TunerLayerStatus", "TunerModelStatus", "get_layer_status", "get_model_status")
+_EVA = ("get_eva_state_dict", "initialize_lora_eva_weights")
 _FILES = ("CONFIG_NAME", "SAFETENSORS_WEIGHTS_NAME", "WEIGHTS_NAME")
 _OTHER = (
     "AuxiliaryTrainingWrapper",
@@ -61,6 +62,7 @@ LAYOUT: dict[str, tuple[str, ...]] = {
         *_MODELS,
         *_AUTO,
         *_STATE,
+        *_EVA,
         "LoraModel",
         "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
         "PEFT_TYPE_TO_CONFIG_MAPPING",
@@ -107,7 +109,7 @@ LAYOUT: dict[str, tuple[str, ...]] = {
         "delete_adapter",
         "set_adapter",
     ),
-    "peft.tuners.lora": (*_LORA, "Conv1d", "Conv2d", "Conv3d", "Embedding", "Linear"),
+    "peft.tuners.lora": (*_LORA, *_EVA, "Conv1d", "Conv2d", "Conv3d", "Embedding", "Linear"),
     "peft.tuners.lora.config": ("LoraConfig", "LoftQConfig", "EvaConfig", "LoraRuntimeConfig"),
     "peft.tuners.lora.layer": (
         "LoraLayer",
@@ -117,6 +119,7 @@ LAYOUT: dict[str, tuple[str, ...]] = {
         "Embedding",
         "Linear",
     ),
+    "peft.tuners.lora.eva": _EVA,
     "peft.tuners.lora.model": ("LoraModel",),
     "peft.tuners.loha": ("LoHaLayer",),
     "peft.tuners.loha.layer": ("LoHaLayer",),
@@ -165,10 +168,8 @@ OTHER_METHODS = (
     "convert_to_lora",
     "create_arrow_model",
     "find_kappa_target_modules",
-    "get_eva_state_dict",
     "initialize_kv_prefix_from_past_key_values",
     "initialize_kv_prefix_from_text",
-    "initialize_lora_eva_weights",
     "preprocess_loraga",
     "prepare_model_for_kbit_training",
     "prompt_embeddings_from_past_key_values",

@@ -1,0 +1,18 @@
+"""What initialisations need to know from data: measured by running the model, before or after injection."""
+
+from __future__ import annotations
+
+from veneer.calibration.eva import get_eva_state_dict, initialize_lora_eva_weights
+from veneer.calibration.eva_inputs import (
+    forward_fn_dict,
+    prepare_layer_inputs_fn_language_modeling,
+    prepare_model_inputs_fn_language_modeling,
+)
+
+__all__ = [
+    "forward_fn_dict",
+    "get_eva_state_dict",
+    "initialize_lora_eva_weights",
+    "prepare_layer_inputs_fn_language_modeling",
+    "prepare_model_inputs_fn_language_modeling",
+]

@@ -1,0 +1,413 @@
+"""Directions in which the inputs of layers vary, for EVA; and ranks where they explain most."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from veneer import inits, targets
+from veneer.adapters import AdapterSet
+from veneer.calibration.eva_inputs import (
+    first_tensor,
+    forward_fn_dict,
+    gathered,
+    moved,
+    prepare_layer_inputs_fn_language_modeling,
+    prepare_model_inputs_fn_language_modeling,
+)
+from veneer.calibration.measuring import Hook, hooked, in_mode, planned
+from veneer.config import EvaConfig, LoraConfig
+from veneer.errors import AdapterNameError, ConfigError, LoadMismatchError, MergeError, VeneerWarning
+from veneer.inits import InitResult
+from veneer.inject.places import sites
+from veneer.layers import LoraLayer
+from veneer.model import PeftModel
+from veneer.ops.svd import Components, update_components
+from veneer.spec import LoraSpec
+
+logger = logging.getLogger("veneer")
+
+LayerInputs = Callable[[Any, Any, str], Tensor]
+ModelInputs = Callable[[Any, LoraConfig], Any]
+
+#: Passes over the data after which directions that still turn are taken as they are.
+_MOST_PASSES = 20
+
+
+@dataclass
+class _Target:
+    """One layer whose inputs are measured: its name, the module that is called, its geometry, its rank."""
+
+    name: str
+    module: nn.Module
+    layer: LoraLayer
+    r: int
+
+
+class _Watch:
+    """The inputs of one or several layers that are given the same."""
+
+    def __init__(self, target: _Target, k: int, tau: float, inputs: LayerInputs | None, gather: bool) -> None:
+        self.target, self.k, self.tau, self.inputs, self.gather = target, k, tau, inputs, gather
+        self.model_input: Any = None
+        self.components: Components | None = None
+        self.settled = torch.zeros(k, dtype=torch.bool)
+        self.digest = b""
+
+    def rows(self, args: tuple[Any, ...]) -> Tensor:
+        """The rows (n, in·k…) that count in one call."""
+        if self.inputs is not None:
+            rows = self.inputs(args, self.model_input, self.target.name)
+        else:
+            rows = self.target.layer.rows(first_tensor(args, self.target.name))
+        rows = rows.detach()
+        return gathered(rows) if self.gather else rows
+
+    def take_digest(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Tell inputs apart, without keeping them."""
+        rows = self.rows(args)
+        about = f"{tuple(rows.shape)}{rows.dtype}".encode()
+        raw = rows.contiguous().cpu().view(torch.uint8).numpy().tobytes() if rows.numel() else b""
+        self.digest = hashlib.blake2b(about + raw).digest()
+
+    def update(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Take in one call's rows; fewer than the directions looked for are passed over."""
+        rows = self.rows(args)
+        if rows.shape[0] < self.k:
+            return
+        before = self.components
+        self.components = update_components(before, rows, self.k)
+        if before is not None:
+            turned = torch.nn.functional.cosine_similarity(self.components.vectors, before.vectors)
+            values = self.components.values
+            # Directions without any variance are arbitrary, and turn for ever.
+            nothing = values <= values[0] * torch.finfo(values.dtype).eps * max(rows.shape)
+            self.settled = ((turned >= self.tau) | nothing).cpu()
+
+
+@torch.no_grad()
+def get_eva_state_dict(
+    model: nn.Module,
+    dataloader: Iterable[Any],
+    peft_config: LoraConfig | None = None,
+    forward_fn: Callable[[nn.Module, Any], Any] = forward_fn_dict,
+    prepare_model_inputs_fn: ModelInputs | None = prepare_model_inputs_fn_language_modeling,
+    prepare_layer_inputs_fn: LayerInputs
+    | Mapping[str, LayerInputs]
+    | None = prepare_layer_inputs_fn_language_modeling,
+    adapter_name: str = "default",
+    gather_distributed_inputs: bool = True,
+    show_progress_bar: bool = True,
+) -> dict[str, Tensor]:
+    """The directions that EVA gives to A, by layer: as many as explain most within the budget of ranks.
+
+    Incremental SVD over the batches, again from the first until the directions settle (cosine similarity of
+    at least ``tau``). What is held for a layer is ``rho·r`` directions, however long the data are; layers
+    with the same input share them. The model is not changed.
+
+    Args:
+        model: A PeftModel, whose adapters rest meanwhile, or a base model with ``peft_config``.
+        dataloader: Gives batches; iterated anew for each pass.
+        peft_config: Configuration of the adapter, for a base model.
+        forward_fn: Runs the model on a batch.
+        prepare_model_inputs_fn: Makes of a batch and the configuration what ``prepare_layer_inputs_fn``
+            gets; None passes the batch itself.
+        prepare_layer_inputs_fn: Makes rows (n, in) of a layer's arguments, what the function before gave,
+            and the layer's name; a mapping by name for single layers. None takes every row (for a
+            convolution: every patch).
+        adapter_name: The adapter, for a PeftModel.
+        gather_distributed_inputs: In a process group, look at the rows of all processes.
+        show_progress_bar: Say how far it is, through the logger ``veneer``.
+
+    Returns:
+        (rank, in·k…) by the name of each layer in the model; rank 0 is legal.
+
+    Raises:
+        ConfigError: If there are no batches, or none has rows enough; for names of layers that do not exist.
+    """
+    is_adapted = hasattr(model, "peft_config")
+    configs: Mapping[str, LoraConfig] = getattr(model, "peft_config", {})
+    config = configs.get(adapter_name) if peft_config is None else peft_config
+    if config is None:
+        raise ConfigError(
+            f"the model has no adapter {adapter_name!r}: pass peft_config, the configuration to measure for"
+        )
+    options = config.eva_config or EvaConfig()
+    found = _targets(model, config, adapter_name if is_adapted else None)
+    by_name = dict(prepare_layer_inputs_fn) if isinstance(prepare_layer_inputs_fn, Mapping) else None
+    if by_name is not None and (unknown := sorted(set(by_name) - set(found))):
+        raise ConfigError(f"prepare_layer_inputs_fn names layers that are not measured: {', '.join(unknown)}")
+    most = {name: max(1, min(round(t.r * options.rho), _width(t))) for name, t in found.items()}
+    watches = {}
+    for name, target in found.items():
+        own = by_name.get(name) if by_name is not None else prepare_layer_inputs_fn
+        watches[name] = _Watch(target, most[name], options.tau, own, gather_distributed_inputs)  # type: ignore[arg-type]
+    run = _Run(model, dataloader, config, forward_fn, prepare_model_inputs_fn)
+    resting: AbstractContextManager[None] = AdapterSet(model).disabled() if is_adapted else nullcontext()
+    with resting, in_mode(model, False):
+        sharing = _sharing(run, watches)
+        ranks = _measure(run, watches, sharing, show_progress_bar)
+    result = {}
+    for name in found:
+        components = watches[sharing[name]].components
+        assert components is not None
+        rank = ranks[name]
+        rows = components.vectors[:rank]
+        result[name] = rows / components.values[:rank].sqrt()[:, None] if options.whiten else rows.clone()
+    return result
+
+
+def _width(target: _Target) -> int:
+    shape_a, _ = target.layer.shapes(target.layer.original_base(), 1)
+    return torch.Size(shape_a).numel()
+
+
+def _targets(model: nn.Module, config: LoraConfig, adapter: str | None) -> dict[str, _Target]:
+    if adapter is None:
+        return {
+            path: _Target(path, a.site.module, a.layer, a.spec.r)
+            for path, a in planned(model, config).items()
+        }
+    return {
+        path: _Target(path, m, m, m.specs[adapter].r)
+        for path, m in model.named_modules()
+        if isinstance(m, LoraLayer) and adapter in m.held_adapters and not m.lookup
+    }
+
+
+class _Run:
+    """Batches through the model, with what the hooks get to know of each."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        dataloader: Iterable[Any],
+        config: LoraConfig,
+        forward_fn: Callable[[nn.Module, Any], Any],
+        prepare_inputs: ModelInputs | None,
+    ) -> None:
+        self.model, self.dataloader, self.config = model, dataloader, config
+        self.forward_fn, self.prepare_inputs = forward_fn, prepare_inputs
+        devices = [p.device for p in model.parameters() if not p.is_meta]
+        self.device = devices[0] if devices else torch.device("cpu")
+
+    def __call__(self, batch: Any, hooks: Mapping[nn.Module, Hook], watches: Iterable[_Watch]) -> None:
+        """One batch."""
+        inputs = moved(batch, self.device)
+        known = inputs if self.prepare_inputs is None else self.prepare_inputs(inputs, self.config)
+        for watch in watches:
+            watch.model_input = known
+        with hooked(hooks):
+            self.forward_fn(self.model, inputs)
+
+
+def _sharing(run: _Run, watches: Mapping[str, _Watch]) -> dict[str, str]:
+    """For each layer the first one that is given the same input."""
+    first = next(iter(run.dataloader), None)
+    if first is None:
+        raise ConfigError("the dataloader is empty: EVA needs batches to measure")
+    run(first, {w.target.module: w.take_digest for w in watches.values()}, watches.values())
+    if unseen := [name for name, w in watches.items() if not w.digest]:
+        raise ConfigError(f"the forward does not reach these layers: {', '.join(unseen[:5])}")
+    holder: dict[bytes, str] = {}
+    sharing = {name: holder.setdefault(w.digest, name) for name, w in watches.items()}
+    for name, at in sharing.items():
+        if watches[name].k > watches[at].k:
+            watches[at].k = watches[name].k
+            watches[at].settled = torch.zeros(watches[at].k, dtype=torch.bool)
+    return sharing
+
+
+def _measure(
+    run: _Run, watches: Mapping[str, _Watch], sharing: Mapping[str, str], say: bool
+) -> dict[str, int]:
+    """Run until the directions settle that are needed for the ranks; the ranks."""
+    holders = {name: watches[name] for name in dict.fromkeys(sharing.values())}
+    budget = sum(w.target.r for w in watches.values())
+    ranks = {name: watches[at].k for name, at in sharing.items()}
+    waiting = dict(holders)
+    for turn in range(_MOST_PASSES):
+        for batch in run.dataloader:
+            waiting = {n: w for n, w in holders.items() if not _has_settled(n, w, sharing, ranks)}
+            if not waiting:
+                return ranks
+            run(batch, {w.target.module: w.update for w in waiting.values()}, waiting.values())
+            if all(w.components is not None for w in holders.values()):
+                ranks = _ranks(holders, sharing, budget)
+        if empty := [f"{n} ({w.k})" for n, w in holders.items() if w.components is None]:
+            raise ConfigError(
+                f"no batch has as many rows as directions are looked for (rho·r) at {', '.join(empty[:3])}: "
+                "use larger batches, a smaller rho, or use_label_mask=False"
+            )
+        if say:
+            done = len(holders) - len(waiting)
+            logger.info("EVA: %d of %d inputs have settled after pass %d", done, len(holders), turn + 1)
+    if waiting := {n: w for n, w in holders.items() if not _has_settled(n, w, sharing, ranks)}:
+        warnings.warn(
+            f"the directions of {len(waiting)} of {len(holders)} inputs still turn after {_MOST_PASSES} "
+            f"passes over the data (tau={next(iter(waiting.values())).tau}): {', '.join(list(waiting)[:3])}",
+            VeneerWarning,
+            stacklevel=4,
+        )
+    return ranks
+
+
+def _has_settled(name: str, watch: _Watch, sharing: Mapping[str, str], ranks: Mapping[str, int]) -> bool:
+    needed = max(ranks[n] for n, at in sharing.items() if at == name)
+    return bool(watch.settled[:needed].all())
+
+
+def _ranks(holders: Mapping[str, _Watch], sharing: Mapping[str, str], budget: int) -> dict[str, int]:
+    """The budget of ranks to the directions that explain most, whatever their layer."""
+    names, shares = [], []
+    for name, at in sharing.items():
+        components = holders[at].components
+        assert components is not None
+        explained = components.explained[: holders[at].k].cpu()
+        names += [name] * len(explained)
+        shares.append(explained)
+    best = torch.cat(shares).argsort(descending=True, stable=True)[:budget]
+    counts = Counter(names[int(i)] for i in best)
+    return {name: counts.get(name, 0) for name in sharing}
+
+
+@torch.no_grad()
+def initialize_lora_eva_weights(
+    model: PeftModel,
+    dataloader: Iterable[Any] | None = None,
+    eva_state_dict: Mapping[str, Tensor] | None = None,
+    forward_fn: Callable[[nn.Module, Any], Any] = forward_fn_dict,
+    prepare_model_inputs_fn: ModelInputs | None = prepare_model_inputs_fn_language_modeling,
+    prepare_layer_inputs_fn: LayerInputs
+    | Mapping[str, LayerInputs]
+    | None = prepare_layer_inputs_fn_language_modeling,
+    adapter_name: str = "default",
+    gather_distributed_inputs: bool = True,
+    show_progress_bar: bool = True,
+) -> None:
+    """Start an adapter with ``init_lora_weights="eva"`` from data, and give its layers the ranks they earn.
+
+    The factors are new parameters afterwards: make the optimizer after this. A layer that earns no rank
+    loses the adapter. The adapter's configuration gets the new ``rank_pattern``, ``alpha_pattern`` (with
+    ``adjust_scaling_factors``) and ``target_modules``.
+
+    Args:
+        model: A PeftModel.
+        dataloader: Gives batches; not needed with ``eva_state_dict``.
+        eva_state_dict: Directions by layer, from `get_eva_state_dict`.
+        forward_fn, prepare_model_inputs_fn, prepare_layer_inputs_fn, gather_distributed_inputs,
+            show_progress_bar: See `get_eva_state_dict`.
+        adapter_name: The adapter.
+
+    Raises:
+        ConfigError: If the adapter has another initialisation, or there is nothing to start from.
+        LoadMismatchError: If the directions do not fit the model.
+        MergeError: If the adapter is merged. The model is as it was in each case.
+    """
+    if not isinstance(model, PeftModel):
+        raise ConfigError(f"a PeftModel is needed, got {type(model).__name__}: get_peft_model makes one")
+    if adapter_name not in model.peft_config:
+        raise AdapterNameError(
+            f"no adapter named {adapter_name!r}; this model has: {', '.join(model.peft_config)}"
+        )
+    config = model.peft_config[adapter_name]
+    if str(config.init_lora_weights).lower() != "eva":
+        raise ConfigError(
+            f"the adapter {adapter_name!r} has init_lora_weights={config.init_lora_weights!r}, not 'eva'"
+        )
+    if eva_state_dict is None:
+        if dataloader is None:
+            raise ConfigError("pass a dataloader, or an eva_state_dict that was measured before")
+        eva_state_dict = get_eva_state_dict(
+            model, dataloader, None, forward_fn, prepare_model_inputs_fn, prepare_layer_inputs_fn,
+            adapter_name, gather_distributed_inputs, show_progress_bar,
+        )  # fmt: skip
+    layers = {p: x for p, x in model.base_model.layers().items() if adapter_name in x.held_adapters}
+    given = {name.removeprefix("base_model.model."): rows for name, rows in eva_state_dict.items()}
+    _check_directions(layers, given, adapter_name)
+    changes = {
+        path: _start(layers[path], rows, adapter_name, config)
+        for path, rows in given.items()
+        if rows.shape[0]
+    }
+    _commit(model, layers, given, changes, adapter_name)
+
+
+def _check_directions(layers: Mapping[str, LoraLayer], given: Mapping[str, Tensor], adapter: str) -> None:
+    problems = [f"{name}: the adapter has no such layer" for name in given if name not in layers]
+    for path, rows in given.items():
+        if path in layers:
+            width = _width(_Target(path, layers[path], layers[path], 1))
+            if rows.dim() != 2 or rows.shape[1] != width:
+                problems.append(f"{path}: shape {tuple(rows.shape)}, (rank, {width}) is needed")
+    if not problems and not any(rows.shape[0] for rows in given.values()):
+        problems.append("no layer gets a rank")
+    if problems:
+        raise LoadMismatchError(
+            "the EVA directions do not fit:\n" + "\n".join(f"  - {p}" for p in problems[:10])
+        )
+    if merged := [path for path, layer in layers.items() if adapter in layer.merged_adapters]:
+        raise MergeError(f"the adapter {adapter!r} is merged (into {merged[0]}): unmerge_adapter() first")
+    if absent := [path for path in layers if path not in given]:
+        warnings.warn(
+            f"{len(absent)} layers keep their default start, for they are not among the EVA directions: "
+            f"{', '.join(absent[:3])}",
+            VeneerWarning,
+            stacklevel=4,
+        )
+
+
+def _start(
+    layer: LoraLayer, rows: Tensor, adapter: str, config: LoraConfig
+) -> tuple[LoraSpec, InitResult, torch.dtype]:
+    spec = layer.specs[adapter]
+    rank = rows.shape[0]
+    alpha = spec.lora_alpha
+    if rank != spec.r and (config.eva_config or EvaConfig()).adjust_scaling_factors:
+        alpha *= rank / spec.r
+    new = replace(spec, r=rank, lora_alpha=alpha)
+    inits.note_statistics(layer.base_layer, rows)
+    try:
+        start = layer.initialise(new, 0)
+    finally:
+        inits.forget_statistics(layer.base_layer)
+    return new, start, layer.factors(adapter)[0].dtype
+
+
+def _commit(
+    model: PeftModel,
+    layers: Mapping[str, LoraLayer],
+    given: Mapping[str, Tensor],
+    changes: Mapping[str, tuple[LoraSpec, InitResult, torch.dtype]],
+    adapter: str,
+) -> None:
+    for path, rows in given.items():
+        layer = layers[path]
+        trains = any(p.requires_grad for p in layer.adapter_parameters(adapter))
+        factor = layer.scaling[adapter] / layer.specs[adapter].scaling
+        layer.drop_adapter(adapter)
+        if rows.shape[0]:
+            spec, start, dtype = changes[path]
+            layer.add_adapter(spec, start, dtype=dtype)
+            layer.set_strength(adapter, factor)
+            for parameter in layer.adapter_parameters(adapter):
+                parameter.requires_grad_(trains)
+        layer.adapters_changed()
+    config = model.peft_config[adapter]
+    held = {path: x.specs[adapter] for path, x in layers.items() if adapter in x.held_adapters}
+    config.rank_pattern = {f"^{p}$": s.r for p, s in held.items() if s.r != config.r}
+    config.alpha_pattern = {
+        f"^{p}$": s.lora_alpha for p, s in held.items() if s.lora_alpha != config.lora_alpha
+    }
+    others = set(sites(model.base_model.model)) - set(held)
+    config.target_modules = targets.portable_targets(held, others)
+    config.exclude_modules = config.layers_to_transform = config.layers_pattern = None

@@ -1,0 +1,109 @@
+"""Which layers are measured, with what they would get; and leaving the model as it was."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from veneer.config import LoraConfig
+from veneer.errors import ConfigError
+from veneer.inject import prepare
+from veneer.inject.injection import Addition
+
+#: A hook before a module's forward: the module and its positional arguments.
+Hook = Callable[[nn.Module, tuple[Any, ...]], None]
+
+
+def planned(model: nn.Module, config: LoraConfig) -> dict[str, Addition]:
+    """The layers that an adapter would get on a model, by path; the model is not touched.
+
+    Raises:
+        ConfigError, TargetError: As `get_peft_model` would.
+    """
+    return {a.site.path: a for a in prepare(model, config, "default", read_from_file=True).additions}
+
+
+def options(config: LoraConfig, init: str, kind: type[Any]) -> Any:
+    """The options of an initialisation in a configuration that asks for it.
+
+    Raises:
+        ConfigError: If the configuration asks for another one.
+    """
+    if str(config.init_lora_weights).lower() != init:
+        raise ConfigError(
+            f"the configuration has init_lora_weights={config.init_lora_weights!r}; {init!r} is measured here"
+        )
+    return getattr(config, f"{init}_config") or kind()
+
+
+@contextmanager
+def hooked(hooks: Mapping[nn.Module, Hook]) -> Iterator[None]:
+    """Hooks before the forward of modules, taken off again whatever happens."""
+    handles = [module.register_forward_pre_hook(hook) for module, hook in hooks.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """All modules in training or evaluation, and each as it was afterwards."""
+    before = [(module, module.training) for module in model.modules()]
+    model.train(training)
+    try:
+        yield
+    finally:
+        for module, was in before:
+            module.training = was
+
+
+def stored(path: str | os.PathLike[str] | None) -> dict[str, Tensor] | None:
+    """The tensors of a cache file, None where there is none yet.
+
+    Raises:
+        ConfigError: If it holds anything else.
+    """
+    if path is None or not Path(path).is_file() or Path(path).stat().st_size == 0:
+        return None
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged archive can fail anywhere in the unpickler
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"{path} cannot be read as a file of tensors: {first}") from error
+    if not isinstance(content, dict) or not all(isinstance(t, Tensor) for t in content.values()):
+        raise ConfigError(f"{path} holds something else than a table of tensors")
+    return content
+
+
+def store(path: str | os.PathLike[str] | None, tensors: Mapping[str, Tensor]) -> None:
+    """Write a cache file, through a neighbour that is moved into its place."""
+    if path is None:
+        return
+    place = Path(path)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    beside = place.with_name(place.name + ".tmp")
+    torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, beside)
+    os.replace(beside, place)
+
+
+def entries(path: object, content: Mapping[str, Tensor], names: list[str]) -> dict[str, Tensor]:
+    """The named tensors of a cache file.
+
+    Raises:
+        ConfigError: Listing those that it lacks.
+    """
+    if missing := [name for name in names if name not in content]:
+        raise ConfigError(
+            f"{path} lacks {len(missing)} of the {len(names)} tensors that are needed, for example "
+            f"{', '.join(missing[:3])}: it was made for another model or configuration. Remove it to "
+            "measure anew"
+        )
+    return {name: content[name] for name in names}
