@@ -11,6 +11,7 @@ import pkgutil
 import sys
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -189,6 +190,20 @@ def flags_of(command: str) -> dict[str, str]:
 def show_json(content: object) -> None:
     """Print a result for programs."""
     print(json.dumps(content, indent=2))
+
+
+def adapter_place(adapter: str) -> Path:
+    """The directory of an adapter; one of the hub is fetched, which is said first.
+
+    Raises:
+        AdapterFileError: It is neither here nor on the hub.
+    """
+    from ..doors import adapter_directory, is_local
+
+    if is_local(adapter) or "/" not in adapter:
+        return Path(adapter).expanduser()
+    say(f"there is no directory {adapter} here; asking the hub for it")
+    return adapter_directory(adapter)
 
 
 def console() -> Console:

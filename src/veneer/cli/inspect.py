@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .common import app, show_json, size, table
+from .common import adapter_place, app, show_json, size, table
 from .common import console as stdout
 
 if TYPE_CHECKING:
@@ -38,12 +38,11 @@ def inspect(
     Reads the adapter's files and loads no model. Norms are Frobenius norms of the scaled update;
     the effective rank is the exponential of the entropy of its singular values.
     """
-    from ..doors import adapter_directory
     from ..training.adapters import describe
 
     if plot is not None:
         _check_plot(plot)
-    directory = adapter_directory(adapter)
+    directory = adapter_place(adapter)
     found = describe(directory)
     updates = _spectra(directory) if spectrum or modules or plot is not None else []
     if plot is not None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .common import app, show_json, size
+from .common import adapter_place, app, console, show_json, size, table
 from .train import check_dtype
+
+if TYPE_CHECKING:
+    from ..model import MergeReport
 
 #: Share of the update below which losing the rest is worth a warning.
 WORTH_SAYING = 0.9
@@ -16,49 +19,78 @@ WORTH_SAYING = 0.9
 
 @app.command()
 def merge(
-    adapter: Annotated[str, typer.Argument(help="Directory of the adapter.")],
-    output: Annotated[Path, typer.Option(help="Directory for the merged model.")],
+    adapter: Annotated[str, typer.Argument(help="Directory of the adapter, or a hub id.")],
+    output: Annotated[Path, typer.Option(help="Directory for the merged model; it appears whole or not.")],
     model: Annotated[
         str | None, typer.Option(help="Base model, instead of the one that the adapter names.")
     ] = None,
     dtype: Annotated[
         str,
         typer.Option(
-            help="auto, float32, bfloat16 or float16: type of the merged weights. float32 loses nothing."
+            help="auto (as the base is saved), float32, bfloat16 or float16: type of the merged weights. "
+            "float32 loses nothing."
         ),
     ] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    untie: Annotated[
+        bool,
+        typer.Option(
+            "--untie", help="Give an adapted weight that two modules share to the adapted one alone."
+        ),
+    ] = False,
+    overwrite_output_dir: Annotated[
+        bool,
+        typer.Option("--overwrite-output-dir", help="Replace the model in a directory that holds files."),
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the report as JSON, with every module's share.")
+    ] = False,
 ) -> None:
-    """Merge an adapter into its base model; the result loads with transformers alone."""
+    """Merge an adapter into its base model; the result loads with transformers alone.
+
+    Tokenizer, chat template and generation settings go along. Weights of 16 bits cannot hold a small update
+    whole: which share of it they kept is said for each kind of module.
+    """
     check_dtype(dtype)
     from ..training import Terminal
     from ..training.adapters import check_not_a_source, load_adapted, save_merged
-    from ..training.models import check_output, directory_bytes, refuse_file
+    from ..training.models import directory_bytes
+    from ..training.places import check_replaceable
 
     progress = Terminal()
-    refuse_file(output)
     check_not_a_source(output, adapter)
-    adapted, tokenizer = load_adapted(adapter, model, dtype)
+    check_replaceable(output, overwrite_output_dir)
+    adapted, tokenizer = load_adapted(adapter_place(adapter), model, dtype)
     check_not_a_source(output, getattr(adapted.config, "_name_or_path", ""))
-    check_output(output)
     progress.say(f"Merging {adapter} and writing {output}")
-    report = save_merged(adapted, tokenizer, output)
+    stored = str(adapted.dtype).removeprefix("torch.")
+    report = save_merged(adapted, tokenizer, output, untie=untie, overwrite=overwrite_output_dir)
     weights = directory_bytes(output, "*.safetensors")
     if report.mean < WORTH_SAYING:
         progress.say(
-            f"warning: only {report.mean:.0%} of the update survived rounding to the weights' type, so the "
-            "merged model answers differently from the adapter; --dtype float32 keeps all of it"
+            f"warning: only {report.mean:.0%} of the update survived rounding to {stored}, so the merged "
+            "model answers differently from the adapter; --dtype float32 keeps all of it"
         )
-    worst = sorted(report.kept.items(), key=lambda pair: pair[1])[:3]
     if as_json:
-        show_json(
-            {
-                "output": str(output),
-                "bytes": weights,
-                "kept": {"mean": report.mean, "worst": report.worst, "modules": dict(report.kept)},
-            }
-        )
+        kept = {"mean": report.mean, "worst": report.worst, "modules": dict(report.kept)}
+        show_json({"output": str(output), "bytes": weights, "dtype": stored, "kept": kept})
         return
-    print(f"{len(report.kept)} modules merged; {report.mean:.1%} of the update kept")
-    print("least kept: " + ", ".join(f"{path} {share:.1%}" for path, share in worst))
+    _show(report, stored)
     print(f"model ({size(weights)}): {output}")
+
+
+def _show(report: MergeReport, stored: str) -> None:
+    kinds: dict[str, list[tuple[float, str]]] = {}
+    for path, share in report.kept.items():
+        kinds.setdefault(path.rpartition(".")[2], []).append((share, path))
+    shown = table("module", "count", "kept", "least", "in")
+    shown.columns[-1].justify = "left"
+    for kind, shares in kinds.items():
+        least, path = min(shares)
+        mean = sum(share for share, _ in shares) / len(shares)
+        shown.add_row(kind, str(len(shares)), f"{mean:.1%}", f"{least:.1%}", path)
+    console().print(shown)
+    least, path = min((share, path) for path, share in report.kept.items())
+    print(
+        f"\n{len(report.kept)} modules merged into {stored}; {report.mean:.1%} of the update kept, "
+        f"least {least:.1%} in {path}"
+    )

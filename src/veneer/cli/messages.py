@@ -55,6 +55,7 @@ def quieten(flags: Callable[[], Mapping[str, str]]) -> None:
         ("TRANSFORMERS_VERBOSITY", "error"),
         ("DATASETS_VERBOSITY", "error"),
         ("DIFFUSERS_VERBOSITY", "error"),
+        ("HF_HUB_VERBOSITY", "error"),
         ("TOKENIZERS_PARALLELISM", "false"),
         ("TORCH_CPP_LOG_LEVEL", "ERROR"),
         ("TORCH_LOGS", "-torch"),  # errors only

@@ -16,6 +16,7 @@ from ..errors import AdapterFileError, ConfigError, VeneerError, VeneerWarning
 from ..model import MergeReport, PeftModel
 from ..spec import LoraSpec, resolve, variant_name
 from .models import load_base, looks_local, quiet_transformers
+from .places import check_replaceable, check_room, replacing
 
 _FACTOR = re.compile(
     r"^base_model\.model\.(?P<path>.+)\.lora_(?P<role>A|B|embedding_A|embedding_B)(\.weight)?$"
@@ -84,25 +85,36 @@ def check_not_a_source(place: Path, source: str) -> None:
         )
 
 
-def save_merged(model: Any, tokenizer: Any, place: Path) -> MergeReport:
+def save_merged(
+    model: Any, tokenizer: Any, place: Path, *, untie: bool = False, overwrite: bool = False
+) -> MergeReport:
     """Merge a model's adapter into its base and save that with tokenizer and generation config.
 
     Args:
         model: An adapted causal language model; it is used up.
         tokenizer: Saved along.
-        place: Directory; the model in it loads where neither Veneer nor PEFT is installed.
+        place: Directory; the model in it loads where neither Veneer nor PEFT is installed. It appears
+            whole, or not at all where something fails.
+        untie: Give an adapted layer whose weight is another's too a weight of its own.
+        overwrite: Replace the model in a directory that holds files already.
 
     Returns:
         The share of the update that the base's type could hold, for each module.
+
+    Raises:
+        MergeError: Naming every layer that cannot be merged.
+        VeneerError: The directory is taken, cannot be written, or its disk is too small.
     """
-    plain, report = merge(model)
-    with quiet_transformers():
-        plain.save_pretrained(place)
-        tokenizer.save_pretrained(place)
+    check_replaceable(place, overwrite)
+    plain, report = merge(model, untie=untie)
+    check_room(place, sum(p.numel() * p.element_size() for p in plain.parameters()))
+    with quiet_transformers(), replacing(place, overwrite) as made:
+        plain.save_pretrained(made)
+        tokenizer.save_pretrained(made)
     return report
 
 
-def merge(model: Any) -> tuple[Any, MergeReport]:
+def merge(model: Any, *, untie: bool = False) -> tuple[Any, MergeReport]:
     """(plain model, what was kept of the update for each module); the adapted model is used up.
 
     How much was kept is for the caller to say, so the library's own warning about it is not given.
@@ -110,7 +122,7 @@ def merge(model: Any) -> tuple[Any, MergeReport]:
     tuner = model.base_model
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*survives rounding", category=VeneerWarning)
-        plain = model.merge_and_unload()
+        plain = model.merge_and_unload(untie=untie)
     report: MergeReport = tuner.merge_report
     return plain, report
 

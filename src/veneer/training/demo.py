@@ -167,7 +167,7 @@ def run_demo(output: Path, seed: int = 0, progress: Progress | None = None) -> D
     wide: Any = PeftModel.from_pretrained(load_base(source, "float32")[0], adapter)
     unmerged = examiner.examine(wide)
     merged_place = output / "merged"
-    save_merged(wide, tokenizer, merged_place)
+    save_merged(wide, tokenizer, merged_place, overwrite=True)
     del wide
     merged = examiner.examine(load_base(merged_place)[0])
     clock.lap("merged")

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
+from tests.unit.cli.words import train_words
+from tests.unit.training.tiny import saved_records
 from veneer.cli import main
 
 
@@ -43,4 +48,69 @@ def test_merge(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 def test_merge_in_words(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["merge", str(adapter), "--output", str(tmp_path), "--dtype", "float32"]) == 0
     out = capsys.readouterr().out
-    assert "14 modules merged; 100.0% of the update kept" in out and str(tmp_path) in out
+    assert "14 modules merged into float32; 100.0% of the update kept" in out and str(tmp_path) in out
+    assert "down_proj" in out and "model.layers.0.mlp.down_proj" in out
+
+
+def test_rounding_away_is_said(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    faint = {k: t * 1e-3 if ".lora_B." in k else t for k, t in tensors.items()}
+    (tmp_path / "adapter").mkdir()
+    save_file(faint, tmp_path / "adapter" / "adapter_model.safetensors")
+    config = (adapter / "adapter_config.json").read_bytes()
+    (tmp_path / "adapter" / "adapter_config.json").write_bytes(config)
+    words = ["merge", str(tmp_path / "adapter"), "--output", str(tmp_path / "out"), "--dtype", "bfloat16"]
+    assert main([*words, "--json"]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["dtype"] == "bfloat16"
+    assert "of the update survived rounding to bfloat16" in captured.err
+    assert "--dtype float32 keeps all" in captured.err
+
+
+def test_nothing_is_half_written(
+    adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    def full(self: object, place: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(PreTrainedTokenizerFast, "save_pretrained", full)
+    assert main(["merge", str(adapter), "--output", str(tmp_path / "new" / "merged")]) == 1
+    assert "disk is full" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_directory_with_files_is_not_written_over(
+    adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "model-00001-of-00002.safetensors").write_text("old")
+    (tmp_path / "notes.txt").write_text("mine")
+    words = ["merge", str(adapter), "--output", str(tmp_path)]
+    assert main(words) == 1
+    assert "--overwrite-output-dir" in capsys.readouterr().err
+    assert len(list(tmp_path.iterdir())) == 2
+    assert main([*words, "--overwrite-output-dir"]) == 0
+    names = {path.name for path in tmp_path.iterdir()}
+    assert {"model.safetensors", "notes.txt"} <= names and "model-00001-of-00002.safetensors" not in names
+
+
+def test_shared_weights_are_named_with_the_flag(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = tmp_path / "base"
+    shutil.copytree(base, place)
+    config = json.loads((place / "config.json").read_text())
+    (place / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    weights = load_file(place / "model.safetensors")
+    del weights["lm_head.weight"]
+    save_file(weights, place / "model.safetensors", metadata={"format": "pt"})
+    data = saved_records(tmp_path / "data.jsonl")
+    assert main(train_words(place, data, tmp_path / "a", "--target-modules", "lm_head,q_proj")) == 0
+    capsys.readouterr()
+    words = ["merge", str(tmp_path / "a"), "--output", str(tmp_path / "merged")]
+    assert main(words) == 1
+    error = capsys.readouterr().err
+    assert "lm_head" in error and "embed_tokens" in error and "--untie" in error and "=True" not in error
+    assert not (tmp_path / "merged").exists()
+    assert main([*words, "--untie"]) == 0
