@@ -59,7 +59,9 @@ from veneer.model import (
     get_model_status,
     get_peft_model,
     get_peft_model_state_dict,
+    hotswap_adapter,
     load_peft_weights,
+    prepare_model_for_compiled_hotswap,
     set_peft_model_state_dict,
 )
 
@@ -143,7 +145,9 @@ __all__ = [
     "get_peft_model",
     "get_peft_model_state_dict",
     "initialize_lora_eva_weights",
+    "hotswap_adapter",
     "inject_adapter_in_model",
+    "prepare_model_for_compiled_hotswap",
     "load_peft_weights",
     "plan",
     "set_peft_model_state_dict",

@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +30,8 @@ class LoraSpec:
         lora_bias: Give B a trainable bias.
         variant_options: What the variant read from the configuration; see `Variant.options`.
         init_config: Options of that initialisation (a `LoftQConfig`, `EvaConfig`, …), None where it has none.
+        constant_scaling: Tensors that take this adapter's place bring their strength in B, so that a compiled
+            model sees one number for ever.
 
     Raises:
         ConfigError: For a rank below 1.
@@ -45,6 +48,7 @@ class LoraSpec:
     lora_bias: bool = False
     variant_options: Mapping[str, Any] = field(default_factory=dict, hash=False)
     init_config: Any = None
+    constant_scaling: bool = False
 
     def __post_init__(self) -> None:
         if self.r < 1:
@@ -121,6 +125,19 @@ def variant_name(config: LoraConfig) -> str:
     if len(asked) > 1:
         raise ConfigError(f"the variants {', '.join(asked)} cannot be combined: choose one")
     return asked[0] if asked else "plain"
+
+
+def restate(config: LoraConfig, specs: Iterable[LoraSpec]) -> None:
+    """Write into a configuration the ranks and strengths that an adapter's modules have.
+
+    What most modules have becomes ``r`` and ``lora_alpha``; the rest gets a pattern each.
+    """
+    given = list(specs)
+    ranks, alphas = Counter(s.r for s in given), Counter(s.lora_alpha for s in given)
+    config.r, config.lora_alpha = ranks.most_common(1)[0][0], alphas.most_common(1)[0][0]
+    config.use_rslora = bool(given) and given[0].use_rslora
+    config.rank_pattern = {f"^{s.path}$": s.r for s in given if s.r != config.r}
+    config.alpha_pattern = {f"^{s.path}$": s.lora_alpha for s in given if s.lora_alpha != config.lora_alpha}
 
 
 def resolve(config: LoraConfig, adapter: str, path: str) -> LoraSpec:

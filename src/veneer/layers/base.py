@@ -515,6 +515,11 @@ class LoraLayer(AdapterModule):
         weight = backend.read(base, self.weight_name)
         backend.write(base, self.from_matrix(matrix, weight).to(weight), self.weight_name)
 
+    def respecify(self, spec: LoraSpec) -> None:
+        """Let an adapter that is held here have another rank or strength on paper; its tensors stay."""
+        self._specs[spec.adapter] = spec
+        self.scaling[spec.adapter] = spec.scaling
+
     def drop_adapter(self, name: str) -> None:
         """Forget an adapter; if it is merged, the base gets its weight back first."""
         if name in self._merged:

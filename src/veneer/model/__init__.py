@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from veneer.model.face import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel
+from veneer.model.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from veneer.model.lora_model import LoraModel
 from veneer.model.merging import MergeReport
 from veneer.model.state_dicts import (
@@ -48,5 +49,7 @@ __all__ = [
     "get_peft_model",
     "get_peft_model_state_dict",
     "load_peft_weights",
+    "hotswap_adapter",
+    "prepare_model_for_compiled_hotswap",
     "set_peft_model_state_dict",
 ]

@@ -19,6 +19,7 @@ from veneer.errors import (
 from veneer.inject.places import sites
 from veneer.layers.modules_to_save import ModulesToSaveWrapper
 from veneer.model.merging import MergeVerbs
+from veneer.spec import restate
 
 
 class LoraModel(MergeVerbs):
@@ -72,12 +73,8 @@ class LoraModel(MergeVerbs):
         )
         results = _alike_in_bias(results)
         config = copy.deepcopy(self.peft_config[names[0]])
-        ranks = list(report.ranks.values())
-        config.r = max(set(ranks), key=ranks.count)
-        config.lora_alpha = config.r
-        config.rank_pattern = {f"^{p}$": r for p, r in report.ranks.items() if r != config.r}
-        config.alpha_pattern = dict(config.rank_pattern)
-        config.use_rslora, config.lora_dropout, config.init_lora_weights = False, 0.0, True
+        restate(config, [c.spec for c in results])
+        config.lora_dropout, config.init_lora_weights = 0.0, True
         config.lora_bias = any(c.spec.lora_bias for c in results)
         config.target_modules = targets.portable_targets(
             report.ranks, set(sites(self.model)) - set(report.ranks)

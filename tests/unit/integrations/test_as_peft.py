@@ -9,17 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from tests.tolerances import assert_close
 from veneer import LoraConfig, get_peft_model, get_peft_model_state_dict
 from veneer.checkpoint import to_disk
-from veneer.errors import AdapterNameError, ConfigError, LoadMismatchError, VeneerError
+from veneer.errors import VeneerError
 from veneer.integrations.as_peft import objects
-from veneer.integrations.as_peft.hotswap import (
-    check_hotswap_configs_compatible,
-    hotswap_adapter,
-    hotswap_adapter_from_state_dict,
-    prepare_model_for_compiled_hotswap,
-)
 
 
 class Net(nn.Module):
@@ -71,48 +64,6 @@ def test_names_go_from_file_to_memory_and_back(adapter: str) -> None:
 
 def in_memory(model: Any) -> dict[str, torch.Tensor]:
     return {n: p.detach().clone() for n, p in model.named_parameters() if "lora_" in n}
-
-
-def test_a_swapped_adapter_computes_what_the_other_one_does() -> None:
-    model, other = adapted(seed=1), adapted(alpha=9, seed=2)
-    parameters = {n: id(p) for n, p in model.named_parameters()}
-    hotswap_adapter_from_state_dict(model, in_memory(other), "default", other.peft_config["default"])
-    assert torch.equal(model(IDS), other(IDS))
-    assert parameters == {n: id(p) for n, p in model.named_parameters()}, "in place"
-
-
-def test_a_smaller_rank_is_filled_up_with_zeros() -> None:
-    model, other = adapted(rank=4, seed=1), adapted(rank=2, alpha=9, seed=2)
-    hotswap_adapter_from_state_dict(model, in_memory(other), "default", other.peft_config["default"])
-    assert_close(model(IDS), other(IDS))
-
-
-def test_what_cannot_be_swapped_is_refused_and_nothing_changes() -> None:
-    model, bigger = adapted(rank=2), adapted(rank=4)
-    before = in_memory(model)
-    wrong = {
-        "does not fit into": in_memory(bigger),
-        "is not given": dict(list(before.items())[1:]),
-        "the model has no": {**before, "base_model.model.third.lora_A.default.weight": torch.zeros(2, 6)},
-    }
-    for words, tensors in wrong.items():
-        with pytest.raises(LoadMismatchError, match=words):
-            hotswap_adapter_from_state_dict(model, tensors, "default", model.peft_config["default"])
-    with pytest.raises(AdapterNameError, match="'nobody'"):
-        hotswap_adapter_from_state_dict(model, before, "nobody", model.peft_config["default"])
-    assert all(torch.equal(before[name], tensor) for name, tensor in in_memory(model).items())
-    with pytest.raises(ConfigError, match="lora_bias: False and True"):
-        check_hotswap_configs_compatible(LoraConfig(), LoraConfig(lora_bias=True))
-    check_hotswap_configs_compatible(LoraConfig(r=2), LoraConfig(r=8, lora_alpha=3))
-    with pytest.raises(VeneerError, match="not implemented"):
-        prepare_model_for_compiled_hotswap(model, target_rank=8)
-
-
-def test_swapping_from_a_directory(tmp_path: Any) -> None:
-    model, other = adapted(seed=1), adapted(alpha=9, seed=2)
-    other.save_pretrained(tmp_path)
-    hotswap_adapter(model, str(tmp_path), "default")
-    assert torch.equal(model(IDS), other(IDS))
 
 
 def test_rescaling_is_for_a_while() -> None:

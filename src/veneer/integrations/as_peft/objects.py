@@ -24,7 +24,7 @@ from ...layers.embedding import LoraEmbedding
 from ...layers.linear import LoraLinear
 from ...layers.modules_to_save import ModulesToSaveWrapper
 from ...model import LoraModel
-from .hotswap import (
+from ...model.hotswap import (
     check_hotswap_configs_compatible,
     hotswap_adapter,
     hotswap_adapter_from_state_dict,

@@ -1,0 +1,269 @@
+"""Exchange the tensors of an adapter in place, keeping its name and every parameter object."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from veneer.checkpoint import to_disk
+from veneer.config import LoraConfig, PeftConfig
+from veneer.errors import AdapterNameError, ConfigError, LoadMismatchError, MergeError, VeneerWarning
+from veneer.layers import LoraLayer
+from veneer.model.state_dicts import load_peft_weights
+from veneer.spec import LoraSpec, resolve, restate
+
+_PREFIX = "base_model.model."
+# What the swapped tensors cannot express.
+_MUST_AGREE = ("peft_type", "use_dora", "lora_bias", "bias", "fan_in_fan_out", "modules_to_save")
+
+
+def check_hotswap_configs_compatible(config0: PeftConfig, config1: PeftConfig) -> None:
+    """Refuse to swap where the tensors alone do not carry the difference.
+
+    Raises:
+        ConfigError: Naming every field that differs and matters.
+    """
+    differing = [
+        f"{name}: {getattr(config0, name, None)!r} and {getattr(config1, name, None)!r}"
+        for name in _MUST_AGREE
+        if getattr(config0, name, None) != getattr(config1, name, None)
+    ]
+    if differing:
+        raise ConfigError(f"these adapters cannot be swapped for one another: {'; '.join(differing)}")
+
+
+def hotswap_adapter_from_state_dict(
+    model: nn.Module,
+    state_dict: Mapping[str, Tensor],
+    adapter_name: str,
+    config: LoraConfig,
+    parameter_prefix: str = "lora_",
+) -> None:
+    """Put the tensors of another adapter in the place of `adapter_name`'s, in place.
+
+    A smaller rank is filled up with zeros, which changes nothing. The strength becomes that of `config`: as
+    the layer's scaling, or, after `prepare_model_for_compiled_hotswap`, as a factor of B.
+
+    Args:
+        model: A model with the adapter.
+        state_dict: Tensors by their name in the model, adapter name included.
+        adapter_name: The adapter whose tensors are exchanged.
+        config: The configuration of the new tensors.
+        parameter_prefix: Only "lora_" exists here.
+
+    Raises:
+        AdapterNameError: The model has no such adapter.
+        MergeError: It is merged.
+        LoadMismatchError: Names or shapes do not fit. Nothing has changed then.
+    """
+    layers = _holding(model, [adapter_name])
+    own = {key.removeprefix(_PREFIX): parameter for key, parameter in _places(layers, adapter_name).items()}
+    given = {key.removeprefix(_PREFIX): value for key, value in state_dict.items()}
+    wrong = [f"the model has no {key}" for key in sorted(given.keys() - own.keys())]
+    wrong += [f"{key} is not given" for key in sorted(own.keys() - given.keys())]
+    wrong += [
+        f"{key} is {tuple(given[key].shape)}, which does not fit into {tuple(own[key].shape)}"
+        for key in sorted(own.keys() & given.keys())
+        if not _fits(given[key], own[key])
+    ]
+    if wrong:
+        more = f"; and {len(wrong) - 6} more" if len(wrong) > 6 else ""
+        raise LoadMismatchError(
+            f"the tensors cannot take the place of {adapter_name!r}: {'; '.join(wrong[:6])}{more}"
+        )
+    new = {
+        path: resolve(config, adapter_name, layer.specs[adapter_name].path) for path, layer in layers.items()
+    }
+    with torch.no_grad():
+        for path, layer in layers.items():
+            strength = new[path].scaling if layer.specs[adapter_name].constant_scaling else 1.0
+            for name, parameter in _places({path: layer}, adapter_name).items():
+                value, key = given[name.removeprefix(_PREFIX)], name.removeprefix(path)
+                scaled = strength if "_B." in key else 1.0
+                parameter.zero_()
+                # With groups, each group has its own share of the rank.
+                groups = int(getattr(layer.original_base(), "groups", 1)) if "_A." in key else 1
+                for part, of_group in zip(parameter.chunk(groups), value.chunk(groups), strict=True):
+                    place = part[tuple(slice(0, size) for size in of_group.shape)]
+                    place.copy_(of_group if scaled == 1.0 else of_group * scaled)
+    for path, layer in layers.items():
+        held, other = layer.specs[adapter_name], new[path]
+        if not held.constant_scaling:
+            same = held.r == other.r
+            alpha = other.lora_alpha if same else other.scaling * held.r
+            layer.respecify(replace(held, lora_alpha=alpha, use_rslora=same and other.use_rslora))
+    _restate(model, adapter_name, layers)
+
+
+def _holding(model: nn.Module, names: Iterable[str] | None) -> dict[str, LoraLayer]:
+    """The layers that hold one of the adapters (None: any), none of them merged."""
+    layers = {
+        path: layer
+        for path, layer in model.named_modules()
+        if isinstance(layer, LoraLayer)
+        and (layer.held_adapters if names is None else any(n in layer.held_adapters for n in names))
+    }
+    if not layers:
+        what = "no adapter" if names is None else f"no adapter {', '.join(map(repr, names))}"
+        raise AdapterNameError(f"this model has {what} to swap")
+    merged = sorted({n for layer in layers.values() for n in layer.merged_adapters})
+    if merged:
+        raise MergeError(
+            f"{', '.join(map(repr, merged))} is merged into the weights: unmerge_adapter() first"
+        )
+    return layers
+
+
+def _places(layers: Mapping[str, LoraLayer], adapter_name: str) -> dict[str, nn.Parameter]:
+    """The adapter's parameters by their name in the model."""
+    return {
+        f"{path}.{key}": parameter
+        for path, layer in layers.items()
+        for key, parameter in layer.named_parameters()
+        if key.startswith("lora_") and adapter_name in key.split(".")
+    }
+
+
+def _fits(new: Tensor, old: Tensor) -> bool:
+    """Equal in shape, or smaller along the one axis that is the rank."""
+    if new.ndim != old.ndim:
+        return False
+    differing = [(a, b) for a, b in zip(new.shape, old.shape, strict=True) if a != b]
+    return all(a < b for a, b in differing) and len(differing) <= 1
+
+
+def _restate(model: nn.Module, adapter_name: str, layers: Mapping[str, LoraLayer]) -> None:
+    """Let the model's configuration say what its layers have now, for whoever saves it."""
+    configs = getattr(model, "peft_config", None)
+    if isinstance(configs, dict) and isinstance(configs.get(adapter_name), LoraConfig):
+        restate(configs[adapter_name], [layer.specs[adapter_name] for layer in layers.values()])
+
+
+def hotswap_adapter(
+    model: Any, model_name_or_path: str, adapter_name: str, torch_device: str | None = None, **kwargs: Any
+) -> None:
+    """Put an adapter from a directory or the hub in the place of `adapter_name`, in place.
+
+    Args:
+        model: A `PeftModel` with the adapter.
+        model_name_or_path: Where the other adapter is.
+        adapter_name: The adapter whose tensors are exchanged; it keeps its name.
+        torch_device: Where to read the tensors to first; the CPU by default.
+        **kwargs: ``subfolder``, ``revision``, ``token`` and the like.
+
+    Raises:
+        ConfigError: The configurations cannot be exchanged.
+        LoadMismatchError: The tensors do not fit. Nothing has changed then.
+    """
+    config = PeftConfig.from_pretrained(model_name_or_path, **kwargs)
+    if adapter_name not in model.peft_config:
+        have = ", ".join(map(repr, model.peft_config)) or "none"
+        raise AdapterNameError(f"this model has no adapter {adapter_name!r} to swap; it has: {have}")
+    check_hotswap_configs_compatible(model.peft_config[adapter_name], config)
+    if not isinstance(config, LoraConfig):
+        raise ConfigError(f"only LoRA adapters can be swapped, not {config.peft_type}")
+    weights = load_peft_weights(model_name_or_path, device=torch_device or "cpu", **kwargs)
+    places = _places(_holding(model, [adapter_name]), adapter_name)
+    names = {to_disk(name, adapter_name): name for name in places}
+    named = {names.get(key, key): value for key, value in weights.items()}
+    hotswap_adapter_from_state_dict(model, named, adapter_name, config)
+
+
+def prepare_model_for_compiled_hotswap(
+    model: nn.Module,
+    *,
+    target_rank: int | None = None,
+    config: LoraConfig | Mapping[str, LoraConfig] | None = None,
+    check_compiled: str = "error",
+) -> None:
+    """Make room for other adapters, so that swapping them in compiles nothing anew.
+
+    Every adapter gets the rank ``target_rank``, filled up with zeros, and a scaling of 1: its strength goes
+    into B, which is rounded once more by that. Its output stays what it was. Call it after the first adapter
+    is loaded, before `torch.compile` and before an optimizer is made: padded factors are new parameters.
+
+    Args:
+        model: A model with adapters.
+        target_rank: The largest rank that will be swapped in; None keeps the ranks.
+        config: Configurations kept elsewhere that are to say the new ranks too.
+        check_compiled: What to do if the model is compiled already: ``"error"``, ``"warn"`` or ``"ignore"``.
+
+    Raises:
+        ConfigError: The model is compiled already, or has adapters of a larger rank.
+        AdapterNameError: The model has no adapter.
+        MergeError: An adapter is merged.
+    """
+    _check_compiled(model, check_compiled)
+    layers = _holding(model, None)
+    specs = {path: list(layer.specs.values()) for path, layer in layers.items()}
+    larger = {
+        f"{path} ({s.adapter!r}: {s.r})"
+        for path, own in specs.items()
+        for s in own
+        if target_rank is not None and s.r > target_rank
+    }
+    if larger:
+        listed = ", ".join(sorted(larger)[:3])
+        raise ConfigError(f"target_rank={target_rank} is below the rank of {len(larger)} layers: {listed}")
+    problems = []
+    for path, layer in layers.items():
+        for spec in layer.specs.values():
+            wide = _widened(spec, target_rank)
+            if (reason := layer.refuses(layer.original_base(), wide)) is not None:
+                problems.append(f"{path}: {reason}")
+            if layer.update(spec.adapter)[1].shape[0] != spec.r and layer.is_matrix():
+                problems.append(
+                    f"{path}: {spec.adapter!r} keeps its starting factors beside the trained ones"
+                )
+    if problems:
+        raise ConfigError("these layers cannot be padded:\n" + "\n".join(f"  - {p}" for p in problems[:6]))
+    for layer in layers.values():
+        for spec in list(layer.specs.values()):
+            _pad(layer, spec, target_rank)
+    for name in {s.adapter for own in specs.values() for s in own}:
+        holding = {p: layer for p, layer in layers.items() if name in layer.held_adapters}
+        _restate(model, name, holding)
+        elsewhere = config.get(name) if isinstance(config, Mapping) else config
+        if isinstance(elsewhere, LoraConfig):
+            restate(elsewhere, [layer.specs[name] for layer in holding.values()])
+
+
+def _check_compiled(model: nn.Module, check_compiled: str) -> None:
+    if check_compiled not in ("error", "warn", "ignore"):
+        raise ConfigError(f"check_compiled is 'error', 'warn' or 'ignore', got {check_compiled!r}")
+    if check_compiled != "ignore" and (hasattr(model, "_orig_mod") or model._compiled_call_impl is not None):
+        words = "the model is compiled already: prepare it for hot-swapping before torch.compile"
+        if check_compiled == "error":
+            raise ConfigError(words)
+        warnings.warn(f"{words}, or it is compiled once more", VeneerWarning, stacklevel=3)
+
+
+def _widened(spec: LoraSpec, target_rank: int | None) -> LoraSpec:
+    rank = spec.r if target_rank is None else target_rank
+    return replace(spec, r=rank, lora_alpha=float(rank), use_rslora=False, constant_scaling=True)
+
+
+@torch.no_grad()
+def _pad(layer: LoraLayer, spec: LoraSpec, target_rank: int | None) -> None:
+    """Give an adapter of a layer its new rank, and the scaling 1."""
+    if spec.constant_scaling and target_rank in (None, spec.r):
+        return
+    wide = _widened(spec, target_rank)
+    a, b, bias = layer.factors(spec.adapter)
+    shape_a, shape_b = layer.shapes(layer.original_base(), wide.r)
+    strength = layer.scaling[spec.adapter]
+    groups = int(getattr(layer.original_base(), "groups", 1))
+    new_a, new_b = a.new_zeros(shape_a), b.new_zeros(shape_b)
+    for part, held in zip(new_a.chunk(groups), a.chunk(groups), strict=True):
+        part[: held.shape[0]] = held
+    new_b[:, : b.shape[1]] = b * strength
+    trained = a.requires_grad
+    layer.put_factors(spec.adapter, new_a, new_b, None if bias is None else bias * strength)
+    layer.respecify(wide)
+    for parameter in layer.adapter_parameters(spec.adapter):
+        parameter.requires_grad_(trained)
