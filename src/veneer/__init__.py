@@ -64,6 +64,7 @@ from veneer.model import (
     prepare_model_for_compiled_hotswap,
     set_peft_model_state_dict,
 )
+from veneer.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
 
 if TYPE_CHECKING:
     from veneer.integrations.auto import (
@@ -138,6 +139,8 @@ __all__ = [
     "TunerLayerStatus",
     "TunerModelStatus",
     "cast_mixed_precision_params",
+    "create_lorafa_optimizer",
+    "create_loraplus_optimizer",
     "get_layer_status",
     "get_model_status",
     "get_eva_state_dict",

@@ -28,7 +28,7 @@ RANKS: tuple[tuple[str, ...], ...] = (
     ("ops", "targets", "adapters", "inits", "variants", "backends"),
     ("routing",),
     ("layers",),
-    ("inject", "checkpoint", "arithmetic", "checks"),
+    ("inject", "checkpoint", "arithmetic", "checks", "optimizers"),
     ("state",),
     ("model",),
     ("calibration",),

@@ -99,6 +99,7 @@ LAYOUT: dict[str, tuple[str, ...]] = {
         "inject_adapter_in_model",
     ),
     "peft.mapping_func": ("MODEL_TYPE_TO_PEFT_MODEL_MAPPING", "get_peft_model"),
+    "peft.optimizers": ("create_lorafa_optimizer", "create_loraplus_optimizer"),
     "peft.peft_model": (*_MODELS, *_STATE, *_STATUS),
     "peft.mixed_model": ("PeftMixedModel",),
     "peft.tuners": _LORA,
