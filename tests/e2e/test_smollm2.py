@@ -51,7 +51,7 @@ def test_it_learns_in_four_steps_and_keeps_it(smollm2: Path, tmp_path: Path) -> 
     torch.manual_seed(0)
     model = get_peft_model(base, LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"))
     rows = encode(SHORT["train"][:16], tokenizer).rows
-    options = TrainOptions(learning_rate=1e-3, max_steps=4, batch_size=4, lr_scheduler="constant")
+    options = TrainOptions(learning_rate=1e-3, max_steps=4, batch_size=4, lr_scheduler_type="constant")
     metrics = train(model, tokenizer, rows, tmp_path / "adapter", options)
     losses = [entry["loss"] for entry in metrics["losses"]]
     after = heldout_loss(model, tokenizer)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from .common import app, show_json
-from .train import check_dtype
+from .fields import check_dtype
 
 
 @app.command()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .common import adapter_place, app, console, show_json, size, table
-from .train import check_dtype
+from .fields import check_dtype
 
 if TYPE_CHECKING:
     from ..model import MergeReport

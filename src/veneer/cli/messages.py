@@ -51,6 +51,8 @@ def quieten(flags: Callable[[], Mapping[str, str]]) -> None:
     # What torchao, bitsandbytes and others log when they are imported goes through this handler.
     if logging.lastResort is not None:
         logging.lastResort.setLevel(logging.ERROR)
+    # torch has a handler of its own, and torchao gives it cause on being imported.
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
     for name, value in (
         ("TRANSFORMERS_VERBOSITY", "error"),
         ("DATASETS_VERBOSITY", "error"),

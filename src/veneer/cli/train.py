@@ -1,115 +1,86 @@
-"""``veneer train``: fine-tune a causal language model on a JSONL file."""
+"""``veneer train``: fine-tune a language model with an adapter."""
 
 from __future__ import annotations
 
+import dataclasses
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from .common import app, show_json, size
+from ..errors import VeneerError
+from ..training.options import RunOptions
+from .common import FAILED, INTERRUPTED, app, show_json, size
+from .fields import command_line, options_of, with_flags
+from .messages import say
 
 
 @app.command()
+@with_flags(RunOptions)
 def train(
-    model: Annotated[str, typer.Option(help="Base model: a directory or a hub id.")],
-    data: Annotated[Path, typer.Option(help="JSONL with prompt and completion, or messages.")],
-    output: Annotated[Path, typer.Option(help="Directory for the adapter.")],
-    lora_r: Annotated[int, typer.Option(help="Rank of the adapter.")] = 16,
-    lora_alpha: Annotated[float, typer.Option(help="Numerator of the scaling alpha / r.")] = 16.0,
-    lora_dropout: Annotated[float, typer.Option(help="Dropout before the factors.")] = 0.0,
-    target_modules: Annotated[
-        str, typer.Option(help="all-linear, names with commas, or an expression.")
-    ] = "all-linear",
-    learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-4,
-    epochs: Annotated[
-        float, typer.Option("--epochs", "--num-train-epochs", help="Passes over the data.")
-    ] = 1.0,
-    max_steps: Annotated[int | None, typer.Option(help="Optimizer steps; goes before --epochs.")] = None,
-    batch_size: Annotated[
-        int, typer.Option("--batch-size", "--per-device-train-batch-size", help="Examples a forward pass.")
-    ] = 8,
-    gradient_accumulation_steps: Annotated[int, typer.Option(help="Forward passes an optimizer step.")] = 1,
-    max_length: Annotated[int, typer.Option(help="Longest example, in tokens.")] = 1024,
-    seed: Annotated[int, typer.Option(help="Of the factors, the order of the data, and dropout.")] = 0,
-    dtype: Annotated[
-        str, typer.Option(help="auto, float32, bfloat16 or float16: type of the base.")
-    ] = "auto",
-    save_steps: Annotated[int, typer.Option(help="Steps between checkpoints; 0 writes none.")] = 0,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the last checkpoint in --output.")
+    config: Annotated[
+        Path | None,
+        typer.Argument(metavar="[CONFIG.yaml]", help="Flags by name, one a line; those given beside it win."),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the metrics as JSON.", rich_help_panel="Output")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the metrics as JSON.")] = False,
-) -> None:
-    """Fine-tune a causal language model with an adapter; loss falls on the answers only."""
-    import torch
+    print_config: Annotated[
+        bool,
+        typer.Option("--print-config", help="Print all options as YAML and leave.", rich_help_panel="Output"),
+    ] = False,
+    **given: Any,
+) -> int | None:
+    """Fine-tune a language model with an adapter; loss falls on the answers only.
 
-    from .. import LoraConfig, get_peft_model
-    from ..training import Terminal, TrainOptions, encode, load_base, read_records
-    from ..training import train as run
-    from ..training.models import check_output, refuse_file
-    from ..training.plots import can_plot, loss_picture
+    Ctrl-C finishes the step, saves a checkpoint and says how to go on; torchrun and accelerate launch work.
+    """
+    options = options_of(RunOptions, config, given)
+    if print_config:
+        _print(options)
+        return None
+    from ..training import Terminal
+    from ..training.run import fine_tune
+    from ..training.stopping import Interrupted
 
-    progress = Terminal()
-    options = TrainOptions(
-        learning_rate=learning_rate,
-        epochs=epochs,
-        max_steps=max_steps,
-        batch_size=batch_size,
-        gradient_accumulation_steps=gradient_accumulation_steps,
-        seed=seed,
-        save_steps=save_steps,
-        resume=resume,
-    )
-    config = LoraConfig(
-        r=lora_r,
-        lora_alpha=lora_alpha,
-        lora_dropout=lora_dropout,
-        target_modules=_targets(target_modules),
-        task_type="CAUSAL_LM",
-    )
-    check_dtype(dtype)
-    refuse_file(output)
-    records = read_records(data)
-    if Path(model).is_dir():  # the adapter notes where its base is, for whoever stands elsewhere later
-        model = str(Path(model).resolve())
-    base, tokenizer = load_base(model, dtype)
-    encoded = encode(records, tokenizer, max_length)
-    progress.say(f"{len(encoded.rows)} examples from {data}")
-    if encoded.cut:
-        progress.say(
-            f"warning: {encoded.cut} examples are longer than {max_length} tokens and were cut"
-            + (
-                f"; {encoded.dropped} of them lost their whole answer and were left out"
-                * bool(encoded.dropped)
-            )
-        )
-    torch.manual_seed(seed)
-    adapted: Any = get_peft_model(base, config)
-    trainable, total = adapted.get_nb_trainable_parameters()
-    progress.say(f"Training {trainable:,} of {total:,} parameters ({trainable / total:.2%})")
-    check_output(output)
-    metrics = run(adapted, tokenizer, encoded.rows, output, options, progress)
-    losses = [entry["loss"] for entry in metrics["losses"]]
-    if can_plot() and losses:
-        loss_picture(output / "loss.png", losses, "Training loss")
+    first = os.environ.get("RANK", "0") == "0"
+    try:
+        metrics = fine_tune(options, Terminal())
+    except Interrupted as left:
+        if first:
+            _say_how_to_go_on(left, config, given)
+        return INTERRUPTED
+    except VeneerError:
+        if first:
+            raise
+        return FAILED  # the first process fails of the same, and says so
+    if not first:
+        return None
     if as_json:
         show_json(metrics)
-        return
-    weights = (output / "adapter_model.safetensors").stat().st_size
+        return None
+    output = Path(options.output)
+    losses = [entry["loss"] for entry in metrics["losses"]]
     print(f"{metrics['steps']} steps in {metrics['seconds']:.0f} s, loss {losses[0]:.3f} -> {losses[-1]:.3f}")
+    if held_out := [entry["loss"] for entry in metrics["evaluations"]]:
+        print(f"held-out loss {held_out[0]:.3f} -> {held_out[-1]:.3f}")
+    weights = (output / "adapter_model.safetensors").stat().st_size
     print(f"adapter ({size(weights)}): {output}")
+    return None
 
 
-def _targets(text: str) -> str | list[str]:
-    """A list where names are divided by commas, else what it is: a name, a keyword or an expression."""
-    names = [name.strip() for name in text.split(",")]
-    plain = all(name.replace("_", "").replace(".", "").isalnum() for name in names)
-    return names if plain and names != ["all-linear"] else text
+def _print(options: RunOptions) -> None:
+    import yaml
+
+    print(yaml.safe_dump(dataclasses.asdict(options), sort_keys=False), end="")
 
 
-def check_dtype(dtype: str) -> None:
-    """Refuse a type that models are not loaded in."""
-    known = ("auto", "float32", "bfloat16", "float16")
-    if dtype not in known:
-        raise typer.BadParameter(f"--dtype is one of {', '.join(known)}, not {dtype!r}")
+def _say_how_to_go_on(left: Any, config: Path | None, given: dict[str, Any]) -> None:
+    if left.checkpoint is None:
+        say("Nothing was trained yet, so there is nothing to resume.")
+        return
+    say(f"Stopped after step {left.step} of {left.steps}; checkpoint: {left.checkpoint}. To go on:")
+    same = {name: value for name, value in given.items() if name not in ("resume", "overwrite_output_dir")}
+    launched = " (under the same launcher)" if "RANK" in os.environ else ""
+    say(f"  {command_line('train', config, same, '--resume')}{launched}")

@@ -24,8 +24,9 @@ from .data import (
     read_records,
 )
 from .evaluate import answer_loss, exact_match, generate_answers, valid_json
-from .loop import TrainOptions, train
+from .loop import train
 from .models import cache_dir, demo_model, load_base
+from .options import RunOptions, TrainOptions
 from .progress import Progress, Silent, Terminal
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "Preferences",
     "Progress",
     "Records",
+    "RunOptions",
     "Silent",
     "Terminal",
     "TrainOptions",

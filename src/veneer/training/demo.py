@@ -16,10 +16,12 @@ from ..checkpoint import SAFETENSORS_NAME
 from .adapters import merge, save_merged
 from .data import Collator, Row, encode, pad_token, prompt_ids
 from .evaluate import answer_loss, exact_match, generate_answers, valid_json
-from .loop import TrainOptions, train, write_json
+from .loop import train
 from .models import check_output, demo_model, directory_bytes, load_base
+from .options import TrainOptions
 from .plots import can_plot, loss_picture
 from .progress import Progress, Silent
+from .resuming import write_json
 
 INSTRUCTION = (
     "Turn this e-mail header into JSON with the keys date (YYYY-MM-DD), domain (of the sender), "
@@ -257,7 +259,7 @@ def _picture(path: Path, losses: list[float], result: DemoResult) -> None:
         losses,
         f"SmolLM2-135M learns to read mail headers: adapter of {result.sizes['adapter'] / 1e6:.0f} MB, "
         f"base of {result.sizes['base'] / 1e6:.0f} MB",
-        held_out=(before.loss, after.loss),
+        held_out=[(0, before.loss), (len(losses), after.loss)],
         shares={
             "valid JSON": (before.valid / total, after.valid / total),
             "exact answers": (before.exact / total, after.exact / total),

@@ -10,23 +10,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .chunks import chunked_loss
 from .data import IGNORED, Collator, Row, without_cache
 from .progress import Progress, Silent
 
 
-def loss_sum(model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+def loss_sum(model: Any, batch: Mapping[str, Tensor], *, chunk: int = 0) -> tuple[Tensor, Tensor]:
     """Sum of the negative log-likelihood of a batch's answers, and the number of their tokens.
 
     Logits are computed only where some row of the batch has an answer: for a short answer to a long prompt
     that is most of the work and of the memory of a large vocabulary.
 
     Args:
-        model: A causal language model of transformers, adapted or not.
+        model: A causal language model of transformers, adapted or not; also inside a data-parallel wrapper.
         batch: ``input_ids``, ``attention_mask``, ``labels``: (rows, length); labels are -100 for no loss.
+        chunk: Tokens whose logits are computed at a time, see `chunked_loss`; 0 is all.
 
     Returns:
         (sum, count), both scalars; the sum is of float32 and carries gradients.
     """
+    if chunk:
+        return chunked_loss(model, batch, chunk)
     labels = batch["labels"][:, 1:]
     inputs = {name: value for name, value in batch.items() if name != "labels"} | without_cache(model)
     keep = (labels != IGNORED).any(dim=0).nonzero().squeeze(1)
@@ -42,6 +46,7 @@ def loss_sum(model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def _keeps_logits(model: Any) -> bool:
+    model = getattr(model, "module", model)  # inside DistributedDataParallel
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     return "logits_to_keep" in inspect.signature(base.forward).parameters
 

@@ -2,254 +2,242 @@
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import math
 import os
+import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError, TrainingError
-from .data import Collator, Row, pad_token
-from .evaluate import loss_sum
+from ..errors import TrainingError
+from .chunks import check_chunks
+from .data import Collator, pad_token
 from .models import quiet_transformers, require
+from .objectives import Answers, Objective
+from .options import TrainOptions
 from .progress import Progress, Silent
+from .resuming import (
+    begin_afresh,
+    check_same_run,
+    checkpoints,
+    last_checkpoint,
+    reason,
+    run_record,
+    write_json,
+)
+from .stopping import Interrupted, Stop
+from .trainer import Setup, check_names, objective_trainer, total_steps
 
-
-@dataclass(frozen=True)
-class TrainOptions:
-    """How to train; the names are transformers'.
-
-    Attributes:
-        learning_rate: Peak of the schedule.
-        epochs: Passes over the data, where ``max_steps`` is None.
-        max_steps: Optimizer steps.
-        batch_size: Examples a forward pass.
-        gradient_accumulation_steps: Forward passes an optimizer step.
-        lr_scheduler: transformers' name of the schedule.
-        warmup_steps: Steps from 0 up to the learning rate.
-        weight_decay: Of AdamW.
-        max_grad_norm: Gradients are scaled down to this norm.
-        seed: Order of the data, dropout.
-        save_steps: Steps from one checkpoint to the next; 0 writes none.
-        resume: Go on from the last checkpoint of the output directory.
-    """
-
-    learning_rate: float = 2e-4
-    epochs: float = 1.0
-    max_steps: int | None = None
-    batch_size: int = 8
-    gradient_accumulation_steps: int = 1
-    lr_scheduler: str = "linear"
-    warmup_steps: int = 0
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    seed: int = 0
-    save_steps: int = 0
-    resume: bool = False
-
-    def __post_init__(self) -> None:
-        wrong = [
-            f"{name} must be {what}, not {value}"
-            for name, value, good, what in (
-                ("learning_rate", self.learning_rate, self.learning_rate > 0, "above 0"),
-                ("epochs", self.epochs, self.epochs > 0, "above 0"),
-                ("max_steps", self.max_steps, self.max_steps is None or self.max_steps > 0, "above 0"),
-                ("batch_size", self.batch_size, self.batch_size > 0, "above 0"),
-                (
-                    "gradient_accumulation_steps",
-                    self.gradient_accumulation_steps,
-                    self.gradient_accumulation_steps > 0,
-                    "above 0",
-                ),
-                ("warmup_steps", self.warmup_steps, self.warmup_steps >= 0, "0 or more"),
-                ("save_steps", self.save_steps, self.save_steps >= 0, "0 or more"),
-                ("weight_decay", self.weight_decay, self.weight_decay >= 0, "0 or more"),
-            )
-            if not good
-        ]
-        if wrong:
-            raise ConfigError("; ".join(wrong))
+#: Makes a trainer of a setup and callbacks.
+Making = Callable[[Setup, Sequence[Any]], Any]
 
 
 def train(
     model: Any,
     tokenizer: Any,
-    rows: Sequence[Row],
+    rows: Sequence[Any],
     output: str | os.PathLike[str],
     options: TrainOptions | None = None,
     progress: Progress | None = None,
+    *,
+    eval_rows: Sequence[Any] = (),
+    objective: Objective | None = None,
+    make_trainer: Making | None = None,
+    stop: Stop | None = None,
 ) -> dict[str, Any]:
-    """Train an adapted causal language model on token rows, and save the adapter and the tokenizer.
+    """Train an adapted model on token rows, and save the adapter and the tokenizer.
 
     Args:
-        model: From `get_peft_model` (or any causal language model with trainable parameters).
+        model: From `get_peft_model` (or any model of transformers with trainable parameters).
         tokenizer: Saved along; its padding token fills batches.
-        rows: From `encode`.
+        rows: From `encode`, or what the objective's collator takes.
         output: Directory for the adapter, checkpoints, ``metrics.json`` and the tokenizer.
         options: How to train.
         progress: Where to report loss and time left.
+        eval_rows: Held-out rows; their loss is taken before the first step, after the last, and between them
+            as often as the options say.
+        objective: What a row is trained for; the tokens of the answers where None.
+        make_trainer: Another trainer than that of the objective.
+        stop: Asked after each step whether to go on.
 
     Returns:
-        What ``metrics.json`` holds: ``losses`` (step, loss, learning rate), ``steps``, ``seconds``,
-        ``tokens`` seen, ``trainable`` parameters, ``options``.
+        What ``metrics.json`` holds: ``losses`` (step, loss, learning rate), ``evaluations`` (step, loss, …),
+        ``steps``, ``seconds``, ``tokens`` seen without padding, ``trainable`` parameters, ``options``. Of
+        several processes the first one writes.
 
     Raises:
-        TrainingError: Nothing is trainable, the loss stopped being a number, or there is nothing to resume.
+        ConfigError: An option that transformers does not know.
+        TrainingError: Nothing is trainable, the loss stopped being a number, a checkpoint cannot be written,
+            or there is nothing to resume from, or only another run.
+        Interrupted: It was asked to stop; a checkpoint lies in the output.
     """
     require("transformers", "train", "training")
     require("accelerate", "train", "training")
     options = TrainOptions() if options is None else options
     progress = Silent() if progress is None else progress
-    output = Path(output)
+    check_names(options)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if not trainable:
         raise TrainingError(
             "no parameter of the model is trainable: a saved adapter is loaded for training with "
             "is_trainable=True"
         )
-    collator = Collator(pad_token(tokenizer))
-    checkpoint = _last_checkpoint(output) if options.resume else None
-    begun = time.monotonic()
-    with ExitStack() as stack:
-        trainer = _trainer(model, rows, collator, output, options, _reporter(progress, stack))
-        stack.enter_context(quiet_transformers())
-        trainer.train(resume_from_checkpoint=checkpoint)
+    if options.loss_chunk_size:
+        check_chunks(model)
+    answers = Answers(Collator(pad_token(tokenizer)), options.loss_chunk_size)
+    chosen = answers if objective is None else objective
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    setup = Setup(
+        model=model,
+        tokenizer=tokenizer,
+        rows=rows,
+        eval_rows=eval_rows,
+        output=Path(output),
+        options=options,
+        steps=total_steps(len(rows), options, processes),
+        record=run_record(model, rows, eval_rows, options, processes),
+        stop=Stop() if stop is None else stop,
+    )
+    checkpoint, before = _beginning(setup, processes)
+    reporter = _reporter(progress, setup, before)
+    setup_is_new = not setup.output.exists()
+    try:
+        with ExitStack() as stack, quiet_transformers():
+            reporter.stack = stack
+            trainer = (make_trainer or _of_objective(chosen))(setup, [reporter])
+            trainer.clock = reporter.seconds
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except BaseException:
+        if setup_is_new and setup.output.is_dir() and not any(setup.output.iterdir()):
+            setup.output.rmdir()
+        raise
+    state = trainer.state
+    if state.global_step < state.max_steps and setup.stop.anywhere():
+        place = setup.output / f"checkpoint-{state.global_step}"
+        raise Interrupted(state.global_step, state.max_steps, place)
     metrics = {
-        "steps": trainer.state.global_step,
-        "seconds": round(time.monotonic() - begun, 2),
-        "tokens": int(trainer.state.num_input_tokens_seen or 0),
+        "steps": state.global_step,
+        "seconds": round(reporter.seconds(), 2),
+        "tokens": int(state.num_input_tokens_seen or 0),
         "trainable": trainable,
-        "options": asdict(options),
+        "processes": processes,
+        "options": dataclasses.asdict(options),
         "losses": [
             {"step": entry["step"], "loss": entry["loss"], "learning_rate": entry["learning_rate"]}
-            for entry in trainer.state.log_history
+            for entry in state.log_history
             if "loss" in entry
         ],
+        "evaluations": _evaluations(state.log_history),
     }
-    model.save_pretrained(output)
-    tokenizer.save_pretrained(output)
-    write_json(output / "metrics.json", metrics)
+    if trainer.is_world_process_zero():
+        _write(setup, metrics)
     return metrics
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write JSON, the whole file or none of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    part.replace(path)
+def _of_objective(objective: Objective) -> Making:
+    return lambda setup, callbacks: objective_trainer(setup, objective, callbacks)
 
 
-def _last_checkpoint(output: Path) -> str:
-    """The newest checkpoint that was written to its end: its state is among the last files."""
-    numbers = {
-        int(place.name.removeprefix("checkpoint-")): place
-        for place in output.glob("checkpoint-*")
-        if place.name.removeprefix("checkpoint-").isdigit()
-    }
-    whole = [n for n in sorted(numbers) if _is_json(numbers[n] / "trainer_state.json")]
-    if not whole:
-        raise TrainingError(
-            f"nothing to resume: {output} holds no {'complete ' if numbers else ''}checkpoint. Start without "
-            "--resume; --save-steps N writes one every N steps."
-        )
-    return str(numbers[whole[-1]])
+def _beginning(setup: Setup, processes: int) -> tuple[Path | None, float]:
+    """(checkpoint to go on from, seconds that were spent before it)."""
+    if setup.options.resume:
+        checkpoint = last_checkpoint(setup.output, processes)
+        return checkpoint, check_same_run(checkpoint, setup.record)
+    if os.environ.get("RANK", "0") == "0":
+        begin_afresh(setup.output, setup.options.overwrite_output_dir)
+    return None, 0.0
 
 
-def _is_json(path: Path) -> bool:
+def _write(setup: Setup, metrics: dict[str, Any]) -> None:
+    """Adapter, tokenizer and metrics; then checkpoints that nobody asked for are removed."""
     try:
-        json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # the run was cut off before or while it wrote it
-        return False
-    return True
+        setup.model.save_pretrained(setup.output)
+        setup.tokenizer.save_pretrained(setup.output)
+        write_json(setup.output / "metrics.json", metrics)
+    except OSError as error:
+        last = checkpoints(setup.output)
+        way = f"make room and --resume goes on from {last[-1]}" if last else "what was learned is lost"
+        raise TrainingError(
+            f"the result cannot be written to {setup.output}: {reason(error)}; {way}"
+        ) from error
+    if not setup.options.save_steps:
+        for place in checkpoints(setup.output):
+            shutil.rmtree(place, ignore_errors=True)
 
 
-def _trainer(
-    model: Any,
-    rows: Sequence[Row],
-    collator: Collator,
-    output: Path,
-    options: TrainOptions,
-    reporter: Any,
-) -> Any:
-    from transformers import PrinterCallback, Trainer, TrainingArguments
-
-    from ..integrations.transformers import enable_trainer
-
-    enable_trainer()
-
-    class AnswerTrainer(Trainer):
-        """Trainer whose loss computes logits only where there are answers."""
-
-        def compute_loss(
-            self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-        ) -> Any:
-            total, count = loss_sum(self.accelerator.unwrap_model(model), inputs)
-            if num_items_in_batch is None:
-                return total / count
-            share = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-            return total / num_items_in_batch * share
-
-    arguments = TrainingArguments(
-        output_dir=str(output),
-        per_device_train_batch_size=options.batch_size,
-        gradient_accumulation_steps=options.gradient_accumulation_steps,
-        learning_rate=options.learning_rate,
-        num_train_epochs=options.epochs,
-        max_steps=-1 if options.max_steps is None else options.max_steps,
-        lr_scheduler_type=options.lr_scheduler,
-        warmup_steps=options.warmup_steps,
-        weight_decay=options.weight_decay,
-        max_grad_norm=options.max_grad_norm,
-        seed=options.seed,
-        logging_steps=1,
-        # The filter would replace a loss that is no number by the mean of the others.
-        logging_nan_inf_filter=False,
-        save_strategy="steps" if options.save_steps else "no",
-        save_steps=options.save_steps or 500,
-        save_total_limit=2,
-        include_num_input_tokens_seen="all",
-        disable_tqdm=True,
-        report_to=[],
-        remove_unused_columns=False,
-        dataloader_pin_memory=False,
-    )
-    trainer = AnswerTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=list(rows),
-        data_collator=collator,
-        callbacks=[reporter],
-    )
-    # It prints every log entry to standard output, which is for results.
-    trainer.remove_callback(PrinterCallback)
-    return trainer
+def _evaluations(history: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    kept = ("loss", "accuracy", "rewards/accuracies", "rewards/margins")
+    return [
+        {"step": entry["step"], **{name: entry[f"eval_{name}"] for name in kept if f"eval_{name}" in entry}}
+        for entry in history
+        if "eval_loss" in entry
+    ]
 
 
-def _reporter(progress: Progress, stack: ExitStack) -> Any:
-
+def _reporter(progress: Progress, setup: Setup, before: float) -> Any:
+    """A callback for progress, evaluation, stopping, and losses that are no number."""
     from transformers import TrainerCallback
 
     class Reporter(TrainerCallback):
-        """Feeds the progress bar, and stops a run whose loss is no number."""
+        stack: ExitStack
+        trainer: Any
+
+        def __init__(self) -> None:
+            self.begun = time.monotonic()
+            self.working = 0.0
+
+        def seconds(self) -> float:
+            """Of the whole run, also before its last checkpoint."""
+            return before + time.monotonic() - self.begun
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            self.advance = stack.enter_context(progress.bar("training", state.max_steps))
+            self.tokens = state.num_input_tokens_seen or 0
+            self._evaluate_if_due(state)
+            self.advance = self.stack.enter_context(progress.bar("training", state.max_steps))
             self.advance(state.global_step, "")
 
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.step_begun = time.monotonic()
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+            self.working += time.monotonic() - self.step_begun
+            if state.global_step < state.max_steps and setup.stop.anywhere():
+                control.should_save = control.should_training_stop = True
+                control.should_evaluate = False
+            else:
+                control.should_evaluate = self._due(state)
+            return control
+
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-            loss = (logs or {}).get("loss")
-            if loss is None:
+            told = logs or {}
+            if "eval_loss" in told:
+                measures = [f"held-out loss {told['eval_loss']:.3f}"]
+                if "eval_accuracy" in told:
+                    measures.append(f"accuracy {told['eval_accuracy']:.1%}")
+                progress.say(f"  step {state.global_step}: {', '.join(measures)}")
+            if "loss" not in told:
                 return
-            if not math.isfinite(loss):
+            if not math.isfinite(told["loss"]):
                 raise TrainingError(
-                    f"the loss became {loss} at step {state.global_step}: lower the learning rate "
+                    f"the loss became {told['loss']} at step {state.global_step}: lower the learning rate "
                     f"(it is {args.learning_rate:g}), or train in bfloat16 or float32 instead of float16"
                 )
-            self.advance(1, f"loss {loss:.3f}")
+            rate = ((state.num_input_tokens_seen or 0) - self.tokens) / max(self.working, 1e-9)
+            self.advance(1, f"loss {told['loss']:.3f}, {rate:,.0f} tokens/s")
+
+        def _due(self, state: Any) -> bool:
+            every, step = setup.options.eval_steps, state.global_step
+            return bool(setup.eval_rows) and (
+                step in (0, state.max_steps) or bool(every and step % every == 0)
+            )
+
+        def _evaluate_if_due(self, state: Any) -> None:
+            """Before the first step, and where a run was cut off between a step and its evaluation."""
+            known = [entry["step"] for entry in state.log_history if "eval_loss" in entry]
+            if self._due(state) and state.global_step not in known:
+                self.trainer.evaluate()
 
     return Reporter()

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -170,32 +170,106 @@ def convert_gguf(gguf: Path, place: Path) -> Path:
     return place
 
 
-def load_base(source: str | os.PathLike[str], dtype: str = "auto") -> tuple[Any, Any]:
-    """(model, tokenizer) of a causal language model in a directory or on the hub.
-
-    Args:
-        source: A directory, or a repository id of the hub.
-        dtype: ``auto`` (as it was saved), ``float32``, ``bfloat16`` or ``float16``.
+def load_tokenizer(source: str | os.PathLike[str]) -> Any:
+    """The tokenizer of a model in a directory or on the hub.
 
     Raises:
-        TrainingError: It is not there, or is no causal language model.
+        TrainingError: There is no model, or none with a tokenizer.
     """
     require("transformers", "hf", "loading a language model")
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     if looks_local(source) and not (Path(source) / "config.json").is_file():
         what = "has no config.json" if Path(source).is_dir() else "is no directory"
         raise TrainingError(
             f"no model at {source}: it {what}. Give a directory that transformers saved, or a hub id."
         )
+    with _loading(source):
+        return AutoTokenizer.from_pretrained(source)
+
+
+def load_base(
+    source: str | os.PathLike[str],
+    dtype: str = "auto",
+    *,
+    quantize: str | None = None,
+    label_names: Sequence[str] | None = None,
+) -> tuple[Any, Any]:
+    """(model, tokenizer) of a language model in a directory or on the hub.
+
+    Args:
+        source: A directory, or a repository id of the hub.
+        dtype: ``auto`` (as it was saved), ``float32``, ``bfloat16`` or ``float16``.
+        quantize: Keep its weights as ``nf4``, ``fp4``, ``int8`` or ``int4``, see `quantization`.
+        label_names: Names of classes: load it with a head for them instead of one for the next token.
+
+    Raises:
+        TrainingError: It is not there, or is no language model.
+        MissingExtraError: The library of a quantisation is not installed.
+    """
+    tokenizer = load_tokenizer(source)
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    more: dict[str, Any] = {} if quantize is None else quantization(quantize, dtype)
+    kind = AutoModelForCausalLM
+    if label_names is not None:
+        kind = AutoModelForSequenceClassification
+        named = dict(enumerate(label_names))
+        more |= {"id2label": named, "label2id": {name: number for number, name in named.items()}}
+    with _loading(source):
+        model = kind.from_pretrained(source, dtype=dtype, **more)
+    if label_names is not None and getattr(model.config, "pad_token_id", None) is None:
+        from .data import pad_token
+
+        # Without it, models that read the class off the last token take that of the padding.
+        model.config.pad_token_id = pad_token(tokenizer)
+    return model, tokenizer
+
+
+@contextlib.contextmanager
+def _loading(source: str | os.PathLike[str]) -> Iterator[None]:
     with quiet_transformers():
         try:
-            tokenizer = AutoTokenizer.from_pretrained(source)
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+            yield
         except (OSError, ValueError, KeyError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
             raise TrainingError(f"the model {str(source)!r} cannot be loaded: {reason}") from error
-    return model, tokenizer
+
+
+def quantization(name: str, dtype: str = "auto") -> dict[str, Any]:
+    """What ``from_pretrained`` must be given to keep a model's weights quantised.
+
+    Args:
+        name: ``nf4``, ``fp4`` (4 bits) or ``int8`` of bitsandbytes, or ``int4`` of torchao.
+        dtype: Type that products are computed in; bfloat16 for ``auto``.
+
+    Raises:
+        MissingExtraError: The library is not installed.
+    """
+    import torch
+
+    require("torchao" if name == "int4" else "bitsandbytes", "quant", f"--quantize {name}")
+    if name == "int4":
+        from torchao.quantization import Int4WeightOnlyConfig
+        from transformers import TorchAoConfig
+
+        config = TorchAoConfig(Int4WeightOnlyConfig(group_size=128))
+    else:
+        from transformers import BitsAndBytesConfig
+
+        computed = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
+        config = (
+            BitsAndBytesConfig(load_in_8bit=True)
+            if name == "int8"
+            else BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type=name,
+                bnb_4bit_use_double_quant=True,
+                bnb_4bit_compute_dtype=computed,
+            )
+        )
+    place = int(os.environ.get("LOCAL_RANK", "0")) if torch.cuda.is_available() else "cpu"
+    return {"quantization_config": config, "device_map": {"": place}}
 
 
 def looks_local(source: str | os.PathLike[str]) -> bool:

@@ -18,8 +18,9 @@ def loss_picture(
     path: Path,
     losses: Sequence[float],
     title: str,
-    held_out: tuple[float, float] | None = None,
+    held_out: Sequence[tuple[int, float]] = (),
     shares: Mapping[str, tuple[float, float]] | None = None,
+    ylabel: str = "loss per token of the answer",
 ) -> None:
     """Write a PNG: the loss of each step, and beside it shares before and after where they are given.
 
@@ -27,8 +28,9 @@ def loss_picture(
         path: The file to write.
         losses: Training loss, one a step.
         title: Headline.
-        held_out: Loss on held-out examples before the first and after the last step.
+        held_out: (step, loss on held-out examples), step 0 being before the first; their ends get a number.
         shares: Name -> (before, after), each in [0, 1].
+        ylabel: What the loss is of.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -41,15 +43,23 @@ def loss_picture(
     steps = range(1, len(losses) + 1)
     marker = "o" if len(losses) <= 60 else ""
     curve.plot(steps, losses, color=STRONG, marker=marker, markersize=4, label="training")
-    if held_out is not None:
-        ends = (0, len(losses))
-        curve.plot(ends, held_out, "D", color=INK, markersize=7, label="held-out, before and after")
-        for x, y, side, gap in zip(ends, held_out, ("right", "left"), (-8, 8), strict=True):
+    if held_out:
+        label = "held-out, before and after" if len(held_out) == 2 else "held-out"
+        curve.plot(
+            [step for step, _ in held_out],
+            [loss for _, loss in held_out],
+            "D" if len(held_out) == 2 else "D-",
+            color=INK,
+            markersize=7 if len(held_out) == 2 else 5,
+            label=label,
+        )
+        ends = (held_out[0], held_out[-1]) if len(held_out) > 1 else held_out
+        for (x, y), side, gap in zip(ends, ("right", "left"), (-8, 8), strict=False):
             curve.annotate(f"{y:.3f}", (x, y), xytext=(gap, -4), textcoords="offset points", ha=side)
         room = 0.14 * len(losses)
         curve.set_xlim(-room, len(losses) + room)
     curve.xaxis.set_major_locator(MaxNLocator(integer=True))
-    curve.set(xlabel="step", ylabel="loss per token of the answer", ylim=(0, None))
+    curve.set(xlabel="step", ylabel=ylabel, ylim=(0, None))
     curve.legend(frameon=False)
     if shares:
         bars = columns[1]

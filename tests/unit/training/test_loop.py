@@ -13,8 +13,9 @@ import torch
 
 from tests.tolerances import TRAINING, assert_close
 from tests.unit.training.tiny import RECORDS, tiny_model, tiny_tokenizer
-from veneer import ConfigError, LoraConfig, PeftModel, TrainingError, get_peft_model
-from veneer.training import TrainOptions, encode, loop, train
+from veneer import LoraConfig, PeftModel, TrainingError, get_peft_model
+from veneer.training import TrainOptions, encode, train
+from veneer.training.stopping import Interrupted, Stop
 
 TOKENIZER = tiny_tokenizer()
 ROWS = encode(RECORDS, TOKENIZER).rows
@@ -46,9 +47,30 @@ def adapted(dropout: float = 0.0) -> Any:
 
 
 def run(output: Path, dropout: float = 0.0, **options: Any) -> list[float]:
+    return losses_of(whole_run(output, dropout, **options))
+
+
+def whole_run(output: Path, dropout: float = 0.0, **options: Any) -> dict[str, Any]:
+    rest = {name: options.pop(name) for name in ("eval_rows", "stop") if name in options}
     settings = {"learning_rate": 1e-2, "batch_size": 4, **options}
-    metrics = train(adapted(dropout), TOKENIZER, ROWS, output, TrainOptions(**settings))
+    return train(adapted(dropout), TOKENIZER, ROWS, output, TrainOptions(**settings), **rest)
+
+
+def losses_of(metrics: dict[str, Any]) -> list[float]:
     return [entry["loss"] for entry in metrics["losses"]]
+
+
+class StopAfter(Stop):
+    """Asks to stop when it was asked a number of times: once a step."""
+
+    def __init__(self, steps: int) -> None:
+        super().__init__()
+        self.left = steps
+
+    def anywhere(self) -> bool:
+        self.left -= 1
+        self.asked = self.left <= 0
+        return self.asked
 
 
 def test_the_loss_falls_and_the_base_stays(tmp_path: Path) -> None:
@@ -139,19 +161,102 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path) -> None:
     assert not (tmp_path / "adapter_model.safetensors").exists()
 
 
-def test_wrong_options_are_named_together() -> None:
-    with pytest.raises(
-        ConfigError, match=r"learning_rate must be above 0, not -1; batch_size must be above 0"
-    ):
-        TrainOptions(learning_rate=-1, batch_size=0)
+LONG = {"epochs": 3.5, "batch_size": 3, "gradient_accumulation_steps": 2}
 
 
-def test_a_checkpoint_that_was_cut_off_is_passed_over(tmp_path: Path) -> None:
-    for number, state in ((2, "{}"), (10, "{}"), (12, '{"cut'), (14, None)):
-        place = tmp_path / f"checkpoint-{number}"
-        place.mkdir()
-        if state is not None:
-            (place / "trainer_state.json").write_text(state)
-    assert loop._last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
-    with pytest.raises(TrainingError, match="--save-steps"):
-        loop._last_checkpoint(tmp_path / "none")
+@pytest.mark.parametrize("steps", [1, 3, 4, 7])  # an epoch has three steps
+def test_stopped_and_resumed_it_has_the_losses_of_one_run(steps: int, tmp_path: Path) -> None:
+    how = {**LONG, "dropout": 0.2, "eval_rows": ROWS[:5], "eval_steps": 2}
+    whole = whole_run(tmp_path / "whole", **how)
+    assert whole["steps"] == 11
+    with pytest.raises(Interrupted) as left:
+        whole_run(tmp_path / "cut", stop=StopAfter(steps), **how)
+    assert (left.value.step, left.value.steps) == (steps, 11)
+    assert left.value.checkpoint == tmp_path / "cut" / f"checkpoint-{steps}"
+    assert not (tmp_path / "cut" / "adapter_model.safetensors").exists()
+    resumed = whole_run(tmp_path / "cut", resume=True, **how)
+    assert resumed["losses"] == whole["losses"]
+    assert resumed["evaluations"] == whole["evaluations"]
+    assert resumed["tokens"] == whole["tokens"]
+    assert [entry["step"] for entry in whole["evaluations"]] == [0, 2, 4, 6, 8, 10, 11]
+    same = (tmp_path / place / "adapter_model.safetensors" for place in ("whole", "cut"))
+    assert len({file.read_bytes() for file in same}) == 1
+
+
+def test_checkpoints_that_nobody_asked_for_are_removed_at_the_end(tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        whole_run(tmp_path, max_steps=4, stop=StopAfter(2))
+    run(tmp_path, max_steps=4, resume=True)
+    assert not list(tmp_path.glob("checkpoint-*"))
+    with pytest.raises(TrainingError, match="went to its end"):
+        run(tmp_path, max_steps=4, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"learning_rate": 2e-2}, "learning_rate was 0.01 and is 0.02"),
+        ({"seed": 3, "max_steps": 9}, "max_steps was 6 and is 9; seed was 0 and is 3"),
+        ({"dropout": 0.3}, "another lora_dropout"),
+        ({"eval_rows": ROWS[:2]}, "the evaluation data have other rows"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else "-".join(value),
+)
+def test_another_run_is_not_resumed(change: dict[str, Any], said: str, tmp_path: Path) -> None:
+    run(tmp_path, max_steps=6, save_steps=4)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(TrainingError, match="belongs to another run") as refused:
+        run(tmp_path, **{"max_steps": 6, "resume": True, **change})
+    assert said in str(refused.value)
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
+def test_other_data_are_not_resumed(tmp_path: Path) -> None:
+    options = TrainOptions(max_steps=4, save_steps=2)
+    train(adapted(), TOKENIZER, ROWS, tmp_path, options)
+    with pytest.raises(TrainingError, match="the data have other rows"):
+        train(adapted(), TOKENIZER, ROWS[::-1], tmp_path, TrainOptions(max_steps=4, resume=True))
+
+
+def test_a_new_run_does_not_mix_with_old_checkpoints(tmp_path: Path) -> None:
+    run(tmp_path, max_steps=4, save_steps=2)
+    with pytest.raises(TrainingError, match=r"checkpoint-2, checkpoint-4.*--overwrite-output-dir"):
+        run(tmp_path, max_steps=4)
+    run(tmp_path, max_steps=3, save_steps=3, overwrite_output_dir=True)
+    assert [place.name for place in tmp_path.glob("checkpoint-*")] == ["checkpoint-3"]
+
+
+def test_a_checkpoint_that_cannot_be_written_is_not_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(TrainingError, match=r"checkpoint-2 cannot be written: No space left on device"):
+        run(tmp_path / "out", max_steps=4, save_steps=2)
+    assert not list((tmp_path / "out").rglob("*"))
+
+
+def test_evaluation_leaves_the_losses_alone(tmp_path: Path) -> None:
+    plain = whole_run(tmp_path / "a", dropout=0.1, max_steps=5)
+    watched = whole_run(tmp_path / "b", dropout=0.1, max_steps=5, eval_rows=ROWS, eval_steps=1)
+    assert plain["losses"] == watched["losses"]
+    assert plain["evaluations"] == []
+    assert [entry["step"] for entry in watched["evaluations"]] == [0, 1, 2, 3, 4, 5]
+    assert watched["evaluations"][-1]["loss"] < watched["evaluations"][0]["loss"]
+
+
+def test_warmup_as_a_share_of_all_steps(tmp_path: Path) -> None:
+    share = whole_run(tmp_path / "a", epochs=2, warmup_ratio=0.5)
+    steps = whole_run(tmp_path / "b", epochs=2, warmup_steps=4)
+    assert share["losses"] == steps["losses"]
+    rates = [entry["learning_rate"] for entry in share["losses"]]
+    assert rates.index(max(rates)) == 4
+
+
+@pytest.mark.parametrize("how", [{"loss_chunk_size": 5}, {"gradient_checkpointing": True}], ids=str)
+def test_ways_to_save_memory_change_no_loss(how: dict[str, Any], tmp_path: Path) -> None:
+    plain = run(tmp_path / "a", max_steps=4)
+    sparing = run(tmp_path / "b", max_steps=4, **how)
+    assert_close(torch.tensor(plain), torch.tensor(sparing), TRAINING)

@@ -105,6 +105,7 @@ def packing_for(model: Any) -> Separation:
 
 
 def _inner(model: Any) -> Any:
+    model = getattr(model, "module", model)  # inside DistributedDataParallel
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 

@@ -1,0 +1,97 @@
+"""Flags made of the fields of a dataclass of options, so that each option is declared in one place."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import shlex
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, get_type_hints
+
+import typer
+
+from ..errors import ConfigError
+from ..training.options import DTYPES, TrainOptions, plain_type, read_yaml
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+#: The headings of ``--help``, in this order.
+GROUPS = ("Run", "Data", "Adapter", "Steps", "Memory", "Evaluation", "Output")
+
+
+def with_flags(kind: type[TrainOptions], without: Collection[str] = ()) -> Callable[[Command], Command]:
+    """Give a function with ``**given`` a flag for each field; a flag that is not used arrives as None.
+
+    Args:
+        kind: The options.
+        without: Fields that get no flag.
+    """
+
+    def decorate(function: Command) -> Command:
+        types = get_type_hints(kind)
+        own = [
+            parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+            for parameter in inspect.signature(function, eval_str=True).parameters.values()
+            if parameter.kind is not inspect.Parameter.VAR_KEYWORD
+        ]
+        parts = sorted(dataclasses.fields(kind), key=lambda part: GROUPS.index(part.metadata["group"]))
+        flags = [_flag(part, types[part.name]) for part in parts if part.name not in without]
+        told: Any = function
+        # Arguments, then the fields, then what only the command has: the order of --help.
+        told.__signature__ = inspect.Signature([*own[:1], *flags, *own[1:]])
+        told.__annotations__ = {parameter.name: parameter.annotation for parameter in (*own, *flags)}
+        return function
+
+    return decorate
+
+
+def _flag(part: dataclasses.Field[Any], kind: Any) -> inspect.Parameter:
+    plain = plain_type(kind)
+    names = [_dashed(name) for name in (part.name, *part.metadata["names"])]
+    if plain is bool and not part.metadata["free"]:  # so that a flag can undo what a YAML file says
+        names = [f"{name}/--no-{name[2:]}" for name in names]
+    unset = plain is bool or part.default in (None, "")
+    told = typer.Option(
+        *names,
+        help=part.metadata["help"] + ("" if unset else f" Default: {part.default}."),
+        rich_help_panel=part.metadata["group"],
+        show_default=False,
+    )
+    return inspect.Parameter(
+        part.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[plain | None, told]
+    )
+
+
+def _dashed(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def options_of(kind: type[Any], config: Path | None, given: Mapping[str, Any]) -> Any:
+    """The options: defaults, over them the YAML file, over that the flags.
+
+    Raises:
+        ConfigError: What the file or the flags give cannot be right.
+    """
+    found = {} if config is None else read_yaml(config, kind)
+    return kind(**found | {name: value for name, value in given.items() if value is not None})
+
+
+def command_line(command: str, config: Path | None, given: Mapping[str, Any], *more: str) -> str:
+    """What to type for these flags."""
+    words = ["veneer", command, *([] if config is None else [str(config)])]
+    for name, value in given.items():
+        if isinstance(value, bool):
+            words.append(_dashed(name) if value else f"--no-{name.replace('_', '-')}")
+        elif value is not None:
+            words += [_dashed(name), str(value)]
+    return shlex.join([*words, *more])
+
+
+def check_dtype(dtype: str) -> None:
+    """Refuse a type that models are not loaded in.
+
+    Raises:
+        ConfigError: Naming those that they are.
+    """
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype is one of {', '.join(DTYPES)}, not {dtype!r}")

@@ -1,0 +1,353 @@
+"""The options of a training run, declared once: fields here, flags, keys of a YAML file."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_type_hints
+
+from ..config import LoraConfig
+from ..errors import ConfigError, UnknownOptionError
+from .data import Purpose
+
+T = TypeVar("T")
+
+SCHEDULES = (
+    "linear",
+    "cosine",
+    "constant",
+    "constant_with_warmup",
+    "cosine_with_restarts",
+    "polynomial",
+    "inverse_sqrt",
+)
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+QUANTIZATIONS = ("nf4", "fp4", "int8", "int4")
+METHODS = ("sft", "dpo")
+TASKS = {"causal-lm": "CAUSAL_LM", "seq-cls": "SEQ_CLS"}
+
+
+def option(default: T, group: str, text: str, *names: str, free: bool = False, choices: Any = ()) -> T:
+    """A field that is also a flag and a key.
+
+    Args:
+        default: Its value where nothing is given.
+        group: Heading that it stands under in ``--help``.
+        text: What it does.
+        names: Further names, as other libraries call it.
+        free: It may change between a checkpoint and its resumption: the losses do not depend on it.
+        choices: The values it can have, where they can be listed.
+    """
+    if choices:
+        text = f"{text} {', '.join(choices[:-1])} or {choices[-1]}."
+    details = {"group": group, "help": text, "names": names, "free": free, "choices": tuple(choices)}
+    value: T = field(default=default, metadata=details)
+    return value
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """How to train. ``veneer train --help`` says what each field does; the names are transformers'.
+
+    Raises:
+        ConfigError: Values that cannot be right, all of them at once.
+    """
+
+    learning_rate: float = option(2e-4, "Steps", "Peak learning rate.")
+    epochs: float = option(1.0, "Steps", "Passes over the data.", "num_train_epochs")
+    max_steps: int | None = option(None, "Steps", "Optimizer steps; goes before the epochs.")
+    batch_size: int = option(
+        8, "Steps", "Examples a forward pass, on each device.", "per_device_train_batch_size"
+    )
+    gradient_accumulation_steps: int = option(1, "Steps", "Forward passes an optimizer step.")
+    lr_scheduler_type: str = option(
+        "linear", "Steps", "Schedule of the learning rate:", "lr_scheduler", choices=SCHEDULES
+    )
+    warmup_steps: int = option(0, "Steps", "Steps from 0 up to the learning rate.")
+    warmup_ratio: float = option(0.0, "Steps", "The same as a share of all steps.")
+    weight_decay: float = option(0.0, "Steps", "Weight decay.")
+    max_grad_norm: float = option(1.0, "Steps", "Gradients are scaled down to this norm; 0 leaves them.")
+    optim: str = option(
+        "adamw_torch",
+        "Steps",
+        "Optimizer by transformers' name; with bitsandbytes also adamw_8bit, paged_adamw_8bit, lion_8bit.",
+    )
+    seed: int = option(0, "Steps", "Of the factors, the order of the data, and dropout.")
+    gradient_checkpointing: bool = option(
+        False, "Memory", "Compute activations again in the backward pass instead of keeping them."
+    )
+    loss_chunk_size: int = option(
+        0, "Memory", "Tokens whose logits are computed at a time, and again in the backward pass; 0 is all."
+    )
+    eval_steps: int = option(
+        0, "Evaluation", "Steps between evaluations; 0 evaluates before the first and after the last."
+    )
+    logging_steps: int = option(1, "Output", "Steps between two reports to --report-to.", free=True)
+    report_to: str = option(
+        "none", "Output", "Where losses are reported too: tensorboard, wandb, mlflow, …", free=True
+    )
+    save_steps: int = option(0, "Output", "Steps between checkpoints; 0 writes none.", free=True)
+    save_total_limit: int = option(2, "Output", "Checkpoints kept, the newest.", free=True)
+    resume: bool = option(False, "Output", "Go on from the last checkpoint in --output.", free=True)
+    overwrite_output_dir: bool = option(
+        False, "Output", "Remove the checkpoints of an earlier run in --output.", free=True
+    )
+
+    def __post_init__(self) -> None:
+        wrong = self.problems()
+        if wrong:
+            raise ConfigError("; ".join(wrong))
+
+    def problems(self) -> list[str]:
+        """What cannot be right, a sentence each."""
+        wrong = [
+            f"{name} must be above 0, not {getattr(self, name)}"
+            for name in (
+                "learning_rate",
+                "epochs",
+                "max_steps",
+                "batch_size",
+                "gradient_accumulation_steps",
+                "logging_steps",
+                "save_total_limit",
+            )
+            if getattr(self, name) is not None and not getattr(self, name) > 0
+        ]
+        wrong += [
+            f"{name} must be 0 or more, not {getattr(self, name)}"
+            for name in (
+                "warmup_steps",
+                "weight_decay",
+                "max_grad_norm",
+                "loss_chunk_size",
+                "eval_steps",
+                "save_steps",
+            )
+            if not getattr(self, name) >= 0
+        ]
+        if not 0 <= self.warmup_ratio < 1:
+            wrong.append(f"warmup_ratio must be at least 0 and below 1, not {self.warmup_ratio}")
+        if self.warmup_steps and self.warmup_ratio:
+            wrong.append("warmup_steps and warmup_ratio say the same in two ways: give one of them")
+        return wrong + _not_among(self)
+
+
+@dataclass(frozen=True)
+class RunOptions(TrainOptions):
+    """A whole run: model, data, adapter, and how to train it. Fields as in `TrainOptions`.
+
+    Raises:
+        ConfigError: Values that cannot be right, all of them at once.
+    """
+
+    model: str = option("", "Run", "Base model: a directory or a hub id.", "model_name_or_path")
+    data: str = option(
+        "", "Run", "Examples: JSONL, JSON, CSV, TSV or Parquet, or a data set of the hub.", "dataset_name"
+    )
+    output: str = option(
+        "", "Run", "Directory for the adapter, metrics.json, loss.png, checkpoints.", "output_dir", free=True
+    )
+    method: str = option("sft", "Run", "sft learns the answers, dpo from preferences:", choices=METHODS)
+    task: str = option("causal-lm", "Run", "What the model does:", choices=tuple(TASKS))
+    eval_data: str | None = option(None, "Evaluation", "Held-out examples, given as --data is.")
+    max_length: int = option(1024, "Data", "Longest example, in tokens; longer ones are cut.")
+    packing: bool = option(False, "Data", "Lay several short examples into one row, apart from one another.")
+    beta: float = option(0.1, "Data", "dpo: how much straying from the base model costs.")
+    lora_r: int = option(16, "Adapter", "Rank.")
+    lora_alpha: float = option(16.0, "Adapter", "Numerator of the scaling alpha / r.")
+    lora_dropout: float = option(0.0, "Adapter", "Dropout before the factors.")
+    lora_target_modules: str = option(
+        "all-linear", "Adapter", "all-linear, names with commas, or an expression.", "target_modules"
+    )
+    lora_modules_to_save: str | None = option(
+        None, "Adapter", "Modules trained whole and saved along; names with commas.", "modules_to_save"
+    )
+    use_dora: bool = option(False, "Adapter", "Train the norm of each weight's rows apart (DoRA).")
+    use_rslora: bool = option(False, "Adapter", "Scale by alpha / sqrt(r).")
+    init_lora_weights: str = option(
+        "true", "Adapter", "Start of the factors: true, gaussian, pissa, olora, orthogonal, …"
+    )
+    dtype: str = option("auto", "Memory", "Type of the base's weights:", choices=DTYPES)
+    quantize: str | None = option(None, "Memory", "Keep the base quantised:", choices=QUANTIZATIONS)
+
+    def problems(self) -> list[str]:
+        """What cannot be right, a sentence each."""
+        wrong = [
+            f"{name} is missing: give --{name}, or {name} in the YAML file"
+            for name in ("model", "data", "output")
+            if not getattr(self, name)
+        ]
+        wrong += [
+            f"{name} must be above 0, not {getattr(self, name)}"
+            for name in ("max_length", "beta")
+            if not getattr(self, name) > 0
+        ]
+        if self.method == "dpo":
+            wrong += [
+                f"{name} does not go with method dpo"
+                for name, given in (
+                    ("packing", self.packing),
+                    ("loss_chunk_size", self.loss_chunk_size),
+                    ("task seq-cls", self.task == "seq-cls"),
+                )
+                if given
+            ]
+        elif self.task == "seq-cls":
+            wrong += [
+                f"{name} does not go with task seq-cls"
+                for name, given in (("packing", self.packing), ("loss_chunk_size", self.loss_chunk_size))
+                if given
+            ]
+        wrong += super().problems()
+        try:
+            self.lora_config()
+        except ConfigError as error:
+            wrong.append(str(error))
+        return wrong
+
+    @property
+    def purpose(self) -> Purpose:
+        """What the data are read for."""
+        if self.method == "dpo":
+            return "dpo"
+        return "classification" if self.task == "seq-cls" else "sft"
+
+    def lora_config(self) -> LoraConfig:
+        """The adapter that the options describe.
+
+        Raises:
+            ConfigError: It cannot be made.
+        """
+        init: Any = {"true": True, "false": False}.get(self.init_lora_weights.lower(), self.init_lora_weights)
+        saved = self.lora_modules_to_save
+        return LoraConfig(
+            r=self.lora_r,
+            lora_alpha=self.lora_alpha,
+            lora_dropout=self.lora_dropout,
+            target_modules=_names(self.lora_target_modules),
+            modules_to_save=None if saved is None else [name.strip() for name in saved.split(",")],
+            use_dora=self.use_dora,
+            use_rslora=self.use_rslora,
+            init_lora_weights=init,
+            task_type=TASKS.get(self.task),
+        )
+
+
+def _not_among(options: TrainOptions) -> list[str]:
+    wrong = []
+    for part in dataclasses.fields(options):
+        choices, value = part.metadata["choices"], getattr(options, part.name)
+        if choices and value is not None and value not in choices:
+            near = difflib.get_close_matches(str(value), choices, n=1)
+            hint = f" (do you mean {near[0]}?)" if near else ""
+            wrong.append(f"{part.name} is one of {', '.join(choices)}, not {value!r}{hint}")
+    return wrong
+
+
+def _names(text: str) -> str | list[str]:
+    """A list where names are divided by commas, else what it is: a name, a keyword or an expression."""
+    names = [name.strip() for name in text.split(",")]
+    plain = all(name.replace("_", "").replace(".", "").isalnum() for name in names)
+    return names if plain and names != ["all-linear"] else text
+
+
+def spellings(kind: type[TrainOptions]) -> dict[str, str]:
+    """Every name that an option goes by -> the field it means."""
+    return {
+        name: part.name for part in dataclasses.fields(kind) for name in (part.name, *part.metadata["names"])
+    }
+
+
+def read_yaml(path: str | os.PathLike[str], kind: type[TrainOptions] = RunOptions) -> dict[str, Any]:
+    """The options that a YAML file gives; keys are the flags, with dashes or underscores.
+
+    Raises:
+        UnknownOptionError: Keys that are no option, all of them, with the nearest ones that are.
+        ConfigError: The file cannot be read, is no YAML, gives an option twice, or has a value of another
+            type.
+    """
+    import yaml
+
+    file = Path(path)
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no UTF-8 text"
+        raise ConfigError(f"cannot read the configuration {file}: {reason}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{file} is no YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{file} must hold keys and values, such as `lora_r: 8`, one a line")
+    return from_mapping(content, str(file), kind)
+
+
+def from_mapping(
+    content: Mapping[Any, Any], where: str, kind: type[TrainOptions] = RunOptions
+) -> dict[str, Any]:
+    """Field -> value of what somebody wrote down, each value of the field's type.
+
+    Raises:
+        UnknownOptionError: Keys that are no option, all of them, with the nearest ones that are.
+        ConfigError: An option given twice, or a value of another type.
+    """
+    known, types = spellings(kind), get_type_hints(kind)
+    unknown, wrong = [], []
+    found: dict[str, Any] = {}
+    for key, value in content.items():
+        name = str(key).replace("-", "_")
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            unknown.append(f"{key!r}" + (f" (do you mean {near[0]}?)" if near else ""))
+            continue
+        if known[name] in found:
+            wrong.append(f"{known[name]} is given twice")
+            continue
+        try:
+            found[known[name]] = _typed(value, types[known[name]])
+        except ValueError as error:
+            wrong.append(f"{key} must be {error}, not {value!r}")
+    if unknown:
+        more = f"; {'; '.join(wrong)}" if wrong else ""
+        raise UnknownOptionError(
+            f"{where}: unknown option{'s' * (len(unknown) > 1)} {', '.join(unknown)}{more}. "
+            "The options are the flags of `veneer train --help`."
+        )
+    if wrong:
+        raise ConfigError(f"{where}: {'; '.join(wrong)}")
+    return found
+
+
+def plain_type(kind: Any) -> type:
+    """``int`` of ``int`` and of ``int | None``."""
+    parts = [part for part in get_args(kind) if part is not type(None)]
+    found: type = parts[0] if parts else kind
+    return found
+
+
+def _typed(value: Any, kind: Any) -> Any:
+    wanted = plain_type(kind)
+    if value is None and type(None) in get_args(kind):
+        return None
+    if wanted is bool:
+        if isinstance(value, bool):
+            return value
+        raise ValueError("true or false")
+    if wanted in (int, float) and isinstance(value, int | float | str) and not isinstance(value, bool):
+        try:
+            number = float(value)  # YAML reads 1e-4 as a text
+        except ValueError:
+            number = float("nan")
+        if number == number and (wanted is float or number == int(number)):
+            return wanted(number)
+    if wanted is str:
+        if isinstance(value, bool):
+            return str(value).lower()
+        if isinstance(value, list) and value and all(isinstance(part, str) for part in value):
+            return ",".join(value)
+        if isinstance(value, str | int | float):
+            return str(value)
+    raise ValueError({int: "a whole number", float: "a number", str: "a text"}[wanted])

@@ -1,0 +1,85 @@
+"""Ctrl-C during training: finish the step, save, leave; a second one leaves at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+
+class Interrupted(KeyboardInterrupt):
+    """A run that was asked to stop, and stopped between two steps.
+
+    Attributes:
+        step: Optimizer steps done.
+        steps: Those that the run would have had.
+        checkpoint: Where it goes on from; None where nothing was done yet.
+    """
+
+    def __init__(self, step: int, steps: int, checkpoint: Path | None) -> None:
+        super().__init__(f"stopped after step {step} of {steps}")
+        self.step, self.steps, self.checkpoint = step, steps, checkpoint
+
+
+class Stop:
+    """Whether a run was asked to stop."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def anywhere(self) -> bool:
+        """Whether this or another process of the run was asked; all of them must call it."""
+        import torch
+
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return self.asked
+        on_gpu = torch.distributed.get_backend() == "nccl"
+        flag = torch.tensor(int(self.asked), device="cuda" if on_gpu else "cpu")
+        torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+        return bool(flag.item())
+
+
+#: Launchers pass on the signal that the terminal has sent already.
+ECHO_SECONDS = 1.0
+
+
+@contextmanager
+def stop_on_signals(say: Callable[[str], None]) -> Iterator[Stop]:
+    """SIGINT and SIGTERM ask the run to stop; the second of a kind raises KeyboardInterrupt.
+
+    Args:
+        say: Told what happens, when the first one comes.
+
+    Outside the main thread, where Python lets nobody handle signals, nothing is changed.
+    """
+    stop = Stop()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    came: dict[int, float] = {}
+    launched = "RANK" in os.environ
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if number in came and not (launched and now - came[number] < ECHO_SECONDS):
+            raise KeyboardInterrupt
+        first = not came
+        came.setdefault(number, now)
+        stop.asked = True
+        if first:
+            say("Stopping after this step, with a checkpoint; once more leaves at once.")
+
+    kinds = [signal.SIGINT] + ([signal.SIGTERM] if sys.platform != "win32" else [])
+    former: dict[signal.Signals, Any] = {kind: signal.signal(kind, handle) for kind in kinds}
+    try:
+        yield stop
+    finally:
+        for kind, handler in former.items():
+            signal.signal(kind, signal.SIG_DFL if handler is None else handler)
