@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from veneer import variants
 from veneer.layers.base import Factor, LoraLayer, stand_in
 from veneer.ops import mixed_batch
-from veneer.ops.lora_linear import add_lora_, lora_linear
+from veneer.ops.lora_linear import add_lora_, autocasts, lora_linear
 from veneer.routing import Routing, current
 
 _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -25,7 +25,7 @@ _NO_PRODUCT = (
 def _is_plain(base: nn.Module) -> bool:
     """Whether ``base(x)`` is exactly ``x Wᵀ + b`` with the tensors that it holds.
 
-    A subclass, a hook, a parametrization, a tensor subclass or an offloaded weight each may compute
+    A subclass, a hook (offloaded weights have one), a parametrization or a tensor subclass may each compute
     something else, so those run their own forward.
     """
     return (
@@ -35,7 +35,6 @@ def _is_plain(base: nn.Module) -> bool:
         and not (
             base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
         )
-        and not base.weight.is_meta
     )
 
 
@@ -83,7 +82,7 @@ class LoraLinear(LoraLayer):
     def add_branch(self, name: str, x: Tensor, result: Tensor) -> Tensor:
         """``result + s · dropout(x) Aᵀ Bᵀ``; one step, no full-size temporary."""
         a, b, bias = self.factors(name)
-        if not self._has_plain_factors(name) or torch.is_autocast_enabled(x.device.type):
+        if not self._has_plain_factors(name) or autocasts(x.device.type):
             return super().add_branch(name, x, result)
         x = self.to_factors(name, x)
         if result.device != a.device:
@@ -100,7 +99,7 @@ class LoraLinear(LoraLayer):
             all(variants.get(self._specs[n].variant).additive and self.factors(n)[2] is None for n in used)
             and all(self._has_plain_factors(n) and self.dropout_of(n) == 0 for n in used)
             and all(self.factors(n)[0].device == x.device == result.device for n in used)
-            and not torch.is_autocast_enabled(x.device.type)
+            and not autocasts(x.device.type)
             and _is_plain(self.original_base())
         )
         if not plain:
@@ -142,7 +141,7 @@ class LoraLinear(LoraLayer):
             or not all(self._is_additive(name) for name in live[0 if self._merged else 1 :])
             or not _is_plain(base)
             or x.dtype != base.weight.dtype
-            or torch.is_autocast_enabled(x.device.type)
+            or autocasts(x.device.type)
             or not self._has_plain_factors(live[0])
         ):
             return super().forward(x, *args, **kwargs)

@@ -63,7 +63,8 @@ def drop_positions(numel: int, p: float, device: torch.device | str = "cpu") -> 
     Args:
         numel: number of elements, N.
         p: probability of dropping one, 0 to 1.
-        device: where the indices are made; off the CPU they are found from N dense draws.
+        device: where the indices are made; off the CPU they are found from N dense draws. On the meta device
+            there are as many as are expected.
 
     Returns:
         ``(about p * N,)``, int32 where N fits, int64 beyond 2**31 - 1.
@@ -78,6 +79,8 @@ def drop_positions(numel: int, p: float, device: torch.device | str = "cpu") -> 
         return torch.empty(0, dtype=dtype, device=device)
     if p == 1.0:
         return torch.arange(numel, dtype=dtype, device=device)
+    if device.type == "meta":
+        return torch.empty(round(numel * p), dtype=dtype, device=device)
     if device.type != "cpu":
         return (torch.rand(numel, device=device) < p).nonzero().view(-1).to(dtype)
     return _positions_from_gaps(numel, p, dtype)
@@ -116,10 +119,10 @@ def draw(x: Tensor, p: float) -> Tensor:
         p: probability of dropping an element, 0 < p < 1.
 
     Returns:
-        Integer positions as of `drop_positions`, or for a large p, a small x or a device other than the CPU a
-        boolean *keep* mask of ``(numel,)``. `zero_dropped_` and the fused step take either.
+        Integer positions as of `drop_positions`, or for a large p, a small x or another device than
+        CPU and meta a boolean *keep* mask of ``(numel,)``. `zero_dropped_` and the fused step take either.
     """
-    if x.device.type == "cpu" and p < DENSE_FROM and x.numel() >= SPARSE_FROM_NUMEL:
+    if x.device.type in ("cpu", "meta") and p < DENSE_FROM and x.numel() >= SPARSE_FROM_NUMEL:
         return drop_positions(x.numel(), p)
     return torch.rand(x.numel(), device=x.device) >= p
 

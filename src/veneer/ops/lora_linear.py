@@ -67,7 +67,7 @@ def _branch_reference(
         x = torch.where(mask, x, 0.0) / (1.0 - p) if p < 1.0 else torch.zeros_like(x)
     elif p > 0.0:
         x = F.dropout(x, p)
-    if not _autocasts(x.device.type):
+    if not autocasts(x.device.type):
         A, B, B_bias = A.to(x.dtype), B.to(x.dtype), _to(B_bias, x.dtype)
     return scaling * F.linear(F.linear(x, A), B, B_bias)
 
@@ -113,7 +113,7 @@ def lora_linear(
         return lora_linear_reference(x, weight, bias, A, B, B_bias, scaling, p)
     check_probability(p)
     kind = x.device.type
-    if _autocasts(kind):
+    if autocasts(kind):
         if torch.float64 in (x.dtype, weight.dtype, A.dtype, B.dtype):  # autocast leaves float64 as it is
             return lora_linear_reference(x, weight, bias, A, B, B_bias, scaling, p)
         dtype = torch.get_autocast_dtype(kind)
@@ -180,7 +180,7 @@ def add_lora_(
         return y + _branch_reference(x, A, B, B_bias, scaling, p, None).to(y.dtype)
     kind = x.device.type
     inplace = inplace and _writable(y)
-    if _autocasts(kind):
+    if autocasts(kind):
         if x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(kind))
         with torch.autocast(kind, enabled=False):
@@ -219,14 +219,14 @@ def _add_branch_of_few_rows_(
     return y.add_(F.linear(h, B.to(work), _to(B_bias, work)), alpha=scaling)
 
 
-def _autocasts(kind: str) -> bool:
+def autocasts(kind: str) -> bool:
     """Whether autocast is on for a kind of device; kinds that have none (meta) may not be asked."""
     return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 def _as_in_forward(kind: str) -> AbstractContextManager[object]:
     """A backward that runs inside an autocast region still computes in its forward's dtype."""
-    return torch.autocast(kind, enabled=False) if _autocasts(kind) else nullcontext()
+    return torch.autocast(kind, enabled=False) if autocasts(kind) else nullcontext()
 
 
 def _to(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:

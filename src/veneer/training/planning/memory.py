@@ -1,0 +1,379 @@
+"""How much memory and arithmetic a training step takes, before anything of it exists."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import sys
+import time
+import warnings
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...config import LoraConfig
+from ...errors import ConfigError, VeneerError, VeneerWarning
+from ...model import get_peft_model
+from ..models import quiet_transformers
+from .sources import shadow
+from .tracing import Trace, trace_step
+
+#: Bytes a weight in a quantised linear layer: bitsandbytes' 4 bits with a float32 scale for 64 weights, its
+#: 8 bits with a scale a row, torchao's 4 bits with a 16-bit scale and zero for 128 weights.
+QUANTIZED = {"nf4": 0.5 + 4 / 64, "fp4": 0.5 + 4 / 64, "int8": 1.0, "int4": 0.5 + 4 / 128}
+#: (part of an optimizer's name, its state, kind): a multiple of the parameters' own bytes or, where the kind
+#: is True, bytes a parameter. Of several that are found in a name the first is taken.
+_STATES: tuple[tuple[str, float, bool], ...] = (
+    ("adafactor", 0.0, True),
+    ("galore", 2.0, False),
+    ("lion_8bit", 1.0, True),
+    ("lion", 1.0, False),
+    ("ademamix_8bit", 3.0, True),
+    ("ademamix", 3.0, False),
+    ("rmsprop_bnb_8bit", 1.0, True),
+    ("adam_8bit", 2.0, True),
+    ("adamw_8bit", 2.0, True),
+    ("adamw_bnb_8bit", 2.0, True),
+    ("adamw_torch_8bit", 2.0, True),
+    ("adamw_torch_4bit", 1.0, True),
+    ("adam", 2.0, False),
+    ("sgd", 0.0, False),
+    ("adagrad", 1.0, False),
+    ("rmsprop", 1.0, False),
+)
+#: bitsandbytes keeps the state of smaller tensors in 32 bits.
+_SMALLEST_8BIT = 4096
+#: Share of a plain matrix product's rate that a training step reaches: an empirical figure, see
+#: `seconds_per_step`.
+REACHED = 0.6
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """What training needs, in bytes.
+
+    Attributes:
+        base: The frozen weights and buffers, quantised where that is asked for.
+        factors: What trains: factors, and modules of ``modules_to_save``.
+        gradients: One for each trainable parameter.
+        optimizer: Its state.
+        activations: Kept for the backward pass when the logits begin to be made.
+        logits: On top of that until the loss is there, at most.
+        peak: The most at one moment of a step after the first. Not the sum of the above: gradients come
+            while activations go.
+        trainable: Number of trainable parameters.
+        parameters: Number of all parameters, of the base and trainable.
+        adapter_bytes: Of the saved adapter's tensors.
+        flops: Of the products of one forward and backward pass.
+        forward_flops: Of its forward pass.
+        tokens: In the batch.
+        traced: Whether the step was run on the meta device; otherwise activations are a rough sum.
+        notes: What the figures leave out or take for granted.
+    """
+
+    base: int
+    factors: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+    peak: int
+    trainable: int
+    parameters: int
+    adapter_bytes: int
+    flops: int
+    forward_flops: int
+    tokens: int
+    traced: bool = True
+    notes: tuple[str, ...] = ()
+
+    @property
+    def flops_per_token(self) -> int:
+        """Of both passes."""
+        return self.flops // max(1, self.tokens)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            **dataclasses.asdict(self),
+            "notes": list(self.notes),
+            "flops_per_token": self.flops_per_token,
+        }
+
+
+def estimate_memory(
+    model: nn.Module,
+    config: LoraConfig | None,
+    *,
+    batch_size: int = 8,
+    sequence_length: int = 1024,
+    gradient_checkpointing: bool = False,
+    gradient_accumulation_steps: int = 1,
+    optim: str = "adamw_torch",
+    dtype: str | torch.dtype | None = None,
+    quantize: str | None = None,
+    loss_chunk_size: int = 0,
+    padded: bool | None = None,
+    device: str = "cpu",
+) -> MemoryEstimate:
+    """What a training step would take; the step is run on the meta device, where tensors have no memory.
+
+    Args:
+        model: Without adapters, from `empty_model` or a real one that is not quantised; left as it is.
+        config: The adapter; None trains every parameter of the model.
+        batch_size: Rows a forward pass.
+        sequence_length: Tokens a row, of the longest batch.
+        gradient_checkpointing: Activations are computed again in the backward pass.
+        gradient_accumulation_steps: Above 1, gradients are there during the whole step.
+        optim: transformers' name of the optimizer.
+        dtype: Type of the base's weights; None leaves what the model has.
+        quantize: ``nf4``, ``fp4``, ``int8``, ``int4`` or None.
+        loss_chunk_size: Tokens whose logits are computed at a time; 0 is all.
+        padded: Whether rows have padding, for which attention keeps a mask of length times length for each
+            layer; None says yes to more than one row.
+        device: ``cpu`` or ``cuda``.
+
+    Returns:
+        The estimate. On a CPU it is that of torch's allocator, beside which Python, the libraries and the
+        buffers of their kernels take some 0.5 GB.
+
+    Raises:
+        ConfigError: Numbers that cannot be, or an unknown quantisation.
+        TargetError: The adapter does not fit the model.
+    """
+    _check(batch_size, sequence_length, gradient_accumulation_steps, loss_chunk_size, quantize)
+    adapted = adapt_shadow(model, config, dtype)
+    padded = batch_size > 1 if padded is None else padded
+    notes: list[str] = []
+    if gradient_checkpointing:
+        notes += _checkpoint(adapted)
+    trained = [p for p in adapted.parameters() if p.requires_grad]
+    factors = _bytes(trained)
+    base, unpacked = _base_bytes(adapted, quantize)
+    if gradient_accumulation_steps > 1:
+        for parameter in trained:
+            parameter.grad = torch.empty_like(parameter)
+    trace, reason = _trace(adapted, batch_size, sequence_length, device, loss_chunk_size, padded)
+    if reason:
+        notes.append(reason)
+    if quantize:
+        notes.append(
+            f"quantised weights are counted as {QUANTIZED[quantize]:.3g} bytes each, and one layer at a "
+            "time is unpacked"
+        )
+    state, said = optimizer_bytes(optim, trained)
+    notes += said
+    transient = trace.peak + unpacked + (factors if gradient_accumulation_steps > 1 else 0)
+    # The optimizer works with all gradients there; a CPU needs one tensor of scratch, CUDA one for all.
+    scratch = factors if device == "cuda" else max((_bytes([p]) for p in trained), default=0)
+    return MemoryEstimate(
+        base=base,
+        factors=factors,
+        gradients=factors,
+        optimizer=state,
+        activations=trace.activations,
+        logits=trace.logits,
+        peak=base + factors + state + max(transient, factors + scratch),
+        trainable=sum(p.numel() for p in trained),
+        parameters=sum(p.numel() for p in adapted.parameters()),
+        adapter_bytes=factors,
+        flops=trace.flops,
+        forward_flops=trace.forward_flops,
+        tokens=batch_size * sequence_length,
+        traced=not reason,
+        notes=tuple(notes),
+    )
+
+
+def flops_per_token(model: nn.Module, config: LoraConfig | None, sequence_length: int = 1024) -> int:
+    """FLOPs of one token's forward and backward pass, attention over a row of that length included."""
+    found = estimate_memory(model, config, batch_size=1, sequence_length=sequence_length)
+    return found.flops_per_token
+
+
+def adapt_shadow(
+    model: nn.Module, config: LoraConfig | None, dtype: str | torch.dtype | None = None
+) -> nn.Module:
+    """A shadow of the model with the adapter on it, ready to be trained."""
+    empty: Any = shadow(model, dtype)
+    own: Any = getattr(empty, "config", None)
+    if hasattr(own, "use_cache"):
+        own.use_cache = False
+    if own is not None and hasattr(own, "pad_token_id") and own.pad_token_id is None:
+        own.pad_token_id = 0  # classifiers refuse several rows without one
+    if config is None:
+        for parameter in empty.parameters():
+            parameter.requires_grad_(parameter.is_floating_point())
+        return empty.train()  # type: ignore[no-any-return]
+    plain = dataclasses.replace(config, init_lora_weights=True)  # other ways to begin would look at weights
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", VeneerWarning)  # the plan has said what matches nothing
+        return get_peft_model(empty, plain, low_cpu_mem_usage=True).train()
+
+
+def optimizer_bytes(optim: str, trained: Iterable[Tensor]) -> tuple[int, list[str]]:
+    """(bytes of an optimizer's state, what is to be said about it)."""
+    found = next((entry for entry in _STATES if entry[0] in optim), None)
+    if found is None:
+        return 2 * _bytes(trained), [f"the optimizer {optim!r} is not known here: counted like AdamW"]
+    name, amount, compact = found
+    if name == "adafactor":
+        return sum(4 * sum(p.shape) if p.dim() > 1 else 4 * p.numel() for p in trained), []
+    if not compact:
+        return int(amount * _bytes(trained)), []
+    total = 0.0
+    for p in trained:
+        small = p.numel() < _SMALLEST_8BIT
+        total += p.numel() * amount * (4 if small else 1 + 4 / 256)
+    return int(total), []
+
+
+def seconds_per_step(
+    estimate: MemoryEstimate, *, device: str = "cpu", dtype: str | torch.dtype | None = None
+) -> float:
+    """A rough time of one forward and backward pass, from the rate at which this machine multiplies matrices.
+
+    A square product is timed for a fifth of a second; a step is taken to reach 60 % of its rate, which is an
+    empirical figure (small models reach less).
+    """
+    wanted = dtype if isinstance(dtype, torch.dtype) else getattr(torch, str(dtype), torch.float32)
+    return estimate.flops / (REACHED * product_rate(device, wanted))
+
+
+def product_rate(device: str = "cpu", dtype: torch.dtype = torch.float32, seconds: float = 0.2) -> float:
+    """FLOPs a second of a square matrix product on this machine, measured."""
+    side = 4096 if device == "cuda" else 768
+    a = torch.ones(side, side, dtype=dtype, device=device)
+    b = torch.ones(side, side, dtype=dtype, device=device)
+
+    def wait() -> None:
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    a @ b
+    wait()
+    begun, rounds = time.perf_counter(), 0
+    while time.perf_counter() - begun < seconds:
+        a @ b
+        wait()
+        rounds += 1
+    return 2.0 * side**3 * rounds / (time.perf_counter() - begun)
+
+
+def _check(batch: int, length: int, accumulation: int, chunk: int, quantize: str | None) -> None:
+    wrong = [
+        f"{name} must be at least {least}, not {value}"
+        for name, value, least in (
+            ("batch_size", batch, 1),
+            ("sequence_length", length, 1),
+            ("gradient_accumulation_steps", accumulation, 1),
+            ("loss_chunk_size", chunk, 0),
+        )
+        if value < least
+    ]
+    if quantize is not None and quantize not in QUANTIZED:
+        wrong.append(f"quantize is one of {', '.join(QUANTIZED)}, not {quantize!r}")
+    if wrong:
+        raise ConfigError("; ".join(wrong))
+
+
+def _checkpoint(model: Any) -> list[str]:
+    for name in ("activation_checkpointing_enable", "gradient_checkpointing_enable"):
+        enable = getattr(model, name, None)
+        if callable(enable):
+            try:
+                with _quiet():
+                    enable({"use_reentrant": False})
+            except ValueError:
+                break
+            return []
+    return ["this model has no gradient checkpointing: counted without"]
+
+
+def _trace(
+    model: nn.Module, batch: int, length: int, device: str, chunk: int, padded: bool
+) -> tuple[Trace, str]:
+    """(the trace, "") or (a rough sum, why it could not be traced)."""
+    try:
+        inputs = dummy_inputs(model, batch, length)
+        with _quiet():
+            return trace_step(model, inputs, device=device, loss_chunk_size=chunk, padded=padded), ""
+    except VeneerError:
+        raise
+    except Exception as error:
+        reason = next(iter(str(error).strip().splitlines()), "")[:100] or type(error).__name__
+        return _rough(model, batch * length), (
+            f"activations are only the inputs and outputs of the linear layers, added up: this model cannot "
+            f"be run without values ({reason})"
+        )
+
+
+def _quiet() -> AbstractContextManager[None]:
+    return quiet_transformers() if "transformers" in sys.modules else nullcontext()
+
+
+def dummy_inputs(model: Any, batch: int, length: int) -> dict[str, Tensor]:
+    """What a batch looks like to a model, on the meta device.
+
+    Raises:
+        ValueError: The model takes something else than token ids or pictures.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    config: Any = getattr(base, "config", None)
+    name = getattr(base, "main_input_name", "input_ids")
+    if name == "pixel_values" and hasattr(config, "image_size"):
+        size = config.image_size
+        sides = (size, size) if isinstance(size, int) else tuple(size)
+        return {name: torch.empty(batch, getattr(config, "num_channels", 3), *sides, device="meta")}
+    if name != "input_ids":
+        raise ValueError(f"its input is {name}")
+    ids = torch.zeros(batch, length, dtype=torch.long, device="meta")
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if getattr(config, "is_encoder_decoder", False):
+        inputs["decoder_input_ids"] = ids
+    return inputs
+
+
+def _rough(model: nn.Module, tokens: int) -> Trace:
+    """Inputs and outputs of all linear layers; 2 FLOPs a weight and token forward, 4 for both passes."""
+    kept = weights = 0
+    head = 0
+    getter = getattr(model, "get_output_embeddings", None)
+    out = getter() if callable(getter) else None
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            size = module.weight.element_size()
+            if module is out:
+                head = tokens * module.out_features * (size + 12)
+            else:
+                kept += tokens * (module.in_features + module.out_features) * size
+            weights += module.weight.numel()
+    flops = 2 * tokens * weights
+    return Trace(kept, head, kept + head, 0, flops, 2 * flops)
+
+
+def _base_bytes(model: Any, quantize: str | None) -> tuple[int, int]:
+    """(bytes of what does not train, bytes of the largest quantised weight when unpacked)."""
+    frozen = [t for t in (*model.parameters(), *model.buffers()) if not t.requires_grad]
+    if quantize is None:
+        return _bytes(frozen), 0
+    getter = getattr(model, "get_output_embeddings", None)
+    head = getter() if callable(getter) else None
+    packed: dict[int, Tensor] = {}
+    for module in model.modules():
+        linear = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+        if linear and module is not head and not module.weight.requires_grad:
+            packed[id(module.weight)] = module.weight
+    share = QUANTIZED[quantize]
+    rest = _bytes(t for t in frozen if id(t) not in packed)
+    weights = sum(math.ceil(w.numel() * share) for w in packed.values())
+    return rest + weights, max((w.numel() * w.element_size() for w in packed.values()), default=0)
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    """Of the storages behind tensors, each once."""
+    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())

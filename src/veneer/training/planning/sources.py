@@ -1,0 +1,171 @@
+"""Models without weights: from a configuration alone, or as the shadow of a real one, on the meta device."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import TrainingError
+from ..models import looks_local, quiet_transformers, require
+
+#: The task of an adapter -> transformers' class for it.
+CLASSES = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
+
+
+def empty_model(
+    source: str | os.PathLike[str],
+    task: str | None = None,
+    *,
+    dtype: str | None = None,
+    num_labels: int | None = None,
+) -> Any:
+    """A transformers model on the meta device, from its configuration alone: no weights are read or made.
+
+    Args:
+        source: A directory of a model, a ``config.json`` by any name, or a hub id.
+        task: What it is for, in the words of `TaskType`; told from the architecture's name when None.
+        dtype: ``float32``, ``bfloat16`` or ``float16``; None or ``auto`` takes the configuration's.
+        num_labels: Classes, for tasks that have some.
+
+    Raises:
+        TrainingError: There is no such configuration, or transformers knows no such model.
+        MissingExtraError: transformers is not installed.
+    """
+    require("transformers", "hf", "planning for a language model")
+    import transformers
+
+    config = _read(source)
+    if num_labels is not None:
+        config.num_labels = num_labels
+    if task is None:
+        task = task_of(config)
+    if task not in CLASSES:
+        raise TrainingError(f"no model class for the task {task!r}; there are {', '.join(CLASSES)}")
+    wanted = _dtype(dtype) or _dtype(getattr(config, "dtype", None)) or torch.float32
+    loader = getattr(transformers, CLASSES[task])
+    try:
+        with quiet_transformers(), torch.device("meta"):
+            model = loader.from_config(config, dtype=wanted)
+    except Exception as error:  # each architecture fails in its own way on values that make no sense
+        reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+        if "Unrecognized configuration class" in reason:
+            reason = f"transformers has no {CLASSES[task]} of the type {config.model_type!r}"
+        raise TrainingError(f"no model can be made of the configuration {str(source)!r}: {reason}") from error
+    return model
+
+
+def task_of(config: Any) -> str:
+    """The task that the architecture's name in a configuration speaks of; CAUSAL_LM where it says nothing."""
+    name = (getattr(config, "architectures", None) or [""])[0]
+    for ending, task in (
+        ("ForSequenceClassification", "SEQ_CLS"),
+        ("ForTokenClassification", "TOKEN_CLS"),
+        ("ForQuestionAnswering", "QUESTION_ANS"),
+        ("ForConditionalGeneration", "SEQ_2_SEQ_LM"),
+        ("CausalLM", "CAUSAL_LM"),
+        ("LMHeadModel", "CAUSAL_LM"),
+        ("Model", "FEATURE_EXTRACTION"),
+    ):
+        if name.endswith(ending):
+            return task
+    return "CAUSAL_LM"
+
+
+def _read(source: str | os.PathLike[str]) -> Any:
+    """The configuration as transformers understands it."""
+    from transformers import AutoConfig
+
+    place = Path(source)
+    if place.is_file():
+        return _from_file(place)
+    if looks_local(source) and not (place / "config.json").is_file():
+        what = "has no config.json" if place.is_dir() else "is neither a directory nor a file"
+        adapter = (
+            " It holds an adapter: plan with its base model." * (place / "adapter_config.json").is_file()
+        )
+        raise TrainingError(
+            f"no model at {source}: it {what}.{adapter} "
+            "Give a directory that transformers saved, a config.json, or a hub id."
+        )
+    if place.is_dir():
+        return _from_file(place / "config.json")
+    with quiet_transformers():
+        try:
+            return AutoConfig.from_pretrained(source)
+        except (OSError, ValueError, KeyError) as error:
+            reason = next(iter(str(error).strip().splitlines()), "") or repr(error)
+            raise TrainingError(f"the configuration of {str(source)!r} cannot be had: {reason}") from error
+
+
+def _from_file(place: Path) -> Any:
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    try:
+        values = json.loads(place.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise TrainingError(f"{place} is no configuration of a model: {error}") from error
+    kind = values.get("model_type") if isinstance(values, dict) else None
+    if not isinstance(kind, str):
+        raise TrainingError(
+            f"{place} is no configuration of a transformers model: it names no model_type. Models of other "
+            "libraries are planned in Python: veneer.plan(model, config)"
+        )
+    if kind not in CONFIG_MAPPING:
+        import difflib
+
+        near = difflib.get_close_matches(kind, list(CONFIG_MAPPING), n=1)
+        hint = (
+            f"; do you mean {near[0]}?" if near else ", or it brings code of its own, which is not run here"
+        )
+        raise TrainingError(f"{place}: transformers knows no model_type {kind!r}{hint}")
+    with quiet_transformers():
+        try:
+            options = {key: value for key, value in values.items() if key != "model_type"}
+            return AutoConfig.for_model(kind, **options)
+        except Exception as error:  # a configuration may hold anything
+            raise TrainingError(f"{place} is no valid configuration of a {kind}: {error}") from error
+
+
+def _dtype(value: Any) -> torch.dtype | None:
+    if isinstance(value, torch.dtype):
+        return value
+    found = getattr(torch, str(value).removeprefix("torch."), None) if value else None
+    return found if isinstance(found, torch.dtype) and found.is_floating_point else None
+
+
+def shadow(model: nn.Module, dtype: str | torch.dtype | None = None) -> nn.Module:
+    """A copy of a model on the meta device; nothing of the model is read or changed.
+
+    Args:
+        model: Any module that holds its weights as plain tensors.
+        dtype: Type of the copy's floating-point parameters; None or ``auto`` leaves them.
+    """
+    wanted = None if dtype == "auto" else _dtype(dtype)
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        groups: tuple[dict[str, Any], ...] = (module._parameters, module._buffers, module.__dict__)
+        for group in groups:
+            for value in group.values():
+                if isinstance(value, Tensor) and id(value) not in memo:
+                    memo[id(value)] = _emptied(value, wanted)
+    return copy.deepcopy(model, memo)
+
+
+def _emptied(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    trained = isinstance(tensor, nn.Parameter)
+    kind = dtype if dtype is not None and trained and tensor.is_floating_point() else tensor.dtype
+    empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=kind, device="meta")
+    return nn.Parameter(empty, requires_grad=tensor.requires_grad) if trained else empty
