@@ -193,6 +193,7 @@ def _problems(
                     f"{name!r} is a {kind} adapter: its effect is not a sum of updates, so there is no "
                     "exact sum"
                 )
+        found += [f"{path}: {why}" for path, layer in held.items() if (why := layer.refuses_combination())]
         grouped = [path for path, layer in held.items() if not layer.is_matrix()]
         if grouped and combination_type.endswith("svd"):
             found.append(f"{grouped[0]} has groups: its update has no single pair of factors; use 'cat'")

@@ -7,7 +7,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from veneer.config import LoraConfig, init_options, looks_like_regex, variants_of
@@ -32,6 +32,9 @@ class LoraSpec:
         init_config: Options of that initialisation (a `LoftQConfig`, `EvaConfig`, …), None where it has none.
         constant_scaling: Tensors that take this adapter's place bring their strength in B, so that a compiled
             model sees one number for ever.
+        parameter: Name of the bare parameter that ``path`` ends in, empty for a module.
+        owner: Path of the module that it is adapted along with, whose rank and strength it takes.
+        times: How often the update counts.
 
     Raises:
         ConfigError: For a rank below 1.
@@ -49,6 +52,9 @@ class LoraSpec:
     variant_options: Mapping[str, Any] = field(default_factory=dict, hash=False)
     init_config: Any = None
     constant_scaling: bool = False
+    parameter: str = ""
+    owner: str = ""
+    times: int = 1
 
     def __post_init__(self) -> None:
         if self.r < 1:
@@ -62,7 +68,12 @@ class LoraSpec:
 
         Source: https://arxiv.org/abs/2106.09685 section 4.1; the root from https://arxiv.org/abs/2312.03732.
         """
-        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+        return self.times * self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+    def under(self, config: LoraConfig) -> LoraSpec:
+        """What the same module would get from another configuration."""
+        spec = resolve(config, self.adapter, self.owner or self.path, self.parameter)
+        return replace(spec, path=self.path, owner=self.owner, times=self.times)
 
 
 class PatternSet:
@@ -132,7 +143,7 @@ def restate(config: LoraConfig, specs: Iterable[LoraSpec]) -> None:
 
     What most modules have becomes ``r`` and ``lora_alpha``; the rest gets a pattern each.
     """
-    given = list(specs)
+    given = [spec for spec in specs if not spec.owner]
     ranks, alphas = Counter(s.r for s in given), Counter(s.lora_alpha for s in given)
     config.r, config.lora_alpha = ranks.most_common(1)[0][0], alphas.most_common(1)[0][0]
     config.use_rslora = bool(given) and given[0].use_rslora
@@ -140,7 +151,7 @@ def restate(config: LoraConfig, specs: Iterable[LoraSpec]) -> None:
     config.alpha_pattern = {f"^{s.path}$": s.lora_alpha for s in given if s.lora_alpha != config.lora_alpha}
 
 
-def resolve(config: LoraConfig, adapter: str, path: str) -> LoraSpec:
+def resolve(config: LoraConfig, adapter: str, path: str, parameter: str = "") -> LoraSpec:
     """What the module at ``path`` gets: rank and strength of the first pattern that matches, or the default.
 
     Raises:
@@ -152,6 +163,7 @@ def resolve(config: LoraConfig, adapter: str, path: str) -> LoraSpec:
     init = init if isinstance(init, bool) else init.lower()
     return LoraSpec(
         path=path,
+        parameter=parameter,
         adapter=adapter,
         r=config.r if rank_key is None else config.rank_pattern[rank_key],
         lora_alpha=config.lora_alpha if alpha_key is None else config.alpha_pattern[alpha_key],

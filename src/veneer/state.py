@@ -352,7 +352,8 @@ def base_fingerprint(model: nn.Module, targets: Mapping[str, LoraLayer] | None =
     if targets is None:
         targets = {path: m for path, m in model.named_modules() if isinstance(m, LoraLayer)}
     weights = {
-        _clean(path): getattr(layer.original_base(), "weight", None) for path, layer in targets.items()
+        _clean(path): getattr(layer.original_base(), layer.weight_name, None)
+        for path, layer in targets.items()
     }
     config = getattr(model, "config", None)
     size = config.get("vocab_size") if isinstance(config, Mapping) else getattr(config, "vocab_size", None)

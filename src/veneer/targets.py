@@ -32,6 +32,7 @@ class Candidate:
         output_head: The model's output projection; ``"all-linear"`` leaves it out.
         router: Chooses experts; ``"all-linear"`` leaves it out.
         reason: Why it cannot be adapted; empty for a mere container of other modules.
+        parameter: For a bare parameter, its name on the module that holds it.
     """
 
     path: str
@@ -41,6 +42,7 @@ class Candidate:
     output_head: bool = False
     router: bool = False
     reason: str = ""
+    parameter: str = ""
 
 
 @dataclass(frozen=True)
@@ -157,7 +159,8 @@ def plan(
     planner.choose_saved()
     planner.choose_targets()
     planner.filter_layers()
-    specs = tuple(resolve(config, adapter, path) for path in planner.chosen)
+    planner.choose_parameters()
+    specs = tuple(resolve(config, adapter, path, planner.paths[path].parameter) for path in planner.chosen)
     planner.check_number_patterns()
     if loading:
         planner.conflicts.clear()
@@ -179,8 +182,9 @@ class _Planner:
     """The state of one call of :func:`plan`."""
 
     def __init__(self, candidates: Sequence[Candidate], config: LoraConfig, model_type: str | None) -> None:
-        self.candidates = [c for c in candidates if c.path]
-        self.paths = {c.path: c for c in self.candidates}
+        self.parameters = [c for c in candidates if c.parameter]
+        self.candidates = [c for c in candidates if c.path and not c.parameter]
+        self.paths = {c.path: c for c in [*self.parameters, *self.candidates]}
         self.config = config
         self.unmatched: list[Unmatched] = []
         self.refused: list[Candidate] = []
@@ -199,6 +203,8 @@ class _Planner:
         defaults = DEFAULT_TARGETS.get(model_type or "")
         if defaults is not None:
             return _as_patterns(defaults)
+        if self.config.target_parameters:
+            return []
         known = f"model type {model_type!r} has" if model_type else "a model without a model type has"
         names = ", ".join(f"{name} ({count})" for name, count in linear_names(self.candidates).items())
         raise TargetError(
@@ -349,6 +355,21 @@ class _Planner:
             self.unmatched.append(
                 Unmatched("layers_to_transform", _ranges(absent), (), f"is not there: {there}")
             )
+
+    # --- bare parameters
+
+    def choose_parameters(self) -> None:
+        """Match ``target_parameters``, each the path of a parameter or the end of one."""
+        for pattern in sorted(set(self.config.target_parameters or ())):
+            hits = [c for c in self.parameters if c.path == pattern or c.path.endswith(f".{pattern}")]
+            usable = [c for c in hits if c.supported]
+            self.matched[pattern] = [c.path for c in usable]
+            for c in usable:
+                self.chosen.setdefault(c.path, []).append(pattern)
+            self.refused += [c for c in hits if not c.supported]
+            if not hits:
+                ends = _ends([c.path for c in self.parameters if c.supported])
+                self.unmatched.append(Unmatched("target_parameters", pattern, _near(_words(pattern), ends)))
 
     # --- numbers for some modules
 

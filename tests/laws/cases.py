@@ -208,6 +208,9 @@ LAYERS: dict[str, tuple[LayerCase, ...]] = {
     "torch.nn.modules.conv.Conv3d": _conv_cases(nn.Conv3d, 3),
 }
 
+#: Types whose laws are tried in a model, by the cases of test_special_layers.py that hold one.
+IN_MODELS: dict[str, str] = {"torch.nn.modules.activation.MultiheadAttention": "attention"}
+
 #: Options that ask for each initialisation, by the name of its class.
 INITS: dict[str, dict[str, Any]] = {
     "Default": {"init_lora_weights": True},

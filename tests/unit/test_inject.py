@@ -58,7 +58,6 @@ class Tower(nn.Module):
         (nn.LSTMCell(2, 2), "fused recurrent kernel"),
         (nn.GRUCell(2, 2), "fused recurrent kernel"),
         (nn.EmbeddingBag(4, 2), "EmbeddingBag|nn.Embedding"),
-        (nn.MultiheadAttention(4, 2), "fused function"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
 )

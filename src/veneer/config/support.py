@@ -71,7 +71,6 @@ def unsupported_options(
     if inits is not None and init not in ("True", "False") and init not in inits:
         found.append(f"init_lora_weights={config.init_lora_weights!r} does not exist here yet")
     rare = {
-        "target_parameters": "low-rank updates of bare parameters",
         "trainable_token_indices": "training of single token embeddings",
         "layer_replication": "replication of layers",
         "megatron_config": "layers of Megatron",

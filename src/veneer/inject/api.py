@@ -90,7 +90,7 @@ def eject(model: nn.Module, *, trained_copies: bool = False) -> nn.Module:
     found = [site for site in sites(model).values() if isinstance(site.module, AdapterModule)]
     for site in found:
         if isinstance(site.module, LoraLayer):
-            site.replace(site.module.base_layer)
+            site.replace(site.base)
         elif isinstance(site.module, ModulesToSaveWrapper):
             site.replace(site.module.current if trained_copies else site.module.original_module)
         else:

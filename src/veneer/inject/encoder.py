@@ -24,7 +24,7 @@ def keep_out_of_fused_kernels(model: nn.Module) -> None:
     """
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer):
-            for child in (module.linear1, module.linear2):
+            for child in (module.self_attn, module.linear1, module.linear2):
                 if isinstance(child, LoraLayer) and not child._forward_hooks:
                     child.register_forward_hook(_no_op)
         elif isinstance(module, nn.TransformerEncoder) and AdapterSet(module).modules():

@@ -28,20 +28,31 @@ from veneer.targets import Plan
 
 @dataclass
 class Addition:
-    """One layer that will get factors."""
+    """One layer that will get factors.
+
+    Attributes:
+        site: The module that it adapts, or a part of.
+        layer: The layer.
+        spec: What it gets.
+        path: Where it will be in the adapted model, which is also its name on disk.
+        new: Whether it takes its site's place.
+        start: The factors.
+    """
 
     site: Site
     layer: LoraLayer
     spec: LoraSpec
+    path: str
+    new: bool
     start: InitResult | None = None
 
     def keys(self) -> dict[str, tuple[int, ...]]:
         """Names on disk of its tensors, with the module's path, and their shapes."""
-        return {f"{self.site.path}.{k}": shape for k, shape in self.layer.tensor_shapes(self.spec).items()}
+        return {f"{self.path}.{k}": shape for k, shape in self.layer.tensor_shapes(self.spec).items()}
 
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
         """Take the values from tensors with the names of `keys`, as far as they are there."""
-        prefix = f"{self.site.path}."
+        prefix = f"{self.path}."
         own = {key.removeprefix(prefix): tensors[key] for key in self.keys() if key in tensors}
         self.start = self.layer.start_from(self.spec, own)
 
@@ -131,7 +142,7 @@ class Injection:
         return bias_parameters(self.model, self.config.bias, self.adapter, self._targets(), copied)
 
     def _targets(self) -> dict[str, LoraLayer]:
-        return {addition.site.path: addition.layer for addition in self.additions}
+        return {addition.path: addition.layer for addition in self.additions}
 
     def commit(self, *, active: list[str] | None = None, trainable: bool = True) -> None:
         """Put everything in its place. Nothing here can fail half-way.
@@ -153,7 +164,7 @@ class Injection:
             assert addition.start is not None
             dtype = factor_dtype(addition.layer, self.autocast_adapter_dtype)
             addition.layer.add_adapter(addition.spec, addition.start, dtype=dtype)
-            if addition.site.module is not addition.layer:
+            if addition.new:
                 addition.site.replace(addition.layer)
             forget_statistics(addition.layer.base_layer)
         for trained in self.copies:

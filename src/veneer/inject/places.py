@@ -17,7 +17,10 @@ from veneer.targets import Candidate, Plan
 
 @dataclass
 class Site:
-    """A module and every place of the model that refers to it."""
+    """A module and every place of the model that refers to it.
+
+    Its ``path`` is that in the model without adapters, whatever layers lie around it now.
+    """
 
     path: str
     module: nn.Module
@@ -27,7 +30,7 @@ class Site:
     def base(self) -> nn.Module:
         """The module that the model was built with."""
         if isinstance(self.module, LoraLayer):
-            return self.module.base_layer
+            return self.module.get_base_layer()
         if isinstance(self.module, ModulesToSaveWrapper):
             return self.module.original_module
         return self.module
@@ -54,6 +57,8 @@ def sites(model: nn.Module) -> dict[str, Site]:
             found[id(child)] = Site(path, child, [(module, name)])
             if not isinstance(child, AdapterModule):
                 visit(child, f"{path}.")
+            elif isinstance(child, LoraLayer) and child.transparent:
+                visit(child.get_base_layer(), f"{path}.")
 
     visit(model, "")
     return {site.path: site for site in found.values()}
@@ -78,6 +83,30 @@ def _is_router(path: str, parent: nn.Module) -> bool:
     return "gate" in name and any("expert" in sibling for sibling in parent._modules if sibling != name)
 
 
+def parameter_candidates(model: nn.Module, found: Mapping[str, Site]) -> list[Candidate]:
+    """What `targets.plan` needs to know of each parameter that a module holds by itself."""
+    result = [
+        Candidate(
+            name,
+            "Parameter",
+            False,
+            parameter=name,
+            reason="the model itself holds it, which nothing wraps",
+        )
+        for name, tensor in model._parameters.items()
+        if tensor is not None
+    ]
+    for path, site in found.items():
+        for name, tensor in site.base._parameters.items():
+            if tensor is None:
+                continue
+            reason = "" if tensor.dim() in (2, 3) else "only a matrix or a stack of matrices is adapted"
+            if isinstance(site.module, ModulesToSaveWrapper):
+                reason = "its module is trained whole (modules_to_save)"
+            result.append(Candidate(f"{path}.{name}", "Parameter", not reason, parameter=name, reason=reason))
+    return result
+
+
 def candidates(model: nn.Module, found: Mapping[str, Site]) -> list[Candidate]:
     """What `targets.plan` needs to know of each module."""
     head = _output_head(model)
@@ -88,8 +117,8 @@ def candidates(model: nn.Module, found: Mapping[str, Site]) -> list[Candidate]:
         reason = layers.refusal(base) or ""
         if isinstance(parent, nn.MultiheadAttention):
             reason = (
-                "nn.MultiheadAttention reads this module's weight without calling it: a branch would "
-                "never run"
+                "nn.MultiheadAttention reads this module's weight without calling it: target the attention "
+                "itself, whose two projections are adapted together"
             )
         if isinstance(site.module, ModulesToSaveWrapper) and cls is not None:
             named = ", ".join(map(repr, site.module.held_adapters))
@@ -148,8 +177,9 @@ def plan_sites(
     loading: bool = False,
 ) -> Plan:
     """The plan for the sites that were found."""
+    modules = candidates(model, found)
     return targets.plan(
-        candidates(model, found),
+        [*modules, *parameter_candidates(model, found)] if config.target_parameters else modules,
         config,
         adapter_name,
         model_type=model_type(model),

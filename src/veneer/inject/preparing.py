@@ -8,16 +8,15 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from veneer import inits, layers, targets
+from veneer import inits, targets
 from veneer.adapters import AdapterModule, AdapterSet, check_adapter_name
 from veneer.config import LoraConfig, looks_like_regex
 from veneer.errors import AdapterNameError, TargetError, VeneerWarning
+from veneer.inject.building import build
 from veneer.inject.injection import Addition, Copy, Injection
 from veneer.inject.places import Site, model_type, plan_sites, sites
-from veneer.layers import LoraLayer
-from veneer.layers.making import check_config, why_not, with_variant_options
+from veneer.layers.making import check_config, with_variant_options
 from veneer.layers.modules_to_save import ModulesToSaveWrapper
-from veneer.spec import LoraSpec
 
 
 def prepare(
@@ -50,17 +49,8 @@ def prepare(
     own_config = copy.deepcopy(config)
     found = sites(model)
     chosen = plan_sites(model, found, own_config, adapter_name, strict=strict_targets, loading=read_from_file)
-    additions, reasons = [], []
-    for spec in (with_variant_options(spec, own_config) for spec in chosen.specs):
-        site = found[spec.path]
-        reason = _refusal(site, spec)
-        if reason is not None:
-            reasons.append(f"{spec.path} ({type(site.base).__name__}): {reason}")
-            continue
-        cls = layers.find(site.base)
-        assert cls is not None  # the plan holds supported modules only
-        layer = site.module if isinstance(site.module, LoraLayer) else cls(site.base)
-        additions.append(Addition(site, layer, spec))
+    specs = [with_variant_options(spec, own_config) for spec in chosen.specs]
+    additions, reasons = build(model, found, specs, own_config)
     if reasons:
         raise TargetError(
             "these modules cannot be adapted as asked:\n" + "\n".join(f"  - {r}" for r in reasons)
@@ -72,12 +62,6 @@ def prepare(
     if not read_from_file:
         _mention_replaced_bases(additions)
     return Injection(model, own_config, adapter_name, chosen, additions, copies, autocast_adapter_dtype)
-
-
-def _refusal(site: Site, spec: LoraSpec) -> str | None:
-    cls = layers.find(site.base)
-    assert cls is not None
-    return why_not(site.module if isinstance(site.module, LoraLayer) else cls(site.base), spec)
 
 
 def _not_to_copy(site: Site) -> str | None:
@@ -118,10 +102,10 @@ def _complete(
         )
         config.fan_in_fan_out = False
     if config.target_modules is None:
-        names = targets.DEFAULT_TARGETS[model_type(model) or ""]
+        names = targets.DEFAULT_TARGETS.get(model_type(model) or "", ())
         config.target_modules = names if isinstance(names, str) else set(names)
     elif _only_here(config):
-        paths = {a.site.path for a in additions}
+        paths = {a.spec.path for a in additions if a.spec.path in found}
         config.target_modules = targets.portable_targets(paths, set(found) - paths)
         if config.layers_to_transform is not None:
             config.layers_to_transform = config.layers_pattern = None

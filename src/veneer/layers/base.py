@@ -159,8 +159,10 @@ class LoraLayer(AdapterModule):
     lookup: ClassVar[bool] = False
     #: The tensor of the base that is adapted.
     weight_name: str = "weight"
-    #: Children of the base that are adapted along with it, under their own names.
-    adapts_inside: ClassVar[tuple[str, ...]] = ()
+    #: Modules inside the base are targets of their own.
+    transparent: ClassVar[bool] = False
+    #: Children of the base that are adapted along with it, and how often the update of each counts.
+    adapts_inside: ClassVar[Mapping[str, int]] = _NOTHING
 
     lora_A: nn.ModuleDict
     lora_B: nn.ModuleDict
@@ -242,6 +244,10 @@ class LoraLayer(AdapterModule):
     def is_linear(self) -> bool:
         """Whether the branch is linear in A: not where the base's own forward does more with its weight."""
         return True
+
+    def refuses_combination(self) -> str | None:
+        """Why updates of this layer cannot be joined with those of another adapter, or None."""
+        return None
 
     # -- containers ------------------------------------------------------------------------------
 

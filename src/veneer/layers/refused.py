@@ -22,10 +22,6 @@ REFUSED: dict[str, str] = {
         for name in ("RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell")
     },
     "torch.nn.modules.sparse.EmbeddingBag": "it reduces over bags inside one kernel; use nn.Embedding",
-    "torch.nn.modules.activation.MultiheadAttention": (
-        "it hands its projection weights to one fused function and calls no submodule: this version has no "
-        "adapters for it"
-    ),
 }
 
 

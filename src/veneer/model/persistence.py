@@ -311,7 +311,7 @@ class Persistence(nn.Module):
         differing = [
             f"{path}: {layer.specs[adapter_name].scaling:g} here, {wanted.scaling:g} in the file"
             for path, layer in layers.items()
-            for wanted in [resolve(config, adapter_name, layer.specs[adapter_name].path)]
+            for wanted in [layer.specs[adapter_name].under(config)]
             if (wanted.scaling, wanted.variant)
             != (layer.specs[adapter_name].scaling, layer.specs[adapter_name].variant)
         ]

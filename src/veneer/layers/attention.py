@@ -1,0 +1,184 @@
+"""Attention in one module: `torch.nn.MultiheadAttention`, both its projections."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from veneer.layers.base import LoraLayer, stand_in
+from veneer.spec import LoraSpec
+
+
+class LoraMultiheadAttention(LoraLayer):
+    """The packed in-projection (3E, E) low-ranked; the out-projection is a `LoraLinear` inside the base.
+
+    ``[q k v] = x Wᵀ + b + s · dropout(x) Aᵀ Bᵀ``, with A (r, E) and B (3E, r): query, key and value each take
+    their third of B. With active adapters the attention between the two projections is computed here, as
+    torch's own module hands raw weights to one function; without any, the module itself runs.
+
+    The update of the out-projection counts twice, ``2 s · B A``: so the library that defined the files of
+    adapters computes it, merged and unmerged, and so such adapters were trained.
+
+    Shapes: query: (L, N, E), (N, L, E) with ``batch_first``, or (L, E) -> the same, and weights (N, L, S).
+    """
+
+    wraps = ("torch.nn.modules.activation.MultiheadAttention",)
+    transparent = True
+    adapts_inside = MappingProxyType({"out_proj": 2})
+    weight_name = "in_proj_weight"
+
+    @classmethod
+    def shapes(cls, base: nn.Module, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """A (r, E), B (3E, r)."""
+        size: int = base.embed_dim  # type: ignore[assignment]
+        return (r, size), (3 * size, r)
+
+    @classmethod
+    def refuses(cls, base: nn.Module, spec: LoraSpec) -> str | None:
+        """Unpacked projections, a forward of its own, biases and variants."""
+        if getattr(base, "in_proj_weight", None) is None:
+            return "kdim or vdim differs from embed_dim, so there is no packed in-projection to adapt"
+        if type(base).forward is not nn.MultiheadAttention.forward:
+            return f"{type(base).__name__} has a forward of its own"
+        if spec.lora_bias:
+            return "lora_bias: readers of adapter files drop it on nn.MultiheadAttention"
+        if spec.variant != "plain":
+            return f"the variant {spec.variant!r} is not defined for packed projections"
+        return None
+
+    def refuses_combination(self) -> str | None:
+        """The two projections count differently."""
+        return "adapters of nn.MultiheadAttention cannot be combined; activate them together"
+
+    @property
+    def output_projection(self) -> nn.Module:
+        """The out-projection: a `LoraLinear` once an adapter is here."""
+        return self.base_layer.out_proj  # type: ignore[return-value]
+
+    @property
+    def out_proj(self) -> nn.Module:
+        """The out-projection without adapters, for code that reads its weight."""
+        out = self.output_projection
+        return out.base_layer if isinstance(out, LoraLayer) else out
+
+    def low_rank(self, name: str, x: Tensor) -> Tensor:
+        """x: (..., E) -> (..., 3E), as if x were query, key and value."""
+        return self.lora_B[name](self.lora_A[name](x))  # type: ignore[no-any-return]
+
+    def _as_before(self) -> nn.Module:
+        """The attention without any adapter, while some are merged."""
+        out = self.output_projection
+        base = self.original_base()
+        original = out.original_base() if isinstance(out, LoraLayer) else out
+        return stand_in(base, {}, {"_modules": {**base._modules, "out_proj": original}})
+
+    def forward(  # type: ignore[override]
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As of torch's module."""
+        out = self.output_projection
+        live = self._live or (isinstance(out, LoraLayer) and out._live)
+        if not live:
+            base = self._as_before() if self._disabled else self.base_layer
+            return base(  # type: ignore[no-any-return]
+                query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+            )
+        if is_causal and attn_mask is None:
+            raise RuntimeError("is_causal is a hint about attn_mask: give the mask too")
+        batched = query.dim() == 3
+        turned = batched and bool(self.base_layer.batch_first)
+        same = query is key and key is value
+        if turned:
+            query, key, value = (t.transpose(0, 1) for t in (query, key, value))
+        elif not batched:
+            query, key, value = (t.unsqueeze(1) for t in (query, key, value))
+            key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
+        causal = is_causal and key_padding_mask is None and not need_weights
+        mask = _joined(key_padding_mask, None if causal else attn_mask, query, self.base_layer.num_heads)  # type: ignore[arg-type]
+        q, k, v = self._project_in(query, key, value, same)
+        result, weights = self._attend(q, k, v, mask, need_weights, causal)
+        result = out(result)
+        if weights is not None and average_attn_weights:
+            weights = weights.mean(dim=1)
+        if not batched:
+            result, weights = result.squeeze(1), None if weights is None else weights.squeeze(0)
+        return result.transpose(0, 1) if turned else result, weights
+
+    def _project_in(self, query: Tensor, key: Tensor, value: Tensor, same: bool) -> Iterator[Tensor]:
+        """Query, key and value projected, with the branches of the live adapters."""
+        base: Any = self.base_layer
+        weight, bias = base.in_proj_weight, base.in_proj_bias
+        if same:
+            packed = F.linear(query, weight, bias)
+            for name in self._live:
+                packed = self.add_branch(name, query, packed)
+            return iter(packed.chunk(3, dim=-1))
+        biases = (None,) * 3 if bias is None else bias.chunk(3)
+        inputs = (query, key, value)
+        results = [F.linear(x, w, b) for x, w, b in zip(inputs, weight.chunk(3), biases, strict=True)]
+        for name in self._live:
+            b = self.factors(name)[1].chunk(3)
+            for i, x in enumerate(inputs):
+                reduced = self.lora_A[name](self.lora_dropout[name](self.to_factors(name, x)))
+                branch = F.linear(reduced, b[i].to(reduced.dtype)) * self.scaling[name]
+                results[i] = results[i] + branch.to(results[i])
+        return iter(results)
+
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, need_weights: bool, causal: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Softmax attention. q: (L, N, E), k and v: (S, N, E) -> (L, N, E) and weights (N, H, L, S)."""
+        base: Any = self.base_layer
+        length, batch, size = q.shape
+        extra = 0
+        if base.bias_k is not None:
+            k = torch.cat([k, base.bias_k.to(k).expand(1, batch, size)])
+            v = torch.cat([v, base.bias_v.to(v).expand(1, batch, size)])
+            extra += 1
+        q, k, v = (t.reshape(*t.shape[:2], base.num_heads, -1).permute(1, 2, 0, 3) for t in (q, k, v))
+        if base.add_zero_attn:
+            k, v = (F.pad(t, (0, 0, 0, 1)) for t in (k, v))
+            extra += 1
+        if mask is not None and extra:
+            mask = F.pad(mask, (0, extra))
+        dropout = base.dropout if self.training else 0.0
+        weights = None
+        if need_weights:
+            scores = (q / math.sqrt(q.shape[-1])) @ k.transpose(-2, -1)
+            weights = F.dropout(torch.softmax(scores if mask is None else scores + mask, dim=-1), dropout)
+            result = weights @ v
+        else:
+            result = F.scaled_dot_product_attention(q, k, v, mask, dropout, causal)
+        return result.permute(2, 0, 1, 3).reshape(length, batch, size), weights
+
+
+def _joined(padding: Tensor | None, attention: Tensor | None, query: Tensor, heads: int) -> Tensor | None:
+    """Both masks as numbers to add to the scores, (N or 1, H or 1, L or 1, S); None without any."""
+
+    def numbers(mask: Tensor) -> Tensor:
+        if mask.dtype is torch.bool:
+            return torch.zeros_like(mask, dtype=query.dtype).masked_fill_(mask, -math.inf)
+        return mask.to(query.dtype)
+
+    joined = None
+    if attention is not None:
+        joined = numbers(attention)
+        joined = joined.view(-1, heads, *joined.shape[1:]) if joined.dim() == 3 else joined[None, None]
+    if padding is not None:
+        blocked = numbers(padding)[:, None, None]
+        joined = blocked if joined is None else joined + blocked
+    return joined

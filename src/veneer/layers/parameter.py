@@ -1,0 +1,175 @@
+"""Bare parameters: a tensor that a module holds and uses by itself, such as a stack of experts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from veneer.layers.base import LoraLayer, stand_in
+from veneer.ops.adapted_weight import AdaptedWeight, Term
+from veneer.spec import LoraSpec
+
+
+class LoraParameter(LoraLayer):
+    """One parameter P of a module, low-ranked: the module computes with ``P + s · Δ``.
+
+    A matrix (out, in) gets ``Δ = B A``. A stack of E matrices gets a pair of rank r for each, kept together:
+    A (r·E, in) and B (out, r·E), with ``Δ[e] = B[:, :, e] A[e]`` of B as (out, r, E) and A as (E, r, in). The
+    stack lies (E, out, in); (E, in, out) where the module has ``is_transposed``.
+
+    The module's own forward runs on a stand-in that holds an `AdaptedWeight` for P: its products take the
+    low-rank way, and Δ itself is made only for operations that have none. Under `torch.compile` the sum is
+    made, and fused by the compiler.
+
+    Several parameters of one module are wrapped one inside the other, in the order in which the module
+    registered them; the outermost runs the module.
+
+    Args:
+        base_layer: The module, or the `LoraParameter` of an earlier parameter of it.
+        parameter_name: The parameter's name on the module.
+    """
+
+    transparent = True
+
+    def __init__(self, base_layer: nn.Module, parameter_name: str) -> None:
+        super().__init__(base_layer)
+        self.weight_name = self.parameter_name = parameter_name
+
+    def chain(self) -> Iterator[LoraParameter]:
+        """This layer and those inside it."""
+        layer: nn.Module = self
+        while isinstance(layer, LoraParameter):
+            yield layer
+            layer = layer.base_layer
+
+    def get_base_layer(self) -> nn.Module:
+        """The module that holds the parameter."""
+        return list(self.chain())[-1].base_layer
+
+    # -- geometry ------------------------------------------------------------------------------------
+
+    def _sizes(self) -> tuple[int, int, int]:
+        """Number of matrices, in and out."""
+        shape = getattr(self.get_base_layer(), self.weight_name).shape
+        if len(shape) == 2:
+            return 1, shape[1], shape[0]
+        count, rows, columns = shape
+        return (count, rows, columns) if self._lies_turned() else (count, columns, rows)
+
+    def _lies_turned(self) -> bool:
+        return bool(getattr(self.get_base_layer(), "is_transposed", False))
+
+    @property
+    def num_experts(self) -> int:
+        """How many matrices the parameter holds."""
+        return self._sizes()[0]
+
+    def shapes(  # type: ignore[override]
+        self, base: nn.Module, r: int
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """A (r·E, in), B (out, r·E)."""
+        count, size_in, size_out = self._sizes()
+        return (r * count, size_in), (size_out, r * count)
+
+    def refuses(self, base: nn.Module, spec: LoraSpec) -> str | None:  # type: ignore[override]
+        """What needs the input of a product, which a bare parameter does not see, or one matrix."""
+        tensor = getattr(base, self.weight_name)
+        if tensor.dim() not in (2, 3):
+            return (
+                f"{self.weight_name} has {tensor.dim()} dimensions; a matrix or a stack of matrices is needed"
+            )
+        if not tensor.is_floating_point():
+            return f"{self.weight_name} is of type {tensor.dtype}: only floating-point parameters are adapted"
+        if spec.lora_dropout:
+            return (
+                "lora_dropout drops elements of the input of a product, and a bare parameter meets its "
+                "input inside the module's own forward: set lora_dropout=0"
+            )
+        if spec.lora_bias:
+            return "lora_bias has no place: a bare parameter has no bias"
+        if spec.variant != "plain":
+            return f"the variant {spec.variant!r} needs the output of a layer; a bare parameter has none"
+        return None
+
+    def is_matrix(self) -> bool:
+        """Only if it is not a stack."""
+        return getattr(self.get_base_layer(), self.weight_name).dim() == 2  # type: ignore[no-any-return]
+
+    def refuses_combination(self) -> str | None:
+        """A stack's factors lie interleaved."""
+        if self.is_matrix():
+            return None
+        return (
+            "adapters of a stack of matrices (target_parameters) cannot be combined; activate them together"
+        )
+
+    def term(self, name: str) -> Term:
+        """``Δ`` of an adapter as (left, right, s), in the layout of the parameter."""
+        a, b, _ = self.factors(name)
+        count, size_in, size_out = self._sizes()
+        if self.is_matrix():
+            return b, a, self.scaling[name]
+        left = b.view(size_out, -1, count).permute(2, 0, 1)
+        right = a.view(count, -1, size_in)
+        if self._lies_turned():
+            left, right = right.transpose(-2, -1), left.transpose(-2, -1)
+        return left, right, self.scaling[name]
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """The scaled update, of the parameter's shape."""
+        left, right, scale = self.term(adapter)
+        return (left.detach() @ right.detach()) * scale
+
+    # -- forward -------------------------------------------------------------------------------------
+
+    def _adapted(self) -> Tensor | AdaptedWeight | None:
+        """What stands for the parameter in a forward; None where the module's own is right."""
+        if self._disabled:
+            return self._undo.tensors()[self.weight_name] if self._merged and self._undo else None
+        if not self._live:
+            return None
+        weight = getattr(self.get_base_layer(), self.weight_name)
+        terms = [(a.to(weight), b.to(weight), s) for a, b, s in map(self.term, self._live)]
+        adapted = AdaptedWeight(weight, terms)
+        return adapted.dense() if torch.compiler.is_compiling() else adapted
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the module computes with the parameters of all layers of the chain adapted."""
+        given = {
+            layer.weight_name: adapted for layer in self.chain() if (adapted := layer._adapted()) is not None
+        }
+        base = self.get_base_layer()
+        return stand_in(base, given)(*args, **kwargs) if given else base(*args, **kwargs)  # type: ignore[arg-type]
+
+    def low_rank(self, name: str, x: Tensor) -> Tensor:
+        """A bare parameter has no input of its own."""
+        raise NotImplementedError("a bare parameter is adapted inside its module's forward")
+
+    def extra_repr(self) -> str:
+        """The parameter's name, for ``print(model)``."""
+        return f"parameter_name={self.parameter_name!r}"
+
+
+def parameters_of(module: nn.Module) -> dict[str, LoraParameter]:
+    """The adapted parameters of a module's wrapper, by name, the innermost first."""
+    chain = list(module.chain()) if isinstance(module, LoraParameter) else []
+    return {layer.weight_name: layer for layer in reversed(chain)}
+
+
+def why_not_wrapped(module: nn.Module, names: Sequence[str]) -> str | None:
+    """Why these parameters of a module cannot be adapted beside what adapts it already, or None."""
+    if isinstance(module, LoraLayer) and not isinstance(module, LoraParameter):
+        return (
+            f"the module that holds it is adapted itself ({type(module).__name__}): name it in "
+            "target_modules or its parameter in target_parameters, not both"
+        )
+    present = set(parameters_of(module))
+    if present and present != set(names):
+        return (
+            f"other adapters adapt {', '.join(sorted(present))} of this module, and the names in an "
+            "adapter's file depend on which parameters of a module are adapted: name the same ones"
+        )
+    return None

@@ -1,0 +1,115 @@
+"""Models for what is adapted in place of a whole module: attention, bare parameters, rows of an embedding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+VOCABULARY = 13
+
+
+class Attending(nn.Module):
+    """An attention over itself and over something else."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCABULARY, 8)
+        self.attn = nn.MultiheadAttention(8, 2, **options)
+        self.cross = nn.MultiheadAttention(8, 2, bias=False)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids: (5, 3) -> (5, 3, 3)."""
+        x = self.embed(ids)
+        mask = torch.ones(x.shape[:2], dtype=torch.bool).triu(1)[: x.shape[0], : x.shape[0]]
+        mask = mask if mask.shape[0] == mask.shape[1] else None
+        y, _ = self.attn(x, x, x, attn_mask=mask, need_weights=False)
+        z, weights = self.cross(y, x.flip(0), x)
+        return self.head(y + z * weights.sum())
+
+
+class Experts(nn.Module):
+    """Two stacks of matrices, used expert by expert or all at once, and a vector that nothing adapts."""
+
+    def __init__(self, count: int = 3, size: int = 8, inner: int = 6, turned: bool = False) -> None:
+        super().__init__()
+        self.is_transposed = turned
+        shapes = ((count, size, inner), (count, inner, size))
+        up, down = shapes if turned else (shapes[1], shapes[0])
+        self.up = nn.Parameter(torch.randn(up) * 0.3)
+        self.scale = nn.Parameter(torch.ones(inner))
+        self.down = nn.Parameter(torch.randn(down) * 0.3)
+
+    def forward(self, x: Tensor, chosen: Tensor) -> Tensor:
+        """x: (n, size), chosen: (n,) -> (n, size)."""
+        if self.is_transposed:
+            hidden = torch.bmm(x.expand(len(self.up), *x.shape), self.up) * self.scale
+            every = torch.bmm(hidden.relu(), self.down)
+            return every[chosen, torch.arange(len(x))]
+        result = torch.zeros_like(x)
+        for expert in range(len(self.up)):
+            mine = chosen == expert
+            hidden = nn.functional.linear(x[mine], self.up[expert]) * self.scale
+            result[mine] = nn.functional.linear(hidden.relu(), self.down[expert]).to(result.dtype)
+        return result
+
+
+class Mixture(nn.Module):
+    """Experts behind a router, a bare matrix, and an ordinary linear."""
+
+    def __init__(self, turned: bool = False) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCABULARY, 8)
+        self.router = nn.Linear(8, 3)
+        self.experts = Experts(turned=turned)
+        self.last = Matrix()
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids: (5, 3) -> (15, 3)."""
+        x = self.embed(ids).flatten(0, -2)
+        return self.head(self.last(self.experts(x, self.router(x).argmax(-1))))
+
+
+class Matrix(nn.Module):
+    """A matrix that is used in a way that has no product to adapt."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(8, 8) * 0.3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., 8) -> (..., 8)."""
+        return torch.einsum("...i,oi->...o", x, self.table)
+
+
+@dataclass(frozen=True)
+class Special:
+    """A model, and what it is adapted with."""
+
+    build: Callable[[], nn.Module]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    x: Callable[[], Tensor] = lambda: torch.arange(15).view(5, 3) % VOCABULARY
+
+
+SPECIAL: dict[str, Special] = {
+    "attention": Special(Attending, {"target_modules": ["attn", "cross", "head"]}),
+    "attention-batch-first": Special(partial(Attending, batch_first=True), {"target_modules": ["attn"]}),
+    "attention-added-bias": Special(
+        partial(Attending, add_bias_kv=True, add_zero_attn=True), {"target_modules": ["attn", "cross"]}
+    ),
+    "parameters": Special(
+        Mixture,
+        {"target_modules": ["head"], "target_parameters": ["experts.up", "experts.down", "last.table"]},
+    ),
+    "parameters-turned": Special(
+        partial(Mixture, turned=True), {"target_modules": [], "target_parameters": ["down", "up"]}
+    ),
+    "one-parameter": Special(Mixture, {"target_modules": ["head"], "target_parameters": ["experts.down"]}),
+    "weight-of-a-linear": Special(Mixture, {"target_modules": [], "target_parameters": ["head.weight"]}),
+}
