@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from veneer.layers.base import LoraLayer, stand_in
+from veneer.routing import current
 from veneer.spec import LoraSpec
 
 
@@ -91,9 +92,10 @@ class LoraMultiheadAttention(LoraLayer):
     ) -> tuple[Tensor, Tensor | None]:
         """As of torch's module."""
         out = self.output_projection
+        routing = current(self)
         live = self._live or (isinstance(out, LoraLayer) and out._live)
-        if not live:
-            base = self._as_before() if self._disabled else self.base_layer
+        if not live and (routing is None or not set(routing.used).intersection(self._specs)):
+            base = self._as_before() if self._disabled or routing is not None else self.base_layer
             return base(  # type: ignore[no-any-return]
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )
@@ -109,39 +111,50 @@ class LoraMultiheadAttention(LoraLayer):
             key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
         causal = is_causal and key_padding_mask is None and not need_weights
         mask = _joined(key_padding_mask, None if causal else attn_mask, query, self.base_layer.num_heads)  # type: ignore[arg-type]
-        q, k, v = self._project_in(query, key, value, same)
+        inputs = [query] if same else [query, key, value]
+        q, k, v = self._project_in(inputs, self._rows(query.shape[1], query.device))
         result, weights = self._attend(q, k, v, mask, need_weights, causal)
-        result = out(result)
+        result = out(result)  # batch first, for what belongs to its rows
         if weights is not None and average_attn_weights:
             weights = weights.mean(dim=1)
         if not batched:
-            result, weights = result.squeeze(1), None if weights is None else weights.squeeze(0)
-        return result.transpose(0, 1) if turned else result, weights
+            return result.squeeze(0), None if weights is None else weights.squeeze(0)
+        return result if turned else result.transpose(0, 1), weights
 
-    def _project_in(self, query: Tensor, key: Tensor, value: Tensor, same: bool) -> Iterator[Tensor]:
-        """Query, key and value projected, with the branches of the live adapters."""
-        base: Any = self.base_layer
-        weight, bias = base.in_proj_weight, base.in_proj_bias
-        if same:
-            packed = F.linear(query, weight, bias)
-            for name in self._live:
-                packed = self.add_branch(name, query, packed)
-            return iter(packed.chunk(3, dim=-1))
-        biases = (None,) * 3 if bias is None else bias.chunk(3)
-        inputs = (query, key, value)
-        results = [F.linear(x, w, b) for x, w, b in zip(inputs, weight.chunk(3), biases, strict=True)]
-        for name in self._live:
-            b = self.factors(name)[1].chunk(3)
-            for i, x in enumerate(inputs):
-                reduced = self.lora_A[name](self.lora_dropout[name](self.to_factors(name, x)))
-                branch = F.linear(reduced, b[i].to(reduced.dtype)) * self.scaling[name]
-                results[i] = results[i] + branch.to(results[i])
-        return iter(results)
+    def _rows(self, batch: int, device: torch.device) -> list[tuple[str, Tensor | None]]:
+        """Which adapters count, and for which rows of the batch; None for all."""
+        routing = current(self)
+        if routing is None:
+            return [(name, None) for name in self._live]
+        if self._disabled:
+            return []
+        names = routing.rows(batch, self.held_adapters, next(iter(self._specs.values())).path)
+        return [(name, rows) for name, rows in routing.indices(names, device).items() if name is not None]
+
+    def _project_in(
+        self, inputs: Sequence[Tensor], adapters: Sequence[tuple[str, Tensor | None]]
+    ) -> Sequence[Tensor]:
+        """Query, key and value projected, with the branches; one input stands for all three."""
+        base: Any = self.base_layer if current(self) is None else self.original_base()
+        parts = 3 // len(inputs)
+        weights = base.in_proj_weight.split(parts * base.embed_dim)
+        biases = (None,) * 3 if base.in_proj_bias is None else base.in_proj_bias.split(parts * base.embed_dim)
+        results: list[Tensor] = []
+        for i, x in enumerate(inputs):
+            result = F.linear(x, weights[i], biases[i])
+            for name, rows in adapters:
+                own = x if rows is None else x[:, rows]
+                b = torch.split(self.factors(name)[1], parts * base.embed_dim)[i]
+                reduced = self.lora_A[name](self.dropped(name, own))
+                branch = (F.linear(reduced, b.to(reduced.dtype)) * self.scaling[name]).to(result)
+                result = result + branch if rows is None else result.index_add(1, rows, branch)
+            results += result.chunk(parts, dim=-1)
+        return results
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, need_weights: bool, causal: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """Softmax attention. q: (L, N, E), k and v: (S, N, E) -> (L, N, E) and weights (N, H, L, S)."""
+        """Softmax attention. q: (L, N, E), k and v: (S, N, E) -> (N, L, E) and weights (N, H, L, S)."""
         base: Any = self.base_layer
         length, batch, size = q.shape
         extra = 0
@@ -163,7 +176,7 @@ class LoraMultiheadAttention(LoraLayer):
             result = weights @ v
         else:
             result = F.scaled_dot_product_attention(q, k, v, mask, dropout, causal)
-        return result.permute(2, 0, 1, 3).reshape(length, batch, size), weights
+        return result.transpose(1, 2).reshape(batch, length, size), weights
 
 
 def _joined(padding: Tensor | None, attention: Tensor | None, query: Tensor, heads: int) -> Tensor | None:

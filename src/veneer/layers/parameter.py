@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from veneer.errors import RoutingError
 from veneer.layers.base import LoraLayer, stand_in
 from veneer.ops.adapted_weight import AdaptedWeight, Term
+from veneer.routing import current
 from veneer.spec import LoraSpec
 
 
@@ -118,16 +120,20 @@ class LoraParameter(LoraLayer):
             left, right = right.transpose(-2, -1), left.transpose(-2, -1)
         return left, right, self.scaling[name]
 
-    def get_delta_weight(self, adapter: str) -> Tensor:
-        """The scaled update, of the parameter's shape."""
-        left, right, scale = self.term(adapter)
-        return (left.detach() @ right.detach()) * scale
+    def to_matrix(self, weight: Tensor) -> Tensor:
+        """The matrices of a stack one below the other."""
+        return weight.flatten(0, -2)
+
+    def _dense_update(self, name: str) -> Tensor:
+        """The scaled update, laid out as `to_matrix` does."""
+        left, right, scale = self.term(name)
+        return self.to_matrix(left.detach() @ right.detach()) * scale
 
     # -- forward -------------------------------------------------------------------------------------
 
     def _adapted(self) -> Tensor | AdaptedWeight | None:
         """What stands for the parameter in a forward; None where the module's own is right."""
-        if self._disabled:
+        if self._disabled or current(self) is not None:
             return self._undo.tensors()[self.weight_name] if self._merged and self._undo else None
         if not self._live:
             return None
@@ -135,6 +141,15 @@ class LoraParameter(LoraLayer):
         terms = [(a.to(weight), b.to(weight), s) for a, b, s in map(self.term, self._live)]
         adapted = AdaptedWeight(weight, terms)
         return adapted.dense() if torch.compiler.is_compiling() else adapted
+
+    def _refuse_rows(self) -> None:
+        """Rows of a batch meet inside the module's forward, where no row has an adapter of its own."""
+        routing = current(self)
+        if routing is not None and any(name in self._specs for name in routing.used):
+            raise RoutingError(
+                f"adapter_names: {self.parameter_name} is a bare parameter, which all rows of a batch "
+                "share; call the model once for each adapter"
+            )
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the module computes with the parameters of all layers of the chain adapted."""
