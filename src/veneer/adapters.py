@@ -84,6 +84,10 @@ class AdapterModule(nn.Module):
     def adapters_changed(self) -> None:
         """Called after every change of what is active, enabled or held."""
 
+    def inner(self) -> Iterator[tuple[str, nn.Module | None]]:
+        """The children, by name, that belong to the model rather than to an adapter."""
+        yield from self._modules.items()
+
     # -- the verbs ---------------------------------------------------------------------------------
 
     @property
@@ -150,6 +154,25 @@ class AdapterModule(nn.Module):
         self.adapters_changed()
 
 
+def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Modules with their paths, as ``named_modules`` gives them, but not what adapters hold.
+
+    So a pass over a model costs what its own modules do, however many adapters are in them.
+    """
+    seen: set[nn.Module] = set()
+
+    def visit(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
+        if module in seen:
+            return
+        seen.add(module)
+        yield path, module
+        for name, child in module.inner() if isinstance(module, AdapterModule) else module._modules.items():
+            if child is not None:
+                yield from visit(child, f"{path}.{name}" if path else name)
+
+    return visit(model, "")
+
+
 class AdapterSet:
     """The adapters of one model, over all the modules that hold a part of them.
 
@@ -163,7 +186,7 @@ class AdapterSet:
 
     def modules(self) -> list[AdapterModule]:
         """The adapter modules, in model order."""
-        return [m for m in self.model.modules() if isinstance(m, AdapterModule)]
+        return [m for _, m in walk(self.model) if isinstance(m, AdapterModule)]
 
     def names(self) -> list[str]:
         """Names of all adapters that some module holds, in order of appearance."""

@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from veneer.adapters import AdapterSet
+from veneer.adapters import AdapterSet, walk
 from veneer.backends import stored_elsewhere
 from veneer.checkpoint import (
     LoadReport,
@@ -58,7 +58,7 @@ def slots(model: nn.Module, adapter: str) -> Iterator[Slot]:
         model: A PeftModel, or any module with adapters in it.
         adapter: The adapter's name.
     """
-    for path, module in model.named_modules():
+    for path, module in walk(model):
         own: Iterable[tuple[str, Tensor]] = ()
         if isinstance(module, LoraLayer) and adapter in module.held_adapters:
             own = (
@@ -162,7 +162,7 @@ def _before_merging(root: nn.Module, prefix: str) -> dict[str, Tensor]:
     """Tensors of base layers that hold a merged adapter, as they were before, by their name on disk."""
     return {
         f"{prefix}{_clean(path)}.base_layer.{name}": tensor
-        for path, layer in root.named_modules()
+        for path, layer in walk(root)
         if isinstance(layer, LoraLayer) and layer.merged
         for name, tensor in layer.original_base()._parameters.items()
         if tensor is not None
@@ -186,7 +186,7 @@ def _embeddings(
         return {}
     targeted = {
         path
-        for path, module in root.named_modules()
+        for path, module in walk(root)
         if isinstance(module, LoraLayer) and adapter in module.held_adapters
     }
     return {
@@ -301,7 +301,7 @@ def set_adapter_state_dict(
     )
     if strict or not report.renamed or (report.mismatched and not ignore_mismatched_sizes):
         report.raise_for(where)
-    merged = [p for p, m in root.named_modules() if isinstance(m, LoraLayer) and adapter in m.merged_adapters]
+    merged = [p for p, m in walk(root) if isinstance(m, LoraLayer) and adapter in m.merged_adapters]
     if merged:
         raise MergeError(
             f"the adapter {adapter!r} is merged (into {merged[0]} and {len(merged) - 1} more): "
@@ -335,7 +335,7 @@ def _materialise(model: nn.Module, adapter: str, values: Mapping[str, Tensor]) -
             if value is not None and parameter.is_meta:
                 new = nn.Parameter(value.detach().clone().to(parameter.dtype), parameter.requires_grad)
                 setattr(module, name, new)
-    for module in model.modules():
+    for _, module in walk(model):
         if isinstance(module, LoraLayer) and adapter in module.held_adapters:
             device = module.base_device()
             for parameter in module.adapter_parameters(adapter):
@@ -350,7 +350,7 @@ def base_fingerprint(model: nn.Module, targets: Mapping[str, LoraLayer] | None =
         targets: The adapted layers by path; None looks them up.
     """
     if targets is None:
-        targets = {path: m for path, m in model.named_modules() if isinstance(m, LoraLayer)}
+        targets = {path: m for path, m in walk(model) if isinstance(m, LoraLayer)}
     weights = {
         _clean(path): getattr(layer.original_base(), layer.weight_name, None)
         for path, layer in targets.items()

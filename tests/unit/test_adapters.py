@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import cProfile
+import pstats
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
-from veneer import LoraConfig, get_peft_model
-from veneer.adapters import AdapterSet, as_names, check_adapter_name
+from veneer import LoraConfig, PeftModel, get_peft_model
+from veneer.adapters import AdapterSet, as_names, check_adapter_name, walk
 from veneer.errors import AdapterNameError, VeneerError
 
 
@@ -102,3 +106,38 @@ def test_what_cannot_be_active_together_changes_nothing() -> None:
     with pytest.raises(VeneerError, match="own copy"):
         made.set_adapter(["a", "c"])
     assert AdapterSet(made).active() == ["a"] and not AdapterSet(made).irregular()
+
+
+def test_a_walk_passes_by_what_adapters_hold() -> None:
+    net = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.ReLU()))
+    net.append(net[0])
+    names = [(path, type(m).__name__) for path, m in walk(net)]
+    assert names == [(path, type(m).__name__) for path, m in net.named_modules()]
+    model = get_peft_model(net, LoraConfig(target_modules=["0"], modules_to_save=["1"]))
+    model.add_adapter("second", LoraConfig(target_modules=["0"]))
+    assert [path for path, _ in walk(net)] == [
+        "", "0", "0.base_layer", "1", "1.original_module", "1.original_module.0", "1.original_module.1",
+    ]  # fmt: skip
+
+
+def test_loading_one_more_adapter_costs_what_the_first_ones_did(tmp_path: Path) -> None:
+    def base() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(*(nn.Linear(4, 4) for _ in range(8)))
+
+    config = LoraConfig(r=2, target_modules=[str(i) for i in range(8)])
+    get_peft_model(base(), config).save_pretrained(tmp_path)
+    model = PeftModel.from_pretrained(base(), tmp_path)
+
+    def calls(name: str) -> int:
+        profile = cProfile.Profile()
+        profile.enable()
+        model.load_adapter(tmp_path, name)
+        profile.disable()
+        return int(pstats.Stats(profile).total_calls)  # type: ignore[attr-defined]
+
+    calls("warm")
+    second = calls("second")
+    for number in range(47):
+        model.load_adapter(tmp_path, f"more{number}")
+    assert calls("fiftieth") <= 1.02 * second

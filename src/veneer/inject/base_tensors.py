@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer import backends
-from veneer.adapters import AdapterModule
+from veneer.adapters import AdapterModule, walk
 from veneer.layers import LoraLayer
 from veneer.layers.modules_to_save import ModulesToSaveWrapper
 
@@ -33,16 +33,17 @@ def bias_parameters(
     """
     if kind == "none":
         return
-    own = {
-        p: m for p, m in model.named_modules() if isinstance(m, AdapterModule) and adapter in m.held_adapters
-    }
+    inside = list(walk(model))
+    own = {p: m for p, m in inside if isinstance(m, AdapterModule) and adapter in m.held_adapters}
     adapted = {path for path, m in own.items() if isinstance(m, LoraLayer)} | set(future)
     whole = {path for path, m in own.items() if isinstance(m, ModulesToSaveWrapper)} | set(copied)
     roots = tuple(f"{path}." for path in whole)
-    for name, parameter in model.named_parameters():
-        path, _, last = name.rpartition(".")
-        if last != "bias" or ".lora_" in f".{path}" or ".modules_to_save." in f".{name}":
+    seen: set[nn.Parameter] = set()
+    for path, module in inside:
+        parameter = module._parameters.get("bias")
+        if parameter is None or parameter in seen:
             continue
+        seen.add(parameter)
         path = path.removesuffix(".base_layer").replace(".original_module", "")
         if f"{path}.".startswith(roots):
             continue  # the adapter trains its own copy
@@ -65,7 +66,7 @@ def embedding_weights(
             module = None
         if module is None:
             continue
-        path = next((p for p, m in model.named_modules() if m is module), None)
+        path = next((p for p, m in walk(model) if m is module), None)
         if path is None or isinstance(module, ModulesToSaveWrapper):
             continue
         if isinstance(module, LoraLayer):

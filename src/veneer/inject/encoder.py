@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from veneer.adapters import AdapterSet
+from veneer.adapters import AdapterSet, walk
 from veneer.layers import LoraLayer
 
 #: Where torch's transformer encoder keeps, while it holds adapters, whether it packs padded batches.
@@ -22,7 +22,7 @@ def keep_out_of_fused_kernels(model: nn.Module) -> None:
 
     It does not where a submodule has a hook, nor where nested tensors are switched off.
     """
-    for module in model.modules():
+    for _, module in walk(model):
         if isinstance(module, nn.TransformerEncoderLayer):
             for child in (module.self_attn, module.linear1, module.linear2):
                 if isinstance(child, LoraLayer) and not child._forward_hooks:
@@ -34,6 +34,6 @@ def keep_out_of_fused_kernels(model: nn.Module) -> None:
 
 def give_back_fused_kernels(model: nn.Module) -> None:
     """Let encoders without adapters pack padded batches again, if they did before."""
-    for module in model.modules():
+    for _, module in walk(model):
         if _NESTED in module.__dict__:
             module.use_nested_tensor = module.__dict__.pop(_NESTED)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from torch import nn
 
 from veneer import inits, targets
-from veneer.adapters import AdapterModule, AdapterSet, check_adapter_name
+from veneer.adapters import AdapterModule, AdapterSet, check_adapter_name, walk
 from veneer.config import LoraConfig, looks_like_regex
 from veneer.errors import AdapterNameError, TargetError, VeneerWarning
 from veneer.inject.building import build
@@ -38,7 +38,7 @@ def prepare(
     check_adapter_name(adapter_name)
     check_config(config)
     _refuse_foreign_layers(model)
-    if adapter_name in AdapterSet(model).names():
+    if any(adapter_name in module.held_adapters for module in AdapterSet(model).modules()):
         raise AdapterNameError(
             f"the model has an adapter named {adapter_name!r} already; choose another name or "
             "delete_adapter first"
@@ -141,7 +141,7 @@ def _only_here(config: LoraConfig) -> bool:
 
 def _refuse_foreign_layers(model: nn.Module) -> None:
     """Wrapping another library's adapted layers, or a whole PeftModel, would nest adapters silently."""
-    for path, module in model.named_modules():
+    for path, module in walk(model):
         if isinstance(module, AdapterModule):
             continue
         if type(module).__module__.partition(".")[0] == "peft":

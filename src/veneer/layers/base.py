@@ -366,6 +366,10 @@ class LoraLayer(AdapterModule):
             tensors["bias"] = self.backend.read(base, "bias")
         return stand_in(base, tensors, self._undo.attributes)
 
+    def inner(self) -> Iterator[tuple[str, nn.Module | None]]:
+        """The adapted module."""
+        yield "base_layer", self.base_layer
+
     def adapter_parameters(self, name: str) -> Iterator[nn.Parameter]:
         """A, B, the bias of B, and what the adapter's variant has beside them."""
         for tensor in self.factors(name):

@@ -35,6 +35,10 @@ class ModulesToSaveWrapper(AdapterModule):
         """Names of the adapters that have a copy."""
         return tuple(self.modules_to_save)
 
+    def inner(self) -> Iterator[tuple[str, nn.Module | None]]:
+        """The original."""
+        yield "original_module", self.original_module
+
     def adapter_parameters(self, name: str) -> Iterator[nn.Parameter]:
         """The parameters of an adapter's copy."""
         return self.modules_to_save[name].parameters()

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from veneer.adapters import walk
 from veneer.checkpoint import to_disk
 from veneer.config import LoraConfig, PeftConfig
 from veneer.errors import AdapterNameError, ConfigError, LoadMismatchError, MergeError, VeneerWarning
@@ -104,7 +105,7 @@ def _holding(model: nn.Module, names: Iterable[str] | None) -> dict[str, LoraLay
     """The layers that hold one of the adapters (None: any), none of them merged."""
     layers = {
         path: layer
-        for path, layer in model.named_modules()
+        for path, layer in walk(model)
         if isinstance(layer, LoraLayer)
         and (layer.held_adapters if names is None else any(n in layer.held_adapters for n in names))
     }

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from veneer.adapters import as_names
+from veneer.adapters import as_names, walk
 from veneer.errors import (
     MergeError,
     VeneerWarning,
@@ -206,7 +206,7 @@ def shared_weights(model: nn.Module, layers: Mapping[str, LoraLayer]) -> dict[st
     """Adapted layers whose base weight is another module's weight too, with those modules' paths."""
     users: dict[Any, list[str]] = {}
     # A module that stands in several places is one module: its weight is its own.
-    for place, module in model.named_modules():
+    for place, module in walk(model):
         for parameter in (p for p in module._parameters.values() if p is not None):
             storage = None if parameter.is_meta or parameter.numel() == 0 else parameter.untyped_storage()
             key = id(parameter) if storage is None else (storage.data_ptr(), parameter.storage_offset())

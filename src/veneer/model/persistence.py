@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import nn
 
 from veneer import inits, state
-from veneer.adapters import as_names, check_adapter_name
+from veneer.adapters import as_names, check_adapter_name, walk
 from veneer.checkpoint import (
     CARD_NAME,
     LoadReport,
@@ -86,6 +86,11 @@ class Persistence(nn.Module):
                 f"no adapter is active; the model has: {', '.join(self.peft_config) or 'none'}"
             )
         return self.peft_config[active[0]]
+
+    def _leave_training(self) -> None:
+        """``eval()``, without a pass over all adapters where it is nothing new."""
+        if any(module.training for _, module in walk(self)):
+            self.eval()
 
     def get_base_model(self) -> nn.Module:
         """The model that was adapted."""
@@ -266,7 +271,7 @@ class Persistence(nn.Module):
             values = {new: t for new, old in names.items() for t in file.tensors([old]).values()}
             report = state.set_adapter_state_dict(self, values, adapter_name, strict=strict, where=directory)
             if not is_trainable:
-                self.eval()
+                self._leave_training()
             return report
         injection = self.base_model.prepare(
             config,  # type: ignore[arg-type]
@@ -289,7 +294,7 @@ class Persistence(nn.Module):
         first = not self.peft_config
         self.base_model.commit(injection, activate=first, trainable=is_trainable)
         if not is_trainable:
-            self.eval()
+            self._leave_training()
         return report
 
     def _check_reload(self, config: Any, adapter_name: str, where: object) -> None:

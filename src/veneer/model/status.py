@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import nn
 
-from veneer.adapters import AdapterModule, AdapterSet
+from veneer.adapters import AdapterModule, AdapterSet, walk
 from veneer.errors import TargetError
 from veneer.layers import LoraLayer
 
@@ -85,7 +85,7 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
     """
     found = [
         _layer_status(path, module)
-        for path, module in _base(model).named_modules()
+        for path, module in walk(_base(model))
         if isinstance(module, AdapterModule) and module.held_adapters
     ]
     if not found:

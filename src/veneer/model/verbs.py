@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer.adapters import AdapterSet, as_names, check_adapter_name
+from veneer.adapters import AdapterSet, as_names, check_adapter_name, walk
 from veneer.config import LoraConfig
 from veneer.errors import (
     AdapterNameError,
@@ -85,7 +85,7 @@ class AdapterVerbs(nn.Module):
 
     def layers(self) -> dict[str, LoraLayer]:
         """The low-ranked layers by their path in the base model."""
-        return {path: m for path, m in self.model.named_modules() if isinstance(m, LoraLayer)}
+        return {path: m for path, m in walk(self.model) if isinstance(m, LoraLayer)}
 
     def inject(
         self,
