@@ -22,6 +22,10 @@ def demo(
         "veneer-demo"
     ),
     seed: Annotated[int, typer.Option(help="Of the start of the factors and the order of the mails.")] = 0,
+    export: Annotated[
+        Path | None,
+        typer.Option(help="Only write the model and the mails (JSONL) into this directory, to work with."),
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the metrics as JSON instead of tables.")
     ] = False,
@@ -34,8 +38,16 @@ def demo(
     import json
 
     from ..training import Terminal
-    from ..training.demo import run_demo
+    from ..training.demo import export_demo, run_demo
 
+    if export is not None:
+        made = export_demo(export, Terminal())
+        if as_json:
+            show_json({name: str(place) for name, place in made.items()})
+        else:
+            for name, place in made.items():
+                print(f"{name:<8} {place}")
+        return DONE
     result = run_demo(output, seed, Terminal())
     if as_json:
         show_json(json.loads((output / "metrics.json").read_text(encoding="utf-8")))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import time
 from dataclasses import asdict, dataclass, field, replace
 from importlib import resources
@@ -19,6 +21,7 @@ from .evaluate import answer_loss, exact_match, generate_answers, valid_json
 from .loop import train
 from .models import check_output, demo_model, directory_bytes, load_base
 from .options import TrainOptions
+from .places import check_replaceable, replacing
 from .plots import can_plot, loss_picture
 from .progress import Progress, Silent
 from .resuming import write_json
@@ -90,6 +93,40 @@ def mails() -> dict[str, list[dict[str, Any]]]:
 def record_of(mail: dict[str, Any]) -> dict[str, str]:
     """A mail as a training record: prompt and completion."""
     return {"prompt": f"{INSTRUCTION}\n\n{mail['header']}", "completion": json.dumps(mail["answer"])}
+
+
+def export_demo(place: Path, progress: Progress | None = None) -> dict[str, Path]:
+    """Write what the demo works with: the model, and the mails as JSONL of prompt and completion.
+
+    Args:
+        place: Directory; it appears whole or not at all.
+        progress: Where to report.
+
+    Returns:
+        ``model``, ``train`` and ``heldout``: a transformers directory and two files.
+
+    Raises:
+        TrainingError: The model cannot be fetched.
+        VeneerError: The directory holds files already, or cannot be written.
+    """
+    check_replaceable(place)
+    source = demo_model(progress)
+    with replacing(place) as made:
+        # A model of the cache is never written to, so that the same files will do where the disk allows it.
+        shutil.copytree(source, made / source.name, copy_function=_linked)
+        for part in ("train", "heldout"):
+            lines = [json.dumps(record_of(mail)) + "\n" for mail in mails()[part]]
+            (made / f"{part}.jsonl").write_text("".join(lines), encoding="utf-8")
+    files = {part: place / f"{part}.jsonl" for part in ("train", "heldout")}
+    return {"model": place / source.name, **files}
+
+
+def _linked(source: str, target: str) -> str:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+    return target
 
 
 @dataclass

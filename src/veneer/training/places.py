@@ -16,12 +16,12 @@ from ..errors import VeneerError
 _WEIGHTS = re.compile(r"(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?")
 
 
-def check_replaceable(place: Path, overwrite: bool = False) -> None:
+def check_replaceable(place: Path, overwrite: bool | None = None) -> None:
     """Raise unless a directory of this name can be made; nothing is made yet.
 
     Args:
         place: The directory to write.
-        overwrite: Whether one that holds files already may be written into.
+        overwrite: Whether one that holds files already may be written into; None where nobody can choose.
 
     Raises:
         VeneerError: It is a file, holds files, or cannot be written.
@@ -30,8 +30,8 @@ def check_replaceable(place: Path, overwrite: bool = False) -> None:
         raise VeneerError(f"{place} is a file; name a directory for the output")
     if place.is_dir() and not overwrite and any(place.iterdir()):
         raise VeneerError(
-            f"the directory {place} is not empty; name another one, or write over its model with "
-            "--overwrite-output-dir"
+            f"the directory {place} is not empty; name another one"
+            + ", or write over its model with --overwrite-output-dir" * (overwrite is not None)
         )
     there = next(parent for parent in (place, *place.absolute().parents) if parent.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
@@ -54,7 +54,7 @@ def check_room(place: Path, needed: int) -> None:
 
 
 @contextlib.contextmanager
-def replacing(place: Path, overwrite: bool = False) -> Iterator[Path]:
+def replacing(place: Path, overwrite: bool | None = None) -> Iterator[Path]:
     """A directory to write into that becomes ``place`` at the end; a failure leaves ``place`` as it was.
 
     Where ``place`` holds files already, its model is replaced and its other files stay.

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from veneer.cli import main
-from veneer.training import demo
+from veneer.training import demo, read_records
 
 
 def result(passed: bool) -> Any:
@@ -49,3 +49,21 @@ def test_demo_exits_1_unless_every_bar_is_reached(
         assert words in out
     assert ("Every bar was reached" in out) is passed
     assert ("NOT REACHED: valid JSON" in out) is not passed
+
+
+def test_demo_writes_what_it_works_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tmp_path / "cache" / "SmolLM2"
+    model.mkdir(parents=True)
+    (model / "config.json").write_text("{}")
+    monkeypatch.setattr(demo, "demo_model", lambda progress: model)
+    assert main(["demo", "--export", str(tmp_path / "mails")]) == 0
+    assert str(tmp_path / "mails" / "train.jsonl") in capsys.readouterr().out
+    names = {path.name for path in (tmp_path / "mails").iterdir()}
+    assert names == {"SmolLM2", "train.jsonl", "heldout.jsonl"}
+    assert (tmp_path / "mails" / "SmolLM2" / "config.json").read_text() == "{}"
+    records = read_records(tmp_path / "mails" / "heldout.jsonl")
+    assert len(records) == 48 and {"prompt", "completion"} <= set(records[0])
+    assert main(["demo", "--export", str(tmp_path / "mails")]) == 1
+    assert "not empty" in capsys.readouterr().err

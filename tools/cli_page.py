@@ -1,0 +1,143 @@
+"""Write docs/cli.md from the commands themselves; with ``--check`` only say whether it is current."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "cli.md"
+HEAD = """\
+<!-- Made by `python tools/cli_page.py` from the commands themselves; edits here are lost. -->
+
+# The command line
+
+`veneer` (or `python -m veneer`) has one command for each step of an adapter's life. {text}
+
+Flags may be written with dashes or underscores. `--verbose` may stand anywhere and shows tracebacks and the warnings
+of all libraries. Results go to standard output, progress and messages to standard error; `--json` makes the result
+one JSON document. There is no colour where there is no terminal, or where `NO_COLOR` is set.
+
+| exit code | |
+|---|---|
+| 0 | done |
+| 1 | failed: the message says what, why and what to do; nothing half-written is left |
+| 2 | wrong usage: an unknown command or flag, or a value that cannot be right |
+| 130 | interrupted by Ctrl-C |
+
+| command | |
+|---|---|
+{index}
+"""
+
+
+def page() -> str:
+    """The whole page."""
+    import typer
+
+    from veneer.cli.common import app, register_commands
+
+    register_commands()
+    group: Any = typer.main.get_command(app)
+    commands = dict(sorted(group.commands.items()))
+    index = "\n".join(
+        f"| [`veneer {name}`](#veneer-{name}) | {_summary(c)} |" for name, c in commands.items()
+    )
+    text = "Run a command with `--help` for what stands here."
+    parts = [HEAD.format(text=text, index=index)]
+    parts += [_command(name, command) for name, command in commands.items()]
+    return "\n".join(parts)
+
+
+def _summary(command: Any) -> str:
+    return _line(inspect.cleandoc(command.help or "").split("\n\n")[0])
+
+
+def _command(name: str, command: Any) -> str:
+    arguments = [p for p in command.params if p.param_type_name == "argument"]
+    options = [p for p in command.params if p.param_type_name == "option" and not getattr(p, "hidden", False)]
+    needed = [f"{p.opts[0]} {_value(p)}" for p in options if p.required]
+    words = [_argument(p) for p in arguments] + needed + ["[OPTIONS]"]
+    out = [f"## veneer {name}\n", f"```text\nveneer {name} {' '.join(words)}\n```\n"]
+    out.append(_paragraphs(command.help or "") + "\n")
+    if any(_help(p) for p in arguments):
+        out += ["| argument | |", "|---|---|"]
+        out += [f"| `{_argument(p)}` | {_help(p)} |" for p in arguments]
+        out.append("")
+    panels: dict[str, list[Any]] = {}
+    for option in options:
+        panels.setdefault(getattr(option, "rich_help_panel", None) or "", []).append(option)
+    for panel, members in panels.items():
+        if panel:
+            out.append(f"**{panel}**\n")
+        out += ["| flag | default | |", "|---|---|---|"]
+        out += [f"| {_flags(p)} | {_default(p)} | {_help(p)} |" for p in members]
+        out.append("")
+    return "\n".join(out)
+
+
+def _paragraphs(text: str) -> str:
+    blocks = inspect.cleandoc(text).split("\n\n")
+    return "\n\n".join(_line(block) for block in blocks)
+
+
+def _argument(parameter: Any) -> str:
+    name = parameter.metavar or parameter.name.upper()
+    name = name.strip("[]")
+    return name if parameter.required else f"[{name}]"
+
+
+def _flags(option: Any) -> str:
+    names = ", ".join(f"`{name}`" for name in (*option.opts, *option.secondary_opts) if name.startswith("--"))
+    return names if option.is_flag else f"{names} `{_value(option)}`"
+
+
+def _value(option: Any) -> str:
+    if option.metavar:
+        return str(option.metavar)
+    described = getattr(option, "type_descriptor", None)
+    words = str(described.annotation if described is not None else option.type).lower()
+    for kind, shown in (("int", "N"), ("float", "X"), ("path", "PATH")):
+        if kind in words:
+            return shown
+    return "TEXT"
+
+
+def _default(option: Any) -> str:
+    default = option.default
+    if option.required:
+        return "required"
+    if callable(default) or default is None or default is False or default == ():
+        return ""
+    return "on" if default is True else f"`{default}`"
+
+
+def _help(parameter: Any) -> str:
+    return _line(getattr(parameter, "help", None) or "")
+
+
+def _line(text: str) -> str:
+    """One line that is safe in a table: what looks like a tag or a column stays text."""
+    return re.sub(r"\s+", " ", text).strip().replace("|", "\\|").replace("<", "&lt;")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if it is out of date")
+    check = parser.parse_args().check
+    text = page()
+    if check:
+        current = PAGE.is_file() and PAGE.read_text(encoding="utf-8") == text
+        if not current:
+            print("docs/cli.md is out of date: run `python tools/cli_page.py`", file=sys.stderr)
+        return 0 if current else 1
+    PAGE.write_text(text, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
