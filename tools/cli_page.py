@@ -16,11 +16,12 @@ HEAD = """\
 
 # The command line
 
-`veneer` (or `python -m veneer`) has one command for each step of an adapter's life. {text}
+`veneer` (or `python -m veneer`) has one command for each step of an adapter's life.
+Run a command with `--help` for what stands here.
 
-Flags may be written with dashes or underscores. `--verbose` may stand anywhere and shows tracebacks and the warnings
-of all libraries. Results go to standard output, progress and messages to standard error; `--json` makes the result
-one JSON document. There is no colour where there is no terminal, or where `NO_COLOR` is set.
+Flags may be written with dashes or underscores. `--verbose` may stand anywhere and shows tracebacks and the
+warnings of all libraries. Results go to standard output, progress and messages to standard error; `--json`
+makes the result one JSON document. There is no colour where there is no terminal, or where `NO_COLOR` is set.
 
 | exit code | |
 |---|---|
@@ -47,8 +48,7 @@ def page() -> str:
     index = "\n".join(
         f"| [`veneer {name}`](#veneer-{name}) | {_summary(c)} |" for name, c in commands.items()
     )
-    text = "Run a command with `--help` for what stands here."
-    parts = [HEAD.format(text=text, index=index)]
+    parts = [HEAD.format(index=index)]
     parts += [_command(name, command) for name, command in commands.items()]
     return "\n".join(parts)
 
