@@ -58,3 +58,22 @@ OPS_SPECTRUM = Tolerance(
 
 #: The share of an update that a merge kept: in fp32 from chunks, and in fp64 from dense matrices.
 OPS_KEPT = Tolerance(0.0, 1e-4, "norms of rounding errors of 2**-9, themselves known to about 2**-15 of that")
+
+#: Outputs of quantised bases against the same sums over the dense weight that is read from them.
+STORED: dict[str, Tolerance] = {
+    "bitsandbytes-8bit": Tolerance(
+        2e-2, 2e-2, "in evaluation its kernel rounds each row of the input to 8 bits, and biases to 16"
+    ),
+    "torchao": Tolerance(2e-2, 1e-2, "bf16 outputs: scaled after the product, not before it"),
+}
+
+#: Relative error of the outputs (2-norm) once a weight with the update in it is quantised again.
+REQUANTISED: dict[str, Tolerance] = {
+    "bitsandbytes-4bit": Tolerance(
+        0.25, 0.0, "steps of nf4 in the middle of a block: 8 to 10 % of its scale"
+    ),
+    "bitsandbytes-8bit": Tolerance(
+        0.03, 0.0, "steps of 1/127 of a row's largest weight; inputs in 8 bits too"
+    ),
+    "torchao": Tolerance(0.03, 0.0, "steps of 1/127 of a row's largest weight"),
+}

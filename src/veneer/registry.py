@@ -77,6 +77,10 @@ class TypeRegistry(Generic[T]):
                 return item
         return None
 
+    def get(self, type_name: str) -> T | None:
+        """The item that serves the type of that name, or None."""
+        return self._items.get(type_name)
+
     def items(self) -> Iterator[tuple[str, T]]:
         """Pairs of type name and item."""
         return iter(self._items.items())

@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
+from tests.storages import QUANTISED, UNMERGEABLE
 from veneer import LoraConfig, VeneerWarning
 from veneer.backends.base import backends
 from veneer.errors import ConfigError
 from veneer.inits.base import inits
-from veneer.layers import LoraLayer, registry, wrap
+from veneer.layers import LoraLayer, find, registry, wrap
 from veneer.layers.making import why_not
 from veneer.spec import resolve
 from veneer.variants import registry as variants
@@ -228,6 +229,12 @@ VARIANTS: dict[str, dict[str, Any]] = {"plain": {}, "dora": {"use_dora": True}}
 BACKENDS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "dense": lambda module: module,
     "offloaded": lambda module: cpu_offload(module, execution_device="cpu"),
+    **QUANTISED,
+}
+#: Storages as codes, of linears; the numbers of dimensions of the inputs that they can compute with.
+CODED: dict[str, tuple[int, ...]] = {
+    **dict.fromkeys(QUANTISED, (1, 2, 3, 4)),
+    "bitsandbytes-8bit": (2, 3),
 }
 
 
@@ -245,6 +252,16 @@ class Combination:
         """``lora_alpha`` is never ``r``: a scaling of one would hide a forgotten one."""
         options = {"r": 4, **self.case.options, **INITS[self.init], **VARIANTS[self.variant], **more}
         return LoraConfig(lora_alpha=3 * options["r"] / 2, **options)
+
+    @property
+    def unmergeable(self) -> str:
+        """Part of the reason for which a merge is refused; empty where it is not."""
+        return self.case.unmergeable or UNMERGEABLE.get(self.backend, "")
+
+    @property
+    def quantised(self) -> bool:
+        """Whether the base's weight is stored as codes."""
+        return self.backend in CODED
 
     def dense(self) -> nn.Module:
         """The base as an ordinary module, frozen; the same values each time."""
@@ -319,6 +336,14 @@ def _is_worth_trying(first: bool, init: str, variant: str, backend: str, dtype: 
     return init == "Default" and dtype in (torch.float32, torch.bfloat16)
 
 
+@cache
+def _has_codes(backend: str, case: LayerCase) -> bool:
+    """Whether there is such a storage of the case's base, and its library computes with the case's input."""
+    # Delegation is one code for all of them: few cases show it.
+    wanted = backend not in UNMERGEABLE or case.name in ("plain", "3-D", "empty", "lora-bias")
+    return wanted and type(case.base()) is nn.Linear and case.x().dim() in CODED[backend]
+
+
 def combinations() -> Iterator[Any]:
     """All that is worth trying, as parameters for tests."""
     names = ([type(i).__name__ for i in inits()], variants.names(), [b.name for b in backends()])
@@ -330,6 +355,8 @@ def combinations() -> Iterator[Any]:
                     continue
                 if not (init in INITS and variant in VARIANTS and backend in BACKENDS):
                     continue  # test_tables.py fails for these
+                if backend in CODED and not _has_codes(backend, case):
+                    continue
                 made = Combination(case, init, variant, backend, dtype)
                 if _computes(type_name, case, dtype) and _served(made):
                     name = f"{type_name.rpartition('.')[2]}-{case.name}-{init}-{variant}-{backend}-{dtype}"
@@ -337,9 +364,9 @@ def combinations() -> Iterator[Any]:
 
 
 @cache
-def _layer_without_adapter(case: LayerCase) -> LoraLayer:
-    base = case.base()
-    cls = registry.find(type(base))
+def _layer_without_adapter(case: LayerCase, backend: str) -> LoraLayer:
+    base = BACKENDS[backend](case.base()) if backend in CODED else case.base()
+    cls = find(base)
     assert cls is not None
     return cls(base)
 
@@ -349,7 +376,7 @@ def _served(made: Combination) -> bool:
         spec = resolve(made.config(), "default", "")
     except ConfigError:  # options that exclude one another; tests/unit/test_config.py has them
         return False
-    return why_not(_layer_without_adapter(made.case), spec) is None
+    return why_not(_layer_without_adapter(made.case, made.backend), spec) is None
 
 
 ALL = list(combinations())
@@ -361,7 +388,7 @@ EACH_CASE = [
     == ("Default", "plain", "dense", torch.float32)
 ]
 #: Those that can be merged.
-MERGEABLE = [p for p in ALL if not p.values[0].case.unmergeable]
+MERGEABLE = [p for p in ALL if not p.values[0].unmergeable]
 
 
 def copied(module: nn.Module) -> nn.Module:

@@ -14,8 +14,8 @@ from accelerate.hooks import remove_hook_from_submodules
 from torch import Tensor, nn
 
 from tests.laws.cases import ALL, EACH_CASE, MERGEABLE, Combination, init_of, train
-from tests.tolerances import BY_DTYPE, assert_close
-from veneer.backends import find
+from tests.tolerances import BY_DTYPE, REQUANTISED, STORED, assert_close
+from veneer.backends import find, settle
 from veneer.errors import MergeError
 from veneer.layers import Factor, LoraLayer, wrap
 from veneer.variants import get as get_variant
@@ -35,6 +35,8 @@ def rounding_is_known() -> Iterator[None]:
 
 def weight_of(base: nn.Module) -> dict[str, Tensor]:
     """The base's own tensors, wherever they are stored."""
+    if not find(base).readable:
+        return {name: tensor.clone() for name, tensor in base.state_dict().items()}
     names = [name for name in ("weight", "bias") if isinstance(getattr(base, name, None), Tensor)]
     return {name: find(base).read(base, name).clone() for name in names}
 
@@ -55,6 +57,23 @@ def dense_like(made: Combination, layer: LoraLayer) -> nn.Module:
     return base
 
 
+def address(tensor: Tensor) -> int:
+    """Where its values lie; 0 where it has none, or is made of other tensors."""
+    return 0 if tensor.is_meta or hasattr(tensor, "__tensor_flatten__") else tensor.data_ptr()
+
+
+def parts_of(tensor: Tensor) -> list[Tensor]:
+    """The tensor, or those that it is made of."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return [tensor]
+    return [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
+
+
+def base_of(made: Combination, layer: LoraLayer) -> nn.Module:
+    """What the layer must equal bit for bit while its adapters are disabled."""
+    return copy.deepcopy(layer.base_layer) if made.quantised else dense_like(made, layer)
+
+
 def slack(made: Combination) -> float:
     """How often the errors of one rounding may add up: outputs of a merged weight are sums over its rows."""
     return 4.0 if made.dtype in (torch.bfloat16, torch.float16) else 1.0
@@ -64,13 +83,25 @@ def close(actual: Tensor, expected: Tensor, made: Combination) -> None:
     tolerance = BY_DTYPE[made.dtype]
     size = float(expected.detach().abs().max()) if expected.numel() else 1.0
     wide = tolerance._replace(atol=tolerance.atol * slack(made) * max(1.0, size))
+    if made.backend in STORED:
+        wide = STORED[made.backend]
+        wide = wide._replace(atol=wide.atol * max(1.0, size))
     assert_close(actual, expected, wide)
+
+
+def close_once_merged(actual: Tensor, expected: Tensor, made: Combination) -> None:
+    """As `close`; a weight that was quantised again is off by what that costs."""
+    if made.backend not in REQUANTISED:
+        close(actual, expected, made)
+    elif expected.numel():
+        error = (actual - expected).detach().double().norm() / expected.detach().double().norm()
+        assert error <= REQUANTISED[made.backend].rtol
 
 
 @each
 def test_a_fresh_adapter_is_an_identity_where_its_init_promises_it(made: Combination) -> None:
     layer, x = made.layer(trained=False), made.x()
-    base = dense_like(made, layer)
+    base = base_of(made, layer)
     init = init_of(made.init)
     if init.identity and not init.exact:
         close(layer(x), base(x), made)
@@ -78,7 +109,9 @@ def test_a_fresh_adapter_is_an_identity_where_its_init_promises_it(made: Combina
         fused = type(base) is nn.Linear and made.backend == "dense"
         # The fused step lays its input out anew, and torch's kernels differ by layout in the last place.
         assert torch.equal(layer(x), base(x.contiguous() if fused else x))
-        assert torch.equal(made.dense().eval()(x), base(x)), "the init replaced the base weight"
+        alone = made.base() if made.quantised else made.dense()
+        settle(alone)
+        assert torch.equal(alone.eval()(x), base(x)), "the init replaced the base weight"
     elif x.numel():
         assert not torch.equal(layer(x), base(x))
 
@@ -100,7 +133,7 @@ def test_only_factors_get_gradients(made: Combination) -> None:
 @each
 def test_the_branch_is_the_delta(made: Combination) -> None:
     # Against the dense twin with W + ΔW: values, and the gradient that goes on to what lies before.
-    if made.case.unmergeable:
+    if made.unmergeable:
         return_of_merge_is_refused(made)
         return
     layer, x = made.layer(), made.x()
@@ -132,7 +165,7 @@ def test_the_branch_is_the_delta(made: Combination) -> None:
 def return_of_merge_is_refused(made: Combination) -> None:
     layer = made.layer()
     before = weight_of(layer.base_layer)
-    with pytest.raises(MergeError, match=made.case.unmergeable):
+    with pytest.raises(MergeError, match=made.unmergeable):
         layer.merge()
     assert_same_tensors(weight_of(layer.base_layer), before)
     assert not layer.merged
@@ -145,8 +178,8 @@ def test_merged_equals_unmerged(made: Combination) -> None:
     with rounding_is_known():
         kept = layer.merge()
     assert layer.merged_adapters == ["default"]
-    assert 0.0 <= kept <= 1.0 + 1e-6
-    close(layer(x), expected, made)
+    assert kept <= 1.0 + 1e-6 and (kept >= 0.0 or made.quantised)
+    close_once_merged(layer(x), expected, made)
 
 
 @each_mergeable
@@ -204,15 +237,15 @@ def test_merging_one_of_two_keeps_the_other(made: Combination) -> None:
     for name in ("default", "second"):
         layer.merge(adapter_names=[name])
         assert layer.merged_adapters == [name]
-        close(layer(x), expected, made)
+        close_once_merged(layer(x), expected, made)
         layer.unmerge([name])
         assert_same_tensors(weight_of(layer.base_layer), before)
     layer.merge(adapter_names=["second"])
     layer.merge()
     assert layer.merged_adapters == ["second", "default"]
-    close(layer(x), expected, made)
+    close_once_merged(layer(x), expected, made)
     layer.unmerge(["second"])
-    close(layer(x), expected, made)
+    close_once_merged(layer(x), expected, made)
     layer.unmerge()
     assert_same_tensors(weight_of(layer.base_layer), before)
 
@@ -220,8 +253,8 @@ def test_merging_one_of_two_keeps_the_other(made: Combination) -> None:
 @each
 def test_disabled_equals_the_base_bit_for_bit(made: Combination) -> None:
     layer, x = made.layer().train(), made.x()
-    base = dense_like(made, layer).train()
-    for merge in (False, True) if not made.case.unmergeable else (False,):
+    base = base_of(made, layer).train()
+    for merge in (False, True) if not made.unmergeable else (False,):
         if merge:
             layer.merge()
         layer.enable_adapters(False)
@@ -237,7 +270,7 @@ def test_disabled_equals_the_base_bit_for_bit(made: Combination) -> None:
 @each
 def test_forward_writes_nothing(made: Combination) -> None:
     layer, x = made.layer(lora_dropout=0.3), made.x()
-    states = ["trained", "disabled"] if made.case.unmergeable else ["trained", "disabled", "merged", "both"]
+    states = ["trained", "disabled"] if made.unmergeable else ["trained", "disabled", "merged", "both"]
     for state in states:
         if state == "merged":
             layer.enable_adapters(True)
@@ -249,7 +282,7 @@ def test_forward_writes_nothing(made: Combination) -> None:
         # nn.Embedding's own renormalisation is the base's business.
         held = {n: t for n, t in held.items() if not (made.case.renormalises and ".lora_" not in f".{n}")}
         before = {
-            name: (t._version, t.data_ptr() if not t.is_meta else 0, t.clone()) for name, t in held.items()
+            name: (t._version, address(t), [part.clone() for part in parts_of(t)]) for name, t in held.items()
         }
         modules = [id(m) for m in layer.modules()]
         attributes = {k: copy.copy(v) for k, v in vars(layer).items() if not k.startswith("__")}
@@ -262,8 +295,8 @@ def test_forward_writes_nothing(made: Combination) -> None:
             assert vars(layer)[key] == attributes[key], key
         for name, tensor in held.items():
             version, pointer, value = before[name]
-            assert tensor._version == version and (tensor.is_meta or tensor.data_ptr() == pointer), name
-            assert tensor.is_meta or torch.equal(tensor, value), name
+            assert tensor._version == version and address(tensor) == pointer, name
+            assert tensor.is_meta or all(map(torch.equal, parts_of(tensor), value)), name
 
 
 @each_case

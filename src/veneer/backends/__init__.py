@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from veneer.backends.base import Backend, find
+from veneer.backends.base import Backend, backends, find, geometry, gives_fresh_output
 from veneer.backends.offloaded import copied, stored
 from veneer.registry import load_all
 
@@ -23,4 +23,25 @@ def stored_elsewhere(model: nn.Module) -> dict[int, Tensor]:
     return found
 
 
-__all__ = ["Backend", "copied", "find", "stored_elsewhere"]
+def quantised(module: nn.Module) -> Backend | None:
+    """The backend of a module whose weight is stored as codes of a few bits; None for any other module."""
+    return next((b for b in backends() if b.quantization is not None and b.matches(module)), None)
+
+
+def settle(model: nn.Module) -> None:
+    """Make all modules of a model ready to have gradients flow through them. No value changes."""
+    for module in model.modules():
+        if (backend := quantised(module)) is not None:
+            backend.settle(module)
+
+
+__all__ = [
+    "Backend",
+    "copied",
+    "find",
+    "geometry",
+    "gives_fresh_output",
+    "quantised",
+    "settle",
+    "stored_elsewhere",
+]

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import abc
+import functools
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +13,7 @@ from torch import Tensor, nn
 from veneer.errors import MergeError
 
 _backends: list[Backend] = []
+_geometries: dict[str, str] = {}
 
 
 class Backend(abc.ABC):
@@ -22,10 +26,19 @@ class Backend(abc.ABC):
     name: str = ""
     #: The field's name of the quantised storage, or None for weights that are not quantised.
     quantization: str | None = None
+    #: Whether `read` gives the weight; some can only be computed with.
+    readable: ClassVar[bool] = True
+    #: Module types, as "module.QualName", that keep no hold of what they return: it may be added to in place.
+    fresh_output: ClassVar[tuple[str, ...]] = ()
+    #: Module types that derive from no torch layer, and the torch type whose geometry each of them has.
+    geometry: ClassVar[Mapping[str, str]] = {}
 
     def __init_subclass__(cls) -> None:
+        if "name" not in cls.__dict__:  # what several backends share
+            return
         _backends.append(cls())
         _backends.sort(key=lambda b: -b.priority)
+        _geometries.update(cls.geometry)
 
     @abc.abstractmethod
     def matches(self, module: nn.Module) -> bool:
@@ -59,6 +72,14 @@ class Backend(abc.ABC):
         """The floating-point type that the tensor of that name is computed with in."""
         return self.dtype(module) if name == "weight" else self.read(module, name).dtype
 
+    def like(self, module: nn.Module, name: str = "weight") -> Tensor:
+        """The shape and the type of the dense tensor of that name, on the meta device."""
+        return self.read(module, name).to("meta")
+
+    def features(self, module: nn.Module) -> tuple[int, int]:
+        """Sizes of the input and of the output of a linear."""
+        return int(module.in_features), int(module.out_features)  # type: ignore[arg-type]
+
     def writable_in_place(self, module: nn.Module) -> bool:
         """Whether `read` gives the very tensor that the layer computes with."""
         return False
@@ -70,6 +91,35 @@ class Backend(abc.ABC):
     def refuses_to_write(self, module: nn.Module, name: str) -> str | None:
         """Why the tensor of that name cannot be written, or None."""
         return self.refuses_merge(module) if name == "weight" else None
+
+    def rounded(self, module: nn.Module, tensor: Tensor) -> Tensor:
+        """What `read` would give after ``write(module, tensor)``; nothing is changed."""
+        return tensor.to(self.dtype(module))
+
+    def keep(self, module: nn.Module, name: str = "weight") -> dict[str, Tensor]:
+        """The stored tensor of that name, to be put back bit for bit; a later `write` does not reach it.
+
+        What a cast of the model must not round is given as integers, or as a type that withstands one.
+        """
+        return {name: self.read(module, name).clone()}
+
+    def put_back(self, module: nn.Module, kept: Mapping[str, Tensor], name: str = "weight") -> None:
+        """Store what `keep` gave."""
+        self.write(module, kept[name], name)
+
+    def parts(
+        self, module: nn.Module, kept: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Tensor | None], dict[str, Any]]:
+        """Parameters and attributes with which a copy of the module computes with what `keep` gave."""
+        return dict(kept), {}
+
+    def settle(self, module: nn.Module) -> None:
+        """Make a module ready to have gradients flow through it. Its values stay."""
+        return None
+
+    def dense(self, module: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+        """An ordinary module that computes the same from a dense weight; the module itself if it has one."""
+        return module
 
 
 def find(module: nn.Module, name: str = "weight") -> Backend:
@@ -87,3 +137,35 @@ def find(module: nn.Module, name: str = "weight") -> Backend:
 def backends() -> tuple[Backend, ...]:
     """All registered backends, in the order in which they are asked."""
     return tuple(_backends)
+
+
+def type_names(cls: type) -> Iterable[str]:
+    """A type and its bases as ``"module.QualName"``, nearest first."""
+    return (f"{base.__module__}.{base.__qualname__}" for base in cls.__mro__)
+
+
+def geometry(cls: type) -> str | None:
+    """The torch type, as ``"module.QualName"``, that modules of a type without one behave like."""
+    return next((_geometries[name] for name in type_names(cls) if name in _geometries), None)
+
+
+@functools.lru_cache(maxsize=256)
+def _fresh(name: str) -> bool:
+    return any(name in backend.fresh_output for backend in _backends)
+
+
+def gives_fresh_output(module: nn.Module) -> bool:
+    """Whether nobody else holds what the module returns, so that it may be added to in place."""
+    cls = type(module)
+    hooked = module._forward_hooks or "forward" in module.__dict__
+    return not hooked and _fresh(f"{cls.__module__}.{cls.__qualname__}")
+
+
+def plain_linear(module: nn.Module, weight: Tensor) -> nn.Linear:
+    """A frozen ``nn.Linear`` with a dense weight and the bias of ``module``."""
+    bias = getattr(module, "bias", None)
+    plain = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    plain.weight = nn.Parameter(weight, requires_grad=False)
+    if isinstance(bias, Tensor):
+        plain.bias = nn.Parameter(bias.detach().to(weight.dtype, copy=True), requires_grad=False)
+    return plain.train(module.training)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from veneer import backends
 from veneer.adapters import AdapterSet
 from veneer.config import LoraConfig
 from veneer.inits import InitResult, forget_statistics
@@ -160,6 +161,7 @@ class Injection:
             for parameter in self.model.parameters():
                 if id(parameter) not in own:
                     parameter.requires_grad_(False)
+            backends.settle(self.model)
         for addition in self.additions:
             assert addition.start is not None
             dtype = factor_dtype(addition.layer, self.autocast_adapter_dtype)

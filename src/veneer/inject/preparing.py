@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from veneer import inits, targets
+from veneer import backends, inits, targets
 from veneer.adapters import AdapterModule, AdapterSet, check_adapter_name, walk
 from veneer.config import LoraConfig, looks_like_regex
 from veneer.errors import AdapterNameError, TargetError, VeneerWarning
@@ -68,6 +68,14 @@ def _not_to_copy(site: Site) -> str | None:
     """Why a module cannot be trained whole: a copy of it would hold other adapters' factors."""
     if isinstance(site.module, ModulesToSaveWrapper):
         return None
+    coded = [(path, b) for path, m in site.base.named_modules() if (b := backends.quantised(m)) is not None]
+    if coded:
+        path, backend = coded[0]
+        return (
+            f"{'.'.join(filter(None, (site.path, path)))}: its weight is quantised ({backend.quantization}), "
+            "and codes cannot be trained; target it with LoRA, or load the base with this module left dense "
+            "(llm_int8_skip_modules, modules_to_not_convert)"
+        )
     names = AdapterSet(site.module).names()
     if not names:
         return None

@@ -21,7 +21,8 @@ from veneer import backends, inits, variants
 from veneer.adapters import AdapterModule, as_names
 from veneer.errors import AdapterNameError, ConfigError, MergeError, VeneerWarning
 from veneer.inits import InitRequest, InitResult
-from veneer.ops.merging import merge_dense, merge_into_
+from veneer.layers.refused import refusal
+from veneer.ops.merging import kept_share, merge_dense, merge_into_
 from veneer.ops.row_norms import State
 from veneer.registry import TypeRegistry
 from veneer.routing import Routing, current
@@ -31,6 +32,19 @@ from veneer.variants import ParameterRequest
 registry: TypeRegistry[type[LoraLayer]] = TypeRegistry("layer")
 
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+
+def find(module: nn.Module) -> type[LoraLayer] | None:
+    """The layer class that adapts such a module, or None.
+
+    It is known by the module's type; that of a storage whose modules derive from no torch layer by the type
+    that the storage names instead.
+    """
+    if refusal(module) is not None:
+        return None
+    found = registry.find(type(module))
+    named = None if found is not None else backends.geometry(type(module))
+    return found if named is None else registry.get(named)
 
 
 class Factor(nn.Module):
@@ -86,12 +100,17 @@ def _copy_of_weight(x: None, weight: Tensor, bias: Tensor | None) -> Tensor:
 class Undo(nn.Module):
     """The base's tensors as they were before merging.
 
+    `coded` says that they are as a quantised storage keeps them, and not the weight itself.
+
     They are buffers that are not saved: they follow the layer to another device or dtype, into a
     deepcopy and a pickle, and stay out of every state dict.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor], attributes: Mapping[str, Any]) -> None:
+    def __init__(
+        self, tensors: Mapping[str, Tensor], attributes: Mapping[str, Any], coded: bool = False
+    ) -> None:
         super().__init__()
+        self.coded = coded
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor, persistent=False)
         self.attributes = dict(attributes)
@@ -361,10 +380,15 @@ class LoraLayer(AdapterModule):
         if self._undo is None:
             return self.get_base_layer()
         base, tensors = self.get_base_layer(), self._undo.tensors()
+        attributes = self._undo.attributes
         bias = getattr(base, "bias", None)
         if isinstance(bias, Tensor) and bias.is_meta and "bias" not in tensors:
             tensors["bias"] = self.backend.read(base, "bias")
-        return stand_in(base, tensors, self._undo.attributes)
+        if not self._undo.coded:  # compilers cannot follow the search for a backend
+            return stand_in(base, tensors, attributes)
+        own = {key: tensors.pop(key) for key in ("bias",) if key in tensors}
+        parts, more = self.backend.parts(base, tensors)
+        return stand_in(base, {**parts, **own}, {**more, **attributes})
 
     def inner(self) -> Iterator[tuple[str, nn.Module | None]]:
         """The adapted module."""
@@ -732,8 +756,8 @@ class LoraLayer(AdapterModule):
 
     def _weight_meta(self) -> Tensor:
         """The base weight's shape before merging, without its values."""
-        base = self.original_base()
-        return self.backend.read(base, self.weight_name).to("meta")
+        base, name = self.original_base(), self.weight_name
+        return backends.find(base, name).like(base, name)
 
     def refuses_merge(self, names: Sequence[str]) -> list[str]:
         """Why merging these adapters would be wrong; empty if it is right."""
@@ -775,7 +799,8 @@ class LoraLayer(AdapterModule):
             keep_undo: Keep what `unmerge` needs.
 
         Returns:
-            The share of the update that survived rounding to the weight's type, in [0, 1].
+            The share of the update that survived rounding to the weight's type, in [0, 1]. Where the weight
+            is quantised again, below 0 if that changes it by more than the update does.
 
         Raises:
             MergeError: If merging would give a wrong weight. Nothing has changed then.
@@ -835,9 +860,9 @@ class LoraLayer(AdapterModule):
 
     def _take_undo(self) -> Undo:
         base, name = self.get_base_layer(), self.weight_name
-        weight = self.backend.read(base, name)
-        _, attributes = self.before_merge(weight.to("meta"))
-        return Undo({name: weight.clone()}, {key: getattr(base, key) for key in attributes})
+        _, attributes = self.before_merge(self.backend.like(base, name))
+        coded = self.backend.quantization is not None
+        return Undo(self.backend.keep(base, name), {key: getattr(base, key) for key in attributes}, coded)
 
     def _add_bias(self, undo: Undo) -> None:
         """Keep the base's bias too: only a merged bias changes it, and it may be trained by itself."""
@@ -852,8 +877,10 @@ class LoraLayer(AdapterModule):
 
     def _restore(self, undo: Undo) -> None:
         base, backend = self.get_base_layer(), self.backend
-        for name, tensor in undo.tensors().items():
-            backend.write(base, tensor, name)
+        tensors = undo.tensors()
+        if (bias := tensors.pop("bias", None)) is not None:
+            backend.write(base, bias, "bias")
+        backend.put_back(base, tensors, self.weight_name)
         for name, value in undo.attributes.items():
             setattr(base, name, value)
 
@@ -874,10 +901,16 @@ class LoraLayer(AdapterModule):
             for name, variant in kinds.items():
                 extra = {key: tensor.detach().to(matrix) for key, tensor in self.extra(name).items()}
                 total += variant.merged(matrix, self._dense_update(name).to(matrix), extra) - matrix
-            new, kept = merge_dense(start, self.from_matrix(total, start))
+            delta = self.from_matrix(total, start)
+            new, kept = merge_dense(start, delta)
             if check_finite and not bool(new.isfinite().all()):
                 raise MergeError("the merged weight would hold infinite or undefined values")
-            backend.write(base, new, self.weight_name)
+            if backend.quantization is None:
+                backend.write(base, new, self.weight_name)
+            else:
+                target = start.to(wide) + delta
+                backend.write(base, target, self.weight_name)
+                kept = kept_share(delta, backend.read(base, self.weight_name).to(wide) - target)
             for key, value in attributes.items():
                 setattr(base, key, value)
         self._merge_biases(names)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer import variants
+from veneer import backends, variants
 from veneer.layers.base import Factor, LoraLayer, stand_in
 from veneer.ops import mixed_batch
 from veneer.ops.lora_linear import add_lora_, autocasts, lora_linear
@@ -50,7 +50,8 @@ class LoraLinear(LoraLayer):
     @classmethod
     def shapes(cls, base: nn.Module, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """A (r, in), B (out, r)."""
-        return (r, int(base.in_features)), (int(base.out_features), r)  # type: ignore[arg-type]
+        size_in, size_out = backends.find(base).features(base)
+        return (r, size_in), (size_out, r)
 
     def low_rank(self, name: str, x: Tensor) -> Tensor:
         """x: (..., in) -> (..., out)."""
@@ -67,9 +68,11 @@ class LoraLinear(LoraLayer):
         kind = f"{type(base).__module__}.{type(base).__qualname__}"
         if not names or type(base).forward is nn.Linear.forward or kind in self.wraps:
             return True
+        if self.backend.quantization is not None:
+            return True  # it has a forward of its own by nature
         weight = base.weight
         if self.transposed or type(weight) is not nn.Parameter or weight.dtype not in _FLOATS:
-            return True  # a quantised storage, which has a forward of its own by nature
+            return True
         a = self.factors(names[0])[0].detach()
         x = torch.linspace(-1.0, 1.0, 2 * a.shape[1], device=a.device, dtype=a.dtype).view(2, -1)
         given = type(base).forward(stand_in(base, {"weight": a, "bias": None}), x)
@@ -87,7 +90,17 @@ class LoraLinear(LoraLayer):
         x = self.to_factors(name, x)
         if result.device != a.device:
             return super().add_branch(name, x, result)
-        return add_lora_(result, x, a, b, bias, self.scaling[name], self.dropout_of(name), inplace=False)
+        fresh = self._may_write()
+        return add_lora_(result, x, a, b, bias, self.scaling[name], self.dropout_of(name), inplace=fresh)
+
+    def _may_write(self) -> bool:
+        """Whether nobody else holds the output of the base, nor will anybody ask for it again."""
+        return (
+            not torch.compiler.is_compiling()
+            and len(self._live) == 1
+            and current(self) is None
+            and backends.gives_fresh_output(self.base_layer)
+        )
 
     def add_rows(self, routing: Routing, names: tuple[str | None, ...], x: Tensor, result: Tensor) -> Tensor:
         """All adapters of the batch together, or row by row, whichever is faster.

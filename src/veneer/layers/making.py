@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from veneer import inits, variants
+from veneer import backends, inits, variants
 from veneer.adapters import check_adapter_name
 from veneer.config import LoraConfig, unsupported_options
 from veneer.errors import AdapterNameError, ConfigError, TargetError
-from veneer.layers.base import LoraLayer, registry
+from veneer.layers.base import LoraLayer, find
 from veneer.layers.refused import refusal
 from veneer.spec import LoraSpec, resolve
 
@@ -67,6 +67,10 @@ def why_not(layer: LoraLayer, spec: LoraSpec) -> str | None:
             f"init_lora_weights={spec.init!r} starts from directions of the layer's inputs, and those of a "
             f"{kind} are indices"
         )
+    backend, variant = layer.backend, variants.get(spec.variant)
+    if not backend.readable and (not variant.additive or init.subtracts_start or init.replaces_base):
+        asked = spec.init if variant.additive else spec.variant
+        return f"{asked!r} needs the base weight, which cannot be read as {backend.quantization} stores it"
     return (
         layer.refuses(layer.original_base(), spec)
         or inits.find(spec.init).refuses(spec, kind, layer.is_matrix())
@@ -80,7 +84,12 @@ def with_variant_options(spec: LoraSpec, config: LoraConfig) -> LoraSpec:
 
 
 def factor_dtype(layer: LoraLayer, autocast_adapter_dtype: bool = True) -> torch.dtype:
-    """The type of new factors: the base's, but float32 beside 16-bit weights unless said otherwise."""
+    """The type of new factors: the base's, but float32 beside 16-bit weights unless said otherwise.
+
+    Beside quantised weights it is float32 always, as in the field: these have no floating type of their own.
+    """
+    if layer.backend.quantization is not None:
+        return torch.float32
     base = layer.base_dtype()
     if base in _HALF:
         return torch.float32 if autocast_adapter_dtype else base
@@ -115,7 +124,7 @@ def wrap(
     """
     check_adapter_name(adapter_name)
     check_config(config)
-    cls = registry.find(type(module))
+    cls = find(module)
     reason: str | None
     if isinstance(module, LoraLayer):
         layer = module
@@ -133,6 +142,7 @@ def wrap(
     start = layer.initialise(spec, draw_seed())
     for parameter in layer.base_layer.parameters():
         parameter.requires_grad_(False)
+    backends.settle(layer.base_layer)
     layer.add_adapter(spec, start, dtype=factor_dtype(layer, autocast_adapter_dtype))
     inits.forget_statistics(layer.base_layer)
     layer.set_adapter(adapter_name)

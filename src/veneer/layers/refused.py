@@ -7,6 +7,13 @@ from torch import nn
 #: Types that are known and not adapted, with the reason.
 REFUSED: dict[str, str] = {
     **{
+        f"bitsandbytes.nn.modules.Embedding{bits}bit": (
+            "a quantised embedding looks its rows up in codes, and its library cannot save it; leave the "
+            "embedding dense"
+        )
+        for bits in (4, 8)
+    },
+    **{
         f"torch.nn.modules.conv.ConvTranspose{n}d": (
             "a transposed convolution's update is not a convolution followed by a 1×1 one, which is what "
             "adapter files hold"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from veneer.errors import (
 from veneer.inject import eject
 from veneer.layers import LoraLayer
 from veneer.layers.modules_to_save import ModulesToSaveWrapper
+from veneer.model.dequantising import dequantise, forget_quantisation
 from veneer.model.verbs import AdapterVerbs
 
 #: Below this share of the update that survives rounding, a merge warns.
@@ -30,10 +31,19 @@ class MergeReport:
     """What merging kept of the update, after rounding to the type of the base weight.
 
     Attributes:
-        kept: Share of the update kept, in [0, 1], by module path.
+        kept: Share of the update kept, ``1 − ‖error‖ / ‖update‖``, by module path. It is in [0, 1] for
+            floating-point weights; quantising a weight again may change it by more than the update does, and
+            the share is then below 0.
+        requantised: Paths of the modules whose weight was quantised again.
     """
 
     kept: Mapping[str, float]
+    requantised: tuple[str, ...] = ()
+
+    @property
+    def error(self) -> Mapping[str, float]:
+        """Norm of the error of each merged weight, in units of the norm of its update."""
+        return {path: 1.0 - share for path, share in self.kept.items()}
 
     @property
     def worst(self) -> float:
@@ -46,9 +56,13 @@ class MergeReport:
         return sum(self.kept.values()) / len(self.kept) if self.kept else 1.0
 
     def __str__(self) -> str:
-        return (
+        said = (
             f"merged {len(self.kept)} modules; {self.mean:.1%} of the update kept (least: {self.worst:.1%})"
         )
+        if not self.requantised:
+            return said
+        error = sum(self.error[path] for path in self.requantised) / len(self.requantised)
+        return f"{said}; {len(self.requantised)} quantised again, with an error of {error:.1%} of the update"
 
 
 class MergeVerbs(AdapterVerbs):
@@ -93,6 +107,7 @@ class MergeVerbs(AdapterVerbs):
         layers = {p: m for p, m in self.layers().items() if any(n in m.held_adapters for n in names)}
         self._check_merge(layers, names, untie)
         kept: dict[str, float] = {}
+        requantised: list[str] = []
         done: list[tuple[LoraLayer, list[str]]] = []
         try:
             for number, (path, layer) in enumerate(layers.items(), 1):
@@ -100,7 +115,9 @@ class MergeVerbs(AdapterVerbs):
                     print(f"\rmerging {number}/{len(layers)}", end="", file=sys.stderr, flush=True)
                 before = layer.merged_adapters
                 # Without an undo a failure half-way could not be taken back; only these can fail.
-                can_fail = safe_merge or layer.base_dtype() == torch.float16
+                coded = layer.backend.quantization is not None
+                can_fail = safe_merge or coded or layer.base_dtype() == torch.float16
+                requantised += [path] if coded else []
                 kept[path] = layer.merge(safe_merge, names, keep_undo=keep_undo or can_fail)
                 done.append((layer, [n for n in layer.merged_adapters if n not in before]))
         except Exception as error:
@@ -112,14 +129,18 @@ class MergeVerbs(AdapterVerbs):
         finally:
             if progressbar:
                 print(file=sys.stderr)
-        report = self.merge_report = MergeReport(kept)
+        report = self.merge_report = MergeReport(kept, tuple(requantised))
         if report.mean < KEPT_WARNING:
             worst = min(kept, key=lambda p: kept[p])
+            way_out = (
+                "Merge into ordinary weights (merge_and_unload(dequantize=True))"
+                if requantised
+                else "Merge into float32 (model.float() before)"
+            )
             warnings.warn(
-                f"only {report.mean:.0%} of the update survives rounding to the base weights' type (least "
-                f"in {worst}: "
-                f"{kept[worst]:.0%}): merged and unmerged outputs will differ. Merge into float32 "
-                "(model.float() before), or keep the adapter unmerged",
+                f"only {report.mean:.0%} of the update survives rounding to the base weights' type (least in "
+                f"{worst}: {kept[worst]:.0%}): merged and unmerged outputs will differ. {way_out}, or keep "
+                "the adapter unmerged",
                 VeneerWarning,
                 stacklevel=4,
             )
@@ -156,6 +177,7 @@ class MergeVerbs(AdapterVerbs):
         adapter_names: Sequence[str] | None = None,
         *,
         untie: bool = False,
+        dequantize: bool | torch.dtype = False,
     ) -> nn.Module:
         """Merge adapters into the base and return it without any trace of them.
 
@@ -166,6 +188,9 @@ class MergeVerbs(AdapterVerbs):
             safe_merge: Refuse, before anything changes, if a weight would not be finite.
             adapter_names: The adapters; None means the active ones.
             untie: Give an adapted layer whose weight is shared with another module a weight of its own.
+            dequantize: First replace every quantised module of the model, adapted or not, by an ordinary one,
+                so that the update is not quantised away. Its weights get this type; with True that of the
+                model's configuration, or else the one that was quantised.
 
         Raises:
             MergeError: Naming every layer that cannot be merged. The model is then as it was.
@@ -179,7 +204,15 @@ class MergeVerbs(AdapterVerbs):
             )
         if reasons := {r for m in self.index.modules() if (r := m.refuses_active(names)) is not None}:
             raise MergeError("; ".join(sorted(reasons)))
-        self._merge(names, safe_merge, untie, keep_undo=False, progressbar=progressbar)
+        take_back = self._dequantise(dequantize) if dequantize else None
+        try:
+            self._merge(names, safe_merge, untie, keep_undo=False, progressbar=progressbar)
+        except Exception:
+            if take_back is not None:
+                take_back()
+            raise
+        if take_back is not None:
+            forget_quantisation(self.model)
         extra = [n for layer in self.layers().values() for n in layer.merged_adapters if n not in names]
         if extra:
             warnings.warn(
@@ -193,6 +226,15 @@ class MergeVerbs(AdapterVerbs):
         self.peft_config = {}
         return self.model
 
+    def _dequantise(self, dtype: bool | torch.dtype) -> Callable[[], None]:
+        """Replace quantised modules; what is returned puts them back."""
+        if merged := [path for path, layer in self.layers().items() if layer.merged]:
+            raise MergeError(
+                f"adapters are merged into {merged[0]} and {len(merged) - 1} more layers as they are "
+                "quantised: unmerge_adapter() first"
+            )
+        return dequantise(self.model, dtype if isinstance(dtype, torch.dtype) else None)
+
     def unload(self) -> nn.Module:
         """The base model without adapters, its weights and biases bit for bit as they were."""
         self.unmerge_adapter()
@@ -202,14 +244,21 @@ class MergeVerbs(AdapterVerbs):
         return self.model
 
 
+def _address(parameter: nn.Parameter) -> int:
+    """Where the values lie; 0 without values, and for a tensor that is made of others."""
+    if parameter.is_meta or parameter.numel() == 0 or hasattr(parameter, "__tensor_flatten__"):
+        return 0
+    return parameter.untyped_storage().data_ptr()
+
+
 def shared_weights(model: nn.Module, layers: Mapping[str, LoraLayer]) -> dict[str, list[str]]:
     """Adapted layers whose base weight is another module's weight too, with those modules' paths."""
     users: dict[Any, list[str]] = {}
     # A module that stands in several places is one module: its weight is its own.
     for place, module in walk(model):
         for parameter in (p for p in module._parameters.values() if p is not None):
-            storage = None if parameter.is_meta or parameter.numel() == 0 else parameter.untyped_storage()
-            key = id(parameter) if storage is None else (storage.data_ptr(), parameter.storage_offset())
+            address = _address(parameter)
+            key = (address, parameter.storage_offset()) if address else id(parameter)
             users.setdefault(key, []).append(place.removesuffix(".base_layer"))
     found = {}
     for paths in users.values():

@@ -92,6 +92,16 @@ def merge_dense(weight: Tensor, delta: Tensor) -> tuple[Tensor, float]:
     return merged, _kept(float(total.sub_(merged.to(work)).norm()), float(delta.norm()))
 
 
+def kept_share(wanted: Tensor, error: Tensor) -> float:
+    """``1 − ‖error‖ / ‖wanted‖``: the share of an update that a weight took up; below 0 if it lost by it.
+
+    Args:
+        wanted: The update.
+        error: What the stored weight differs by from the sum, of the same shape.
+    """
+    return _kept(float(error.norm()), float(wanted.norm()))
+
+
 def _check_shapes(weight: Tensor, terms: Sequence[Term], transpose: bool) -> None:
     problems = []
     if weight.dim() != 2:

@@ -1,0 +1,271 @@
+"""Weights that bitsandbytes stores: 4 bits (nf4, fp4, with their scales quantised or not) and 8 bits.
+
+The library is looked for among the loaded modules only: such a layer cannot exist before it.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Mapping
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from veneer.backends.base import Backend, plain_linear, type_names
+
+_MODULES = "bitsandbytes.nn.modules"
+
+
+def _library() -> Any:
+    return sys.modules["bitsandbytes"]
+
+
+def _is(module: nn.Module, name: str) -> bool:
+    return f"{_MODULES}.{name}" in type_names(type(module))
+
+
+class _Quantised(Backend):
+    """What its storages have in common: the bias is an ordinary parameter."""
+
+    priority = 20
+
+    def device(self, module: nn.Module) -> torch.device:
+        """Where the codes lie."""
+        weight: Tensor = module.weight  # type: ignore[assignment]
+        return weight.device
+
+    def read(self, module: nn.Module, name: str = "weight") -> Tensor:
+        """The weight as it is computed with, in the type that it was quantised from; any other as it is."""
+        if name == "weight":
+            return self._dequantised(module)
+        tensor: Tensor = getattr(module, name)
+        return tensor.detach()
+
+    def write(self, module: nn.Module, tensor: Tensor, name: str = "weight") -> None:
+        """Quantise into a new parameter, as the present one is; the present one is left as it is."""
+        if name == "weight":
+            self._store(module, tensor.detach())
+            return
+        with torch.no_grad():
+            getattr(module, name).copy_(tensor)
+
+    def _dequantised(self, module: nn.Module) -> Tensor:
+        raise NotImplementedError
+
+    def _store(self, module: nn.Module, tensor: Tensor) -> None:
+        raise NotImplementedError
+
+
+class FourBits(_Quantised):
+    """`bitsandbytes.nn.Linear4bit`: codes of 4 bits, scaled by blocks of 64 (or another number of) values."""
+
+    name = "bitsandbytes-4bit"
+    quantization = "bnb 4bit"
+    fresh_output: ClassVar[tuple[str, ...]] = (f"{_MODULES}.Linear4bit",)
+
+    def matches(self, module: nn.Module) -> bool:
+        """Such a layer, once it is quantised."""
+        return _is(module, "Linear4bit") and _state(module) is not None
+
+    def dtype(self, module: nn.Module) -> torch.dtype:
+        """``bnb_4bit_compute_dtype`` where it is set, else the type that was quantised."""
+        given = getattr(module, "compute_dtype", None)
+        return given if isinstance(given, torch.dtype) else self.like(module).dtype
+
+    def like(self, module: nn.Module, name: str = "weight") -> Tensor:
+        """Without reading the codes."""
+        state = _state(module)
+        return torch.empty(state.shape, dtype=state.dtype, device="meta")
+
+    def _dequantised(self, module: nn.Module) -> Tensor:
+        if _packed(module):
+            module = copy.deepcopy(module)
+            _unpack(module)
+        weight: Tensor = module.weight.data  # type: ignore[assignment]
+        dense: Tensor = _library().functional.dequantize_4bit(weight, _state(module))
+        return dense
+
+    def _again(self, module: nn.Module, tensor: Tensor) -> Any:
+        """A parameter quantised like the present one; the dense type that it stands for stays too."""
+        state, old = _state(module), cast(Tensor, module.weight)
+        new = (
+            _library()
+            .nn.Params4bit(
+                tensor.to(old.device, copy=True),
+                requires_grad=False,
+                blocksize=state.blocksize,
+                compress_statistics=state.nested,
+                quant_type=state.quant_type,
+                quant_storage=old.dtype,
+            )
+            .to(old.device)
+        )
+        new.quant_state.dtype = state.dtype
+        return new
+
+    def _store(self, module: nn.Module, tensor: Tensor) -> None:
+        if _packed(module):
+            _unpack(module)
+        self._put(module, self._again(module, tensor.float()))
+
+    def _put(self, module: nn.Module, weight: Any) -> None:
+        module.weight = weight
+        weight.module = module
+        module.quant_state = weight.quant_state
+
+    def rounded(self, module: nn.Module, tensor: Tensor) -> Tensor:
+        """Quantised and read again."""
+        new = self._again(module, tensor.detach().float())
+        dense: Tensor = _library().functional.dequantize_4bit(new.data, new.quant_state)
+        return dense
+
+    def keep(self, module: nn.Module, name: str = "weight") -> dict[str, Tensor]:
+        """The parameter itself: writing makes another one."""
+        return {"weight": module.weight}  # type: ignore[dict-item]
+
+    def put_back(self, module: nn.Module, kept: Mapping[str, Tensor], name: str = "weight") -> None:
+        """The parameter itself."""
+        self._put(module, kept["weight"])
+
+    def parts(
+        self, module: nn.Module, kept: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Tensor | None], dict[str, Any]]:
+        """The parameter, which carries its scales."""
+        weight: Any = kept["weight"]
+        return {"weight": weight}, {"quant_state": weight.quant_state}
+
+    def settle(self, module: nn.Module) -> None:
+        """Keep the layout that gradients can pass through.
+
+        In evaluation, on CPUs with bfloat16 instructions, bitsandbytes lays the weight out anew, rounds its
+        scales, and from then on computes without autograd, in training too: nothing before the layer would
+        get a gradient, without a word.
+        """
+        if _packed(module):
+            _unpack(module)
+        setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010
+
+    def dense(self, module: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+        """An ``nn.Linear``."""
+        return plain_linear(module, self.read(module).to(dtype or self.like(module).dtype))
+
+
+class EightBits(_Quantised):
+    """`bitsandbytes.nn.Linear8bitLt`: LLM.int8(), one scale for each row.
+
+    With ``has_fp16_weights=True`` the weight itself is dense, and its codes are made anew after a write.
+    """
+
+    name = "bitsandbytes-8bit"
+    quantization = "bnb 8bit"
+    fresh_output = (f"{_MODULES}.Linear8bitLt",)
+
+    def matches(self, module: nn.Module) -> bool:
+        """Such a layer, quantised or with dense weights and codes beside them."""
+        layer: Any = module
+        return _is(module, "Linear8bitLt") and (self._codes(module) or bool(layer.state.has_fp16_weights))
+
+    def _codes(self, module: nn.Module) -> bool:
+        return cast(Tensor, module.weight).dtype == torch.int8
+
+    def dtype(self, module: nn.Module) -> torch.dtype:
+        """It computes in the type of its input; the bias follows that. Without one, float16."""
+        weight: Tensor = module.weight  # type: ignore[assignment]
+        bias = getattr(module, "bias", None)
+        if weight.is_floating_point():
+            return weight.dtype
+        return bias.dtype if isinstance(bias, Tensor) else torch.float16
+
+    def like(self, module: nn.Module, name: str = "weight") -> Tensor:
+        """Without reading the codes."""
+        weight: Tensor = module.weight  # type: ignore[assignment]
+        dtype = weight.dtype if weight.is_floating_point() else torch.float32
+        return torch.empty(weight.shape, dtype=dtype, device="meta")
+
+    def _scale(self, module: nn.Module) -> Tensor:
+        """It moves from the parameter to the state in the first forward."""
+        layer: Any = module
+        scale: Tensor = layer.state.SCB if getattr(layer.weight, "SCB", None) is None else layer.weight.SCB
+        return scale
+
+    def _dequantised(self, module: nn.Module) -> Tensor:
+        weight: Tensor = module.weight.data  # type: ignore[assignment]
+        if not self._codes(module):
+            return weight
+        dense: Tensor = _library().functional.int8_vectorwise_dequant(weight, self._scale(module))
+        return dense
+
+    def _store(self, module: nn.Module, tensor: Tensor) -> None:
+        layer: Any = module
+        if self._codes(module):
+            codes, scale = _quantise_rows(tensor)
+            self.put_back(module, {"weight": codes, "scale_bits": scale.view(torch.int32)})
+        else:
+            new = _library().nn.Int8Params(
+                tensor.to(layer.weight.dtype, copy=True),
+                requires_grad=layer.weight.requires_grad,
+                has_fp16_weights=True,
+            )
+            layer.weight = new
+            layer.state.reset_grads()
+
+    def rounded(self, module: nn.Module, tensor: Tensor) -> Tensor:
+        """Quantised and read again."""
+        if not self._codes(module):
+            return tensor.to(self.dtype(module))
+        dense: Tensor = _library().functional.int8_vectorwise_dequant(*_quantise_rows(tensor))
+        return dense
+
+    def keep(self, module: nn.Module, name: str = "weight") -> dict[str, Tensor]:
+        """The codes, and the bits of the scales: a cast of the model must not round them."""
+        weight: Tensor = module.weight  # type: ignore[assignment]
+        if not self._codes(module):
+            return {"weight": weight}
+        return {"weight": weight.data, "scale_bits": self._scale(module).view(torch.int32)}
+
+    def put_back(self, module: nn.Module, kept: Mapping[str, Tensor], name: str = "weight") -> None:
+        """A parameter with these codes."""
+        layer: Any = module
+        layer.weight = self.parts(module, kept)[0]["weight"]
+        layer.state.reset_grads()
+
+    def parts(
+        self, module: nn.Module, kept: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Tensor | None], dict[str, Any]]:
+        """A parameter of its own, since a forward takes codes and scales out of it; and an empty state."""
+        state = copy.copy(module.state)
+        state.reset_grads()  # type: ignore[union-attr,operator]
+        weight = kept["weight"]
+        if "scale_bits" in kept:
+            scale = kept["scale_bits"].view(torch.float32)
+            weight = _library().nn.Int8Params(weight, requires_grad=False, CB=weight, SCB=scale)
+        return {"weight": weight}, {"state": state}
+
+    def dense(self, module: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+        """An ``nn.Linear``."""
+        return plain_linear(module, self.read(module).to(dtype or self.dtype(module)))
+
+
+def _quantise_rows(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    # The kernel takes nothing but float16.
+    codes, scale, _ = _library().functional.int8_vectorwise_quant(
+        tensor.detach().to(torch.float16).contiguous()
+    )
+    return codes, scale
+
+
+def _state(module: nn.Module) -> Any:
+    state = getattr(module.weight, "quant_state", None)
+    return getattr(module, "quant_state", None) if state is None else state
+
+
+def _packed(module: nn.Module) -> bool:
+    """Whether the weight lies as its kernel for CPUs wants it, which none of its other functions can read."""
+    return bool(getattr(_state(module), "packing_format_for_cpu", False))
+
+
+def _unpack(module: nn.Module) -> None:
+    module.state_dict()  # which the library does in the ordinary layout, and leaves it so
+    module.quant_state = _state(module)

@@ -1,0 +1,183 @@
+"""Quantised modules that only their own library can compute with: the branch stands beside their forward.
+
+GPTQ, AWQ, AQLM and EETQ quantise with calibration data or into layouts of their kernels, so their weight is
+neither read nor written here. HQQ's is read. None of these libraries is imported: their modules are known by
+the qualified names of their types.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from veneer.backends.base import Backend, plain_linear, type_names
+from veneer.errors import MergeError, TargetError
+
+_LINEAR = "torch.nn.modules.linear.Linear"
+
+
+def _linears(*names: str) -> dict[str, str]:
+    return dict.fromkeys(names, _LINEAR)
+
+
+class _Delegated(Backend):
+    """What they have in common."""
+
+    priority = 15
+    readable = False
+
+    def matches(self, module: nn.Module) -> bool:
+        """One of the types."""
+        return any(name in self.geometry for name in type_names(type(module)))
+
+    def device(self, module: nn.Module) -> torch.device:
+        """Where its first tensor lies."""
+        tensor = next(iter((*module.parameters(), *module.buffers())), None)
+        return torch.device("cpu") if tensor is None else tensor.device
+
+    def dtype(self, module: nn.Module) -> torch.dtype:
+        """That of its scales, which is what these kernels compute in."""
+        tensors = (*module.parameters(), *module.buffers())
+        return next((t.dtype for t in tensors if t.is_floating_point()), torch.float16)
+
+    def features(self, module: nn.Module) -> tuple[int, int]:
+        """Under the names that these libraries give them."""
+        layer: Any = module
+        if hasattr(layer, "infeatures"):
+            return int(layer.infeatures), int(layer.outfeatures)
+        return int(layer.in_features), int(layer.out_features)
+
+    def like(self, module: nn.Module, name: str = "weight") -> Tensor:
+        """The shape that the weight would have in an ``nn.Linear``."""
+        size_in, size_out = self.features(module)
+        return torch.empty(size_out, size_in, dtype=self.dtype(module), device="meta")
+
+    def read(self, module: nn.Module, name: str = "weight") -> Tensor:
+        """The bias as it is.
+
+        Raises:
+            TargetError: For the weight.
+        """
+        if name == "weight":
+            raise TargetError(
+                f"the weight of a {type(module).__name__} ({self.quantization}) can be computed with, not "
+                "read: choose an initialisation and a variant that do not need it (init_lora_weights=True, "
+                "use_dora=False), or load the model's 16-bit weights instead"
+            )
+        tensor: Tensor = getattr(module, name)
+        return tensor.detach()
+
+    def write(self, module: nn.Module, tensor: Tensor, name: str = "weight") -> None:
+        """The bias in place.
+
+        Raises:
+            MergeError: For the weight.
+        """
+        if name == "weight":
+            raise MergeError(self.refuses_merge(module))
+        with torch.no_grad():
+            getattr(module, name).copy_(tensor)
+
+    def refuses_merge(self, module: nn.Module) -> str | None:
+        """Always."""
+        return (
+            f"its weight is quantised by {str(self.quantization).upper()}, into which an update cannot be "
+            "written. Load the 16-bit weights that it was made of, put the adapter on them with "
+            "PeftModel.from_pretrained, merge there and quantise the result; or keep the adapter unmerged"
+        )
+
+    def keep(self, module: nn.Module, name: str = "weight") -> dict[str, Tensor]:
+        """Nothing: it is never written."""
+        return {}
+
+    def put_back(self, module: nn.Module, kept: Mapping[str, Tensor], name: str = "weight") -> None:
+        """Nothing."""
+
+    def dense(self, module: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+        """An ``nn.Linear``, where the weight can be read.
+
+        Raises:
+            MergeError: Where it cannot.
+        """
+        if not self.readable:
+            raise MergeError(f"a {type(module).__name__} cannot be dequantised: {self.refuses_merge(module)}")
+        return plain_linear(module, self.read(module).to(dtype or self.dtype(module)))
+
+
+class GPTQ(_Delegated):
+    """The layers of GPT-QModel, those that it makes of AWQ models among them, and of AutoGPTQ before it."""
+
+    name = quantization = "gptq"
+    geometry: ClassVar[Mapping[str, str]] = _linears(
+        "gptqmodel.nn_modules.qlinear.BaseQuantLinear",
+        *(
+            f"auto_gptq.nn_modules.qlinear.qlinear_{kernel}.QuantLinear"
+            for kernel in ("cuda", "cuda_old", "exllama", "exllamav2", "marlin", "triton", "tritonv2")
+        ),
+    )
+
+
+class AWQ(_Delegated):
+    """The layers of AutoAWQ."""
+
+    name = quantization = "awq"
+    geometry: ClassVar[Mapping[str, str]] = _linears(
+        "awq.modules.linear.gemm.WQLinear_GEMM",
+        "awq.modules.linear.gemv.WQLinear_GEMV",
+        "awq.modules.linear.gemv_fast.WQLinear_GEMVFast",
+        "awq.modules.linear.marlin.WQLinear_Marlin",
+        "awq.modules.linear.exllama.WQLinear_Exllama",
+        "awq.modules.linear.exllamav2.WQLinear_ExllamaV2",
+    )
+
+
+class AQLM(_Delegated):
+    """Additive codebooks."""
+
+    name = quantization = "aqlm"
+    geometry: ClassVar[Mapping[str, str]] = _linears("aqlm.inference.QuantizedLinear")
+
+
+class EETQ(_Delegated):
+    """Weights of 8 bits in the layout of its kernel, (in, out)."""
+
+    name = quantization = "eetq"
+    geometry: ClassVar[Mapping[str, str]] = _linears(
+        "eetq.modules.qlinear.EetqLinear",
+        "eetq.modules.qlinear.W8A16Linear",
+        "transformers.integrations.eetq.EetqLinear",
+    )
+
+    def features(self, module: nn.Module) -> tuple[int, int]:
+        """The sizes of the weight."""
+        weight: Any = module.weight if hasattr(module, "weight") else module.qweight
+        return int(weight.shape[0]), int(weight.shape[1])
+
+
+class HQQ(_Delegated):
+    """Half-quadratic quantisation: its weight can be read, and only its own optimiser could write it."""
+
+    name = quantization = "hqq"
+    readable = True
+    geometry: ClassVar[Mapping[str, str]] = _linears("hqq.core.quantize.HQQLinear")
+
+    def dtype(self, module: nn.Module) -> torch.dtype:
+        """Its ``compute_dtype``."""
+        given = getattr(module, "compute_dtype", None)
+        return given if isinstance(given, torch.dtype) else torch.float16
+
+    def read(self, module: nn.Module, name: str = "weight") -> Tensor:
+        """What it dequantises to."""
+        layer: Any = module
+        tensor: Tensor = layer.dequantize() if name == "weight" else getattr(layer, name)
+        return tensor.detach()
+
+    def refuses_merge(self, module: nn.Module) -> str | None:
+        """Into the quantised weight."""
+        return (
+            "its weight is quantised by HQQ, which finds its codes by an optimisation of its own: "
+            "merge_and_unload(dequantize=True) merges into ordinary weights; or keep the adapter unmerged"
+        )

@@ -1,0 +1,57 @@
+"""Ordinary modules in the place of quantised ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from veneer import backends
+
+
+def dequantise(model: nn.Module, dtype: torch.dtype | None = None) -> Callable[[], None]:
+    """Replace every quantised module of a model by one that computes the same from a dense weight.
+
+    Args:
+        model: The model, adapted or not; changed in place.
+        dtype: Type of the dense weights; None takes that of the model's configuration, or else the one that
+            was quantised.
+
+    Returns:
+        What puts the quantised modules back.
+
+    Raises:
+        MergeError: If one cannot be read. The model is then as it was.
+    """
+    if dtype is None:
+        given = getattr(getattr(model, "config", None), "dtype", None)
+        dtype = given if isinstance(given, torch.dtype) else None
+    twins: dict[int, nn.Module] = {}
+    places: list[tuple[nn.Module, str, nn.Module]] = []
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            backend = None if child is None else backends.quantised(child)
+            if child is not None and backend is not None:
+                if id(child) not in twins:
+                    twins[id(child)] = backend.dense(child, dtype)
+                places.append((parent, name, child))
+    for parent, name, child in places:
+        parent._modules[name] = twins[id(child)]
+
+    def take_back() -> None:
+        for parent, name, child in places:
+            parent._modules[name] = child
+
+    return take_back
+
+
+def forget_quantisation(model: nn.Module) -> None:
+    """Take away what transformers notes of a quantised model, so that it saves and casts like any other."""
+    for holder in (m for m in model.modules() if hasattr(m, "config")):
+        for name in ("hf_quantizer", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit"):
+            holder.__dict__.pop(name, None)
+        if holder.__dict__.get("is_quantized"):
+            del holder.__dict__["is_quantized"]
+        if hasattr(holder.config, "quantization_config"):
+            del holder.config.quantization_config

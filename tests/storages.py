@@ -1,0 +1,138 @@
+"""Linears in each storage that a backend knows: real ones, and stand-ins where the library needs a GPU."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
+from torch import Tensor, nn
+from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerGroup, quantize_
+
+
+def four_bits(linear: nn.Module, quant_type: str = "nf4", nested: bool = True, **options: Any) -> nn.Module:
+    """A linear in 4 bits of bitsandbytes, its scales quantised too."""
+    made = Linear4bit(linear.in_features, linear.out_features, bias=linear.bias is not None, **options)
+    made.weight = Params4bit(
+        linear.weight.detach().clone(), requires_grad=False, quant_type=quant_type, compress_statistics=nested
+    )
+    made.weight.module = made
+    made.bias = copy.deepcopy(linear.bias)
+    return made.to("cpu").train(linear.training)
+
+
+def eight_bits(linear: nn.Module, **options: Any) -> nn.Module:
+    """A linear in 8 bits of bitsandbytes."""
+    options = {"has_fp16_weights": False, **options}
+    made = Linear8bitLt(linear.in_features, linear.out_features, bias=linear.bias is not None, **options)
+    made.weight = Int8Params(
+        linear.weight.detach().clone(), requires_grad=False, has_fp16_weights=options["has_fp16_weights"]
+    )
+    made.bias = copy.deepcopy(linear.bias)
+    return made.to("cpu").train(linear.training)
+
+
+def torchao(linear: nn.Module, config: Any = None) -> nn.Module:
+    """A linear whose weight torchao has quantised, to 8 bits unless said otherwise."""
+    model = nn.Sequential(linear)
+    quantize_(model, Int8WeightOnlyConfig() if config is None else config)
+    return model[0]
+
+
+def torchao_four_bits(linear: nn.Module, group: int = 4) -> nn.Module:
+    """A linear whose weight torchao has quantised to 4 bits in groups of columns."""
+    return torchao(linear, IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(group)))
+
+
+class Delegated(nn.Module):
+    """What the layers of GPU-only libraries are seen from outside: sizes, codes, scales, a forward."""
+
+    def __init__(self, linear: nn.Module) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        scale = linear.weight.detach().abs().amax(dim=1, keepdim=True) / 127
+        self.register_buffer("qweight", (linear.weight.detach() / scale).round().to(torch.int8))
+        self.register_buffer("scales", scale)
+        self.bias = copy.deepcopy(linear.bias)
+        self.train(linear.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """With what the codes stand for."""
+        return nn.functional.linear(x, self.qweight.to(x.dtype) * self.scales.to(x.dtype), self.bias)
+
+
+class AutoGPTQ(Delegated):
+    """With the older library's names of the sizes."""
+
+    def __init__(self, linear: nn.Module) -> None:
+        super().__init__(linear)
+        self.infeatures, self.outfeatures = self.in_features, self.out_features
+        del self.in_features, self.out_features
+
+
+class Transposed(Delegated):
+    """EETQ's: a weight (in, out) of integers, and no sizes."""
+
+    def __init__(self, linear: nn.Module) -> None:
+        super().__init__(linear)
+        del self.in_features, self.out_features
+        self.weight = nn.Parameter(self.qweight.T.contiguous(), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """With what the codes stand for."""
+        return nn.functional.linear(x, self.weight.T.to(x.dtype) * self.scales.to(x.dtype), self.bias)
+
+
+class Readable(Delegated):
+    """HQQ's: it can say what its codes stand for."""
+
+    def dequantize(self) -> Tensor:
+        """The dense weight."""
+        return self.qweight.to(self.scales.dtype) * self.scales
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The type of the scales."""
+        return self.scales.dtype
+
+
+def named(base: type[nn.Module], qualified: str) -> Callable[[nn.Module], nn.Module]:
+    """Makes modules of a type that has the qualified name of another library's."""
+    module, _, name = qualified.rpartition(".")
+    made = type(name, (base,), {"__module__": module, "__qualname__": name})
+    # Pickles look the type up by its name; there is no such library here to find it in.
+    made.__reduce_ex__ = lambda self, protocol: (_rebuild, (base, qualified, self.__dict__))  # type: ignore[method-assign]
+    _made[qualified] = made
+    return made
+
+
+_made: dict[str, type[nn.Module]] = {}
+
+
+def _rebuild(base: type[nn.Module], qualified: str, state: dict[str, Any]) -> nn.Module:
+    module = object.__new__(_made[qualified])
+    module.__dict__.update(state)
+    return module
+
+
+#: A linear in the storage of each backend that has one, by the backend's name.
+QUANTISED: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "bitsandbytes-4bit": four_bits,
+    "bitsandbytes-8bit": eight_bits,
+    "torchao": torchao,
+    "gptq": named(Delegated, "gptqmodel.nn_modules.qlinear.BaseQuantLinear"),
+    "awq": named(Delegated, "awq.modules.linear.gemm.WQLinear_GEMM"),
+    "aqlm": named(Delegated, "aqlm.inference.QuantizedLinear"),
+    "eetq": named(Transposed, "transformers.integrations.eetq.EetqLinear"),
+    "hqq": named(Readable, "hqq.core.quantize.HQQLinear"),
+}
+#: Those whose merge is refused, and what the refusal says.
+UNMERGEABLE = {
+    "gptq": "16-bit weights",
+    "awq": "16-bit weights",
+    "aqlm": "16-bit weights",
+    "eetq": "16-bit weights",
+    "hqq": "dequantize=True",
+}
