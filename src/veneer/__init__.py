@@ -10,13 +10,20 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from veneer import integrations
-from veneer.calibration import get_eva_state_dict, initialize_lora_eva_weights
+from veneer.calibration import (
+    get_eva_state_dict,
+    initialize_lora_eva_weights,
+    preprocess_corda,
+    preprocess_loraga,
+)
 from veneer.checks import TrainingCheck, check_training
 from veneer.config import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
+    CordaConfig,
     EvaConfig,
     LoftQConfig,
     LoraConfig,
+    LoraGAConfig,
     LoraRuntimeConfig,
     PeftConfig,
     PeftType,
@@ -119,9 +126,11 @@ __all__ = [
     "AutoPeftModelForSeq2SeqLM",
     "AutoPeftModelForSequenceClassification",
     "AutoPeftModelForTokenClassification",
+    "CordaConfig",
     "EvaConfig",
     "LoftQConfig",
     "LoraConfig",
+    "LoraGAConfig",
     "LoraModel",
     "LoraRuntimeConfig",
     "PeftConfig",
@@ -153,6 +162,8 @@ __all__ = [
     "prepare_model_for_compiled_hotswap",
     "load_peft_weights",
     "plan",
+    "preprocess_corda",
+    "preprocess_loraga",
     "set_peft_model_state_dict",
 ]
 

@@ -223,6 +223,12 @@ def _pruning_problems(
                 f"{method} combines factors of one rank, and on {path} {listed}: use {method + '_svd'!r}"
             )
             break
+    subtracted = [n for n in names if any(_has_residual(layer, n) for layer in layers.values())]
+    if subtracted and method == combination_type:
+        found.append(
+            f"{method} works on factors, and the update of {subtracted[0]!r} is not their product alone, for "
+            f"its start is taken off: use {method + '_svd'!r}"
+        )
     biased = [n for n in names if any(layer.lora_bias.get(n) for layer in layers.values())]
     if biased:
         found.append(f"{biased[0]!r} has a lora_bias, for which {method} has no meaning")
@@ -239,16 +245,16 @@ def _combine_layer(
     svd_rank: int | None,
     trim: Trim,
 ) -> Combined:
-    parts = {n: layer.factors(n) for n in weights}
+    parts = {n: layer.update_factors(n) for n in weights}
     wide = {n: tuple(None if t is None else _wide(t) for t in part) for n, part in parts.items()}
     strengths = {n: w * layer.scaling[n] for n, w in weights.items()}
     bias = _sum_biases(wide, strengths)
     error = 0.0
     if combination_type == "svd":
-        rank = svd_rank or max(layer.specs[n].r for n in weights)
+        rank = svd_rank or max(layer.update_rank(n) for n in weights)
         a, b, error = _reduced(layer, wide, strengths, rank)
     elif combination_type.endswith("_svd"):
-        rank = svd_rank or max(layer.specs[n].r for n in weights)
+        rank = svd_rank or max(layer.update_rank(n) for n in weights)
         a, b, error = _trimmed_updates(layer, wide, weights, rank, trim)
     elif combination_type in pruning.METHODS:
         roots = [math.sqrt(abs(s)) for s in strengths.values()]
@@ -268,6 +274,10 @@ def _combine_layer(
     dtype = parts[first.adapter][0].dtype
     start = InitResult(a.to(dtype), b.to(dtype), None if bias is None else bias.to(dtype))
     return Combined(layer, spec, start, error)
+
+
+def _has_residual(layer: LoraLayer, name: str) -> bool:
+    return name in layer.held_adapters and layer.residual(name) is not None
 
 
 def _wide(tensor: Tensor) -> Tensor:

@@ -21,13 +21,24 @@ from veneer.checkpoint import (
     LoadReport,
     compare_fingerprints,
     fingerprint,
+    joined,
+    layers_of,
     match,
+    parted,
     to_disk,
 )
 from veneer.config import LoraConfig
-from veneer.errors import AdapterNameError, BaseMismatchError, LoadMismatchError, MergeError, VeneerWarning
+from veneer.errors import (
+    AdapterNameError,
+    BaseMismatchError,
+    ConfigError,
+    LoadMismatchError,
+    MergeError,
+    VeneerWarning,
+)
 from veneer.inject import Injection, bias_parameters, differs_from_base, embedding_weights, merged_over
 from veneer.layers import LoraLayer
+from veneer.layers.base import RESIDUAL
 from veneer.layers.modules_to_save import ModulesToSaveWrapper
 
 #: What a saved adapter's names begin with.
@@ -108,7 +119,9 @@ def adapter_state_dict(
     state_dict: Mapping[str, Tensor] | None = None,
     save_embedding_layers: bool | Literal["auto"] = "auto",
 ) -> dict[str, Tensor]:
-    """The tensors of an adapter under their names on disk; only they are ever collected.
+    """The tensors of an adapter as they are on disk; only they are ever collected.
+
+    A frozen term is part of factors of twice the rank: see `veneer.checkpoint.residual`.
 
     Args:
         model: A PeftModel, or any module with adapters in it.
@@ -136,7 +149,7 @@ def adapter_state_dict(
     if state_dict is None:
         elsewhere = stored_elsewhere(model) if any(s.tensor.is_meta for s in wanted.values()) else {}
         values = {disk: elsewhere.get(id(slot.tensor), slot.tensor) for disk, slot in wanted.items()}
-        return {disk: merged.get(disk, value).detach() for disk, value in values.items()}
+        return joined({disk: merged.get(disk, value).detach() for disk, value in values.items()})
     given = {_clean(name): tensor for name, tensor in state_dict.items()}
     # A state dict of the wrapped model may lack the face's prefix, or already be an adapter's own.
     result, absent = {}, []
@@ -149,13 +162,16 @@ def adapter_state_dict(
                 result[disk] = given[name].detach()
                 break
         else:
-            absent.append(slot.memory)
+            if isinstance(slot.tensor, nn.Parameter) or slot.tensor.is_meta:
+                absent.append(slot.memory)
+            else:  # a buffer, which no sharding takes apart: a state dict of parameters alone will do
+                result[disk] = slot.tensor.detach()
     if absent:
         raise LoadMismatchError(
             f"the state dict lacks {len(absent)} of the {len(wanted)} tensors of adapter {adapter!r}, "
             f"for example {', '.join(absent[:3])}: was it gathered from all shards?"
         )
-    return result
+    return joined(result)
 
 
 def _before_merging(root: nn.Module, prefix: str) -> dict[str, Tensor]:
@@ -237,6 +253,12 @@ def fill_injection(
     """
     optional = {f"{prefix}{k}": v for k, v in injection.optional().items()}
     expected = {f"{prefix}{k}": v for k, v in injection.expected().items()}
+    if layers_of(expected):
+        held = _with_start(injection, parted(read(list(shapes)), expected), where, prefix)
+        shapes, read = (
+            {name: tuple(tensor.shape) for name, tensor in held.items()},
+            lambda keys: {key: held[key] for key in keys},
+        )
     report = match({**expected, **optional}, shapes, optional=optional)
     if strict or not report.renamed:
         report.raise_for(where)
@@ -257,6 +279,47 @@ def fill_injection(
             stacklevel=4,
         )
     return report
+
+
+def _with_start(
+    injection: Injection, tensors: Mapping[str, Tensor], where: object, prefix: str
+) -> dict[str, Tensor]:
+    """The tensors of a file, with the frozen terms that other libraries leave in the base.
+
+    Raises:
+        LoadMismatchError: If they cannot be worked out from the base alone.
+    """
+    result, names = dict(tensors), {}
+    for addition in injection.additions:
+        path = f"{prefix}{addition.site.path}."
+        keys = [f"{path}{part}" for part in RESIDUAL]
+        if not any(key in result for key in keys) and any(key.startswith(f"{path}lora_") for key in result):
+            names[path] = addition
+    if not names:
+        return result
+    spec = next(iter(names.values())).spec
+    try:
+        for path, addition in names.items():
+            start = addition.layer.initialise(addition.spec, 0)
+            assert start.residual is not None
+            result.update({f"{path}{part}": t for part, t in zip(RESIDUAL, start.residual, strict=True)})
+    except ConfigError as error:
+        raise LoadMismatchError(
+            f"{where} holds the trained factors of init_lora_weights={spec.init!r} alone, as the peft "
+            "library saves them: they fit a base from which their start was subtracted, and that start is "
+            f"not in the file ({error}). Convert it where it was trained (its save_pretrained takes "
+            "path_initial_model_for_weight_conversion), or pass config= with init_lora_weights=True for a "
+            "base that has its start subtracted already"
+        ) from error
+    about = "" if spec.init in ("pissa", "olora") else ", up to what its random or measured parts differ"
+    warnings.warn(
+        f"{where} holds the trained factors of init_lora_weights={spec.init!r} alone, as the peft library "
+        "saves them: they fit a base from which their start was subtracted. The start was worked out again "
+        f"from this base{about}; it must be the original base",
+        VeneerWarning,
+        stacklevel=5,
+    )
+    return result
 
 
 @torch.no_grad()
@@ -291,6 +354,7 @@ def set_adapter_state_dict(
     if not places:
         raise AdapterNameError(f"no module of the model holds the adapter {adapter!r}")
     own = set(places)
+    tensors = parted(tensors, {name: tuple(tensor.shape) for name, tensor in places.items()})
     places.update({f"{prefix}{_clean(n)}": p for n, p in bias_parameters(root, config.bias, adapter)})
     optional = {f"{prefix}{_clean(n)}": p for n, p in embedding_weights(root).items()}
     every = {**places, **optional}
@@ -330,16 +394,19 @@ def _materialise(model: nn.Module, adapter: str, values: Mapping[str, Tensor]) -
     """Replace parameters on the meta device by parameters with values."""
     by_memory = {s.memory: values[s.disk] for s in slots(model, adapter) if s.disk in values}
     for path, module in model.named_modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
+        own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+        for name, tensor in own:
             value = by_memory.get(_clean(f"{path}.{name}" if path else name))
-            if value is not None and parameter.is_meta:
-                new = nn.Parameter(value.detach().clone().to(parameter.dtype), parameter.requires_grad)
-                setattr(module, name, new)
+            if value is not None and tensor.is_meta:
+                new = value.detach().clone().to(tensor.dtype)
+                is_trained = isinstance(tensor, nn.Parameter)
+                setattr(module, name, nn.Parameter(new, tensor.requires_grad) if is_trained else new)
     for _, module in walk(model):
         if isinstance(module, LoraLayer) and adapter in module.held_adapters:
             device = module.base_device()
-            for parameter in module.adapter_parameters(adapter):
-                parameter.data = parameter.data.to(device)
+            frozen = module.residual(adapter) or ()
+            for tensor in (*module.adapter_parameters(adapter), *frozen):
+                tensor.data = tensor.data.to(device)
 
 
 def base_fingerprint(model: nn.Module, targets: Mapping[str, LoraLayer] | None = None) -> dict[str, Any]:

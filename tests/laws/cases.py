@@ -23,8 +23,10 @@ from transformers.pytorch_utils import Conv1D
 from tests.storages import QUANTISED, UNMERGEABLE
 from veneer import LoraConfig, VeneerWarning
 from veneer.backends.base import backends
+from veneer.config import LoraGAConfig
 from veneer.errors import ConfigError
-from veneer.inits.base import inits
+from veneer.inits.base import inits, note_statistics
+from veneer.inits.corda import context_directions
 from veneer.layers import LoraLayer, find, registry, wrap
 from veneer.layers.making import why_not
 from veneer.spec import resolve
@@ -217,10 +219,29 @@ INITS: dict[str, dict[str, Any]] = {
     "Default": {"init_lora_weights": True},
     "Gaussian": {"init_lora_weights": "gaussian"},
     "Arbitrary": {"init_lora_weights": False},
+    "Pissa": {"init_lora_weights": "pissa"},
+    "OLora": {"init_lora_weights": "olora"},
+    "Corda": {"init_lora_weights": "corda"},
+    "LoraGA": {"init_lora_weights": "lora_ga", "lora_ga_config": LoraGAConfig()},
     "Orthogonal": {"init_lora_weights": "orthogonal"},
     "Eva": {"init_lora_weights": "eva"},
     "LoftQ": {"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4, "loftq_iter": 2}},
 }
+
+
+def _covariance(layer: LoraLayer, r: int) -> Any:
+    weight = layer.to_matrix(getattr(layer.base_layer, layer.weight_name))
+    spread = torch.randn(weight.shape[1], weight.shape[1], generator=torch.Generator().manual_seed(4))
+    return context_directions(weight, spread @ spread.T, r, "ipm")
+
+
+def _gradient(layer: LoraLayer, r: int) -> Any:
+    shape = layer.to_matrix(getattr(layer.base_layer, layer.weight_name)).shape
+    return torch.randn(shape, generator=torch.Generator().manual_seed(4))
+
+
+#: What is measured before initialisations that start from data.
+STATISTICS: dict[str, Callable[[LoraLayer, int], Any]] = {"Corda": _covariance, "LoraGA": _gradient}
 
 #: Options that ask for each variant.
 VARIANTS: dict[str, dict[str, Any]] = {"plain": {}, "dora": {"use_dora": True}}
@@ -273,8 +294,13 @@ class Combination:
         return base
 
     def base(self) -> nn.Module:
-        """The base in the storage of the backend."""
-        return BACKENDS[self.backend](self.dense())
+        """The base in the storage of the backend, with what its initialisation needs to know."""
+        base = BACKENDS[self.backend](self.dense())
+        if self.init in STATISTICS:
+            cls = registry.find(type(base))
+            assert cls is not None
+            note_statistics(base, STATISTICS[self.init](cls(base), self.config().r))
+        return base
 
     def layer(self, *, trained: bool = True, **more: Any) -> LoraLayer:
         """The adapted layer, in evaluation; with factors as training might leave them."""

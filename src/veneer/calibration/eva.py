@@ -180,7 +180,7 @@ def _targets(model: nn.Module, config: LoraConfig, adapter: str | None) -> dict[
     return {
         path: _Target(path, m, m, m.specs[adapter].r)
         for path, m in model.named_modules()
-        if isinstance(m, LoraLayer) and adapter in m.held_adapters and not m.lookup
+        if isinstance(m, LoraLayer) and adapter in m.held_adapters and m.takes_rows
     }
 
 
@@ -375,11 +375,11 @@ def _start(
     if rank != spec.r and (config.eva_config or EvaConfig()).adjust_scaling_factors:
         alpha *= rank / spec.r
     new = replace(spec, r=rank, lora_alpha=alpha)
-    inits.note_statistics(layer.base_layer, rows)
+    inits.note_statistics(layer.get_base_layer(), rows)
     try:
         start = layer.initialise(new, 0)
     finally:
-        inits.forget_statistics(layer.base_layer)
+        inits.forget_statistics(layer.get_base_layer())
     return new, start, layer.factors(adapter)[0].dtype
 
 

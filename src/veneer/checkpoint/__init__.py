@@ -12,9 +12,17 @@ from .keys import to_disk
 from .layout import BIN_NAME, CARD_NAME, CONFIG_NAME, SAFETENSORS_NAME, locate_config
 from .matching import LoadReport, match
 from .reading import AdapterFile, open_adapter, read_config
+from .residual import RESIDUAL_MARK, joined, layers_of, mark, marked_config, parted, plain_config
 from .writing import check_tensors, write_adapter
 
 __all__ = [
+    "RESIDUAL_MARK",
+    "joined",
+    "layers_of",
+    "mark",
+    "marked_config",
+    "parted",
+    "plain_config",
     "BIN_NAME",
     "CARD_NAME",
     "CONFIG_NAME",

@@ -76,6 +76,25 @@ class InitResult:
     extra: Mapping[str, Tensor] = field(default_factory=dict)
     residual: tuple[Tensor, Tensor] | None = None
 
+    def update(self) -> tuple[Tensor, Tensor]:
+        """Factors whose product is the whole update, unscaled."""
+        return (self.a, self.b) if self.residual is None else folded(self.a, self.b, self.residual)
+
+
+def folded(a: Tensor, b: Tensor, residual: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """``BA − B₀A₀`` as one product of twice the rank: ``[B − B₀, B₀] [A; A − A₀]``.
+
+    Zero at the start bit for bit, and precise after it in any type: the small differences are taken before
+    anything is multiplied or rounded. Differentiable by A and B.
+
+    Args:
+        a: A (r, in, k…).
+        b: B (out, r, 1…).
+        residual: ``(A₀, B₀)`` of the same shapes.
+    """
+    a0, b0 = residual
+    return torch.cat([a, a - a0]), torch.cat([b - b0, b0], dim=1)
+
 
 class Init(abc.ABC):
     """One initialisation. Defining a subclass registers it."""
@@ -144,20 +163,20 @@ def inits() -> tuple[Init, ...]:
     return tuple(_inits)
 
 
-_statistics: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+_statistics: WeakKeyDictionary[nn.Module, dict[str, Any]] = WeakKeyDictionary()
 
 
-def note_statistics(module: nn.Module, stats: Any) -> None:
+def note_statistics(module: nn.Module, stats: Any, weight: str = "weight") -> None:
     """Keep what was measured for a base module until an adapter that starts from it is in place.
 
     It is kept beside the module, not on it: neither a copy nor a pickle of the model carries it.
     """
-    _statistics[module] = stats
+    _statistics.setdefault(module, {})[weight] = stats
 
 
-def statistics_of(module: nn.Module) -> Any:
-    """What was measured for a base module, or None."""
-    return _statistics.get(module)
+def statistics_of(module: nn.Module, weight: str = "weight") -> Any:
+    """What was measured for a weight of a base module, or None."""
+    return _statistics.get(module, {}).get(weight)
 
 
 def forget_statistics(module: nn.Module) -> None:
@@ -214,4 +233,4 @@ def subtracted(request: InitRequest, a: Tensor, b: Tensor) -> InitResult:
 
 def not_one_matrix(what: str, layer_type: str) -> str:
     """Why an initialisation that factorises a matrix cannot start a layer without one."""
-    return f"{what} factorises one matrix, and the update of this {layer_type} is not one (groups)"
+    return f"{what} needs one matrix, and the update of this {layer_type} is none (groups, or a stack)"

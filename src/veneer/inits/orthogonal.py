@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from veneer.inits.base import Init, InitRequest, InitResult, normal, zero_bias
+from veneer.inits.base import Init, InitRequest, InitResult, normal, not_one_matrix, zero_bias
 from veneer.spec import LoraSpec
 
 
@@ -14,8 +14,7 @@ class Orthogonal(Init):
     """``A = Q₁ᵀ G / 10``, ``B = H Q₂ / 10``, with G and H normal: ``BA = H (Q₂ Q₁ᵀ) G / 100 = 0``.
 
     Q₁ and Q₂ (r/2, r) are the even and the odd rows of one random orthogonal matrix (r, r), so that both
-    factors learn from the first step on. The product is zero up to rounding only. With groups each group's
-    share of the rank is drawn for itself.
+    factors learn from the first step on. The product is zero up to rounding only.
 
     Source: D. Datta, "Rethinking LoRA initialisation", section "Orthogonal initialisation"
     (https://datta0.github.io/posts/rethink-lora-init/).
@@ -25,20 +24,15 @@ class Orthogonal(Init):
     exact = False
 
     def refuses(self, spec: LoraSpec, layer_type: str, as_matrix: bool) -> str | None:
-        """One half of the rank goes to each factor."""
+        """One half of the rank goes to each factor, of one product."""
         if spec.r % 2:
             return f"orthogonal factors need an even rank, got r={spec.r}"
-        return None
+        return None if as_matrix else not_one_matrix("an orthogonal start", layer_type)
 
     def __call__(self, request: InitRequest) -> InitResult:
         """Both factors random, with a product of zero."""
-        r, (out, width) = request.spec.r, request.shape_b[:2]
-        groups = r // width
-        inside = math.prod(request.shape_a[1:])
-        squares = normal(request, "orthogonal", (groups, width, width))
-        q: torch.Tensor = torch.linalg.qr(squares).Q
-        g = normal(request, "lora_A", (groups, width // 2, inside))
-        h = normal(request, "lora_B", (groups, out // groups, width // 2))
-        a = q[:, 0::2].transpose(1, 2) @ g / 10.0
-        b = h @ q[:, 1::2] / 10.0
+        r, inside = request.spec.r, math.prod(request.shape_a[1:])
+        q: torch.Tensor = torch.linalg.qr(normal(request, "orthogonal", (r, r))).Q
+        a = q[0::2].T @ normal(request, "lora_A", (r // 2, inside)) / 10.0
+        b = normal(request, "lora_B", (request.shape_b[0], r // 2)) @ q[1::2] / 10.0
         return InitResult(a.reshape(request.shape_a), b.reshape(request.shape_b), zero_bias(request))

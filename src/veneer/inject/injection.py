@@ -168,7 +168,7 @@ class Injection:
             addition.layer.add_adapter(addition.spec, addition.start, dtype=dtype)
             if addition.new:
                 addition.site.replace(addition.layer)
-            forget_statistics(addition.layer.base_layer)
+            forget_statistics(addition.layer.get_base_layer())
         for trained in self.copies:
             trained.wrapper.add_copy(self.adapter, trained.module)
             if trained.site.module is not trained.wrapper:

@@ -29,6 +29,8 @@ class LoraMultiheadAttention(LoraLayer):
     Shapes: query: (L, N, E), (N, L, E) with ``batch_first``, or (L, E) -> the same, and weights (N, L, S).
     """
 
+    takes_rows = False
+
     wraps = ("torch.nn.modules.activation.MultiheadAttention",)
     transparent = True
     adapts_inside = MappingProxyType({"out_proj": 2})
@@ -70,7 +72,8 @@ class LoraMultiheadAttention(LoraLayer):
 
     def low_rank(self, name: str, x: Tensor) -> Tensor:
         """x: (..., E) -> (..., 3E), as if x were query, key and value."""
-        return self.lora_B[name](self.lora_A[name](x))  # type: ignore[no-any-return]
+        a, b = self.operators(name)
+        return b(a(x))
 
     def _as_before(self) -> nn.Module:
         """The attention without any adapter, while some are merged."""
@@ -144,8 +147,8 @@ class LoraMultiheadAttention(LoraLayer):
             result = F.linear(x, weights[i], biases[i])
             for name, rows in adapters:
                 own = x if rows is None else x[:, rows]
-                b = torch.split(self.factors(name)[1], parts * base.embed_dim)[i]
-                reduced = self.lora_A[name](self.dropped(name, own))
+                b = torch.split(self.update_factors(name)[1], parts * base.embed_dim)[i]
+                reduced = self.operators(name)[0](self.dropped(name, own))
                 branch = (F.linear(reduced, b.to(reduced.dtype)) * self.scaling[name]).to(result)
                 result = result + branch if rows is None else result.index_add(1, rows, branch)
             results += result.chunk(parts, dim=-1)

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from veneer import backends, inits, variants
 from veneer.adapters import AdapterModule, as_names
 from veneer.errors import AdapterNameError, ConfigError, MergeError, VeneerWarning
-from veneer.inits import InitRequest, InitResult
+from veneer.inits import InitRequest, InitResult, folded
 from veneer.layers.refused import refusal
 from veneer.ops.merging import kept_share, merge_dense, merge_into_
 from veneer.ops.row_norms import State
@@ -32,6 +32,8 @@ from veneer.variants import ParameterRequest
 registry: TypeRegistry[type[LoraLayer]] = TypeRegistry("layer")
 
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
+#: Names of the frozen term ``A₀``, ``B₀`` of an adapter, for initialisations that subtract their start.
+RESIDUAL = ("lora_residual_A", "lora_residual_B")
 
 
 def find(module: nn.Module) -> type[LoraLayer] | None:
@@ -91,6 +93,27 @@ class Factor(nn.Module):
     def extra_repr(self) -> str:
         """The shape, for ``print(model)``."""
         return "×".join(map(str, self.weight.shape)) + (" + bias" if self.bias is not None else "")
+
+
+class Frozen(nn.Module):
+    """A tensor of an adapter that is not trained: a buffer, so no parameter, and in every state dict.
+
+    Args:
+        weight: The tensor.
+    """
+
+    weight: Tensor
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight)
+
+
+def _operate(
+    weight: Tensor, bias: Tensor | None, x: Tensor, operation: Callable[..., Tensor] = F.linear
+) -> Tensor:
+    """What a `Factor` with that weight computes."""
+    return operation(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 def _copy_of_weight(x: None, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -176,6 +199,8 @@ class LoraLayer(AdapterModule):
     transposed: ClassVar[bool] = False
     #: The layer looks rows up instead of multiplying.
     lookup: ClassVar[bool] = False
+    #: Its input is one tensor of rows that A is multiplied with; see `rows`.
+    takes_rows: ClassVar[bool] = True
     #: The tensor of the base that is adapted.
     weight_name: str = "weight"
     #: Modules inside the base are targets of their own.
@@ -284,17 +309,56 @@ class LoraLayer(AdapterModule):
         a, b = self.lora_A[name], self.lora_B[name]
         return a.weight, b.weight, b.bias  # type: ignore[return-value]
 
+    def residual(self, name: str) -> tuple[Tensor, Tensor] | None:
+        """``(A₀, B₀)`` of an adapter whose update is ``s·(BA − B₀A₀)``, None for any other."""
+        if RESIDUAL[0] not in self._modules or name not in self._container(RESIDUAL[0]):
+            return None
+        a, b = (self._container(key)[name].weight for key in RESIDUAL)
+        return a, b
+
+    def update_factors(self, name: str) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Factors whose product is the whole update, unscaled, and the bias of B; see `folded`."""
+        held = [self._container(key)[name] for key in self.factor_names]
+        a, b = (t if isinstance(t, Tensor) else Factor.read(t) for t in held)
+        residual = self.residual(name)
+        bias: Tensor | None = getattr(held[1], "bias", None)
+        return (a, b, bias) if residual is None else (*folded(a, b, residual), bias)
+
+    def update_rank(self, name: str) -> int:
+        """The rank of `update_factors`."""
+        return self._specs[name].r * (1 if self.residual(name) is None else 2)
+
+    def operators(self, name: str) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+        """A and B of the whole update, each called as ``factor(x, operation)``: see `Factor`."""
+        if self.residual(name) is None:
+            return self.lora_A[name], self.lora_B[name]
+        a, b, bias = self.update_factors(name)
+        return partial(_operate, a, None), partial(_operate, b, bias)
+
+    def put_residual(self, name: str, residual: tuple[Tensor, Tensor]) -> None:
+        """Store the frozen term of an adapter."""
+        for key, tensor in zip(RESIDUAL, residual, strict=True):
+            self._container_for(key)[name] = Frozen(tensor)
+
+    def _container_for(self, key: str) -> Any:
+        """The container of that name, made where there is none."""
+        if key not in self._modules:
+            setattr(self, key, nn.ModuleDict())
+            if key not in self.adapter_layer_names:
+                self.adapter_layer_names = (*self.adapter_layer_names, key)
+        return self._container(key)
+
     def put_extra(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Store the parameters that an adapter's variant has beside the factors."""
         for key, tensor in tensors.items():
-            if key not in self._modules:
-                setattr(self, key, nn.ModuleDict())
-                if key not in self.adapter_layer_names:
-                    self.adapter_layer_names = (*self.adapter_layer_names, key)
-            self._container(key)[name] = Factor(tensor)
+            self._container_for(key)[name] = Factor(tensor)
 
     def _extra_modules(self, name: str) -> dict[str, nn.Module]:
         """The modules that hold what `put_extra` stored."""
+        return {key: m for key, m in self._beside_factors(name).items() if key not in RESIDUAL}
+
+    def _beside_factors(self, name: str) -> dict[str, nn.Module]:
+        """The modules that hold what an adapter has beside its factors: `put_extra` and `put_residual`."""
         names = [key for key in self.adapter_layer_names if key not in self.factor_names]
         held = {key: self._container(key) for key in names if key in self._modules}
         return {key: container[name] for key, container in held.items() if name in container}
@@ -304,7 +368,7 @@ class LoraLayer(AdapterModule):
 
     def _containers(self, name: str) -> list[Any]:
         """Everything here that holds something of an adapter by its name."""
-        keys = (*self.factor_names, *self._extra_modules(name), "lora_dropout")
+        keys = (*self.factor_names, *self._beside_factors(name), "lora_dropout")
         return [self._container(key) for key in keys]
 
     def extra(self, name: str) -> dict[str, Tensor]:
@@ -446,7 +510,7 @@ class LoraLayer(AdapterModule):
             lookup=self.lookup,
             matrix=lambda: self.to_matrix(backends.find(base, self.weight_name).read(base, self.weight_name)),
             seed=seed,
-            stats=inits.statistics_of(self.base_layer),
+            stats=inits.statistics_of(self.get_base_layer(), self.weight_name),
         )
 
     def _parameter_request(
@@ -458,7 +522,7 @@ class LoraLayer(AdapterModule):
 
         def update() -> tuple[Tensor, Tensor]:
             assert start is not None
-            return self.matrices(start.a, start.b)
+            return self.matrices(*start.update())
 
         return ParameterRequest(
             spec=spec,
@@ -487,7 +551,7 @@ class LoraLayer(AdapterModule):
     def tensor_shapes(self, spec: LoraSpec) -> dict[str, tuple[int, ...]]:
         """Names on disk, below the module's path, of the tensors that an adapter has here, and their shapes.
 
-        First A, B and the bias of B, if there is one; then what the variant has beside them.
+        First A, B and the bias of B, if there is one; then the frozen term and what the variant has.
         """
         request = self._init_request(spec, 0)
         suffix = "" if self.lookup else ".weight"
@@ -495,6 +559,8 @@ class LoraLayer(AdapterModule):
         result = {f"{name_a}{suffix}": request.shape_a, f"{name_b}{suffix}": request.shape_b}
         if spec.lora_bias:
             result[f"{name_b}.bias"] = request.shape_b[:1]
+        if inits.find(spec.init).subtracts_start:
+            result.update(zip(RESIDUAL, (request.shape_a, request.shape_b), strict=True))
         more = variants.get(spec.variant).shapes(self._parameter_request(spec, None, request))
         return {**result, **{key: tuple(shape) for key, shape in more.items()}}
 
@@ -506,9 +572,14 @@ class LoraLayer(AdapterModule):
         shapes = self.tensor_shapes(spec)
         names = [key for key in shapes if key.startswith(self.factor_names)]
         values = [tensors[k] if k in tensors else torch.zeros(shapes[k], device="cpu") for k in names]
-        start = InitResult(values[0], values[1], values[2] if len(values) > 2 else None)
-        extra = {key: tensors[key] for key in shapes if key not in names and key in tensors}
-        if len(extra) < len(shapes) - len(names):
+        residual = None
+        if RESIDUAL[0] in shapes:
+            a, b = (tensors.get(k, torch.zeros(shapes[k], device="cpu")) for k in RESIDUAL)
+            residual = a, b
+        start = InitResult(values[0], values[1], values[2] if len(values) > 2 else None, residual=residual)
+        others = [key for key in shapes if key not in (*names, *RESIDUAL)]
+        extra = {key: tensors[key] for key in others if key in tensors}
+        if len(extra) < len(others):
             extra = {**self._start_of_extra(spec, start, self._init_request(spec, 0)), **extra}
         return replace(start, extra=extra)
 
@@ -536,6 +607,8 @@ class LoraLayer(AdapterModule):
             place(start.b),
             None if start.bias is None else place(start.bias),
         )
+        if start.residual is not None:
+            self.put_residual(spec.adapter, (place(start.residual[0]), place(start.residual[1])))
         self.put_extra(spec.adapter, {key: place(tensor) for key, tensor in start.extra.items()})
         self.lora_dropout[spec.adapter] = nn.Dropout(p=spec.lora_dropout).train(self.training)
         self._specs[spec.adapter] = spec
@@ -580,7 +653,8 @@ class LoraLayer(AdapterModule):
         a, b, bias = (None if t is None else t.detach().clone() for t in self.factors(old))
         assert a is not None and b is not None
         extra = {key: tensor.detach().clone() for key, tensor in self.extra(old).items()}
-        self.add_adapter(replace(self._specs[old], adapter=new), InitResult(a, b, bias, extra=extra))
+        start = InitResult(a, b, bias, residual=self.residual(old), extra=extra)
+        self.add_adapter(replace(self._specs[old], adapter=new), start)
         self.scaling[new] = self.scaling[old]
 
     def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
@@ -731,8 +805,7 @@ class LoraLayer(AdapterModule):
 
     def update(self, name: str) -> tuple[Tensor, Tensor]:
         """The update as matrices B (out, r) and A (r, in·k…): what `low_rank` multiplies with, unscaled."""
-        held = [self._container(key)[name] for key in self.factor_names]
-        a, b = (t if isinstance(t, Tensor) else Factor.read(t) for t in held)
+        a, b, _ = self.update_factors(name)
         return self.matrices(a, b)
 
     def to_factors(self, name: str, x: Tensor) -> Tensor:

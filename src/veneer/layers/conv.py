@@ -94,8 +94,8 @@ class LoraConv(LoraLayer):
         """x: (batch, in, d…) -> (batch, out, d'…)."""
         base: Any = unwrapped(self.original_base())
         pointwise = partial(_CONVOLVE[len(base.kernel_size)], groups=base.groups)
-        h = self.lora_A[name](x, partial(self._convolve_as_base, base))
-        return self.lora_B[name](h, pointwise)  # type: ignore[no-any-return]
+        a, b = self.operators(name)
+        return b(a(x, partial(self._convolve_as_base, base)), pointwise)
 
     @staticmethod
     def _convolve_as_base(base: Any, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -25,6 +25,7 @@ class LoraEmbedding(LoraLayer):
     factor_names = ("lora_embedding_A", "lora_embedding_B")
     transposed = True
     lookup = True
+    takes_rows = False
 
     lora_embedding_A: nn.ParameterDict
     lora_embedding_B: nn.ParameterDict
@@ -58,16 +59,21 @@ class LoraEmbedding(LoraLayer):
         A lies (r, vocab), and torch cannot transpose the sparse gradient of the rows that were looked up.
         """
         a, b, _ = self.factors(name)
+        rows, residual = self._look_up(x, a), self.residual(name)
+        if residual is None:
+            return rows @ b.T
+        # `folded`, on the rows that are needed: the whole table would be subtracted for a few of them.
+        return rows @ (b - residual[1]).T + (rows - self._look_up(x, residual[0])) @ residual[1].T
+
+    def _look_up(self, x: Tensor, a: Tensor) -> Tensor:
         base: Any = unwrapped(self.original_base())
         if type(base).forward is nn.Embedding.forward:
-            rows = F.embedding(
+            return F.embedding(
                 x, a.T, padding_idx=base.padding_idx, scale_grad_by_freq=base.scale_grad_by_freq
             )
-        else:
-            # A subclass that scales what it looks up: let its own forward do it, with A in place of W.
-            changes = {"embedding_dim": a.shape[0], "max_norm": None, "sparse": False}
-            rows = type(base).forward(stand_in(base, {"weight": a.T}, changes), x)
-        return rows @ b.T
+        # A subclass that scales what it looks up: let its own forward do it, with A in place of W.
+        changes = {"embedding_dim": a.shape[0], "max_norm": None, "sparse": False}
+        return type(base).forward(stand_in(base, {"weight": a.T}, changes), x)  # type: ignore[no-any-return]
 
     def dropout_of(self, name: str) -> float:
         """Never: the input is an index."""

@@ -55,7 +55,8 @@ class LoraLinear(LoraLayer):
 
     def low_rank(self, name: str, x: Tensor) -> Tensor:
         """x: (..., in) -> (..., out)."""
-        return self.lora_B[name](self.lora_A[name](x))  # type: ignore[no-any-return]
+        a, b = self.operators(name)
+        return b(a(x))
 
     def refuses_merge(self, names: Sequence[str]) -> list[str]:
         """Besides the common reasons: a subclass whose forward is something else than ``x Wᵀ + b``."""
@@ -84,10 +85,10 @@ class LoraLinear(LoraLayer):
 
     def add_branch(self, name: str, x: Tensor, result: Tensor) -> Tensor:
         """``result + s · dropout(x) Aᵀ Bᵀ``; one step, no full-size temporary."""
-        a, b, bias = self.factors(name)
         if not self._has_plain_factors(name) or autocasts(x.device.type):
             return super().add_branch(name, x, result)
         x = self.to_factors(name, x)
+        a, b, bias = self.update_factors(name)
         if result.device != a.device:
             return super().add_branch(name, x, result)
         fresh = self._may_write()
@@ -117,14 +118,14 @@ class LoraLinear(LoraLayer):
         )
         if not plain:
             return super().add_rows(routing, names, x, result)
-        ranks = [0 if n is None else self._specs[n].r for n in names]
-        total, tokens = sum(self._specs[n].r for n in used), x.numel() // x.shape[-1]
+        ranks = [0 if n is None else self.update_rank(n) for n in names]
+        total, tokens = sum(self.update_rank(n) for n in used), x.numel() // x.shape[-1]
         runs = routing.runs(names)
         size = x.shape[-1] + result.shape[-1]
         count = sum(name is not None for name, _, _ in runs)
         if mixed_batch.prefers_mask(count, tokens, total, sum(ranks) / len(ranks), size):
             return mixed_batch.by_mask(x, result, *self._side_by_side(routing, names, used, x))
-        terms = {n: (*self.factors(n)[:2], self.scaling[n]) for n in used}
+        terms = {n: (*self.update_factors(n)[:2], self.scaling[n]) for n in used}
         return mixed_batch.by_runs(x, result, terms, runs)
 
     def _side_by_side(
@@ -134,9 +135,10 @@ class LoraLinear(LoraLayer):
         key = (names, x.dtype)
         if not torch.is_grad_enabled() and (held := routing.memo.get(self, {}).get(key)):
             return held  # type: ignore[no-any-return]
-        a = torch.cat([self.factors(n)[0].to(x.dtype) for n in used])
-        b = torch.cat([self.factors(n)[1].to(x.dtype) for n in used], dim=1)
-        mask = routing.mask(names, tuple((n, self._specs[n].r, self.scaling[n]) for n in used), x)
+        pairs = [self.update_factors(n) for n in used]
+        a = torch.cat([a.to(x.dtype) for a, _, _ in pairs])
+        b = torch.cat([b.to(x.dtype) for _, b, _ in pairs], dim=1)
+        mask = routing.mask(names, tuple((n, self.update_rank(n), self.scaling[n]) for n in used), x)
         if not torch.is_grad_enabled():
             routing.memo.setdefault(self, {})[key] = (a, b, mask)
         return a, b, mask
@@ -175,7 +177,7 @@ class LoraLinear(LoraLayer):
     def _together(self, name: str, x: Tensor) -> Tensor:
         """``x Wᵀ + b + s · dropout(x) Aᵀ Bᵀ`` in one step, for a plain base."""
         base: Any = self.base_layer
-        a, b, bias = self.factors(name)
+        a, b, bias = self.update_factors(name)
         return lora_linear(
             x,
             base.weight,

@@ -62,10 +62,10 @@ def why_not(layer: LoraLayer, spec: LoraSpec) -> str | None:
             f"init_lora_weights={spec.init!r} needs a branch that is linear in A, and the forward of this "
             f"{kind} does more with its weight than multiply"
         )
-    if layer.lookup and init.measures_inputs:
+    if init.measures_inputs and not layer.takes_rows:
         return (
-            f"init_lora_weights={spec.init!r} starts from directions of the layer's inputs, and those of a "
-            f"{kind} are indices"
+            f"init_lora_weights={spec.init!r} starts from directions of the layer's inputs, and a {kind} has "
+            "none: it is given indices, several inputs, or looks after bare parameters"
         )
     backend, variant = layer.backend, variants.get(spec.variant)
     if not backend.readable and (not variant.additive or init.subtracts_start or init.replaces_base):
@@ -144,6 +144,6 @@ def wrap(
         parameter.requires_grad_(False)
     backends.settle(layer.base_layer)
     layer.add_adapter(spec, start, dtype=factor_dtype(layer, autocast_adapter_dtype))
-    inits.forget_statistics(layer.base_layer)
+    inits.forget_statistics(layer.get_base_layer())
     layer.set_adapter(adapter_name)
     return layer

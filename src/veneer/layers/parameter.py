@@ -34,6 +34,8 @@ class LoraParameter(LoraLayer):
         parameter_name: The parameter's name on the module.
     """
 
+    takes_rows = False
+
     transparent = True
 
     def __init__(self, base_layer: nn.Module, parameter_name: str) -> None:
@@ -110,7 +112,7 @@ class LoraParameter(LoraLayer):
 
     def term(self, name: str) -> Term:
         """``Δ`` of an adapter as (left, right, s), in the layout of the parameter."""
-        a, b, _ = self.factors(name)
+        a, b, _ = self.update_factors(name)
         count, size_in, size_out = self._sizes()
         if self.is_matrix():
             return b, a, self.scaling[name]

@@ -18,11 +18,15 @@ from veneer import inits, state
 from veneer.adapters import as_names, check_adapter_name, walk
 from veneer.checkpoint import (
     CARD_NAME,
+    RESIDUAL_MARK,
     LoadReport,
     locate_config,
+    mark,
+    marked_config,
     merge_card,
     model_card,
     open_adapter,
+    plain_config,
     write_adapter,
 )
 from veneer.config import LoraConfig, PeftConfig, TaskType
@@ -117,8 +121,8 @@ class Persistence(nn.Module):
             save_embedding_layers: Save input and output embeddings along: True, False, or "auto" (those that
                 are targeted, and both if the vocabulary was resized).
             is_main_process: False writes nothing (other ranks of a group).
-            path_initial_model_for_weight_conversion: Leave it None: it belongs to initialisations that change
-                the base, which here keep it exact.
+            path_initial_model_for_weight_conversion: Not needed: initialisations that change the base
+                elsewhere keep it exact here, and their adapters are saved as plain ones.
             **kwargs: ``state_dict``: take the values from this full state dict. Others
                 that trainers pass along to any model (``save_function``, ``max_shard_size``, ``token`` and
                 the like) are without meaning for an adapter.
@@ -136,13 +140,10 @@ class Persistence(nn.Module):
                 VeneerWarning,
                 stacklevel=2,
             )
-        if path_initial_model_for_weight_conversion is not None:
-            raise CheckpointError(
-                "path_initial_model_for_weight_conversion: no initialisation of this version leaves a "
-                "base to convert from; save without it"
-            )
         names = list(self.peft_config) if selected_adapters is None else as_names(selected_adapters)
         self.base_model.index.check(names, known=self.peft_config)
+        if path_initial_model_for_weight_conversion is not None:
+            self._check_conversion(names)
         if not names:
             raise CheckpointError("there is no adapter to save")
         if os.path.isfile(save_directory):
@@ -154,6 +155,12 @@ class Persistence(nn.Module):
             )
             if not is_main_process:
                 continue
+            init = self._subtracted_start(name)
+            if init is not None and not safe_serialization:
+                raise CheckpointError(
+                    f"the frozen term of {name!r} (init_lora_weights={init!r}) is marked in the metadata of "
+                    "a safetensors file, and a .bin has none: save with safe_serialization=True"
+                )
             config = self._config_to_save(name)
             self._mention_replaced_base(name)
             count = sum(t.numel() for t in tensors.values())
@@ -161,7 +168,10 @@ class Persistence(nn.Module):
                 self._directory_of(save_directory, name),
                 tensors,
                 config,
-                metadata={state.FINGERPRINT: json.dumps(state.base_fingerprint(self.get_base_model()))},
+                metadata={
+                    state.FINGERPRINT: json.dumps(state.base_fingerprint(self.get_base_model())),
+                    **({} if init is None else {RESIDUAL_MARK: mark(self.peft_config[name], init)}),
+                },
                 card=model_card(
                     config,
                     transformers_model=hasattr(self.get_base_model(), "save_pretrained"),
@@ -169,6 +179,31 @@ class Persistence(nn.Module):
                 ),
                 safe_serialization=safe_serialization,
             )
+
+    def _subtracted_start(self, name: str) -> bool | str | None:
+        """The initialisation of an adapter that has a frozen term, None for any other."""
+        for layer in self.base_model.layers().values():
+            if name in layer.held_adapters and layer.residual(name) is not None:
+                return layer.specs[name].init
+        return None
+
+    def _check_conversion(self, names: Sequence[str]) -> None:
+        """Say that nothing needs converting, where that was asked for.
+
+        Raises:
+            CheckpointError: For an adapter whose initialisation has nothing to do with it.
+        """
+        if others := [name for name in names if self._subtracted_start(name) is None]:
+            raise CheckpointError(
+                f"path_initial_model_for_weight_conversion: the adapter {others[0]!r} has no start that was "
+                "subtracted from anything; save without it"
+            )
+        warnings.warn(
+            "path_initial_model_for_weight_conversion is not needed: the base was never changed, and the "
+            "saved adapter is a plain one for it",
+            VeneerWarning,
+            stacklevel=3,
+        )
 
     def _mention_replaced_base(self, name: str) -> None:
         init = resolve(self.peft_config[name], name, "").init
@@ -192,6 +227,8 @@ class Persistence(nn.Module):
         if inits.find(resolve(config, name, "").init).replaces_base:
             config = copy.copy(config)
             config.init_lora_weights = True
+        if self._subtracted_start(name) is not None:
+            config = plain_config(config)
         values = config.to_json()
         if config.task_type is None and kind.__module__.startswith("transformers."):
             mapping = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
@@ -263,6 +300,8 @@ class Persistence(nn.Module):
         config = copy.deepcopy(config)
         config.inference_mode = not is_trainable
         file = open_adapter(directory)
+        if isinstance(config, LoraConfig):
+            config = marked_config(config, file.metadata, directory)
         names = {rename(key): key for key in file.shapes}
         if adapter_name in self.peft_config:
             self._check_reload(config, adapter_name, directory)

@@ -11,6 +11,7 @@ _CONFIGS = (
     "LoraConfig",
     "LoftQConfig",
     "EvaConfig",
+    "LoraGAConfig",
     "LoraRuntimeConfig",
     "PeftType",
     "TaskType",
@@ -37,6 +38,7 @@ _AUTO = (
 _STATE = ("get_peft_model_state_dict", "set_peft_model_state_dict", "load_peft_weights")
 _STATUS = ("TunerLayerStatus", "TunerModelStatus", "get_layer_status", "get_model_status")
 _EVA = ("get_eva_state_dict", "initialize_lora_eva_weights")
+_INITS = (*_EVA, "preprocess_loraga")
 _FILES = ("CONFIG_NAME", "SAFETENSORS_WEIGHTS_NAME", "WEIGHTS_NAME")
 _OTHER = (
     "AuxiliaryTrainingWrapper",
@@ -47,7 +49,16 @@ _OTHER = (
     "infer_device",
     *_FILES,
 )
-_LORA = ("LoraConfig", "LoraLayer", "LoraModel", "LoftQConfig", "EvaConfig", "LoraRuntimeConfig")
+_LORA = (
+    "CordaConfig",
+    "LoraGAConfig",
+    "LoraConfig",
+    "LoraLayer",
+    "LoraModel",
+    "LoftQConfig",
+    "EvaConfig",
+    "LoraRuntimeConfig",
+)
 _FUNCTIONAL = ("cast_adapter_dtype", "delete_adapter", "set_adapter", "set_requires_grad")
 _HOTSWAP = (
     "check_hotswap_configs_compatible",
@@ -62,7 +73,7 @@ LAYOUT: dict[str, tuple[str, ...]] = {
         *_MODELS,
         *_AUTO,
         *_STATE,
-        *_EVA,
+        *_INITS,
         "LoraModel",
         "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
         "PEFT_TYPE_TO_CONFIG_MAPPING",
@@ -110,8 +121,23 @@ LAYOUT: dict[str, tuple[str, ...]] = {
         "delete_adapter",
         "set_adapter",
     ),
-    "peft.tuners.lora": (*_LORA, *_EVA, "Conv1d", "Conv2d", "Conv3d", "Embedding", "Linear"),
-    "peft.tuners.lora.config": ("LoraConfig", "LoftQConfig", "EvaConfig", "LoraRuntimeConfig"),
+    "peft.tuners.lora": (
+        *_LORA,
+        *_INITS,
+        "Conv1d",
+        "Conv2d",
+        "Conv3d",
+        "Embedding",
+        "Linear",
+    ),
+    "peft.tuners.lora.config": (
+        "LoraConfig",
+        "LoftQConfig",
+        "CordaConfig",
+        "EvaConfig",
+        "LoraGAConfig",
+        "LoraRuntimeConfig",
+    ),
     "peft.tuners.lora.layer": (
         "LoraLayer",
         "Conv1d",
@@ -120,7 +146,9 @@ LAYOUT: dict[str, tuple[str, ...]] = {
         "Embedding",
         "Linear",
     ),
+    "peft.tuners.lora.corda": ("preprocess_corda",),
     "peft.tuners.lora.eva": _EVA,
+    "peft.tuners.lora.loraga": ("preprocess_loraga",),
     "peft.tuners.lora.model": ("LoraModel",),
     "peft.tuners.loha": ("LoHaLayer",),
     "peft.tuners.loha.layer": ("LoHaLayer",),
@@ -151,7 +179,6 @@ OTHER_METHODS = (
     "CartridgeConfig",
     "CartridgeEncoder",
     "KasaConfig",
-    "LoraGAConfig",
     "MontecloraConfig",
     "MultitaskPromptTuningConfig",
     "MultitaskPromptTuningInit",
@@ -171,7 +198,6 @@ OTHER_METHODS = (
     "find_kappa_target_modules",
     "initialize_kv_prefix_from_past_key_values",
     "initialize_kv_prefix_from_text",
-    "preprocess_loraga",
     "prepare_model_for_kbit_training",
     "prompt_embeddings_from_past_key_values",
     "replace_lora_weights_loftq",

@@ -1,0 +1,147 @@
+"""Covariances of the inputs of layers, for CorDA."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from veneer import backends
+from veneer.calibration.measuring import Hook, entries, hooked, in_mode, options, planned, store, stored
+from veneer.config import CordaConfig, LoraConfig
+from veneer.errors import ConfigError
+from veneer.inits import note_statistics
+from veneer.inits.corda import ContextDirections, context_directions
+from veneer.inject.injection import Addition
+
+_PARTS = ("S_WC", "U_WC", "V_WC")
+
+
+class _Covariance:
+    """The sum of ``xᵀx`` over the calls of one layer, each call's x divided by its largest value."""
+
+    def __init__(self, path: str, addition: Addition, half: bool) -> None:
+        self.path, self.addition, self.half = path, addition, half
+        self.total: Tensor | None = None
+        self.calls = 0
+
+    def hook(self, module: nn.Module, args: tuple[object, ...]) -> None:
+        """Add one call's input."""
+        if not args or not isinstance(args[0], Tensor):
+            raise ConfigError(f"{self.path} was called without a tensor as its first argument")
+        rows = self.addition.layer.rows(args[0].detach())
+        if rows.numel() == 0:
+            return
+        rows = rows if self.half else rows.float()
+        largest = rows.max().abs()
+        rows = rows / torch.where(largest > 0, largest, rows.abs().max().clamp_min(1e-12))
+        covariance = rows.T @ rows
+        if not bool(covariance.isfinite().all()):
+            raise ConfigError(
+                f"the inputs of {self.path} have values that are not finite (or overflow with "
+                "use_float16_for_covariance)"
+            )
+        self.total = covariance if self.total is None else self.total + covariance
+        self.calls += 1
+
+
+@torch.no_grad()
+def preprocess_corda(
+    model: nn.Module,
+    lora_config: LoraConfig,
+    run_model: Callable[[], None] | None = None,
+    hooked_model: nn.Module | None = None,
+) -> None:
+    """Measure what ``init_lora_weights="corda"`` starts from, for the next `get_peft_model` on this model.
+
+    The covariances of all layers' inputs are held at once: (in, in) float32 each. What is kept until the
+    adapter is in place is thin: r singular values and vectors a layer. The model is not changed.
+
+    Args:
+        model: The base model.
+        lora_config: Configuration of the adapter. Its ``corda_config`` may name a ``covariance_file`` and a
+            ``cache_file``: each is read if it exists, and written if not.
+        run_model: Runs the model on samples of its future inputs; 256 samples of 2048 tokens are enough for
+            4096 features.
+        hooked_model: Measure this model's layers of the same names instead.
+
+    Raises:
+        ConfigError: If nothing was run, a layer was not reached, inputs are not finite, or a file does not
+            fit.
+        TargetError: If a layer cannot start this way.
+    """
+    chosen: CordaConfig = options(lora_config, "corda", CordaConfig)
+    additions = planned(model, lora_config)
+    cached = stored(chosen.cache_file)
+    if cached is not None:
+        names = [f"{path}.eigens.{part}" for path in additions for part in _PARTS]
+        found = entries(chosen.cache_file, cached, names)
+        directions = {
+            path: ContextDirections(
+                found[f"{path}.eigens.U_WC"], found[f"{path}.eigens.S_WC"], found[f"{path}.eigens.V_WC"]
+            )
+            for path in additions
+        }
+    else:
+        covariances = _covariances(model, lora_config, chosen, additions, run_model, hooked_model)
+        directions = _directions(additions, covariances, chosen.corda_method)
+        store(
+            chosen.cache_file,
+            {
+                f"{path}.eigens.{part}": tensor
+                for path, d in directions.items()
+                for part, tensor in zip(_PARTS, (d.s, d.u, d.v), strict=True)
+            },
+        )
+    for path, addition in additions.items():
+        note_statistics(addition.site.base, directions[path])
+
+
+def _directions(
+    additions: Mapping[str, Addition], covariances: dict[str, Tensor], method: str
+) -> dict[str, ContextDirections]:
+    result = {}
+    for path, addition in additions.items():
+        base, layer = addition.site.base, addition.layer
+        weight = layer.to_matrix(backends.find(base).read(base))
+        try:
+            result[path] = context_directions(weight, covariances.pop(path), addition.spec.r, method)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from error
+    return result
+
+
+def _covariances(
+    model: nn.Module,
+    config: LoraConfig,
+    chosen: CordaConfig,
+    additions: Mapping[str, Addition],
+    run_model: Callable[[], None] | None,
+    hooked_model: nn.Module | None,
+) -> dict[str, Tensor]:
+    content = stored(chosen.covariance_file)
+    if content is not None:
+        return entries(chosen.covariance_file, content, list(additions))
+    if run_model is None:
+        raise ConfigError(
+            "CorDA measures the inputs of layers: pass run_model, a function that runs the model on samples, "
+            "or name an existing file as corda_config.covariance_file or cache_file"
+        )
+    measured = additions if hooked_model is None else planned(hooked_model, config)
+    sums = {
+        path: _Covariance(path, addition, chosen.use_float16_for_covariance)
+        for path, addition in measured.items()
+    }
+    hooks: dict[nn.Module, Hook] = {a.site.module: sums[path].hook for path, a in measured.items()}
+    with in_mode(hooked_model or model, False), hooked(hooks):
+        run_model()
+    result = {path: sums[path].total for path in additions if path in sums}
+    if unseen := [path for path in additions if result.get(path) is None]:
+        raise ConfigError(
+            f"run_model did not reach {len(unseen)} of {len(additions)} layers, for example "
+            f"{', '.join(unseen[:3])}: run the model itself on samples with tokens in them"
+        )
+    made = {path: total / sums[path].calls for path, total in result.items() if total is not None}
+    store(chosen.covariance_file, made)
+    return made

@@ -1,0 +1,128 @@
+"""Gradients of base weights, for LoRA-GA."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from veneer.calibration.measuring import entries, in_mode, options, planned, store, stored
+from veneer.config import LoraConfig, LoraGAConfig
+from veneer.errors import ConfigError, TargetError
+from veneer.inits import note_statistics
+from veneer.inject.injection import Addition
+
+
+def preprocess_loraga(
+    model: nn.Module,
+    lora_config: LoraConfig,
+    train_step: Callable[[], None],
+    cache_file: str | os.PathLike[str] | None = None,
+) -> None:
+    """Measure what ``init_lora_weights="lora_ga"`` starts from, for the next `get_peft_model` on this model.
+
+    Only the weights that will be adapted get gradients meanwhile. Afterwards the model is as it was: what
+    requires gradients, the gradients it had, its mode.
+
+    Args:
+        model: The base model, not quantised.
+        lora_config: Configuration of the adapter.
+        train_step: Runs forward and backward on samples, once or several times; the gradients are averaged
+            over the backward passes.
+        cache_file: Gradients are read from it if it exists, and written to it if not.
+
+    Raises:
+        ConfigError: If a layer got no gradient, or the file does not fit.
+        TargetError: If a layer cannot start this way.
+    """
+    options(lora_config, "lora_ga", LoraGAConfig)
+    additions = planned(model, lora_config)
+    _check_weights(additions)
+    content = stored(cache_file)
+    keys = {path: f"{path}._peft_loraga_grad" for path in additions}
+    if content is not None:
+        found = entries(cache_file, content, list(keys.values()))
+        gradients = {path: found[key] for path, key in keys.items()}
+    else:
+        gradients = _gradients(model, additions, train_step)
+        store(cache_file, {keys[path]: gradient for path, gradient in gradients.items()})
+    for path, addition in additions.items():
+        gradient = addition.layer.to_matrix(gradients[path])
+        note_statistics(addition.layer.get_base_layer(), gradient, addition.layer.weight_name)
+
+
+def _weight(addition: Addition) -> Tensor:
+    """The tensor that will be adapted."""
+    return getattr(addition.layer.get_base_layer(), addition.layer.weight_name)  # type: ignore[no-any-return]
+
+
+def _check_weights(additions: Mapping[str, Addition]) -> None:
+    """Refuse weights that cannot have a gradient.
+
+    Raises:
+        TargetError: Listing them.
+    """
+    refused = [
+        f"{path} ({type(a.site.base).__name__}): its weight is "
+        + ("quantised" if not weight.is_meta else "on the meta device or offloaded")
+        for path, a in additions.items()
+        for weight in [_weight(a)]
+        if not weight.is_floating_point() or weight.is_meta
+    ]
+    if refused:
+        raise TargetError(
+            "LoRA-GA needs gradients of the base weights themselves:\n"
+            + "\n".join(f"  - {line}" for line in refused)
+        )
+
+
+@contextmanager
+def _only_trainable(model: nn.Module, weights: set[int]) -> Iterator[None]:
+    """Let these parameters alone require gradients, from none; everything as it was afterwards."""
+    before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+    for parameter, _, _ in before:
+        parameter.requires_grad_(id(parameter) in weights)
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        for parameter, required, gradient in before:
+            parameter.requires_grad_(required)
+            parameter.grad = gradient
+
+
+def _gradients(
+    model: nn.Module, additions: Mapping[str, Addition], train_step: Callable[[], None]
+) -> dict[str, Tensor]:
+    weights = {path: _weight(a) for path, a in additions.items()}
+    counts: dict[str, int] = dict.fromkeys(weights, 0)
+
+    def counting(path: str) -> Callable[[Tensor], None]:
+        def count(_: Tensor) -> None:
+            counts[path] += 1
+
+        return count
+
+    with _only_trainable(model, {id(w) for w in weights.values()}), in_mode(model, True), torch.enable_grad():
+        handles = [
+            w.register_post_accumulate_grad_hook(counting(path))  # type: ignore[no-untyped-call]
+            for path, w in weights.items()
+        ]
+        try:
+            train_step()
+        finally:
+            for handle in handles:
+                handle.remove()
+        result = {path: w.grad.detach().clone() for path, w in weights.items() if w.grad is not None}
+    if missing := [path for path in weights if path not in result]:
+        raise ConfigError(
+            f"train_step gave no gradient to {len(missing)} of {len(weights)} layers, for example "
+            f"{', '.join(missing[:3])}: it must run the model and call backward() on a loss, and leave the "
+            "gradients (no zero_grad at its end)"
+        )
+    if broken := [path for path, g in result.items() if not bool(g.isfinite().all())]:
+        raise ConfigError(f"the gradients of {', '.join(broken[:3])} are not finite")
+    return {path: gradient / max(1, counts[path]) for path, gradient in result.items()}

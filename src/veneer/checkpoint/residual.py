@@ -1,0 +1,112 @@
+"""The frozen term of an adapter on disk: a plain adapter of twice the rank, marked.
+
+In memory an adapter whose initialisation subtracts its start has ``A, B`` and, frozen, ``A₀, B₀``. On disk it
+is the plain adapter ``A' = [A; A₀]``, ``B' = [B, −B₀]`` with ``r' = 2r`` and the same scaling, which every
+reader understands. The metadata of the safetensors file say what it was, so that it is taken apart again,
+bit for bit.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Collection, Mapping
+
+import torch
+from torch import Tensor
+
+from ..config import LoraConfig
+from ..errors import AdapterFileError, ConfigError
+
+#: Key of the mark in the metadata of a safetensors file.
+RESIDUAL_MARK = "veneer_residual"
+#: Names of ``A₀`` and ``B₀`` below a layer's path.
+PARTS = ("lora_residual_A", "lora_residual_B")
+
+_FACTORS = (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B"))
+_FIELDS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "init_lora_weights")
+
+
+def layers_of(names: Collection[str]) -> list[str]:
+    """The layers that have a frozen term, with a dot behind each, among names of tensors."""
+    return [name.removesuffix(PARTS[0]) for name in names if name.endswith(PARTS[0])]
+
+
+def joined(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors with every frozen term as a part of plain factors of twice the rank."""
+    result = dict(tensors)
+    for layer in layers_of(tensors):
+        a0, b0 = (result.pop(f"{layer}{part}") for part in PARTS)
+        a, b = next(pair for pair in _FACTORS if f"{layer}{pair[0]}" in result)
+        result[f"{layer}{a}"] = torch.cat([result[f"{layer}{a}"], a0])
+        result[f"{layer}{b}"] = torch.cat([result[f"{layer}{b}"], -b0], dim=1)
+    return result
+
+
+def parted(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """The inverse of `joined` for the layers that have a frozen term in ``shapes``.
+
+    Tensors that are not of twice the rank there are left as they are.
+
+    Args:
+        tensors: By their names on disk.
+        shapes: Names and shapes of all tensors of the adapter as it is in memory.
+    """
+    result = dict(tensors)
+    for layer in layers_of(shapes):
+        for (a, b), part_a, part_b in ((pair, *PARTS) for pair in _FACTORS):
+            name_a, name_b = f"{layer}{a}", f"{layer}{b}"
+            if not (name_a in result and name_b in result and name_a in shapes):
+                continue
+            whole_a, whole_b, r = result[name_a], result[name_b], shapes[name_a][0]
+            if whole_a.dim() < 2 or whole_b.dim() < 2 or not whole_a.shape[0] == whole_b.shape[1] == 2 * r:
+                continue
+            result[name_a], result[f"{layer}{part_a}"] = whole_a[:r], whole_a[r:]
+            result[name_b], result[f"{layer}{part_b}"] = whole_b[:, :r], -whole_b[:, r:]
+    return result
+
+
+def plain_config(config: LoraConfig) -> LoraConfig:
+    """The configuration of the plain adapter of twice the rank: the same scaling in every layer."""
+    plain = copy.deepcopy(config)
+    times = 2**0.5 if config.use_rslora else 2
+    plain.r = 2 * config.r
+    plain.lora_alpha = times * config.lora_alpha
+    plain.rank_pattern = {name: 2 * r for name, r in config.rank_pattern.items()}
+    plain.alpha_pattern = {name: times * alpha for name, alpha in config.alpha_pattern.items()}
+    plain.init_lora_weights = True
+    return plain
+
+
+def mark(config: LoraConfig, init: bool | str) -> str:
+    """What `marked_config` needs to undo `plain_config`."""
+    values = {name: getattr(config, name) for name in _FIELDS}
+    return json.dumps({**values, "init_lora_weights": init}, sort_keys=True)
+
+
+def marked_config(config: LoraConfig, metadata: Mapping[str, str], where: object) -> LoraConfig:
+    """The configuration of the adapter in memory, from that of a file.
+
+    Where the file is not marked, or the configuration is not the marked file's (the caller's own perhaps), it
+    is the same: a plain adapter of twice the rank computes the same.
+
+    Raises:
+        AdapterFileError: If the mark is damaged.
+    """
+    text = metadata.get(RESIDUAL_MARK)
+    if text is None:
+        return config
+    try:
+        values = json.loads(text)
+        restored = copy.deepcopy(config)
+        for name in _FIELDS:
+            setattr(restored, name, values[name])
+        restored.validate()
+    except (ValueError, LookupError, TypeError, AttributeError, ConfigError) as error:
+        raise AdapterFileError(
+            f"{where}: the mark of its frozen term is damaged ({error}); without the metadata "
+            f"{RESIDUAL_MARK!r} the file is a plain adapter of twice the rank"
+        ) from error
+    plain = plain_config(restored)
+    fits = plain.r == config.r and plain.rank_pattern == config.rank_pattern
+    return restored if fits and config.init_lora_weights is True else config
