@@ -52,6 +52,7 @@ from veneer.inject import inject_adapter_in_model, plan
 from veneer.model import (
     MODEL_TYPE_TO_PEFT_MODEL_MAPPING,
     LoraModel,
+    PeftMixedModel,
     PeftModel,
     PeftModelForCausalLM,
     PeftModelForFeatureExtraction,
@@ -134,6 +135,7 @@ __all__ = [
     "LoraModel",
     "LoraRuntimeConfig",
     "PeftConfig",
+    "PeftMixedModel",
     "PeftModel",
     "PeftModelForCausalLM",
     "PeftModelForFeatureExtraction",

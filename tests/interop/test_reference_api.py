@@ -45,7 +45,6 @@ VALUES = ["PEFT_TYPE_TO_CONFIG_MAPPING", "MODEL_TYPE_TO_PEFT_MODEL_MAPPING", "Ta
 
 #: Commonly used names of the reference that belong to later versions, each with what it waits for.
 LATER = {
-    "PeftMixedModel": "adapters of different methods in one model",
     "prepare_model_for_kbit_training": "quantised bases",
     "replace_lora_weights_loftq": "quantised bases",
 }

@@ -19,6 +19,7 @@ from tests.tolerances import OPS_KEPT, assert_close
 from veneer import (
     ConfigError,
     LoraConfig,
+    PeftMixedModel,
     PeftModel,
     PeftType,
     VeneerWarning,
@@ -484,3 +485,18 @@ def test_the_method_of_a_model_is_told_whatever_is_active() -> None:
     assert not model.active_adapters
     assert hasattr(model, "peft_type") and model.peft_type == PeftType.LORA
     assert PeftModel(net()).peft_type is None
+
+
+def test_a_mixed_model_is_one_whose_adapters_work_together() -> None:
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model = get_peft_model(net, LoraConfig(target_modules=["0"]), "a", mixed=True)
+    assert isinstance(model, PeftMixedModel)
+    for name in "bcd":
+        model.add_adapter(name, LoraConfig(target_modules=["1"]))
+    model.set_adapter(["a", "b"])
+    assert model.active_adapters == ["a", "b"]
+    with pytest.raises(AdapterNameError, match="'e'"):
+        model.delete_adapter(["c", "e"])
+    assert list(model.peft_config) == ["a", "b", "c", "d"]
+    model.delete_adapter(["c", "d"])
+    assert list(model.peft_config) == ["a", "b"]

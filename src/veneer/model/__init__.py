@@ -20,6 +20,7 @@ from veneer.model.status import (
     get_model_status,
 )
 from veneer.model.tasks import (
+    PeftMixedModel,
     PeftModelForCausalLM,
     PeftModelForFeatureExtraction,
     PeftModelForQuestionAnswering,
@@ -34,6 +35,7 @@ __all__ = [
     "LoadResult",
     "LoraModel",
     "MergeReport",
+    "PeftMixedModel",
     "PeftModel",
     "PeftModelForCausalLM",
     "PeftModelForFeatureExtraction",

@@ -10,13 +10,14 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from veneer.adapters import as_names
 from veneer.config import PeftConfig, PeftType, TaskType
 from veneer.errors import (
     ConfigError,
     VeneerWarning,
 )
 from veneer.model.lora_model import LoraModel
-from veneer.model.persistence import Persistence
+from veneer.model.parking import Parking
 from veneer.model.status import (
     TunerLayerStatus,
     TunerModelStatus,
@@ -30,7 +31,7 @@ from veneer.routing import Routing, keep_for_backward, routed
 MODEL_TYPE_TO_PEFT_MODEL_MAPPING: dict[str, type[PeftModel]] = {}
 
 
-class PeftModel(Persistence):
+class PeftModel(Parking):
     """A base model with adapters: trains, saves and loads only them.
 
     Args:
@@ -60,6 +61,7 @@ class PeftModel(Persistence):
         **options: Any,
     ) -> None:
         super().__init__()
+        self._parked = {}
         config = peft_config
         if isinstance(config, PeftConfig) and not config.base_model_name_or_path:
             config = copy.deepcopy(config)
@@ -148,6 +150,7 @@ class PeftModel(Persistence):
 
     def _routed(self, names: Sequence[str], expand: int = 1) -> AbstractContextManager[Routing]:
         """The context of one call whose rows go through these adapters."""
+        self.bring_in(dict.fromkeys(names))
         self.base_model.check_mixed_batch(names)
         return routed(self.get_base_model(), list(names), expand)
 
@@ -200,10 +203,18 @@ class PeftModel(Persistence):
 
         A mapping of names to numbers sets their strengths too: ``{"style": 0.5, "task": 1.0}``.
         """
+        names = as_names(adapter_name if isinstance(adapter_name, str) else list(adapter_name))
+        self.base_model.index.check(names, known=[*self.peft_config, *self._parked])
+        self.bring_in(names)
         self.base_model.set_adapter(adapter_name, inference_mode=inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter. If it was active, it leaves nothing active in its place."""
+        """Remove an adapter. If it was active, it leaves nothing active in its place.
+
+        Of one that is parked on disk only the name is forgotten; its files stay.
+        """
+        if adapter_name in self._parked and self._parked.pop(adapter_name).place is not None:
+            return
         self.base_model.delete_adapter(adapter_name)
 
     @contextmanager

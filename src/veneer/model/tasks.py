@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 
 from torch import nn
 
+from veneer.adapters import as_names
 from veneer.config import PeftConfig, TaskType
 from veneer.errors import (
     ConfigError,
@@ -49,6 +51,25 @@ class PeftModelForFeatureExtraction(PeftModel):
     task = TaskType.FEATURE_EXTRACTION
 
 
+class PeftMixedModel(PeftModel):
+    """Several adapters at work together; the field's name for a model whose adapters may differ in method.
+
+    Here every adapter is a LoRA, and every `PeftModel` may have several active at once, so the two classes
+    differ by name, and by `delete_adapter`, which takes several names.
+    """
+
+    def delete_adapter(self, adapter_name: str | Sequence[str]) -> None:
+        """Remove one adapter or several.
+
+        Raises:
+            AdapterNameError: For a name that the model does not have; nothing is removed then.
+        """
+        names = as_names(adapter_name)
+        self.base_model.index.check(names, known=self.peft_config)
+        for name in names:
+            super().delete_adapter(name)
+
+
 def get_peft_model(
     model: nn.Module,
     peft_config: PeftConfig,
@@ -66,7 +87,7 @@ def get_peft_model(
         model: Any torch module; changed in place.
         peft_config: What to adapt; copied, never written.
         adapter_name: Name of the adapter.
-        mixed: Adapters of different methods in one model; there is one method here.
+        mixed: Return a `PeftMixedModel`.
         autocast_adapter_dtype: Keep the factors beside 16-bit weights in float32.
         revision: Revision of the base model, noted in the configuration.
         low_cpu_mem_usage: Create the factors on the meta device, to be loaded.
@@ -79,14 +100,13 @@ def get_peft_model(
         ConfigError: If an option cannot be honoured.
         TargetError: If nothing matches, or what matches cannot be adapted. The model is then as it was.
     """
-    if mixed:
-        raise ConfigError("mixed=True joins different adapter methods; Veneer has LoRA: leave it False")
     if not isinstance(peft_config, PeftConfig):
         raise ConfigError(f"a LoraConfig is needed, got {type(peft_config).__name__}")
     config = copy.deepcopy(peft_config)
     if revision is not None:
         config.revision = revision
-    return PeftModel.class_for(config.task_type)(
+    cls = PeftMixedModel if mixed else PeftModel.class_for(config.task_type)
+    return cls(
         model,
         config,
         adapter_name,

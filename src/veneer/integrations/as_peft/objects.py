@@ -42,7 +42,6 @@ __all__ = [
 BaseTuner = LoraModel
 BaseTunerLayer = LoraLayer
 AuxiliaryTrainingWrapper = ModulesToSaveWrapper
-PeftMixedModel: Any = stub("PeftMixedModel")
 LoHaLayer: Any = stub("LoHaLayer")
 LoKrLayer: Any = stub("LoKrLayer")
 factorization: Any = stub("factorization")
