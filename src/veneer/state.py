@@ -40,6 +40,7 @@ from veneer.inject import Injection, bias_parameters, differs_from_base, embeddi
 from veneer.layers import LoraLayer
 from veneer.layers.base import RESIDUAL
 from veneer.layers.modules_to_save import ModulesToSaveWrapper
+from veneer.layers.trainable_tokens import TrainableTokens
 
 #: What a saved adapter's names begin with.
 PREFIX = "base_model.model."
@@ -77,6 +78,9 @@ def slots(model: nn.Module, adapter: str) -> Iterator[Slot]:
                 for container in module.adapter_layer_names
                 for name, tensor in _container_tensors(module, container, adapter)
             )
+        elif isinstance(module, TrainableTokens) and adapter in module.held_adapters:
+            keys = module.adapter_state_dict_load_map(adapter).values()
+            own = ((name, module.rows(adapter)) for name in keys)
         elif isinstance(module, ModulesToSaveWrapper) and adapter in module.held_adapters:
             own = (
                 (f"modules_to_save.{adapter}.{name}", tensor)

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tests.laws.cases import ScaledEmbedding
+
 VOCABULARY = 13
 
 
@@ -88,13 +90,39 @@ class Matrix(nn.Module):
         return torch.einsum("...i,oi->...o", x, self.table)
 
 
+class Tied(nn.Module):
+    """An embedding, and perhaps a head with the same weight."""
+
+    def __init__(self, tied: bool = True, *, scale: float | None = None) -> None:
+        super().__init__()
+        self.embed = (
+            ScaledEmbedding(VOCABULARY, 8, scale=scale)
+            if scale
+            else nn.Embedding(VOCABULARY, 8, padding_idx=2)
+        )
+        self.body = nn.Linear(8, 8)
+        self.head = nn.Linear(8, VOCABULARY)
+        if tied:
+            self.head.weight = self.embed.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids: (5, 3) -> (5, 3, vocabulary)."""
+        return self.head(self.body(self.embed(ids)).tanh())
+
+
 @dataclass(frozen=True)
 class Special:
     """A model, and what it is adapted with."""
 
     build: Callable[[], nn.Module]
     options: Mapping[str, Any] = field(default_factory=dict)
+    #: What a second adapter has otherwise: two cannot train the same rows.
+    second: Mapping[str, Any] = field(default_factory=dict)
     x: Callable[[], Tensor] = lambda: torch.arange(15).view(5, 3) % VOCABULARY
+
+
+def _tokens(module: str, *indices: int) -> dict[str, Any]:
+    return {"target_modules": ["body"], "trainable_token_indices": {module: list(indices)}}
 
 
 SPECIAL: dict[str, Special] = {
@@ -112,4 +140,10 @@ SPECIAL: dict[str, Special] = {
     ),
     "one-parameter": Special(Mixture, {"target_modules": ["head"], "target_parameters": ["experts.down"]}),
     "weight-of-a-linear": Special(Mixture, {"target_modules": [], "target_parameters": ["head.weight"]}),
+    "tokens": Special(partial(Tied, False), _tokens("embed", 9, 3, 5), _tokens("embed", 4, 1)),
+    "tokens-tied": Special(Tied, _tokens("embed", 9, 3, 5, 12), _tokens("embed", 4, 1)),
+    "tokens-of-a-head": Special(partial(Tied, False), _tokens("head", 9, 3), _tokens("head", 4)),
+    "tokens-of-a-scaled-embedding": Special(
+        partial(Tied, scale=3.0), _tokens("embed", 9, 3), _tokens("embed", 4, 1)
+    ),
 }

@@ -6,6 +6,7 @@ import copy
 import pickle
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -43,8 +44,8 @@ def adapted(case: Special, dtype: torch.dtype = torch.float32, *, trained: bool 
     return model.eval()
 
 
-def config(case: Special) -> LoraConfig:
-    return LoraConfig(**{"r": 4, "lora_alpha": 6, **case.options})
+def config(case: Special, **more: Any) -> LoraConfig:
+    return LoraConfig(**{"r": 4, "lora_alpha": 6, **case.options, **more})
 
 
 @torch.no_grad()
@@ -110,7 +111,7 @@ def test_merged_equals_unmerged_and_unmerge_is_exact(case: Special, dtype: torch
 @each
 def test_merging_one_of_two_keeps_the_other(case: Special) -> None:
     model, x = adapted(case), case.x()
-    model.add_adapter("second", config(case))
+    model.add_adapter("second", config(case, **case.second))
     train(model, "second", seed=5)
     alone = model(x)
     model.set_adapter(["default", "second"])

@@ -71,11 +71,10 @@ def unsupported_options(
     if inits is not None and init not in ("True", "False") and init not in inits:
         found.append(f"init_lora_weights={config.init_lora_weights!r} does not exist here yet")
     rare = {
-        "trainable_token_indices": "training of single token embeddings",
         "layer_replication": "replication of layers",
         "megatron_config": "layers of Megatron",
     }
     found += [f"{name}: {what} cannot be done yet" for name, what in rare.items() if getattr(config, name)]
-    if config.ensure_weight_tying:
+    if config.ensure_weight_tying and not config.trainable_token_indices:
         found.append("ensure_weight_tying=True: adapters of tied weights cannot be tied to each other yet")
     return found

@@ -16,6 +16,7 @@ from veneer.inject.preparing import prepare
 from veneer.layers import LoraLayer
 from veneer.layers.making import draw_seed
 from veneer.layers.modules_to_save import ModulesToSaveWrapper
+from veneer.layers.trainable_tokens import TrainableTokens
 
 
 def inject_adapter_in_model(
@@ -89,7 +90,7 @@ def eject(model: nn.Module, *, trained_copies: bool = False) -> nn.Module:
     """
     found = [site for site in sites(model).values() if isinstance(site.module, AdapterModule)]
     for site in found:
-        if isinstance(site.module, LoraLayer):
+        if isinstance(site.module, LoraLayer | TrainableTokens):
             site.replace(site.base)
         elif isinstance(site.module, ModulesToSaveWrapper):
             site.replace(site.module.current if trained_copies else site.module.original_module)

@@ -11,6 +11,7 @@ from veneer import backends
 from veneer.adapters import AdapterModule, walk
 from veneer.layers import LoraLayer
 from veneer.layers.modules_to_save import ModulesToSaveWrapper
+from veneer.layers.trainable_tokens import TrainableTokens
 
 
 def bias_parameters(
@@ -53,10 +54,13 @@ def bias_parameters(
             yield f"{path}.bias" if path else "bias", parameter
 
 
-def embedding_weights(
-    model: nn.Module, future: Mapping[str, LoraLayer] | None = None
-) -> dict[str, nn.Parameter]:
-    """Input and output embedding weights by their name on disk (without prefix); empty for other models."""
+def embedding_weights(model: nn.Module, future: Mapping[str, str] | None = None) -> dict[str, nn.Parameter]:
+    """Input and output embedding weights by their name on disk (without prefix); empty for other models.
+
+    Args:
+        model: The model.
+        future: Paths that are about to be wrapped, with where the module itself will lie in the wrapper.
+    """
     result: dict[str, nn.Parameter] = {}
     for getter in ("get_input_embeddings", "get_output_embeddings"):
         call = getattr(model, getter, None)
@@ -71,8 +75,10 @@ def embedding_weights(
             continue
         if isinstance(module, LoraLayer):
             module, path = module.base_layer, f"{path}.base_layer"
+        elif isinstance(module, TrainableTokens):
+            module, path = module.get_base_layer(), f"{path}.token_adapter.base_layer"
         elif path in (future or {}):
-            path = f"{path}.base_layer"
+            path = f"{path}.{(future or {})[path]}"
         weight = getattr(module, "weight", None)
         if isinstance(weight, nn.Parameter):
             result[f"{path}.weight"] = weight
@@ -82,19 +88,21 @@ def embedding_weights(
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, nn.Module, str]:
     """The module at a base tensor's name on disk, the base module in it, and the tensor's own name."""
     path, _, last = name.rpartition(".")
-    path = path.removesuffix(".base_layer")
+    path = path.removesuffix(".base_layer").removesuffix(".token_adapter")
     module = model.get_submodule(path) if path else model
     if isinstance(module, LoraLayer):
         return module, module.base_layer, last
     if isinstance(module, ModulesToSaveWrapper):
         return module, module.original_module, last
+    if isinstance(module, TrainableTokens):
+        return module, module.get_base_layer(), last
     return module, module, last
 
 
 def merged_over(model: nn.Module, name: str) -> bool:
     """Whether an adapter is merged into the layer that a base tensor belongs to."""
     module, _, _ = _owner(model, name)
-    return isinstance(module, LoraLayer) and module.merged
+    return isinstance(module, LoraLayer | TrainableTokens) and module.merged
 
 
 def differs_from_base(model: nn.Module, name: str, value: Tensor) -> bool:

@@ -20,6 +20,7 @@ from veneer.inject.base_tensors import (
 )
 from veneer.inject.encoder import keep_out_of_fused_kernels
 from veneer.inject.places import Site
+from veneer.inject.tokens import Rows
 from veneer.layers import LoraLayer
 from veneer.layers.making import factor_dtype
 from veneer.layers.modules_to_save import ModulesToSaveWrapper
@@ -77,6 +78,7 @@ class Injection:
         plan: What matched and what did not.
         additions: Layers with their future factors.
         copies: Modules with their future copies.
+        tokens: Embeddings with their future rows.
     """
 
     model: nn.Module
@@ -85,6 +87,7 @@ class Injection:
     plan: Plan
     additions: list[Addition]
     copies: list[Copy]
+    tokens: list[Rows] = field(default_factory=list)
     autocast_adapter_dtype: bool = True
     _places: dict[str, Tensor] = field(default_factory=dict)
 
@@ -112,6 +115,9 @@ class Injection:
         for trained in self.copies:
             for name, tensor in trained.module.state_dict().items():
                 result[f"{trained.site.path}.{name}"] = tuple(tensor.shape)
+        for token in self.tokens:
+            if token.own:
+                result[token.key] = tuple(token.rows.shape)
         for name, parameter in self.biases():
             result[name] = tuple(parameter.shape)
         return result
@@ -123,7 +129,7 @@ class Injection:
     def _embeddings(self) -> dict[str, nn.Parameter]:
         """Base embeddings, less those of which the adapter gets a copy of its own."""
         own = tuple(f"{trained.site.path}." for trained in self.copies)
-        weights = embedding_weights(self.model, self._targets())
+        weights = embedding_weights(self.model, self._wrapped())
         return {name: weight for name, weight in weights.items() if not name.startswith(own)}
 
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
@@ -135,12 +141,19 @@ class Injection:
             own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
             own = {k: v for k, v in own.items() if k in trained.module.state_dict()}
             trained.module.load_state_dict(own, strict=False, assign=_has_meta(trained.module))
+        for token in self.tokens:
+            token.rows = tensors.get(token.key, token.rows)
         self._places = dict(tensors)
 
     def biases(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The base biases that the adapter trains, by their name on disk (without prefix)."""
         copied = [trained.site.path for trained in self.copies]
         return bias_parameters(self.model, self.config.bias, self.adapter, self._targets(), copied)
+
+    def _wrapped(self) -> dict[str, str]:
+        """Paths of modules that will be wrapped, with where each will lie in its wrapper."""
+        rows = {t.site.path: "token_adapter.base_layer" for t in self.tokens}
+        return {**dict.fromkeys(self._targets(), "base_layer"), **rows}
 
     def _targets(self) -> dict[str, LoraLayer]:
         return {addition.path: addition.layer for addition in self.additions}
@@ -173,6 +186,8 @@ class Injection:
             trained.wrapper.add_copy(self.adapter, trained.module)
             if trained.site.module is not trained.wrapper:
                 trained.site.replace(trained.wrapper)
+        for token in self.tokens:
+            token.commit(self.adapter, widen=self.autocast_adapter_dtype)
         self._commit_base_tensors()
         keep_out_of_fused_kernels(self.model)
         index = AdapterSet(self.model)

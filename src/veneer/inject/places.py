@@ -12,6 +12,7 @@ from veneer.adapters import AdapterModule, AdapterSet
 from veneer.config import LoraConfig
 from veneer.layers import LoraLayer
 from veneer.layers.modules_to_save import ModulesToSaveWrapper
+from veneer.layers.trainable_tokens import TrainableTokens
 from veneer.targets import Candidate, Plan
 
 
@@ -33,7 +34,7 @@ class Site:
             return self.module.get_base_layer()
         if isinstance(self.module, ModulesToSaveWrapper):
             return self.module.original_module
-        return self.module
+        return self.module.get_base_layer() if isinstance(self.module, TrainableTokens) else self.module
 
     def replace(self, module: nn.Module) -> None:
         """Put another module in all the places."""
@@ -123,7 +124,11 @@ def candidates(model: nn.Module, found: Mapping[str, Site]) -> list[Candidate]:
         if isinstance(site.module, ModulesToSaveWrapper) and cls is not None:
             named = ", ".join(map(repr, site.module.held_adapters))
             reason = f"{named} trains it whole (modules_to_save)" if named else reason
-        supported = cls is not None and not reason and not isinstance(site.module, ModulesToSaveWrapper)
+        if isinstance(site.module, TrainableTokens) and site.module.held_adapters:
+            named = ", ".join(map(repr, site.module.held_adapters))
+            reason = f"{named} trains single tokens of it (trainable_token_indices)"
+        whole = isinstance(site.module, ModulesToSaveWrapper | TrainableTokens)
+        supported = cls is not None and not reason and not whole
         result.append(
             Candidate(
                 path=path,

@@ -15,6 +15,7 @@ from veneer.errors import AdapterNameError, TargetError, VeneerWarning
 from veneer.inject.building import build
 from veneer.inject.injection import Addition, Copy, Injection
 from veneer.inject.places import Site, model_type, plan_sites, sites
+from veneer.inject.tokens import token_rows
 from veneer.layers.making import check_config, with_variant_options
 from veneer.layers.modules_to_save import ModulesToSaveWrapper
 
@@ -61,7 +62,12 @@ def prepare(
     _complete(own_config, model, found, additions, copies)
     if not read_from_file:
         _mention_replaced_bases(additions)
-    return Injection(model, own_config, adapter_name, chosen, additions, copies, autocast_adapter_dtype)
+    taken = dict.fromkeys((a.site.path for a in additions), "target_modules")
+    taken |= dict.fromkeys(chosen.modules_to_save, "modules_to_save")
+    tokens = token_rows(model, found, own_config, taken)
+    return Injection(
+        model, own_config, adapter_name, chosen, additions, copies, tokens, autocast_adapter_dtype
+    )
 
 
 def _not_to_copy(site: Site) -> str | None:

@@ -18,6 +18,7 @@ from veneer.errors import (
 )
 from veneer.inject.places import sites
 from veneer.layers.modules_to_save import ModulesToSaveWrapper
+from veneer.layers.trainable_tokens import TrainableTokens
 from veneer.model.merging import MergeVerbs
 from veneer.spec import restate
 
@@ -102,6 +103,9 @@ class LoraModel(MergeVerbs):
             problems.append(
                 f"{whole[0]!r} trains whole modules (modules_to_save), which are no low-rank updates"
             )
+        rows = [n for m in self.index.modules() if isinstance(m, TrainableTokens) for n in m.held_adapters]
+        if both := [name for name in names if name in rows]:
+            problems.append(f"{both[0]!r} trains single tokens, which are no low-rank updates")
         if svd_clamp is not None:
             problems.append("svd_clamp would change the update that was asked for")
         if problems:

@@ -17,10 +17,10 @@ from veneer.errors import (
     VeneerWarning,
 )
 from veneer.inject import eject
-from veneer.layers import LoraLayer
 from veneer.layers.modules_to_save import ModulesToSaveWrapper
+from veneer.layers.trainable_tokens import TrainableTokens
 from veneer.model.dequantising import dequantise, forget_quantisation
-from veneer.model.verbs import AdapterVerbs
+from veneer.model.verbs import AdapterVerbs, Mergeable
 
 #: Below this share of the update that survives rounding, a merge warns.
 KEPT_WARNING = 0.8
@@ -104,11 +104,11 @@ class MergeVerbs(AdapterVerbs):
     ) -> MergeReport:
         names = self.active_adapters if adapter_names is None else as_names(adapter_names)
         self.index.check(names, known=self.peft_config)
-        layers = {p: m for p, m in self.layers().items() if any(n in m.held_adapters for n in names)}
+        layers = {p: m for p, m in self.mergeable().items() if any(n in m.held_adapters for n in names)}
         self._check_merge(layers, names, untie)
         kept: dict[str, float] = {}
         requantised: list[str] = []
-        done: list[tuple[LoraLayer, list[str]]] = []
+        done: list[tuple[Mergeable, list[str]]] = []
         try:
             for number, (path, layer) in enumerate(layers.items(), 1):
                 if progressbar:
@@ -146,7 +146,7 @@ class MergeVerbs(AdapterVerbs):
             )
         return report
 
-    def _check_merge(self, layers: Mapping[str, LoraLayer], names: Sequence[str], untie: bool) -> None:
+    def _check_merge(self, layers: Mapping[str, Mergeable], names: Sequence[str], untie: bool) -> None:
         """Refuse before anything changes; untie what was asked to be untied."""
         reasons = [
             f"{path}: {reason}"
@@ -163,9 +163,10 @@ class MergeVerbs(AdapterVerbs):
         if reasons:
             raise MergeError("these layers cannot be merged:\n" + "\n".join(f"  - {r}" for r in reasons))
         for path in shared:
-            base = layers[path].get_base_layer()
-            weight: nn.Parameter = base.weight  # type: ignore[assignment]
-            base.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+            layer = layers[path]
+            base, name = layer.get_base_layer(), layer.weight_name
+            weight: nn.Parameter = getattr(base, name)
+            setattr(base, name, nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad))
         config = getattr(self.model, "config", None)
         if shared and getattr(config, "tie_word_embeddings", False):
             config.tie_word_embeddings = False  # type: ignore[union-attr]
@@ -213,7 +214,7 @@ class MergeVerbs(AdapterVerbs):
             raise
         if take_back is not None:
             forget_quantisation(self.model)
-        extra = [n for layer in self.layers().values() for n in layer.merged_adapters if n not in names]
+        extra = [n for layer in self.mergeable().values() for n in layer.merged_adapters if n not in names]
         if extra:
             warnings.warn(
                 f"the adapter {extra[0]!r} was merged before and stays merged", VeneerWarning, stacklevel=2
@@ -244,26 +245,35 @@ class MergeVerbs(AdapterVerbs):
         return self.model
 
 
-def _address(parameter: nn.Parameter) -> int:
-    """Where the values lie; 0 without values, and for a tensor that is made of others."""
-    if parameter.is_meta or parameter.numel() == 0 or hasattr(parameter, "__tensor_flatten__"):
-        return 0
-    return parameter.untyped_storage().data_ptr()
-
-
-def shared_weights(model: nn.Module, layers: Mapping[str, LoraLayer]) -> dict[str, list[str]]:
+def shared_weights(model: nn.Module, layers: Mapping[str, Mergeable]) -> dict[str, list[str]]:
     """Adapted layers whose base weight is another module's weight too, with those modules' paths."""
-    users: dict[Any, list[str]] = {}
+    users: dict[Any, dict[int, str]] = {}
     # A module that stands in several places is one module: its weight is its own.
     for place, module in walk(model):
         for parameter in (p for p in module._parameters.values() if p is not None):
-            address = _address(parameter)
-            key = (address, parameter.storage_offset()) if address else id(parameter)
-            users.setdefault(key, []).append(place.removesuffix(".base_layer"))
+            place = place.removesuffix(".base_layer").removesuffix(".token_adapter")
+            users.setdefault(_storage(parameter), {}).setdefault(id(module), place)
+    followers = {
+        id(m.get_base_layer()): m.tied_adapter
+        for m in model.modules()
+        if isinstance(m, TrainableTokens) and m.tied_adapter is not None
+    }
     found = {}
-    for paths in users.values():
-        distinct = list(dict.fromkeys(paths))
-        for path in distinct:
-            if len(distinct) > 1 and path in layers:
-                found[path] = [p for p in distinct if p != path]
+    for path, layer in layers.items():
+        base = layer.get_base_layer()
+        weight = base._parameters.get(layer.weight_name)
+        if weight is None or id(base) in followers:
+            continue
+        sharing = users.get(_storage(weight), {})
+        others = [p for i, p in sharing.items() if i != id(base) and followers.get(i) is not layer]
+        if others:
+            found[path] = others
     return found
+
+
+def _storage(parameter: nn.Parameter) -> Any:
+    """Where the values lie; the parameter itself without values, and for a tensor made of others."""
+    if parameter.is_meta or parameter.numel() == 0 or hasattr(parameter, "__tensor_flatten__"):
+        return id(parameter)
+    address = parameter.untyped_storage().data_ptr()
+    return (address, parameter.storage_offset()) if address else id(parameter)

@@ -7,7 +7,7 @@ import logging
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,11 @@ from veneer.errors import (
 from veneer.inject import Injection, bias_parameters, prepare
 from veneer.layers import LoraLayer
 from veneer.layers.making import draw_seed
+from veneer.layers.trainable_tokens import TrainableTokens
 from veneer.routing import BASE
+
+#: What is merged into base weights.
+Mergeable: TypeAlias = LoraLayer | TrainableTokens
 
 logger = logging.getLogger("veneer")
 
@@ -86,6 +90,11 @@ class AdapterVerbs(nn.Module):
     def layers(self) -> dict[str, LoraLayer]:
         """The low-ranked layers by their path in the base model."""
         return {path: m for path, m in walk(self.model) if isinstance(m, LoraLayer)}
+
+    def mergeable(self) -> dict[str, Mergeable]:
+        """The modules whose adapters go into the base weights, by their path in the base model."""
+        kinds = (LoraLayer, TrainableTokens)
+        return {path: m for path, m in walk(self.model) if isinstance(m, kinds)}
 
     def inject(
         self,
@@ -246,7 +255,7 @@ class AdapterVerbs(nn.Module):
         merged = {}
         if self.peft_config[adapter_name].bias != "none":
             # What is merged may have a bias among it, so it is taken out before biases are given back.
-            merged = {layer: layer.merged_adapters for layer in self.layers().values() if layer.merged}
+            merged = {layer: layer.merged_adapters for layer in self.mergeable().values() if layer.merged}
             self.unmerge_adapter()
             self._restore_biases()
         was_active = adapter_name in self.active_adapters
@@ -309,7 +318,7 @@ class AdapterVerbs(nn.Module):
 
     def unmerge_adapter(self) -> None:
         """Give every base weight back, bit for bit."""
-        for layer in self.layers().values():
+        for layer in self.mergeable().values():
             layer.unmerge()
 
 

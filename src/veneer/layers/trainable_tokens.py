@@ -1,0 +1,341 @@
+"""Rows of an embedding that an adapter trains: new tokens without a new table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from veneer import backends
+from veneer.adapters import AdapterModule, as_names
+from veneer.errors import AdapterNameError, MergeError
+from veneer.layers.base import Undo, stand_in
+from veneer.routing import current
+
+
+class TokenRows(nn.Module):
+    """The base and the rows of each adapter, under the names that the field gives them.
+
+    Args:
+        base_layer: The embedding, or a head that shares its weight.
+    """
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.trainable_tokens_delta = nn.ParameterDict()
+
+
+class TrainableTokens(AdapterModule):
+    """An embedding some of whose rows are an adapter's own: ``y = D[k]`` where ``x = i_k``, else ``W[x]``.
+
+    D (n, dim) holds the new rows themselves, not differences. A head that shares the embedding's weight
+    follows it: its outputs at the indices are ``x Dᵀ``. Neither makes a copy of W. Several adapters may be
+    active if their indices are disjoint.
+
+    Shapes: embedding x: (...) integer -> (..., dim); head x: (..., dim) -> (..., vocab).
+
+    Args:
+        base_layer: The embedding or the head.
+        tied_to: For a head that follows: the embedding's wrapper.
+    """
+
+    #: The tensor of the base that is adapted.
+    weight_name = "weight"
+
+    def __init__(self, base_layer: nn.Module, tied_to: TrainableTokens | None = None) -> None:
+        super().__init__()
+        self.token_adapter = TokenRows(base_layer)
+        if tied_to is not None:
+            self.token_adapter.trainable_tokens_delta = tied_to.token_adapter.trainable_tokens_delta
+        self.training = base_layer.training
+        self.token_indices: dict[str, list[int]] = {}
+        self._index = nn.ModuleDict()
+        self._undo = nn.ModuleDict()
+        # In a list: a module among the attributes would be registered, and saved a second time.
+        self._tied_to = [] if tied_to is None else [tied_to]
+
+    @classmethod
+    def refuses(cls, base: nn.Module, indices: Sequence[int]) -> str | None:
+        """Why rows of this module cannot be trained, or None."""
+        weight = getattr(base, "weight", None)
+        if not isinstance(base, nn.Embedding | nn.Linear) or not isinstance(weight, Tensor):
+            return "only an embedding, or a linear head, has rows for tokens"
+        if not weight.is_floating_point():
+            return f"its weight is stored as {weight.dtype}"
+        if isinstance(base, nn.Linear) and type(base).forward is not nn.Linear.forward:
+            return "it has a forward of its own"
+        if getattr(base, "max_norm", None) is not None:
+            return "its max_norm renormalises rows, which would change what is trained"
+        wrong = [i for i in indices if not 0 <= i < weight.shape[0]]
+        if wrong:
+            return (
+                f"the token indices {wrong[:5]} are not among its {weight.shape[0]} rows: for new tokens "
+                "call model.resize_token_embeddings first"
+            )
+        return "the same token index is named twice" if len(set(indices)) < len(indices) else None
+
+    # -- what it holds ---------------------------------------------------------------------------
+
+    @property
+    def tied_adapter(self) -> TrainableTokens | None:
+        """The embedding that this head follows, or None."""
+        return self._tied_to[0] if self._tied_to else None
+
+    @property
+    def original_module(self) -> nn.Module:
+        """The base."""
+        return self.token_adapter.base_layer
+
+    def get_base_layer(self) -> nn.Module:
+        """The base."""
+        return self.token_adapter.base_layer
+
+    @property
+    def held_adapters(self) -> tuple[str, ...]:
+        """Names of the adapters that train rows here."""
+        return tuple(self.token_indices)
+
+    def rows(self, name: str) -> Tensor:
+        """D of an adapter, (n, dim)."""
+        rows: Tensor = self.token_adapter.trainable_tokens_delta[name]
+        return rows
+
+    def adapter_parameters(self, name: str) -> Iterator[nn.Parameter]:
+        """D; nothing for a head that follows."""
+        if self.tied_adapter is None:
+            yield self.token_adapter.trainable_tokens_delta[name]
+
+    def inner(self) -> Iterator[tuple[str, nn.Module | None]]:
+        """The base, and the rows beside it."""
+        yield "token_adapter", self.token_adapter
+
+    @property
+    def backend(self) -> backends.Backend:
+        """How the base's weight is stored."""
+        return backends.find(self.get_base_layer())
+
+    def base_dtype(self) -> torch.dtype:
+        """The type of the base's weight."""
+        return backends.find(self.get_base_layer()).dtype(self.get_base_layer())
+
+    def start(self, indices: Sequence[int]) -> Tensor:
+        """The base's rows at the indices."""
+        base = self.get_base_layer()
+        weight = backends.find(base).read(base)
+        return weight[torch.tensor(indices, device=weight.device)].clone()
+
+    def add_rows(self, name: str, indices: Sequence[int], rows: Tensor) -> None:
+        """Store an adapter's rows; neither active nor trainable yet."""
+        self.token_indices[name] = list(indices)
+        index = torch.tensor(indices, device=rows.device)
+        ordered, order = index.sort()
+        self._index[name] = Undo({"ordered": ordered, "order": order, "index": index}, {})
+        if self.tied_adapter is None:
+            delta = nn.Parameter(rows.detach().clone(), requires_grad=False)
+            self.token_adapter.trainable_tokens_delta[name] = delta
+        self.adapters_changed()
+
+    def drop_adapter(self, name: str) -> None:
+        """Forget an adapter's rows."""
+        self.unmerge([name])
+        del self.token_indices[name], self._index[name]
+        if self.tied_adapter is None:
+            del self.token_adapter.trainable_tokens_delta[name]
+
+    def move_adapter(self, old: str, new: str) -> None:
+        """Keep rows under another name."""
+        containers: list[Any] = [self._index, self._undo]
+        if self.tied_adapter is None:
+            containers.append(self.token_adapter.trainable_tokens_delta)
+        for container in containers:
+            if old in container:
+                container[new] = container[old]
+                del container[old]
+        self.token_indices[new] = self.token_indices.pop(old)
+
+    def copy_adapter(self, old: str, new: str) -> None:
+        """Give another adapter copies of an adapter's rows."""
+        self.add_rows(new, self.token_indices[old], self.rows(old))
+
+    def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
+        """Names on disk and in memory of an adapter's tensors here; transformers asks for them."""
+        if self.tied_adapter is not None or adapter_name not in self.token_indices:
+            return {}
+        name = "token_adapter.trainable_tokens_delta"
+        return {name: f"{name}.{adapter_name}"}
+
+    def _overlapping(self, names: Sequence[str]) -> str | None:
+        seen: dict[int, str] = {}
+        for name in names:
+            for index in self.token_indices.get(name, ()):
+                if index in seen:
+                    return (
+                        f"the adapters {seen[index]!r} and {name!r} both train the row of token {index}; "
+                        "only one of them can count"
+                    )
+                seen[index] = name
+        return None
+
+    def refuses_active(self, names: Sequence[str]) -> str | None:
+        """Two rows for one token cannot both answer."""
+        return self._overlapping(names)
+
+    def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Make these adapters the active ones; a merged one that is not among them is unmerged.
+
+        Raises:
+            AdapterNameError: If two of them train the same row.
+        """
+        names = as_names(adapter_names)
+        if (reason := self.refuses_active(names)) is not None:
+            raise AdapterNameError(reason)
+        self.unmerge([name for name in self.merged_adapters if name not in names])
+        super().set_adapter(names, inference_mode=inference_mode)
+
+    # -- forward -----------------------------------------------------------------------------------
+
+    @property
+    def _live(self) -> list[str]:
+        merged = self.merged_adapters
+        return [n for n in self._active if n in self.token_indices and n not in merged and not self._disabled]
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The base's output with the rows of the active adapters in place."""
+        base, routing = self.get_base_layer(), current(self)
+        if self.merged_adapters and (self._disabled or routing is not None):
+            base = stand_in(base, {"weight": self._weight_before()})
+        result: Tensor = base(x, *args, **kwargs)
+        if routing is None:
+            for name in self._live:
+                result = self._placed(name, x, result)
+            return result
+        if self._disabled or not set(routing.used).intersection(self.token_indices):
+            return result
+        names = routing.rows(x.shape[0], self.held_adapters, "the embedding")
+        for own, rows in routing.indices(names, x.device).items():
+            if own is not None:
+                part = self._placed(own, x[rows], result[rows])
+                result = result.index_copy(0, rows, part.to(result))
+        return result
+
+    def _placed(self, name: str, x: Tensor, result: Tensor) -> Tensor:
+        """``result`` with the rows of one adapter in place."""
+        base: Any = self.get_base_layer()
+        index = self._index[name].tensors()  # type: ignore[operator]
+        rows = self.rows(name)
+        if isinstance(base, nn.Linear):
+            bias = None if base.bias is None else base.bias[index["index"]]
+            return result.index_copy(-1, index["index"], F.linear(x, rows.to(x), bias).to(result))
+        ordered, order = index["ordered"], index["order"]
+        place = torch.searchsorted(ordered, x).clamp(max=len(ordered) - 1)
+        hit = ordered[place] == x
+        padding = base.padding_idx
+        if padding is not None:
+            padding = self.token_indices[name].index(padding) if padding in self.token_indices[name] else None
+        changes = {"num_embeddings": len(rows), "padding_idx": padding, "sparse": False}
+        own = stand_in(base, {"weight": rows.to(base.weight.dtype)}, changes)
+        # Not through the module's call: its hooks have seen this input already.
+        return torch.where(hit.unsqueeze(-1), type(base).forward(own, order[place]).to(result), result)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight as it counts now, for code that reads it: the base's, or a copy with the rows in it."""
+        weight: Tensor = self.get_base_layer().weight  # type: ignore[assignment]
+        for name in self._live:
+            index = self._index[name].tensors()["index"]  # type: ignore[operator]
+            weight = weight.index_copy(0, index, self.rows(name).to(weight))
+        return weight
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            inner = self.__dict__.get("_modules", {}).get("token_adapter")
+            if inner is None or name.startswith("_"):
+                raise
+            return getattr(inner.base_layer, name)
+
+    # -- merging -----------------------------------------------------------------------------------
+
+    @property
+    def merged_adapters(self) -> list[str]:
+        """Names of the adapters whose rows are in the base weight now."""
+        return list((self.tied_adapter or self)._undo)
+
+    @property
+    def merged(self) -> bool:
+        """True while any adapter's rows are in the base weight."""
+        return bool(self.merged_adapters)
+
+    def _weight_before(self) -> Tensor:
+        base, owner = self.get_base_layer(), self.tied_adapter or self
+        weight = backends.find(base).read(base)
+        for undo in owner._undo.values():
+            kept = undo.tensors()  # type: ignore[operator]
+            weight = weight.index_copy(0, kept["index"], kept["rows"])
+        return weight
+
+    def refuses_merge(self, names: Sequence[str]) -> list[str]:
+        """Why merging these adapters would be wrong; empty if it is right."""
+        base = self.get_base_layer()
+        reasons = [
+            backends.find(base).refuses_merge(base),
+            self._overlapping([*self.merged_adapters, *names]),
+        ]
+        return [reason for reason in reasons if reason is not None]
+
+    @torch.no_grad()
+    def merge(
+        self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None, *, keep_undo: bool = True
+    ) -> float:
+        """Write the rows into the base weight. A head that follows has nothing to write.
+
+        Raises:
+            MergeError: If that would be wrong. Nothing has changed then.
+        """
+        asked = self._active if adapter_names is None else as_names(adapter_names)
+        names = [n for n in asked if n in self.token_indices and n not in self.merged_adapters]
+        if self.tied_adapter is not None or not names:
+            return 1.0
+        if reasons := self.refuses_merge(names):
+            raise MergeError("; ".join(reasons))
+        if safe_merge and not all(bool(self.rows(name).isfinite().all()) for name in names):
+            raise MergeError("the merged weight would hold infinite or undefined values")
+        base = self.get_base_layer()
+        backend = backends.find(base)
+        for name in names:
+            weight, index = backend.read(base), self._index[name].tensors()["index"]  # type: ignore[operator]
+            self._undo[name] = Undo({"index": index.clone(), "rows": weight[index].clone()}, {})
+            self._write(weight, index, self.rows(name).detach())
+        return 1.0
+
+    def _write(self, weight: Tensor, index: Tensor, rows: Tensor) -> None:
+        base = self.get_base_layer()
+        backend = backends.find(base)
+        if backend.writable_in_place(base):
+            weight.index_copy_(0, index, rows.to(weight))
+        else:
+            backend.write(base, weight.index_copy(0, index, rows.to(weight)))
+
+    @torch.no_grad()
+    def unmerge(self, adapter_names: Sequence[str] | None = None) -> None:
+        """Give the rows of the base weight back, bit for bit."""
+        if self.tied_adapter is not None:
+            return
+        for name in self.merged_adapters if adapter_names is None else as_names(adapter_names):
+            if name in self._undo:
+                base, kept = self.get_base_layer(), self._undo[name].tensors()  # type: ignore[operator]
+                self._write(backends.find(base).read(base), kept["index"], kept["rows"])
+                del self._undo[name]
+
+
+def indices_by_module(
+    given: Sequence[int] | Mapping[str, Sequence[int]], default: str
+) -> dict[str, list[int]]:
+    """``trainable_token_indices`` by the name of the module; a bare list is the input embedding's."""
+    named = given.items() if isinstance(given, Mapping) else [(default, given)]
+    return {name: list(indices) for name, indices in named}
