@@ -10,6 +10,7 @@ from .card import hub_id, merge_card, model_card
 from .fingerprint import BaseComparison, compare_fingerprints, fingerprint
 from .keys import to_disk
 from .layout import BIN_NAME, CARD_NAME, CONFIG_NAME, SAFETENSORS_NAME, locate_config
+from .listing import AdapterEntry, find_adapters
 from .matching import LoadReport, match
 from .reading import AdapterFile, open_adapter, read_config
 from .residual import RESIDUAL_MARK, joined, layers_of, mark, marked_config, parted, plain_config
@@ -27,12 +28,14 @@ __all__ = [
     "CARD_NAME",
     "CONFIG_NAME",
     "SAFETENSORS_NAME",
+    "AdapterEntry",
     "AdapterFile",
     "BaseComparison",
     "LoadReport",
     "check_adapter_name",
     "check_tensors",
     "compare_fingerprints",
+    "find_adapters",
     "fingerprint",
     "hub_id",
     "locate_config",

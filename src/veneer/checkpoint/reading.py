@@ -104,20 +104,30 @@ def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
     return read_config_file(locate_config(Path(directory)))
 
 
-def _open_safetensors(path: Path) -> AdapterFile:
+def read_safetensors_header(path: Path) -> AdapterFile:
+    """The tensors of a safetensors file by its header alone, checked against the file's size.
+
+    Raises:
+        AdapterFileError: the file is truncated, damaged or hostile; says which.
+    """
     header, start = _read_header(path)
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise AdapterFileError(f"{path} is damaged: its metadata is not a table of strings")
     shapes, dtypes = _check_entries(path, header, path.stat().st_size - start)
+    return AdapterFile(path, shapes, dtypes, cast(dict[str, str], metadata))
+
+
+def _open_safetensors(path: Path) -> AdapterFile:
+    found = read_safetensors_header(path)
     try:
         with safe_open(path, framework="pt") as file:
             names = set(file.keys())
     except (SafetensorError, OSError) as exc:
         raise AdapterFileError(f"{path} is damaged: {exc}") from exc
-    if names != set(shapes):
+    if names != set(found.shapes):
         raise AdapterFileError(f"{path} is damaged: two readings of its header differ")
-    return AdapterFile(path, shapes, dtypes, cast(dict[str, str], metadata))
+    return found
 
 
 def _read_header(path: Path) -> tuple[dict[str, Any], int]:

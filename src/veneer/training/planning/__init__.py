@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from .budget import Budget, Proposal, parse_budget, propose
 from .memory import MemoryEstimate, estimate_memory, flops_per_token, optimizer_bytes, seconds_per_step
+from .report import PlanReport, plan_training
 from .sources import empty_model, shadow
 
 __all__ = [
+    "Budget",
     "MemoryEstimate",
+    "PlanReport",
+    "Proposal",
     "empty_model",
     "estimate_memory",
     "flops_per_token",
     "optimizer_bytes",
+    "parse_budget",
+    "plan_training",
+    "propose",
     "seconds_per_step",
     "shadow",
 ]

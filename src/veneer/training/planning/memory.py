@@ -22,9 +22,10 @@ from ..models import quiet_transformers
 from .sources import shadow
 from .tracing import Trace, trace_step
 
-#: Bytes a weight in a quantised linear layer: bitsandbytes' 4 bits with a float32 scale for 64 weights, its
-#: 8 bits with a scale a row, torchao's 4 bits with a 16-bit scale and zero for 128 weights.
-QUANTIZED = {"nf4": 0.5 + 4 / 64, "fp4": 0.5 + 4 / 64, "int8": 1.0, "int4": 0.5 + 4 / 128}
+_DOUBLE = 0.5 + 1 / 64 + 4 / (64 * 256)
+#: Bytes a weight in a quantised linear layer: bitsandbytes' 4 bits with a scale for 64 weights, itself in 8
+#: bits with one for 256, its 8 bits with a scale a row, torchao's 4 bits with scale and zero for 128 weights.
+QUANTIZED = {"nf4": _DOUBLE, "fp4": _DOUBLE, "int8": 1.0, "int4": 0.5 + 4 / 128}
 #: (part of an optimizer's name, its state, kind): a multiple of the parameters' own bytes or, where the kind
 #: is True, bytes a parameter. Of several that are found in a name the first is taken.
 _STATES: tuple[tuple[str, float, bool], ...] = (
@@ -153,7 +154,7 @@ def estimate_memory(
         notes += _checkpoint(adapted)
     trained = [p for p in adapted.parameters() if p.requires_grad]
     factors = _bytes(trained)
-    base, unpacked = _base_bytes(adapted, quantize)
+    base, unpacked = base_bytes(adapted, quantize, frozen_only=True)
     if gradient_accumulation_steps > 1:
         for parameter in trained:
             parameter.grad = torch.empty_like(parameter)
@@ -356,9 +357,15 @@ def _rough(model: nn.Module, tokens: int) -> Trace:
     return Trace(kept, head, kept + head, 0, flops, 2 * flops)
 
 
-def _base_bytes(model: Any, quantize: str | None) -> tuple[int, int]:
-    """(bytes of what does not train, bytes of the largest quantised weight when unpacked)."""
-    frozen = [t for t in (*model.parameters(), *model.buffers()) if not t.requires_grad]
+def base_bytes(model: Any, quantize: str | None, *, frozen_only: bool = False) -> tuple[int, int]:
+    """(bytes of what does not train, bytes of the largest quantised weight when unpacked).
+
+    Args:
+        model: With or without an adapter.
+        quantize: As for `estimate_memory`.
+        frozen_only: Leave out what requires gradients.
+    """
+    frozen = [t for t in (*model.parameters(), *model.buffers()) if not (frozen_only and t.requires_grad)]
     if quantize is None:
         return _bytes(frozen), 0
     getter = getattr(model, "get_output_embeddings", None)
@@ -366,7 +373,7 @@ def _base_bytes(model: Any, quantize: str | None) -> tuple[int, int]:
     packed: dict[int, Tensor] = {}
     for module in model.modules():
         linear = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-        if linear and module is not head and not module.weight.requires_grad:
+        if linear and module is not head and not (frozen_only and module.weight.requires_grad):
             packed[id(module.weight)] = module.weight
     share = QUANTIZED[quantize]
     rest = _bytes(t for t in frozen if id(t) not in packed)

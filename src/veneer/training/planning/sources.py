@@ -107,7 +107,9 @@ def _read(source: str | os.PathLike[str]) -> Any:
             return AutoConfig.from_pretrained(source)
         except (OSError, ValueError, KeyError) as error:
             reason = next(iter(str(error).strip().splitlines()), "") or repr(error)
-            raise TrainingError(f"the configuration of {str(source)!r} cannot be had: {reason}") from error
+            raise TrainingError(
+                f"there is no directory {str(source)!r}, and as a hub id it cannot be had: {reason}"
+            ) from error
 
 
 def _from_file(place: Path) -> Any:

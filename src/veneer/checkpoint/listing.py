@@ -1,0 +1,161 @@
+"""Every adapter under a directory, from configurations and headers alone: no tensor is read."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from ..config import LoraConfig, PeftConfig
+from ..errors import AdapterFileError, VeneerError
+from .layout import BIN_NAME, CONFIG_NAME, SAFETENSORS_NAME, locate_tensors, unfinished_save
+from .reading import read_config, read_safetensors_header
+
+_FACTOR = re.compile(r"(?P<path>.+)\.lora_(?P<embedding>embedding_)?(?P<role>[AB])(\.weight)?")
+
+
+@dataclass(frozen=True)
+class AdapterEntry:
+    """An adapter as it lies on disk.
+
+    Attributes:
+        path: Its directory, relative to where was looked.
+        base: The base model that it names.
+        peft_type: Its method.
+        ranks: Of its factors, ascending.
+        target_modules: As in the configuration.
+        parameters: Numbers in all its tensors; None where they are not known without reading them.
+        bytes: Of the file of tensors.
+        modified: When that file was written, in ISO 8601 and UTC.
+        problems: What is wrong with it; empty for a healthy one.
+    """
+
+    path: str
+    base: str | None = None
+    peft_type: str | None = None
+    ranks: tuple[int, ...] = ()
+    target_modules: str | tuple[str, ...] | None = None
+    parameters: int | None = None
+    bytes: int | None = None
+    modified: str | None = None
+    problems: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def find_adapters(directory: str | os.PathLike[str]) -> list[AdapterEntry]:
+    """All adapters in a directory and below, healthy or not, by path.
+
+    Links to directories are followed, each directory is looked into once; hidden ones are passed over.
+
+    Raises:
+        AdapterFileError: There is no such directory.
+    """
+    root = Path(directory)
+    if not root.is_dir():
+        what = "is a file, not a directory" if root.exists() else "does not exist"
+        raise AdapterFileError(f"{root} {what}")
+    return sorted((_entry(place, root) for place in _places(root)), key=lambda entry: entry.path)
+
+
+def _places(root: Path) -> Iterator[Path]:
+    """Directories that hold an adapter, or half of one."""
+    seen: set[tuple[int, int]] = set()
+    for folder, inside, files in os.walk(root, followlinks=True):
+        status = os.stat(folder)
+        if (status.st_dev, status.st_ino) in seen:
+            inside.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        inside[:] = sorted(name for name in inside if not name.startswith("."))
+        if {CONFIG_NAME, SAFETENSORS_NAME, BIN_NAME} & set(files):
+            yield Path(folder)
+
+
+def _entry(place: Path, root: Path) -> AdapterEntry:
+    found: dict[str, Any] = {}
+    problems = []
+    for read in (_of_config, _of_tensors):
+        try:
+            more = read(place)
+        except (VeneerError, OSError) as error:
+            problems.append(str(error))
+        else:
+            problems += more.pop("problems", ())
+            found |= more
+    name = place.relative_to(root).as_posix()
+    return AdapterEntry(path=name, problems=tuple(_short(p, place) for p in problems), **found)
+
+
+def _short(problem: str, place: Path) -> str:
+    """A message without the directory, which stands beside it."""
+    return problem.replace(f"{place}{os.sep}", "").replace(str(place), "the directory")
+
+
+def _of_config(place: Path) -> dict[str, Any]:
+    values = read_config(place)
+    base, kind = values.get("base_model_name_or_path"), values.get("peft_type")
+    found: dict[str, Any] = {
+        "base": base if isinstance(base, str) and base else None,
+        "peft_type": kind if isinstance(kind, str) else None,
+    }
+    try:
+        config = PeftConfig.from_dict(values)
+    except VeneerError as error:
+        return {**found, "problems": [f"{CONFIG_NAME}: {error}"]}
+    if not isinstance(config, LoraConfig):
+        return {**found, "problems": [f"its method is {found['peft_type']}, which Veneer does not read"]}
+    targets = config.target_modules
+    found["target_modules"] = (
+        targets if targets is None or isinstance(targets, str) else tuple(sorted(targets))
+    )
+    return found
+
+
+def _of_tensors(place: Path) -> dict[str, Any]:
+    path = locate_tensors(place)
+    status = path.stat()
+    when = datetime.fromtimestamp(status.st_mtime, tz=timezone.utc).isoformat(timespec="seconds")
+    found: dict[str, Any] = {"bytes": status.st_size, "modified": when}
+    if unfinished_save(place) is not None:
+        found["problems"] = ["a save was broken off; Veneer reads its new state, other libraries a mixture"]
+    if path.name != SAFETENSORS_NAME:
+        return found  # a pickle, which has no header to look at
+    try:
+        shapes = read_safetensors_header(path).shapes
+    except AdapterFileError as error:
+        return {**found, "problems": [*found.get("problems", ()), str(error)]}
+    found["parameters"] = sum(math.prod(shape) for shape in shapes.values())
+    layers: dict[str, dict[str, tuple[int, ...]]] = {}
+    for key, shape in shapes.items():
+        if match := _FACTOR.fullmatch(key):
+            layers.setdefault(match["path"], {})[match["role"]] = shape
+    found["ranks"] = tuple(sorted({f["A"][0] for f in layers.values() if f.get("A")}))
+    wrong = _wrong_factors(layers)
+    if not layers:
+        wrong.append(f"{path.name} holds no factors of a LoRA")
+    return {**found, "problems": [*found.get("problems", ()), *wrong]}
+
+
+def _wrong_factors(layers: dict[str, dict[str, tuple[int, ...]]]) -> list[str]:
+    half = [path for path, factors in layers.items() if len(factors) < 2]
+    apart = [
+        path for path, f in layers.items() if len(f) == 2 and f["A"][:1] != f["B"][1:2] and f["A"] and f["B"]
+    ]
+    wrong = []
+    if half:
+        wrong.append(f"only one of the two factors of {_listed(half)} is there")
+    if apart:
+        wrong.append(f"the factors of {_listed(apart)} differ in rank")
+    return wrong
+
+
+def _listed(paths: list[str]) -> str:
+    return paths[0] + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")

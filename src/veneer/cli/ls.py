@@ -1,0 +1,83 @@
+"""``veneer ls``: the adapters under a directory, from headers alone."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .common import DONE, FAILED, app, show_json, size
+
+if TYPE_CHECKING:
+    from ..checkpoint import AdapterEntry
+
+#: Columns of the output where no terminal says how many it has: nobody folds what a program reads.
+PIPED = 200
+
+
+@app.command()
+def ls(
+    directory: Annotated[Path, typer.Argument(help="Where to look, and below.")] = Path(),
+    check: Annotated[bool, typer.Option("--check", help="Exit with 1 if one of them is broken.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+) -> int:
+    """List every adapter under a directory: base, rank, targets, size, date, health; reads headers only."""
+    from ..checkpoint import find_adapters
+
+    found = find_adapters(directory)
+    broken = [entry for entry in found if entry.problems]
+    if as_json:
+        show_json([entry.to_dict() for entry in found])
+    elif found:
+        _show(found, broken)
+    else:
+        print(f"no adapter in {directory} or below", file=sys.stderr)
+    return FAILED if check and broken else DONE
+
+
+def _show(found: list[AdapterEntry], broken: list[AdapterEntry]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else PIPED)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("adapter", "base", "r", "targets", "size", "date", ""):
+        table.add_column(
+            column,
+            justify="right" if column in ("r", "size") else "left",
+            no_wrap=column in ("r", "size", "date", ""),
+            overflow="fold",
+        )
+    for entry in found:
+        table.add_row(
+            Text(entry.path),
+            Text(_short_base(entry.base)),
+            ",".join(map(str, entry.ranks)),
+            Text(_short_targets(entry.target_modules)),
+            "" if entry.bytes is None else size(entry.bytes),
+            (entry.modified or "")[:10],
+            "broken" if entry.problems else "ok",
+        )
+    console.print(table)
+    for entry in broken:
+        for problem in entry.problems:
+            console.print(f"{entry.path}: {problem}", markup=False, soft_wrap=True)
+    total = sum(entry.bytes or 0 for entry in found)
+    end = f", {len(broken)} of them broken" if broken else ""
+    console.print(f"{len(found)} adapter{'s' * (len(found) != 1)}, {size(total)}{end}")
+
+
+def _short_base(base: str | None) -> str:
+    """The last part of a path; a hub id without its owner."""
+    return (base or "").replace("\\", "/").rstrip("/").rpartition("/")[2]
+
+
+def _short_targets(targets: str | tuple[str, ...] | None) -> str:
+    if targets is None or isinstance(targets, str):
+        text = targets or ""
+        return text if len(text) <= 24 else text[:23] + "…"
+    names = list(dict.fromkeys(target.rpartition(".")[2] for target in targets))
+    return ", ".join(names[:2]) + (f" +{len(names) - 2}" if len(names) > 2 else "")

@@ -1,0 +1,248 @@
+"""``veneer plan``: what a training run would adapt and need, before anything is downloaded or trained."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..errors import ConfigError
+from ..training.options import RunOptions, option
+from .common import app, show_json, size
+from .fields import options_of, with_flags
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ..training.planning import PlanReport
+
+#: Option of a run -> what `propose` may change unless it is given.
+CHANGEABLE = {
+    "lora_r": "r",
+    "lora_target_modules": "target_modules",
+    "quantize": "quantize",
+    "batch_size": "batch_size",
+    "gradient_checkpointing": "gradient_checkpointing",
+    "loss_chunk_size": "loss_chunk_size",
+}
+DEVICES = ("cpu", "cuda")
+
+
+@dataclass(frozen=True)
+class PlanOptions(RunOptions):
+    """The options of a run of which only the model has to be there."""
+
+    data: str = option("unread", "Run", "Not read by a plan.", "dataset_name")
+    output: str = option("unwritten", "Run", "Not written by a plan.", "output_dir", free=True)
+
+
+@app.command()
+@with_flags(PlanOptions, without=("model", "data", "output"))
+def plan(
+    model: Annotated[
+        str,
+        typer.Argument(help="Directory, config.json or hub id; or the YAML file of a run, which names it."),
+    ],
+    config: Annotated[
+        Path | None,
+        typer.Argument(metavar="[CONFIG.yaml]", help="Flags by name, one a line; those given beside it win."),
+    ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            help="24GB of memory, or 1% of the parameters: propose rank, targets, quantisation, batch.",
+            rich_help_panel="Memory",
+        ),
+    ] = None,
+    device: Annotated[
+        str, typer.Option(help="cpu or cuda: what it will be trained on.", rich_help_panel="Memory")
+    ] = "cpu",
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the plan as JSON.", rich_help_panel="Output")
+    ] = False,
+    **given: Any,
+) -> None:
+    """Show what would be adapted, and memory and arithmetic of training, from the configuration alone.
+
+    No weights are read. Takes the flags and the YAML file of veneer train.
+    """
+    if device not in DEVICES:
+        raise ConfigError(f"device is one of {', '.join(DEVICES)}, not {device!r}")
+    from ..training.planning import parse_budget, plan_training
+
+    if model.endswith((".yaml", ".yml")) and config is None:
+        config = Path(model)
+    elif model:
+        given = {**given, "model": model}
+    limit = None if budget is None else parse_budget(budget)
+    options = options_of(PlanOptions, config, given)
+    usual = {part.name: part.default for part in dataclasses.fields(PlanOptions)}
+    fixed = {CHANGEABLE[name] for name in CHANGEABLE if getattr(options, name) != usual[name]}
+    fixed |= {CHANGEABLE[name] for name in CHANGEABLE if given.get(name) is not None}
+    found = plan_training(
+        options.model,
+        options.lora_config(),
+        budget=limit,
+        fixed=fixed,
+        dtype=options.dtype,
+        batch_size=options.batch_size,
+        sequence_length=options.max_length,
+        gradient_checkpointing=options.gradient_checkpointing,
+        gradient_accumulation_steps=options.gradient_accumulation_steps,
+        optim=options.optim,
+        quantize=options.quantize,
+        loss_chunk_size=options.loss_chunk_size,
+        padded=False if options.packing else None,
+        device=device,
+    )
+    if as_json:
+        show_json(found.to_dict())
+        return
+    from rich.console import Console
+
+    _show(Console(highlight=False), found, options)
+
+
+def _show(console: Console, found: PlanReport, options: RunOptions) -> None:
+    said = found.estimate
+    console.print(
+        f"{found.model}: {found.architecture}, {said.parameters - said.trainable:,} parameters "
+        f"in {found.dtype}",
+        soft_wrap=True,
+        markup=False,
+    )
+    console.print()
+    _targets(console, found)
+    console.print()
+    _needs(console, found)
+    if found.proposal is not None:
+        console.print()
+        _proposal(console, found, options)
+
+
+def _targets(console: Console, found: PlanReport) -> None:
+    from rich.table import Table
+
+    from ..training.planning.report import layers
+
+    specs = {spec.path: spec for spec in found.plan.specs}
+    table = Table()
+    for column in ("pattern", "modules", "layers", "r", "scaling", "for example"):
+        table.add_column(column, justify="right" if column in ("modules", "r", "scaling") else "left")
+    for pattern, paths in found.plan.matched.items():
+        kinds: dict[str, list[str]] = {}
+        for path in paths:
+            kinds.setdefault(path.rpartition(".")[2], []).append(path)
+        for place, (name, inside) in enumerate(kinds.items() or [("", [])]):
+            ranks = sorted({specs[path].r for path in inside})
+            scales = sorted({specs[path].scaling for path in inside})
+            table.add_row(
+                _escaped(pattern) if not place else "",
+                str(len(inside)),
+                _spans(layers(inside)),
+                _spans(ranks),
+                ", ".join(f"{scale:.3g}" for scale in scales),
+                _escaped(name if len(kinds) > 1 else inside[0] if inside else ""),
+            )
+    console.print(table)
+    if found.plan.modules_to_save:
+        console.print(f"trained in full: {', '.join(found.plan.modules_to_save)}", markup=False)
+    for entry in found.plan.unmatched:
+        console.print(f"warning: {entry}", markup=False, soft_wrap=True)
+    reasons: dict[str, list[str]] = {}
+    for skipped in found.plan.skipped:
+        reasons.setdefault(skipped.reason, []).append(skipped.path)
+    for reason, left in reasons.items():
+        more = f" and {len(left) - 3} more" if len(left) > 3 else ""
+        console.print(f"left out ({reason}): {', '.join(left[:3])}{more}", markup=False, soft_wrap=True)
+
+
+def _needs(console: Console, found: PlanReport) -> None:
+    from rich.table import Table
+
+    said, options = found.estimate, found.options
+    share = said.trainable / max(1, said.parameters)
+    console.print(f"trainable    {said.trainable:,} parameters ({share:.3%})")
+    console.print(f"adapter      {size(said.adapter_bytes)} when saved")
+    console.print(
+        f"arithmetic   {_flops(said.flops_per_token)} a token, {_flops(said.flops)} a batch, "
+        "forward and backward"
+    )
+    words = [f"{options['batch_size']} x {options['sequence_length']} tokens", options["optim"]]
+    words += [f"base in {options['quantize']}"] * bool(options["quantize"])
+    words += ["gradient checkpointing"] * options["gradient_checkpointing"]
+    words += [f"loss in chunks of {options['loss_chunk_size']}"] * bool(options["loss_chunk_size"])
+    table = Table(title=f"Memory of a step: {', '.join(words)}", title_justify="left", title_style="")
+    for column in ("base", "factors", "gradients", "optimizer", "activations", "logits", "peak"):
+        table.add_column(column, justify="right")
+    parts = (
+        said.base,
+        said.factors,
+        said.gradients,
+        said.optimizer,
+        said.activations,
+        said.logits,
+        said.peak,
+    )
+    table.add_row(*map(size, parts))
+    console.print()
+    console.print(table)
+    console.print("The peak is less than the sum: gradients come while activations go.")
+    for note in said.notes:
+        console.print(f"note: {note}", markup=False, soft_wrap=True)
+
+
+def _proposal(console: Console, found: PlanReport, options: RunOptions) -> None:
+    assert found.proposal is not None
+    given_up = found.proposal.given_up
+    console.print(
+        f"Keeps to the budget: {'; '.join(given_up)}" if given_up else "Keeps to the budget as it is.",
+        markup=False,
+        soft_wrap=True,
+    )
+    targets = found.config.target_modules
+    chosen: dict[str, Any] = {
+        "lora_r": found.config.r,
+        "lora_alpha": f"{found.config.lora_alpha:g}",
+        "lora_target_modules": targets if isinstance(targets, str) else ",".join(sorted(targets or ())),
+        **{name: found.options[name] for name in ("batch_size", "gradient_accumulation_steps", "quantize")},
+        **{name: found.options[name] for name in ("gradient_checkpointing", "loss_chunk_size")},
+        "max_length": found.options["sequence_length"],
+    }
+    import shlex
+
+    words = ["veneer", "train", "--model", found.model]
+    for name, value in chosen.items():
+        flag = f"--{name.replace('_', '-')}"
+        if value is True:
+            words.append(flag)
+        elif value:
+            words += [flag, str(value)]
+    console.print(f"Train so: {shlex.join(words)}", markup=False, soft_wrap=True)
+
+
+def _escaped(text: str) -> Any:
+    from rich.text import Text
+
+    return Text(text)
+
+
+def _spans(numbers: list[int]) -> str:
+    """``0-3, 5`` of 0, 1, 2, 3, 5."""
+    spans: list[list[int]] = []
+    for number in numbers:
+        if spans and number == spans[-1][1] + 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)
+
+
+def _flops(count: int) -> str:
+    for unit, factor in (("PFLOP", 10**15), ("TFLOP", 10**12), ("GFLOP", 10**9), ("MFLOP", 10**6)):
+        if count >= factor:
+            return f"{count / factor:.3g} {unit}"
+    return f"{count} FLOP"
