@@ -2,61 +2,170 @@
 
 from __future__ import annotations
 
+import json
 import sys
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
+from .asking import (
+    Adapter,
+    AsJson,
+    DoSample,
+    Dtype,
+    Model,
+    Penalty,
+    Seed,
+    Temperature,
+    TopK,
+    TopP,
+    sampling_of,
+)
 from .common import app, show_json
 from .fields import check_dtype
 
 
 @app.command()
 def generate(
-    adapter: Annotated[str, typer.Argument(help="Directory of the adapter.")],
+    adapter: Adapter,
     prompt: Annotated[
         str | None, typer.Argument(help="What to ask; standard input where it is left out.")
     ] = None,
-    model: Annotated[
-        str | None, typer.Option(help="Base model, instead of the one that the adapter names.")
+    model: Model = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="Ask every record of a file instead: prompt, messages, instruction or conversations."
+        ),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 128,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token at each step.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
-    dtype: Annotated[
-        str, typer.Option(help="auto, float32, bfloat16 or float16: type of the base.")
-    ] = "auto",
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            help="With --data: JSONL file for the records with their answers; else standard output."
+        ),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="With --data: prompts at a time.")] = 8,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 128,
+    do_sample: DoSample = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    repetition_penalty: Penalty = None,
+    seed: Seed = 0,
+    dtype: Dtype = "auto",
     base: Annotated[
         bool, typer.Option("--base", help="Turn the adapter off: what the base model answers.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print prompt and answer as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Ask an adapted model; the answer goes to standard output."""
+    """Ask an adapted model: one prompt, or a file of them; answers go to standard output or --output."""
     check_dtype(dtype)
-    if max_new_tokens < 1:
-        raise typer.BadParameter(f"--max-new-tokens must be above 0, not {max_new_tokens}")
-    if temperature < 0:
-        raise typer.BadParameter(f"--temperature must be 0 or more, not {temperature}")
+    prompt = _prompt(prompt, data, output, batch_size)
+    from ..training.adapters import load_adapted, read_head, require_language_model
+    from ..training.generation import check_answer_file
+
+    sampling = sampling_of(max_new_tokens, do_sample, temperature, top_p, top_k, repetition_penalty)
+    head = read_head(adapter)
+    require_language_model(head)
+    if prompt is None and data is not None:
+        from ..training import Terminal, read_records
+
+        if output is not None:
+            check_answer_file(output)
+        progress = Terminal()
+        records = read_records(data, "prompt")
+        progress.say(records.line())
+        adapted, tokenizer = load_adapted(head, model, dtype)
+        made_by = {"adapter": str(head.directory.resolve()), "bytes": _stamp(head.file.path), "base": base,
+                   "model": model, "dtype": dtype}  # fmt: skip
+        _file(adapted, tokenizer, records, output, sampling, seed, batch_size, made_by, base, progress)
+        return
+    adapted, tokenizer = load_adapted(head, model, dtype)
+    answer = _one(adapted, tokenizer, str(prompt), sampling, seed, base)
+    if as_json:
+        show_json({"prompt": prompt, "generated_text": answer})
+    else:
+        print(answer)
+
+
+def _prompt(prompt: str | None, data: str | None, output: Path | None, batch_size: int) -> str | None:
+    """The prompt from the argument or standard input; None where a file is asked."""
+    if data is not None:
+        if prompt is not None:
+            raise typer.BadParameter("give either a prompt or --data, not both")
+        if batch_size < 1:
+            raise typer.BadParameter(f"--batch-size must be above 0, not {batch_size}")
+        return None
+    if output is not None:
+        raise typer.BadParameter(
+            "--output goes with --data; the answer to one prompt goes to standard output"
+        )
     if prompt is None:
         if sys.stdin.isatty():
             raise typer.BadParameter("give a prompt, or pipe one in: veneer generate ADAPTER < question.txt")
         prompt = sys.stdin.read().strip()
-    if not prompt:
+    if not prompt.strip():
         raise typer.BadParameter("the prompt is empty")
+    return prompt
+
+
+def _stamp(path: Path) -> list[int]:
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns]
+
+
+def _one(adapted: Any, tokenizer: Any, prompt: str, sampling: Any, seed: int, base: bool) -> str:
     import torch
 
     from ..training import generate_answers, prompt_ids
-    from ..training.adapters import load_adapted
+    from ..training.generation import evaluating
 
-    adapted, tokenizer = load_adapted(adapter, model, dtype)
     torch.manual_seed(seed)
-    if base:
-        adapted = adapted.unload()
-    ids = prompt_ids(prompt, tokenizer)
-    answer = generate_answers(
-        adapted, tokenizer, [ids], max_new_tokens=max_new_tokens, temperature=temperature
-    )[0]
-    if as_json:
-        show_json({"prompt": prompt, "answer": answer})
-    else:
-        print(answer)
+    with evaluating(adapted, base):
+        return generate_answers(adapted, tokenizer, [prompt_ids(prompt, tokenizer)], sampling=sampling)[0]
+
+
+def _file(
+    adapted: Any,
+    tokenizer: Any,
+    records: Any,
+    output: Path | None,
+    sampling: Any,
+    seed: int,
+    batch_size: int,
+    made_by: dict[str, Any],
+    base: bool,
+    progress: Any,
+) -> None:
+    import torch
+
+    from ..training.generation import ANSWER, answer_file, evaluating, generate_answers, prompts_of
+
+    if output is None:
+        prompts = prompts_of(records, tokenizer)
+        torch.manual_seed(seed)
+        with evaluating(adapted, base):
+            answers = generate_answers(
+                adapted, tokenizer, prompts, sampling=sampling, batch_size=batch_size, progress=progress
+            )
+        for record, answer in zip(records, answers, strict=True):
+            print(json.dumps({**record, ANSWER: answer}, ensure_ascii=False, default=str))
+        return
+    try:
+        with evaluating(adapted, base):
+            answer_file(
+                adapted,
+                tokenizer,
+                records,
+                output,
+                sampling,
+                seed=seed,
+                batch_size=batch_size,
+                made_by=made_by,
+                progress=progress,
+            )
+    except KeyboardInterrupt:
+        progress.say("Stopped; the same command goes on from here")
+        raise
+    print(f"{len(records)} answers: {output}")

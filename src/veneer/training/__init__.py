@@ -6,6 +6,7 @@ inside the functions that need them.
 
 from __future__ import annotations
 
+from .chat import Chat
 from .data import (
     Collator,
     Encoded,
@@ -23,13 +24,15 @@ from .data import (
     prompt_ids,
     read_records,
 )
-from .evaluate import answer_loss, exact_match, generate_answers, valid_json
+from .evaluate import answer_loss, exact_match, valid_json
+from .generation import Sampling, answer_file, generate_answers
 from .loop import train
 from .models import cache_dir, demo_model, load_base
 from .options import RunOptions, TrainOptions
 from .progress import Progress, Silent, Terminal
 
 __all__ = [
+    "Chat",
     "Collator",
     "Encoded",
     "EncodedLabels",
@@ -39,9 +42,11 @@ __all__ = [
     "Progress",
     "Records",
     "RunOptions",
+    "Sampling",
     "Silent",
     "Terminal",
     "TrainOptions",
+    "answer_file",
     "answer_loss",
     "cache_dir",
     "demo_model",

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import CONFIG_NAME, AdapterFile, open_adapter, read_config
+from ..checkpoint import CONFIG_NAME, AdapterFile, check_adapter_name, open_adapter, read_config
 from ..config import LoraConfig, PeftConfig
+from ..doors import adapter_directory
 from ..errors import AdapterFileError, ConfigError, VeneerError, VeneerWarning
 from ..model import MergeReport, PeftModel
 from ..spec import LoraSpec, resolve, variant_name
@@ -21,32 +24,119 @@ from .places import check_replaceable, check_room, replacing
 _FACTOR = re.compile(
     r"^base_model\.model\.(?P<path>.+)\.lora_(?P<role>A|B|embedding_A|embedding_B)(\.weight)?$"
 )
+#: The last layer of a classifier's head, which has a row for each class.
+_CLASSES = re.compile(r"(^|\.)(score|classifier|classifier\.out_proj|classification_head\.out_proj)\.weight$")
 
 
-def load_adapted(
-    adapter: str | os.PathLike[str], base: str | None = None, dtype: str = "auto"
-) -> tuple[Any, Any]:
-    """(model, tokenizer) of a causal language model with a saved adapter on it, for asking and merging.
+@dataclass(frozen=True)
+class Head:
+    """What is known of an adapter before its base is loaded.
 
-    Args:
-        adapter: Directory of the adapter, or a hub id.
-        base: Base model; the one that the adapter names when None.
-        dtype: Type of the base, see `load_base`.
+    Attributes:
+        name: What the user named: a directory, or a hub id.
+        directory: Where its files are.
+        config: Its configuration.
+        file: The header of its tensors.
+    """
+
+    name: str
+    directory: Path
+    config: LoraConfig
+    file: AdapterFile
+
+    @property
+    def task(self) -> str:
+        """``SEQ_CLS`` and the like; an adapter that names no task is taken for one of a language model."""
+        return _word(self.config.task_type) or "CAUSAL_LM"
+
+    def classes(self) -> list[str] | None:
+        """Names of a classifier's classes; None for a model that writes text.
+
+        Raises:
+            AdapterFileError: A classifier without a head.
+            VeneerError: It is for neither of them.
+        """
+        if self.task == "CAUSAL_LM":
+            return None
+        if self.task != "SEQ_CLS":
+            raise VeneerError(
+                f"{self.name} is an adapter for {self.task}; CAUSAL_LM and SEQ_CLS are measured"
+            )
+        names = self.label_names()
+        if names is None:
+            raise AdapterFileError(f"{self.name} is an adapter of a classifier, but holds no head of one")
+        return names
+
+    def label_names(self) -> list[str] | None:
+        """Names of a classifier's classes: as `train` noted them, else a number for each row of the head."""
+        try:
+            noted = json.loads((self.directory / "metrics.json").read_text(encoding="utf-8"))["label_names"]
+            if noted:
+                return [str(name) for name in noted]
+        except (OSError, ValueError, KeyError, TypeError):
+            pass
+        heads = [shape for key, shape in self.file.shapes.items() if _CLASSES.search(key)]
+        return [str(number) for number in range(heads[0][0])] if heads else None
+
+
+def read_head(adapter: str | os.PathLike[str]) -> Head:
+    """Configuration and header of an adapter; no model is loaded, and no tensor.
 
     Raises:
-        AdapterFileError: There is no adapter, it is broken, or it names no base and none is given.
-        TrainingError: The base cannot be loaded.
+        AdapterFileError: It is missing or broken.
+        ConfigError: It is no LoRA.
     """
     if looks_local(adapter) or "/" not in os.fspath(adapter):
         read_config(adapter)
     with blaming(adapter):
         config = PeftConfig.from_pretrained(adapter)
-    named = base or config.base_model_name_or_path
+        if not isinstance(config, LoraConfig):
+            raise ConfigError(f"{adapter} is no LoRA adapter but {_word(config.peft_type)}")
+    directory = adapter_directory(adapter)
+    return Head(os.fspath(adapter), directory, config, open_adapter(directory))
+
+
+def load_adapted(
+    adapter: str | os.PathLike[str] | Head,
+    base: str | None = None,
+    dtype: str = "auto",
+    others: Mapping[str, str] | None = None,
+) -> tuple[Any, Any]:
+    """(model, tokenizer) of a language model with saved adapters on it, for asking and merging.
+
+    The files of all adapters are looked at before the base is loaded.
+
+    Args:
+        adapter: Directory of the adapter, or a hub id; or what `read_head` found there.
+        base: Base model; the one that the adapter names when None.
+        dtype: Type of the base, see `load_base`.
+        others: More adapters of the same base by the names that they get; the first stays active.
+
+    Raises:
+        AdapterFileError: There is no adapter, it is broken, or it names no base and none is given.
+        AdapterNameError: A name cannot be one.
+        TrainingError: The base cannot be loaded.
+    """
+    first = adapter if isinstance(adapter, Head) else read_head(adapter)
+    more = {name: read_head(place) for name, place in (others or {}).items()}
+    for name, other in more.items():
+        check_adapter_name(name)
+        if other.task != first.task:
+            raise ConfigError(
+                f"{other.name} is an adapter for {other.task}, {first.name} one for {first.task}"
+            )
+    named = base or first.config.base_model_name_or_path
     if not named:
-        raise AdapterFileError(f"the adapter {adapter} does not name its base model: say which with --model")
-    model, tokenizer = load_base(named, dtype)
-    adapted = PeftModel.from_pretrained(model, adapter, config=config)
-    return adapted, _own_tokenizer(adapter) or tokenizer
+        raise AdapterFileError(
+            f"the adapter {first.name} does not name its base model: say which with --model"
+        )
+    classes = first.classes()
+    head: dict[str, Any] = {} if classes is None else {"label_names": classes}
+    model, tokenizer = load_base(named, dtype, **head)
+    adapted = PeftModel.from_pretrained(model, first.directory, config=first.config)
+    for name, other in more.items():
+        adapted.load_adapter(other.directory, name)
+    return adapted, _own_tokenizer(first.directory) or tokenizer
 
 
 @contextlib.contextmanager
@@ -56,6 +146,18 @@ def blaming(adapter: str | os.PathLike[str]) -> Iterator[None]:
         yield
     except ConfigError as error:
         raise AdapterFileError(f"the {CONFIG_NAME} of {adapter} cannot be used: {error}") from error
+
+
+def require_language_model(head: Head) -> None:
+    """Raise unless an adapter belongs to a model that writes text.
+
+    Raises:
+        VeneerError: Says what it belongs to, and which command takes it.
+    """
+    if head.task != "CAUSAL_LM":
+        what = "a classifier, which names classes" if head.task == "SEQ_CLS" else f"the task {head.task}"
+        way = f": veneer eval {head.name} --data FILE measures it" if head.task == "SEQ_CLS" else ""
+        raise VeneerError(f"{head.name} is an adapter of {what}, and writes no text{way}")
 
 
 def _own_tokenizer(adapter: str | os.PathLike[str]) -> Any:

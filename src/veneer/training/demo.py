@@ -17,7 +17,8 @@ from .. import LoraConfig, PeftModel, get_peft_model
 from ..checkpoint import SAFETENSORS_NAME
 from .adapters import merge, save_merged
 from .data import Collator, Row, encode, pad_token, prompt_ids
-from .evaluate import answer_loss, exact_match, generate_answers, valid_json
+from .evaluate import answer_loss, exact_match, valid_json
+from .generation import generate_answers
 from .loop import train
 from .models import check_output, demo_model, directory_bytes, load_base
 from .options import TrainOptions

@@ -132,9 +132,18 @@ def train(
         ],
         "evaluations": _evaluations(state.log_history),
     }
+    if names := _classes(model):
+        metrics["label_names"] = names
     if trainer.is_world_process_zero():
         _write(setup, metrics)
     return metrics
+
+
+def _classes(model: Any) -> list[str]:
+    """Names of a classifier's classes in the order of their numbers: its head alone does not tell them."""
+    if not any(c.task_type == "SEQ_CLS" for c in getattr(model, "peft_config", {}).values()):
+        return []
+    return [name for _, name in sorted(model.get_base_model().config.id2label.items())]
 
 
 def _of_objective(objective: Objective) -> Making:

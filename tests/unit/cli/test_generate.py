@@ -18,7 +18,7 @@ def test_generate(adapter: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     answer = capsys.readouterr()
     assert answer.err == ""
     assert main([*words, "Double 11.", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == {"prompt": "Double 11.", "answer": answer.out[:-1]}
+    assert json.loads(capsys.readouterr().out) == {"prompt": "Double 11.", "generated_text": answer.out[:-1]}
     monkeypatch.setattr(sys, "stdin", io.StringIO("Double 11.\n"))
     assert main(words) == 0
     assert capsys.readouterr().out == answer.out

@@ -20,7 +20,7 @@ from veneer.cli import main
 def test_merge(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     question = ["Double 11.", "--max-new-tokens", "5", "--json"]
     assert main(["generate", str(adapter), *question]) == 0
-    expected = json.loads(capsys.readouterr().out)["answer"]
+    expected = json.loads(capsys.readouterr().out)["generated_text"]
     assert main(["merge", str(adapter), "--output", str(tmp_path / "merged"), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert len(report["kept"]["modules"]) == 14 and report["kept"]["worst"] > 0.999

@@ -226,15 +226,33 @@ def prompt_ids(prompt: str | Sequence[Message], tokenizer: Any, tools: Any = Non
     Raises:
         DataError: Messages without a chat template, or a template that fails.
     """
+    return prompt_tokens({"prompt": prompt, "tools": tools}, tokenizer)
+
+
+def prompt_tokens(example: Record, tokenizer: Any, joint: str = "") -> list[int]:
+    """As `prompt_ids`, of a record with ``prompt`` and perhaps ``tools``.
+
+    Raises:
+        Unfit: Messages without a chat template, or a template that fails.
+    """
+    prompt = example["prompt"]
     if not has_template(tokenizer):
         if not isinstance(prompt, str):
-            raise DataError("the tokenizer has no chat template, so the prompt must be a text")
-        return opening(prompt, tokenizer)
-    try:
-        text = laid_out(tokenizer, as_messages(prompt), tools, answer_next=True)
-    except Unfit as error:
-        raise DataError(str(error)) from error
+            raise Unfit("the tokenizer has no chat template, so the prompt must be a text")
+        return opening(prompt + joint, tokenizer)
+    text = laid_out(tokenizer, as_messages(prompt), example.get("tools"), answer_next=True)
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def last_turn(example: Record) -> tuple[dict[str, Any], str] | None:
+    """(what stands before the last answer, that answer) of a record in plain words, if there is one."""
+    if "completion" in example:
+        return {"prompt": example["prompt"]}, example["completion"]
+    messages = example.get("messages", [])
+    places = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
+    if not places or not messages[places[-1]].get("content"):
+        return None
+    return {"prompt": messages[: places[-1]], "tools": example.get("tools")}, messages[places[-1]]["content"]
 
 
 def opening(text: str, tokenizer: Any) -> list[int]:

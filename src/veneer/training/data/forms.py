@@ -16,8 +16,8 @@ from ...errors import DataError
 
 Record = Mapping[str, Any]
 Message = dict[str, Any]
-Purpose = Literal["sft", "dpo", "classification"]
-PURPOSES: tuple[Purpose, ...] = ("sft", "dpo", "classification")
+Purpose = Literal["sft", "dpo", "classification", "prompt"]
+PURPOSES: tuple[Purpose, ...] = ("sft", "dpo", "classification", "prompt")
 SHOWN = 3
 
 #: ShareGPT's names of who speaks -> roles of chat templates.
@@ -234,6 +234,32 @@ def _classified(column: str) -> Callable[[Record], dict[str, Any]]:
     return read
 
 
+def _asked(record: Record) -> dict[str, Any]:
+    """What stands before the last answer, or all of it where the last word is the user's."""
+    column = "messages" if record.get("messages") is not None else "conversations"
+    messages = messages_of(record[column], column)
+    if record.get("system") and column == "conversations":
+        messages = [{"role": "system", "content": text_of(record["system"], "system")}, *messages]
+    if messages[-1]["role"] == "assistant":
+        messages = messages[:-1]
+    if not messages:
+        raise Unfit(f"{column} holds an answer only, and nothing to answer")
+    return _with_tools(record, {"prompt": messages})
+
+
+def _prompt(record: Record) -> dict[str, Any]:
+    prompt = record["prompt"]
+    prompt = messages_of(prompt, "prompt") if isinstance(prompt, list) else text_of(prompt, "prompt")
+    if isinstance(prompt, str) and not prompt.strip():
+        raise Unfit("prompt is empty")
+    return _with_tools(record, {"prompt": prompt})
+
+
+def _instruction(record: Record) -> dict[str, Any]:
+    found = _alpaca({**record, "output": ""})
+    return {"prompt": found["messages"][:-1] if "messages" in found else found["prompt"]}
+
+
 #: In the order in which they are looked for.
 FORMS: tuple[Form, ...] = (
     Form(
@@ -269,6 +295,19 @@ FORMS: tuple[Form, ...] = (
         "classification-sentence", "classification", "classification", ("sentence", "label"),
         _classified("sentence"), '{"sentence": …, "label": …}',
     ),
+    Form(
+        "prompt-messages", "conversation", "prompt", ("messages",), _asked,
+        '{"messages": [{"role": …, "content": …}, …]}', ("tools",),
+    ),
+    Form("prompt", "prompt", "prompt", ("prompt",), _prompt, '{"prompt": …}', ("tools",)),
+    Form(
+        "prompt-sharegpt", "ShareGPT", "prompt", ("conversations",), _asked,
+        '{"conversations": [{"from": …, "value": …}, …]}', ("system", "tools"),
+    ),
+    Form(
+        "prompt-alpaca", "Alpaca", "prompt", ("instruction",), _instruction, '{"instruction": …}',
+        ("input", "system"), "\n\n",
+    ),
 )  # fmt: skip
 
 #: Where data of one purpose is given for another: what to do about it.
@@ -276,6 +315,7 @@ ELSEWHERE: dict[Purpose, str] = {
     "sft": "that is data for fine-tuning on answers, not for this",
     "dpo": "that is preference data: train on it with --method dpo",
     "classification": "that is data for a classifier, not for this",
+    "prompt": "there are prompts, but no answers to learn from",
 }
 
 

@@ -65,6 +65,16 @@ class Records(list[dict[str, Any]]):
         number = int(index)
         return self._places[number] if self._places is not None else f"record {number + 1}"
 
+    def first(self, number: int) -> Records:
+        """The first few of them."""
+        return Records(
+            self[:number],
+            source=self.source,
+            form=self.form,
+            places=self._places,
+            label_names=self.label_names,
+        )
+
     def line(self) -> str:
         """How many, from where, of which form, and which columns are not used."""
         used = {*self.form.columns, *self.form.more}

@@ -59,6 +59,14 @@ GOOD: list[tuple[str, Purpose, dict[str, Any], dict[str, Any]]] = [
         {"prompt": [USER], "chosen": [ANSWER], "rejected": [{**ANSWER, "content": "3"}]},
     ),
     ("classification", "classification", {"text": "good", "label": 1}, {"text": "good", "label": 1}),
+    ("prompt", "prompt", PLAIN, {"prompt": "Two?"}),
+    ("prompt", "prompt", {"prompt": [USER], "tools": [{}]}, {"prompt": [USER], "tools": [{}]}),
+    ("prompt-messages", "prompt", {"messages": [SYSTEM, USER, ANSWER]}, {"prompt": [SYSTEM, USER]}),
+    ("prompt-messages", "prompt", {"messages": [USER, ANSWER, USER]}, {"prompt": [USER, ANSWER, USER]}),
+    ("prompt-sharegpt", "prompt", {"conversations": [USER], "system": "Be short."},
+     {"prompt": [SYSTEM, USER]}),
+    ("prompt-alpaca", "prompt", {"instruction": "Add.", "input": "1"}, {"prompt": "Add.\n\n1"}),
+    ("prompt-alpaca", "prompt", {"instruction": "Two?", "system": "Be short."}, {"prompt": [SYSTEM, USER]}),
     ("classification-sentence", "classification", {"sentence": "good", "label": "pos", "idx": 3},
      {"text": "good", "label": "pos"}),
 ]  # fmt: skip
@@ -82,6 +90,8 @@ def test_every_form_is_tested_and_says_its_columns() -> None:
 
 
 BAD: list[tuple[Purpose, dict[str, Any], str]] = [
+    ("prompt", {"prompt": " "}, "prompt is empty"),
+    ("prompt", {"messages": [ANSWER]}, "holds an answer only"),
     ("sft", {"prompt": 3, "completion": "a"}, r"prompt is a number \(3\), not text"),
     ("sft", {"prompt": "a", "completion": True}, r"completion is a boolean \(true\), not text"),
     ("sft", {"messages": "hello"}, "messages is a text, not a list of messages"),
@@ -126,6 +136,7 @@ def test_what_is_wrong_with_a_record(purpose: Purpose, record: dict[str, Any], w
         ("dpo", PLAIN, "data for fine-tuning on answers"),
         ("classification", {"text": "a", "lable": 1}, "'lable' should perhaps be 'label'"),
         ("sft", {"sentence": "a", "label": 1}, "data for a classifier"),
+        ("sft", {"prompt": "a"}, "no answers to learn from"),
         ("sft", {}, "it has no column"),
         ("sft", {"question": "a", "answer": "b"}, r"it has 'question', 'answer'$"),
     ],
@@ -142,7 +153,7 @@ def test_columns_of_no_form(purpose: Purpose, record: dict[str, Any], words: str
 def test_what_is_no_record_and_no_purpose() -> None:
     with pytest.raises(DataError, match="it is no object but a list"):
         form_of([["a"]])
-    with pytest.raises(DataError, match="one of sft, dpo, classification, not 'ppo'"):
+    with pytest.raises(DataError, match="one of sft, dpo, classification, prompt, not 'ppo'"):
         form_of([PLAIN], "ppo")  # type: ignore[arg-type]
 
 

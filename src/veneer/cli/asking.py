@@ -1,0 +1,46 @@
+"""Flags that `generate`, `chat` and `eval` share."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from ..training import Sampling
+
+Adapter = Annotated[str, typer.Argument(help="Directory of the adapter, or a hub id.")]
+Model = Annotated[str | None, typer.Option(help="Base model, instead of the one that the adapter names.")]
+DoSample = Annotated[
+    bool | None,
+    typer.Option(
+        "--do-sample/--no-do-sample",
+        show_default=False,
+        help="Draw tokens instead of taking the likeliest; the next three flags turn it on, too.",
+    ),
+]
+Temperature = Annotated[
+    float | None, typer.Option(help="Divides the logits before drawing; 0 takes the likeliest token.")
+]
+TopP = Annotated[float | None, typer.Option(help="Draw from the likeliest tokens of this share.")]
+TopK = Annotated[int | None, typer.Option(help="Draw from this many of the likeliest tokens.")]
+Penalty = Annotated[float | None, typer.Option(help="Above 1 keeps the answer from repeating itself.")]
+Seed = Annotated[int, typer.Option(help="Of drawing.")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16: type of the base.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
+
+def sampling_of(
+    max_new_tokens: int,
+    do_sample: bool | None,
+    temperature: float | None,
+    top_p: float | None,
+    top_k: int | None,
+    repetition_penalty: float | None,
+) -> Sampling:
+    """How tokens are chosen; `Sampling` checks the values against one another."""
+    if temperature is not None and temperature < 0:
+        raise typer.BadParameter(f"--temperature must be 0 or more, not {temperature}")
+    from ..training.generation import Sampling
+
+    return Sampling(max_new_tokens, do_sample, temperature, top_p, top_k, repetition_penalty)

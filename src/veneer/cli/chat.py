@@ -1,0 +1,162 @@
+"""``veneer chat``: talk to an adapted model, and switch adapters while talking."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from .asking import Adapter, DoSample, Dtype, Model, Penalty, Seed, Temperature, TopK, TopP, sampling_of
+from .common import DONE, FAILED, app
+from .fields import check_dtype
+from .messages import say
+
+COMMANDS = {
+    "/adapter": "list the adapters; /adapter NAME lets that one answer",
+    "/base": "turn the adapter off: the base model answers",
+    "/again": "answer the last question once more, with whoever answers now",
+    "/clear": "forget what was said",
+    "/help": "show this",
+    "/exit": "leave, as Ctrl-D does; Ctrl-C ends an answer",
+}
+
+
+@app.command()
+def chat(
+    adapter: Adapter,
+    model: Model = None,
+    more: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--adapter", metavar="NAME=PATH", help="One more adapter of the same base; can be repeated."
+        ),
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="What the model is told before everything else.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 512,
+    do_sample: DoSample = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    repetition_penalty: Penalty = None,
+    seed: Seed = 0,
+    dtype: Dtype = "auto",
+) -> int:
+    """Talk to an adapted model; /base turns the adapter off, /adapter NAME switches, /help shows the rest."""
+    check_dtype(dtype)
+    others = _named(more or [])
+    import torch
+
+    from ..training import Chat
+    from ..training.adapters import load_adapted, read_head, require_language_model
+
+    sampling = sampling_of(max_new_tokens, do_sample, temperature, top_p, top_k, repetition_penalty)
+    head = read_head(adapter)
+    require_language_model(head)
+    adapted, tokenizer = load_adapted(head, model, dtype, others)
+    torch.manual_seed(seed)
+    talk = Chat(adapted, tokenizer, sampling, system)
+    alone = sys.stdin.isatty()
+    if alone:
+        say(f"{adapter} on {_base_of(adapted)}. /base turns the adapter off, /help shows all commands.")
+    if not talk.remembers:
+        say("This model has no chat template: each line is continued as it is, without what was said before.")
+    return _talk(talk, alone)
+
+
+def _named(pairs: list[str]) -> dict[str, str]:
+    """Paths by name."""
+    found: dict[str, str] = {}
+    for pair in pairs:
+        name, sign, path = pair.partition("=")
+        if not (name and sign and path):
+            raise typer.BadParameter(f"--adapter takes NAME=PATH, not {pair!r}")
+        if name in found or name == "default":
+            taken = "is the adapter given first" if name == "default" else "is there twice"
+            raise typer.BadParameter(f"--adapter: the name {name!r} {taken}")
+        found[name] = path
+    return found
+
+
+def _base_of(adapted: Any) -> str:
+    return getattr(adapted.get_base_model().config, "_name_or_path", "") or "its base"
+
+
+def _talk(talk: Any, alone: bool) -> int:
+    """Turn by turn until the input ends.
+
+    Returns:
+        1 where a turn of a script failed; whoever sits at a terminal has seen it.
+    """
+    from ..errors import VeneerError
+
+    if alone:
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  gives input() its line editing
+    code = DONE
+    while (line := _line(talk, alone)) is not None:
+        if not line:
+            continue
+        try:
+            if line.startswith("/"):
+                if not _command(talk, line):
+                    break
+            else:
+                talk.ask(line, _write)
+                print(flush=True)
+        except VeneerError as error:
+            say(f"error: {error}")
+            code = DONE if alone else FAILED
+    return code
+
+
+def _line(talk: Any, alone: bool) -> str | None:
+    """What the user says next, None at the end."""
+    try:
+        if alone:
+            return input(f"{talk.adapter or 'base'}> ").strip()
+        line = sys.stdin.readline()
+    except EOFError:
+        print()
+        return None
+    return line.strip() if line else None
+
+
+def _write(text: str) -> None:
+    print(text, end="", flush=True)
+
+
+def _command(talk: Any, line: str) -> bool:
+    """Do what a line with a slash says; False to leave."""
+    from ..errors import VeneerError
+
+    word, _, rest = line.partition(" ")
+    rest = rest.strip()
+    if word in ("/exit", "/quit"):
+        return False
+    if word == "/help":
+        for name, what in COMMANDS.items():
+            say(f"  {name:<9} {what}")
+    elif word == "/clear":
+        talk.clear()
+        say("forgotten")
+    elif word == "/base":
+        talk.use(None)
+        say("the base model answers")
+    elif word == "/adapter" and rest:
+        talk.use(rest)
+        say(f"{rest} answers")
+    elif word == "/adapter":
+        for name in talk.adapters:
+            say(f"  {'*' if name == talk.adapter else ' '} {name}")
+        say(f"  {' ' if talk.adapter else '*'} base model (/base)")
+    elif word == "/again":
+        talk.again(_write)
+        print(flush=True)
+    else:
+        close = difflib.get_close_matches(word, COMMANDS, n=1)
+        hint = f"perhaps {close[0]}" if close else f"there are {', '.join(COMMANDS)}"
+        raise VeneerError(f"no command {word}; {hint}")
+    return True

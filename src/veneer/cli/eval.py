@@ -1,0 +1,82 @@
+"""``veneer eval``: how good an adapted model is on data, beside its base."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .asking import Adapter, AsJson, Dtype, Model
+from .common import app, show_json
+from .fields import check_dtype
+
+if TYPE_CHECKING:
+    from ..training.scores import Comparison
+
+
+@app.command("eval")
+def evaluate(
+    adapter: Adapter,
+    data: Annotated[
+        str, typer.Option(help="File, directory or hub id with the columns that train takes, held out.")
+    ],
+    model: Model = None,
+    max_length: Annotated[int, typer.Option(help="Where examples are cut, in tokens.")] = 1024,
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", "--per-device-eval-batch-size", help="Examples at a time.")
+    ] = 8,
+    max_samples: Annotated[
+        int | None, typer.Option(help="Measure this many examples only, the first.")
+    ] = None,
+    exact_match: Annotated[
+        bool, typer.Option(help="Generate the answers, too, and count those that are as expected.")
+    ] = True,
+    dtype: Dtype = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Measure loss, perplexity and exact match of an adapter and its base; a classifier's accuracy."""
+    check_dtype(dtype)
+    for name, value in (
+        ("--max-length", max_length),
+        ("--batch-size", batch_size),
+        ("--max-samples", max_samples),
+    ):
+        if value is not None and value < 1:
+            raise typer.BadParameter(f"{name} must be above 0, not {value}")
+    from ..training import Terminal, read_records
+    from ..training.adapters import load_adapted, read_head
+    from ..training.scores import accuracy, compare
+
+    progress = Terminal()
+    head = read_head(adapter)
+    names = head.classes()
+    records = read_records(data, "sft" if names is None else "classification")
+    progress.say(records.line())
+    if max_samples is not None and max_samples < len(records):
+        records = records.first(max_samples)
+        progress.say(f"Measuring the first {max_samples} of them")
+    adapted, tokenizer = load_adapted(head, model, dtype)
+    common: dict[str, Any] = {"max_length": max_length, "batch_size": batch_size, "progress": progress}
+    if names is None:
+        found = compare(adapted, tokenizer, records, exact_match=exact_match, **common)
+    else:
+        found = accuracy(adapted, tokenizer, records, names, **common)
+    for line in found.notes:
+        progress.say(line)
+    if as_json:
+        show_json({"adapter_path": adapter, "data": data, **found.as_json()})
+    else:
+        _table(found)
+
+
+def _table(found: Comparison) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table()
+    table.add_column("")
+    for column in ("base", "adapter") if found.base is not None else ("guessing", "adapter"):
+        table.add_column(column, justify="right")
+    for row in found.table():
+        table.add_row(*row)
+    Console(highlight=False).print(table)

@@ -1,0 +1,303 @@
+"""Asking an adapted model: one prompt, many in batches, or a file of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from ..errors import ConfigError, VeneerError
+from .data import Records, pad_token
+from .progress import Progress, Silent
+
+#: The column of answers, as transformers' pipelines name it.
+ANSWER = "generated_text"
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen; names and meanings are transformers'.
+
+    Attributes:
+        max_new_tokens: Longest answer.
+        do_sample: Draw the token; else the likeliest is taken. None: draw if one of the three below is given
+            (and the temperature is not 0).
+        temperature: Divides the logits before drawing.
+        top_p: Draw from the likeliest tokens that make up this share.
+        top_k: Draw from this many of the likeliest tokens.
+        repetition_penalty: Divides the scores of tokens that are there already; 1 changes nothing.
+    """
+
+    max_new_tokens: int = 128
+    do_sample: bool | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    repetition_penalty: float | None = None
+
+    def __post_init__(self) -> None:
+        wrong = [
+            f"{name} must be {what}, not {value}"
+            for name, value, good, what in (
+                ("max_new_tokens", self.max_new_tokens, self.max_new_tokens > 0, "above 0"),
+                ("temperature", self.temperature, not (self.temperature or 0) < 0, "0 or more"),
+                ("top_p", self.top_p, self.top_p is None or 0 < self.top_p <= 1, "above 0 and at most 1"),
+                ("top_k", self.top_k, self.top_k is None or self.top_k > 0, "above 0"),
+                (
+                    "repetition_penalty",
+                    self.repetition_penalty,
+                    self.repetition_penalty is None or self.repetition_penalty > 0,
+                    "above 0",
+                ),
+            )
+            if not good
+        ]
+        drawn = [n for n in ("temperature", "top_p", "top_k") if getattr(self, n)]
+        if self.do_sample is False and drawn:
+            wrong.append(f"{' and '.join(drawn)} say how to draw tokens, but do_sample is off")
+        if self.temperature == 0 and (self.do_sample or len(drawn) > 0):
+            wrong.append("temperature 0 takes the likeliest token, so there is nothing to draw from")
+        if wrong:
+            raise ConfigError("; ".join(wrong))
+
+    @property
+    def draws(self) -> bool:
+        """Whether tokens are drawn."""
+        if self.do_sample is not None:
+            return self.do_sample
+        return any((self.temperature, self.top_p, self.top_k))
+
+    def config(self, model: Any, tokenizer: Any) -> Any:
+        """As transformers' ``GenerationConfig``; an answer ends where the model or the tokenizer ends one."""
+        from transformers import GenerationConfig
+
+        own = getattr(model, "generation_config", None)
+        ends = getattr(own, "eos_token_id", None)
+        ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+        if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ends:
+            ends.append(tokenizer.eos_token_id)
+        settings: dict[str, Any] = {"do_sample": self.draws}
+        if self.draws:
+            # Not what the model's own configuration draws with: what is not given changes nothing.
+            settings |= {
+                "temperature": self.temperature or 1.0,
+                "top_p": self.top_p or 1.0,
+                "top_k": self.top_k or 0,
+            }
+        if self.repetition_penalty is not None:
+            settings["repetition_penalty"] = self.repetition_penalty
+        return GenerationConfig(
+            max_new_tokens=self.max_new_tokens,
+            pad_token_id=pad_token(tokenizer),
+            bos_token_id=getattr(own, "bos_token_id", None),
+            eos_token_id=ends or None,
+            **settings,
+        )
+
+
+@contextmanager
+def evaluating(model: Any, base: bool = False) -> Iterator[None]:
+    """Without dropout, and with the adapters turned off if it is the base that is asked."""
+    was_training = model.training
+    model.eval()
+    try:
+        with model.disable_adapter() if base else nullcontext():
+            yield
+    finally:
+        model.train(was_training)
+
+
+@torch.no_grad()
+def generate_answers(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[list[int]],
+    *,
+    max_new_tokens: int = 128,
+    batch_size: int = 16,
+    temperature: float = 0.0,
+    sampling: Sampling | None = None,
+    progress: Progress | None = None,
+) -> list[str]:
+    """What the model answers to tokenised prompts, batched with padding on the left.
+
+    Args:
+        model: A causal language model of transformers, adapted or not.
+        tokenizer: Its tokenizer.
+        prompts: Token ids of each prompt.
+        max_new_tokens: Longest answer.
+        batch_size: Prompts at a time, those of similar length together.
+        temperature: 0 takes the likeliest token at each step.
+        sampling: Instead of ``max_new_tokens`` and ``temperature``: all that can be chosen.
+        progress: Where to report.
+
+    Returns:
+        The answers in the order of the prompts, without special tokens.
+    """
+    config = (sampling or Sampling(max_new_tokens, temperature=temperature)).config(model, tokenizer)
+    device, pad = next(model.parameters()).device, pad_token(tokenizer)
+    answers = [""] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
+    with evaluating(model), (progress or Silent()).bar("answers", len(prompts)) as advance:
+        for start in range(0, len(order), batch_size):
+            places = order[start : start + batch_size]
+            longest = max(len(prompts[place]) for place in places)
+            gaps = [longest - len(prompts[place]) for place in places]
+            ids = [[pad] * gap + prompts[place] for gap, place in zip(gaps, places, strict=True)]
+            mask = [[0] * gap + [1] * (longest - gap) for gap in gaps]
+            out = model.generate(
+                input_ids=torch.tensor(ids, device=device),
+                attention_mask=torch.tensor(mask, device=device),
+                generation_config=config,
+            )
+            texts = tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)
+            for place, text in zip(places, texts, strict=True):
+                answers[place] = text
+            advance(len(places), "")
+    return answers
+
+
+def prompts_of(records: Records, tokenizer: Any) -> list[list[int]]:
+    """The tokens of each record's prompt, laid out as in training.
+
+    Raises:
+        DataError: Records that cannot be laid out; one error for all of them.
+    """
+    from .data.encoding import each, prompt_tokens
+
+    return list(each(records, "prompt", lambda example, form: prompt_tokens(example, tokenizer, form.joint)))
+
+
+def answer_file(
+    model: Any,
+    tokenizer: Any,
+    records: Records,
+    output: Path,
+    sampling: Sampling,
+    *,
+    seed: int = 0,
+    batch_size: int = 8,
+    made_by: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> int:
+    """Answer every record and write them with their answers as JSONL, whole or not at all.
+
+    What is answered is kept in a file beside the output until all is; the same call goes on from there.
+
+    Args:
+        model: A causal language model of transformers, adapted or not.
+        tokenizer: Its tokenizer.
+        records: Read with the purpose ``prompt``.
+        output: The file; each line is a record with ``generated_text``.
+        sampling: How tokens are chosen.
+        seed: Of drawing; each block of records draws on its own, so that a run that went on draws the same.
+        batch_size: Prompts at a time.
+        made_by: What else the answers depend on; a file begun with something else is begun anew.
+        progress: Where to report.
+
+    Returns:
+        How many answers were there from before.
+    """
+    progress = Silent() if progress is None else progress
+    prompts = prompts_of(records, tokenizer)
+    block = 8 * batch_size
+    part = output.with_name(f".{output.name}.part")
+    how = {"sampling": asdict(sampling), "seed": seed, "block": block, **(made_by or {})}
+    mark = hashlib.sha256(json.dumps([how, list(records)], sort_keys=True, default=str).encode()).hexdigest()
+    done = _begun(part, mark, block)
+    if done:
+        progress.say(f"Going on after {done} answers from before, in {part}")
+    with open(part, "a" if done else "w", encoding="utf-8", newline="") as file:
+        if not done:
+            _write(file, [{"begun": mark}])
+        with progress.bar("answers", len(records)) as advance:
+            advance(done, "")
+            for start in range(done, len(records), block):
+                torch.manual_seed(seed + start)
+                chosen = prompts[start : start + block]
+                answers = generate_answers(
+                    model,
+                    tokenizer,
+                    chosen,
+                    sampling=sampling,
+                    batch_size=batch_size,
+                    progress=_Onward(progress, advance),
+                )
+                found = zip(records[start : start + block], answers, strict=True)
+                _write(file, [{**record, ANSWER: answer} for record, answer in found])
+    _without_first_line(part, output)
+    return done
+
+
+class _Onward:
+    """Reports the steps of a part to the bar of the whole."""
+
+    def __init__(self, progress: Progress, advance: Callable[[int, str], None]) -> None:
+        self.say, self._advance = progress.say, advance
+
+    @contextmanager
+    def bar(self, title: str, total: int) -> Iterator[Callable[[int, str], None]]:
+        """The bar of the whole."""
+        yield self._advance
+
+
+def _write(file: IO[str], records: Sequence[Mapping[str, Any]]) -> None:
+    for record in records:
+        file.write(json.dumps(record, ensure_ascii=False, default=str) + "\n")
+    file.flush()
+
+
+def _begun(part: Path, mark: str, block: int) -> int:
+    """How many answers of whole blocks a file holds that was begun alike; what follows them is cut off."""
+    try:
+        lines = part.read_bytes().split(b"\n")
+        begun = json.loads(lines[0])
+    except (OSError, ValueError):
+        return 0
+    if not isinstance(begun, dict) or begun.get("begun") != mark:
+        return 0
+    done = (len(lines) - 2) // block * block
+    if done > 0:
+        with open(part, "r+b") as file:
+            file.truncate(sum(len(line) + 1 for line in lines[: done + 1]))
+    return max(done, 0)
+
+
+def _without_first_line(part: Path, output: Path) -> None:
+    """The finished file in place of the unfinished one."""
+    whole = output.with_name(f".{output.name}.whole")
+    try:
+        with open(part, "rb") as source, open(whole, "wb") as target:
+            source.readline()
+            while piece := source.read(1 << 20):
+                target.write(piece)
+            target.flush()
+            os.fsync(target.fileno())
+        whole.replace(output)
+    except OSError:
+        whole.unlink(missing_ok=True)
+        raise
+    part.unlink()
+
+
+def check_answer_file(output: Path) -> None:
+    """Raise unless a file for answers can be made; before any model is loaded.
+
+    Raises:
+        VeneerError: It is there already, or its directory is not.
+    """
+    if output.is_dir():
+        raise VeneerError(f"{output} is a directory; name a file for the answers")
+    if output.exists():
+        raise VeneerError(f"{output} exists; name another file for the answers, or remove it")
+    if not output.parent.is_dir():
+        raise VeneerError(f"the directory {output.parent} for the answers does not exist")
+    if not os.access(output.parent, os.W_OK):
+        raise VeneerError(f"cannot write to the directory {output.parent}")

@@ -1,0 +1,216 @@
+"""How good an adapted model is on data, beside its base: loss, perplexity, exact match; accuracy."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from .data import Collator, Form, LabelCollator, Records, encode, encode_classification, pad_token
+from .data.encoding import each, last_turn, prompt_tokens
+from .evaluate import answer_loss
+from .generation import Sampling, evaluating, generate_answers
+from .progress import Progress, Silent
+
+
+@dataclass(frozen=True)
+class Score:
+    """What one model reaches.
+
+    Attributes:
+        loss: Mean negative log-likelihood of an answer's token, or of the right class (natural logarithm).
+        perplexity: ``exp(loss)`` of a language model; None where it is too large for a float.
+        exact: How many answers are the expected text, but for space around it.
+        correct: How many classes are right.
+    """
+
+    loss: float
+    perplexity: float | None = None
+    exact: int | None = None
+    correct: int | None = None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """An adapter on data.
+
+    Attributes:
+        adapter: With the adapter.
+        base: Without it; None for a classifier, whose head belongs to the adapter.
+        examples: How many the loss is of.
+        tokens: How many tokens the loss is of, for a language model.
+        asked: How many answers exact match is of.
+        commonest: Share of the commonest class: what guessing reaches.
+        notes: What to say about the data.
+    """
+
+    adapter: Score
+    base: Score | None
+    examples: int
+    tokens: int | None = None
+    asked: int | None = None
+    commonest: float | None = None
+    notes: tuple[str, ...] = ()
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything that was measured, for programs."""
+        whole = {name: value for name, value in asdict(self).items() if name != "notes" and value is not None}
+        for name in ("base", "adapter"):
+            if name in whole:
+                whole[name] = {measure: value for measure, value in whole[name].items() if value is not None}
+        return whole
+
+    def table(self) -> list[tuple[str, str, str]]:
+        """Rows of (measure, reference, adapter); the reference is the base, or guessing for a classifier."""
+        if self.base is None:
+            guess, right = f"{self.commonest:.1%}", self.adapter.correct or 0
+            share = f"{right}/{self.examples} ({right / self.examples:.1%})"
+            return [("accuracy", guess, share), ("loss", "", f"{self.adapter.loss:.4f}")]
+        both = (self.base, self.adapter)
+        rows = [
+            ("loss", *(f"{score.loss:.4f}" for score in both)),
+            ("perplexity", *(_short(score.perplexity) for score in both)),
+        ]
+        if self.asked:
+            rows.append(
+                (
+                    "exact match",
+                    *(f"{s.exact}/{self.asked} ({(s.exact or 0) / self.asked:.1%})" for s in both),
+                )
+            )
+        return [(name, base, adapter) for name, base, adapter in rows]
+
+
+def _short(perplexity: float | None) -> str:
+    return (
+        "too large"
+        if perplexity is None
+        else f"{perplexity:.2f}"
+        if perplexity < 1e6
+        else f"{perplexity:.2e}"
+    )
+
+
+def compare(
+    model: Any,
+    tokenizer: Any,
+    records: Records,
+    *,
+    max_length: int = 1024,
+    batch_size: int = 8,
+    exact_match: bool = True,
+    progress: Progress | None = None,
+) -> Comparison:
+    """Loss, perplexity and exact match of an adapted language model and of its base.
+
+    The answer that exact match looks at is the last of a record, given all before it; nothing is drawn. It
+    ends one token after the longest expected answer, since a longer one cannot be the expected one.
+
+    Args:
+        model: From `load_adapted`.
+        tokenizer: Its tokenizer.
+        records: Read with the purpose ``sft``.
+        max_length: Where examples are cut for the loss.
+        batch_size: Examples at a time.
+        exact_match: Generate answers, too; that takes longest. Plain text has none.
+        progress: Where to report.
+
+    Raises:
+        DataError: Records that cannot be laid out; one error for all of them.
+    """
+    encoded = encode(records, tokenizer, max_length)
+    turns = [turn for turn in each(records, "sft", partial(_asked, tokenizer=tokenizer)) if turn is not None]
+    prompts, wanted = [prompt for prompt, _ in turns] if exact_match else [], [answer for _, answer in turns]
+    longest = max((len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in wanted), default=0)
+    progress = Silent() if progress is None else progress
+    scores = []
+    for name in ("base", "adapter"):
+        with evaluating(model, base=name == "base"):
+            progress.say(f"Measuring the {name}")
+            loss = answer_loss(model, encoded.rows, Collator(pad_token(tokenizer)), batch_size, progress)
+            exact = None
+            if prompts:
+                sampling = Sampling(max_new_tokens=longest + 1)
+                answers = generate_answers(
+                    model, tokenizer, prompts, sampling=sampling, batch_size=batch_size, progress=progress
+                )
+                exact = sum(a.strip() == b for a, b in zip(answers, wanted, strict=True))
+            scores.append(Score(loss, perplexity_of(loss), exact))
+    return Comparison(
+        adapter=scores[1],
+        base=scores[0],
+        examples=len(encoded.rows),
+        tokens=encoded.learned,
+        asked=len(prompts) or None,
+        notes=tuple(encoded.lines()),
+    )
+
+
+def _asked(example: dict[str, Any], form: Form, tokenizer: Any) -> tuple[list[int], str] | None:
+    turn = last_turn(example)
+    if turn is None:
+        return None
+    prompt, answer = turn
+    return prompt_tokens(prompt, tokenizer, form.joint), answer.strip()
+
+
+def perplexity_of(loss: float) -> float | None:
+    """exp(loss), None where that is too large for a float."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return None
+
+
+@torch.no_grad()
+def accuracy(
+    model: Any,
+    tokenizer: Any,
+    records: Records,
+    label_names: Sequence[str],
+    *,
+    max_length: int = 512,
+    batch_size: int = 8,
+    progress: Progress | None = None,
+) -> Comparison:
+    """Loss and right classes of an adapted classifier.
+
+    Args:
+        model: From `load_adapted`.
+        tokenizer: Its tokenizer.
+        records: Read with the purpose ``classification``.
+        label_names: Names of the classes in the order in which the model was trained on them.
+        max_length: Where texts are cut.
+        batch_size: Texts at a time.
+        progress: Where to report.
+
+    Raises:
+        DataError: Records that cannot be used, or classes that the model does not know.
+    """
+    encoded = encode_classification(records, tokenizer, max_length, label_names)
+    collator, device = LabelCollator(pad_token(tokenizer)), next(model.parameters()).device
+    rows = sorted(encoded.rows, key=lambda row: len(row["input_ids"]))
+    loss, correct = 0.0, 0
+    with evaluating(model), (progress or Silent()).bar("texts", len(rows)) as advance:
+        for start in range(0, len(rows), batch_size):
+            chosen = rows[start : start + batch_size]
+            batch = {name: value.to(device) for name, value in collator(chosen).items()}
+            labels = batch.pop("labels")
+            logits = model(**batch).logits.float()
+            loss += float(nn.functional.cross_entropy(logits, labels, reduction="sum"))
+            correct += int((logits.argmax(-1) == labels).sum())
+            advance(len(chosen), "")
+    commonest = max(Counter(row["labels"] for row in rows).values()) / len(rows)
+    return Comparison(
+        adapter=Score(loss / len(rows), correct=correct),
+        base=None,
+        examples=len(rows),
+        commonest=commonest,
+        notes=tuple(encoded.lines()),
+    )

@@ -1,0 +1,100 @@
+"""`veneer eval`: base beside adapter, as a table and as JSON; a classifier's accuracy."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.unit.training.tiny import RECORDS, saved_records, saved_tiny, tiny_tokenizer
+from veneer import LoraConfig, get_peft_model
+from veneer.cli import main
+from veneer.training import load_base
+
+
+def test_eval(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["eval", str(adapter), "--data", str(saved_records(tmp_path / "held.jsonl"))]
+    assert main([*words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["examples"], found["tokens"], found["asked"]) == (16, 48, 16)
+    assert found["adapter"]["loss"] < found["base"]["loss"]
+    assert found["adapter"].keys() == found["base"].keys() == {"loss", "perplexity", "exact"}
+    assert main([*words, "--no-exact-match", "--max-samples", "5"]) == 0
+    captured = capsys.readouterr()
+    assert "perplexity" in captured.out and "exact match" not in captured.out and "\x1b" not in captured.out
+    assert "columns prompt + completion" in captured.err and "the first 5 of them" in captured.err
+    assert "5 examples" in captured.err
+
+
+def test_eval_refuses_bad_data_before_the_base_is_loaded(
+    adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("veneer.training.adapters.load_base", None)
+    data = tmp_path / "data.csv"
+    for content, said in (
+        ("promt,completion\na,b\n", "'promt' should perhaps be 'prompt'"),
+        ("", "no records"),
+    ):
+        data.write_text(content)
+        assert main(["eval", str(adapter), "--data", str(data)]) == 1
+        captured = capsys.readouterr()
+        assert captured.out == "" and said in captured.err
+    for words, said in (
+        (["--data", str(data), "--batch-size", "0"], "--batch-size must be above 0"),
+        ([], "--data"),
+    ):
+        assert main(["eval", str(adapter), *words]) == 2
+        assert said in capsys.readouterr().err
+
+
+@pytest.fixture
+def classifier(tmp_path: Path) -> Path:
+    base, _ = load_base(saved_tiny(tmp_path / "base"), label_names=["odd", "even"])
+    torch.manual_seed(2)
+    config = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False, task_type="SEQ_CLS")
+    get_peft_model(base, config).save_pretrained(tmp_path / "classifier")
+    tiny_tokenizer().save_pretrained(tmp_path / "classifier")
+    (tmp_path / "classifier" / "metrics.json").write_text('{"label_names": ["odd", "even"]}')
+    return tmp_path / "classifier"
+
+
+def test_eval_of_a_classifier(classifier: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = tmp_path / "texts.csv"
+    data.write_text("text,label\n" + "".join(f"Is {n}?,{('even', 'odd')[n % 2]}\n" for n in range(7)))
+    words = ["eval", str(classifier), "--data", str(data)]
+    assert main([*words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["examples"] == 7 and 0 <= found["adapter"]["correct"] <= 7
+    assert found["commonest"] == 4 / 7 and "base" not in found
+    assert main(words) == 0
+    captured = capsys.readouterr()
+    assert "accuracy" in captured.out and "57.1%" in captured.out
+    assert "7 examples: odd 3, even 4" in captured.err
+    data.write_text("text,label\na,evn\n")
+    assert main(words) == 1
+    assert "label 'evn' is no class that is known: odd, even; perhaps 'even'" in capsys.readouterr().err
+
+
+def test_a_classifier_writes_no_text(classifier: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["generate", str(classifier), "Hello"], ["chat", str(classifier)]):
+        assert main(words) == 1
+        captured = capsys.readouterr()
+        assert captured.out == "" and "is an adapter of a classifier" in captured.err
+        assert f"veneer eval {classifier} --data FILE" in captured.err
+
+
+def test_training_and_measuring_a_classifier(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "texts.jsonl"
+    rows = [{"text": r["prompt"], "label": "high" if int(r["completion"]) > 34 else "low"} for r in RECORDS]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    place = tmp_path / "adapter"
+    words = ["--model", str(base), "--data", str(data), "--output", str(place), "--max-steps", "2"]
+    assert main(["train", *words, "--task", "seq-cls"]) == 0
+    capsys.readouterr()
+    assert json.loads((place / "metrics.json").read_text())["label_names"] == ["high", "low"]
+    assert main(["eval", str(place), "--data", str(data), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["examples"] == 16

@@ -1,0 +1,130 @@
+"""An adapter beside its base on data: the measures are those that transformers' losses and answers give."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.tolerances import assert_close
+from tests.unit.training.tiny import RECORDS, tiny_model, tiny_tokenizer
+from veneer import DataError, LoraConfig, get_peft_model
+from veneer.training import Collator, Records, encode, form_of, generate_answers, prompt_ids
+from veneer.training.scores import Comparison, Score, accuracy, compare, perplexity_of
+
+TOKENIZER = tiny_tokenizer()
+
+
+def adapted() -> Any:
+    torch.manual_seed(3)
+    config = LoraConfig(r=4, lora_alpha=6, target_modules="all-linear", init_lora_weights=False)
+    return get_peft_model(tiny_model(), config)
+
+
+def known(records: list[dict[str, Any]], purpose: Any = "sft") -> Records:
+    return Records(records, source="data", form=form_of(records, purpose))
+
+
+def test_loss_and_perplexity_of_adapter_and_base() -> None:
+    model = adapted()
+    found = compare(model, TOKENIZER, known(RECORDS), batch_size=3, exact_match=False)
+    batch = Collator(0)(encode(RECORDS, TOKENIZER).rows)
+    with torch.no_grad():
+        expected = {"adapter": model(**batch).loss, "base": tiny_model()(**batch).loss}
+    assert found.base is not None
+    for score, loss in ((found.adapter, expected["adapter"]), (found.base, expected["base"])):
+        assert_close(torch.tensor(score.loss), loss)
+        assert score.perplexity == math.exp(score.loss) and score.exact is None
+    assert (found.examples, found.tokens, found.asked) == (16, 48, None)
+    assert [row[0] for row in found.table()] == ["loss", "perplexity"]
+
+
+def test_exact_match_counts_answers_that_are_as_expected(monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = [record["completion"] for record in RECORDS]
+    answers = [["20 and more"] * 16, [*wanted[:-1], "no"]]  # of the base, of the adapter
+    monkeypatch.setattr("veneer.training.scores.generate_answers", lambda *given, **more: answers.pop(0))
+    found = compare(adapted(), TOKENIZER, known(RECORDS))
+    assert found.asked == 16 and found.base is not None
+    assert (found.base.exact, found.adapter.exact) == (0, 15)
+
+
+def test_exact_match_asks_adapter_and_base(monkeypatch: pytest.MonkeyPatch) -> None:
+    own: list[list[str]] = []
+
+    def noting(*given: Any, **more: Any) -> list[str]:
+        own.append(generate_answers(*given, **more))
+        return own[-1]
+
+    monkeypatch.setattr("veneer.training.scores.generate_answers", noting)
+    model = adapted()
+    compare(model, TOKENIZER, known(RECORDS[:3]))
+    prompts = [prompt_ids(record["prompt"], TOKENIZER) for record in RECORDS[:3]]
+    assert own[0] == generate_answers(tiny_model(), TOKENIZER, prompts, max_new_tokens=3)
+    assert own[1] == generate_answers(model, TOKENIZER, prompts, max_new_tokens=3) != own[0]
+
+
+def test_the_last_answer_of_a_conversation_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    turns = [{"role": r, "content": c} for r, c in (("user", "a"), ("assistant", "b"), ("user", "c"))]
+    record = {"messages": [*turns, {"role": "assistant", "content": " d "}]}
+    seen: list[Any] = []
+
+    def answering(model: Any, tokenizer: Any, prompts: Any, **more: Any) -> list[str]:
+        seen.append((prompts, more["sampling"].max_new_tokens))
+        return ["d\n"]
+
+    monkeypatch.setattr("veneer.training.scores.generate_answers", answering)
+    found = compare(adapted(), TOKENIZER, known([record]))
+    assert seen == [([prompt_ids(turns, TOKENIZER)], 2)] * 2
+    assert found.base is not None and found.adapter.exact == found.base.exact == 1
+    assert found.table()[2] == ("exact match", "1/1 (100.0%)", "1/1 (100.0%)")
+
+
+def test_plain_text_has_no_exact_match() -> None:
+    found = compare(adapted(), TOKENIZER, known([{"text": "Once upon a time"}]))
+    assert found.asked is None and found.adapter.exact is None
+    told = json.loads(json.dumps(found.as_json()))
+    assert told["adapter"].keys() == {"loss", "perplexity"} and "notes" not in told
+
+
+def test_perplexities_beyond_floats() -> None:
+    assert perplexity_of(0) == 1 and perplexity_of(1e4) is None
+    table = Comparison(Score(1e4, None), Score(20.0, math.exp(20.0)), 1).table()
+    assert table[1] == ("perplexity", "4.85e+08", "too large")
+
+
+def classifier() -> Any:
+    from transformers import LlamaForSequenceClassification
+
+    torch.manual_seed(0)
+    config = tiny_model().config
+    config.num_labels, config.pad_token_id = 3, 0
+    return LlamaForSequenceClassification(config).eval()
+
+
+def test_accuracy_of_a_classifier() -> None:
+    model = classifier()
+    texts = ["one", "two two", "3", "four four four", "5"]
+    with torch.no_grad():
+        logits = torch.cat([model(input_ids=torch.tensor([TOKENIZER(t)["input_ids"]])).logits for t in texts])
+    names = ["a", "b", "c"]
+    right = [names[int(n)] for n in logits.argmax(-1)]
+    wrong = [*right[:3], *(names[(names.index(name) + 1) % 3] for name in right[3:])]
+    records = known([{"text": t, "label": n} for t, n in zip(texts, wrong, strict=True)], "classification")
+    found = accuracy(model, TOKENIZER, records, names, batch_size=2)
+    assert (found.adapter.correct, found.examples, found.base) == (3, 5, None)
+    expected = torch.nn.functional.cross_entropy(logits, torch.tensor([names.index(n) for n in wrong]))
+    assert_close(torch.tensor(found.adapter.loss), expected)
+    assert found.commonest == max(wrong.count(n) for n in names) / 5
+    assert found.table()[0][2] == "3/5 (60.0%)"
+    with pytest.raises(DataError, match="label 'd' is no class"):
+        accuracy(model, TOKENIZER, known([{"text": "a", "label": "d"}], "classification"), names)
+
+
+def test_nothing_is_left_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    compare(adapted(), TOKENIZER, known(RECORDS[:2]))
+    assert not list(tmp_path.iterdir())
