@@ -1,4 +1,4 @@
-"""The only place with atol and rtol, each with its reason. Everything else is compared bit for bit.
+"""The only place with atol and rtol, each with its reason, beside those by dtype in `veneer.testing`.
 
 `rtol` is in units of the value, `atol` in units of the typical magnitude of the tensors compared (about 1
 in these tests). Choose by the dtype in which the *coarser* of the two sides computes.
@@ -6,49 +6,15 @@ in these tests). Choose by the dtype in which the *coarser* of the two sides com
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from veneer.testing.tolerances import BY_DTYPE, Tolerance, assert_close
 
-import torch
-
-
-class Tolerance(NamedTuple):
-    """How far two results may lie apart, and why that much."""
-
-    rtol: float
-    atol: float
-    reason: str
-
-    @property
-    def kwargs(self) -> dict[str, float]:
-        """For torch.testing.assert_close and torch.allclose."""
-        return {"rtol": self.rtol, "atol": self.atol}
-
-
-#: Same formula, other order of summation: a few units in the last place of sums of some hundred terms.
-BY_DTYPE: dict[torch.dtype, Tolerance] = {
-    torch.float64: Tolerance(1e-10, 1e-11, "eps 2.2e-16; sums of up to 1e3 terms, nested a few deep"),
-    torch.float32: Tolerance(1e-4, 2e-5, "eps 1.2e-7; sums of up to 1e3 terms, nested a few deep"),
-    torch.bfloat16: Tolerance(
-        2e-2, 2e-2, "eps 7.8e-3: intermediates are rounded to 8 bits, two or three times"
-    ),
-    torch.float16: Tolerance(
-        4e-3, 4e-3, "eps 9.8e-4: intermediates are rounded to 11 bits, two or three times"
-    ),
-}
+__all__ = ["BY_DTYPE", "Tolerance", "assert_close"]
 
 #: Losses of ten training steps from the same factors and data, two implementations of the same step.
 TRAINING = Tolerance(1e-4, 1e-5, "fp32 rounding differs per step and is carried on by the optimiser")
 TRAINING_BF16 = Tolerance(
     2e-2, 2e-2, "the branch's intermediates are rounded to 8 bits in one of the two; logits are bf16 in both"
 )
-
-
-def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: Tolerance | None = None) -> None:
-    """Assert equality within `tolerance`, by default that of the coarser dtype of the two."""
-    if tolerance is None:
-        coarser = max((actual.dtype, expected.dtype), key=lambda dtype: torch.finfo(dtype).eps)
-        tolerance = BY_DTYPE[coarser]
-    torch.testing.assert_close(actual, expected, **tolerance.kwargs, check_dtype=False)
 
 
 #: Singular values, norms and truncation errors from two factorisations (QR then a small SVD; a dense SVD).

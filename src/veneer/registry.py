@@ -1,17 +1,52 @@
 """Find the plug-ins of a folder; look one up by name, or by the type of a module.
 
 A layer, init, variant or backend registers itself by being defined. The folders load every module
-they contain, so adding one is adding a file.
+they contain, so adding one is adding a file. Another package's are loaded through its entry points, before
+anything is looked up for the first time.
 """
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
+import warnings
 from collections.abc import Iterable, Iterator
+from importlib.metadata import entry_points
 from typing import Generic, TypeVar
 
+from veneer.errors import VeneerWarning
+
 T = TypeVar("T")
+
+
+#: The group of entry points through which other packages name the modules that hold their plug-ins.
+PLUGINS = "veneer.plugins"
+
+
+class _Plugins:
+    loaded = False
+
+
+def load_plugins() -> None:
+    """Import what installed packages name under the entry point group ``veneer.plugins``; once.
+
+    Nothing but what is installed is ever imported: no file of an adapter can name code. A plug-in that cannot
+    be imported is warned of, and what needs it is then refused by name.
+    """
+    if _Plugins.loaded:
+        return
+    _Plugins.loaded = True
+    for entry in entry_points(group=PLUGINS):
+        try:
+            entry.load()
+        except Exception as error:
+            package = entry.dist.name if entry.dist is not None else "a package"
+            warnings.warn(
+                f"the plug-in {entry.name!r} ({entry.value}) of {package} could not be loaded and is left "
+                f"out: {type(error).__name__}: {error}",
+                VeneerWarning,
+                stacklevel=2,
+            )
 
 
 class NameRegistry(Generic[T]):
@@ -37,13 +72,16 @@ class NameRegistry(Generic[T]):
 
     def get(self, name: str) -> T | None:
         """The item of that name, or None."""
+        load_plugins()
         return self._items.get(name)
 
     def names(self) -> tuple[str, ...]:
         """All registered names, sorted."""
+        load_plugins()
         return tuple(sorted(self._items))
 
     def __iter__(self) -> Iterator[T]:
+        load_plugins()
         return iter(self._items.values())
 
 
@@ -71,6 +109,7 @@ class TypeRegistry(Generic[T]):
 
     def find(self, cls: type) -> T | None:
         """The item that serves ``cls`` or its nearest base class, or None."""
+        load_plugins()
         for base in cls.__mro__:
             item = self._items.get(f"{base.__module__}.{base.__qualname__}")
             if item is not None:
@@ -83,6 +122,7 @@ class TypeRegistry(Generic[T]):
 
     def items(self) -> Iterator[tuple[str, T]]:
         """Pairs of type name and item."""
+        load_plugins()
         return iter(self._items.items())
 
 

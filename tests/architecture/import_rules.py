@@ -34,6 +34,7 @@ RANKS: tuple[tuple[str, ...], ...] = (
     ("calibration",),
     ("integrations",),
     ("training",),
+    ("testing",),
     ("as_peft",),
     ("cli",),
 )

@@ -6,6 +6,8 @@ import contextlib
 import doctest
 import io
 import re
+import sys
+import types
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,7 +81,9 @@ def run_page(page: Path) -> None:
     A `text` block right after a Python block is that block's output; `...` in it stands for anything.
     What a page announces as a warning must come; other warnings meet the filters in force (errors in pytest).
     """
-    namespace: dict[str, object] = {"__name__": "__page__"}
+    # As a module of that name, so that classes of a page can be pickled.
+    module = sys.modules["__page__"] = types.ModuleType("__page__")
+    namespace: dict[str, object] = vars(module)
     checker = doctest.OutputChecker()
     announced = announced_warnings(page)
     with warnings.catch_warnings(record=True) as seen:

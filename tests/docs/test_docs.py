@@ -16,6 +16,7 @@ from typer.main import get_command
 
 import veneer.cli.common
 from tests.docs.pages import PAGES, ROOT, Block, blocks, prose, run_page
+from veneer.testing import registered_for_now
 
 NOT_RUN: dict[str, str] = {
     # "docs/page.md": "why its `python no-run` blocks cannot run"
@@ -43,7 +44,7 @@ def test_python_blocks_run(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, offline: None
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), registered_for_now():
         run_page(page)
 
 

@@ -242,8 +242,12 @@ def test_attributes_of_layers(kind: str) -> None:
 def test_fields_and_defaults_of_configurations() -> None:
     for name in ("LoraConfig", "LoftQConfig", "EvaConfig", "LoraRuntimeConfig"):
         ours, theirs = getattr(veneer, name), getattr(peft, name)
-        assert [f.name for f in dataclasses.fields(ours)] == [f.name for f in dataclasses.fields(theirs)]
+        # What asks for a variant of a plug-in comes after all of the field's.
+        own = ["variant", "variant_options"] if name == "LoraConfig" else []
+        names = [f.name for f in dataclasses.fields(ours)]
+        assert names == [*(f.name for f in dataclasses.fields(theirs)), *own]
         mine, its = dataclasses.asdict(ours()), dataclasses.asdict(theirs())
+        assert [mine.pop(field) for field in own] == [None, {}][: len(own)]
         # The reference notes its own version in every configuration.
         for values in (mine, its):
             values.pop("peft_version", None)

@@ -16,6 +16,8 @@ from transformers.pytorch_utils import Conv1D
 import veneer
 from tests.interop.reference import both, expect_same_model, from_reference, output, peft, quiet, stored
 from tests.tolerances import assert_close
+from veneer.testing import registered_for_now
+from veneer.variants.plain import Plain
 
 
 class One(nn.Module):
@@ -156,3 +158,17 @@ def test_bfloat16() -> None:
     for model in (ours, theirs):
         model.base_model.model.q.base_layer.to(torch.bfloat16)
     assert_close(output(ours, x.bfloat16()), output(theirs, x.bfloat16()))
+
+
+def test_a_variant_of_a_plug_in_is_refused_by_the_reference(tmp_path: Path) -> None:
+    with registered_for_now():
+
+        class Same(veneer.variants.Variant):
+            name = "same"
+            forward = Plain.forward
+            merged = Plain.merged
+
+        options = {"r": 2, "lora_alpha": 6, "target_modules": ["q"], "variant": "same"}
+        veneer.get_peft_model(One(nn.Linear(4, 3)), veneer.LoraConfig(**options)).save_pretrained(tmp_path)
+    with quiet(), pytest.raises(KeyError, match="LORA:same"):
+        peft.PeftModel.from_pretrained(One(nn.Linear(4, 3)), str(tmp_path))

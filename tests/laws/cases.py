@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 from functools import cache, partial
 from typing import Any
 
@@ -21,15 +20,18 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from tests.storages import QUANTISED, UNMERGEABLE
-from veneer import LoraConfig, VeneerWarning
+from tests.tolerances import REQUANTISED, STORED, Tolerance
+from veneer import VeneerWarning
 from veneer.backends.base import backends
 from veneer.config import LoraGAConfig
 from veneer.errors import ConfigError
 from veneer.inits.base import inits, note_statistics
 from veneer.inits.corda import context_directions
-from veneer.layers import LoraLayer, find, registry, wrap
+from veneer.layers import LoraLayer, find, registry
 from veneer.layers.making import why_not
 from veneer.spec import resolve
+from veneer.testing.made import LayerCase, Made
+from veneer.testing.made import train as train
 from veneer.variants import registry as variants
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -94,20 +96,6 @@ class ScaledEmbedding(nn.Embedding):
     def forward(self, x: Tensor) -> Tensor:
         """Scaled rows."""
         return super().forward(x) * self.embed_scale.to(self.weight.dtype)
-
-
-@dataclass(frozen=True, eq=False)
-class LayerCase:
-    """A base layer, an input for it, and what the adapter is configured with beside the defaults."""
-
-    name: str
-    base: Callable[[], nn.Module]
-    x: Callable[[], Tensor]
-    options: Mapping[str, Any] = field(default_factory=dict)
-    #: The base's own forward writes its weight (max_norm).
-    renormalises: bool = False
-    #: Its merge is refused; the reason contains this.
-    unmergeable: str = ""
 
 
 def _ints(*shape: int, high: int = 11) -> Callable[[], Tensor]:
@@ -259,20 +247,17 @@ CODED: dict[str, tuple[int, ...]] = {
 }
 
 
-@dataclass(frozen=True)
-class Combination:
+class Combination(Made):
     """One layer case under one initialisation, variant, backend and dtype."""
 
-    case: LayerCase
+    def __init__(self, case: LayerCase, init: str, variant: str, backend: str, dtype: torch.dtype) -> None:
+        super().__init__(case, {**INITS[init], **VARIANTS[variant]}, BACKENDS[backend], dtype)
+        for name, value in {"init": init, "variant": variant, "backend": backend}.items():
+            object.__setattr__(self, name, value)
+
     init: str
     variant: str
     backend: str
-    dtype: torch.dtype
-
-    def config(self, **more: Any) -> LoraConfig:
-        """``lora_alpha`` is never ``r``: a scaling of one would hide a forgotten one."""
-        options = {"r": 4, **self.case.options, **INITS[self.init], **VARIANTS[self.variant], **more}
-        return LoraConfig(lora_alpha=3 * options["r"] / 2, **options)
 
     @property
     def unmergeable(self) -> str:
@@ -284,47 +269,24 @@ class Combination:
         """Whether the base's weight is stored as codes."""
         return self.backend in CODED
 
-    def dense(self) -> nn.Module:
-        """The base as an ordinary module, frozen; the same values each time."""
-        with torch.random.fork_rng():
-            torch.manual_seed(1)
-            base = self.case.base().to(self.dtype).requires_grad_(False)
-            for parameter in base.parameters():
-                parameter.data.copy_(torch.randn(parameter.shape) * 0.3)
-        return base
+    @property
+    def stored(self) -> Tolerance | None:
+        """How far a base in that storage lies from a dense one."""
+        return STORED.get(self.backend)
+
+    @property
+    def requantised(self) -> Tolerance | None:
+        """What quantising a merged weight again costs."""
+        return REQUANTISED.get(self.backend)
 
     def base(self) -> nn.Module:
         """The base in the storage of the backend, with what its initialisation needs to know."""
-        base = BACKENDS[self.backend](self.dense())
+        base = super().base()
         if self.init in STATISTICS:
             cls = registry.find(type(base))
             assert cls is not None
             note_statistics(base, STATISTICS[self.init](cls(base), self.config().r))
         return base
-
-    def layer(self, *, trained: bool = True, **more: Any) -> LoraLayer:
-        """The adapted layer, in evaluation; with factors as training might leave them."""
-        layer = wrap(self.base().eval(), self.config(**more))
-        if trained:
-            train(layer, "default")
-        return layer
-
-    def x(self) -> Tensor:
-        """An input; the same values each time."""
-        with torch.random.fork_rng():
-            torch.manual_seed(2)
-            x = self.case.x()
-        return x.to(self.dtype) if x.is_floating_point() else x
-
-
-@torch.no_grad()
-def train(layer: nn.Module, adapter: str, seed: int = 3) -> None:
-    """Give all factors of an adapter values as training might leave them."""
-    generator = torch.Generator().manual_seed(seed)
-    for module in layer.modules():
-        if isinstance(module, LoraLayer) and adapter in module.held_adapters:
-            for parameter in module.adapter_parameters(adapter):
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
 
 
 def init_of(name: str) -> Any:

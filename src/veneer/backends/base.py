@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.errors import MergeError
+from veneer.registry import load_plugins
 
 _backends: list[Backend] = []
 _geometries: dict[str, str] = {}
@@ -128,6 +129,7 @@ def find(module: nn.Module, name: str = "weight") -> Backend:
     Raises:
         MergeError: If none does.
     """
+    load_plugins()
     for backend in _backends:
         if backend.holds(module, name):
             return backend
@@ -136,6 +138,7 @@ def find(module: nn.Module, name: str = "weight") -> Backend:
 
 def backends() -> tuple[Backend, ...]:
     """All registered backends, in the order in which they are asked."""
+    load_plugins()
     return tuple(_backends)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from veneer.config.base import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, get_peft_config
 from veneer.config.files import CONFIG_FILE, read_config_file
 from veneer.config.kinds import PeftType, TaskType
-from veneer.config.lora import LoraConfig
+from veneer.config.lora import PLUGIN_INITS, LoraConfig
 from veneer.config.parts import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig, LoraRuntimeConfig
 from veneer.config.support import init_options, unsupported_options, variants_of
 from veneer.config.values import looks_like_regex
@@ -17,6 +17,7 @@ from veneer.config.values import looks_like_regex
 __all__ = [
     "CONFIG_FILE",
     "PEFT_TYPE_TO_CONFIG_MAPPING",
+    "PLUGIN_INITS",
     "CordaConfig",
     "EvaConfig",
     "LoftQConfig",

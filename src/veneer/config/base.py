@@ -199,6 +199,8 @@ class PeftConfig:
         known = {f.name for f in dataclasses.fields(target) if f.init}
         _mention_newer_version(values.get("peft_version"))
         accepted = {k: v for k, v in values.items() if k in known and k != "runtime_config"}
+        if values.get("variant") and "peft_type" in accepted:
+            accepted["peft_type"] = str(accepted["peft_type"]).removesuffix(f":{values['variant']}")
         accepted = {k: v for k, v in accepted.items() if v is not None or k not in (*FLAGS, "inference_mode")}
         refused = [k for k, v in values.items() if k not in known and not _is_harmless(k, v)]
         unknown = ", ".join(unknown_option(str(k), known) + f" = {check.show(values[k])}" for k in refused)
@@ -335,6 +337,8 @@ def _is_harmless(name: object, value: Any) -> bool:
 
 def _class_for(cls: type[PeftConfig], values: Mapping[str, Any]) -> type[PeftConfig]:
     name = values.get("peft_type")
+    if isinstance(name, str) and values.get("variant"):
+        name = name.removesuffix(f":{values['variant']}")
     if name is None:
         if cls in PEFT_TYPE_TO_CONFIG_MAPPING.values():
             return cls

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,8 +23,15 @@ from veneer.config.parts import (
     part_problem,
 )
 from veneer.config.spelling import names_unknown_options
+from veneer.registry import load_plugins
 
+_PISSA = "pissa_niter_<number>"
 _INITS = ("gaussian", "loftq", "pissa", "olora", "eva", "corda", "orthogonal", "lora_ga", "mica")
+
+
+#: Initialisations besides those of the field, by name, entered by who has them: whether what is saved depends
+#: on the name, because the base was replaced.
+PLUGIN_INITS: dict[str, bool] = {}
 
 
 _VARIANT_DICTS = ("velora_config", "monteclora_config", "use_bdlora", "arrow_config", "kasa_config")
@@ -61,6 +69,9 @@ class LoraConfig(PeftConfig):
         use_bdlora, arrow_config, kasa_config: Variants of the update; see :func:`veneer.spec.variant_name`.
         megatron_config, megatron_core, trainable_token_indices, layer_replication, target_parameters,
         ensure_weight_tying: See :func:`unsupported_options`.
+        variant: The name of a variant of the update that a plug-in has; the field's own have options of
+            their own. Saved with it, the adapter is refused by readers that cannot compute it.
+        variant_options: The options of that variant, JSON values.
         runtime_config: Options of the running process.
 
     Raises:
@@ -105,6 +116,31 @@ class LoraConfig(PeftConfig):
     arrow_config: dict[str, Any] | None = None
     kasa_config: dict[str, Any] | None = None
     ensure_weight_tying: bool = False
+    variant: str | None = None
+    variant_options: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field and its value, as the field's libraries know them; those of plug-ins only in use."""
+        values = super().to_dict()
+        if self.variant is None:
+            del values["variant"], values["variant_options"]
+        return values
+
+    def to_json(
+        self, *, target_modules: Iterable[str] | None = None, inference_mode: bool | None = True
+    ) -> dict[str, Any]:
+        """The content of ``adapter_config.json``; see :meth:`PeftConfig.to_json`.
+
+        A variant of a plug-in makes another ``peft_type`` of it, which readers without the plug-in refuse. An
+        initialisation of a plug-in is left out where the saved factors say all.
+        """
+        values = super().to_json(target_modules=target_modules, inference_mode=inference_mode)
+        if self.variant is not None:
+            values["peft_type"] = f"{values['peft_type']}:{self.variant}"
+        init = init_name(self.init_lora_weights)
+        if isinstance(init, str) and init not in _INITS and PLUGIN_INITS.get(init) is False:
+            values["init_lora_weights"] = True
+        return values
 
     def _normalise(self) -> None:
         super()._normalise()
@@ -119,7 +155,7 @@ class LoraConfig(PeftConfig):
         for name in ("exclude_modules", "layers_pattern"):
             if getattr(self, name) in ("", []):
                 setattr(self, name, None)
-        for name in ("rank_pattern", "alpha_pattern", "loftq_config"):
+        for name in ("rank_pattern", "alpha_pattern", "loftq_config", "variant_options"):
             if getattr(self, name) is None:
                 setattr(self, name, {})
         for name in _VARIANT_DICTS:
@@ -184,8 +220,9 @@ class LoraConfig(PeftConfig):
             not isinstance(init, bool)
             and init not in _INITS
             and not re.fullmatch(r"pissa_niter_\d{1,4}", str(init))
+            and not _is_plugin_init(init)
         ):
-            known = ("True", "False", *_INITS, "pissa_niter_<number>")
+            known = ("True", "False", *_INITS, *sorted({*PLUGIN_INITS}.difference(_INITS)), _PISSA)
             found += check.choice("init_lora_weights", self.init_lora_weights, known)
         for name, kind in PARTS.items():
             value = getattr(self, name)
@@ -206,7 +243,12 @@ class LoraConfig(PeftConfig):
         return found
 
     def _rare_problems(self) -> list[str]:
-        found = check.text("megatron_core", self.megatron_core)
+        found = check.text("megatron_core", self.megatron_core) + check.text("variant", self.variant)
+        options: Any = self.variant_options
+        if not isinstance(options, dict):
+            found.append(f"variant_options must be a dictionary, got {check.show(options)}")
+        elif self.variant_options and self.variant is None:
+            found.append("variant_options without a variant have no effect")
         for name in (*_VARIANT_DICTS, "megatron_config"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, dict):
@@ -255,6 +297,12 @@ class LoraConfig(PeftConfig):
             if getattr(self, name) and init_name(self.init_lora_weights) != init:
                 found.append(f"{name} has no effect without init_lora_weights={init!r}")
         return found
+
+
+def _is_plugin_init(init: str) -> bool:
+    if init not in PLUGIN_INITS:
+        load_plugins()
+    return init in PLUGIN_INITS
 
 
 PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.LORA] = LoraConfig

@@ -31,7 +31,7 @@ def variants_of(config: LoraConfig) -> list[str]:
         "kasa": config.kasa_config is not None,
         "monteclora": config.monteclora_config is not None,
     }
-    return [name for name, wanted in asked.items() if wanted]
+    return [name for name, wanted in asked.items() if wanted] + ([config.variant] if config.variant else [])
 
 
 _VARIANT_OPTIONS = {
@@ -60,6 +60,14 @@ def unsupported_options(
         Sentences for people; empty when all of it can be done.
     """
     asked = variants_of(config)
+    if config.variant in ("plain", *_VARIANT_OPTIONS):
+        way_out = _VARIANT_OPTIONS.get(config.variant, "no option at all")
+        return [f"variant={config.variant!r} is asked for by {way_out}; variant names those of plug-ins"]
+    if config.variant and config.variant not in variants:
+        return [
+            f"variant={config.variant!r} belongs to a plug-in that is not here: install its package, or "
+            "import the module that defines it"
+        ]
     found = [
         f"{_VARIANT_OPTIONS[name]} asks for the variant {name!r}, which does not exist here yet"
         for name in asked

@@ -13,7 +13,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from veneer.config import PLUGIN_INITS
 from veneer.errors import ConfigError
+from veneer.registry import load_plugins
 from veneer.spec import LoraSpec
 
 _inits: list[Init] = []
@@ -118,7 +120,14 @@ class Init(abc.ABC):
     measured_by: ClassVar[str] = ""
 
     def __init_subclass__(cls) -> None:
+        if taken := [n for init in _inits for n in init.names if n in cls.names]:
+            raise ValueError(
+                f"init_lora_weights={taken[0]!r} is registered twice, the second time by {cls!r}"
+            )
         _inits.append(cls())
+        for name in cls.names:
+            if isinstance(name, str):
+                PLUGIN_INITS.setdefault(name.lower(), cls.replaces_base or cls.subtracts_start)
 
     def claims(self, value: bool | str) -> bool:
         """Whether this value of ``init_lora_weights`` asks for this initialisation."""
@@ -149,17 +158,20 @@ def find(value: bool | str) -> Init:
     Raises:
         ConfigError: If there is none.
     """
+    load_plugins()
     for init in _inits:
         if init.claims(value):
             return init
     known = ", ".join(repr(name) for init in _inits for name in init.names)
     raise ConfigError(
-        f"init_lora_weights={value!r} is not an initialisation of this version of Veneer; it has: {known}"
+        f"init_lora_weights={value!r} is not an initialisation of this version of Veneer or of an "
+        f"imported plug-in; there are: {known}"
     )
 
 
 def inits() -> tuple[Init, ...]:
     """All registered initialisations."""
+    load_plugins()
     return tuple(_inits)
 
 

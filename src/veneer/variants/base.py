@@ -120,8 +120,11 @@ class Variant(abc.ABC):
         registry.add(cls.name, cls())
 
     def options(self, config: LoraConfig) -> Mapping[str, Any]:
-        """What this variant needs of the configuration at run time; kept in ``spec.variant_options``."""
-        return {}
+        """What this variant needs of the configuration at run time; kept in ``spec.variant_options``.
+
+        A plug-in's own options come in ``config.variant_options``; refuse wrong ones with a `ConfigError`.
+        """
+        return config.variant_options
 
     def refuses(self, spec: LoraSpec, layer_type: str) -> str | None:
         """Why this variant cannot serve the spec on that type of layer, or None."""
