@@ -12,6 +12,7 @@ from .fields import check_dtype
 
 if TYPE_CHECKING:
     from ..model import MergeReport
+    from ..training import Progress
 
 #: Share of the update below which losing the rest is worth a warning.
 WORTH_SAYING = 0.9
@@ -41,6 +42,12 @@ def merge(
         bool,
         typer.Option("--overwrite-output-dir", help="Replace the model in a directory that holds files."),
     ] = False,
+    low_memory: Annotated[
+        bool,
+        typer.Option(
+            "--low-memory", help="Go from file to file, one tensor in memory at a time; for plain adapters."
+        ),
+    ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the report as JSON, with every module's share.")
     ] = False,
@@ -52,18 +59,20 @@ def merge(
     """
     check_dtype(dtype)
     from ..training import Terminal
-    from ..training.adapters import check_not_a_source, load_adapted, save_merged
+    from ..training.adapters import check_not_a_source
     from ..training.models import directory_bytes
     from ..training.places import check_replaceable
 
     progress = Terminal()
     check_not_a_source(output, adapter)
     check_replaceable(output, overwrite_output_dir)
-    adapted, tokenizer = load_adapted(adapter_place(adapter), model, dtype)
-    check_not_a_source(output, getattr(adapted.config, "_name_or_path", ""))
-    progress.say(f"Merging {adapter} and writing {output}")
-    stored = str(adapted.dtype).removeprefix("torch.")
-    report = save_merged(adapted, tokenizer, output, untie=untie, overwrite=overwrite_output_dir)
+    place = adapter_place(adapter)
+    if low_memory:
+        if untie:
+            raise typer.BadParameter("--untie needs the model in memory: leave --low-memory out")
+        report, stored = _from_file_to_file(place, output, model, dtype, overwrite_output_dir, progress)
+    else:
+        report, stored = _in_memory(place, output, model, dtype, overwrite_output_dir, untie, progress)
     weights = directory_bytes(output, "*.safetensors")
     if report.mean < WORTH_SAYING:
         progress.say(
@@ -76,6 +85,48 @@ def merge(
         return
     _show(report, stored)
     print(f"model ({size(weights)}): {output}")
+
+
+def _in_memory(
+    adapter: Path,
+    output: Path,
+    model: str | None,
+    dtype: str,
+    overwrite: bool,
+    untie: bool,
+    progress: Progress,
+) -> tuple[MergeReport, str]:
+    """What was kept, and the type of the merged weights."""
+    from ..training.adapters import check_not_a_source, load_adapted, save_merged
+
+    adapted, tokenizer = load_adapted(adapter, model, dtype)
+    check_not_a_source(output, getattr(adapted.config, "_name_or_path", ""))
+    progress.say(f"Merging {adapter} and writing {output}")
+    stored = str(adapted.dtype).removeprefix("torch.")
+    return save_merged(adapted, tokenizer, output, untie=untie, overwrite=overwrite), stored
+
+
+def _from_file_to_file(
+    adapter: Path, output: Path, model: str | None, dtype: str, overwrite: bool, progress: Progress
+) -> tuple[MergeReport, str]:
+    """What was kept, and the type of the merged weights."""
+    from ..training.adapters import check_not_a_source
+    from ..training.merge_files import base_directory, merge_files
+
+    base = base_directory(adapter, model)
+    check_not_a_source(output, str(base))
+    progress.say(f"Merging {adapter} into the files of {base} and writing {output}")
+    with progress.bar("tensors", 100) as advance:
+        done = 0
+
+        def tell(count: int, total: int) -> None:
+            nonlocal done
+            share = 100 * count // total
+            advance(share - done, "")
+            done = share
+
+        report = merge_files(adapter, base, output, dtype, overwrite, tell)
+    return report, "the stored types" if dtype == "auto" else dtype
 
 
 def _show(report: MergeReport, stored: str) -> None:

@@ -114,3 +114,20 @@ def test_shared_weights_are_named_with_the_flag(
     assert "lm_head" in error and "embed_tokens" in error and "--untie" in error and "=True" not in error
     assert not (tmp_path / "merged").exists()
     assert main([*words, "--untie"]) == 0
+
+
+def test_from_file_to_file(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [
+        "merge",
+        str(adapter),
+        "--low-memory",
+        "--dtype",
+        "bfloat16",
+        "--output",
+        str(tmp_path / "merged"),
+    ]
+    assert main([*words, "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["kept"]["modules"]) == 14
+    assert (tmp_path / "merged" / "tokenizer.json").is_file()
+    assert main([*words, "--untie", "--overwrite-output-dir"]) == 2
+    assert "--untie" in capsys.readouterr().err

@@ -1,0 +1,295 @@
+"""Merging from file to file: one tensor in memory at a time, however large the model is."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from ..checkpoint import AdapterFile, compare_fingerprints, fingerprint
+from ..config import LoraConfig
+from ..errors import AdapterFileError, BaseMismatchError, MergeError, TrainingError
+from ..model import MergeReport
+from ..ops.merging import merge_into_
+from ..spec import LoraSpec, variant_name
+from ..state import FINGERPRINT
+from .adapters import factor_names, open_lora
+from .models import looks_local, require
+from .places import check_room, replacing
+
+ONE, INDEX = "model.safetensors", "model.safetensors.index.json"
+#: Names of the types in a safetensors header; only these can take an update.
+NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+TYPES = {name: dtype for dtype, name in NAMES.items()}
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack", ".index.json")
+_TOKENIZER = ("tokenizer", "special_tokens", "vocab", "merges", "chat_template", "added_tokens")
+WAY_OUT = "Merge it with the whole model in memory instead (without --low-memory)."
+
+
+@dataclass(frozen=True)
+class _Update:
+    """One module's update, not read yet."""
+
+    path: str
+    a: str
+    b: str
+    scaling: float
+    transpose: bool
+
+
+def merge_files(
+    adapter: str | os.PathLike[str],
+    base: str | os.PathLike[str],
+    place: Path,
+    dtype: str = "auto",
+    overwrite: bool = False,
+    tell: Callable[[int, int], None] | None = None,
+) -> MergeReport:
+    """Merge an adapter into a base model's safetensors files, shard by shard, into a new directory.
+
+    No model is made: for each tensor ``W`` of a shard that has an update, ``W + s·B A`` is formed in float32,
+    rounded once and written. The largest tensor is what has to fit into memory.
+
+    Args:
+        adapter: Directory of the adapter.
+        base: Directory of the base model, as transformers saves it.
+        place: Directory to write; it appears whole or not at all.
+        dtype: ``auto`` (as it is stored), ``float32``, ``bfloat16`` or ``float16``.
+        overwrite: Replace the model in a directory that holds files already.
+        tell: Called with (how many tensors are written, how many there are).
+
+    Returns:
+        The share of the update that each module kept.
+
+    Raises:
+        AdapterFileError: The adapter is missing, broken, or no LoRA.
+        MergeError: What can only be merged in a model: other variants than the plain one, modules saved
+            whole, biases, convolutions, quantised bases, shared weights, names that the files do not have.
+        BaseMismatchError: The adapter was made on another base model.
+    """
+    base = Path(base)
+    config, file, specs = open_lora(adapter)
+    shards = _shards(base)
+    headers = {shard: _header(base / shard) for shard in shards}
+    where = {name: shard for shard, header in headers.items() for name in header}
+    updates = _updates(base, config, file, specs, {n: headers[s][n] for n, s in where.items()})
+    target = None if dtype == "auto" else getattr(torch, dtype)
+    layouts = {shard: _layout(header, target) for shard, header in headers.items()}
+    total = sum(size for _, size in layouts.values())
+    _check_base(base, file, updates, where)
+    check_room(place, total)
+    kept: dict[str, float] = {}
+    written = 0
+    with replacing(place, overwrite) as made:
+        for shard in shards:
+            with safe_open(base / shard, framework="pt") as source, (made / shard).open("wb") as out:
+                out.write(_packed(layouts[shard][0]))
+                for name in headers[shard]:
+                    tensor = source.get_tensor(name)
+                    if name in updates:
+                        tensor, kept[updates[name].path] = _merged(tensor, updates[name], file, target)
+                    elif target is not None and tensor.is_floating_point():
+                        tensor = tensor.to(target)
+                    out.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+                    written += 1
+                    if tell is not None:
+                        tell(written, len(where))
+        _others(base, Path(adapter), made, target, total if (base / INDEX).is_file() else None)
+    return MergeReport({path: kept[path] for path in specs})
+
+
+def base_directory(adapter: str | os.PathLike[str], base: str | None = None) -> Path:
+    """The directory of an adapter's base model; one of the hub is fetched, weights as safetensors.
+
+    Args:
+        adapter: Directory of the adapter.
+        base: Directory or hub id; what the adapter names when None.
+
+    Raises:
+        AdapterFileError: The adapter names no base, and none is given.
+        TrainingError: The base is not there, or cannot be fetched.
+    """
+    named = base or open_lora(adapter)[0].base_model_name_or_path
+    if not named:
+        raise AdapterFileError(f"the adapter {adapter} does not name its base model: say which with --model")
+    if (Path(named) / "config.json").is_file():
+        return Path(named)
+    if looks_local(named):
+        raise TrainingError(f"no model at {named}: there is no config.json. Say where it is with --model.")
+    require("huggingface_hub", "hf", "fetching a model")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(
+                named, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
+            )
+        )
+    except (OSError, ValueError) as error:
+        raise TrainingError(f"the model {named!r} cannot be fetched: {error}") from error
+
+
+def _merged(
+    tensor: Tensor, update: _Update, file: AdapterFile, target: torch.dtype | None
+) -> tuple[Tensor, float]:
+    factors = file.tensors([update.a, update.b])
+    # A copy: what safetensors gives may be the file itself.
+    weight = tensor.to(target or tensor.dtype, copy=True)
+    terms = [(factors[update.b], factors[update.a], update.scaling)]
+    return weight, merge_into_(weight, terms, transpose=update.transpose)
+
+
+def _shards(base: Path) -> list[str]:
+    if (base / ONE).is_file():
+        return [ONE]
+    if not (base / INDEX).is_file():
+        raise MergeError(f"{base} holds neither {ONE} nor {INDEX}; merging file to file needs one. {WAY_OUT}")
+    try:
+        names = set(json.loads((base / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, LookupError, AttributeError) as error:
+        raise MergeError(f"{base / INDEX} is damaged: {error}") from error
+    missing = [name for name in names if Path(name).name != name or not (base / name).is_file()]
+    if missing:
+        raise MergeError(f"{base} lacks {', '.join(sorted(map(str, missing))[:3])}, which its index names")
+    return sorted(names)
+
+
+def _header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Type and shape of each tensor of a file, in the order of its bytes."""
+    with safe_open(path, framework="pt") as source:  # reads nothing but checks all of it
+        names = list(source.offset_keys())
+        slices = {name: source.get_slice(name) for name in names}
+        return {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
+
+
+def _updates(
+    base: Path,
+    config: LoraConfig,
+    file: AdapterFile,
+    specs: Mapping[str, LoraSpec],
+    stored: Mapping[str, tuple[str, tuple[int, ...]]],
+) -> dict[str, _Update]:
+    """Name of a stored tensor -> its update; refuses everything at once, before anything is written."""
+    keys, others = factor_names(file)
+    problems = []
+    if variant_name(config) != "plain":
+        problems.append(f"the adapter is a {variant_name(config)}, whose update is no product of two factors")
+    if others:
+        problems.append(f"it holds {len(others)} tensors beside its factors, such as {others[0]}")
+    if config.target_parameters or config.layer_replication:
+        problems.append("it adapts bare parameters or replicated layers")
+    text = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    if text.get("quantization_config"):
+        problems.append("the base is stored quantised")
+    found: dict[str, _Update] = {}
+    for path, roles in keys.items():
+        lookup = "lora_embedding_A" in roles["A"]
+        name = _stored_name(path, stored)
+        if name is None:
+            problems.append(
+                f"{path}: the base's files have no such weight (its name changes on loading, or it is shared)"
+            )
+            continue
+        kind, shape = stored[name]
+        a, b = file.shapes[roles["A"]], file.shapes[roles["B"]]
+        transpose = lookup or config.fan_in_fan_out
+        if len(a) != 2 or len(shape) != 2 or shape != ((a[1], b[0]) if transpose else (b[0], a[1])):
+            problems.append(f"{path}: factors {a} and {b} do not make an update of the stored shape {shape}")
+        elif kind not in TYPES:
+            problems.append(f"{path}: its weight is stored as {kind}")
+        elif text.get("tie_word_embeddings") and "embed" in name and "lm_head.weight" not in stored:
+            problems.append(f"{path}: its weight may be that of the output layer, too")
+        else:
+            found[name] = _Update(path, roles["A"], roles["B"], specs[path].scaling, transpose)
+    if problems:
+        more = [f"and {len(problems) - 5} more"] if len(problems) > 5 else []
+        lines = "".join(f"\n  - {line}" for line in [*problems[:5], *more])
+        raise MergeError(f"{file.path.parent} cannot be merged file to file:{lines}\n{WAY_OUT}")
+    return found
+
+
+def _check_base(
+    base: Path, file: AdapterFile, updates: Mapping[str, _Update], where: Mapping[str, str]
+) -> None:
+    """Refuse a base of the right shapes that is another model; the adapter carries samples of its own."""
+    try:
+        saved = json.loads(file.metadata[FINGERPRINT])
+        sampled = set(saved["samples"])
+    except (LookupError, ValueError, TypeError):  # an adapter of another library has none
+        return
+    weights = {}
+    for name, update in updates.items():
+        if update.path in sampled:
+            with safe_open(base / where[name], framework="pt") as source:
+                weights[update.path] = source.get_tensor(name)
+    compared = compare_fingerprints(saved, fingerprint(None, saved.get("vocab_size"), weights))
+    if weights and compared.severity == "wrong":
+        raise BaseMismatchError(
+            f"{file.path.parent} was made on another base model than {base}: {'; '.join(compared.problems)}"
+        )
+
+
+def _stored_name(path: str, stored: Mapping[str, Any]) -> str | None:
+    """The stored name of a module's weight; transformers saves some models without their outer prefix."""
+    inner = path.partition(".")[2]
+    found = [name for name in (f"{path}.weight", f"{inner}.weight") if name in stored]
+    return found[0] if found else None
+
+
+def _layout(
+    header: Mapping[str, tuple[str, tuple[int, ...]]], target: torch.dtype | None
+) -> tuple[dict[str, Any], int]:
+    """The header of the new shard, and how many bytes its tensors take."""
+    layout: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name, (kind, shape) in header.items():
+        new = NAMES[target] if target is not None and kind in TYPES else kind
+        end = at + math.prod(shape) * _width(new)
+        layout[name] = {"dtype": new, "shape": list(shape), "data_offsets": [at, end]}
+        at = end
+    return layout, at
+
+
+def _width(kind: str) -> int:
+    if kind == "BOOL":
+        return 1
+    return int("".join(c for c in kind.split("_")[0] if c.isdigit())) // 8
+
+
+def _packed(layout: Mapping[str, Any]) -> bytes:
+    text = json.dumps(layout, separators=(",", ":")).encode()
+    text = text.ljust(-(-len(text) // 8) * 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def _others(base: Path, adapter: Path, made: Path, target: torch.dtype | None, total: int | None) -> None:
+    """Configuration, tokenizer and the like; the adapter's own tokenizer goes before the base's."""
+    own = (adapter / "tokenizer_config.json").is_file()
+    for source in (base, adapter):
+        for file in source.iterdir():
+            tokenizer = file.name.startswith(_TOKENIZER)
+            wanted = tokenizer and own == (source == adapter) if tokenizer else source == base
+            skipped = file.name.startswith((".", "README", "adapter_")) or file.name.endswith(_WEIGHTS)
+            if file.is_file() and wanted and not skipped:
+                shutil.copy2(file, made / file.name)
+    if target is not None:
+        config = json.loads((made / "config.json").read_text(encoding="utf-8"))
+        config.pop("torch_dtype", None)
+        config["dtype"] = str(target).removeprefix("torch.")
+        (made / "config.json").write_text(
+            json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8"
+        )
+    if total is not None:
+        index = json.loads((base / INDEX).read_text(encoding="utf-8"))
+        index.setdefault("metadata", {})["total_size"] = total
+        (made / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
