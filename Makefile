@@ -1,6 +1,7 @@
 # make demo     set up, then watch a real language model learn a real task
 # make test     set up, then run all tests
 # make check    lint, formatting, types, architecture
+# make tutorial run docs/tutorial.md from top to bottom and draw its pictures
 # make bench    run the benchmarks; ratios on the screen, JSON and pictures in benchmarks/results
 # make setup    only set up        make clean   remove what all of this made
 #
@@ -12,10 +13,10 @@ ARGS ?=
 # Two workers, a file each: the suite is written for two cores, each worker computing with one thread.
 WORKERS ?= 2
 
-.PHONY: help setup setup-test demo test check format bench lock clean
+.PHONY: help setup setup-test demo tutorial test check format bench lock clean
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -8
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -9
 
 setup:
 	@$(PYTHON) tools/setup.py base
@@ -25,6 +26,9 @@ setup-test:
 
 demo: setup
 	@$(VENV)/veneer demo $(ARGS)
+
+tutorial: setup
+	@$(VENV)/python tools/tutorial.py $(ARGS)
 
 test: setup-test
 	@VENEER_NOPEFT_PYTHON="$$($(VENV)/python tools/make_nopeft_env.py)" \

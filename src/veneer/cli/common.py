@@ -59,11 +59,16 @@ def _veneer(
     """LoRA for PyTorch, PEFT-compatible: train, ask, look into and merge adapters."""
 
 
-def register_commands() -> None:
-    """Import every file of this folder: a file with ``@app.command()`` in it is a command."""
+def register_commands(named: str | None = None) -> None:
+    """Import the files of this folder: a file with ``@app.command()`` in it is a command.
+
+    Args:
+        named: Import the file of this command alone, if there is one; None imports all of them.
+    """
     package = sys.modules[__package__ or "veneer.cli"]
-    for module in pkgutil.iter_modules(package.__path__):
-        importlib.import_module(f"{package.__name__}.{module.name}")
+    names = [module.name for module in pkgutil.iter_modules(package.__path__)]
+    for name in [named] if named in names else names:
+        importlib.import_module(f"{package.__name__}.{name}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -82,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not verbose:
         messages.quieten(lambda: flags_of(words[0]) if words else {})
     try:
-        register_commands()
+        register_commands(next((word for word in words if not word.startswith("-")), None))
         code = _run(words)
         sys.stdout.flush()  # a full disk or a reader that left shows here at the latest
         return code
