@@ -63,6 +63,7 @@ from veneer.model import (
     TunerLayerStatus,
     TunerModelStatus,
     cast_mixed_precision_params,
+    get_base_model_state_dict,
     get_layer_status,
     get_model_status,
     get_peft_model,
@@ -70,6 +71,7 @@ from veneer.model import (
     hotswap_adapter,
     load_peft_weights,
     prepare_model_for_compiled_hotswap,
+    set_base_model_state_dict,
     set_peft_model_state_dict,
 )
 from veneer.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
@@ -166,6 +168,8 @@ __all__ = [
     "plan",
     "preprocess_corda",
     "preprocess_loraga",
+    "get_base_model_state_dict",
+    "set_base_model_state_dict",
     "set_peft_model_state_dict",
 ]
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 from torch import nn
 
@@ -171,6 +172,42 @@ def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
                 yield from visit(child, f"{path}.{name}" if path else name)
 
     return visit(model, "")
+
+
+class BaseTensor(NamedTuple):
+    """Where a tensor of the base is in an adapted model.
+
+    Attributes:
+        name: In the model's state dict.
+        holder: The adapter module around the tensor's module, if there is one.
+        attribute: Its name on its module.
+    """
+
+    name: str
+    holder: AdapterModule | None
+    attribute: str
+
+
+def base_names(model: nn.Module) -> dict[str, BaseTensor]:
+    """The base's tensors by what they are called without any adapter.
+
+    A shared module is named once for each place that it stands in, as ``state_dict`` does.
+    """
+    found: dict[str, BaseTensor] = {}
+
+    def visit(module: nn.Module, here: str, before: str, holder: AdapterModule | None = None) -> None:
+        wrapper = isinstance(module, AdapterModule)
+        if not wrapper:
+            for name in (*module._parameters, *module._buffers):
+                if getattr(module, name) is not None and name not in module._non_persistent_buffers_set:
+                    found[f"{before}{name}"] = BaseTensor(f"{here}{name}", holder, name)
+        for name, child in module.inner() if isinstance(module, AdapterModule) else module._modules.items():
+            if child is not None:
+                inside = module if isinstance(module, AdapterModule) else None
+                visit(child, f"{here}{name}.", before if wrapper else f"{before}{name}.", inside)
+
+    visit(model, "", "")
+    return found
 
 
 class AdapterSet:

@@ -31,7 +31,8 @@ from veneer.layers import LoraLayer
 
 FUNCTIONS = """
     get_peft_config get_peft_model inject_adapter_in_model get_peft_model_state_dict set_peft_model_state_dict
-    load_peft_weights get_layer_status get_model_status cast_mixed_precision_params get_eva_state_dict
+    load_peft_weights get_base_model_state_dict
+    set_base_model_state_dict get_layer_status get_model_status cast_mixed_precision_params get_eva_state_dict
     initialize_lora_eva_weights
 """.split()
 CLASSES = """

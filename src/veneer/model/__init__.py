@@ -8,8 +8,10 @@ from veneer.model.lora_model import LoraModel
 from veneer.model.merging import MergeReport
 from veneer.model.state_dicts import (
     LoadResult,
+    get_base_model_state_dict,
     get_peft_model_state_dict,
     load_peft_weights,
+    set_base_model_state_dict,
     set_peft_model_state_dict,
 )
 from veneer.model.status import (
@@ -53,5 +55,7 @@ __all__ = [
     "load_peft_weights",
     "hotswap_adapter",
     "prepare_model_for_compiled_hotswap",
+    "get_base_model_state_dict",
+    "set_base_model_state_dict",
     "set_peft_model_state_dict",
 ]

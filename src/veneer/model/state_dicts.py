@@ -10,14 +10,18 @@ from typing import Any, Literal, NamedTuple
 from torch import Tensor, nn
 
 from veneer import state
+from veneer.adapters import base_names, walk
 from veneer.checkpoint import (
     open_adapter,
 )
 from veneer.doors import adapter_directory
 from veneer.errors import (
     CheckpointError,
+    LoadMismatchError,
+    MergeError,
     VeneerWarning,
 )
+from veneer.layers import LoraLayer
 from veneer.model.persistence import check_save_embedding_layers, renamer
 
 
@@ -78,6 +82,68 @@ def set_peft_model_state_dict(
     if not report.ok:
         warnings.warn(report.message("the state dict"), VeneerWarning, stacklevel=2)
     return LoadResult(list(report.missing), list(report.unexpected))
+
+
+def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The base model's state dict under the names that it has without adapters.
+
+    While adapters are merged, it holds the weights as they were before.
+
+    Args:
+        model: A PeftModel, or a module with injected adapters.
+    """
+    base = _base_of(model)
+    tensors = base.state_dict()
+    found = {}
+    for plain, (name, holder, attribute) in base_names(base).items():
+        if isinstance(holder, LoraLayer) and holder.merged:
+            found[plain] = getattr(holder.original_base(), attribute).detach()
+        elif name in tensors:
+            found[plain] = tensors[name]
+    return found
+
+
+def set_base_model_state_dict(
+    model: nn.Module, state_dict: Mapping[str, Tensor], strict: bool = True
+) -> LoadResult:
+    """Write a base model's state dict, with the names it has without adapters, into an adapted model.
+
+    Args:
+        model: A PeftModel, or a module with injected adapters.
+        state_dict: Tensors by their name.
+        strict: Raise for names that are missing or unexpected, before anything is written.
+
+    Returns:
+        The names that were missing or unexpected.
+
+    Raises:
+        LoadMismatchError: Names do not fit, and ``strict``; or shapes differ. Nothing has been written then.
+        MergeError: An adapter is merged into the weights.
+    """
+    base = _base_of(model)
+    merged = [p for p, m in walk(base) if isinstance(m, LoraLayer) and m.merged]
+    if merged:
+        raise MergeError(f"adapters are merged into {merged[0]} and {len(merged) - 1} more: unmerge first")
+    own = base.state_dict()
+    names = {plain: place.name for plain, place in base_names(base).items() if place.name in own}
+    missing = [name for name in names if name not in state_dict]
+    unexpected = [name for name in state_dict if name not in names]
+    wrong = [f"{name} is missing" for name in missing] + [f"{name} is unexpected" for name in unexpected]
+    wrong = wrong if strict else []
+    for name, tensor in state_dict.items():
+        if name in names and own[names[name]].shape != tensor.shape:
+            wrong.append(f"{name} is {tuple(tensor.shape)}, here {tuple(own[names[name]].shape)}")
+    if wrong:
+        more = f"; and {len(wrong) - 6} more" if len(wrong) > 6 else ""
+        raise LoadMismatchError(f"the base's state dict does not fit: {'; '.join(wrong[:6])}{more}")
+    base.load_state_dict({names[n]: t for n, t in state_dict.items() if n in names}, strict=False)
+    return LoadResult(missing, unexpected)
+
+
+def _base_of(model: nn.Module) -> nn.Module:
+    inner = getattr(model, "get_base_model", None)
+    found: nn.Module = inner() if callable(inner) else model
+    return found
 
 
 def load_peft_weights(

@@ -35,6 +35,8 @@ _AUTO = (
     "AutoPeftModelForQuestionAnswering",
     "AutoPeftModelForFeatureExtraction",
 )
+_BASE_STATE = ("get_base_model_state_dict", "set_base_model_state_dict")
+_ERRORS = ("PeftError", "PeftWarning", "NoMatchingPeftModuleError")
 _STATE = ("get_peft_model_state_dict", "set_peft_model_state_dict", "load_peft_weights")
 _STATUS = ("TunerLayerStatus", "TunerModelStatus", "get_layer_status", "get_model_status")
 _EVA = ("get_eva_state_dict", "initialize_lora_eva_weights")
@@ -74,7 +76,10 @@ LAYOUT: dict[str, tuple[str, ...]] = {
         *_AUTO,
         *_STATE,
         *_INITS,
+        *_BASE_STATE,
+        *_ERRORS,
         "LoraModel",
+        "PEFT_TYPE_TO_MIXED_MODEL_MAPPING",
         "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
         "PEFT_TYPE_TO_CONFIG_MAPPING",
         "PEFT_TYPE_TO_TUNER_MAPPING",
@@ -154,13 +159,15 @@ LAYOUT: dict[str, tuple[str, ...]] = {
     "peft.tuners.loha.layer": ("LoHaLayer",),
     "peft.tuners.lokr": ("LoKrLayer",),
     "peft.tuners.lokr.layer": ("LoKrLayer", "factorization"),
-    "peft.utils": (*_STATE, *_OTHER, "PeftType", "TaskType"),
+    "peft.utils": (*_STATE, *_BASE_STATE, *_ERRORS, *_OTHER, "PeftType", "TaskType"),
     "peft.utils.constants": _FILES,
     "peft.utils.hotswap": _HOTSWAP,
     "peft.utils.integrations": ("gather_params_ctx", "init_empty_weights"),
     "peft.utils.other": _OTHER,
     "peft.utils.peft_types": ("PeftType", "TaskType"),
-    "peft.utils.save_and_load": _STATE,
+    "peft.utils.error": ("NoMatchingPeftModuleError", "PeftError"),
+    "peft.utils.warning": ("PeftWarning",),
+    "peft.utils.save_and_load": (*_STATE, *_BASE_STATE),
     "peft.utils.transformers_weight_conversion": ("build_peft_weight_mapping",),
 }
 
@@ -192,6 +199,8 @@ OTHER_METHODS = (
     "PromptTuningConfig",
     "PromptTuningInit",
     "VeloraConfig",
+    "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING",
+    "bloom_model_postprocess_past_key_value",
     "compose_cartridge_adapters",
     "convert_to_lora",
     "create_arrow_model",
@@ -202,4 +211,5 @@ OTHER_METHODS = (
     "prompt_embeddings_from_past_key_values",
     "replace_lora_weights_loftq",
     "save_as_lora",
+    "shift_tokens_right",
 )

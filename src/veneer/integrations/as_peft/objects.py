@@ -17,7 +17,7 @@ from torch import nn
 
 from ...adapters import AdapterModule, AdapterSet
 from ...config import PeftConfig, PeftType
-from ...errors import VeneerError
+from ...errors import TargetError, VeneerError, VeneerWarning
 from ...layers import LoraLayer
 from ...layers.conv import LoraConv
 from ...layers.embedding import LoraEmbedding
@@ -51,6 +51,8 @@ PromptLearningConfig: Any = stub("PromptLearningConfig")
 CONFIG_NAME = "adapter_config.json"
 SAFETENSORS_WEIGHTS_NAME = "adapter_model.safetensors"
 WEIGHTS_NAME = "adapter_model.bin"
+PeftError, PeftWarning, NoMatchingPeftModuleError = VeneerError, VeneerWarning, TargetError
+PEFT_TYPE_TO_MIXED_MODEL_MAPPING = {PeftType.LORA: LoraModel}
 PEFT_TYPE_TO_TUNER_MAPPING = {PeftType.LORA: LoraModel}
 PEFT_TYPE_TO_PREFIX_MAPPING = {PeftType.LORA: LoraModel.prefix}
 

@@ -1,0 +1,170 @@
+"""Write docs/api.md from the code itself; with ``--check`` only say whether it is current."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "api.md"
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("TQDM_DISABLE", "1")
+
+HEAD = """\
+<!-- Made by `python tools/api_page.py` from the code itself; edits here are lost. -->
+
+# What there is
+
+The names are those of the field's reference library, peft {version}.
+
+## Options of `LoraConfig`
+
+An option marked "refused" may stand in a configuration at its default; with a real value it raises an error
+that says what cannot be honoured. Nothing is ignored in silence.
+
+| option | default | |
+|---|---|---|
+{options}
+
+## What combines with what
+
+Layers in lines; initialisations and variants in columns, as the laws of `make test` try them (the plain case
+of each layer). A number points to the reason below the table.
+
+{matrix}
+
+`nn.MultiheadAttention` and bare parameters take initialisations and variants of their own: see
+[special layers](special-layers.md). Storages of the base weight: {backends}.
+
+## Names of the reference library
+
+{works} of its public names work here:
+
+{names}
+
+{refused} belong to methods or options that Veneer has not got. With `veneer.as_peft` they can be imported,
+for code that only tests against them, and raise an error when they are used; `from veneer import …` does not
+know them:
+
+{others}
+"""
+
+#: A real value of options that are off by default, to ask whether they can be honoured.
+ASKED: dict[str, dict[str, Any]] = {
+    "alora_invocation_tokens": {"alora_invocation_tokens": [1]},
+    "arrow_config": {"arrow_config": {}},
+    "ensure_weight_tying": {"ensure_weight_tying": True},
+    "kasa_config": {"kasa_config": {}},
+    "layer_replication": {"layer_replication": [(0, 1)]},
+    "megatron_config": {"megatron_config": {"a": 1}},
+    "monteclora_config": {"monteclora_config": {}},
+    "target_parameters": {"target_parameters": ["a.weight"]},
+    "trainable_token_indices": {"trainable_token_indices": [1]},
+    "use_bdlora": {"use_bdlora": {}},
+    "use_dora": {"use_dora": True},
+    "use_qalora": {"use_qalora": True},
+    "velora_config": {"velora_config": {}},
+}
+
+
+def page() -> str:
+    """The whole page."""
+    import peft
+
+    from veneer.backends.base import backends
+    from veneer.integrations.as_peft.layout import LAYOUT, OTHER_METHODS
+
+    public = sorted(name for name in peft.__all__ if isinstance(name, str))
+    refused = [name for name in public if name in OTHER_METHODS]
+    works = [name for name in public if name in LAYOUT["peft"]]
+    if unsaid := sorted(set(public) - set(refused) - set(works)):
+        raise SystemExit(f"neither here nor refused by name: {', '.join(unsaid)}")
+    for name in works:
+        getattr(importlib.import_module("veneer.integrations.as_peft.objects"), name)
+    return HEAD.format(
+        version=peft.__version__,
+        options="\n".join(_options()),
+        matrix=_matrix(),
+        backends=", ".join(f"`{backend.name}`" for backend in backends()),
+        works=len(works),
+        names=", ".join(f"`{name}`" for name in works) + ".",
+        refused=len(refused),
+        others=", ".join(f"`{name}`" for name in refused) + ".",
+    )
+
+
+def _options() -> Iterator[str]:
+    from veneer import LoraConfig
+    from veneer.errors import ConfigError
+    from veneer.layers.making import check_config
+
+    own = {field.name for field in dataclasses.fields(LoraConfig)}
+    for field in sorted(dataclasses.fields(LoraConfig), key=lambda field: field.name):
+        default = field.default
+        empty = default is dataclasses.MISSING or default is None
+        shown = "" if empty else f"`{default!r}`"
+        answer = "honoured"
+        if field.name in ASKED:
+            try:
+                check_config(LoraConfig(target_modules=["a"], **ASKED[field.name]))
+            except ConfigError as error:
+                reason = str(error).splitlines()[-1].strip().removeprefix("- ")
+                answer = f"refused: {reason}".replace("|", "\\|")
+        yield f"| `{field.name}` | {shown} | {answer} |"
+    if unknown := sorted(set(ASKED) - own):
+        raise SystemExit(f"no options any more: {', '.join(unknown)}")
+
+
+def _matrix() -> str:
+    from tests.laws import cases
+    from veneer.errors import ConfigError
+    from veneer.layers import registry
+    from veneer.layers.making import why_not
+    from veneer.spec import resolve
+
+    columns = [("init", name) for name in cases.INITS] + [("variant", name) for name in cases.VARIANTS]
+    reasons: dict[str, int] = {}
+    lines = [
+        "| | " + " | ".join(name for _, name in columns) + " |",
+        "|---|" + "---|" * len(columns),
+    ]
+    for type_name, _ in registry.items():
+        if type_name not in cases.LAYERS:
+            continue
+        row = []
+        for kind, name in columns:
+            init, variant = (name, "plain") if kind == "init" else ("Default", name)
+            made = cases.Combination(cases.LAYERS[type_name][0], init, variant, "dense", cases.DTYPES[0])
+            try:
+                spec = resolve(made.config(), "default", "")
+                reason = why_not(cases._layer_without_adapter(made.case, "dense"), spec)
+            except ConfigError as error:
+                reason = str(error)
+            row.append("yes" if reason is None else f"no {reasons.setdefault(reason, len(reasons) + 1)}")
+        lines.append(f"| `{type_name.rpartition('.')[2]}` | " + " | ".join(row) + " |")
+    notes = [f"{number}. {reason}" for reason, number in reasons.items()]
+    return "\n".join([*lines, "", *notes])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if it is out of date")
+    check = parser.parse_args().check
+    text = page()
+    if check:
+        current = PAGE.is_file() and PAGE.read_text(encoding="utf-8") == text
+        if not current:
+            print("docs/api.md is out of date: run `python tools/api_page.py`", file=sys.stderr)
+        return 0 if current else 1
+    PAGE.write_text(text, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
