@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+import select
 import signal
 import subprocess
 import sys
@@ -131,3 +133,28 @@ def test_as_a_process(adapter: Path) -> None:
     talk.send_signal(signal.SIGINT)  # at the prompt
     _, said = talk.communicate(timeout=60)
     assert talk.returncode == 130 and said == "interrupted\n"
+
+
+def test_at_a_terminal(adapter: Path) -> None:
+    """The prompt names who answers, and Ctrl-D leaves with 0."""
+    master, slave = os.openpty()
+    command = [sys.executable, "-m", "veneer", "chat", str(adapter), "--max-new-tokens", "3"]
+    heard = b""
+    with subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, start_new_session=True) as talk:
+        os.close(slave)
+        try:
+            for until, answer in (
+                (b"default> ", b"Double 11.\n"),
+                (b"default> ", b"/base\n"),
+                (b"base> ", b"\x04"),
+            ):
+                while until not in heard:
+                    assert select.select([master], [], [], 60)[0], heard
+                    heard += os.read(master, 4096)
+                assert b"error" not in heard and b"\x1b[3" not in heard
+                heard = b""
+                os.write(master, answer)
+            assert talk.wait(timeout=60) == 0
+        finally:
+            talk.kill()
+            os.close(master)

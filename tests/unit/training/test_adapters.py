@@ -10,9 +10,17 @@ import torch
 
 from tests.tolerances import assert_close
 from tests.unit.training.tiny import saved_tiny
-from veneer import AdapterFileError, LoraConfig, VeneerError, get_peft_model
+from veneer import AdapterFileError, AdapterNameError, ConfigError, LoraConfig, VeneerError, get_peft_model
 from veneer.training import load_base
-from veneer.training.adapters import check_not_a_source, describe, load_adapted, save_merged
+from veneer.training.adapters import (
+    Head,
+    check_not_a_source,
+    describe,
+    load_adapted,
+    read_head,
+    require_language_model,
+    save_merged,
+)
 
 IDS = torch.arange(8)[None] + 20
 
@@ -134,3 +142,58 @@ def test_a_merged_model_never_lands_on_what_it_is_made_of(tmp_path: Path) -> Non
     with pytest.raises(VeneerError, match="once more"):
         check_not_a_source(adapter, "org/base")
     check_not_a_source(tmp_path / "new", str(base))
+
+
+def test_the_head_tells_of_an_adapter_without_its_base(
+    adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("veneer.training.adapters.load_base", None)
+    head = read_head(adapter)
+    assert (head.task, head.config.r, head.directory, head.classes()) == ("CAUSAL_LM", 4, adapter, None)
+    require_language_model(head)
+    with pytest.raises(AdapterFileError):
+        load_adapted(head, others={"other": str(adapter / "nowhere")})
+    with pytest.raises(AdapterNameError):
+        load_adapted(head, others={"a.b": str(adapter)})
+
+
+def test_several_adapters_of_one_base(adapter: Path) -> None:
+    model, _ = load_adapted(adapter, others={"other": str(adapter)})
+    assert list(model.peft_config) == ["default", "other"] and model.active_adapters == ["default"]
+
+
+def as_task(adapter: Path, task: str) -> Head:
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "task_type": task}))
+    return read_head(adapter)
+
+
+def test_the_classes_of_a_classifier(adapter: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    head = as_task(adapter, "SEQ_CLS")
+    with pytest.raises(AdapterFileError, match="holds no head"):
+        head.classes()
+    with pytest.raises(VeneerError, match=r"of a classifier, .* veneer eval .* --data FILE measures it"):
+        require_language_model(head)
+    with pytest.raises(ConfigError, match="is an adapter for CAUSAL_LM"):
+        load_adapted(head, others={"other": str(lm_beside(adapter))})
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    tensors["base_model.model.score.weight"] = torch.zeros(3, 32)
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    assert read_head(adapter).classes() == ["0", "1", "2"]
+    (adapter / "metrics.json").write_text('{"label_names": ["a", "b", "c"]}')
+    assert read_head(adapter).classes() == ["a", "b", "c"]
+    with pytest.raises(VeneerError, match="an adapter for TOKEN_CLS; CAUSAL_LM and SEQ_CLS are measured"):
+        as_task(adapter, "TOKEN_CLS").classes()
+
+
+def lm_beside(adapter: Path) -> Path:
+    """The same adapter, as one of a language model."""
+    place = adapter.parent / "beside"
+    place.mkdir()
+    for file in adapter.iterdir():
+        if file.is_file():
+            (place / file.name).write_bytes(file.read_bytes())
+    as_task(place, "CAUSAL_LM")
+    return place
