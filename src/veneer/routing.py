@@ -13,6 +13,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,16 +26,49 @@ from veneer.ops.mixed_batch import Run, runs_of
 BASE = "__base__"
 
 
+@dataclass(frozen=True)
+class Activation:
+    """From where on invoked adapters act, in each row of a batch.
+
+    Args:
+        offsets: For each adapter and row: the number of positions, counted from the end of the input, on
+            which it acts; None for none.
+        length: Positions of the input; 0 where it is not known, so that offsets count from the end.
+        grows: Whether positions may follow the input (`generate`).
+    """
+
+    offsets: Mapping[str, Sequence[int | None]]
+    length: int = 0
+    grows: bool = False
+
+    def starts(self, name: str, rows: Sequence[int], tokens: int, where: str) -> list[int]:
+        """The first position on which an adapter acts, in rows of a layer's input of so many positions.
+
+        Raises:
+            RoutingError: The positions are not those of the input.
+        """
+        beyond = tokens - self.length if self.length and tokens > self.length else 0
+        if beyond and not self.grows:
+            raise RoutingError(
+                f"the input of the model has {self.length} positions and that of {where} {tokens}: from "
+                f"which of them on {name!r} acts is unknown. Pass alora_offsets, counted from the end"
+            )
+        given = self.offsets[name]
+        return [tokens if (n := given[row]) is None else max(tokens - beyond - n, 0) for row in rows]
+
+
 class Routing:
     """The adapter of each row of a batch.
 
     Args:
         names: One for each row; `BASE` for none.
         expand: How many neighbouring rows of a layer's input one row may have become (beams, samples).
+        activation: From where on adapters act that are invoked.
     """
 
-    def __init__(self, names: Sequence[str], expand: int = 1) -> None:
+    def __init__(self, names: Sequence[str], expand: int = 1, activation: Activation | None = None) -> None:
         self.names = tuple(names)
+        self.activation = activation
         self.expand = expand
         self.thread = threading.get_ident()
         #: Layers that ran inside a checkpoint that does not know of this routing.
@@ -150,7 +184,64 @@ def current(layer: nn.Module) -> Routing | None:
     if not torch.compiler.is_compiling() and routing.thread != threading.get_ident():
         return None
     routing.note(layer)
-    return routing
+    return routing if routing.names else None
+
+
+def acting(layer: nn.Module, name: str, where: str, x: Tensor) -> Tensor:
+    """Where the call that runs lets an adapter act. x: (rows, tokens, in) or (rows, in) -> (...) of bool.
+
+    Args:
+        layer: The layer that is being called.
+        name: The adapter.
+        where: What to call the layer in an error.
+        x: The layer's input, or those of its rows that the adapter is for.
+
+    Raises:
+        RoutingError: The call does not say, or not for rows like these.
+    """
+    routing = _current.routing
+    activation = None if routing is None else routing.activation
+    if routing is None or activation is None:
+        raise RoutingError(
+            f"{name!r} is an aLoRA: it acts from its invocation tokens on, and this call of {where} does not "
+            "say where they are. Call the PeftModel that holds it, with input_ids or alora_offsets; a part "
+            "of the model that is computed again in a backward needs transformers' own checkpointing"
+        )
+    if name not in activation.offsets:
+        return torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)
+    count = len(activation.offsets[name])
+    mine = [row for row in range(count) if not routing.names or routing.names[row] == name]
+    tokens = x.shape[1] if x.dim() == 3 else 1
+    times, rest = divmod(x.shape[0], max(1, len(mine)))
+    if x.dim() not in (2, 3) or rest or times not in (1, routing.expand):
+        raise RoutingError(
+            f"the batch has {len(mine)} rows for the aLoRA {name!r}, and the input of {where} is "
+            f"{tuple(x.shape)}: from which position on it acts is unknown"
+        )
+    rows = [row for row in mine for _ in range(times)]
+    starts = torch.tensor(activation.starts(name, rows, tokens, where), device=x.device)
+    mask = torch.arange(tokens, device=x.device) >= starts.unsqueeze(1)
+    return mask if x.dim() == 3 else mask[:, 0]
+
+
+@contextmanager
+def acting_everywhere() -> Iterator[None]:
+    """A context in which layers called by themselves let invoked adapters act on all of their input."""
+    with _turn, _as_current(Routing((), activation=Activation({}))):
+        yield
+
+
+def last_invocations(input_ids: Tensor, tokens: Sequence[int]) -> list[int | None]:
+    """Positions from the start of the last occurrence of ``tokens`` to the end, by row; None without one.
+
+    input_ids: (rows, length) or (length,).
+    """
+    ids = input_ids.reshape(-1, input_ids.shape[-1]).cpu()
+    length, size = ids.shape[1], len(tokens)
+    if length < size:
+        return [None] * ids.shape[0]
+    hits = (ids.unfold(1, size, 1) == torch.tensor(list(tokens))).all(-1)
+    return [length - int(row.nonzero()[-1]) if bool(row.any()) else None for row in hits]
 
 
 def _refuse_recomputation(layer: nn.Module) -> None:
@@ -165,15 +256,18 @@ def _refuse_recomputation(layer: nn.Module) -> None:
 
 
 @contextmanager
-def routed(model: nn.Module, names: Sequence[str], expand: int = 1) -> Iterator[Routing]:
+def routed(
+    model: nn.Module, names: Sequence[str], expand: int = 1, activation: Activation | None = None
+) -> Iterator[Routing]:
     """A context in which the rows of a batch go through the adapters named.
 
     Args:
         model: The model that is called inside.
         names: One for each row.
         expand: See `Routing`.
+        activation: See `Routing`.
     """
-    routing = Routing(names, expand)
+    routing = Routing(names, expand, activation)
     routing.with_grad = torch.is_grad_enabled()
     with _turn, _checkpoints_carry(model, routing), _as_current(routing):
         yield routing

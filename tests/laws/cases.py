@@ -232,7 +232,11 @@ def _gradient(layer: LoraLayer, r: int) -> Any:
 STATISTICS: dict[str, Callable[[LoraLayer, int], Any]] = {"Corda": _covariance, "LoraGA": _gradient}
 
 #: Options that ask for each variant.
-VARIANTS: dict[str, dict[str, Any]] = {"plain": {}, "dora": {"use_dora": True}}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "dora": {"use_dora": True},
+    "alora": {"alora_invocation_tokens": [1, 2]},
+}
 
 #: How a module comes to be stored in each way.
 BACKENDS: dict[str, Callable[[nn.Module], nn.Module]] = {
@@ -262,7 +266,8 @@ class Combination(Made):
     @property
     def unmergeable(self) -> str:
         """Part of the reason for which a merge is refused; empty where it is not."""
-        return self.case.unmergeable or UNMERGEABLE.get(self.backend, "")
+        of_variant = "no weight does that" if self.variant == "alora" else ""
+        return self.case.unmergeable or UNMERGEABLE.get(self.backend, "") or of_variant
 
     @property
     def quantised(self) -> bool:

@@ -25,7 +25,7 @@ from veneer.layers.refused import refusal
 from veneer.ops.merging import kept_share, merge_dense, merge_into_
 from veneer.ops.row_norms import State
 from veneer.registry import TypeRegistry
-from veneer.routing import Routing, current
+from veneer.routing import Routing, acting, current
 from veneer.spec import LoraSpec
 from veneer.variants import ParameterRequest
 
@@ -777,6 +777,14 @@ class LoraLayer(AdapterModule):
     def dropped(self, name: str, x: Tensor) -> Tensor:
         """``dropout(x)``, on the factors' device."""
         return self.lora_dropout[name](self.to_factors(name, x))  # type: ignore[no-any-return]
+
+    def acting(self, name: str, x: Tensor) -> Tensor:
+        """Where the call that runs lets an adapter act. x: (..., in) -> (...) of bool.
+
+        Raises:
+            RoutingError: The call does not say.
+        """
+        return acting(self, name, self._specs[name].path or type(self).__name__, x)
 
     def base_linear(self, x: Tensor) -> Tensor:
         """What the base alone gives for x, without its bias; nothing merged, no adapter."""

@@ -8,12 +8,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from veneer.adapters import as_names
 from veneer.config import PeftConfig, PeftType, TaskType
 from veneer.errors import (
     ConfigError,
+    RoutingError,
     VeneerWarning,
 )
 from veneer.model.lora_model import LoraModel
@@ -25,7 +26,10 @@ from veneer.model.status import (
     get_layer_status,
     get_model_status,
 )
-from veneer.routing import Routing, keep_for_backward, routed
+from veneer.routing import Activation, Routing, keep_for_backward, last_invocations, routed
+
+#: Ways of generating in which a call of the model has neither all positions nor the last one.
+_NOT_ONE_BY_ONE = ("assistant_model", "prompt_lookup_num_tokens", "prefill_chunk_size")
 
 #: The class of each task; a class enters itself.
 MODEL_TYPE_TO_PEFT_MODEL_MAPPING: dict[str, type[PeftModel]] = {}
@@ -126,9 +130,10 @@ class PeftModel(Parking):
         Raises:
             RoutingError: For adapters that cannot be mixed, or names that do not fit the rows.
         """
-        if adapter_names is None:
+        activation = self._activation(adapter_names, False, args, kwargs)
+        if adapter_names is None and activation is None:
             return self.get_base_model()(*args, **kwargs)
-        with self._routed(adapter_names) as routing:
+        with self._routed(adapter_names, activation=activation) as routing:
             output = self.get_base_model()(*args, **kwargs)
         keep_for_backward(output, routing)
         return output
@@ -143,16 +148,50 @@ class PeftModel(Parking):
             RoutingError: For adapters that cannot be mixed, or names that do not fit the rows.
         """
         model = self.get_base_model()
-        if adapter_names is None:
+        activation = self._activation(adapter_names, True, args, kwargs)
+        if adapter_names is None and activation is None:
             return model.generate(*args, **kwargs)  # type: ignore[operator]
-        with self._routed(adapter_names, _expansion(model, kwargs)):
+        with self._routed(adapter_names, _expansion(model, kwargs), activation):
             return model.generate(*args, **kwargs)  # type: ignore[operator]
 
-    def _routed(self, names: Sequence[str], expand: int = 1) -> AbstractContextManager[Routing]:
-        """The context of one call whose rows go through these adapters."""
-        self.bring_in(dict.fromkeys(names))
-        self.base_model.check_mixed_batch(names)
-        return routed(self.get_base_model(), list(names), expand)
+    def _routed(
+        self, names: Sequence[str] | None, expand: int = 1, activation: Activation | None = None
+    ) -> AbstractContextManager[Routing]:
+        """The context of one call whose rows go through these adapters, or through the active ones."""
+        if names is not None:
+            self.bring_in(dict.fromkeys(names))
+            self.base_model.check_mixed_batch(names)
+        return routed(self.get_base_model(), list(names or ()), expand, activation)
+
+    def _activation(
+        self, names: Sequence[str] | None, grows: bool, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Activation | None:
+        """From where on the aLoRA adapters of a call act; None without any. Takes ``alora_offsets`` out."""
+        given = kwargs.pop("alora_offsets", None)
+        used = self.active_adapters if names is None else names
+        configs = {n: self.peft_config[n] for n in used if n in self.peft_config}
+        tokens = {n: t for n, c in configs.items() if (t := getattr(c, "alora_invocation_tokens", None))}
+        if not tokens or all(layer.disable_adapters for layer in self.base_model.layers().values()):
+            return None
+        if grows and (way := next((k for k in _NOT_ONE_BY_ONE if kwargs.get(k)), None)):
+            raise RoutingError(f"generate({way}=…) lays positions out in pieces, so aLoRA cannot follow them")
+        if given is not None:
+            return Activation({name: list(given) for name in tokens}, 0, grows)
+        named = [kwargs.get("input_ids"), kwargs.get("inputs") if grows else None, *args[:1]]
+        ids = next((v for v in named if isinstance(v, Tensor) and not v.is_floating_point()), None)
+        if ids is None:
+            embeds = kwargs.get("inputs_embeds")
+            if embeds is None:
+                raise RoutingError("an aLoRA needs input_ids, or alora_offsets, to know where it is invoked")
+            warnings.warn(
+                "without input_ids an aLoRA does not know where it is invoked: this call is the base "
+                "model's. Pass alora_offsets",
+                VeneerWarning,
+                stacklevel=3,
+            )
+            return Activation({n: [None] * len(embeds) for n in tokens})
+        offsets = {name: last_invocations(ids, tokens[name]) for name in tokens}
+        return Activation(offsets, ids.shape[-1], grows)
 
     def train(self, mode: bool = True) -> PeftModel:
         """Set the training mode, and say so if there is nothing to train."""

@@ -88,6 +88,10 @@ class Branch(Protocol):
         """One number for each output feature, shaped so that it multiplies an output."""
         ...
 
+    def acting(self, name: str, x: Tensor) -> Tensor:
+        """Where the call that runs lets the adapter act. x: (..., in) -> (...) of bool."""
+        ...
+
     def matrix(self) -> Tensor:
         """The base weight without any adapter as a dense matrix (out, in·k…), detached."""
         ...

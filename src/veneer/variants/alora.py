@@ -1,0 +1,47 @@
+"""aLoRA: the adapter acts from its invocation tokens on; before them the model is its base."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from veneer.spec import LoraSpec
+from veneer.variants.base import Branch, Variant
+
+
+class ALora(Variant):
+    """``y_t = W x_t + s·BA x_t`` for positions t from the last invocation on, ``W x_t`` before.
+
+    What was computed of a text before it is invoked (its keys and values) is that of the base model, and can
+    be shared. Which positions that are is no property of the layer: it finds it in the call that runs.
+
+    Source: Greenewald et al., "Activated LoRA: Fine-tuned LLMs for Intrinsics", 2025, section 3.
+    """
+
+    name = "alora"
+
+    def refuses(self, spec: LoraSpec, layer_type: str) -> str | None:
+        """It goes by positions of a text: only layers that map (batch, tokens, in) row by row have them."""
+        if "Linear" in layer_type or layer_type == "Conv1D":
+            return None
+        return f"aLoRA acts on positions of a text, and the input of a {layer_type} is not laid out by them"
+
+    def refuses_merge(self, spec: LoraSpec) -> str | None:
+        """No one weight does both."""
+        return (
+            f"{spec.adapter!r} is an aLoRA, which acts on the positions from its invocation on and not "
+            "before it: no weight does that. Keep it unmerged"
+        )
+
+    def forward(
+        self, layer: Branch, name: str, x: Tensor, result: Tensor, base: Callable[[], Tensor]
+    ) -> Tensor:
+        """``result + s·BA x`` where the adapter acts, ``result`` elsewhere."""
+        where = layer.acting(name, x).to(result.device).unsqueeze(-1)
+        return torch.where(where, layer.add_branch(name, x, result), result)
+
+    def merged(self, weight: Tensor, delta: Tensor, extra: Mapping[str, Tensor]) -> Tensor:
+        """The weight of the positions on which it acts; `refuses_merge` keeps it from being written."""
+        return weight + delta
