@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import re
@@ -14,7 +15,7 @@ from typing import Any
 from ..config import LoraConfig, PeftConfig
 from ..errors import AdapterFileError, VeneerError
 from .layout import BIN_NAME, CONFIG_NAME, SAFETENSORS_NAME, locate_tensors, unfinished_save
-from .reading import read_config, read_safetensors_header
+from .reading import HeaderMemo, read_config, read_safetensors_header
 
 _FACTOR = re.compile(r"(?P<path>.+)\.lora_(?P<embedding>embedding_)?(?P<role>[AB])(\.weight)?")
 
@@ -62,7 +63,8 @@ def find_adapters(directory: str | os.PathLike[str]) -> list[AdapterEntry]:
     if not root.is_dir():
         what = "is a file, not a directory" if root.exists() else "does not exist"
         raise AdapterFileError(f"{root} {what}")
-    return sorted((_entry(place, root) for place in _places(root)), key=lambda entry: entry.path)
+    headers: HeaderMemo = {}
+    return sorted((_entry(place, root, headers) for place in _places(root)), key=lambda entry: entry.path)
 
 
 def _places(root: Path) -> Iterator[Path]:
@@ -79,10 +81,10 @@ def _places(root: Path) -> Iterator[Path]:
             yield Path(folder)
 
 
-def _entry(place: Path, root: Path) -> AdapterEntry:
+def _entry(place: Path, root: Path, headers: HeaderMemo) -> AdapterEntry:
     found: dict[str, Any] = {}
-    problems = []
-    for read in (_of_config, _of_tensors):
+    problems: list[str] = []
+    for read in (_of_config, functools.partial(_of_tensors, headers=headers)):
         try:
             more = read(place)
         except (VeneerError, OSError) as error:
@@ -119,7 +121,7 @@ def _of_config(place: Path) -> dict[str, Any]:
     return found
 
 
-def _of_tensors(place: Path) -> dict[str, Any]:
+def _of_tensors(place: Path, headers: HeaderMemo) -> dict[str, Any]:
     path = locate_tensors(place)
     status = path.stat()
     when = datetime.fromtimestamp(status.st_mtime, tz=timezone.utc).isoformat(timespec="seconds")
@@ -129,19 +131,27 @@ def _of_tensors(place: Path) -> dict[str, Any]:
     if path.name != SAFETENSORS_NAME:
         return found  # a pickle, which has no header to look at
     try:
-        shapes = read_safetensors_header(path).shapes
+        shapes = read_safetensors_header(path, headers).shapes
     except AdapterFileError as error:
         return {**found, "problems": [*found.get("problems", ()), str(error)]}
-    found["parameters"] = sum(math.prod(shape) for shape in shapes.values())
+    parameters, ranks, wrong = _of_shapes(tuple(shapes.items()))
+    found |= {"parameters": parameters, "ranks": ranks}
+    return {**found, "problems": [*found.get("problems", ()), *wrong]}
+
+
+@functools.lru_cache(maxsize=64)
+def _of_shapes(shapes: tuple[tuple[str, tuple[int, ...]], ...]) -> tuple[int, tuple[int, ...], list[str]]:
+    """(parameters, ranks, what is wrong) of an adapter's tensors."""
+    parameters = sum(math.prod(shape) for _, shape in shapes)
     layers: dict[str, dict[str, tuple[int, ...]]] = {}
-    for key, shape in shapes.items():
+    for key, shape in shapes:
         if match := _FACTOR.fullmatch(key):
             layers.setdefault(match["path"], {})[match["role"]] = shape
-    found["ranks"] = tuple(sorted({f["A"][0] for f in layers.values() if f.get("A")}))
+    ranks = tuple(sorted({f["A"][0] for f in layers.values() if f.get("A")}))
     wrong = _wrong_factors(layers)
     if not layers:
-        wrong.append(f"{path.name} holds no factors of a LoRA")
-    return {**found, "problems": [*found.get("problems", ()), *wrong]}
+        wrong.append(f"{SAFETENSORS_NAME} holds no factors of a LoRA")
+    return parameters, ranks, wrong
 
 
 def _wrong_factors(layers: dict[str, dict[str, tuple[int, ...]]]) -> list[str]:

@@ -10,7 +10,7 @@ import struct
 import warnings
 import zipfile
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -104,17 +104,35 @@ def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
     return read_config_file(locate_config(Path(directory)))
 
 
-def read_safetensors_header(path: Path) -> AdapterFile:
+#: (header, bytes after it) -> what was found in it; adapters of one kind have the same.
+HeaderMemo = dict[tuple[bytes, int], AdapterFile]
+
+
+def read_safetensors_header(path: Path, memo: HeaderMemo | None = None) -> AdapterFile:
     """The tensors of a safetensors file by its header alone, checked against the file's size.
+
+    Args:
+        path: the file.
+        memo: headers that were read before, and understood once; written to.
 
     Raises:
         AdapterFileError: the file is truncated, damaged or hostile; says which.
     """
-    header, start = _read_header(path)
+    raw = _raw_header(path)
+    room = path.stat().st_size - len(raw) - 8
+    if memo is None:
+        return _understood(path, raw, room)
+    if (raw, room) not in memo:
+        memo[raw, room] = _understood(path, raw, room)
+    return replace(memo[raw, room], path=path)
+
+
+def _understood(path: Path, raw: bytes, room: int) -> AdapterFile:
+    header = _parsed_header(path, raw)
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise AdapterFileError(f"{path} is damaged: its metadata is not a table of strings")
-    shapes, dtypes = _check_entries(path, header, path.stat().st_size - start)
+    shapes, dtypes = _check_entries(path, header, room)
     return AdapterFile(path, shapes, dtypes, cast(dict[str, str], metadata))
 
 
@@ -130,8 +148,8 @@ def _open_safetensors(path: Path) -> AdapterFile:
     return found
 
 
-def _read_header(path: Path) -> tuple[dict[str, Any], int]:
-    """The JSON header and the offset at which tensors start."""
+def _raw_header(path: Path) -> bytes:
+    """The JSON header, which begins after eight bytes that say how long it is."""
     size = path.stat().st_size
     with path.open("rb") as file:
         first = file.read(8)
@@ -144,14 +162,17 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int]:
                 f"{path} is truncated or not a safetensors file{hint}: its first bytes announce a header of "
                 f"{length:,} bytes, the file has {size:,}"
             )
-        raw = file.read(length)
+        return file.read(length)
+
+
+def _parsed_header(path: Path, raw: bytes) -> dict[str, Any]:
     try:
         header = json.loads(raw.decode("utf-8"), object_pairs_hook=_no_duplicates)
     except (ValueError, RecursionError) as exc:
         raise AdapterFileError(f"{path} is damaged: its header is not valid JSON ({exc})") from exc
     if not isinstance(header, dict):
         raise AdapterFileError(f"{path} is damaged: its header is not a table of tensors")
-    return header, 8 + length
+    return header
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
