@@ -43,3 +43,6 @@ REQUANTISED: dict[str, Tolerance] = {
     ),
     "torchao": Tolerance(0.03, 0.0, "steps of 1/127 of a row's largest weight"),
 }
+
+#: A weight put together again from its decomposition by a covariance, relative to its norm.
+CONTEXT = Tolerance(0.0, 1e-3, "fp32, with the inverse of a covariance whose condition is some 1e3")

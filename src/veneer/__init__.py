@@ -15,6 +15,7 @@ from veneer.calibration import (
     initialize_lora_eva_weights,
     preprocess_corda,
     preprocess_loraga,
+    replace_lora_weights_loftq,
 )
 from veneer.checks import TrainingCheck, check_training
 from veneer.config import (
@@ -170,6 +171,7 @@ __all__ = [
     "preprocess_loraga",
     "get_base_model_state_dict",
     "set_base_model_state_dict",
+    "replace_lora_weights_loftq",
     "set_peft_model_state_dict",
 ]
 

@@ -33,10 +33,10 @@ FUNCTIONS = """
     get_peft_config get_peft_model inject_adapter_in_model get_peft_model_state_dict set_peft_model_state_dict
     load_peft_weights get_base_model_state_dict
     set_base_model_state_dict get_layer_status get_model_status cast_mixed_precision_params get_eva_state_dict
-    initialize_lora_eva_weights
+    initialize_lora_eva_weights preprocess_loraga replace_lora_weights_loftq
 """.split()
 CLASSES = """
-    LoraConfig PeftConfig LoftQConfig EvaConfig LoraRuntimeConfig PeftModel PeftModelForCausalLM
+    LoraConfig PeftConfig LoftQConfig EvaConfig LoraGAConfig LoraRuntimeConfig PeftModel PeftModelForCausalLM
     PeftModelForSeq2SeqLM PeftModelForSequenceClassification PeftModelForTokenClassification
     PeftModelForQuestionAnswering PeftModelForFeatureExtraction LoraModel AutoPeftModel
     AutoPeftModelForCausalLM AutoPeftModelForSeq2SeqLM AutoPeftModelForSequenceClassification
@@ -47,7 +47,6 @@ VALUES = ["PEFT_TYPE_TO_CONFIG_MAPPING", "MODEL_TYPE_TO_PEFT_MODEL_MAPPING", "Ta
 #: Commonly used names of the reference that belong to later versions, each with what it waits for.
 LATER = {
     "prepare_model_for_kbit_training": "quantised bases",
-    "replace_lora_weights_loftq": "quantised bases",
 }
 METHODS: dict[str, str] = {
     "PeftModel": """

@@ -288,7 +288,7 @@ class Combination(Made):
         """The base in the storage of the backend, with what its initialisation needs to know."""
         base = super().base()
         if self.init in STATISTICS:
-            cls = registry.find(type(base))
+            cls = find(base)
             assert cls is not None
             note_statistics(base, STATISTICS[self.init](cls(base), self.config().r))
         return base

@@ -9,6 +9,7 @@ from veneer.calibration.eva_inputs import (
     prepare_layer_inputs_fn_language_modeling,
     prepare_model_inputs_fn_language_modeling,
 )
+from veneer.calibration.loftq import replace_lora_weights_loftq
 from veneer.calibration.loraga import preprocess_loraga
 
 __all__ = [
@@ -19,4 +20,5 @@ __all__ = [
     "prepare_model_inputs_fn_language_modeling",
     "preprocess_corda",
     "preprocess_loraga",
+    "replace_lora_weights_loftq",
 ]

@@ -57,6 +57,11 @@ def why_not(layer: LoraLayer, spec: LoraSpec) -> str | None:
             f"{', '.join(map(repr, layer.merged_adapters))}: unmerge first"
         )
     init = inits.find(spec.init)
+    if init.replaces_base and layer.backend.quantization is not None:
+        return (
+            f"init_lora_weights={spec.init!r} needs the unquantised weight, and this one is quantised: use "
+            "init_lora_weights=True, then replace_lora_weights_loftq(model, model_path)"
+        )
     if (init.subtracts_start or not init.exact) and not layer.is_linear():
         return (
             f"init_lora_weights={spec.init!r} needs a branch that is linear in A, and the forward of this "

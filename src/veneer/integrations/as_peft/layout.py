@@ -40,7 +40,7 @@ _ERRORS = ("PeftError", "PeftWarning", "NoMatchingPeftModuleError")
 _STATE = ("get_peft_model_state_dict", "set_peft_model_state_dict", "load_peft_weights")
 _STATUS = ("TunerLayerStatus", "TunerModelStatus", "get_layer_status", "get_model_status")
 _EVA = ("get_eva_state_dict", "initialize_lora_eva_weights")
-_INITS = (*_EVA, "preprocess_loraga")
+_INITS = (*_EVA, "preprocess_loraga", "replace_lora_weights_loftq")
 _FILES = ("CONFIG_NAME", "SAFETENSORS_WEIGHTS_NAME", "WEIGHTS_NAME")
 _OTHER = (
     "AuxiliaryTrainingWrapper",
@@ -209,7 +209,6 @@ OTHER_METHODS = (
     "initialize_kv_prefix_from_text",
     "prepare_model_for_kbit_training",
     "prompt_embeddings_from_past_key_values",
-    "replace_lora_weights_loftq",
     "save_as_lora",
     "shift_tokens_right",
 )

@@ -1,0 +1,154 @@
+"""LoftQ for a model that is quantised already: factors that make up for what its quantisation lost."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from veneer.doors import hub
+from veneer.errors import AdapterNameError, CheckpointError, ConfigError, MergeError
+from veneer.layers import LoraLayer
+from veneer.model import PeftModel
+
+_FILE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+class _Weights:
+    """The weights of an unquantised model by name, read one at a time."""
+
+    def __init__(self, path: Path, prefix: str) -> None:
+        self.prefix = prefix
+        place = path if path.is_dir() else path.parent
+        self.files: dict[str, Path] = {}
+        single = place / _FILE if path.is_dir() else path
+        if single.is_file():
+            with _opened(single) as file:
+                self.files = dict.fromkeys(file.keys(), single)
+        elif (place / _INDEX).is_file():
+            names = json.loads((place / _INDEX).read_text(encoding="utf-8"))["weight_map"]
+            self.files = {name: place / Path(file).name for name, file in names.items()}
+        else:
+            raise CheckpointError(
+                f"neither {_FILE} nor {_INDEX} in {place}: the unquantised weights are needed"
+            )
+
+    def file_of(self, name: str) -> tuple[str, Path] | None:
+        """The file's own name of a weight, and the file."""
+        for known in (name, name.removeprefix(f"{self.prefix}."), f"{self.prefix}.{name}"):
+            if known in self.files:
+                return known, self.files[known]
+        return None
+
+    def read(self, name: str) -> Tensor:
+        """One weight."""
+        found = self.file_of(name)
+        assert found is not None  # all are looked up before the first is read
+        with _opened(found[1]) as file:
+            tensor: Tensor = file.get_tensor(found[0])
+        return tensor
+
+
+def _opened(path: Path) -> safe_open:
+    try:
+        return safe_open(path, framework="pt", device="cpu")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+
+def _place_of(model: PeftModel, model_path: str | os.PathLike[str] | None) -> Path:
+    """Where the unquantised weights lie: as told, or where the base says that it came from."""
+    if model_path is not None:
+        return Path(model_path)
+    name = getattr(getattr(model.get_base_model(), "config", None), "_name_or_path", None)
+    if not isinstance(name, str) or not name:
+        raise ConfigError(
+            "the base does not say where it was loaded from: pass model_path, the directory with its "
+            f"unquantised {_FILE}"
+        )
+    if Path(name).is_dir():
+        return Path(name)
+    return Path(hub().download_file(name, _FILE, local_files_only=True)).parent
+
+
+@torch.no_grad()
+def replace_lora_weights_loftq(
+    peft_model: nn.Module,
+    model_path: str | os.PathLike[str] | None = None,
+    adapter_name: str = "default",
+    callback: Callable[[nn.Module, str], bool] | None = None,
+) -> None:
+    """Let an adapter on a quantised model start with what the quantisation lost: ``s·BA ≈ W − Q``.
+
+    The best approximation of rank r, for each quantised layer; W is read layer by layer from the unquantised
+    model's file. The scaling is taken into account: the adapted layer is nearest to W for every
+    ``lora_alpha``. Values are written into the parameters, so an optimizer stays right.
+
+    Args:
+        peft_model: A PeftModel on a base that is quantised (4 bits, or anything whose weight can be read).
+        model_path: Directory, or file, of the unquantised weights in safetensors. None looks where the
+            base was loaded from, without the network.
+        adapter_name: The adapter.
+        callback: Called after each layer with the model and the layer's name; where it returns False, the
+            layer gets its factors back. To keep only what makes the outputs better, for example.
+
+    Raises:
+        ConfigError: If nothing is quantised, or the weights cannot be found.
+        CheckpointError: If the file lacks a weight. Nothing has changed then.
+        MergeError: If the adapter is merged.
+
+    Source: Li et al., "LoftQ: LoRA-Fine-Tuning-Aware Quantization", 2023, equation 6, one step for a
+    given Q.
+    """
+    if not isinstance(peft_model, PeftModel):
+        raise ConfigError(f"a PeftModel is needed, got {type(peft_model).__name__}")
+    if adapter_name not in peft_model.peft_config:
+        raise AdapterNameError(
+            f"no adapter named {adapter_name!r}; this model has: {', '.join(peft_model.peft_config)}"
+        )
+    layers = {
+        path: layer
+        for path, layer in peft_model.base_model.layers().items()
+        if adapter_name in layer.held_adapters
+        and layer.backend.quantization is not None
+        and layer.backend.readable
+    }
+    if not layers:
+        raise ConfigError(
+            f"no layer of the adapter {adapter_name!r} is on a quantised weight that can be read; for a "
+            "model that is not quantised use init_lora_weights='loftq'"
+        )
+    if merged := [path for path, layer in layers.items() if adapter_name in layer.merged_adapters]:
+        raise MergeError(
+            f"the adapter {adapter_name!r} is merged (into {merged[0]}): unmerge_adapter() first"
+        )
+    prefix = getattr(peft_model.get_base_model(), "base_model_prefix", "") or ""
+    weights = _Weights(_place_of(peft_model, model_path), prefix)
+    if missing := [path for path in layers if weights.file_of(f"{path}.weight") is None]:
+        raise CheckpointError(
+            f"the unquantised weights lack {len(missing)} of the {len(layers)} layers, for example "
+            f"{', '.join(missing[:3])}: are they of the same model?"
+        )
+    for path, layer in layers.items():
+        before = [t.clone() for t in layer.adapter_parameters(adapter_name)]
+        _start(layer, adapter_name, weights.read(f"{path}.weight"))
+        if callback is not None and not callback(peft_model, path):
+            for parameter, value in zip(layer.adapter_parameters(adapter_name), before, strict=True):
+                parameter.copy_(value)
+
+
+def _start(layer: LoraLayer, name: str, weight: Tensor) -> None:
+    """Write the best factors for one layer into its parameters."""
+    a, b, _ = layer.factors(name)
+    quantised = layer.matrix().float()
+    lost = layer.to_matrix(weight).to(quantised) - quantised
+    u, s, vh = torch.linalg.svd(lost, full_matrices=False)
+    rank = min(layer.specs[name].r, s.numel())
+    root = (s[:rank] / layer.scaling[name]).sqrt()
+    a.zero_().flatten(1)[:rank] = (root[:, None] * vh[:rank]).to(a)
+    b.zero_().flatten(1)[:, :rank] = (u[:, :rank] * root).to(b)
