@@ -90,7 +90,8 @@ def arguments(setup: Setup) -> dict[str, Any]:
         f"{again}_kwargs": {"use_reentrant": False},
     }
     if "RANK" in os.environ and not torch.cuda.is_available():
-        found["ddp_backend"] = "gloo"
+        # Both: without the first, accelerate starts the group and then lets each process go its own way.
+        found |= {"use_cpu": True, "ddp_backend": "gloo"}
     return found
 
 
