@@ -13,7 +13,8 @@ from .trainer import Setup, arguments, keeping, one_device, ready
 def preference_trainer(setup: Setup, beta: float, max_length: int, callbacks: Sequence[Any]) -> Any:
     """TRL's DPOTrainer on rows of ``prompt``, ``chosen`` and ``rejected``.
 
-    The reference is the model with its adapter switched off, so no second copy of the base is held.
+    What is strayed from is the model as it is now: TRL keeps a frozen copy of the adapter beside it, and
+    none of the base.
 
     Source: Rafailov et al. 2023, "Direct Preference Optimization", equation 7.
 
@@ -22,7 +23,12 @@ def preference_trainer(setup: Setup, beta: float, max_length: int, callbacks: Se
     """
     for library in ("trl", "datasets"):
         require(library, "train", "learning from preferences")
-    from datasets import Dataset
+    from datasets import (
+        Dataset,
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
     from trl import DPOConfig, DPOTrainer
 
     enable_trainer()
@@ -30,11 +36,17 @@ def preference_trainer(setup: Setup, beta: float, max_length: int, callbacks: Se
     class PreferenceTrainer(keeping(DPOTrainer)):  # type: ignore[misc]
         """TRL's, with checkpoints that are whole."""
 
-    trainer = PreferenceTrainer(
-        model=setup.model,
-        args=one_device(DPOConfig(**arguments(setup), beta=beta, max_length=max_length)),
-        train_dataset=Dataset.from_list(list(setup.rows)),
-        eval_dataset=Dataset.from_list(list(setup.eval_rows)) if setup.eval_rows else None,
-        processing_class=setup.tokenizer,
-    )
+    shown = not are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        trainer = PreferenceTrainer(
+            model=setup.model,
+            args=one_device(DPOConfig(**arguments(setup), beta=beta, max_length=max_length)),
+            train_dataset=Dataset.from_list(list(setup.rows)),
+            eval_dataset=Dataset.from_list(list(setup.eval_rows)) if setup.eval_rows else None,
+            processing_class=setup.tokenizer,
+        )
+    finally:
+        if shown:
+            enable_progress_bars()
     return ready(trainer, setup, callbacks)

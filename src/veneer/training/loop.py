@@ -163,7 +163,9 @@ def _beginning(setup: Setup, processes: int) -> tuple[Path | None, float]:
 def _write(setup: Setup, metrics: dict[str, Any]) -> None:
     """Adapter, tokenizer and metrics; then checkpoints that nobody asked for are removed."""
     try:
-        setup.model.save_pretrained(setup.output)
+        # A trainer may have put an adapter of its own beside ours.
+        only = {"selected_adapters": list(setup.record["adapters"])} if setup.record["adapters"] else {}
+        setup.model.save_pretrained(setup.output, **only)
         setup.tokenizer.save_pretrained(setup.output)
         write_json(setup.output / "metrics.json", metrics)
     except OSError as error:

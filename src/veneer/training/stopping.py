@@ -48,6 +48,7 @@ class Stop:
 
 #: Launchers pass on the signal that the terminal has sent already.
 ECHO_SECONDS = 1.0
+STOPPING = "Stopping after this step, with a checkpoint; once more leaves at once."
 
 
 @contextmanager
@@ -64,6 +65,7 @@ def stop_on_signals(say: Callable[[str], None]) -> Iterator[Stop]:
         yield stop
         return
     came: dict[int, float] = {}
+    telling: list[threading.Thread] = []
     launched = "RANK" in os.environ
 
     def handle(number: int, frame: FrameType | None) -> None:
@@ -74,7 +76,9 @@ def stop_on_signals(say: Callable[[str], None]) -> Iterator[Stop]:
         came.setdefault(number, now)
         stop.asked = True
         if first:
-            say("Stopping after this step, with a checkpoint; once more leaves at once.")
+            # In a thread: the signal may have come in the middle of a line, with the console in use.
+            telling.append(threading.Thread(target=say, args=(STOPPING,), daemon=True))
+            telling[0].start()
 
     kinds = [signal.SIGINT] + ([signal.SIGTERM] if sys.platform != "win32" else [])
     former: dict[signal.Signals, Any] = {kind: signal.signal(kind, handle) for kind in kinds}
@@ -83,3 +87,5 @@ def stop_on_signals(say: Callable[[str], None]) -> Iterator[Stop]:
     finally:
         for kind, handler in former.items():
             signal.signal(kind, signal.SIG_DFL if handler is None else handler)
+        for thread in telling:
+            thread.join(timeout=1.0)
