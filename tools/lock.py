@@ -16,9 +16,9 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent
-EXTRA_OF = {"base": "train", "test": "dev"}
+EXTRA_OF = {"base": "demo", "test": "dev"}
 TITLE = {
-    "base": "what the command line, training and the demo need",
+    "base": "what the command line, training on local JSON and CSV, and the demo need",
     "test": "what the tests, the checks and the benchmarks need beyond base.txt",
 }
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from .. import get_peft_model
+from ..errors import VeneerError
 from .data import (
     Collator,
     LabelCollator,
@@ -28,11 +29,12 @@ from .dpo import preference_trainer
 from .loop import Making, train
 from .models import check_output, load_base, load_tokenizer, refuse_file, require
 from .objectives import Answers, Classes, Objective
-from .options import RunOptions
+from .options import TASKS, RunOptions
+from .planning import empty_model, estimate_memory, seconds_per_step
 from .plots import can_plot, loss_picture
 from .progress import Progress, Silent
 from .stopping import stop_on_signals
-from .trainer import check_names
+from .trainer import check_names, total_steps
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,8 @@ def fine_tune(options: RunOptions, progress: Progress | None = None) -> dict[str
     base, _ = load_base(
         options.model, options.dtype, quantize=options.quantize, label_names=lesson.label_names
     )
+    if first:
+        progress.say(_estimate(options, lesson, base))
     torch.manual_seed(options.seed)
     adapted: Any = get_peft_model(base, options.lora_config())
     trainable, total = adapted.get_nb_trainable_parameters()
@@ -118,6 +122,41 @@ def fine_tune(options: RunOptions, progress: Progress | None = None) -> dict[str
             ylabel=lesson.measure,
         )
     return metrics
+
+
+def _estimate(options: RunOptions, lesson: Lesson, base: Any) -> str:
+    """One line: about how long the run takes and how much memory, reckoned for its longest row."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        model = base
+        if options.quantize:
+            labels = None if lesson.label_names is None else len(lesson.label_names)
+            model = empty_model(options.model, TASKS[options.task], num_labels=labels)
+        found = estimate_memory(
+            model,
+            options.lora_config(),
+            # Of a pair both answers are read.
+            batch_size=options.batch_size * (2 if options.method == "dpo" else 1),
+            sequence_length=lesson.longest,
+            gradient_checkpointing=options.gradient_checkpointing,
+            gradient_accumulation_steps=options.gradient_accumulation_steps,
+            optim=options.optim,
+            quantize=options.quantize,
+            loss_chunk_size=options.loss_chunk_size,
+            device=device,
+        )
+        once = seconds_per_step(found, device=device, dtype=next(base.parameters()).dtype)
+    except (VeneerError, RuntimeError, NotImplementedError) as error:
+        return f"No estimate of time and memory: {str(error).splitlines()[0]}"
+    steps = total_steps(len(lesson.rows), options, processes)
+    seconds = steps * options.gradient_accumulation_steps * once
+    time = f"{seconds / 60:.0f} min" if seconds >= 90 else f"{max(seconds, 1):.0f} s"
+    return (
+        f"Estimate: {steps} steps in about {time}, {found.peak / 1e9:.2g} GB of memory at the peak"
+        + (" in each process" if processes > 1 else "")
+        + " (if all rows were as long as the longest)"
+    )
 
 
 def _lesson(options: RunOptions, records: Sequence[Records], tokenizer: Any, progress: Progress) -> Lesson:
