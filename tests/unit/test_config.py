@@ -709,7 +709,6 @@ def test_any_json_is_read_or_refused_by_a_config_error(values: dict[str, Any]) -
         ({"use_qalora": True}, "'qalora'"),
         ({"alora_invocation_tokens": [1]}, "'alora'"),
         ({"velora_config": {}}, "'velora'"),
-        ({"layer_replication": [[0, 1]]}, "layer_replication"),
         ({"megatron_config": {"a": 1}}, "megatron_config"),
         ({"ensure_weight_tying": True}, "ensure_weight_tying"),
     ],

@@ -79,7 +79,6 @@ def unsupported_options(
     if inits is not None and init not in ("True", "False") and init not in inits:
         found.append(f"init_lora_weights={config.init_lora_weights!r} does not exist here yet")
     rare = {
-        "layer_replication": "replication of layers",
         "megatron_config": "layers of Megatron",
     }
     found += [f"{name}: {what} cannot be done yet" for name, what in rare.items() if getattr(config, name)]

@@ -13,6 +13,7 @@ from veneer.errors import TargetError, VeneerError
 from veneer.inject.encoder import give_back_fused_kernels
 from veneer.inject.places import sites
 from veneer.inject.preparing import prepare
+from veneer.inject.replication import restore
 from veneer.layers import LoraLayer
 from veneer.layers.making import draw_seed
 from veneer.layers.modules_to_save import ModulesToSaveWrapper
@@ -96,6 +97,7 @@ def eject(model: nn.Module, *, trained_copies: bool = False) -> nn.Module:
             site.replace(site.module.current if trained_copies else site.module.original_module)
         else:
             raise VeneerError(f"cannot take a {type(site.module).__name__} out of the model")
+    restore(model, merged=trained_copies)
     give_back_fused_kernels(model)
     model.__dict__.pop("peft_config", None)
     return model

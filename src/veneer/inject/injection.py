@@ -20,6 +20,7 @@ from veneer.inject.base_tensors import (
 )
 from veneer.inject.encoder import keep_out_of_fused_kernels
 from veneer.inject.places import Site
+from veneer.inject.replication import Replication, keep
 from veneer.inject.tokens import Rows
 from veneer.layers import LoraLayer
 from veneer.layers.making import factor_dtype
@@ -79,6 +80,7 @@ class Injection:
         additions: Layers with their future factors.
         copies: Modules with their future copies.
         tokens: Embeddings with their future rows.
+        change: What becomes of the model's layers before anything is adapted.
     """
 
     model: nn.Module
@@ -88,6 +90,7 @@ class Injection:
     additions: list[Addition]
     copies: list[Copy]
     tokens: list[Rows] = field(default_factory=list)
+    change: Replication | None = None
     autocast_adapter_dtype: bool = True
     _places: dict[str, Tensor] = field(default_factory=dict)
 
@@ -165,6 +168,8 @@ class Injection:
             active: Adapters that are active afterwards; None activates this one.
             trainable: Whether the activated parameters require gradients.
         """
+        if self.change is not None:
+            keep(self.model, self.change)
         before = AdapterSet(self.model).modules()
         holding = [m for m in before if m.held_adapters]
         disabled = bool(before) and all(m.disable_adapters for m in before)

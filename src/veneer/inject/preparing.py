@@ -15,6 +15,7 @@ from veneer.errors import AdapterNameError, TargetError, VeneerWarning
 from veneer.inject.building import build
 from veneer.inject.injection import Addition, Copy, Injection
 from veneer.inject.places import Site, model_type, plan_sites, sites
+from veneer.inject.replication import planning, replication
 from veneer.inject.tokens import token_rows
 from veneer.layers.making import check_config, with_variant_options
 from veneer.layers.modules_to_save import ModulesToSaveWrapper
@@ -48,6 +49,17 @@ def prepare(
         for sentence in config.advice():
             warnings.warn(sentence, VeneerWarning, stacklevel=3)
     own_config = copy.deepcopy(config)
+    change = replication(model, own_config)
+    with planning(change):
+        injection = _built(model, own_config, adapter_name, strict_targets, read_from_file)
+    injection.change, injection.autocast_adapter_dtype = change, autocast_adapter_dtype
+    return injection
+
+
+def _built(
+    model: nn.Module, own_config: LoraConfig, adapter_name: str, strict_targets: bool, read_from_file: bool
+) -> Injection:
+    """The parts of an adapter for a model that has its final layers."""
     found = sites(model)
     chosen = plan_sites(model, found, own_config, adapter_name, strict=strict_targets, loading=read_from_file)
     specs = [with_variant_options(spec, own_config) for spec in chosen.specs]
@@ -65,9 +77,7 @@ def prepare(
     taken = dict.fromkeys((a.site.path for a in additions), "target_modules")
     taken |= dict.fromkeys(chosen.modules_to_save, "modules_to_save")
     tokens = token_rows(model, found, own_config, taken)
-    return Injection(
-        model, own_config, adapter_name, chosen, additions, copies, tokens, autocast_adapter_dtype
-    )
+    return Injection(model, own_config, adapter_name, chosen, additions, copies, tokens)
 
 
 def _not_to_copy(site: Site) -> str | None:

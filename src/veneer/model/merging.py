@@ -224,6 +224,7 @@ class MergeVerbs(AdapterVerbs):
                 module.set_adapter(names, inference_mode=True)
                 module.enable_adapters(True)
         eject(self.model, trained_copies=True)
+        _note_untied(self.model)
         self.peft_config = {}
         return self.model
 
@@ -243,6 +244,23 @@ class MergeVerbs(AdapterVerbs):
         eject(self.model)
         self.peft_config = {}
         return self.model
+
+
+def _note_untied(model: nn.Module) -> None:
+    """Let a configuration not say that embeddings are tied where a trained copy of one took its place."""
+    both = [getattr(model, f"get_{side}_embeddings", None) for side in ("input", "output")]
+    try:
+        found = [getter() if callable(getter) else None for getter in both]
+    except (NotImplementedError, AttributeError):  # models that do not say
+        return
+    weights = [getattr(module, "weight", None) for module in found]
+    if weights[0] is None or weights[1] is None or weights[0] is weights[1]:
+        return
+    config = getattr(model, "config", None)
+    text = getattr(config, "get_text_config", lambda: config)()
+    for part in (config, text):
+        if part is not None and getattr(part, "tie_word_embeddings", False):
+            part.tie_word_embeddings = False
 
 
 def shared_weights(model: nn.Module, layers: Mapping[str, Mergeable]) -> dict[str, list[str]]:
