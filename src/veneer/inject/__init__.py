@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from veneer.inject.api import eject, inject_adapter_in_model
 from veneer.inject.base_tensors import bias_parameters, differs_from_base, embedding_weights, merged_over
+from veneer.inject.expert_names import stacked
 from veneer.inject.injection import Addition, Copy, Injection
 from veneer.inject.places import Site, candidates, model_type, plan, sites
 from veneer.inject.preparing import prepare
@@ -28,4 +29,5 @@ __all__ = [
     "plan",
     "prepare",
     "sites",
+    "stacked",
 ]

@@ -9,10 +9,11 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from veneer import inits, state
 from veneer.adapters import as_names, check_adapter_name, walk
@@ -39,6 +40,7 @@ from veneer.errors import (
     MergeError,
     VeneerWarning,
 )
+from veneer.inject import stacked
 from veneer.model.lora_model import LoraModel
 from veneer.spec import resolve
 
@@ -303,11 +305,22 @@ class Persistence(nn.Module):
         if isinstance(config, LoraConfig):
             config = marked_config(config, file.metadata, directory)
         names = {rename(key): key for key in file.shapes}
+        shapes = {new: file.shapes[old] for new, old in names.items()}
+
+        def read(key: str) -> Tensor:
+            return next(iter(file.tensors([names[key]]).values()))
+
+        old_experts = (
+            stacked(self.get_base_model(), config, shapes) if isinstance(config, LoraConfig) else None
+        )
+        if old_experts is not None:
+            config, shapes = old_experts.config, old_experts.shapes
+        take = read if old_experts is None else partial(old_experts.tensor, read=read)
         if adapter_name in self.peft_config:
             self._check_reload(config, adapter_name, directory)
             if check_base:
                 state.check_base(self.get_base_model(), file.metadata, directory, carried=file.shapes)
-            values = {new: t for new, old in names.items() for t in file.tensors([old]).values()}
+            values = {key: take(key) for key in shapes}
             report = state.set_adapter_state_dict(self, values, adapter_name, strict=strict, where=directory)
             if not is_trainable:
                 self._leave_training()
@@ -320,8 +333,8 @@ class Persistence(nn.Module):
         )
         report = state.fill_injection(
             injection,
-            {new: file.shapes[old] for new, old in names.items()},
-            lambda keys: {key: t for key in keys for t in file.tensors([names[key]]).values()},
+            shapes,
+            lambda keys: {key: take(key) for key in keys},
             where=directory,
             strict=strict,
         )
