@@ -65,6 +65,11 @@ class LoraMultiheadAttention(LoraLayer):
         return self.base_layer.out_proj  # type: ignore[return-value]
 
     @property
+    def _qkv_same_embed_dim(self) -> bool:
+        """As of torch's module, whose transformer layers read it: others are not adapted."""
+        return True
+
+    @property
     def out_proj(self) -> nn.Module:
         """The out-projection without adapters, for code that reads its weight."""
         out = self.output_projection

@@ -56,6 +56,8 @@ def why_not(layer: LoraLayer, spec: LoraSpec) -> str | None:
             f"init_lora_weights={spec.init!r} replaces the base weight, which holds the merged "
             f"{', '.join(map(repr, layer.merged_adapters))}: unmerge first"
         )
+    if (reason := layer.refuses(layer.original_base(), spec)) is not None:
+        return reason
     init = inits.find(spec.init)
     if init.replaces_base and layer.backend.quantization is not None:
         return (
@@ -76,10 +78,8 @@ def why_not(layer: LoraLayer, spec: LoraSpec) -> str | None:
     if not backend.readable and (not variant.additive or init.subtracts_start or init.replaces_base):
         asked = spec.init if variant.additive else spec.variant
         return f"{asked!r} needs the base weight, which cannot be read as {backend.quantization} stores it"
-    return (
-        layer.refuses(layer.original_base(), spec)
-        or inits.find(spec.init).refuses(spec, kind, layer.is_matrix())
-        or variants.get(spec.variant).refuses(spec, kind)
+    return inits.find(spec.init).refuses(spec, kind, layer.is_matrix()) or variants.get(spec.variant).refuses(
+        spec, kind
     )
 
 
