@@ -1,189 +1,37 @@
 """Veneer: low-rank adaptation (LoRA) of PyTorch models.
 
 The names are the field's: ``from veneer import LoraConfig, get_peft_model, PeftModel``.
-Importing this package imports torch and safetensors and nothing else that is heavy.
+Importing this package imports nothing heavy: the first public name brings torch and safetensors, and nothing
+else that is heavy. So the command line answers at once, Ctrl-C included.
 """
 
 from __future__ import annotations
 
 import importlib
+import pkgutil
 from typing import TYPE_CHECKING, Any
 
 from veneer import integrations
-from veneer.calibration import (
-    get_eva_state_dict,
-    initialize_lora_eva_weights,
-    preprocess_corda,
-    preprocess_loraga,
-    replace_lora_weights_loftq,
-)
-from veneer.checks import TrainingCheck, check_training
-from veneer.config import (
-    PEFT_TYPE_TO_CONFIG_MAPPING,
-    CordaConfig,
-    EvaConfig,
-    LoftQConfig,
-    LoraConfig,
-    LoraGAConfig,
-    LoraRuntimeConfig,
-    PeftConfig,
-    PeftType,
-    TaskType,
-    get_peft_config,
-)
-from veneer.errors import (
-    AdapterFileError,
-    AdapterNameError,
-    BaseMismatchError,
-    CheckpointError,
-    CombineError,
-    ConfigError,
-    DataError,
-    LoadMismatchError,
-    MergeError,
-    MissingExtraError,
-    RoutingError,
-    TargetError,
-    TrainingError,
-    UnknownOptionError,
-    VeneerError,
-    VeneerWarning,
-)
-from veneer.inject import inject_adapter_in_model, plan
-from veneer.model import (
-    MODEL_TYPE_TO_PEFT_MODEL_MAPPING,
-    LoraModel,
-    PeftMixedModel,
-    PeftModel,
-    PeftModelForCausalLM,
-    PeftModelForFeatureExtraction,
-    PeftModelForQuestionAnswering,
-    PeftModelForSeq2SeqLM,
-    PeftModelForSequenceClassification,
-    PeftModelForTokenClassification,
-    TunerLayerStatus,
-    TunerModelStatus,
-    cast_mixed_precision_params,
-    get_base_model_state_dict,
-    get_layer_status,
-    get_model_status,
-    get_peft_model,
-    get_peft_model_state_dict,
-    hotswap_adapter,
-    load_peft_weights,
-    prepare_model_for_compiled_hotswap,
-    set_base_model_state_dict,
-    set_peft_model_state_dict,
-)
-from veneer.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
 
 if TYPE_CHECKING:
-    from veneer.integrations.auto import (
-        AutoPeftModel,
-        AutoPeftModelForCausalLM,
-        AutoPeftModelForFeatureExtraction,
-        AutoPeftModelForQuestionAnswering,
-        AutoPeftModelForSeq2SeqLM,
-        AutoPeftModelForSequenceClassification,
-        AutoPeftModelForTokenClassification,
-    )
+    from veneer.public import *  # noqa: F403
 
 __version__ = "0.1.0"
 
-#: Names that need an optional library, and the module that has them.
-_LAZY = {
-    name: "veneer.integrations.auto"
-    for name in (
-        "AutoPeftModel",
-        "AutoPeftModelForCausalLM",
-        "AutoPeftModelForFeatureExtraction",
-        "AutoPeftModelForQuestionAnswering",
-        "AutoPeftModelForSeq2SeqLM",
-        "AutoPeftModelForSequenceClassification",
-        "AutoPeftModelForTokenClassification",
-    )
-}
-
-__all__ = [
-    "AdapterFileError",
-    "AdapterNameError",
-    "BaseMismatchError",
-    "CheckpointError",
-    "CombineError",
-    "ConfigError",
-    "DataError",
-    "LoadMismatchError",
-    "MergeError",
-    "MissingExtraError",
-    "RoutingError",
-    "TargetError",
-    "TrainingError",
-    "UnknownOptionError",
-    "TrainingCheck",
-    "check_training",
-    "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
-    "PEFT_TYPE_TO_CONFIG_MAPPING",
-    "AutoPeftModel",
-    "AutoPeftModelForCausalLM",
-    "AutoPeftModelForFeatureExtraction",
-    "AutoPeftModelForQuestionAnswering",
-    "AutoPeftModelForSeq2SeqLM",
-    "AutoPeftModelForSequenceClassification",
-    "AutoPeftModelForTokenClassification",
-    "CordaConfig",
-    "EvaConfig",
-    "LoftQConfig",
-    "LoraConfig",
-    "LoraGAConfig",
-    "LoraModel",
-    "LoraRuntimeConfig",
-    "PeftConfig",
-    "PeftMixedModel",
-    "PeftModel",
-    "PeftModelForCausalLM",
-    "PeftModelForFeatureExtraction",
-    "PeftModelForQuestionAnswering",
-    "PeftModelForSeq2SeqLM",
-    "PeftModelForSequenceClassification",
-    "PeftModelForTokenClassification",
-    "PeftType",
-    "TaskType",
-    "VeneerError",
-    "VeneerWarning",
-    "TunerLayerStatus",
-    "TunerModelStatus",
-    "cast_mixed_precision_params",
-    "create_lorafa_optimizer",
-    "create_loraplus_optimizer",
-    "get_layer_status",
-    "get_model_status",
-    "get_eva_state_dict",
-    "get_peft_config",
-    "get_peft_model",
-    "get_peft_model_state_dict",
-    "initialize_lora_eva_weights",
-    "hotswap_adapter",
-    "inject_adapter_in_model",
-    "prepare_model_for_compiled_hotswap",
-    "load_peft_weights",
-    "plan",
-    "preprocess_corda",
-    "preprocess_loraga",
-    "get_base_model_state_dict",
-    "set_base_model_state_dict",
-    "replace_lora_weights_loftq",
-    "set_peft_model_state_dict",
-]
-
-integrations.watch()
-
 
 def __getattr__(name: str) -> Any:
-    module = _LAZY.get(name)
-    if module is None:
+    if name in {unit.name for unit in pkgutil.iter_modules(__path__)}:  # noqa: F405
+        return importlib.import_module(f"{__name__}.{name}")
+    hidden = name.startswith("__") and name != "__all__"  # what the import system asks of every module
+    public = None if hidden else importlib.import_module("veneer.public")
+    if not hasattr(public, name) or hidden:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(module), name)
+    value = globals()[name] = getattr(public, name)
+    return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__getattr__("__all__")})
+
+
+integrations.watch()  # last: what it meets may ask for a public name at once

@@ -33,6 +33,7 @@ RANKS: tuple[tuple[str, ...], ...] = (
     ("model",),
     ("calibration",),
     ("integrations",),
+    ("public",),
     ("training",),
     ("testing",),
     ("as_peft",),
@@ -44,6 +45,7 @@ FUNCTION_IMPORTS = {"backends", "integrations", "training", "as_peft", "cli"}
 #: (file, outermost function) of the doors: they need what stands to their right, or load public names lazily.
 DOORS = {
     ("__init__.py", "__getattr__"),
+    ("public.py", "__getattr__"),
     ("doors.py", "hub"),
 }
 USES_PUBLIC_FACE = {"training", "as_peft", "cli"}

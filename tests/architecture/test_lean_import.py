@@ -1,4 +1,4 @@
-"""`import veneer` brings in torch and safetensors, and nothing else that is not Veneer's own."""
+"""Veneer brings in torch and safetensors with its first public name, and nothing else that is not its own."""
 
 from __future__ import annotations
 
@@ -34,13 +34,21 @@ def brought_in_by(first: str, then: str) -> set[str]:
 
 
 def test_import_adds_nothing_to_torch_and_safetensors() -> None:
-    assert brought_in_by("import torch, safetensors.torch", "import veneer") <= {"veneer", "veneer_as_peft"}
+    ours = {"veneer", "veneer_as_peft"}
+    assert brought_in_by("import torch, safetensors.torch", "from veneer import *") <= ours
 
 
 def test_none_of_the_heavy_libraries_is_loaded() -> None:
-    loaded = brought_in_by("", "import veneer")
+    loaded = brought_in_by("", "from veneer import get_peft_model")
     assert "torch" in loaded
     assert not loaded & set(HEAVY)
+
+
+def test_torch_comes_with_the_first_name() -> None:
+    assert brought_in_by("", "import veneer, veneer.errors; veneer.__version__; veneer.errors") <= {
+        "veneer",
+        "veneer_as_peft",
+    }
 
 
 @pytest.mark.parametrize("extra", ["typer", "huggingface_hub"])
@@ -55,6 +63,6 @@ def test_import_draws_no_random_number_and_sets_nothing_global() -> None:
         "                torch.get_default_dtype(), list(warnings.filters),\n"
         "                logging.getLogger().handlers, logging.getLogger().level)\n"
         "before = look()\n"
-        "import veneer\n"
+        "import veneer; veneer.LoraConfig\n"
         "assert look() == before"
     )
