@@ -224,8 +224,7 @@ def draw(screen: Screen, place: Path, title: str = "") -> None:
     size = 22
     plain = ImageFont.truetype(str(fonts / "DejaVuSansMono.ttf"), size)
     strong = ImageFont.truetype(str(fonts / "DejaVuSansMono-Bold.ttf"), size)
-    # Rows as tall as the font, so that the lines of tables meet.
-    wide, tall, edge, bar = plain.getlength("M"), sum(plain.getmetrics()), 24, 44
+    wide, tall, edge, bar = plain.getlength("M"), int(size * 1.3), 24, 44
     lines = screen.lines
     while lines and not "".join(c for c, _ in lines[-1]).strip():
         lines = lines[:-1]
