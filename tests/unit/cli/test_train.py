@@ -94,3 +94,45 @@ def test_train_refuses_a_model_that_is_not_there(tmp_path: Path, capsys: pytest.
     data = saved_records(tmp_path / "data.jsonl")
     assert main(train_words(tmp_path / "nothing", data, tmp_path / "out")) == 1
     assert "no model at" in capsys.readouterr().err
+
+
+def test_train_takes_a_yaml_file_and_flags_override_it(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "run.yaml"
+    data = saved_records(tmp_path / "data.jsonl")
+    config.write_text(f"model: {base}\ndata: {data}\noutput: {tmp_path / 'out'}\nlora-r: 2\nmax_steps: 2\n")
+    assert main(["train", str(config), "--max-steps", "1", "--json"]) == 0
+    captured = capsys.readouterr()
+    metrics = json.loads(captured.out)
+    assert metrics["steps"] == 1 and metrics["options"]["lora_r"] == 2
+    assert captured.err.index("Estimate: 1 steps") < captured.err.index("training 1/1")
+    config.write_text("lora_rank: 2\nlerning_rate: 1\n")
+    assert main(["train", str(config)]) == 2
+    said = capsys.readouterr().err
+    assert "lora_rank" in said and "lerning_rate" in said and "learning" in said
+
+
+@pytest.mark.parametrize(
+    ("how", "lines", "measure"),
+    [
+        (["--task", "seq-cls"], ['{"text": "a", "label": "x"}', '{"text": "b", "label": "y"}'], "accuracy"),
+        (
+            ["--method", "dpo"],
+            [f'{{"prompt": "{n}", "chosen": "a", "rejected": "b"}}' for n in range(4)],
+            "rewards/margins",
+        ),
+    ],
+    ids=["seq-cls", "dpo"],
+)
+def test_train_classes_and_preferences(
+    how: list[str], lines: list[str], measure: str, base: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(lines) + "\n")
+    words = train_words(base, data, tmp_path / "out", "--eval-data", str(data), *how)
+    assert main(words) == 0
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    first, last = metrics["evaluations"][0], metrics["evaluations"][-1]
+    assert last["loss"] < first["loss"] and measure in last
+    assert not [place for place in (tmp_path / "out").iterdir() if place.is_dir()]
