@@ -45,6 +45,7 @@ from veneer.errors import (
     VeneerWarning,
 )
 from veneer.inject import inject_adapter_in_model, plan
+from veneer.integrations.kbit import prepare_model_for_kbit_training
 from veneer.model import (
     MODEL_TYPE_TO_PEFT_MODEL_MAPPING,
     LoraModel,
@@ -158,6 +159,7 @@ __all__ = [
     "hotswap_adapter",
     "inject_adapter_in_model",
     "prepare_model_for_compiled_hotswap",
+    "prepare_model_for_kbit_training",
     "load_peft_weights",
     "plan",
     "preprocess_corda",

@@ -9,12 +9,14 @@ import json
 import re
 import warnings
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from veneer import backends
 from veneer.adapters import AdapterSet, walk
 from veneer.backends import stored_elsewhere
 from veneer.checkpoint import (
@@ -422,16 +424,25 @@ def base_fingerprint(model: nn.Module, targets: Mapping[str, LoraLayer] | None =
     """
     if targets is None:
         targets = {path: m for path, m in walk(model) if isinstance(m, LoraLayer)}
-    weights = {
-        _clean(path): getattr(layer.original_base(), layer.weight_name, None)
-        for path, layer in targets.items()
-    }
+    weights: dict[str, Tensor | Callable[[], Tensor]] = {}
+    storages = set()
+    for path, layer in targets.items():
+        base = layer.original_base()
+        backend = backends.quantised(base)
+        weight = getattr(base, layer.weight_name, None)
+        if backend is not None and layer.weight_name == "weight":
+            storages.add(str(backend.quantization))
+            if backend.readable:
+                weights[_clean(path)] = partial(backend.read, base)
+        elif isinstance(weight, Tensor):
+            weights[_clean(path)] = weight.detach()
     config = getattr(model, "config", None)
     size = config.get("vocab_size") if isinstance(config, Mapping) else getattr(config, "vocab_size", None)
     return fingerprint(
         type(model).__name__,
         size if isinstance(size, int) else None,
-        {path: w.detach() for path, w in weights.items() if isinstance(w, Tensor)},
+        weights,
+        storages,
     )
 
 

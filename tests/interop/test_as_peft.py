@@ -143,7 +143,7 @@ def test_other_methods_can_be_named_and_not_used(nopeft_python: Path) -> None:
         + """
 import peft
 from peft import IA3Config, LoraConfig, PrefixTuningConfig, PromptLearningConfig
-from peft import prepare_model_for_kbit_training
+from peft import save_as_lora
 from peft.tuners import PromptEncoder
 from peft.tuners.loha.layer import LoHaLayer
 from peft.tuners.lokr.layer import LoKrLayer
@@ -152,7 +152,7 @@ from veneer import VeneerError
 assert not isinstance(LoraConfig(), (PrefixTuningConfig, IA3Config, PromptLearningConfig))
 assert IA3Config is peft.IA3Config
 assert list(LoHaLayer.adapter_layer_names) == list(LoKrLayer.adapter_layer_names) == []
-for thing in (IA3Config, PrefixTuningConfig, prepare_model_for_kbit_training, PromptEncoder, LoHaLayer):
+for thing in (IA3Config, PrefixTuningConfig, save_as_lora, PromptEncoder, LoHaLayer):
     try:
         thing(r=3)
     except VeneerError as error:

@@ -33,7 +33,7 @@ FUNCTIONS = """
     get_peft_config get_peft_model inject_adapter_in_model get_peft_model_state_dict set_peft_model_state_dict
     load_peft_weights get_base_model_state_dict
     set_base_model_state_dict get_layer_status get_model_status cast_mixed_precision_params get_eva_state_dict
-    initialize_lora_eva_weights preprocess_loraga replace_lora_weights_loftq
+    initialize_lora_eva_weights prepare_model_for_kbit_training preprocess_loraga replace_lora_weights_loftq
 """.split()
 CLASSES = """
     LoraConfig PeftConfig LoftQConfig EvaConfig LoraGAConfig LoraRuntimeConfig PeftModel PeftModelForCausalLM
@@ -45,9 +45,7 @@ CLASSES = """
 VALUES = ["PEFT_TYPE_TO_CONFIG_MAPPING", "MODEL_TYPE_TO_PEFT_MODEL_MAPPING", "TaskType", "PeftType"]
 
 #: Commonly used names of the reference that belong to later versions, each with what it waits for.
-LATER = {
-    "prepare_model_for_kbit_training": "quantised bases",
-}
+LATER: dict[str, str] = {}
 METHODS: dict[str, str] = {
     "PeftModel": """
         print_trainable_parameters save_pretrained from_pretrained generate load_adapter set_adapter

@@ -22,7 +22,7 @@ class TorchAO(Backend):
 
     def matches(self, module: nn.Module) -> bool:
         """A weight of one of its types, which pass for floating-point tensors."""
-        weight = getattr(module, "weight", None)
+        weight = module._parameters.get("weight")
         return isinstance(weight, Tensor) and "torchao.utils.TorchAOBaseTensor" in type_names(type(weight))
 
     def device(self, module: nn.Module) -> torch.device:

@@ -49,6 +49,7 @@ _OTHER = (
     "fsdp_auto_wrap_policy",
     "cast_mixed_precision_params",
     "infer_device",
+    "prepare_model_for_kbit_training",
     *_FILES,
 )
 _LORA = (
@@ -89,6 +90,7 @@ LAYOUT: dict[str, tuple[str, ...]] = {
         "get_peft_config",
         "get_peft_model",
         "inject_adapter_in_model",
+        "prepare_model_for_kbit_training",
     ),
     "peft.auto": (*_AUTO, "MODEL_TYPE_TO_PEFT_MODEL_MAPPING", "PeftConfig"),
     "peft.config": ("PeftConfig", "PromptLearningConfig"),
@@ -207,7 +209,6 @@ OTHER_METHODS = (
     "find_kappa_target_modules",
     "initialize_kv_prefix_from_past_key_values",
     "initialize_kv_prefix_from_text",
-    "prepare_model_for_kbit_training",
     "prompt_embeddings_from_past_key_values",
     "save_as_lora",
     "shift_tokens_right",
