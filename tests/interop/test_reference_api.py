@@ -44,8 +44,6 @@ CLASSES = """
 """.split()
 VALUES = ["PEFT_TYPE_TO_CONFIG_MAPPING", "MODEL_TYPE_TO_PEFT_MODEL_MAPPING", "TaskType", "PeftType"]
 
-#: Commonly used names of the reference that belong to later versions, each with what it waits for.
-LATER: dict[str, str] = {}
 METHODS: dict[str, str] = {
     "PeftModel": """
         print_trainable_parameters save_pretrained from_pretrained generate load_adapter set_adapter
@@ -138,12 +136,6 @@ def test_public_values() -> None:
         k: v.__name__ for k, v in theirs_of("MODEL_TYPE_TO_PEFT_MODEL_MAPPING").items()
     }
     assert {k.value for k in veneer.PEFT_TYPE_TO_CONFIG_MAPPING} == {"LORA"}
-
-
-@pytest.mark.parametrize("name", LATER)
-def test_names_for_later_exist_there_and_not_here(name: str) -> None:
-    theirs_of(name)
-    assert not hasattr(veneer, name), f"{name} has come: move it to the names that are compared"
 
 
 @pytest.mark.parametrize(("cls", "name"), [(c, n) for c, names in METHODS.items() for n in names.split()])
