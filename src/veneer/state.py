@@ -40,8 +40,8 @@ from veneer.errors import (
 )
 from veneer.inject import Injection, bias_parameters, differs_from_base, embedding_weights, merged_over
 from veneer.layers import LoraLayer
-from veneer.layers.base import RESIDUAL
 from veneer.layers.modules_to_save import ModulesToSaveWrapper
+from veneer.layers.parts import RESIDUAL
 from veneer.layers.trainable_tokens import TrainableTokens
 
 #: What a saved adapter's names begin with.

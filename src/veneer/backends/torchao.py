@@ -23,6 +23,8 @@ class TorchAO(Backend):
     def matches(self, module: nn.Module) -> bool:
         """A weight of one of its types, which pass for floating-point tensors."""
         weight = module._parameters.get("weight")
+        if type(weight) in (nn.Parameter, Tensor):
+            return False
         return isinstance(weight, Tensor) and "torchao.utils.TorchAOBaseTensor" in type_names(type(weight))
 
     def device(self, module: nn.Module) -> torch.device:

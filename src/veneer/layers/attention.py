@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from veneer.layers.base import LoraLayer, stand_in
+from veneer.layers.base import LoraLayer
+from veneer.layers.parts import stand_in
 from veneer.routing import current
 from veneer.spec import LoraSpec
 

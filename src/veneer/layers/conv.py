@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from veneer import backends
-from veneer.layers.base import LoraLayer, stand_in, unwrapped
+from veneer.layers.base import LoraLayer
+from veneer.layers.parts import stand_in, unwrapped
 from veneer.spec import LoraSpec
 
 _CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}

@@ -7,7 +7,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from veneer.layers.base import LoraLayer, stand_in, unwrapped
+from veneer.layers.base import LoraLayer
+from veneer.layers.parts import stand_in, unwrapped
 from veneer.spec import LoraSpec
 
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from veneer import backends, variants
-from veneer.layers.base import Factor, LoraLayer, stand_in
+from veneer.layers.base import LoraLayer
+from veneer.layers.parts import Factor, stand_in
 from veneer.ops import mixed_batch
 from veneer.ops.lora_linear import add_lora_, autocasts, lora_linear
 from veneer.routing import Routing, current
@@ -153,7 +154,8 @@ class LoraLinear(LoraLayer):
             not live
             or args
             or kwargs
-            or not all(self._is_additive(name) for name in live[0 if self._merged else 1 :])
+            or not all(self._is_additive(name) for name in live[1:])
+            or (not self._is_additive(live[0]) and self._merged)
             or not _is_plain(base)
             or x.dtype != base.weight.dtype
             or autocasts(x.device.type)

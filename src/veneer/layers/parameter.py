@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from veneer.errors import RoutingError
-from veneer.layers.base import LoraLayer, stand_in
+from veneer.layers.base import LoraLayer
+from veneer.layers.parts import stand_in
 from veneer.ops.adapted_weight import AdaptedWeight, Term
 from veneer.routing import current
 from veneer.spec import LoraSpec

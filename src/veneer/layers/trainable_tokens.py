@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from veneer import backends
 from veneer.adapters import AdapterModule, as_names
 from veneer.errors import AdapterNameError, MergeError
-from veneer.layers.base import Undo, stand_in
+from veneer.layers.parts import Undo, stand_in
 from veneer.routing import current
 
 

@@ -168,9 +168,11 @@ class PeftModel(Parking):
     ) -> Activation | None:
         """From where on the aLoRA adapters of a call act; None without any. Takes ``alora_offsets`` out."""
         given = kwargs.pop("alora_offsets", None)
+        invoked = {n: getattr(c, "alora_invocation_tokens", None) for n, c in self.peft_config.items()}
+        if not any(invoked.values()):
+            return None
         used = self.active_adapters if names is None else names
-        configs = {n: self.peft_config[n] for n in used if n in self.peft_config}
-        tokens = {n: t for n, c in configs.items() if (t := getattr(c, "alora_invocation_tokens", None))}
+        tokens = {name: list(invoked[name] or ()) for name in used if invoked.get(name)}
         if not tokens or all(layer.disable_adapters for layer in self.base_model.layers().values()):
             return None
         if grows and (way := next((k for k in _NOT_ONE_BY_ONE if kwargs.get(k)), None)):
