@@ -33,6 +33,7 @@ def run(quantize: str | None, count: int, steps: int, folder: Path) -> tuple[Sco
     size = model_bytes(model)
     parts = mails()
     examiner = Examiner(tokenizer, parts["heldout"][:count], Silent())
+    count = len(examiner.mails)
     before = examiner.examine(model)
     torch.manual_seed(0)
     config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -60,7 +61,7 @@ def main() -> int:
             kind: run(kind, options.mails, options.steps, Path(folder) / str(kind)) for kind in (None, "nf4")
         }
     wide, narrow = results[None][1].exact, results["nf4"][1].exact
-    gap = 100 * (wide - narrow) / options.mails
+    gap = 100 * (wide - narrow) / len(results["nf4"][1].answers)
     print(
         f"nf4 takes {results['nf4'][2] / results[None][2]:.0%} of the bytes; exact answers: {-gap:+.1f} "
         "percentage points"
