@@ -314,6 +314,7 @@ def _computes(type_name: str, case: LayerCase, dtype: torch.dtype) -> bool:
     return True
 
 
+SOME_DTYPES = (torch.float32, torch.bfloat16)
 #: Cases that show an initialisation or a storage as much as all of them would.
 TELLING = ("plain", "large-rank", "groups", "lora-bias")
 
@@ -333,10 +334,10 @@ def _is_worth_trying(
     if (init, backend) == ("Default", "dense"):
         return single or first
     if variant != "plain":
-        return first and (single or dtype == torch.bfloat16) and (init == "Default") == (backend != "dense")
+        return first and (single if backend == "dense" else init == "Default" and dtype in SOME_DTYPES)
     if backend == "dense":
         return single and case in TELLING
-    return init == "Default" and (single or (first and dtype == torch.bfloat16))
+    return init == "Default" and (single or (first and dtype in SOME_DTYPES))
 
 
 @cache

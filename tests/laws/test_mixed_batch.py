@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,7 +11,7 @@ from torch import Tensor
 from tests.laws.cases import ALL, Combination, train
 from tests.laws.test_layers import close
 from veneer.layers import LoraLayer, wrap
-from veneer.routing import BASE, routed
+from veneer.routing import BASE, Activation, acting_everywhere, routed
 
 #: Cases whose first axis is that of the batch, each with more than one row.
 BATCHED = [
@@ -30,13 +32,19 @@ def layer_with_three(made: Combination) -> LoraLayer:
     return layer
 
 
+def mixed(layer: LoraLayer, names: list[str]) -> AbstractContextManager[object]:
+    """A call whose rows go through these adapters; one that is invoked by a text is invoked everywhere."""
+    return routed(layer, names, activation=Activation({}))
+
+
 def rows_by_themselves(layer: LoraLayer, names: list[str], x: Tensor) -> Tensor:
     """Each row through its own adapter, as the whole batch went through that one."""
     whole = {}
     for name in dict.fromkeys(names):
         layer.enable_adapters(name != BASE)
         layer.set_adapter(name)
-        whole[name] = layer(x)
+        with acting_everywhere():
+            whole[name] = layer(x)
     layer.enable_adapters(True)
     return torch.stack([whole[name][row] for row, name in enumerate(names)])
 
@@ -50,9 +58,9 @@ def test_each_row_is_what_its_adapter_gives(made: Combination) -> None:
     layer, x = layer_with_three(made), made.x()
     names = names_for(x)
     expected = rows_by_themselves(layer, names, x)
-    with routed(layer, names), torch.no_grad():
+    with mixed(layer, names), torch.no_grad():
         close(layer(x), expected, made)
-    with routed(layer, names):
+    with mixed(layer, names):
         close(layer(x), expected, made)
 
 
@@ -78,7 +86,7 @@ def test_gradients_are_those_of_the_rows(made: Combination) -> None:
         ]
         return dense
 
-    with routed(layer, names):
+    with mixed(layer, names):
         actual = gradients(layer(x))
     layer.train(layer.training)
     by_row = rows_by_themselves_with_grad(layer, names, x)
@@ -93,5 +101,6 @@ def rows_by_themselves_with_grad(layer: LoraLayer, names: list[str], x: Tensor) 
             whole[name] = layer.original_base()(x)
         else:
             layer._live = (name,)
-            whole[name] = layer(x)
+            with acting_everywhere():
+                whole[name] = layer(x)
     return torch.stack([whole[name][row] for row, name in enumerate(names)])
