@@ -147,12 +147,13 @@ def test_all_linear_leaves_out_bare_parameters_which_a_file_may_name(tmp_path: P
     ours, theirs = both(lambda: base, {"target_modules": "all-linear", "task_type": "CAUSAL_LM"})
     adapted = {n.split(".lora_A")[0].rpartition(".")[2] for n in ours.state_dict() if ".lora_A." in n}
     assert adapted == {"q_proj", "k_proj", "v_proj", "o_proj"}
-    randomise(theirs).eval()  # in training its router shakes its inputs
+    randomise(theirs).eval()
     with quiet():
         theirs.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(base, tmp_path).eval()
     assert any("experts" in name for name in loaded.base_model.layers())
-    assert_close(output(loaded, one_text()), output(theirs, one_text()))
+    inputs = one_text()
+    assert_close(output(loaded, inputs), output(theirs, inputs))
 
 
 def test_efficientnet(tmp_path: Path) -> None:
