@@ -159,7 +159,8 @@ def convert_gguf(gguf: Path, place: Path) -> Path:
 
     # The reader of GGUF files shows a bar of its own that cannot be turned off.
     with quiet_transformers(), contextlib.redirect_stderr(io.StringIO()):
-        source: dict[str, Any] = {"gguf_file": gguf.name}
+        # Said outright, as it is written down with the tokenizer: what is made is the same everywhere.
+        source: dict[str, Any] = {"gguf_file": gguf.name, "local_files_only": True}
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **source)
         model = AutoModelForCausalLM.from_pretrained(
             gguf.parent, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True), **source
