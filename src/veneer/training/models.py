@@ -246,9 +246,15 @@ def quantization(name: str, dtype: str = "auto") -> dict[str, Any]:
 
     Raises:
         MissingExtraError: The library is not installed.
+        TrainingError: Its kernels do not run on this machine.
     """
     import torch
 
+    if name == "int4" and not torch.cuda.is_available():
+        raise TrainingError(
+            "--quantize int4 needs a GPU: torchao packs 4-bit integers for its kernels there only. "
+            "nf4, fp4 and int8 run on the CPU too"
+        )
     require("torchao" if name == "int4" else "bitsandbytes", "quant", f"--quantize {name}")
     if name == "int4":
         from torchao.quantization import Int4WeightOnlyConfig

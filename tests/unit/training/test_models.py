@@ -172,3 +172,18 @@ def test_an_output_that_cannot_be_written(tmp_path: Path) -> None:
         models.check_output(tmp_path / "file" / "out")
     models.check_output(tmp_path / "new" / "out")
     assert (tmp_path / "new" / "out").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("nf4", "Linear4bit"), ("fp4", "Linear4bit"), ("int8", "Linear8bitLt")]
+)
+def test_a_base_in_few_bits(name: str, kind: str, tmp_path: Path) -> None:
+    model, _ = load_base(saved_tiny(tmp_path / "base"), quantize=name)
+    kinds = {type(module).__name__ for module in model.model.modules() if hasattr(module, "in_features")}
+    assert kinds == {kind}
+
+
+def test_four_bit_integers_need_a_gpu_and_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(TrainingError, match=r"int4 needs a GPU.*nf4, fp4 and int8"):
+        models.quantization("int4")
