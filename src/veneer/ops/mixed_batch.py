@@ -24,8 +24,8 @@ Run = tuple[str | None, int, int]
 #: The factors of an adapter, A (r, in) and B (out, r), and its strength.
 Term = tuple[Tensor, Tensor, float]
 
-#: Multiplications that a run's own calls cost as much time as. Measured on two AVX-512 cores; see
-#: `benchmarks/mixed_batch.py`.
+#: Multiplications that a run's own calls cost as much time as: an estimate, from some ten microseconds of
+#: calls and some ten billion products a second. It decides what is faster, never what is right.
 RUN_COST = 400_000
 
 

@@ -48,7 +48,7 @@ _STATES: tuple[tuple[str, float, bool], ...] = (
 )
 #: bitsandbytes keeps the state of smaller tensors in 32 bits.
 _SMALLEST_8BIT = 4096
-#: Share of a plain matrix product's rate that a training step reaches: an empirical figure, see
+#: Share of a plain matrix product's rate that a training step reaches: an estimate, see
 #: `seconds_per_step`.
 REACHED = 0.6
 
@@ -239,7 +239,7 @@ def seconds_per_step(
     """A rough time of one forward and backward pass, from the rate at which this machine multiplies matrices.
 
     A square product is timed for a fifth of a second; a step is taken to reach 60 % of its rate, which is an
-    empirical figure (small models reach less).
+    estimate (small models reach less).
     """
     wanted = dtype if isinstance(dtype, torch.dtype) else getattr(torch, str(dtype), torch.float32)
     return estimate.flops / (REACHED * product_rate(device, wanted))
