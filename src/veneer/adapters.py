@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
+import torch
 from torch import nn
 
 from veneer.errors import AdapterNameError
@@ -84,6 +85,16 @@ class AdapterModule(nn.Module):
 
     def adapters_changed(self) -> None:
         """Called after every change of what is active, enabled or held."""
+
+    @property
+    def merged_adapters(self) -> list[str]:
+        """Names of the adapters that are in the base's tensors now; none where nothing merges."""
+        return []
+
+    def base_device(self) -> torch.device:
+        """Where an adapter's parameters belong: where the base's are."""
+        parameters = (p for _, child in self.inner() if child is not None for p in child.parameters())
+        return next((p.device for p in parameters), torch.device("cpu"))
 
     def inner(self) -> Iterator[tuple[str, nn.Module | None]]:
         """The children, by name, that belong to the model rather than to an adapter."""
@@ -172,6 +183,13 @@ def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
                 yield from visit(child, f"{path}.{name}" if path else name)
 
     return visit(model, "")
+
+
+def base_of(model: nn.Module) -> nn.Module:
+    """The base model inside a face such as `PeftModel`; the model itself where there is none."""
+    inner = getattr(model, "get_base_model", None)
+    found: nn.Module = inner() if callable(inner) else model
+    return found
 
 
 class BaseTensor(NamedTuple):

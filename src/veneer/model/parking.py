@@ -13,7 +13,6 @@ import torch
 from veneer import inits
 from veneer.errors import AdapterNameError, ConfigError
 from veneer.layers import LoraLayer
-from veneer.layers.modules_to_save import ModulesToSaveWrapper
 from veneer.model.persistence import Persistence
 
 
@@ -58,7 +57,7 @@ class Parking(Persistence):
         layers = {p: m for p, m in verbs.layers().items() if adapter_name in m.held_adapters}
         if adapter_name in verbs.active_adapters:
             raise AdapterNameError(f"{adapter_name!r} is active: set_adapter another one before parking it")
-        if any(adapter_name in layer.merged_adapters for layer in layers.values()):
+        if any(adapter_name in module.merged_adapters for module in verbs.index.modules()):
             raise AdapterNameError(f"{adapter_name!r} is merged: unmerge_adapter() before parking it")
         parameters = list(verbs.index.parameters(adapter_name))
         trainable = not self.peft_config[adapter_name].inference_mode
@@ -106,11 +105,6 @@ class Parking(Persistence):
         for module in self.base_model.index.modules():
             if name not in module.held_adapters:
                 continue
-            if isinstance(module, LoraLayer):
-                device = module.base_device()
-            elif isinstance(module, ModulesToSaveWrapper):
-                device = next((p.device for p in module.original_module.parameters()), torch.device("cpu"))
-            else:
-                continue
+            device = module.base_device()
             for parameter in module.adapter_parameters(name):
                 parameter.data = parameter.data.to(device)

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 from torch import Tensor, nn
 
 from veneer import state
-from veneer.adapters import base_names, walk
+from veneer.adapters import base_names, base_of, walk
 from veneer.checkpoint import (
     open_adapter,
 )
@@ -92,7 +92,7 @@ def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:
     Args:
         model: A PeftModel, or a module with injected adapters.
     """
-    base = _base_of(model)
+    base = base_of(model)
     tensors = base.state_dict()
     found = {}
     for plain, (name, holder, attribute) in base_names(base).items():
@@ -120,7 +120,7 @@ def set_base_model_state_dict(
         LoadMismatchError: Names do not fit, and ``strict``; or shapes differ. Nothing has been written then.
         MergeError: An adapter is merged into the weights.
     """
-    base = _base_of(model)
+    base = base_of(model)
     merged = [p for p, m in walk(base) if isinstance(m, LoraLayer) and m.merged]
     if merged:
         raise MergeError(f"adapters are merged into {merged[0]} and {len(merged) - 1} more: unmerge first")
@@ -138,12 +138,6 @@ def set_base_model_state_dict(
         raise LoadMismatchError(f"the base's state dict does not fit: {'; '.join(wrong[:6])}{more}")
     base.load_state_dict({names[n]: t for n, t in state_dict.items() if n in names}, strict=False)
     return LoadResult(missing, unexpected)
-
-
-def _base_of(model: nn.Module) -> nn.Module:
-    inner = getattr(model, "get_base_model", None)
-    found: nn.Module = inner() if callable(inner) else model
-    return found
 
 
 def load_peft_weights(

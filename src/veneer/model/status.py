@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import nn
 
-from veneer.adapters import AdapterModule, AdapterSet, walk
+from veneer.adapters import AdapterModule, AdapterSet, base_of, walk
 from veneer.errors import TargetError
 from veneer.layers import LoraLayer
 
@@ -85,7 +85,7 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
     """
     found = [
         _layer_status(path, module)
-        for path, module in walk(_base(model))
+        for path, module in walk(base_of(model))
         if isinstance(module, AdapterModule) and module.held_adapters
     ]
     if not found:
@@ -104,7 +104,7 @@ def _layer_status(path: str, module: AdapterModule) -> TunerLayerStatus:
         module_type=type(module).__name__,
         enabled=not module.disable_adapters,
         active_adapters=module.active_adapters,
-        merged_adapters=module.merged_adapters if isinstance(module, LoraLayer) else [],
+        merged_adapters=module.merged_adapters,
         requires_grad={name: _agreed(p.requires_grad for p in own) for name, own in held.items() if own},
         available_adapters=sorted(held),
         devices={name: sorted({p.device.type for p in own}) for name, own in held.items()},
@@ -131,7 +131,7 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
     }
     places = {name: sorted({d for layer in layers for d in layer.devices.get(name, ())}) for name in names}
     return TunerModelStatus(
-        base_model_type=type(_base(model)).__name__,
+        base_model_type=type(base_of(model)).__name__,
         adapter_model_type="None" if verbs is None else type(verbs).__name__,
         peft_types=_methods(model),
         trainable_params=trainable,
@@ -145,12 +145,6 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
         devices=places,
         quantization_backend=_agreed(layer.quantization_backend for layer in layers),
     )
-
-
-def _base(model: nn.Module) -> nn.Module:
-    """The adapted model inside its face."""
-    inner = getattr(model, "get_base_model", None)
-    return inner() if callable(inner) else model
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

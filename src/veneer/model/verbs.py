@@ -206,7 +206,7 @@ class AdapterVerbs(nn.Module):
         if unknown := [name for name in used if name not in self.peft_config]:
             have = ", ".join(map(repr, [*self.peft_config, BASE]))
             problems.append(f"no adapter named {', '.join(map(repr, unknown))}; there are: {have}")
-        if merged := sorted({n for layer in self.layers().values() for n in layer.merged_adapters}):
+        if merged := sorted({n for module in self.index.modules() for n in module.merged_adapters}):
             problems.append(
                 f"{', '.join(map(repr, merged))} is merged into the weights, so no row would be without it: "
                 "unmerge_adapter() first"

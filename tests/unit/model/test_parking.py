@@ -68,6 +68,12 @@ def test_what_cannot_be_parked_stays(tmp_path: Path) -> None:
     parked.merge_adapter(["b"])
     with pytest.raises(AdapterNameError, match="merged"):
         parked.park_adapter("b")
+    tokens = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 3))
+    rows = get_peft_model(tokens, LoraConfig(target_modules=["1"]), "a")
+    rows.add_adapter("b", LoraConfig(target_modules=["1"], trainable_token_indices={"0": [1]}))
+    tokens[0].merge(adapter_names=["b"])
+    with pytest.raises(AdapterNameError, match="merged"):
+        rows.park_adapter("b")
     with pytest.raises(ConfigError, match="trains biases of the base"):
         model(bias="all").park_adapter("b", tmp_path)
     assert not parked.parked_adapters

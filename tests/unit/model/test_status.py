@@ -71,3 +71,16 @@ def test_casting_for_mixed_precision_keeps_the_parameters_and_the_integers() -> 
     kinds = {p.dtype for p in model.parameters() if p.requires_grad}
     frozen = {p.dtype for p in model.parameters() if not p.requires_grad}
     assert kinds == {torch.float32} and frozen == {torch.bfloat16, torch.int64}
+
+
+def test_rows_of_tokens_that_are_merged_are_said() -> None:
+    net = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 3))
+    config = LoraConfig(r=2, target_modules=["1"], trainable_token_indices={"0": [1, 2]})
+    model = get_peft_model(net, config, "a")
+    assert get_model_status(model).merged_adapters == []
+    model.merge_adapter()
+    assert {layer.name: layer.merged_adapters for layer in get_layer_status(model)} == {
+        "0": ["a"],
+        "1": ["a"],
+    }
+    assert get_model_status(model).merged_adapters == ["a"]
