@@ -91,10 +91,10 @@ class Plan:
         specs = {spec.path: spec for spec in self.specs}
         rows = [("pattern", "modules", "layers", "r", "scale", "example")]
         for pattern, paths in self.matched.items():
-            ranks = _ranges(sorted({specs[p].r for p in paths}))
+            ranks = ranges(sorted({specs[p].r for p in paths}))
             scales = sorted({specs[p].scaling for p in paths})
             scale = f"{scales[0]:.4g}" + (f"..{scales[-1]:.4g}" if len(scales) > 1 else "") if scales else ""
-            layers = _ranges(sorted({i for p in paths if (i := layer_index(p)) is not None}))
+            layers = ranges(sorted({i for p in paths if (i := layer_index(p)) is not None}))
             rows.append((pattern, str(len(paths)), layers, ranks, scale, paths[0] if paths else ""))
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         lines = [f"adapter {self.adapter!r}: {len(self.specs)} modules"]
@@ -348,12 +348,12 @@ class _Planner:
             )
         elif absent := sorted(wanted - present):
             there = (
-                f"targets lie in layers {_ranges(sorted(present))}"
+                f"targets lie in layers {ranges(sorted(present))}"
                 if present
                 else "no target lies in a numbered layer"
             )
             self.unmatched.append(
-                Unmatched("layers_to_transform", _ranges(absent), (), f"is not there: {there}")
+                Unmatched("layers_to_transform", ranges(absent), (), f"is not there: {there}")
             )
 
     # --- bare parameters
@@ -544,7 +544,7 @@ def _listed(names: Sequence[str], shown: int = SHOWN) -> str:
     return ", ".join(names[:shown]) + (f" and {rest} more" if rest > 0 else "")
 
 
-def _ranges(numbers: Sequence[int]) -> str:
+def ranges(numbers: Sequence[int]) -> str:
     """Sorted whole numbers as text: ``0-3, 7``."""
     spans: list[list[int]] = []
     for number in numbers:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import ConfigError
+from ..targets import ranges
 from ..training.options import RunOptions, option
 from .common import app, show_json, size
 from .fields import options_of, with_flags
@@ -142,8 +143,8 @@ def _targets(console: Console, found: PlanReport) -> None:
             table.add_row(
                 _escaped(pattern) if not place else "",
                 str(len(inside)),
-                _spans(layers(inside)),
-                _spans(ranks),
+                ranges(layers(inside)),
+                ranges(ranks),
                 ", ".join(f"{scale:.3g}" for scale in scales),
                 _escaped(name if len(kinds) > 1 else inside[0] if inside else ""),
             )
@@ -228,17 +229,6 @@ def _escaped(text: str) -> Any:
     from rich.text import Text
 
     return Text(text)
-
-
-def _spans(numbers: list[int]) -> str:
-    """``0-3, 5`` of 0, 1, 2, 3, 5."""
-    spans: list[list[int]] = []
-    for number in numbers:
-        if spans and number == spans[-1][1] + 1:
-            spans[-1][1] = number
-        else:
-            spans.append([number, number])
-    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)
 
 
 def _flops(count: int) -> str:

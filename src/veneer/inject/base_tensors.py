@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from veneer import backends
 from veneer.adapters import AdapterModule, walk
+from veneer.inject.embeddings import embedding_of
 from veneer.layers import LoraLayer
 from veneer.layers.modules_to_save import ModulesToSaveWrapper
 from veneer.layers.trainable_tokens import TrainableTokens
@@ -62,12 +63,7 @@ def embedding_weights(model: nn.Module, future: Mapping[str, str] | None = None)
         future: Paths that are about to be wrapped, with where the module itself will lie in the wrapper.
     """
     result: dict[str, nn.Parameter] = {}
-    for getter in ("get_input_embeddings", "get_output_embeddings"):
-        call = getattr(model, getter, None)
-        try:
-            module = call() if callable(call) else None
-        except (NotImplementedError, AttributeError):
-            module = None
+    for module in (embedding_of(model, "input"), embedding_of(model, "output")):
         if module is None:
             continue
         path = next((p for p, m in walk(model) if m is module), None)

@@ -10,6 +10,7 @@ from torch import nn
 from veneer import layers, targets
 from veneer.adapters import AdapterModule, AdapterSet
 from veneer.config import LoraConfig
+from veneer.inject.embeddings import embedding_of
 from veneer.layers import LoraLayer
 from veneer.layers.modules_to_save import ModulesToSaveWrapper
 from veneer.layers.trainable_tokens import TrainableTokens
@@ -65,17 +66,6 @@ def sites(model: nn.Module) -> dict[str, Site]:
     return {site.path: site for site in found.values()}
 
 
-def _output_head(model: nn.Module) -> nn.Module | None:
-    getter = getattr(model, "get_output_embeddings", None)
-    if not callable(getter):
-        return None
-    try:
-        head = getter()
-    except (NotImplementedError, AttributeError):  # models without one
-        return None
-    return head if isinstance(head, nn.Module) else None
-
-
 def _is_router(path: str, parent: nn.Module) -> bool:
     """A linear that chooses experts: named so beside a list of experts, or inside a router."""
     name = path.rpartition(".")[2]
@@ -110,7 +100,7 @@ def parameter_candidates(model: nn.Module, found: Mapping[str, Site]) -> list[Ca
 
 def candidates(model: nn.Module, found: Mapping[str, Site]) -> list[Candidate]:
     """What `targets.plan` needs to know of each module."""
-    head = _output_head(model)
+    head = embedding_of(model, "output")
     result = []
     for path, site in found.items():
         base, parent = site.base, site.places[0][0]

@@ -12,6 +12,7 @@ from veneer import backends, targets
 from veneer.adapters import AdapterModule
 from veneer.config import LoraConfig
 from veneer.errors import TargetError
+from veneer.inject.embeddings import embedding_of
 from veneer.inject.places import Site
 from veneer.layers.trainable_tokens import TrainableTokens, indices_by_module
 
@@ -110,11 +111,7 @@ def _layer(site: Site) -> TrainableTokens:
 def _named(
     model: nn.Module, found: Mapping[str, Site], config: LoraConfig
 ) -> tuple[dict[str, list[int]], list[str]]:
-    getter = getattr(model, "get_input_embeddings", None)
-    try:
-        module = getter() if callable(getter) else None
-    except (NotImplementedError, AttributeError):  # models that do not say
-        module = None
+    module = embedding_of(model, "input")
     default = next((path for path, site in found.items() if site.module is module), "embed_tokens")
     named: dict[str, list[int]] = {}
     reasons = []

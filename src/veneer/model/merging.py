@@ -17,6 +17,7 @@ from veneer.errors import (
     VeneerWarning,
 )
 from veneer.inject import eject
+from veneer.inject.embeddings import embedding_of
 from veneer.layers.modules_to_save import ModulesToSaveWrapper
 from veneer.layers.trainable_tokens import TrainableTokens
 from veneer.model.dequantising import dequantise, forget_quantisation
@@ -248,12 +249,10 @@ class MergeVerbs(AdapterVerbs):
 
 def _note_untied(model: nn.Module) -> None:
     """Let a configuration not say that embeddings are tied where a trained copy of one took its place."""
-    both = [getattr(model, f"get_{side}_embeddings", None) for side in ("input", "output")]
-    try:
-        found = [getter() if callable(getter) else None for getter in both]
-    except (NotImplementedError, AttributeError):  # models that do not say
-        return
-    weights = [getattr(module, "weight", None) for module in found]
+    weights = [
+        getattr(module, "weight", None)
+        for module in (embedding_of(model, "input"), embedding_of(model, "output"))
+    ]
     if weights[0] is None or weights[1] is None or weights[0] is weights[1]:
         return
     config = getattr(model, "config", None)

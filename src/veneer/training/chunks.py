@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import TrainingError
-from .data import IGNORED, without_cache
+from ..inject.embeddings import embedding_of
+from .data import IGNORED, bare, without_cache
 
 
 def chunked_loss(model: Any, batch: Mapping[str, Tensor], chunk: int) -> tuple[Tensor, Tensor]:
@@ -78,22 +79,16 @@ def check_chunks(model: Any) -> None:
         model.train(was_training)
     if len(told) != 1 or not torch.equal(logits.float(), told[0].float()):
         raise TrainingError(
-            f"{type(_base(model)).__name__} does not give the logits that its head makes as they are, so "
+            f"{type(bare(model)).__name__} does not give the logits that its head makes as they are, so "
             "its loss cannot be computed in chunks: leave out --loss-chunk-size"
         )
 
 
-def _base(model: Any) -> Any:
-    model = getattr(model, "module", model)  # inside DistributedDataParallel
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
 def _head(model: Any) -> nn.Module:
-    find = getattr(_base(model), "get_output_embeddings", None)
-    head = find() if find is not None else None
-    if not isinstance(head, nn.Module):
+    head = embedding_of(bare(model), "output")
+    if head is None:
         raise TrainingError(
-            f"{type(_base(model)).__name__} has no head that makes logits of hidden states: leave out "
+            f"{type(bare(model)).__name__} has no head that makes logits of hidden states: leave out "
             "--loss-chunk-size"
         )
     return head

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .chunks import chunked_loss
-from .data import IGNORED, Collator, Row, without_cache
+from .data import IGNORED, Collator, Row, bare, without_cache
 from .progress import Progress, Silent
 
 
@@ -46,9 +46,7 @@ def loss_sum(model: Any, batch: Mapping[str, Tensor], *, chunk: int = 0) -> tupl
 
 
 def _keeps_logits(model: Any) -> bool:
-    model = getattr(model, "module", model)  # inside DistributedDataParallel
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return "logits_to_keep" in inspect.signature(base.forward).parameters
+    return "logits_to_keep" in inspect.signature(bare(model).forward).parameters
 
 
 @torch.no_grad()

@@ -9,35 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from veneer import LoraConfig, get_peft_model, get_peft_model_state_dict
+from tests.unit.model.net import IDS, Net, adapted
+from veneer import LoraConfig, get_peft_model_state_dict
 from veneer.checkpoint import to_disk
 from veneer.errors import VeneerError
 from veneer.integrations.as_peft import objects
-
-
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.table = nn.Embedding(10, 6)
-        self.first = nn.Linear(6, 8)
-        self.second = nn.Linear(8, 3)
-
-    def forward(self, ids: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
-        return self.second(self.first(self.table(ids)).relu()) * scale
-
-
-IDS = torch.tensor([[1, 2, 3], [7, 8, 9]])
-
-
-def adapted(rank: int = 2, alpha: int = 5, seed: int = 1, **options: Any) -> Any:
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=["first", "second", "table"], **options)
-    model = get_peft_model(Net(), config)
-    torch.manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            nn.init.normal_(parameter)
-    return model.eval()
 
 
 @pytest.mark.parametrize("adapter", ["default", "a", "lora_A", "weight"])
@@ -60,10 +36,6 @@ def test_names_go_from_file_to_memory_and_back(adapter: str) -> None:
         assert f"base_model.model.{to_disk(to_memory(name, adapter), adapter)}" == name
     assert to_memory("a.first.lora_A.weight", adapter) == f"a.first.lora_A.{adapter}.weight"
     assert to_memory("a.lora_A_like.weight", adapter) == "a.lora_A_like.weight"
-
-
-def in_memory(model: Any) -> dict[str, torch.Tensor]:
-    return {n: p.detach().clone() for n, p in model.named_parameters() if "lora_" in n}
 
 
 def test_rescaling_is_for_a_while() -> None:

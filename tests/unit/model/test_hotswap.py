@@ -11,6 +11,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 from tests.tolerances import assert_close
+from tests.unit.model.net import IDS, Net, adapted
 from veneer import LoraConfig, PeftModel, VeneerWarning, get_peft_model
 from veneer.errors import AdapterNameError, ConfigError, LoadMismatchError, MergeError
 from veneer.model.hotswap import (
@@ -19,32 +20,6 @@ from veneer.model.hotswap import (
     hotswap_adapter_from_state_dict,
     prepare_model_for_compiled_hotswap,
 )
-
-
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.table = nn.Embedding(10, 6)
-        self.first = nn.Linear(6, 8)
-        self.second = nn.Linear(8, 3)
-
-    def forward(self, ids: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
-        return self.second(self.first(self.table(ids)).relu()) * scale
-
-
-IDS = torch.tensor([[1, 2, 3], [7, 8, 9]])
-
-
-def adapted(rank: int = 2, alpha: int = 5, seed: int = 1, **options: Any) -> Any:
-    given = {"target_modules": ["first", "second", "table"], **options}
-    config = LoraConfig(r=rank, lora_alpha=alpha, **given)
-    model = get_peft_model(Net(), config)
-    torch.manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            nn.init.normal_(parameter)
-    return model.eval()
 
 
 def in_memory(model: Any) -> dict[str, torch.Tensor]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ...adapters import base_of
 from ...errors import DataError, TrainingError
 from .batch import IGNORED, Collator, Row, Separation
 
@@ -99,14 +100,14 @@ def packing_for(model: Any) -> Separation:
     finally:
         model.train(was_training)
     raise TrainingError(
-        f"{type(_inner(model)).__name__} cannot keep packed examples apart: it lets each see those before "
+        f"{type(bare(model)).__name__} cannot keep packed examples apart: it lets each see those before "
         "it, whether told by position_ids or by a mask. Train without packing."
     )
 
 
-def _inner(model: Any) -> Any:
-    model = getattr(model, "module", model)  # inside DistributedDataParallel
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+def bare(model: Any) -> Any:
+    """The base model, without the adapters' face and the wrapper of DistributedDataParallel around it."""
+    return base_of(getattr(model, "module", model))
 
 
 def _separates(model: Any, collator: Collator) -> bool:
@@ -137,4 +138,4 @@ def without_cache(model: Any) -> dict[str, bool]:
 
     In training a cache is never read, and with one transformers takes packed rows for one sequence.
     """
-    return {"use_cache": False} if "use_cache" in inspect.signature(_inner(model).forward).parameters else {}
+    return {"use_cache": False} if "use_cache" in inspect.signature(bare(model).forward).parameters else {}

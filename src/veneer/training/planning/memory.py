@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...adapters import base_of
 from ...config import LoraConfig
 from ...errors import ConfigError, VeneerError, VeneerWarning
+from ...inject.embeddings import embedding_of
 from ...model import get_peft_model
 from ..models import quiet_transformers
 from .sources import shadow
@@ -323,7 +325,7 @@ def dummy_inputs(model: Any, batch: int, length: int) -> dict[str, Tensor]:
     Raises:
         ValueError: The model takes something else than token ids or pictures.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_of(model)
     config: Any = getattr(base, "config", None)
     name = getattr(base, "main_input_name", "input_ids")
     if name == "pixel_values" and hasattr(config, "image_size"):
@@ -343,8 +345,7 @@ def _rough(model: nn.Module, tokens: int) -> Trace:
     """Inputs and outputs of all linear layers; 2 FLOPs a weight and token forward, 4 for both passes."""
     kept = weights = 0
     head = 0
-    getter = getattr(model, "get_output_embeddings", None)
-    out = getter() if callable(getter) else None
+    out = embedding_of(model, "output")
     for module in model.modules():
         if isinstance(module, nn.Linear):
             size = module.weight.element_size()
@@ -368,8 +369,7 @@ def base_bytes(model: Any, quantize: str | None, *, frozen_only: bool = False) -
     frozen = [t for t in (*model.parameters(), *model.buffers()) if not (frozen_only and t.requires_grad)]
     if quantize is None:
         return _bytes(frozen), 0
-    getter = getattr(model, "get_output_embeddings", None)
-    head = getter() if callable(getter) else None
+    head = embedding_of(model, "output")
     packed: dict[int, Tensor] = {}
     for module in model.modules():
         linear = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"

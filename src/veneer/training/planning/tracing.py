@@ -18,6 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from ...inject.embeddings import embedding_of
+
 #: Allocators hand out memory in pieces of this many bytes: the CPU's of 64, CUDA's of 512.
 GRAIN = {"cpu": 64, "cuda": 512}
 
@@ -204,12 +206,8 @@ def trace_step(
 @contextmanager
 def _watching_head(model: nn.Module, mark: Callable[[], None]) -> Iterator[None]:
     """Call `mark` before the output projection is called."""
-    getter = getattr(model, "get_output_embeddings", None)
-    try:
-        head = getter() if callable(getter) else None
-    except (NotImplementedError, AttributeError):
-        head = None
-    if not isinstance(head, nn.Module):
+    head = embedding_of(model, "output")
+    if head is None:
         yield
         return
     handle = head.register_forward_pre_hook(lambda *_: mark())
