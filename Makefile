@@ -2,7 +2,8 @@
 # make test     set up, then run all tests
 # make check    lint, formatting, types, architecture
 # make tutorial run docs/tutorial.md from top to bottom and draw its pictures
-# make bench    run the benchmarks; ratios on the screen, JSON and pictures in benchmarks/results
+# make bench    run the benchmarks; tables on the screen, JSON and pictures in benchmarks/results
+# make bench-quick   the training step only, fewer turns    make bench-check   exit 1 where a bar is missed
 # make setup    only set up        make clean   remove what all of this made
 #
 # Another interpreter: make PYTHON=python3.12 …    Arguments for pytest: make test ARGS="-k merge"
@@ -13,10 +14,10 @@ ARGS ?=
 # Two workers, a file each: the suite is written for two cores, each worker computing with one thread.
 WORKERS ?= 2
 
-.PHONY: help setup setup-test demo tutorial test check format bench lock clean
+.PHONY: help setup setup-test demo tutorial test check format bench bench-quick bench-check lock clean
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -9
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -10
 
 setup:
 	@$(PYTHON) tools/setup.py base
@@ -45,7 +46,13 @@ format: setup-test
 	$(VENV)/ruff format .
 
 bench: setup-test
-	@$(VENV)/python -m benchmarks $(ARGS)
+	@$(VENV)/python -W ignore -m benchmarks $(ARGS)
+
+bench-quick: setup-test
+	@$(VENV)/python -W ignore -m benchmarks --quick training_step $(ARGS)
+
+bench-check: setup-test
+	@$(VENV)/python -W ignore -m benchmarks --check $(ARGS)
 
 lock: setup-test
 	$(VENV)/python tools/lock.py

@@ -1,29 +1,28 @@
-"""What does a name of `veneer` cost beside `import torch`? Wall time and peak memory of fresh processes."""
+"""What does importing veneer cost beside `import torch`? Wall time and peak memory of fresh processes."""
 
 from __future__ import annotations
 
-import argparse
 import os
-import statistics
 import subprocess
 import sys
 import time
 
-from benchmarks.harness import Ratio, alternate, ratio, report
+from benchmarks.harness import Figure, Report, Row, question, ratio, take_turns
 
 PEAK = (
     "import resource, sys; peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; "
     "print(peak * (1 if sys.platform == 'darwin' else 1024))"
 )
-
-
 #: What brings a library in: `import veneer` alone imports nothing heavy, its first public name does.
-IMPORTS = {"veneer": "from veneer import LoraConfig", "peft": "from peft import LoraConfig"}
+IMPORTS = {
+    "veneer": "from veneer import LoraConfig, get_peft_model",
+    "torch": "import torch",
+    "PEFT": "from peft import LoraConfig, get_peft_model",
+}
 
 
-def fresh_import(module: str) -> tuple[float, float]:
-    """Seconds from start to end of a fresh interpreter that uses `module`, and its peak memory in MB."""
-    statement = IMPORTS.get(module, f"import {module}")
+def fresh_import(statement: str) -> tuple[float, float]:
+    """Seconds from start to end of a fresh interpreter that imports, and its peak memory in MB."""
     # An installed library has its bytecode: without it, what would be timed is the compiler.
     environment = {name: v for name, v in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     command = [sys.executable, "-c", f"{statement}; {PEAK}"]
@@ -32,36 +31,32 @@ def fresh_import(module: str) -> tuple[float, float]:
     return time.perf_counter() - start, int(done.stdout) / 1e6
 
 
-def compare(module: str, pairs: int) -> tuple[dict[str, Ratio], dict[str, str]]:
-    """`module` against torch."""
-    ours, torch = alternate(lambda: fresh_import(module), lambda: fresh_import("torch"), pairs=pairs)
-    ratios = {
-        f"import {module} ÷ import torch, wall": ratio([run[0] for run in ours], [run[0] for run in torch]),
-        f"import {module} ÷ import torch, peak memory": ratio([r[1] for r in ours], [r[1] for r in torch]),
+def measure(quick: bool) -> Report:
+    memory: dict[str, list[float]] = {name: [] for name in IMPORTS}
+
+    def one(name: str) -> float:
+        seconds, megabytes = fresh_import(IMPORTS[name])
+        memory[name].append(megabytes)
+        return seconds
+
+    seconds = take_turns({name: (lambda name=name: one(name)) for name in IMPORTS}, rounds=5 if quick else 15)
+    beyond = {name: [a - b for a, b in zip(memory[name], memory["torch"], strict=True)] for name in memory}
+    rows = [
+        Row(
+            "wall time ÷ import torch",
+            ratio(seconds["veneer"], seconds["torch"]),
+            at_most=1.1,
+            beside={"PEFT": ratio(seconds["PEFT"], seconds["torch"])},
+        ),
+        Row(
+            "peak memory beyond torch's",
+            Figure.of(beyond["veneer"]),
+            "MB",
+            at_most=10,
+            beside={"PEFT": Figure.of(beyond["PEFT"])},
+        ),
+    ]
+    absolute = {
+        f"{name}: seconds, MB": f"{Figure.of(seconds[name])}, {Figure.of(memory[name])}" for name in IMPORTS
     }
-    seconds = statistics.median(run[0] for run in ours), statistics.median(run[0] for run in torch)
-    memory = statistics.median(run[1] for run in ours), statistics.median(run[1] for run in torch)
-    details = {
-        f"{module}, torch: seconds (median)": f"{seconds[0]:.2f}, {seconds[1]:.2f}",
-        f"{module}, torch: MB (median)": f"{memory[0]:.0f}, {memory[1]:.0f}",
-    }
-    return ratios, details
-
-
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pairs", type=int, default=15)
-    parser.add_argument(
-        "--peer-pairs", type=int, default=3, help="pairs for the reference library, for scale"
-    )
-    options = parser.parse_args(arguments)
-    ratios, details = compare("veneer", options.pairs)
-    if options.peer_pairs:
-        peer_ratios, peer_details = compare("peft", options.peer_pairs)
-        ratios |= peer_ratios
-        details |= peer_details
-    report("import_time", __doc__.strip(), ratios, details)
-
-
-if __name__ == "__main__":
-    main()
+    return Report(question(__doc__), rows, {"imports": IMPORTS, **absolute})

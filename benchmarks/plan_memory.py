@@ -2,21 +2,17 @@
 
 Each measurement is a fresh process: a model is made, adapted, trained for two steps with AdamW as
 `veneer train` does it, and the peak of the second step is read from torch's own allocator, of which the
-profiler records every allocation and release, those inside an operation too. That is exact and repeatable;
-the resident size of the process, which is printed beside it, holds Python, the libraries and what the C
-library has not given back. Weights are random: their values take no part in it. Exits 1 where a prediction
-is off by more than a tenth, of all memory or of what comes on top of weights and optimizer state.
+profiler records every allocation and release, those inside an operation too: exact and repeatable. Weights
+are random: their values take no part in it. The bar is a tenth, of all memory and of what comes on top of
+weights and optimizer state.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import subprocess
-import sys
 from typing import Any
 
-from benchmarks.harness import Ratio, report
+from benchmarks.harness import Figure, Report, Row, in_fresh_process, question
 
 #: Shapes of models in common use.
 MODELS: dict[str, dict[str, Any]] = {
@@ -95,10 +91,8 @@ def predict(case: dict[str, Any]) -> dict[str, int]:
     return {"peak": found.peak, "standing": found.base + found.factors + found.optimizer}
 
 
-def measure(case: dict[str, Any]) -> dict[str, int]:
+def measured_step(case: dict[str, Any]) -> dict[str, int]:
     """The same of a real step, in this process."""
-    import resource
-
     import torch
     from torch.profiler import ProfilerActivity, profile
 
@@ -108,9 +102,7 @@ def measure(case: dict[str, Any]) -> dict[str, int]:
         torch.empty(MARK, dtype=torch.uint8)
         step()
     peak, standing = allocated(profiled, MARK)
-    scale = 1 if sys.platform == "darwin" else 1024
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
-    return {"peak": peak, "standing": standing, "resident": resident}
+    return {"peak": peak, "standing": standing}
 
 
 def _trainer(case: dict[str, Any]) -> Any:
@@ -166,41 +158,19 @@ def allocated(profiled: Any, mark: int) -> tuple[int, int]:
     return peak, standing
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", help="cases of models whose name holds this")
-    parser.add_argument("--case", help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
-    if options.case:
-        case = json.loads(options.case)
-        print(json.dumps(measure(case)))
-        return 0
-    ratios: dict[str, Ratio] = {}
-    details: dict[str, Any] = {}
+def measure(quick: bool) -> Report:
+    rows = []
     for given in CASES:
         case = USUAL | given
-        if options.only and options.only.lower() not in case["model"].lower():
+        if quick and case["model"] != "MiniLM-L6":
             continue
-        label = _label(case)
-        predicted, measured = predict(case), _measured_apart(case)
+        predicted, measured = predict(case), in_fresh_process(measured_step, case=case)
         whole = predicted["peak"] / measured["peak"]
         beyond = (predicted["peak"] - predicted["standing"]) / (measured["peak"] - measured["standing"])
-        ratios[label] = Ratio(whole, whole, whole, 1)
-        ratios[f"{label}, beyond weights"] = Ratio(beyond, beyond, beyond, 1)
-        details[label] = {
-            side: found["peak"] for side, found in (("predicted", predicted), ("measured", measured))
-        }
-        sizes = [found["peak"] / 1e6 for found in (predicted, measured)] + [measured["resident"] / 1e6]
-        print(
-            "{:<44} predicted {:8.1f} MB  measured {:8.1f} MB  ratio {:.3f}, beyond weights {:.3f}"
-            "  (process {:.0f} MB)".format(label, *sizes[:2], whole, beyond, sizes[2]),
-            flush=True,
-        )
-    question = (__doc__ or "").strip().splitlines()[0]
-    report("plan_memory", question, ratios, details)
-    off = [label for label, ratio in ratios.items() if abs(ratio.median - 1) > TOLERANCE]
-    print(f"\noutside {TOLERANCE:.0%}: {'; '.join(off)}" if off else f"\nall within {TOLERANCE:.0%}")
-    return 1 if off else 0
+        for label, found in ((_label(case), whole), (f"{_label(case)}, beyond weights", beyond)):
+            off = abs(found - 1.0)
+            rows.append(Row(label, Figure.exact(off), "off", at_most=TOLERANCE))
+    return Report(question(__doc__), rows, {"figure": "|predicted ÷ measured − 1|"})
 
 
 def _label(case: dict[str, Any]) -> str:
@@ -208,16 +178,3 @@ def _label(case: dict[str, Any]) -> str:
     words += ["checkpointing"] * case["checkpointing"] + ["padded"] * case["padded"]
     words += [f"dropout {case['dropout']}"] * bool(case["dropout"])
     return " ".join(words)
-
-
-def _measured_apart(case: dict[str, Any]) -> dict[str, int]:
-    command = [sys.executable, "-m", "benchmarks.plan_memory", "--case", json.dumps(case)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"the measurement failed:\n{done.stderr[-2000:]}")
-    found: dict[str, int] = json.loads(done.stdout.strip().splitlines()[-1])
-    return found
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
