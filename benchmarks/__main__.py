@@ -1,7 +1,7 @@
 """`python -m benchmarks [name …]`: run all benchmarks, or those named.
 
-`--quick` takes fewer turns, for a first look. `--check` measures only what has no result of this code yet, and
-exits 1 where a bar is missed.
+`--quick` takes fewer turns, for a first look. `--check` measures only what has no result of this code yet,
+and exits 1 where a bar is missed.
 """
 
 from __future__ import annotations
