@@ -67,26 +67,25 @@ def drop_positions(numel: int, p: float, device: torch.device | str = "cpu") -> 
             there are as many as are expected.
 
     Returns:
-        ``(about p * N,)``, int32 where N fits, int64 beyond 2**31 - 1.
+        ``(about p * N,)``, int64.
 
     Raises:
         ValueError: p is not a probability.
     """
     check_probability(p)
     device = torch.device(device)
-    dtype = torch.int32 if numel <= _INT32_LIMIT else torch.int64
     if p == 0.0 or numel == 0:
-        return torch.empty(0, dtype=dtype, device=device)
+        return torch.empty(0, dtype=torch.int64, device=device)
     if p == 1.0:
-        return torch.arange(numel, dtype=dtype, device=device)
+        return torch.arange(numel, device=device)
     if device.type == "meta":
-        return torch.empty(round(numel * p), dtype=dtype, device=device)
+        return torch.empty(round(numel * p), dtype=torch.int64, device=device)
     if device.type != "cpu":
-        return (torch.rand(numel, device=device) < p).nonzero().view(-1).to(dtype)
-    return _positions_from_gaps(numel, p, dtype)
+        return (torch.rand(numel, device=device) < p).nonzero().view(-1)
+    return _positions_from_gaps(numel, p)
 
 
-def _positions_from_gaps(numel: int, p: float, dtype: torch.dtype) -> Tensor:
+def _positions_from_gaps(numel: int, p: float) -> Tensor:
     parts: list[Tensor] = []
     start = 0
     while start < numel:
@@ -97,7 +96,7 @@ def _positions_from_gaps(numel: int, p: float, dtype: torch.dtype) -> Tensor:
         parts.append(found)
     found = parts[0] if len(parts) == 1 else torch.cat(parts)
     inside = int(torch.searchsorted(found, numel))
-    return found[:inside].to(dtype)
+    return found[:inside]
 
 
 def _running_gaps(numel: int, p: float) -> Tensor:
@@ -107,8 +106,10 @@ def _running_gaps(numel: int, p: float) -> Tensor:
     dtype = torch.float32 if p >= _FLOAT32_FROM_P else torch.float64
     draws = torch.rand(count, dtype=dtype, device="cpu")
     # rand() is in [0, 1) and does return 0: log1p(-u) stays finite where log(u) would not.
-    gaps = draws.neg_().log1p_().div_(math.log1p(-p)).clamp_(max=float(numel)).add_(1.0)
-    return gaps.to(torch.int64).cumsum_(0).sub_(1)
+    gaps = draws.neg_().log1p_().div_(math.log1p(-p))
+    if dtype == torch.float64:  # of float32 draws and these p no gap is longer than 16.7 / p
+        gaps.clamp_(max=float(numel))
+    return gaps.to(torch.int64).add_(1).cumsum_(0).sub_(1)
 
 
 def draw(x: Tensor, p: float) -> Tensor:
@@ -127,13 +128,23 @@ def draw(x: Tensor, p: float) -> Tensor:
     return torch.rand(x.numel(), device=x.device) >= p
 
 
+def packed(drop: Tensor, numel: int) -> Tensor:
+    """A draw in the form in which it is kept for a backward: positions in int32 where `numel` allows."""
+    return drop.to(torch.int32) if drop.dtype == torch.int64 and numel <= _INT32_LIMIT else drop
+
+
+def unpacked(drop: Tensor) -> Tensor:
+    """A draw that was kept, in the form in which it is used."""
+    return drop if drop.dtype == torch.bool else drop.long()
+
+
 def zero_dropped_(x: Tensor, drop: Tensor) -> Tensor:
     """Write zeros over the dropped elements of a contiguous x, in place: ``x: (...) -> (...)``."""
     flat = x.view(-1)
     if drop.dtype == torch.bool:
         flat.mul_(drop)
     else:
-        flat.index_fill_(0, drop.long(), 0.0)
+        flat.index_put_((drop,), flat.new_zeros(()))
     return x
 
 
@@ -141,7 +152,7 @@ class _Dropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
         drop = draw(x, p)
-        ctx.save_for_backward(drop)
+        ctx.save_for_backward(packed(drop, x.numel()))
         ctx.p = p
         return zero_dropped_(x.clone(memory_format=torch.contiguous_format), drop).mul_(1.0 / (1.0 - p))
 
@@ -149,7 +160,7 @@ class _Dropout(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (drop,) = ctx.saved_tensors
-        kept = zero_dropped_(grad.clone(memory_format=torch.contiguous_format), drop)
+        kept = zero_dropped_(grad.clone(memory_format=torch.contiguous_format), unpacked(drop))
         return kept.mul_(1.0 / (1.0 - ctx.p)), None
 
 

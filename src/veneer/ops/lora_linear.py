@@ -3,11 +3,11 @@
 Notation: ``X: (T, in)``, ``W: (out, in)``, ``A: (r, in)``, ``B: (out, r)``, ``s`` the scaling, ``G = dY``.
 Forward::
 
-    h = s X Aᵀ          y = X Wᵀ + b (+ s b_B)          y += h Bᵀ        in place
+    h = X Aᵀ          y = X Wᵀ + b (+ s b_B)          y += s h Bᵀ        in place
 
-Backward, with ``g = s G B`` computed once for both uses::
+Backward, with ``g = G B`` computed once for both uses::
 
-    dB = (hᵀ G)ᵀ        dA = gᵀ X        dX = G W        dX += g A       in place
+    dB = s (hᵀ G)ᵀ      dA = s gᵀ X      dX = G W        dX += s g A     in place
 
 Where the gradient is to be differentiated again (``create_graph=True``) the same is said out of place, with
 h made anew from X and A, which autograd then follows.
@@ -21,14 +21,14 @@ Source: LoRA, arXiv:2106.09685, equation 3.
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from veneer.ops.dropout import check_probability, draw, wants_plain_torch, zero_dropped_
+from veneer.ops.dropout import check_probability, draw, packed, unpacked, wants_plain_torch, zero_dropped_
 
 #: Up to this many rows a 16-bit product on a CPU costs a fixed price, some five times that of a float32 one.
 FEW_ROWS = 64
@@ -138,7 +138,7 @@ def _fused(
         y = F.linear(x, weight, bias)
         return _add_branch_of_few_rows_(y.clone() if y._is_view() else y, x, A, B, B_bias, scaling)
     y = _LoraLinear.apply(  # type: ignore[no-untyped-call]
-        x, weight, bias, A.to(x.dtype), B.to(x.dtype), _to(B_bias, x.dtype), scaling, p
+        x, weight, bias, A, B, B_bias, scaling, p
     )
     return y
 
@@ -201,7 +201,7 @@ def _added(
     if not torch.is_grad_enabled() and p == 0.0 and _few_rows(x):
         return _add_branch_of_few_rows_(y if inplace else y.clone(), x, A, B, B_bias, scaling)
     out: Tensor = _AddLora.apply(  # type: ignore[no-untyped-call]
-        y, x, A.to(x.dtype), B.to(x.dtype), _to(B_bias, x.dtype), scaling, p, inplace
+        y, x, A, B, B_bias, scaling, p, inplace
     )
     return out
 
@@ -224,9 +224,15 @@ def autocasts(kind: str) -> bool:
     return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
-def _as_in_forward(kind: str) -> AbstractContextManager[object]:
+def _as_in_forward(
+    gradients: Callable[[Any, Tensor], tuple[Tensor | None, ...]], ctx: Any, grad: Tensor
+) -> tuple[Tensor | None, ...]:
     """A backward that runs inside an autocast region still computes in its forward's dtype."""
-    return torch.autocast(kind, enabled=False) if autocasts(kind) else nullcontext()
+    kind = grad.device.type
+    if not autocasts(kind):
+        return gradients(ctx, grad)
+    with torch.autocast(kind, enabled=False):
+        return gradients(ctx, grad)
 
 
 def _to(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -244,15 +250,25 @@ def _writable(y: Tensor) -> bool:
 
 def _rows(tensor: Tensor) -> Tensor:
     """``(..., n) -> (T, n)`` contiguous; also right where T or n is 0."""
+    if tensor.dim() == 2:
+        return tensor.contiguous()
     return tensor.contiguous().view(math.prod(tensor.shape[:-1]), tensor.shape[-1])
 
 
-def _project(x: Tensor, A: Tensor, drop: Tensor | None, scale: float) -> Tensor:
-    """``h = scale · drop(x) Aᵀ``, with the rows of x copied where elements have to be zeroed."""
-    if drop is not None:
-        x = zero_dropped_(x.clone(), drop)
-    h = x @ A.t()
-    return h if scale == 1.0 else h.mul_(scale)
+def _project(x: Tensor, A: Tensor, drop: Tensor | None) -> Tensor:
+    """``h = drop(x) Aᵀ``, with the rows of x copied where elements have to be zeroed."""
+    return (x if drop is None else zero_dropped_(x.clone(), drop)) @ A.t()
+
+
+def _outer(thin: Tensor, wide: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """``scale · thinᵀ wide`` for ``thin: (T, r)``, ``wide: (T, n)``: the gradient of a factor, in its dtype.
+
+    Which order of the product is the faster one depends on its dtype; see `benchmarks/products.py`.
+    """
+    product = (wide.t() @ thin).t() if wide.dtype == torch.float32 else thin.t() @ wide
+    if dtype.itemsize > product.dtype.itemsize:
+        product = product.to(dtype)  # the scale rounds in the finer of the two
+    return (product if scale == 1.0 else product.mul_(scale)).to(dtype)
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -273,11 +289,11 @@ class _LoraLinear(torch.autograd.Function):
             y = y.clone()
         drop = draw(x, p) if p > 0.0 else None
         scale = scaling / (1.0 - p)
-        h = _project(_rows(x), A, drop, scale)
+        h = _project(_rows(x), A.to(x.dtype), drop)
         y2 = _rows(y)
-        y2.addmm_(h, B.t())
+        y2.addmm_(h, B.t().to(x.dtype), alpha=scale)
         if B_bias is not None:
-            y2.add_(B_bias, alpha=scaling)
+            y2.add_(B_bias.to(x.dtype), alpha=scaling)
         need_x, need_w, _, need_a, need_b = ctx.needs_input_grad[:5]
         ctx.save_for_backward(
             x if need_w or need_a else None,
@@ -285,15 +301,15 @@ class _LoraLinear(torch.autograd.Function):
             A if need_x or (need_a and need_b) else None,
             B if need_x or need_a else None,
             h if need_b else None,
-            drop if need_x or need_a else None,
+            None if drop is None or not (need_x or need_a) else packed(drop, x.numel()),
         )
         ctx.scale, ctx.scaling, ctx.shape = scale, scaling, x.shape
+        ctx.dtypes = A.dtype, B.dtype
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        with _as_in_forward(grad.device.type):
-            return _LoraLinear._gradients(ctx, grad)
+        return _as_in_forward(_LoraLinear._gradients, ctx, grad)
 
     @staticmethod
     def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -303,12 +319,12 @@ class _LoraLinear(torch.autograd.Function):
         dx = (G @ weight) if need_x else None
         dw = (G.t() @ _rows(x)) if need_w else None
         if torch.is_grad_enabled():
-            more, dA, dB = _differentiable_gradients(
+            more, dA, dB = differentiable_gradients(
                 G, x, A, B, h, drop, ctx.scale, ctx.shape[-1], need_x, need_a, need_b
             )
             dx = None if dx is None or more is None else dx + more
         else:
-            dA, dB = _branch_gradients(G, x, A, B, h, drop, ctx.scale, dx, need_a, need_b)
+            dA, dB = _branch_gradients(G, x, A, B, h, drop, ctx.scale, dx, need_a, ctx.dtypes)
         summed = G.sum(0) if need_bias or need_bb else None
         return (
             None if dx is None else dx.view(ctx.shape),
@@ -332,25 +348,24 @@ def _branch_gradients(
     scale: float,
     dx: Tensor | None,
     need_a: bool,
-    need_b: bool,
+    dtypes: tuple[torch.dtype, torch.dtype],
 ) -> tuple[Tensor | None, Tensor | None]:
     """``dA`` and ``dB``; the branch's share of the input's gradient is added onto `dx` in place."""
-    dB = (h.t() @ G).t() if need_b and h is not None else None
+    dB = None if h is None else _outer(h, G, scale, dtypes[1]).t()
     if B is None:
         return None, dB
-    g = G @ B
-    if scale != 1.0:
-        g.mul_(scale)
+    g = G @ B.to(G.dtype)
+    drop = None if drop is None else unpacked(drop)
     dA = None
     if need_a and x is not None:
         rows = _rows(x)
-        dA = g.t() @ (rows if drop is None else zero_dropped_(rows.clone(), drop))
+        dA = _outer(g, rows if drop is None else zero_dropped_(rows.clone(), drop), scale, dtypes[0])
     if dx is not None and A is not None:
-        _add_to_kept_(dx, g, A, drop)
+        _add_to_kept_(dx, g, A.to(G.dtype), scale, drop)
     return dA, dB
 
 
-def _differentiable_gradients(
+def differentiable_gradients(
     G: Tensor,
     x: Tensor | None,
     A: Tensor | None,
@@ -370,12 +385,14 @@ def _differentiable_gradients(
         return rows if dropped is None else rows.masked_fill(dropped, 0.0)
 
     dx = dA = dB = None
+    if A is not None:
+        A = A.to(G.dtype)
     if B is not None:
-        g = G @ B * scale
+        g = G @ B.to(G.dtype) * scale
         dx = kept(g @ A) if need_x and A is not None else None
         dA = g.t() @ kept(_rows(x)) if need_a and x is not None else None
     if h is not None and not need_x and not need_a:
-        dB = G.t() @ h  # h depends on nothing that is differentiated
+        dB = G.t() @ h * scale  # h depends on nothing that is differentiated
     elif need_b:
         if x is None or A is None:
             raise RuntimeError(
@@ -392,20 +409,20 @@ def _dropped_mask(drop: Tensor, rows: int, width: int) -> Tensor:
     if drop.dtype == torch.bool:
         return ~drop.view(rows, width)
     mask = torch.zeros(rows * width, dtype=torch.bool, device=drop.device)
-    return mask.index_fill_(0, drop.long(), True).view(rows, width)
+    return mask.index_fill_(0, unpacked(drop), True).view(rows, width)
 
 
-def _add_to_kept_(dx: Tensor, g: Tensor, A: Tensor, drop: Tensor | None) -> None:
-    """``dx += keep * (g A)`` for ``dx: (T, in)``: where x was dropped, the base's gradient stays as it is."""
+def _add_to_kept_(dx: Tensor, g: Tensor, A: Tensor, scale: float, drop: Tensor | None) -> None:
+    """``dx += keep * (scale · g A)`` for ``dx: (T, in)``: where x was dropped, the base's gradient stays."""
     if drop is None:
-        dx.addmm_(g, A)
+        dx.addmm_(g, A, alpha=scale)
     elif drop.dtype == torch.bool:
-        dx.add_(zero_dropped_(g @ A, drop))
+        dx.add_(zero_dropped_(g @ A, drop), alpha=scale)
     else:
-        at, flat = drop.long(), dx.view(-1)
-        before = flat.index_select(0, at)
-        dx.addmm_(g, A)
-        flat.index_copy_(0, at, before)
+        flat = dx.view(-1)
+        before = flat.take(drop)
+        dx.addmm_(g, A, alpha=scale)
+        flat.index_put_((drop,), before)
 
 
 class _AddLora(torch.autograd.Function):
@@ -427,29 +444,29 @@ class _AddLora(torch.autograd.Function):
             y = y.clone(memory_format=torch.contiguous_format)
         drop = draw(x, p) if p > 0.0 else None
         scale = scaling / (1.0 - p)
-        h = _project(_rows(x), A, drop, scale)
-        y2 = y.view(h.shape[0], y.shape[-1])
+        h = _project(_rows(x), A.to(x.dtype), drop)
+        y2, Bt = y.view(h.shape[0], y.shape[-1]), B.t().to(x.dtype)
         if y.dtype == x.dtype:
-            y2.addmm_(h, B.t())
+            y2.addmm_(h, Bt, alpha=scale)
         else:
-            y2.add_(h @ B.t())
+            y2.add_(h @ Bt, alpha=scale)
         if B_bias is not None:
-            y2.add_(B_bias, alpha=scaling)
+            y2.add_(B_bias.to(x.dtype), alpha=scaling)
         _, need_x, need_a, need_b = ctx.needs_input_grad[:4]
         ctx.save_for_backward(
             x if need_a else None,
             A if need_x or (need_a and need_b) else None,
             B if need_x or need_a else None,
             h if need_b else None,
-            drop if need_x or need_a else None,
+            None if drop is None or not (need_x or need_a) else packed(drop, x.numel()),
         )
         ctx.scale, ctx.scaling, ctx.shape, ctx.dtype = scale, scaling, x.shape, x.dtype
+        ctx.dtypes = A.dtype, B.dtype
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        with _as_in_forward(grad.device.type):
-            return _AddLora._gradients(ctx, grad)
+        return _as_in_forward(_AddLora._gradients, ctx, grad)
 
     @staticmethod
     def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -457,14 +474,14 @@ class _AddLora(torch.autograd.Function):
         need_y, need_x, need_a, need_b, need_bb = ctx.needs_input_grad[:5]
         G = _rows(grad.to(ctx.dtype))
         if torch.is_grad_enabled():
-            dx, dA, dB = _differentiable_gradients(
+            dx, dA, dB = differentiable_gradients(
                 G, x, A, B, h, drop, ctx.scale, ctx.shape[-1], need_x, need_a, need_b
             )
         else:
-            dA, dB = _branch_gradients(G, x, A, B, h, drop, ctx.scale, None, need_a, need_b)
-            dx = G @ B.mul(ctx.scale) @ A if need_x else None
+            dA, dB = _branch_gradients(G, x, A, B, h, drop, ctx.scale, None, need_a, ctx.dtypes)
+            dx = G @ B.to(G.dtype).mul(ctx.scale) @ A.to(G.dtype) if need_x else None
             if dx is not None and drop is not None:
-                zero_dropped_(dx, drop)
+                zero_dropped_(dx, unpacked(drop))
         dx = None if dx is None else dx.view(ctx.shape)
         summed = G.sum(0) * ctx.scaling if need_bb else None
         return grad if need_y else None, dx, dA, dB, summed, None, None, None

@@ -12,7 +12,15 @@ from torch.utils.checkpoint import checkpoint
 from tests.tolerances import assert_close
 from tests.unit.ops.cases import keep_mask
 from veneer.ops import dropout
-from veneer.ops.dropout import DENSE_FROM, draw, drop_positions, sparse_dropout, zero_dropped_
+from veneer.ops.dropout import (
+    DENSE_FROM,
+    draw,
+    drop_positions,
+    packed,
+    sparse_dropout,
+    unpacked,
+    zero_dropped_,
+)
 
 #: Two-sided false-alarm rate of one z-test at this bound: 5.7e-7. About 100 are made: 6e-5 in all, if the
 #: seeds were drawn anew; they are fixed, so that a failure is a change of the code and never bad luck.
@@ -65,7 +73,7 @@ def test_the_gaps_are_geometric(p: float) -> None:
 @pytest.mark.parametrize("numel", [0, 1, 2, 17, 5000])
 def test_positions_ascend_and_lie_inside(numel: int, p: float) -> None:
     found = drop_positions(numel, p)
-    assert found.dtype == torch.int32 and found.dim() == 1
+    assert found.dtype == torch.int64 and found.dim() == 1
     if found.numel():
         assert found[0] >= 0 and found[-1] < numel
     assert (found.long().diff() > 0).all()
@@ -79,7 +87,19 @@ def test_positions_beyond_31_bits() -> None:
     assert found[-1] >= 2**31 and found[-1] < 2**32 and (found.diff() > 0).all()
     above = (found >= 2**31).sum()
     assert abs(above - 2**31 * 1e-5) < Z_BOUND * math.sqrt(2**31 * 1e-5)
-    assert drop_positions(2**31 - 1, 1e-8).dtype == torch.int32
+
+
+@pytest.mark.parametrize("numel", [2**31 - 1, 2**31])
+def test_positions_are_kept_in_32_bits_where_they_fit(numel: int) -> None:
+    found = torch.tensor([0, 7, numel - 1])
+    kept = packed(found, numel)
+    assert kept.dtype == (torch.int32 if numel < 2**31 else torch.int64)
+    assert torch.equal(unpacked(kept), found)
+
+
+def test_a_mask_is_kept_as_it_is() -> None:
+    mask = torch.tensor([True, False])
+    assert packed(mask, 2) is mask and unpacked(mask) is mask
 
 
 @pytest.mark.parametrize("drawn", [0.0, 1.0 - 2**-24])
