@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from veneer.ops.dropout import check_probability, draw, wants_plain_torch, zero_dropped_
+from veneer.ops.gpu import triton_step
 
 #: Up to this many rows a 16-bit product on a CPU costs a fixed price, some five times that of a float32 one.
 FEW_ROWS = 64
@@ -87,7 +88,8 @@ def lora_linear(
     ``y = x Wᵀ + b + s (drop(x) Aᵀ Bᵀ + b_B)``. The factors may have another dtype than x (float32 masters
     on a 16-bit base): they are cast, x never is. Any subset of the tensors may require grad. Under
     `torch.compile`, `torch.func` transforms and forward-mode differentiation, for tensor subclasses and for
-    p = 1 it is `lora_linear_reference`. Under autocast its inputs are cast as `F.linear` would cast them.
+    p = 1 it is `lora_linear_reference`. On CUDA devices, where `triton_step` says so, it runs in Triton.
+    Under autocast its inputs are cast as `F.linear` would cast them.
     Derivatives of any order are right, dropout included; with a frozen A beside a trained B the input is not
     kept, and ``create_graph=True`` raises.
 
@@ -137,7 +139,8 @@ def _fused(
     if not torch.is_grad_enabled() and p == 0.0 and _few_rows(x):
         y = F.linear(x, weight, bias)
         return _add_branch_of_few_rows_(y.clone() if y._is_view() else y, x, A, B, B_bias, scaling)
-    y = _LoraLinear.apply(  # type: ignore[no-untyped-call]
+    step = (triton_step(x, weight, bias, A, B, B_bias) if x.is_cuda else None) or _LoraLinear
+    y = step.apply(  # type: ignore[no-untyped-call]
         x, weight, bias, A.to(x.dtype), B.to(x.dtype), _to(B_bias, x.dtype), scaling, p
     )
     return y
