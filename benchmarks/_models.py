@@ -12,6 +12,7 @@ from torch import nn
 SIZES: dict[int, dict[str, int]] = {
     576: {"intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3},
     1536: {"intermediate_size": 4096, "num_attention_heads": 24, "num_key_value_heads": 8},
+    4096: {"intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8},
 }
 #: Every linear of such a model.
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

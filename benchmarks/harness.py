@@ -223,7 +223,7 @@ def read(name: str) -> Report | None:
 
 
 def table(report: Report) -> str:
-    """The report as lines for a terminal."""
+    """The report as lines for a terminal: the table, where there is one, and the conditions."""
     others = list(dict.fromkeys(name for row in report.rows for name in row.beside))
     head = ["", "unit", "veneer", "at most", "aim", "", *others]
     lines = [head]
@@ -234,6 +234,8 @@ def table(report: Report) -> str:
         lines.append([row.label, row.unit or "×", str(row.ours), bar, aim, verdict, *more])
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
     said = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
+    if not report.rows:
+        said = []
     said += [f"{label}: {value}" for label, value in report.conditions.items()]
     return "\n".join(f"  {line.rstrip()}" for line in said)
 

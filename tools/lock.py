@@ -24,10 +24,14 @@ TITLE = {
 
 
 def closure(requirements: Iterable[Requirement]) -> dict[str, str]:
-    """Canonical name -> exact version of the requirements and all that they need on this platform."""
+    """Canonical name -> exact version of the requirements and all that they need on this platform.
+
+    A requirement's own marker ("only on Linux") is kept behind its version.
+    """
     found: dict[str, str] = {}
     seen: set[tuple[str, frozenset[str]]] = set()
-    waiting = list(requirements)
+    asked = list(requirements)
+    waiting = list(asked)
     while waiting:
         wanted = waiting.pop()
         name, extras = canonicalize_name(wanted.name), frozenset(wanted.extras)
@@ -40,6 +44,9 @@ def closure(requirements: Iterable[Requirement]) -> dict[str, str]:
             need = Requirement(line)
             if need.marker is None or any(need.marker.evaluate({"extra": extra}) for extra in ("", *extras)):
                 waiting.append(need)
+    for wanted in asked:
+        if wanted.marker is not None:
+            found[canonicalize_name(wanted.name)] += f"; {wanted.marker}"
     return found
 
 

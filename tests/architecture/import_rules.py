@@ -9,6 +9,8 @@
    that the public face gathers may import that face.
 2. Imports inside functions only where optional libraries are met, and in the doors.
 3. The first units use the standard library alone, the core torch and safetensors beside it.
+4. Kernels are modules in the language of an optional library, which they import at their head. The door that
+   leads to them is all that imports them, so that whoever does not pass it never needs that library.
 """
 
 from __future__ import annotations
@@ -47,7 +49,10 @@ DOORS = {
     ("__init__.py", "__getattr__"),
     ("public.py", "__getattr__"),
     ("doors.py", "hub"),
+    ("ops/gpu.py", "_checked_step"),
 }
+#: Modules of kernels, and the optional library that each may import.
+KERNELS = {"ops/triton_kernels.py": "triton", "ops/triton_lora.py": "triton"}
 USES_PUBLIC_FACE = {"training", "as_peft", "cli"}
 STDLIB_ONLY = {"errors", "version", "registry", "doors", "config", "spec", "targets"}
 CORE_LIBRARIES = {"torch", "safetensors"}
@@ -124,6 +129,8 @@ def _breach(found: Import, unit: str, where: str, package: Path) -> str | None:
     door = (where, found.function) in DOORS
     if found.function is not None and unit not in FUNCTION_IMPORTS and not door:
         return f"import of {found.target} inside {found.function}()"
+    if _is_kernel(rest) and not door and where not in KERNELS:
+        return f"{found.target} is reached through its door alone"
     if top == PACKAGE:
         return (
             None
@@ -134,9 +141,15 @@ def _breach(found: Import, unit: str, where: str, package: Path) -> str | None:
         return None
     if unit in STDLIB_ONLY and not door:
         return f"{unit} uses the standard library alone, not {top}"
-    if top in CORE_LIBRARIES or unit in OPTIONAL_ALLOWED or door:
+    if top in CORE_LIBRARIES or unit in OPTIONAL_ALLOWED or door or KERNELS.get(where) == top:
         return None
     return f"{unit} may use torch and safetensors, not {top}"
+
+
+def _is_kernel(target: str) -> bool:
+    """Whether a name below the package is a module of kernels, or lies in one."""
+    names = [Path(file).with_suffix("").as_posix().replace("/", ".") for file in KERNELS]
+    return any(target == name or target.startswith(f"{name}.") for name in names)
 
 
 def _direction(unit: str, other: str, package: Path) -> str | None:

@@ -58,6 +58,8 @@ ALLOWED = [
     ("doors", "import importlib\ndef hub():\n    return importlib.import_module('veneer.integrations.hub')"),
     ("training__loop", "from veneer import LoraConfig, get_peft_model\nfrom ..integrations import hub"),
     ("model", "import safetensors.torch\nfrom .inject import inject"),
+    ("ops__triton_lora", "import triton\nfrom veneer.ops import triton_kernels"),
+    ("ops__gpu", "def _checked_step():\n    from veneer.ops import triton_lora"),
 ]
 BREACHES = [
     ("config", "from .spec import LoraSpec", "to the right of"),
@@ -84,6 +86,12 @@ BREACHES = [
     ("model", "from veneer import LoraConfig", "from the package root"),
     ("integrations__hub", "from veneer import LoraConfig", "from the package root"),
     ("integrations__hub", "from ..training import loop", "to the right of"),
+    ("ops__triton_lora", "import numpy", "not numpy"),
+    ("ops__gpu", "import triton", "not triton"),
+    ("ops__gpu", "from veneer.ops import triton_lora", "through its door"),
+    ("ops__gpu", "from veneer.ops.triton_kernels import product", "through its door"),
+    ("ops__gpu", "def other():\n    from . import triton_lora", "inside other()"),
+    ("training__loop", "def f():\n    from ..ops.triton_lora import TritonLora", "through its door"),
     ("helpers", "", "no place in RANKS"),
 ]
 

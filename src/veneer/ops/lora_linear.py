@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from veneer.ops.dropout import check_probability, draw, packed, unpacked, wants_plain_torch, zero_dropped_
+from veneer.ops.gpu import triton_step
 
 #: Up to this many rows a 16-bit product on a CPU costs a fixed price, some five times that of a float32 one.
 FEW_ROWS = 64
@@ -87,7 +88,8 @@ def lora_linear(
     ``y = x Wᵀ + b + s (drop(x) Aᵀ Bᵀ + b_B)``. The factors may have another dtype than x (float32 masters
     on a 16-bit base): they are cast, x never is. Any subset of the tensors may require grad. Under
     `torch.compile`, `torch.func` transforms and forward-mode differentiation, for tensor subclasses and for
-    p = 1 it is `lora_linear_reference`. Under autocast its inputs are cast as `F.linear` would cast them.
+    p = 1 it is `lora_linear_reference`. On CUDA devices, where `triton_step` says so, it runs in Triton.
+    Under autocast its inputs are cast as `F.linear` would cast them.
     Derivatives of any order are right, dropout included; with a frozen A beside a trained B the input is not
     kept, and ``create_graph=True`` raises.
 
@@ -137,9 +139,10 @@ def _fused(
     if not torch.is_grad_enabled() and p == 0.0 and _few_rows(x):
         y = F.linear(x, weight, bias)
         return _add_branch_of_few_rows_(y.clone() if y._is_view() else y, x, A, B, B_bias, scaling)
-    y = _LoraLinear.apply(  # type: ignore[no-untyped-call]
-        x, weight, bias, A, B, B_bias, scaling, p
-    )
+    if x.is_cuda and (step := triton_step(x, weight, bias, A, B, B_bias)) is not None:
+        y = step.apply(x, weight, bias, A.to(x.dtype), B.to(x.dtype), _to(B_bias, x.dtype), scaling, p)
+    else:
+        y = _LoraLinear.apply(x, weight, bias, A, B, B_bias, scaling, p)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -319,8 +322,9 @@ class _LoraLinear(torch.autograd.Function):
         dx = (G @ weight) if need_x else None
         dw = (G.t() @ _rows(x)) if need_w else None
         if torch.is_grad_enabled():
+            scaled = None if h is None else h * ctx.scale
             more, dA, dB = differentiable_gradients(
-                G, x, A, B, h, drop, ctx.scale, ctx.shape[-1], need_x, need_a, need_b
+                G, x, A, B, scaled, drop, ctx.scale, ctx.shape[-1], need_x, need_a, need_b
             )
             dx = None if dx is None or more is None else dx + more
         else:
@@ -378,7 +382,10 @@ def differentiable_gradients(
     need_a: bool,
     need_b: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The branch's ``dX``, ``dA`` and ``dB`` as a graph over G, x, A and B, for ``create_graph=True``."""
+    """The branch's ``dX``, ``dA`` and ``dB`` as a graph over G, x, A and B, for ``create_graph=True``.
+
+    Here h is ``scale · drop(x) Aᵀ``.
+    """
     dropped = None if drop is None else _dropped_mask(drop, G.shape[0], width)
 
     def kept(rows: Tensor) -> Tensor:
@@ -392,7 +399,7 @@ def differentiable_gradients(
         dx = kept(g @ A) if need_x and A is not None else None
         dA = g.t() @ kept(_rows(x)) if need_a and x is not None else None
     if h is not None and not need_x and not need_a:
-        dB = G.t() @ h * scale  # h depends on nothing that is differentiated
+        dB = G.t() @ h  # h depends on nothing that is differentiated
     elif need_b:
         if x is None or A is None:
             raise RuntimeError(
@@ -474,8 +481,9 @@ class _AddLora(torch.autograd.Function):
         need_y, need_x, need_a, need_b, need_bb = ctx.needs_input_grad[:5]
         G = _rows(grad.to(ctx.dtype))
         if torch.is_grad_enabled():
+            scaled = None if h is None else h * ctx.scale
             dx, dA, dB = differentiable_gradients(
-                G, x, A, B, h, drop, ctx.scale, ctx.shape[-1], need_x, need_a, need_b
+                G, x, A, B, scaled, drop, ctx.scale, ctx.shape[-1], need_x, need_a, need_b
             )
         else:
             dA, dB = _branch_gradients(G, x, A, B, h, drop, ctx.scale, None, need_a, ctx.dtypes)

@@ -13,7 +13,7 @@ from .models import cache_dir
 
 LIBRARIES = (
     "veneer", "torch", "safetensors", "transformers", "tokenizers", "peft", "trl", "accelerate", "datasets",
-    "bitsandbytes", "torchao", "diffusers", "huggingface_hub", "typer", "rich",
+    "bitsandbytes", "torchao", "triton", "diffusers", "huggingface_hub", "typer", "rich",
 )  # fmt: skip
 #: What matrix products of a CPU depend on, as /proc/cpuinfo writes it.
 FEATURES = (
@@ -22,7 +22,7 @@ FEATURES = (
 )  # fmt: skip
 #: Environment variables that change what the libraries do; no other is shown.
 VARIABLES = (
-    "VENEER_CACHE", "HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE",
+    "VENEER_CACHE", "VENEER_TRITON", "HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE",
     "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "PYTORCH_CUDA_ALLOC_CONF",
     "PYTORCH_ALLOC_CONF", "TORCHDYNAMO_DISABLE",
 )  # fmt: skip

@@ -51,7 +51,7 @@ def exact(given: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
 
 def gradients(y: Tensor, given: dict[str, Tensor | None], seed: int = 1) -> dict[str, Tensor]:
     """Gradients of <y, noise> for everything that requires grad."""
-    noise = torch.randn(y.shape, generator=torch.Generator().manual_seed(seed)).to(y.dtype)
+    noise = torch.randn(y.shape, generator=torch.Generator().manual_seed(seed)).to(y)
     wanted = {name: t for name, t in given.items() if t is not None and t.requires_grad}
     return dict(zip(wanted, torch.autograd.grad(y, list(wanted.values()), noise), strict=True))
 
