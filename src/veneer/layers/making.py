@@ -60,9 +60,14 @@ def why_not(layer: LoraLayer, spec: LoraSpec) -> str | None:
         return reason
     init = inits.find(spec.init)
     if init.replaces_base and layer.backend.quantization is not None:
+        way_out = (
+            "use init_lora_weights=True, then replace_lora_weights_loftq(model, model_path)"
+            if layer.backend.readable
+            else "start with init_lora_weights=True, or from the model's 16-bit weights"
+        )
         return (
-            f"init_lora_weights={spec.init!r} needs the unquantised weight, and this one is quantised: use "
-            "init_lora_weights=True, then replace_lora_weights_loftq(model, model_path)"
+            f"init_lora_weights={spec.init!r} needs the unquantised weight, and this one is quantised by "
+            f"{layer.backend.quantization}: {way_out}"
         )
     if (init.subtracts_start or not init.exact) and not layer.is_linear():
         return (
