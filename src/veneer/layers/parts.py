@@ -167,6 +167,11 @@ def stand_in(
     return twin
 
 
+def gathered(tensor: Tensor) -> Tensor:
+    """A tensor of the base as a whole, from all ranks where FSDP2 has sharded it and not gathered it now."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # type: ignore[no-any-return]
+
+
 def unwrapped(module: nn.Module) -> nn.Module:
     """The module inside the wrappers that shards, checkpoints and compilers put around one."""
     names = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
