@@ -169,7 +169,7 @@ def stand_in(
 
 def gathered(tensor: Tensor) -> Tensor:
     """A tensor of the base as a whole, from all ranks where FSDP2 has sharded it and not gathered it now."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # type: ignore[no-any-return]
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def unwrapped(module: nn.Module) -> nn.Module:

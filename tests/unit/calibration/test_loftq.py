@@ -24,7 +24,7 @@ from veneer import (
 )
 from veneer.backends import find
 
-KINDS = ("bitsandbytes-4bit", "bitsandbytes-8bit", "torchao")
+KINDS = ("bitsandbytes-4bit", "bitsandbytes-8bit", "torchao", "hqq")
 
 
 def dense() -> nn.Sequential:
@@ -131,5 +131,5 @@ def test_starting_from_codes_is_refused_with_the_way_that_the_storage_has(kind: 
     assert ("replace_lora_weights_loftq" in str(caught.value)) is readable
     model = get_peft_model(model, LoraConfig(r=2, target_modules=["0", "2"]))
     if not readable:  # so the other way is none
-        with pytest.raises(ConfigError, match="no layer .* on a quantised weight that can be read"):
+        with pytest.raises(ConfigError, match="on a quantised weight that can be read"):
             replace_lora_weights_loftq(model)
