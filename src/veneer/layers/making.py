@@ -80,8 +80,9 @@ def why_not(layer: LoraLayer, spec: LoraSpec) -> str | None:
             "none: it is given indices, several inputs, or looks after bare parameters"
         )
     backend, variant = layer.backend, variants.get(spec.variant)
-    if not backend.readable and (not variant.additive or init.subtracts_start or init.replaces_base):
-        asked = spec.init if variant.additive else spec.variant
+    reads = variant.reads_weight and not variant.additive
+    if not backend.readable and (reads or init.subtracts_start or init.replaces_base):
+        asked = spec.variant if reads else spec.init
         return f"{asked!r} needs the base weight, which cannot be read as {backend.quantization} stores it"
     return inits.find(spec.init).refuses(spec, kind, layer.is_matrix()) or variants.get(spec.variant).refuses(
         spec, kind

@@ -174,6 +174,7 @@ def test_delegated_modules_refuse_to_merge_and_say_the_way_out(kind: str) -> Non
     assert torch.equal(model(x), before)
     with pytest.raises(TargetError, match=f"as {kind} stores it"):
         model.add_adapter("b", LoraConfig(**CONFIG, target_modules=["up"], use_dora=True))
+    model.add_adapter("c", LoraConfig(**CONFIG, target_modules=["up"], alora_invocation_tokens=[1]))
 
 
 @pytest.mark.parametrize("bits", [8, 4, 2, 1])
