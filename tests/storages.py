@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,10 @@ import torch
 from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
 from torch import Tensor, nn
 from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerGroup, quantize_
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # it uses parts of torch.jit that torch deprecates
+    from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 
 
 def four_bits(linear: nn.Module, quant_type: str = "nf4", nested: bool = True, **options: Any) -> nn.Module:
@@ -44,6 +49,18 @@ def torchao(linear: nn.Module, config: Any = None) -> nn.Module:
 def torchao_four_bits(linear: nn.Module, group: int = 4) -> nn.Module:
     """A linear whose weight torchao has quantised to 4 bits in groups of columns."""
     return torchao(linear, IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(group)))
+
+
+def half_quadratic(linear: nn.Module, bits: int = 4) -> nn.Module:
+    """A linear that HQQ has quantised, on the CPU by its backend in plain torch."""
+    plain = copy.deepcopy(linear).requires_grad_(False)
+    made = HQQLinear(
+        plain,
+        BaseQuantizeConfig(nbits=bits, group_size=None, axis=1),
+        compute_dtype=linear.weight.dtype,
+        device="cpu",
+    )
+    return made.train(linear.training)
 
 
 class Delegated(nn.Module):
@@ -85,19 +102,6 @@ class Transposed(Delegated):
         return nn.functional.linear(x, self.weight.T.to(x.dtype) * self.scales.to(x.dtype), self.bias)
 
 
-class Readable(Delegated):
-    """HQQ's: it can say what its codes stand for."""
-
-    def dequantize(self) -> Tensor:
-        """The dense weight."""
-        return self.qweight.to(self.scales.dtype) * self.scales
-
-    @property
-    def compute_dtype(self) -> torch.dtype:
-        """The type of the scales."""
-        return self.scales.dtype
-
-
 def named(base: type[nn.Module], qualified: str) -> Callable[[nn.Module], nn.Module]:
     """Makes modules of a type that has the qualified name of another library's."""
     module, _, name = qualified.rpartition(".")
@@ -126,7 +130,7 @@ QUANTISED: dict[str, Callable[[nn.Module], nn.Module]] = {
     "awq": named(Delegated, "awq.modules.linear.gemm.WQLinear_GEMM"),
     "aqlm": named(Delegated, "aqlm.inference.QuantizedLinear"),
     "eetq": named(Transposed, "transformers.integrations.eetq.EetqLinear"),
-    "hqq": named(Readable, "hqq.core.quantize.HQQLinear"),
+    "hqq": half_quadratic,
 }
 #: Those whose merge is refused, and what the refusal says.
 UNMERGEABLE = {

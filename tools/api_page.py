@@ -12,6 +12,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+import combinations
 import made_page
 from made_page import ROOT
 
@@ -37,13 +38,25 @@ that says what cannot be honoured. Nothing is ignored in silence.
 
 ## What combines with what
 
-Layers in lines; initialisations and variants in columns, as the laws of `make test` try them (the plain case
-of each layer). A number points to the reason below the table.
+{served} of the {total} combinations of a layer, an initialisation, a variant and a storage of the base are
+served. Every other one is refused for a pair in these tables, before anything changes; a number points to the
+reason below, where "…" stands for the names of the line. The laws of `make test` try the layers in their hard
+cases, and the rest in telling ones.
 
-{matrix}
+Layers, in dense storage, with each initialisation (plain LoRA) and each variant (default initialisation):
 
-`nn.MultiheadAttention` and bare parameters take initialisations and variants of their own: see
-[special layers](special-layers.md). Storages of the base weight: {backends}.
+{layers}
+
+Storages of a linear's weight; other layers are dense or offloaded. "merge" is into the storage itself, by
+`merge_adapter`, quantised again where it must be.
+
+{storages}
+
+Variants with initialisations:
+
+{pairs}
+
+{reasons}
 
 ## Names of the reference library
 
@@ -80,7 +93,6 @@ def page() -> str:
     """The whole page."""
     import peft
 
-    from veneer.backends.base import backends
     from veneer.integrations.as_peft.layout import LAYOUT, OTHER_METHODS
 
     public = sorted(name for name in peft.__all__ if isinstance(name, str))
@@ -93,8 +105,7 @@ def page() -> str:
     return HEAD.format(
         version=peft.__version__,
         options="\n".join(_options()),
-        matrix=_matrix(),
-        backends=", ".join(f"`{backend.name}`" for backend in backends()),
+        **combinations.tables(),
         works=len(works),
         names=", ".join(f"`{name}`" for name in works) + ".",
         refused=len(refused),
@@ -122,37 +133,6 @@ def _options() -> Iterator[str]:
         yield f"| `{field.name}` | {shown} | {answer} |"
     if unknown := sorted(set(ASKED) - own):
         raise SystemExit(f"no options any more: {', '.join(unknown)}")
-
-
-def _matrix() -> str:
-    from tests.laws import cases
-    from veneer.errors import ConfigError
-    from veneer.layers import registry
-    from veneer.layers.making import why_not
-    from veneer.spec import resolve
-
-    columns = [("init", name) for name in cases.INITS] + [("variant", name) for name in cases.VARIANTS]
-    reasons: dict[str, int] = {}
-    lines = [
-        "| | " + " | ".join(name for _, name in columns) + " |",
-        "|---|" + "---|" * len(columns),
-    ]
-    for type_name, _ in registry.items():
-        if type_name not in cases.LAYERS:
-            continue
-        row = []
-        for kind, name in columns:
-            init, variant = (name, "plain") if kind == "init" else ("Default", name)
-            made = cases.Combination(cases.LAYERS[type_name][0], init, variant, "dense", cases.DTYPES[0])
-            try:
-                spec = resolve(made.config(), "default", "")
-                reason = why_not(cases._layer_without_adapter(made.case, "dense"), spec)
-            except ConfigError as error:
-                reason = str(error)
-            row.append("yes" if reason is None else f"no {reasons.setdefault(reason, len(reasons) + 1)}")
-        lines.append(f"| `{type_name.rpartition('.')[2]}` | " + " | ".join(row) + " |")
-    notes = [f"{number}. {reason}" for reason, number in reasons.items()]
-    return "\n".join([*lines, "", *notes])
 
 
 if __name__ == "__main__":

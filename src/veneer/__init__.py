@@ -23,10 +23,9 @@ def __getattr__(name: str) -> Any:
     if name in {unit.name for unit in pkgutil.iter_modules(__path__)}:  # noqa: F405
         return importlib.import_module(f"{__name__}.{name}")
     hidden = name.startswith("__") and name != "__all__"  # what the import system asks of every module
-    public = None if hidden else importlib.import_module("veneer.public")
-    if not hasattr(public, name) or hidden:
+    if hidden:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(public, name)
+    value = globals()[name] = getattr(importlib.import_module("veneer.public"), name)
     return value
 
 

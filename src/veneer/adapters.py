@@ -79,6 +79,11 @@ class AdapterModule(nn.Module):
         """Keep the adapter's tensors under another name."""
         raise NotImplementedError
 
+    @property
+    def tied_adapter(self) -> AdapterModule | None:
+        """The module whose tensors this one uses, for one that has none of its own."""
+        return None
+
     def refuses_active(self, names: Sequence[str]) -> str | None:
         """Why these adapters cannot be active together here, or None."""
         return None

@@ -171,8 +171,23 @@ __all__ = [
 ]
 
 
+#: Names of the field for what Veneer has not got, with what to use instead.
+_REFUSED = {
+    "ArrowConfig": "the variant arrow: choose adapters for each row by adapter_names",
+    "create_arrow_model": "the variant arrow: choose adapters for each row by adapter_names",
+    "BdLoraConfig": "the variant bdlora: use plain LoRA",
+    "KasaConfig": "the variant kasa: use plain LoRA or DoRA",
+    "MontecloraConfig": "the variant monteclora: use plain LoRA",
+    "VeloraConfig": "the variant velora: use plain LoRA, with activation checkpointing for memory",
+    "convert_to_lora": "converting other methods to LoRA: do it with the peft library, whose files load here",
+    "save_as_lora": "converting other methods to LoRA: do it with the peft library, whose files load here",
+    "find_kappa_target_modules": "choosing targets by their condition number: name them in target_modules",
+}
+
+
 def __getattr__(name: str) -> Any:
     module = _LAZY.get(name)
     if module is None:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        reason = f". Veneer does not have {_REFUSED[name]}" if name in _REFUSED else ""
+        raise AttributeError(f"module 'veneer' has no attribute {name!r}{reason}")
     return getattr(importlib.import_module(module), name)

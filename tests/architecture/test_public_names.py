@@ -47,6 +47,17 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
         veneer.NoSuchName  # noqa: B018
 
 
+@pytest.mark.parametrize(
+    "name",
+    """ArrowConfig create_arrow_model BdLoraConfig KasaConfig MontecloraConfig VeloraConfig convert_to_lora
+    save_as_lora find_kappa_target_modules""".split(),
+)
+def test_a_name_that_is_refused_says_why_and_what_to_use(name: str) -> None:
+    assert not hasattr(veneer, name)
+    with pytest.raises(AttributeError, match=f"{name}.*Veneer does not have .*: "):
+        getattr(veneer, name)
+
+
 def test_star_import_gives_exactly_the_public_names() -> None:
     done = run_python(
         "import json\nbefore = set(globals())\nfrom veneer import *\n"

@@ -15,7 +15,7 @@ from torch import nn
 
 from tests.interop.reference import output, peft, quiet, randomise
 from tests.interop.tiny import llama
-from tests.storages import eight_bits, four_bits, torchao
+from tests.storages import eight_bits, four_bits, half_quadratic, torchao
 from tests.tolerances import assert_close
 from veneer import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from veneer.backends import find, quantised, settle
@@ -26,6 +26,7 @@ STORAGES: dict[str, Callable[[nn.Module], nn.Module]] = {
     "fp4-plain-scales": lambda m: four_bits(m, quant_type="fp4", nested=False, compute_dtype=torch.float32),
     "int8": eight_bits,
     "torchao-int8": torchao,
+    "hqq": half_quadratic,
 }
 OPTIONS: dict[str, Any] = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "up_proj", "down_proj"]}
 each = pytest.mark.parametrize("storage", STORAGES)

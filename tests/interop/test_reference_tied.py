@@ -18,6 +18,7 @@ from tests.interop.reference import (
     expect_same_tensors,
     from_reference,
     output,
+    peft,
     quiet,
     randomise,
     stored,
@@ -154,3 +155,70 @@ def test_a_token_beyond_the_vocabulary_names_the_way_out() -> None:
     with pytest.raises(VeneerError, match="resize_token_embeddings"):
         veneer.get_peft_model(base, LoraConfig(target_modules=["q_proj"], trainable_token_indices=[23]))
     assert type(base.model.embed_tokens) is nn.Embedding
+
+
+WITH_TYING: dict[str, dict[str, Any]] = {
+    "the embedding": {"target_modules": ["embed_tokens", "q_proj"]},
+    "the head": {"target_modules": ["lm_head"]},
+    "both": {"target_modules": ["embed_tokens", "lm_head"], "lora_dropout": 0.1},
+    "an expression": {"target_modules": r".*embed_tokens"},
+    "rank-stabilised": {"target_modules": ["lm_head"], "use_rslora": True},
+    "the embedding whole": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+    "the head whole": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    "both whole": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "embed_tokens"]},
+}
+
+
+@pytest.mark.parametrize("case", WITH_TYING)
+def test_adapters_that_stay_tied(case: str, tmp_path: Path) -> None:
+    base, inputs = llama(tied=True), {"input_ids": ids()}
+    options = {"r": 4, "lora_alpha": 6, "ensure_weight_tying": True, **WITH_TYING[case]}
+    with quiet():
+        ours, theirs = both(lambda: base, options)
+    assert set(ours.state_dict()) == set(theirs.state_dict())
+    randomise(theirs)
+    expected = output(theirs, inputs)
+    with quiet():
+        theirs.save_pretrained(tmp_path / "theirs")
+    loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "theirs", is_trainable=True).eval()
+    assert_close(output(loaded, inputs), expected, FLOAT32)
+    assert (output(loaded, inputs) - output(base, inputs)).abs().max() > 0.1
+    loaded.save_pretrained(tmp_path / "ours")
+    saved = stored(tmp_path / "ours")
+    carried = {k for k in saved if k.endswith("base_layer.weight")}
+    wanted = stored(tmp_path / "theirs")
+    expect_same_tensors(
+        {k: v for k, v in saved.items() if k not in carried},
+        {k: v for k, v in wanted.items() if k not in carried},
+    )
+    again = from_reference(base, tmp_path / "ours")
+    assert torch.equal(output(again, inputs), expected)
+
+    own = output(loaded, inputs)
+    reloaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours", is_trainable=True).eval()
+    assert torch.equal(output(reloaded, inputs), own)
+    if "modules_to_save" not in options:
+        report = loaded.merge_adapter()
+        assert not any("lm_head" in path for path in report.kept)
+        assert_close(output(loaded, inputs), own, FLOAT32)
+        with loaded.disable_adapter():
+            assert torch.equal(output(loaded, inputs), output(base, inputs))
+        loaded.unmerge_adapter()
+        assert torch.equal(output(loaded, inputs), own)
+    merged = loaded.merge_and_unload()
+    assert merged.lm_head.weight is merged.model.embed_tokens.weight and merged.config.tie_word_embeddings
+    assert_close(output(merged, inputs), own, FLOAT32)
+    merged.save_pretrained(tmp_path / "merged")
+    assert_close(output(LlamaForCausalLM.from_pretrained(tmp_path / "merged"), inputs), own, FLOAT32)
+
+
+def test_a_file_whose_pair_was_parted_is_not_tied_silently(tmp_path: Path) -> None:
+    base = llama(tied=True).to(torch.bfloat16)
+    options = {"r": 4, "target_modules": ["lm_head"], "ensure_weight_tying": True}
+    with quiet():
+        theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**options))
+        randomise(theirs).save_pretrained(tmp_path)
+    names = list(base.state_dict())
+    with pytest.raises(LoadMismatchError, match="Load it untied"):
+        PeftModel.from_pretrained(base, tmp_path)
+    assert list(base.state_dict()) == names

@@ -18,7 +18,14 @@ CASES = [
         f"{engine} by {unit}: {kind}"
         for engine in ("FSDP1", "FSDP2")
         for unit in ("root", "layer", "factor", "layer and factor", "base and factor")
-        for kind in ("linear", "linear with bias", "embedding and convolution")
+        for kind in (
+            "linear",
+            "linear with bias",
+            "embedding and convolution",
+            "DoRA",
+            "DoRA of embedding and convolution",
+            "frozen term",
+        )
     ),
 ]
 

@@ -710,7 +710,6 @@ def test_any_json_is_read_or_refused_by_a_config_error(values: dict[str, Any]) -
         ({"alora_invocation_tokens": [1]}, "'alora'"),
         ({"velora_config": {}}, "'velora'"),
         ({"megatron_config": {"a": 1}}, "megatron_config"),
-        ({"ensure_weight_tying": True}, "ensure_weight_tying"),
     ],
 )
 def test_unsupported_options_are_named(options: dict[str, Any], words: str) -> None:

@@ -82,6 +82,4 @@ def unsupported_options(
         "megatron_config": "layers of Megatron",
     }
     found += [f"{name}: {what} cannot be done yet" for name, what in rare.items() if getattr(config, name)]
-    if config.ensure_weight_tying and not config.trainable_token_indices:
-        found.append("ensure_weight_tying=True: adapters of tied weights cannot be tied to each other yet")
     return found

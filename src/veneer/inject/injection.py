@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from veneer import backends
 from veneer.adapters import AdapterSet
 from veneer.config import LoraConfig
+from veneer.errors import LoadMismatchError
 from veneer.inits import InitResult, forget_statistics
 from veneer.inject.base_tensors import (
     bias_parameters,
@@ -62,11 +63,12 @@ class Addition:
 
 @dataclass
 class Copy:
-    """One module that will be trained whole."""
+    """One module that will be trained whole; one that follows another will share its weight."""
 
     site: Site
     wrapper: ModulesToSaveWrapper
     module: nn.Module
+    follows: Copy | None = None
 
 
 @dataclass
@@ -136,7 +138,12 @@ class Injection:
         return {name: weight for name, weight in weights.items() if not name.startswith(own)}
 
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take all values from tensors with the names of `expected`; the base is not touched yet."""
+        """Take all values from tensors with the names of `expected`; the base is not touched yet.
+
+        Raises:
+            LoadMismatchError: If two modules are to be tied whose values differ.
+        """
+        self._check_tied(tensors)
         for addition in self.additions:
             addition.fill(tensors)
         for trained in self.copies:
@@ -147,6 +154,28 @@ class Injection:
         for token in self.tokens:
             token.rows = tensors.get(token.key, token.rows)
         self._places = dict(tensors)
+
+    def _check_tied(self, tensors: Mapping[str, Tensor]) -> None:
+        pairs = [
+            (f"{trained.site.path}.weight", f"{trained.follows.site.path}.weight", False)
+            for trained in self.copies
+            if trained.follows is not None
+        ]
+        paths = {id(addition.layer): addition.path for addition in self.additions}
+        for addition in self.additions:
+            if (lead := addition.layer.tied_adapter) is not None:
+                for own, other in zip("AB", "BA", strict=True):
+                    key = f"{paths[id(lead)]}.lora_embedding_{other}"
+                    pairs.append((f"{addition.path}.lora_{own}.weight", key, True))
+        for key, other, transposed in pairs:
+            if key not in tensors or other not in tensors:
+                continue
+            if not torch.equal(tensors[key], tensors[other].T if transposed else tensors[other]):
+                raise LoadMismatchError(
+                    f"ensure_weight_tying is set, but {key} and {other} differ: training did not tie them "
+                    "(the peft library parts them in 16 bits). Load it untied: in adapter_config.json set "
+                    '"ensure_weight_tying" to false, and name both modules'
+                )
 
     def biases(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The base biases that the adapter trains, by their name on disk (without prefix)."""

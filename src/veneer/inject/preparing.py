@@ -17,6 +17,7 @@ from veneer.inject.injection import Addition, Copy, Injection
 from veneer.inject.places import Site, model_type, plan_sites, sites
 from veneer.inject.replication import planning, replication
 from veneer.inject.tokens import token_rows
+from veneer.inject.tying import check_tied, tie, tied_additions, tied_copies
 from veneer.layers.making import check_config, with_variant_options
 from veneer.layers.modules_to_save import ModulesToSaveWrapper
 
@@ -61,8 +62,9 @@ def _built(
 ) -> Injection:
     """The parts of an adapter for a model that has its final layers."""
     found = sites(model)
+    ties = tie(model, found, own_config, quiet=read_from_file)
     chosen = plan_sites(model, found, own_config, adapter_name, strict=strict_targets, loading=read_from_file)
-    specs = [with_variant_options(spec, own_config) for spec in chosen.specs]
+    specs = [with_variant_options(spec, own_config) for spec in chosen.specs if spec.path not in ties]
     additions, reasons = build(model, found, specs, own_config)
     if reasons:
         raise TargetError(
@@ -70,12 +72,15 @@ def _built(
         )
     if reasons := [r for path in chosen.modules_to_save if (r := _not_to_copy(found[path])) is not None]:
         raise TargetError("these modules cannot be trained whole:\n" + "\n".join(f"  - {r}" for r in reasons))
-    copies = [_copy_of(found[path]) for path in chosen.modules_to_save]
+    copies = [_copy_of(found[path]) for path in chosen.modules_to_save if path not in ties]
+    check_tied(found, additions, copies, ties)
+    additions += tied_additions(found, additions, ties, own_config, adapter_name)
+    copies += tied_copies(found, copies, ties)
     _complete(own_config, model, found, additions, copies)
     if not read_from_file:
         _mention_replaced_bases(additions)
     taken = dict.fromkeys((a.site.path for a in additions), "target_modules")
-    taken |= dict.fromkeys(chosen.modules_to_save, "modules_to_save")
+    taken |= dict.fromkeys((c.site.path for c in copies), "modules_to_save")
     tokens = token_rows(model, found, own_config, taken)
     return Injection(model, own_config, adapter_name, chosen, additions, copies, tokens)
 
@@ -133,7 +138,7 @@ def _complete(
         config.target_modules = targets.portable_targets(paths, set(found) - paths)
         if config.layers_to_transform is not None:
             config.layers_to_transform = config.layers_pattern = None
-    heads = {c.site.path for c in copies}
+    heads = {c.site.path for c in copies if c.follows is None}
     named = list(config.modules_to_save or [])
     for path in sorted(heads):
         if not any(targets.matches(pattern, path) for pattern in named):

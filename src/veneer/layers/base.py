@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from veneer import backends, variants
 from veneer.layers.changing import Changeable
+from veneer.layers.parts import gathered
 from veneer.layers.refused import refusal
 from veneer.registry import TypeRegistry
 from veneer.routing import Routing, acting, current
@@ -141,7 +142,7 @@ class LoraLayer(Changeable):
             return output
         if bias.is_meta:
             bias = backends.find(base).read(base, "bias")
-        return output - self.along_output(bias.to(output))
+        return output - self.along_output(gathered(bias).to(output))
 
     def to_factors(self, name: str, x: Tensor) -> Tensor:
         """``x`` on the device of the factors: the two may differ in a model that is spread over devices."""

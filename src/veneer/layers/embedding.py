@@ -31,6 +31,17 @@ class LoraEmbedding(LoraLayer):
     lora_embedding_A: nn.ParameterDict
     lora_embedding_B: nn.ParameterDict
 
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__(base_layer)
+        #: Layers of heads that use these factors too.
+        self.followers: list[LoraLayer] = []
+
+    def adapters_changed(self) -> None:
+        """Note which branches a forward adds, here and where the factors are used too."""
+        super().adapters_changed()
+        for follower in self.followers:
+            follower.adapters_changed()
+
     @classmethod
     def shapes(cls, base: nn.Module, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """A (r, vocab), B (dim, r)."""

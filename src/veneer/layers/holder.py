@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from veneer import backends
 from veneer.adapters import AdapterModule
+from veneer.errors import TargetError
 from veneer.inits import folded
-from veneer.layers.parts import NOTHING, RESIDUAL, Factor, Frozen, Undo, operate, stand_in
+from veneer.layers.parts import NOTHING, RESIDUAL, Factor, Frozen, Undo, gathered, operate, stand_in
 from veneer.ops.row_norms import State
 from veneer.spec import LoraSpec
 
@@ -320,9 +321,19 @@ class Holder(AdapterModule):
             return getattr(base, name)
 
     def matrix(self) -> Tensor:
-        """The base weight without any adapter as a dense matrix (out, in·k…), detached."""
+        """The base weight without any adapter as a dense matrix (out, in·k…), detached.
+
+        Raises:
+            TargetError: The base is sharded by itself in a way that shows its weight to nobody else.
+        """
         base = self.original_base()
-        weight = backends.find(base, self.weight_name).read(base, self.weight_name)
+        weight = gathered(backends.find(base, self.weight_name).read(base, self.weight_name))
+        if weight.dim() < 2:
+            raise TargetError(
+                "an adapter needs the base's weight (use_dora=True), which FSDP1 holds in pieces: the base "
+                "layer is a unit of its own. Wrap whole adapted layers or blocks "
+                "(ModuleWrapPolicy({LoraLayer})), or use FSDP2 (fully_shard)"
+            )
         return self.to_matrix(self.before_merge(weight)[0])
 
     def weight_state(self) -> object:

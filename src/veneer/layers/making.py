@@ -60,9 +60,14 @@ def why_not(layer: LoraLayer, spec: LoraSpec) -> str | None:
         return reason
     init = inits.find(spec.init)
     if init.replaces_base and layer.backend.quantization is not None:
+        way_out = (
+            "use init_lora_weights=True, then replace_lora_weights_loftq(model, model_path)"
+            if layer.backend.readable
+            else "start with init_lora_weights=True, or from the model's 16-bit weights"
+        )
         return (
-            f"init_lora_weights={spec.init!r} needs the unquantised weight, and this one is quantised: use "
-            "init_lora_weights=True, then replace_lora_weights_loftq(model, model_path)"
+            f"init_lora_weights={spec.init!r} needs the unquantised weight, and this one is quantised by "
+            f"{layer.backend.quantization}: {way_out}"
         )
     if (init.subtracts_start or not init.exact) and not layer.is_linear():
         return (
@@ -75,8 +80,9 @@ def why_not(layer: LoraLayer, spec: LoraSpec) -> str | None:
             "none: it is given indices, several inputs, or looks after bare parameters"
         )
     backend, variant = layer.backend, variants.get(spec.variant)
-    if not backend.readable and (not variant.additive or init.subtracts_start or init.replaces_base):
-        asked = spec.init if variant.additive else spec.variant
+    reads = variant.reads_weight and not variant.additive
+    if not backend.readable and (reads or init.subtracts_start or init.replaces_base):
+        asked = spec.variant if reads else spec.init
         return f"{asked!r} needs the base weight, which cannot be read as {backend.quantization} stores it"
     return inits.find(spec.init).refuses(spec, kind, layer.is_matrix()) or variants.get(spec.variant).refuses(
         spec, kind

@@ -22,13 +22,21 @@ class ModulesToSaveWrapper(AdapterModule):
 
     Args:
         module_to_save: The original; it stays as it is.
+        tied_to: For a head that shares an embedding's weight: the embedding's wrapper; copies share theirs.
     """
 
-    def __init__(self, module_to_save: nn.Module) -> None:
+    def __init__(self, module_to_save: nn.Module, tied_to: ModulesToSaveWrapper | None = None) -> None:
         super().__init__()
         self.original_module = module_to_save
         self.modules_to_save = nn.ModuleDict()
         self.training = module_to_save.training
+        # In a list: a module among the attributes would be registered, and saved a second time.
+        self._tied_to = [] if tied_to is None else [tied_to]
+
+    @property
+    def tied_adapter(self) -> ModulesToSaveWrapper | None:
+        """The wrapper of the embedding whose copies have the weight of these."""
+        return self._tied_to[0] if self._tied_to else None
 
     @property
     def held_adapters(self) -> tuple[str, ...]:
@@ -40,11 +48,14 @@ class ModulesToSaveWrapper(AdapterModule):
         yield "original_module", self.original_module
 
     def adapter_parameters(self, name: str) -> Iterator[nn.Parameter]:
-        """The parameters of an adapter's copy."""
-        return self.modules_to_save[name].parameters()
+        """The parameters of an adapter's copy, less the weight that is the embedding's."""
+        shared = () if self.tied_adapter is None else ("weight",)
+        return (p for key, p in self.modules_to_save[name].named_parameters() if key not in shared)
 
     def add_copy(self, name: str, module: nn.Module) -> None:
         """Give an adapter its own copy, trainable once it is activated."""
+        if self.tied_adapter is not None:
+            module.weight = self.tied_adapter.modules_to_save[name].weight
         self.modules_to_save[name] = module.requires_grad_(False)
 
     def new_copy(self) -> nn.Module:

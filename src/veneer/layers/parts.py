@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -43,7 +44,7 @@ class Factor(nn.Module):
         A factor that is sharded or offloaded by itself has them only while it is called.
         """
         return (
-            type(module) is Factor
+            type(module) in (Factor, Mirror)
             and "forward" not in module.__dict__
             and not (module._forward_hooks or module._forward_pre_hooks)
         )
@@ -58,6 +59,44 @@ class Factor(nn.Module):
     def extra_repr(self) -> str:
         """The shape, for ``print(model)``."""
         return "×".join(map(str, self.weight.shape)) + (" + bias" if self.bias is not None else "")
+
+
+class Mirror(nn.Module):
+    """A factor of another layer, transposed: one tensor and one gradient under two names.
+
+    It has no parameter of its own. Its state dict names the weight all the same; loading one writes it into
+    the owner's.
+
+    Args:
+        owner: Where the other layer keeps its factors by adapter name.
+        name: The adapter.
+    """
+
+    bias = None
+
+    def __init__(self, owner: nn.ParameterDict, name: str) -> None:
+        super().__init__()
+        self._owner = [owner]  # in a list: registered, its tensors would be saved a second time
+        self.name = name
+
+    @property
+    def weight(self) -> Tensor:
+        """The owner's factor, transposed."""
+        factor: Tensor = self._owner[0][self.name]
+        return factor.T
+
+    def forward(self, x: Tensor, operation: Callable[..., Tensor] = F.linear) -> Tensor:
+        """``operation(x, weight)`` in the type of ``x``."""
+        return operate(self.weight, None, x, operation)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        destination[f"{prefix}weight"] = self.weight if keep_vars else self.weight.detach()
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        value = state_dict.get(f"{prefix}weight")
+        if value is not None and not value.is_meta:
+            with torch.no_grad():
+                self.weight.copy_(value)
 
 
 class Frozen(nn.Module):
@@ -126,6 +165,11 @@ def stand_in(
             state.pop(name, None)
     state.update(attributes)
     return twin
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """A tensor of the base as a whole, from all ranks where FSDP2 has sharded it and not gathered it now."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def unwrapped(module: nn.Module) -> nn.Module:

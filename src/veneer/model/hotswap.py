@@ -112,6 +112,10 @@ def _holding(model: nn.Module, names: Iterable[str] | None) -> dict[str, LoraLay
     if not layers:
         what = "no adapter" if names is None else f"no adapter {', '.join(map(repr, names))}"
         raise AdapterNameError(f"this model has {what} to swap")
+    if tied := next((path for path, layer in layers.items() if layer.tied_adapter is not None), None):
+        raise ConfigError(
+            f"{tied} uses the embedding's factors (ensure_weight_tying): it cannot be swapped alone"
+        )
     merged = sorted({n for layer in layers.values() for n in layer.merged_adapters})
     if merged:
         raise MergeError(

@@ -18,6 +18,7 @@ from veneer.errors import (
 )
 from veneer.inject import eject
 from veneer.inject.embeddings import embedding_of
+from veneer.layers import LoraLayer
 from veneer.layers.modules_to_save import ModulesToSaveWrapper
 from veneer.layers.trainable_tokens import TrainableTokens
 from veneer.model.dequantising import dequantise, forget_quantisation
@@ -105,7 +106,11 @@ class MergeVerbs(AdapterVerbs):
     ) -> MergeReport:
         names = self.active_adapters if adapter_names is None else as_names(adapter_names)
         self.index.check(names, known=self.peft_config)
-        layers = {p: m for p, m in self.mergeable().items() if any(n in m.held_adapters for n in names)}
+        layers = {
+            path: layer
+            for path, layer in self.mergeable().items()
+            if layer.tied_adapter is None and any(name in layer.held_adapters for name in names)
+        }
         self._check_merge(layers, names, untie)
         kept: dict[str, float] = {}
         requantised: list[str] = []
@@ -273,7 +278,7 @@ def shared_weights(model: nn.Module, layers: Mapping[str, Mergeable]) -> dict[st
     followers = {
         id(m.get_base_layer()): m.tied_adapter
         for m in model.modules()
-        if isinstance(m, TrainableTokens) and m.tied_adapter is not None
+        if isinstance(m, LoraLayer | TrainableTokens) and m.tied_adapter is not None
     }
     found = {}
     for path, layer in layers.items():

@@ -244,7 +244,8 @@ class AdapterVerbs(nn.Module):
             raise AdapterNameError(f"an adapter named {new!r} exists already")
         if self.peft_config[old].bias != "none":
             raise ConfigError(f"{old!r} trains biases of the base itself, so it cannot be copied")
-        for module in self.index.modules():
+        # What uses another module's tensors comes after it.
+        for module in sorted(self.index.modules(), key=lambda m: m.tied_adapter is not None):
             if old in module.held_adapters:
                 module.copy_adapter(old, new)
         self.peft_config[new] = copy.deepcopy(self.peft_config[old])

@@ -21,6 +21,7 @@ class ALora(Variant):
     """
 
     name = "alora"
+    reads_weight = False
 
     def refuses(self, spec: LoraSpec, layer_type: str) -> str | None:
         """It goes by positions of a text: only layers that map (batch, tokens, in) row by row have them."""

@@ -119,6 +119,8 @@ class Variant(abc.ABC):
     name: ClassVar[str] = ""
     #: The update is simply added: merging, combining and the fused step may rely on it.
     additive: ClassVar[bool] = False
+    #: It asks for the base weight itself, which some storages do not give. An additive one never does.
+    reads_weight: ClassVar[bool] = True
 
     def __init_subclass__(cls) -> None:
         registry.add(cls.name, cls())

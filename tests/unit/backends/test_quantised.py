@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from tests.storages import (
     AutoGPTQ,
     eight_bits,
     four_bits,
+    half_quadratic,
     named,
     torchao,
     torchao_four_bits,
@@ -172,6 +174,23 @@ def test_delegated_modules_refuse_to_merge_and_say_the_way_out(kind: str) -> Non
     assert torch.equal(model(x), before)
     with pytest.raises(TargetError, match=f"as {kind} stores it"):
         model.add_adapter("b", LoraConfig(**CONFIG, target_modules=["up"], use_dora=True))
+    model.add_adapter("c", LoraConfig(**CONFIG, target_modules=["up"], alora_invocation_tokens=[1]))
+
+
+@pytest.mark.parametrize("bits", [8, 4, 2, 1])
+@pytest.mark.parametrize("dora", [False, True])
+def test_hqq_trains_comes_back_and_merges_into_plain_weights(bits: int, dora: bool, tmp_path: Path) -> None:
+    make = partial(half_quadratic, bits=bits)
+    model, x = adapted(make, use_dora=dora), torch.randn(5, 64)
+    codes = model.model.up.base_layer.W_q.clone()
+    model.train()(x).square().mean().backward()
+    assert all(p.grad.isfinite().all() and p.grad.any() for p in model.parameters() if p.requires_grad)
+    assert torch.equal(model.model.up.base_layer.W_q, codes)
+    expected = model.eval()(x).detach()
+    assert not torch.allclose(expected, Net(make)(x))
+    model.save_pretrained(tmp_path)
+    assert torch.equal(PeftModel.from_pretrained(Net(make), tmp_path).eval()(x), expected)
+    assert_close(model.merge_and_unload(dequantize=True)(x), expected)
 
 
 def test_sizes_under_the_older_names_are_found() -> None:

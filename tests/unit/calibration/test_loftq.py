@@ -22,8 +22,9 @@ from veneer import (
     get_peft_model,
     replace_lora_weights_loftq,
 )
+from veneer.backends import find
 
-KINDS = ("bitsandbytes-4bit", "bitsandbytes-8bit", "torchao")
+KINDS = ("bitsandbytes-4bit", "bitsandbytes-8bit", "torchao", "hqq")
 
 
 def dense() -> nn.Sequential:
@@ -114,13 +115,21 @@ def test_what_cannot_be_done_is_said_and_nothing_has_changed(tmp_path: Path) -> 
     plain = get_peft_model(dense(), LoraConfig(r=2, lora_alpha=3, target_modules=["0"]))
     with pytest.raises(ConfigError, match="init_lora_weights='loftq'"):
         replace_lora_weights_loftq(plain, saved(tmp_path))
-    with pytest.raises(TargetError, match="replace_lora_weights_loftq"):
-        get_peft_model(
-            quantised("bitsandbytes-4bit"),
-            LoraConfig(r=2, lora_alpha=3, target_modules=["0"], init_lora_weights="loftq"),
-        )
     replace_lora_weights_loftq(model, tmp_path)
     with pytest.warns(VeneerWarning, match="survives rounding"):
         model.merge_adapter()
     with pytest.raises(MergeError, match="unmerge"):
         replace_lora_weights_loftq(model, tmp_path)
+
+
+@pytest.mark.parametrize("kind", QUANTISED)
+def test_starting_from_codes_is_refused_with_the_way_that_the_storage_has(kind: str) -> None:
+    model = quantised(kind)
+    readable = find(model[0]).readable
+    with pytest.raises(TargetError, match="needs the unquantised weight") as caught:
+        get_peft_model(model, LoraConfig(r=2, target_modules=["0"], init_lora_weights="loftq"))
+    assert ("replace_lora_weights_loftq" in str(caught.value)) is readable
+    model = get_peft_model(model, LoraConfig(r=2, target_modules=["0", "2"]))
+    if not readable:  # so the other way is none
+        with pytest.raises(ConfigError, match="on a quantised weight that can be read"):
+            replace_lora_weights_loftq(model)

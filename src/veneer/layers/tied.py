@@ -1,0 +1,106 @@
+"""A head that shares the weight of an embedding, and the embedding's factors with it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from veneer.inits import InitResult, find
+from veneer.layers.embedding import LoraEmbedding
+from veneer.layers.linear import LoraLinear
+from veneer.layers.parts import Mirror, stand_in
+from veneer.spec import LoraSpec
+
+
+class LoraTiedHead(LoraLinear):
+    """``y = x Wᵀ + b + s · dropout(x) B Aᵀᵀ``: a head over the embedding's weight, and over its factors.
+
+    The embedding's update of ``W`` (vocab, dim) is ``s·(BA)ᵀ``, with A (r, vocab) and B (dim, r). The head's
+    is the same: its own names A (r, dim) and B (vocab, r) stand for ``Bᵀ`` and ``Aᵀ``. There is one tensor,
+    one gradient, and one merge for both, which the embedding does.
+
+    Shapes: x: (..., dim) -> (..., vocab).
+
+    Args:
+        base_layer: The head.
+        leader: The embedding's layer.
+    """
+
+    def __init__(self, base_layer: nn.Module, leader: LoraEmbedding) -> None:
+        super().__init__(base_layer)
+        # In a list: a module among the attributes would be registered, and saved a second time.
+        self._tied_to = [leader]
+
+    @property
+    def tied_adapter(self) -> LoraEmbedding:
+        """The embedding's layer."""
+        return self._tied_to[0]
+
+    @classmethod
+    def refuses(cls, base: nn.Module, spec: LoraSpec) -> str | None:
+        """What one weight and one pair of factors cannot do for both sides."""
+        if type(base).forward is not nn.Linear.forward:
+            return "the head has a forward of its own"
+        if spec.variant != "plain":
+            return f"{spec.variant} changes an embedding and a head differently, and their weight is one"
+        init = find(spec.init)
+        if init.replaces_base or init.subtracts_start:
+            return f"init_lora_weights={spec.init!r} gives the embedding another start than the head"
+        return super().refuses(base, spec)
+
+    # -- what it holds: nothing of its own -------------------------------------------------------------
+
+    def put_factors(self, name: str, a: Tensor, b: Tensor, bias: Tensor | None) -> None:
+        """Name the embedding's factors, whatever is given."""
+        leader = self.tied_adapter
+        self.lora_A[name] = Mirror(leader.lora_embedding_B, name)
+        self.lora_B[name] = Mirror(leader.lora_embedding_A, name)
+        if self not in leader.followers:
+            leader.followers.append(self)
+
+    def adapter_parameters(self, name: str) -> Iterator[nn.Parameter]:
+        """None: they are the embedding's."""
+        return iter(())
+
+    def initialise(self, spec: LoraSpec, seed: int) -> InitResult:
+        """Nothing is drawn."""
+        return self.start_from(spec, {})
+
+    def start_from(self, spec: LoraSpec, tensors: Mapping[str, Tensor]) -> InitResult:
+        """Nothing is taken: a file's tensors for the head are those of the embedding once more."""
+        a, b = (torch.empty(shape, device="meta") for shape in self.shapes(self.base_layer, spec.r))
+        return InitResult(a, b)
+
+    def move_adapter(self, old: str, new: str) -> None:
+        """Keep an adapter under another name."""
+        super().move_adapter(old, new)
+        for container in (self.lora_A, self.lora_B):
+            mirror: Any = container[new]
+            mirror.name = new
+
+    # -- merging: the embedding's ------------------------------------------------------------------------
+
+    def adapters_changed(self) -> None:
+        """What is merged into the embedding's weight is merged here."""
+        self._merged = [name for name in self.tied_adapter.merged_adapters if name in self._specs]
+        super().adapters_changed()
+
+    def original_base(self) -> nn.Module:
+        """The head as it is without any adapter, also while some are merged."""
+        if not self._merged:
+            return self.get_base_layer()
+        return stand_in(self.base_layer, {"weight": self.tied_adapter.original_base().weight})  # type: ignore[dict-item]
+
+    def merge(
+        self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None, *, keep_undo: bool = True
+    ) -> float:
+        """Merge into the embedding's weight, which is this one's."""
+        names = self._active if adapter_names is None else adapter_names
+        return self.tied_adapter.merge(safe_merge, names, keep_undo=keep_undo)
+
+    def unmerge(self, adapter_names: Sequence[str] | None = None) -> None:
+        """Give the embedding its weight back, and so the head."""
+        self.tied_adapter.unmerge(adapter_names)
