@@ -83,7 +83,7 @@ def test_a_stand_in_shares_everything_but_what_is_given() -> None:
 
 def test_merging_without_an_undo_cannot_be_taken_back() -> None:
     made = layer()
-    made.merge(keep_undo=False)
+    made.merge(undo=None)
     with pytest.raises(MergeError, match="without an undo"):
         made.unmerge()
 
