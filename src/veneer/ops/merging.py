@@ -22,9 +22,9 @@ CHUNK_ELEMENTS = 1 << 20
 #: One summand ``scaling · B A``: ``(B: (out, r), A: (r, in), scaling)``.
 Term = tuple[Tensor, Tensor, float]
 
-_buffers: ContextVar[dict[tuple[torch.dtype, torch.device], Tensor] | None] = ContextVar(
-    "buffers", default=None
-)
+#: By dtype and device; None outside of `shared_buffers`.
+_buffers: ContextVar[dict[tuple[torch.dtype, torch.device], Tensor] | None]
+_buffers = ContextVar("buffers", default=None)
 
 
 @contextmanager
@@ -181,19 +181,22 @@ def _merge_rounded_(weight: Tensor, terms: Sequence[Term]) -> float:
         lost.append(error.dot(error))
     if not (lost and terms):
         return 1.0
-    return _kept(math.sqrt(float(torch.stack(lost).sum(dtype=torch.float64))), _norm(terms))
+    return _kept(math.sqrt(sum(map(float, lost))), _norm(terms))
 
 
 def _norm(terms: Sequence[Term]) -> float:
     """``||D||`` from the Gram matrices of the stacked factors; in float64 where the sum nearly cancels."""
-    left = torch.cat([left * scaling for left, _, scaling in terms], dim=1)
-    right = torch.cat([right for _, right, _ in terms], dim=0)
-    products = (left.t() @ left) * (right @ right.t())
-    total, size = float(products.sum()), float(products.abs().sum())
-    if not total > 0.1 * size:
+    left, right, factor = terms[0]
+    if len(terms) > 1:
+        left = torch.cat([left * scaling for left, _, scaling in terms], dim=1)
+        right = torch.cat([right for _, right, _ in terms], dim=0)
+        factor = 1.0
+    products = (left.t() @ left).mul_(right @ right.t())
+    total = float(products.sum())
+    if not total > 0.1 * float(products.abs_().sum()):
         left, right = left.double(), right.double()
         total = float(((left.t() @ left) * (right @ right.t())).sum())
-    return math.sqrt(max(0.0, total))
+    return abs(factor) * math.sqrt(max(0.0, total))
 
 
 def _kept(lost: float, wanted: float) -> float:
