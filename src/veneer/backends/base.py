@@ -142,14 +142,14 @@ def backends() -> tuple[Backend, ...]:
     return tuple(_backends)
 
 
-def type_names(cls: type[object]) -> tuple[str, ...]:
+def type_names(cls: type) -> tuple[str, ...]:
     """A type and its bases as ``"module.QualName"``, nearest first."""
-    return _type_names(cls)
+    return _names_of(cls.__mro__)
 
 
 @functools.lru_cache(maxsize=256)
-def _type_names(cls: type[object]) -> tuple[str, ...]:
-    return tuple(f"{base.__module__}.{base.__qualname__}" for base in cls.__mro__)
+def _names_of(classes: tuple[type, ...]) -> tuple[str, ...]:
+    return tuple(f"{base.__module__}.{base.__qualname__}" for base in classes)
 
 
 def geometry(cls: type) -> str | None:

@@ -190,8 +190,10 @@ class Mergeable(Holder):
 
     def _condense(self, undo: Undo, kind: UndoKind | None) -> None:
         """Let the undo be of that kind, beside a base that is merged."""
+        if kind != "residual":
+            return
         base, backend = self.get_base_layer(), self.backend
-        if kind == "residual" and backend.writable_in_place(base):
+        if backend.writable_in_place(base):
             undo.condense(self.weight_name, backend.read(base, self.weight_name))
 
     def _expand(self, undo: Undo) -> None:
