@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -142,9 +142,14 @@ def backends() -> tuple[Backend, ...]:
     return tuple(_backends)
 
 
-def type_names(cls: type) -> Iterable[str]:
+def type_names(cls: type) -> tuple[str, ...]:
     """A type and its bases as ``"module.QualName"``, nearest first."""
-    return (f"{base.__module__}.{base.__qualname__}" for base in cls.__mro__)
+    return _names_of(cls.__mro__)
+
+
+@functools.lru_cache(maxsize=256)
+def _names_of(classes: tuple[type, ...]) -> tuple[str, ...]:
+    return tuple(f"{base.__module__}.{base.__qualname__}" for base in classes)
 
 
 def geometry(cls: type) -> str | None:

@@ -31,7 +31,7 @@ class _Delegated(Backend):
 
     def matches(self, module: nn.Module) -> bool:
         """One of the types."""
-        return any(name in self.geometry for name in type_names(type(module)))
+        return not self.geometry.keys().isdisjoint(type_names(type(module)))
 
     def device(self, module: nn.Module) -> torch.device:
         """Where its first tensor lies."""

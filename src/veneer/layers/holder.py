@@ -285,7 +285,7 @@ class Holder(AdapterModule):
         """The base layer as it is without any adapter, also while some are merged."""
         if self._undo is None:
             return self.get_base_layer()
-        base, tensors = self.get_base_layer(), self._undo.tensors()
+        base, tensors = self.get_base_layer(), self.before_merging()
         attributes = self._undo.attributes
         bias = getattr(base, "bias", None)
         if isinstance(bias, Tensor) and bias.is_meta and "bias" not in tensors:
@@ -295,6 +295,22 @@ class Holder(AdapterModule):
         own = {key: tensors.pop(key) for key in ("bias",) if key in tensors}
         parts, more = self.backend.parts(base, tensors)
         return stand_in(base, {**parts, **own}, {**more, **attributes})
+
+    def before_merging(self) -> dict[str, Tensor]:
+        """The base's tensors that merging has changed, as they were, by name. Empty if there is no undo.
+
+        From a residual the weight is made anew at each call.
+
+        Raises:
+            MergeError: From a residual, if the merged weight has changed since.
+        """
+        if self._undo is None:
+            return {}
+        tensors, residual = self._undo.tensors(), self._undo.residual
+        if residual is not None:
+            merged = getattr(self.get_base_layer(), self.weight_name).detach()
+            tensors[self.weight_name] = residual.old(merged)
+        return tensors
 
     def inner(self) -> Iterator[tuple[str, nn.Module | None]]:
         """The adapted module."""

@@ -11,7 +11,8 @@ from veneer import backends, variants
 from veneer.adapters import as_names
 from veneer.errors import AdapterNameError, MergeError
 from veneer.layers.holder import Holder
-from veneer.layers.parts import Undo
+from veneer.layers.parts import Undo, UndoKind
+from veneer.ops import bit_residual
 from veneer.ops.merging import kept_share, merge_dense, merge_into_
 
 
@@ -59,12 +60,34 @@ class Mergeable(Holder):
             )
         return reasons
 
+    @property
+    def undo_kind(self) -> UndoKind | None:
+        """How the weight before merging is kept; None if it is not."""
+        return None if self._undo is None else self._undo.kind
+
+    def refuses_undo(self, undo: UndoKind | None) -> str | None:
+        """Why a merge cannot be undone in that way, or None.
+
+        What a quantised or an offloaded weight was is always kept as it was stored.
+        """
+        if undo not in ("copy", "residual", None):
+            return f"undo must be 'copy' or 'residual', got {undo!r}"
+        base, backend = self.get_base_layer(), self.backend
+        if undo != "residual" or not backend.writable_in_place(base):
+            return None
+        if (dtype := backend.tensor_dtype(base, self.weight_name)) in bit_residual.DTYPES:
+            return None
+        return (
+            f"undo='residual' keeps what tells 16-bit weights apart, and its weight is {dtype}: merge with "
+            "undo='copy'"
+        )
+
     def merge(
         self,
         safe_merge: bool = False,
         adapter_names: Sequence[str] | None = None,
         *,
-        keep_undo: bool = True,
+        undo: UndoKind | None = "copy",
     ) -> float:
         """Add adapters into the base weight: ``W ← W + Σ s·BA``, rounded once from float32.
 
@@ -72,7 +95,8 @@ class Mergeable(Holder):
             safe_merge: Refuse, before anything changes, if the result would not be finite.
             adapter_names: The adapters; None means the active ones. Those merged already, or not held
                 here, are passed over.
-            keep_undo: Keep what `unmerge` needs.
+            undo: What to keep for `unmerge`: "copy", the weight; "residual", about half of that, for 16-bit
+                weights; None, nothing more than there is already.
 
         Returns:
             The share of the update that survived rounding to the weight's type, in [0, 1]. Where the weight
@@ -85,14 +109,23 @@ class Mergeable(Holder):
         names = [n for n in asked if n in self._specs and n not in self._merged]
         if not names:
             return 1.0
-        if reasons := self.refuses_merge(names):
+        reasons = self.refuses_merge(names)
+        if (reason := self.refuses_undo(undo)) is not None:
+            reasons.append(reason)
+        if reasons:
             raise MergeError("; ".join(reasons))
-        undo = self._undo
-        if undo is None and keep_undo:
+        return self._merge(names, safe_merge, undo)
+
+    def _merge(self, names: Sequence[str], safe_merge: bool, kind: UndoKind | None) -> float:
+        """`merge` of what nothing was found against."""
+        undo, before = self._undo, list(self._merged)
+        was = None if undo is None else undo.kind
+        if undo is not None:
+            self._expand(undo)
+        elif kind is not None:
             undo = self._take_undo()
         if undo is not None and any(self.factors(n)[2] is not None for n in names):
             self._add_bias(undo)
-        before = list(self._merged)
         try:
             if before and undo is not None:
                 self._restore(undo)
@@ -102,12 +135,25 @@ class Mergeable(Holder):
                 self._restore(undo)
                 if before:
                     self._merge_from_original(before, False)
+                    self._condense(undo, was)
                 self._drop_bias(undo, before)
             raise
+        if undo is not None:
+            self._condense(undo, kind or was)
         self._undo = undo
         self._merged = [*before, *names]
         self.adapters_changed()
         return kept
+
+    def refuses_unmerge(self) -> str | None:
+        """Why the weight that was before merging cannot be had back, or None."""
+        if not self._merged:
+            return None
+        if self._undo is None:
+            return "these adapters were merged without an undo (merge_and_unload): load the base again"
+        if self._undo.residual is None:
+            return None
+        return self._undo.residual.refuses(getattr(self.get_base_layer(), self.weight_name).detach())
 
     def unmerge(self, adapter_names: Sequence[str] | None = None) -> None:
         """Give the base weight back, bit for bit, whatever happened to the factors meanwhile.
@@ -116,29 +162,43 @@ class Mergeable(Holder):
             adapter_names: The adapters to take out; None means all that are merged.
 
         Raises:
-            MergeError: If the weight was merged without keeping an undo.
+            MergeError: If the weight was merged without keeping an undo, or with undo="residual" and has
+                changed since. Nothing has changed then.
         """
         if not self._merged:
             return
         if self._undo is None:
-            raise MergeError(
-                "these adapters were merged without an undo (merge_and_unload): load the base again"
-            )
+            raise MergeError(str(self.refuses_unmerge()))
+        undo, kind = self._undo, self._undo.kind
         rest = [] if adapter_names is None else [n for n in self._merged if n not in as_names(adapter_names)]
-        self._restore(self._undo)
+        self._expand(undo)
+        self._restore(undo)
         self._merged = rest
         if rest:
             self._merge_from_original(rest, False)
-            self._drop_bias(self._undo, rest)
+            self._condense(undo, kind)
+            self._drop_bias(undo, rest)
         else:
             self._undo = None
         self.adapters_changed()
 
     def _take_undo(self) -> Undo:
-        base, name = self.get_base_layer(), self.weight_name
-        _, attributes = self.before_merge(self.backend.like(base, name))
-        coded = self.backend.quantization is not None
-        return Undo(self.backend.keep(base, name), {key: getattr(base, key) for key in attributes}, coded)
+        base, backend, name = self.get_base_layer(), self.backend, self.weight_name
+        _, attributes = self.before_merge(backend.like(base, name))
+        coded = backend.quantization is not None
+        return Undo(backend.keep(base, name), {key: getattr(base, key) for key in attributes}, coded)
+
+    def _condense(self, undo: Undo, kind: UndoKind | None) -> None:
+        """Let the undo be of that kind, beside a base that is merged."""
+        if kind != "residual":
+            return
+        base, backend = self.get_base_layer(), self.backend
+        if backend.writable_in_place(base):
+            undo.condense(self.weight_name, backend.read(base, self.weight_name))
+
+    def _expand(self, undo: Undo) -> None:
+        if undo.residual is not None:
+            undo.expand(self.weight_name, getattr(self.get_base_layer(), self.weight_name).detach())
 
     def _add_bias(self, undo: Undo) -> None:
         """Keep the base's bias too: only a merged bias changes it, and it may be trained by itself."""

@@ -137,7 +137,7 @@ class LoraParameter(LoraLayer):
     def _adapted(self) -> Tensor | AdaptedWeight | None:
         """What stands for the parameter in a forward; None where the module's own is right."""
         if self._disabled or current(self) is not None:
-            return self._undo.tensors()[self.weight_name] if self._merged and self._undo else None
+            return self.before_merging().get(self.weight_name) if self._merged else None
         if not self._live:
             return None
         weight = getattr(self.get_base_layer(), self.weight_name)

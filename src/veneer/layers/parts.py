@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from veneer.errors import MergeError
+from veneer.ops import bit_residual
+
 NOTHING: Mapping[str, Any] = MappingProxyType({})
+#: How `unmerge` gets the weight back: from a copy, or from the merged weight and what tells the two apart.
+UndoKind = Literal["copy", "residual"]
 #: Names of the frozen term ``A₀``, ``B₀`` of an adapter, for initialisations that subtract their start.
 RESIDUAL = ("lora_residual_A", "lora_residual_B")
 
@@ -124,6 +129,48 @@ def _copy_of_weight(x: None, weight: Tensor, bias: Tensor | None) -> Tensor:
     return weight.clone()
 
 
+class Residual(nn.Module):
+    """A 16-bit weight, kept as what tells it from the merged one; see `veneer.ops.bit_residual`.
+
+    Args:
+        old: The weight.
+        merged: The merged weight, of the same shape and dtype.
+    """
+
+    def __init__(self, old: Tensor, merged: Tensor) -> None:
+        super().__init__()
+        for name, tensor in bit_residual.between(old, merged)._asdict().items():
+            self.register_buffer(name, tensor, persistent=False)
+        self.dtype = merged.dtype
+        self.checksum = bit_residual.checksum(merged)
+
+    def apart(self) -> bit_residual.BitResidual:
+        """What is kept."""
+        return bit_residual.BitResidual(*self._buffers.values())  # type: ignore[arg-type]
+
+    def refuses(self, merged: Tensor) -> str | None:
+        """Why the weight cannot be had from this merged one, or None. One cast to a wider type will do."""
+        same = merged.shape == self.apart().low.shape
+        if same and bit_residual.checksum(merged.to(self.dtype)) == self.checksum:
+            return None
+        return (
+            "its weight is no longer what merging made of it (it was trained, replaced, or cast to a type "
+            "that rounds it), and undo='residual' gives the original back from nothing else. Load the base "
+            "again; undo='copy' withstands that"
+        )
+
+    def old(self, merged: Tensor) -> Tensor:
+        """The weight before merging, in the type that the merged one has now.
+
+        Raises:
+            MergeError: The merged weight has changed since.
+        """
+        # Compilers cannot follow a refusal that depends on values.
+        if not torch.compiler.is_compiling() and (reason := self.refuses(merged)) is not None:
+            raise MergeError(reason)
+        return bit_residual.applied(merged.to(self.dtype), self.apart()).to(merged.dtype)
+
+
 class Undo(nn.Module):
     """The base's tensors as they were before merging.
 
@@ -133,6 +180,8 @@ class Undo(nn.Module):
     deepcopy and a pickle, and stay out of every state dict.
     """
 
+    residual: Residual | None
+
     def __init__(
         self, tensors: Mapping[str, Tensor], attributes: Mapping[str, Any], coded: bool = False
     ) -> None:
@@ -141,10 +190,35 @@ class Undo(nn.Module):
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor, persistent=False)
         self.attributes = dict(attributes)
+        self.register_module("residual", None)  # a place from the start, as compiled code looks for it
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors by their name on the base layer."""
+        """The tensors by their name on the base layer; without one that is kept as a residual."""
         return {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+
+    @property
+    def kind(self) -> UndoKind:
+        """How the weight is kept."""
+        return "copy" if self.residual is None else "residual"
+
+    def condense(self, name: str, merged: Tensor) -> None:
+        """Keep of the tensor of that name only what tells it from the merged one, where that is smaller."""
+        old = self.tensors()[name]
+        if old.dtype in bit_residual.DTYPES and (old.shape, old.dtype) == (merged.shape, merged.dtype):
+            residual = Residual(old, merged)
+            if residual.apart().nbytes < old.nbytes:
+                del self._buffers[name]
+                self.residual = residual
+
+    def expand(self, name: str, merged: Tensor) -> None:
+        """Keep the tensor of that name itself again.
+
+        Raises:
+            MergeError: The merged one has changed since `condense`.
+        """
+        if self.residual is not None:
+            self.register_buffer(name, self.residual.old(merged), persistent=False)
+            self.residual = None
 
 
 def stand_in(

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from veneer import backends
 from veneer.adapters import AdapterModule, as_names
 from veneer.errors import AdapterNameError, MergeError
-from veneer.layers.parts import Undo, stand_in
+from veneer.layers.parts import Undo, UndoKind, stand_in
 from veneer.routing import current
 
 
@@ -288,9 +288,24 @@ class TrainableTokens(AdapterModule):
         ]
         return [reason for reason in reasons if reason is not None]
 
+    @property
+    def undo_kind(self) -> UndoKind | None:
+        """How the rows before merging are kept; None if none are."""
+        return "copy" if self.merged else None
+
+    def refuses_undo(self, undo: UndoKind | None) -> None:
+        """The few rows that merging overwrites are kept as they are, whatever is asked for."""
+
+    def refuses_unmerge(self) -> None:
+        """Nothing stands against that."""
+
     @torch.no_grad()
     def merge(
-        self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None, *, keep_undo: bool = True
+        self,
+        safe_merge: bool = False,
+        adapter_names: Sequence[str] | None = None,
+        *,
+        undo: UndoKind | None = "copy",
     ) -> float:
         """Write the rows into the base weight. A head that follows has nothing to write.
 

@@ -20,9 +20,11 @@ from veneer.inject import eject
 from veneer.inject.embeddings import embedding_of
 from veneer.layers import LoraLayer
 from veneer.layers.modules_to_save import ModulesToSaveWrapper
+from veneer.layers.parts import UndoKind
 from veneer.layers.trainable_tokens import TrainableTokens
 from veneer.model.dequantising import dequantise, forget_quantisation
 from veneer.model.verbs import AdapterVerbs, Mergeable
+from veneer.ops.merging import shared_buffers
 
 #: Below this share of the update that survives rounding, a merge warns.
 KEPT_WARNING = 0.8
@@ -79,6 +81,7 @@ class MergeVerbs(AdapterVerbs):
         safe_merge: bool = False,
         *,
         untie: bool = False,
+        undo: UndoKind = "copy",
     ) -> MergeReport:
         """Add adapters into the base weights, to be taken out again by `unmerge_adapter`.
 
@@ -86,6 +89,10 @@ class MergeVerbs(AdapterVerbs):
             adapter_names: The adapters; None means the active ones.
             safe_merge: Refuse, before anything changes, if a weight would not be finite.
             untie: Give an adapted layer whose weight is shared with another module a weight of its own.
+            undo: What is kept of each weight: "copy", all of it; "residual", for 16-bit weights, a byte for
+                each element, from which and the merged weight the original is computed when it is needed:
+                by `unmerge_adapter`, and by each forward pass with adapters disabled. Quantised weights,
+                offloaded ones and those that merging gives another shape are kept in either case.
 
         Returns:
             The share of the update that each layer kept.
@@ -93,7 +100,7 @@ class MergeVerbs(AdapterVerbs):
         Raises:
             MergeError: Naming every layer that cannot be merged. The model is then as it was.
         """
-        return self._merge(adapter_names, safe_merge, untie, keep_undo=True, progressbar=False)
+        return self._merge(adapter_names, safe_merge, untie, undo=undo, progressbar=False)
 
     def _merge(
         self,
@@ -101,7 +108,7 @@ class MergeVerbs(AdapterVerbs):
         safe_merge: bool,
         untie: bool,
         *,
-        keep_undo: bool,
+        undo: UndoKind | None,
         progressbar: bool,
     ) -> MergeReport:
         names = self.active_adapters if adapter_names is None else as_names(adapter_names)
@@ -111,53 +118,37 @@ class MergeVerbs(AdapterVerbs):
             for path, layer in self.mergeable().items()
             if layer.tied_adapter is None and any(name in layer.held_adapters for name in names)
         }
-        self._check_merge(layers, names, untie)
-        kept: dict[str, float] = {}
-        requantised: list[str] = []
-        done: list[tuple[Mergeable, list[str]]] = []
-        try:
-            for number, (path, layer) in enumerate(layers.items(), 1):
-                if progressbar:
-                    print(f"\rmerging {number}/{len(layers)}", end="", file=sys.stderr, flush=True)
-                before = layer.merged_adapters
-                # Without an undo a failure half-way could not be taken back; only these can fail.
-                coded = layer.backend.quantization is not None
-                can_fail = safe_merge or coded or layer.base_dtype() == torch.float16
-                requantised += [path] if coded else []
-                kept[path] = layer.merge(safe_merge, names, keep_undo=keep_undo or can_fail)
-                done.append((layer, [n for n in layer.merged_adapters if n not in before]))
-        except Exception as error:
-            for layer, merged in done:
-                layer.unmerge(merged)
-            if isinstance(error, MergeError):
-                raise MergeError(f"{path}: {error}. Nothing has been merged.") from error
-            raise
-        finally:
-            if progressbar:
-                print(file=sys.stderr)
-        report = self.merge_report = MergeReport(kept, tuple(requantised))
+        self._check_merge(layers, names, untie, undo)
+        with shared_buffers():
+            report = self.merge_report = _merge_all(layers, names, safe_merge, undo, progressbar)
         if report.mean < KEPT_WARNING:
-            worst = min(kept, key=lambda p: kept[p])
+            worst = min(report.kept, key=lambda p: report.kept[p])
             way_out = (
                 "Merge into ordinary weights (merge_and_unload(dequantize=True))"
-                if requantised
+                if report.requantised
                 else "Merge into float32 (model.float() before)"
             )
             warnings.warn(
                 f"only {report.mean:.0%} of the update survives rounding to the base weights' type (least in "
-                f"{worst}: {kept[worst]:.0%}): merged and unmerged outputs will differ. {way_out}, or keep "
+                f"{worst}: {report.worst:.0%}): merged and unmerged outputs will differ. {way_out}, or keep "
                 "the adapter unmerged",
                 VeneerWarning,
                 stacklevel=4,
             )
         return report
 
-    def _check_merge(self, layers: Mapping[str, Mergeable], names: Sequence[str], untie: bool) -> None:
+    def _check_merge(
+        self, layers: Mapping[str, Mergeable], names: Sequence[str], untie: bool, undo: UndoKind | None
+    ) -> None:
         """Refuse before anything changes; untie what was asked to be untied."""
         reasons = [
             f"{path}: {reason}"
             for path, layer in layers.items()
-            for reason in layer.refuses_merge([n for n in names if n in layer.held_adapters])
+            for reason in (
+                *layer.refuses_merge([n for n in names if n in layer.held_adapters]),
+                layer.refuses_undo(undo),
+            )
+            if reason is not None
         ]
         shared = shared_weights(self.model, layers)
         if shared and not untie:
@@ -213,7 +204,7 @@ class MergeVerbs(AdapterVerbs):
             raise MergeError("; ".join(sorted(reasons)))
         take_back = self._dequantise(dequantize) if dequantize else None
         try:
-            self._merge(names, safe_merge, untie, keep_undo=False, progressbar=progressbar)
+            self._merge(names, safe_merge, untie, undo=None, progressbar=progressbar)
         except Exception:
             if take_back is not None:
                 take_back()
@@ -250,6 +241,40 @@ class MergeVerbs(AdapterVerbs):
         eject(self.model)
         self.peft_config = {}
         return self.model
+
+
+def _merge_all(
+    layers: Mapping[str, Mergeable],
+    names: Sequence[str],
+    safe_merge: bool,
+    undo: UndoKind | None,
+    progressbar: bool,
+) -> MergeReport:
+    """Merge into every layer, or into none."""
+    kept: dict[str, float] = {}
+    requantised: list[str] = []
+    done: list[tuple[Mergeable, list[str]]] = []
+    try:
+        for number, (path, layer) in enumerate(layers.items(), 1):
+            if progressbar:
+                print(f"\rmerging {number}/{len(layers)}", end="", file=sys.stderr, flush=True)
+            before = layer.merged_adapters
+            # Without an undo a failure half-way could not be taken back; only these can fail.
+            coded = layer.backend.quantization is not None
+            can_fail = safe_merge or coded or layer.base_dtype() == torch.float16
+            requantised += [path] if coded else []
+            kept[path] = layer.merge(safe_merge, names, undo=undo or ("copy" if can_fail else None))
+            done.append((layer, [n for n in layer.merged_adapters if n not in before]))
+    except Exception as error:
+        for layer, merged in done:
+            layer.unmerge(merged)
+        if isinstance(error, MergeError):
+            raise MergeError(f"{path}: {error}. Nothing has been merged.") from error
+        raise
+    finally:
+        if progressbar:
+            print(file=sys.stderr)
+    return MergeReport(kept, tuple(requantised))
 
 
 def _note_untied(model: nn.Module) -> None:

@@ -256,13 +256,13 @@ class AdapterVerbs(nn.Module):
         merged = {}
         if self.peft_config[adapter_name].bias != "none":
             # What is merged may have a bias among it, so it is taken out before biases are given back.
-            merged = {layer: layer.merged_adapters for layer in self.mergeable().values() if layer.merged}
+            merged = {m: (m.merged_adapters, m.undo_kind) for m in self.mergeable().values() if m.merged}
             self.unmerge_adapter()
             self._restore_biases()
         was_active = adapter_name in self.active_adapters
         self.index.delete(adapter_name)
-        for layer, names in merged.items():
-            layer.merge(adapter_names=[n for n in names if n != adapter_name])
+        for layer, (names, undo) in merged.items():
+            layer.merge(adapter_names=[n for n in names if n != adapter_name], undo=undo)
         del self.peft_config[adapter_name]
         if was_active and not self.active_adapters:
             rest = ", ".join(map(repr, self.peft_config)) or "none is left"
@@ -318,8 +318,16 @@ class AdapterVerbs(nn.Module):
         self._biases.clear()
 
     def unmerge_adapter(self) -> None:
-        """Give every base weight back, bit for bit."""
-        for layer in self.mergeable().values():
+        """Give every base weight back, bit for bit.
+
+        Raises:
+            MergeError: Naming every layer whose weight cannot be had back. Nothing has changed then.
+        """
+        layers = self.mergeable()
+        found = [(path, layer.refuses_unmerge()) for path, layer in layers.items()]
+        if reasons := [f"{path}: {reason}" for path, reason in found if reason is not None]:
+            raise MergeError("these layers cannot be unmerged:\n" + "\n".join(f"  - {r}" for r in reasons))
+        for layer in layers.values():
             layer.unmerge()
 
 

@@ -8,17 +8,33 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
 
 from veneer.errors import MergeError
 
-#: Elements of a chunk: its few float32 buffers stay in a core's cache.
-CHUNK_ELEMENTS = 1 << 18
+#: Elements of a chunk. Smaller ones stay in a nearer cache; starting threads for them costs more than that.
+CHUNK_ELEMENTS = 1 << 20
 
 #: One summand ``scaling · B A``: ``(B: (out, r), A: (r, in), scaling)``.
 Term = tuple[Tensor, Tensor, float]
+
+#: By dtype and device; None outside of `shared_buffers`.
+_buffers: ContextVar[dict[tuple[torch.dtype, torch.device], Tensor] | None]
+_buffers = ContextVar("buffers", default=None)
+
+
+@contextmanager
+def shared_buffers() -> Iterator[None]:
+    """Merges inside use the same buffers: new memory costs more than the sums that are formed in it."""
+    token = _buffers.set({})
+    try:
+        yield
+    finally:
+        _buffers.reset(token)
 
 
 @torch.no_grad()
@@ -54,14 +70,14 @@ def merge_into_(
     weight = weight.detach()
     _check_shapes(weight, terms, transpose)
     work = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    pairs = [_oriented(term, weight.device, work, transpose) for term in terms]
+    oriented = [_oriented(term, weight.device, work, transpose) for term in terms]
     if check_finite or weight.dtype == torch.float16:
-        _refuse_non_finite(weight, pairs, base_too=check_finite)
+        _refuse_non_finite(weight, oriented, base_too=check_finite)
     if weight.dtype == work:
-        for left, right in pairs:
-            weight.addmm_(left, right)
+        for left, right, scaling in oriented:
+            weight.addmm_(left, right, alpha=scaling)
         return 1.0
-    return _merge_rounded_(weight, pairs)
+    return _merge_rounded_(weight, oriented)
 
 
 @torch.no_grad()
@@ -120,45 +136,67 @@ def _check_shapes(weight: Tensor, terms: Sequence[Term], transpose: bool) -> Non
         raise MergeError(f"cannot merge into a weight of shape {tuple(weight.shape)}: " + "; ".join(problems))
 
 
-def _oriented(term: Term, device: torch.device, dtype: torch.dtype, transpose: bool) -> tuple[Tensor, Tensor]:
-    """``(L, R)`` with ``L R`` the term in the weight's own orientation, the scaling inside L."""
+def _oriented(term: Term, device: torch.device, dtype: torch.dtype, transpose: bool) -> Term:
+    """``(L, R, s)`` with ``s L R`` the term in the weight's own orientation."""
     B, A, scaling = term
     B = B.detach().to(device=device, dtype=dtype)
     A = A.detach().to(device=device, dtype=dtype)
-    return (A.t() * scaling, B.t()) if transpose else (B * scaling, A)
+    return (A.t(), B.t(), scaling) if transpose else (B, A, scaling)
 
 
-def _sums(weight: Tensor, pairs: Sequence[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def _pair_of_buffers(elements: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Two rows of so many elements, or more."""
+    held = _buffers.get()
+    found = None if held is None else held.get((dtype, device))
+    if found is None or found.shape[1] < elements:
+        found = torch.empty(2, elements, dtype=dtype, device=device)
+        if held is not None:
+            held[dtype, device] = found
+    return found
+
+
+def _sums(weight: Tensor, terms: Sequence[Term]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """By chunks of rows: those of the weight, their sum with the update before rounding, and scratch.
 
     The two float32 (float64) buffers are used again for the next chunk.
     """
     rows, columns = weight.shape
-    step = max(1, CHUNK_ELEMENTS // max(1, columns))
+    step = max(1, min(rows, CHUNK_ELEMENTS // max(1, columns)))
     work = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    buffers = torch.empty(2, min(step, rows), columns, dtype=work, device=weight.device)
+    buffers = _pair_of_buffers(step * columns, work, weight.device)
     for start in range(0, rows, step):
         part = weight[start : start + step]
-        total, scratch = buffers[:, : part.shape[0]]
+        total, scratch = buffers[:, : part.numel()].view(2, *part.shape)
         total.copy_(part)
-        for left, right in pairs:
-            total.addmm_(left[start : start + step], right)
+        for left, right, scaling in terms:
+            total.addmm_(left[start : start + step], right, alpha=scaling)
         yield part, total, scratch
 
 
-def _merge_rounded_(weight: Tensor, pairs: Sequence[tuple[Tensor, Tensor]]) -> float:
+def _merge_rounded_(weight: Tensor, terms: Sequence[Term]) -> float:
     lost = []
-    for part, total, scratch in _sums(weight, pairs):
+    for part, total, scratch in _sums(weight, terms):
         part.copy_(total)
-        lost.append(torch.linalg.vector_norm(total.sub_(scratch.copy_(part))))
-    return _kept(float(torch.stack(lost).norm()), _norm(pairs)) if lost and pairs else 1.0
+        error = total.sub_(scratch.copy_(part)).view(-1)
+        lost.append(error.dot(error))
+    if not (lost and terms):
+        return 1.0
+    return _kept(math.sqrt(sum(map(float, lost))), _norm(terms))
 
 
-def _norm(pairs: Sequence[tuple[Tensor, Tensor]]) -> float:
-    """``||D||`` from the Gram matrices of the stacked factors, in float64: terms may nearly cancel."""
-    left = torch.cat([pair[0] for pair in pairs], dim=1).double()
-    right = torch.cat([pair[1] for pair in pairs], dim=0).double()
-    return math.sqrt(max(0.0, float(((left.t() @ left) * (right @ right.t())).sum())))
+def _norm(terms: Sequence[Term]) -> float:
+    """``||D||`` from the Gram matrices of the stacked factors; in float64 where the sum nearly cancels."""
+    left, right, factor = terms[0]
+    if len(terms) > 1:
+        left = torch.cat([left * scaling for left, _, scaling in terms], dim=1)
+        right = torch.cat([right for _, right, _ in terms], dim=0)
+        factor = 1.0
+    products = (left.t() @ left).mul_(right @ right.t())
+    total = float(products.sum())
+    if not total > 0.1 * float(products.abs_().sum()):
+        left, right = left.double(), right.double()
+        total = float(((left.t() @ left) * (right @ right.t())).sum())
+    return abs(factor) * math.sqrt(max(0.0, total))
 
 
 def _kept(lost: float, wanted: float) -> float:
@@ -167,11 +205,11 @@ def _kept(lost: float, wanted: float) -> float:
     return 1.0 if wanted == 0.0 else 1.0 - lost / wanted
 
 
-def _refuse_non_finite(weight: Tensor, pairs: Sequence[tuple[Tensor, Tensor]], *, base_too: bool) -> None:
-    if weight.numel() == 0 or _surely_finite(weight, pairs):
+def _refuse_non_finite(weight: Tensor, terms: Sequence[Term], *, base_too: bool) -> None:
+    if weight.numel() == 0 or _surely_finite(weight, terms):
         return
     broken = before = 0
-    for part, total, _ in _sums(weight, pairs):
+    for part, total, _ in _sums(weight, terms):
         finite = part.isfinite()
         after = total.to(part.dtype).isfinite()
         before += int((~finite).sum())
@@ -179,7 +217,10 @@ def _refuse_non_finite(weight: Tensor, pairs: Sequence[tuple[Tensor, Tensor]], *
     if not broken and not (base_too and before):
         return
     causes = [f"{before} elements of the base weight are NaN or infinite already"] if before else []
-    if not all(bool(left.isfinite().all() and right.isfinite().all()) for left, right in pairs):
+    if not all(
+        bool(left.isfinite().all() and right.isfinite().all()) and math.isfinite(scaling)
+        for left, right, scaling in terms
+    ):
         causes.append("the adapter's factors or its scaling are not finite (a diverged training run?)")
     elif broken:
         causes.append(f"the sum leaves the range of {weight.dtype} (merge in float32 or bfloat16)")
@@ -190,11 +231,11 @@ def _refuse_non_finite(weight: Tensor, pairs: Sequence[tuple[Tensor, Tensor]], *
     )
 
 
-def _surely_finite(weight: Tensor, pairs: Sequence[tuple[Tensor, Tensor]]) -> bool:
-    """A bound that costs one reading of the weight: max|W| + Σ max‖row of L‖ · max‖column of R‖."""
+def _surely_finite(weight: Tensor, terms: Sequence[Term]) -> bool:
+    """A bound that costs one reading of the weight: max|W| + Σ |s| max‖row of L‖ · max‖column of R‖."""
     low, high = torch.aminmax(weight)
     bound = max(abs(float(low)), abs(float(high)))
-    for left, right in pairs:
+    for left, right, scaling in terms:
         rows = torch.linalg.vector_norm(left, dim=1).amax()
-        bound += float(rows) * float(torch.linalg.vector_norm(right, dim=0).amax())
+        bound += abs(scaling) * float(rows) * float(torch.linalg.vector_norm(right, dim=0).amax())
     return bound < 0.99 * torch.finfo(weight.dtype).max  # False also where the bound is NaN

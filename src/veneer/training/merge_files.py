@@ -20,7 +20,7 @@ from ..checkpoint import AdapterFile, compare_fingerprints, fingerprint
 from ..config import LoraConfig
 from ..errors import AdapterFileError, BaseMismatchError, MergeError, TrainingError
 from ..model import MergeReport
-from ..ops.merging import merge_into_
+from ..ops.merging import merge_into_, shared_buffers
 from ..spec import LoraSpec, variant_name
 from ..state import FINGERPRINT
 from .adapters import factor_names, open_lora
@@ -90,7 +90,7 @@ def merge_files(
     check_room(place, total)
     kept: dict[str, float] = {}
     written = 0
-    with replacing(place, overwrite) as made:
+    with replacing(place, overwrite) as made, shared_buffers():
         for shard in shards:
             with safe_open(base / shard, framework="pt") as source, (made / shard).open("wb") as out:
                 out.write(_packed(layouts[shard][0]))
