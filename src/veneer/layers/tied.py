@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from veneer.inits import InitResult, find
 from veneer.layers.embedding import LoraEmbedding
 from veneer.layers.linear import LoraLinear
-from veneer.layers.parts import Mirror, stand_in
+from veneer.layers.parts import Mirror, UndoKind, stand_in
 from veneer.spec import LoraSpec
 
 
@@ -95,11 +95,24 @@ class LoraTiedHead(LoraLinear):
         return stand_in(self.base_layer, {"weight": self.tied_adapter.original_base().weight})  # type: ignore[dict-item]
 
     def merge(
-        self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None, *, keep_undo: bool = True
+        self,
+        safe_merge: bool = False,
+        adapter_names: Sequence[str] | None = None,
+        *,
+        undo: UndoKind | None = "copy",
     ) -> float:
         """Merge into the embedding's weight, which is this one's."""
         names = self._active if adapter_names is None else adapter_names
-        return self.tied_adapter.merge(safe_merge, names, keep_undo=keep_undo)
+        return self.tied_adapter.merge(safe_merge, names, undo=undo)
+
+    @property
+    def undo_kind(self) -> UndoKind | None:
+        """How the embedding's weight before merging is kept."""
+        return self.tied_adapter.undo_kind
+
+    def refuses_unmerge(self) -> str | None:
+        """Whatever stands in the embedding's way."""
+        return self.tied_adapter.refuses_unmerge()
 
     def unmerge(self, adapter_names: Sequence[str] | None = None) -> None:
         """Give the embedding its weight back, and so the head."""

@@ -135,15 +135,16 @@ def _fused(
     scaling: float,
     p: float,
 ) -> Tensor:
-    y: Tensor
+    step: Any = None
     if not torch.is_grad_enabled() and p == 0.0 and _few_rows(x):
         y = F.linear(x, weight, bias)
         return _add_branch_of_few_rows_(y.clone() if y._is_view() else y, x, A, B, B_bias, scaling)
-    if x.is_cuda and (step := triton_step(x, weight, bias, A, B, B_bias)) is not None:
-        y = step.apply(x, weight, bias, A.to(x.dtype), B.to(x.dtype), _to(B_bias, x.dtype), scaling, p)
-    else:
-        y = _LoraLinear.apply(x, weight, bias, A, B, B_bias, scaling, p)  # type: ignore[no-untyped-call]
-    return y
+    if x.is_cuda:
+        step = triton_step(x, weight, bias, A, B, B_bias)
+    if step is not None:
+        A, B, B_bias = A.to(x.dtype), B.to(x.dtype), _to(B_bias, x.dtype)
+    result: Tensor = (step or _LoraLinear).apply(x, weight, bias, A, B, B_bias, scaling, p)
+    return result
 
 
 def add_lora_(
