@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -27,7 +28,7 @@ class Factor(nn.Module):
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight)
-        self.bias = None if bias is None else nn.Parameter(bias)
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias))
 
     def forward(self, x: Tensor | None, operation: Callable[..., Tensor] = F.linear) -> Tensor:
         """``operation(x, weight, bias)`` in the type of ``x``: the factor is cast, never the activations."""
@@ -58,6 +59,47 @@ class Factor(nn.Module):
     def extra_repr(self) -> str:
         """The shape, for ``print(model)``."""
         return "×".join(map(str, self.weight.shape)) + (" + bias" if self.bias is not None else "")
+
+
+class Strengths(dict[str, float]):
+    """``s`` by adapter name: numbers that anybody may write, each beside a tensor with the same value.
+
+    Compilers read the tensors, which are data to a graph where a number would be a part of it.
+    """
+
+    tensors: dict[str, Tensor]
+    device: torch.device
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Strengths:
+        """An empty one; what unpickling fills has no `__init__`."""
+        self = super().__new__(cls, *args, **kwargs)
+        self.tensors, self.device = {}, torch.device("cpu")
+        return self
+
+    def __setitem__(self, name: str, value: float) -> None:
+        super().__setitem__(name, value)
+        with torch.inference_mode(False):  # what is made inside of it does not serve a graph outside
+            self.tensors[name] = torch.tensor(float(value), dtype=torch.float32, device=self.device)
+
+    def __delitem__(self, name: str) -> None:
+        super().__delitem__(name)
+        del self.tensors[name]
+
+    update = MutableMapping.update
+    setdefault = MutableMapping.setdefault
+    pop = MutableMapping.pop
+    popitem = MutableMapping.popitem
+    clear = MutableMapping.clear
+
+    def __ior__(self, other: Any) -> Strengths:  # type: ignore[override, misc]
+        self.update(other)
+        return self
+
+    def move(self, device: torch.device) -> None:
+        """Let the tensors be where the factors are; numbers of factors without values stay where they are."""
+        if device.type != "meta" and device != self.device:
+            self.device = device
+            self.update(dict(self))
 
 
 class Frozen(nn.Module):
