@@ -74,8 +74,8 @@ class Amounts(NamedTuple):
     copied: float
 
 
-#: What one of each costs, measured with ``python -m benchmarks.mixed_batch --fit``, by the bytes of an element
-#: that is computed with. It decides what is faster, never what is right.
+#: What one of each costs, by the bytes of an element that is computed with: it decides what is faster, never
+#: what is right. Measured: ``python -m benchmarks.mixed_batch --fit``.
 PRICES = {4: Amounts(8.0, 12.0, 300.0, 400.0), 2: Amounts(25.0, 6.0, 150.0, 500.0)}
 
 
