@@ -76,7 +76,7 @@ class Amounts(NamedTuple):
 
 #: What one of each costs, by the bytes of an element that is computed with: it decides what is faster, never
 #: what is right. Measured: ``python -m benchmarks.mixed_batch --fit``.
-PRICES = {4: Amounts(8.0, 12.0, 300.0, 400.0), 2: Amounts(25.0, 6.0, 150.0, 500.0)}
+PRICES = {4: Amounts(9.2, 16.0, 190.0, 390.0), 2: Amounts(34.0, 5.2, 370.0, 350.0)}
 
 
 def amounts(
