@@ -67,19 +67,18 @@ class Strengths(dict[str, float]):
     Compilers read the tensors, which are data to a graph where a number would be a part of it.
     """
 
-    tensors: dict[str, Tensor]
-    device: torch.device
+    device = torch.device("cpu")
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> Strengths:
-        """An empty one; what unpickling fills has no `__init__`."""
-        self = super().__new__(cls, *args, **kwargs)
-        self.tensors, self.device = {}, torch.device("cpu")
-        return self
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__()
+        self.tensors: dict[str, Tensor] = {}
+        self.update(*args, **kwargs)
 
     def __setitem__(self, name: str, value: float) -> None:
         super().__setitem__(name, value)
+        tensors = self.__dict__.setdefault("tensors", {})  # unpickling fills it before it has attributes
         with torch.inference_mode(False):  # what is made inside of it does not serve a graph outside
-            self.tensors[name] = torch.tensor(float(value), dtype=torch.float32, device=self.device)
+            tensors[name] = torch.tensor(float(value), dtype=torch.float32, device=self.device)
 
     def __delitem__(self, name: str) -> None:
         super().__delitem__(name)
