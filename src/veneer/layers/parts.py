@@ -86,7 +86,12 @@ class Strengths(dict[str, float]):
 
     update = MutableMapping.update
     setdefault = MutableMapping.setdefault
-    pop = MutableMapping.pop
+
+    def pop(self, name: str, *default: Any) -> Any:
+        """As of a dict."""
+        self.tensors.pop(name, None)
+        return super().pop(name, *default)
+
     popitem = MutableMapping.popitem
     clear = MutableMapping.clear
 
