@@ -42,7 +42,9 @@ def library(name: str) -> ModuleType:
     return importlib.import_module(name.lower())
 
 
-def adapted(side: str, model: Any, *, r: int = 16, p: float = 0.0, **options: Any) -> Any:
+def adapted(
+    side: str, model: Any, *, r: int = 16, p: float = 0.0, adapter_name: str = "default", **options: Any
+) -> Any:
     """The model with an adapter of one library on every linear, B not zero."""
     lora = library(side)
     torch.manual_seed(0)
@@ -56,4 +58,4 @@ def adapted(side: str, model: Any, *, r: int = 16, p: float = 0.0, **options: An
             **options,
         }
     )
-    return lora.get_peft_model(model, config)
+    return lora.get_peft_model(model, config, adapter_name)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.errors import RoutingError
-from veneer.ops.mixed_batch import Run, runs_of
+from veneer.ops.mixed_batch import Run, groups_of, runs_of
 
 #: The name that stands for the base model without an adapter.
 BASE = "__base__"
@@ -64,10 +64,29 @@ class Routing:
         names: One for each row; `BASE` for none.
         expand: How many neighbouring rows of a layer's input one row may have become (beams, samples).
         activation: From where on adapters act that are invoked.
+        adapters: All that rows of such batches may go through: a compiled layer computes with each of them,
+            so that which of them a batch has changes nothing but values. None means those of this batch.
+        device: Where the layers are.
     """
 
-    def __init__(self, names: Sequence[str], expand: int = 1, activation: Activation | None = None) -> None:
+    def __init__(
+        self,
+        names: Sequence[str],
+        expand: int = 1,
+        activation: Activation | None = None,
+        adapters: Sequence[str] = (),
+        device: torch.device | str = "cpu",
+    ) -> None:
         self.names = tuple(names)
+        #: Of the names; a compiler that asked for the names would compile once for each of them.
+        self.count = len(self.names)
+        #: Whether each row is an adapter's, by adapter: (rows,) of bool.
+        self.mine: dict[str, Tensor] = {}
+        if self.names:
+            slots = tuple(adapters) or self.used
+            whose = [[owner == name for name in self.names] for owner in slots]
+            rows = torch.tensor(whose, dtype=torch.bool, device=device)
+            self.mine = dict(zip(slots, rows, strict=True))
         self.activation = activation
         self.expand = expand
         self.thread = threading.get_ident()
@@ -78,41 +97,67 @@ class Routing:
         #: What layers computed for this call, by layer; they are held, so a key cannot be taken again.
         self.memo: dict[nn.Module, Any] = {}
 
-    @property
+    @functools.cached_property
     def used(self) -> tuple[str, ...]:
         """The adapters of the batch, without the base, in order of appearance."""
         return tuple(dict.fromkeys(name for name in self.names if name != BASE))
 
-    def rows(self, count: int, held: Sequence[str], where: str) -> tuple[str | None, ...]:
+    def concerns(self, held: Container[str]) -> bool:
+        """Whether any adapter of the batch is among these."""
+        return any(name in held for name in self.used)
+
+    def rows(self, count: int, held: tuple[str, ...], where: Callable[[], str]) -> tuple[str | None, ...]:
         """The adapter of each row of a layer's input, None where the layer has none for it.
 
         Args:
             count: Rows of the layer's input.
             held: The adapters that the layer holds.
-            where: What to call the layer in an error.
+            where: Gives what to call the layer in an error.
 
         Raises:
             RoutingError: The rows are not those of the batch.
         """
-        key = (count, tuple(held))
+        key = (count, held)
         if key not in self._rows:
-            times, rest = divmod(count, len(self.names))
-            if rest or times not in (1, self.expand):
-                raise RoutingError(
-                    f"adapter_names has {len(self.names)} names, but the input of {where} has {count} rows: "
-                    "which adapter each belongs to is unknown. Pass one name for each row of the batch; a "
-                    "model that lays the rows of a batch together inside cannot mix adapters in one batch"
-                )
+            times = self._times(count, where)
             mine = [name if name in held else None for name in self.names]
             self._rows[key] = tuple(name for name in mine for _ in range(times))
         found: tuple[str | None, ...] = self._rows[key]
         return found
 
-    def runs(self, names: tuple[str | None, ...]) -> list[Run]:
-        """`runs_of`, computed once."""
+    def _times(self, count: int, where: Callable[[], str]) -> int:
+        """How many rows of a layer's input each row of the batch has become."""
+        times, rest = divmod(count, self.count)
+        if rest or times not in (1, self.expand):
+            raise RoutingError(
+                f"adapter_names has {self.count} names, but the input of {where()} has {count} rows: "
+                "which adapter each belongs to is unknown. Pass one name for each row of the batch; a "
+                "model that lays the rows of a batch together inside cannot mix adapters in one batch"
+            )
+        return times
+
+    def slots(self, held: Sequence[str], x: Tensor, where: Callable[[], str]) -> Iterator[tuple[str, Tensor]]:
+        """Whether each row of a layer's input is an adapter's, for all adapters that it holds.
+
+        Nothing but the values of these tensors depends on the names: compilers see it.
+
+        Args:
+            held: The adapters that the layer holds.
+            x: (rows, ...), the layer's input.
+            where: Gives what to call the layer in an error.
+        """
+        times = self._times(x.shape[0] if x.dim() else 0, where)
+        for name in held:
+            if name in self.mine:
+                mine = self.mine[name].to(x.device)
+                yield name, mine if times == 1 else mine.repeat_interleave(times)
+
+    def runs(self, names: tuple[str | None, ...]) -> tuple[list[Run], tuple[str | None, ...]]:
+        """`runs_of` and `groups_of`, computed once."""
         if names not in self._rows:
-            self._rows[names] = runs_of(names)
-        found: list[Run] = self._rows[names]
+            runs = runs_of(names)
+            self._rows[names] = runs, groups_of(runs)
+        found: tuple[list[Run], tuple[str | None, ...]] = self._rows[names]
         return found
 
     def indices(self, names: tuple[str | None, ...], device: torch.device) -> dict[str | None, Tensor]:
@@ -178,13 +223,14 @@ def current(layer: nn.Module) -> Routing | None:
     """
     routing = _current.routing
     if routing is None:
-        if _alive and not torch.compiler.is_compiling():
+        # In a backward, of which compilers know nothing; this is asked at every call of every layer.
+        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
             _refuse_recomputation(layer)
         return None
     if not torch.compiler.is_compiling() and routing.thread != threading.get_ident():
         return None
     routing.note(layer)
-    return routing if routing.names else None
+    return routing if routing.count else None
 
 
 def acting(layer: nn.Module, name: str, where: str, x: Tensor) -> Tensor:
@@ -245,8 +291,6 @@ def last_invocations(input_ids: Tensor, tokens: Sequence[int]) -> list[int | Non
 
 
 def _refuse_recomputation(layer: nn.Module) -> None:
-    if torch._C._current_graph_task_id() == -1:
-        return
     if any(layer in routing.recomputed for routing in _alive):
         raise RoutingError(
             "a part of the model is computed again in the backward (gradient checkpointing), and which row "
@@ -257,7 +301,11 @@ def _refuse_recomputation(layer: nn.Module) -> None:
 
 @contextmanager
 def routed(
-    model: nn.Module, names: Sequence[str], expand: int = 1, activation: Activation | None = None
+    model: nn.Module,
+    names: Sequence[str],
+    expand: int = 1,
+    activation: Activation | None = None,
+    adapters: Sequence[str] = (),
 ) -> Iterator[Routing]:
     """A context in which the rows of a batch go through the adapters named.
 
@@ -266,8 +314,11 @@ def routed(
         names: One for each row.
         expand: See `Routing`.
         activation: See `Routing`.
+        adapters: See `Routing`.
     """
-    routing = Routing(names, expand, activation)
+    first = next(model.parameters(), None)
+    device = "cpu" if first is None or first.is_meta else first.device
+    routing = Routing(names, expand, activation, adapters, device)
     routing.with_grad = torch.is_grad_enabled()
     with _turn, _checkpoints_carry(model, routing), _as_current(routing):
         yield routing

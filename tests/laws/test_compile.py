@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,9 +11,13 @@ import torch
 from torch import nn
 
 from tests.laws.cases import EACH_CASE, Combination, train
+from tests.laws.test_layers import close
+from tests.laws.test_mixed_batch import BATCHED, layer_with_three, mixed, names_for
 from tests.tolerances import assert_close
 from veneer import LoraConfig, PeftModel, get_peft_model
-from veneer.layers import wrap
+from veneer.layers import LoraLayer, wrap
+from veneer.model.hotswap import hotswap_adapter_from_state_dict
+from veneer.routing import BASE
 
 
 @pytest.fixture(autouse=True)
@@ -100,3 +105,121 @@ def test_new_values_of_the_factors_need_no_new_graph() -> None:
         x = torch.randn(4, 6)
         assert_close(compiled(x), layer(x))
     assert counter.graphs == 1
+
+
+def two_adapters(r: int = 3) -> PeftModel:
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Embedding(11, 8), nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8, bias=False))
+    model = get_peft_model(base, LoraConfig(r=2, lora_alpha=6, target_modules=["0", "1", "3"]), "a").eval()
+    model.add_adapter("b", LoraConfig(r=r, lora_alpha=4, target_modules=["1", "3"]))
+    for name in ("a", "b"):
+        train(model, name, seed=ord(name))
+    return model
+
+
+def test_going_back_to_an_adapter_compiles_nothing() -> None:
+    model, x, counter = two_adapters(), torch.randint(0, 11, (2, 5)), Counter()
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    for number, name in enumerate("abab"):
+        model.set_adapter(name)
+        assert_close(compiled(x), model(x))
+        assert counter.graphs == min(number + 1, 2)
+
+
+def test_another_strength_compiles_nothing() -> None:
+    model, x, counter = two_adapters(), torch.randint(0, 11, (2, 5)), Counter()
+    model.set_adapter(["a", "b"])
+    layers = [m for m in model.modules() if isinstance(m, LoraLayer)]
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+
+    def scaled_by_hand() -> None:
+        layers[1].scaling["a"] = 0.25
+        layers[2].scaling.update(a=0.125, b=3.0)
+
+    changes = [
+        lambda: model.set_strength("a", 1.0),
+        lambda: model.set_strength("a", 0.5),
+        lambda: model.set_strength("b", 0.0),
+        lambda: [layer.scale_layer(2.0) for layer in layers],
+        lambda: layers[2].scale_layer(0.3),
+        scaled_by_hand,
+        lambda: [layer.unscale_layer() for layer in layers],
+    ]
+    seen = []
+    for change in changes:
+        change()
+        seen.append(compiled(x))
+        assert_close(seen[-1], model(x))
+    assert counter.graphs == 1
+    assert not torch.equal(seen[0], seen[1]) and not torch.equal(seen[-2], seen[-1])
+
+
+#: Ten batches of four rows.
+COMPOSITIONS = [
+    list(names) for names in itertools.islice(itertools.product(("a", "b", BASE), repeat=4), 0, 80, 8)
+]
+
+
+@pytest.mark.parametrize("backend", ["counted", "inductor"])
+def test_another_mixed_batch_compiles_nothing(backend: str) -> None:
+    assert len({tuple(names) for names in COMPOSITIONS}) == 10
+    model, plain, x = two_adapters(), two_adapters(), torch.randint(0, 11, (4, 5))
+    counter = Counter()
+    # Compilers look at what each module of a Sequential does by itself: one module is one graph.
+    whole = Whole(model.get_base_model())
+    model.base_model.model = whole
+    model.compile(backend=counter if backend == "counted" else backend, fullgraph=True)
+    with torch.no_grad():
+        model(x, adapter_names=COMPOSITIONS[0])
+        with torch.compiler.set_stance("fail_on_recompile"):
+            for names in COMPOSITIONS:
+                assert_close(model(x, adapter_names=names), plain(x, adapter_names=names))
+            model.set_strength("a", 0.3)
+            plain.set_strength("a", 0.3)
+            assert_close(model(x, adapter_names=names), plain(x, adapter_names=names))
+    assert counter.graphs == (backend == "counted")
+
+
+class Whole(nn.Module):
+    """A model with one forward."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x)  # type: ignore[no-any-return]
+
+
+def test_other_weights_of_the_same_shape_compile_nothing() -> None:
+    model, other, counter = two_adapters(), two_adapters(), Counter()
+    x = torch.randint(0, 11, (2, 5))
+    train(other, "a", seed=9)
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    compiled(x)
+    names = [key for key in model.state_dict() if ".a." in key or key.endswith(".a")]
+    given = {key: value for key, value in other.state_dict().items() if key in names}
+    config = LoraConfig(r=2, lora_alpha=3, target_modules=["0", "1", "3"])
+    hotswap_adapter_from_state_dict(model, given, "a", config)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        swapped = compiled(x)
+    assert_close(swapped, model(x))
+    other.set_strength("a", 0.5)  # the other's alpha is half of it
+    assert_close(swapped, other(x))
+
+
+COMPILED = [
+    p
+    for p in BATCHED
+    if p.values[0].case.name in ("plain", "no-bias", "3-D", "padding", "lora-bias", "stride-padding")
+    and (p.values[0].variant, p.values[0].backend, p.values[0].dtype) == ("plain", "dense", torch.float32)
+]
+
+
+@pytest.mark.parametrize("made", COMPILED)
+def test_rows_of_a_compiled_layer_are_those_of_the_plain_one(made: Combination) -> None:
+    layer, x = layer_with_three(made), made.x()
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    names = names_for(x)
+    with mixed(layer, names), torch.no_grad():
+        close(compiled(x), layer(x), made)

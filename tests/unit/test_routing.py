@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForCondition
 from tests.laws.cases import train
 from tests.tolerances import assert_close
 from veneer import LoraConfig, PeftModel, RoutingError, get_peft_model
+from veneer.ops import mixed_batch
 from veneer.routing import BASE
 
 NAMES = ["a", BASE, "b", "a"]
@@ -79,6 +82,25 @@ def test_generating(options: dict[str, Any]) -> None:
     for row, name in enumerate(NAMES):
         alone = model.generate(input_ids=x[row : row + 1], adapter_names=[name], **common, **options)
         assert torch.equal(mixed[row], alone[0])
+
+
+def test_generating_puts_factors_together_once_and_lets_go_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, made = llama(), []
+
+    def noted(make: Callable[..., Any]) -> Callable[..., Any]:
+        def function(*args: Any) -> Any:
+            found = make(*args)
+            made.append(weakref.ref(found[0]))
+            return found
+
+        return function
+
+    for way in ("stacked", "side_by_side"):
+        monkeypatch.setattr(mixed_batch, way, noted(getattr(mixed_batch, way)))
+    layers = len(model.base_model.layers())
+    model.generate(input_ids=ids(), adapter_names=NAMES, max_new_tokens=8, pad_token_id=0, eos_token_id=None)
+    assert 0 < len(made) <= 2 * layers, "for the prompt, and once for all tokens"
+    assert not [ref for ref in made if ref() is not None]
 
 
 def test_generating_with_an_encoder() -> None:

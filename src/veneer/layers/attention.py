@@ -137,7 +137,7 @@ class LoraMultiheadAttention(LoraLayer):
             return [(name, None) for name in self._live]
         if self._disabled:
             return []
-        names = routing.rows(batch, self.held_adapters, next(iter(self._specs.values())).path)
+        names = routing.rows(batch, self.held_adapters, self._where)
         return [(name, rows) for name, rows in routing.indices(names, device).items() if name is not None]
 
     def _project_in(
@@ -155,7 +155,7 @@ class LoraMultiheadAttention(LoraLayer):
                 own = x if rows is None else x[:, rows]
                 b = torch.split(self.update_factors(name)[1], parts * base.embed_dim)[i]
                 reduced = self.operators(name)[0](self.dropped(name, own))
-                branch = (F.linear(reduced, b.to(reduced.dtype)) * self.scaling[name]).to(result)
+                branch = (F.linear(reduced, b.to(reduced.dtype)) * self.strength(name)).to(result)
                 result = result + branch if rows is None else result.index_add(1, rows, branch)
             results += result.chunk(parts, dim=-1)
         return results

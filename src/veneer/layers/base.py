@@ -11,6 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from veneer import backends, variants
@@ -84,11 +85,29 @@ class LoraLayer(Changeable):
     def _forward_rows(self, routing: Routing, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base's output plus, for each row, the branch of the row's own adapter."""
         result: Tensor = self.original_base()(x, *args, **kwargs)
-        if self._disabled or not any(name in self._specs for name in routing.used):
+        if self._disabled or not self._specs:
             return result
-        where = next(iter(self._specs.values())).path or type(self).__name__
-        names = routing.rows(x.shape[0] if x.dim() else 0, self.held_adapters, where)
+        if torch.compiler.is_compiling():
+            return self.add_slots(routing, x, result)
+        if not routing.concerns(self._specs):
+            return result
+        names = routing.rows(x.shape[0] if x.dim() else 0, tuple(self._specs), self._where)
         return self.add_rows(routing, names, x, result)
+
+    def _where(self) -> str:
+        """What to call this layer in an error."""
+        return next(iter(self._specs.values())).path or type(self).__name__
+
+    def add_slots(self, routing: Routing, x: Tensor, result: Tensor) -> Tensor:
+        """The same as `add_rows`, for a compiler: which row is whose is data, so it needs no other graph.
+
+        Every row goes through every adapter that the layer holds.
+        """
+        base = result
+        for name, mine in routing.slots(tuple(self._specs), x, self._where):
+            own = self.apply_adapter(name, x, base, lambda: base).to(result)
+            result = torch.where(mine.view(-1, *(1,) * (result.dim() - 1)), own, result)
+        return result
 
     def add_rows(self, routing: Routing, names: tuple[str | None, ...], x: Tensor, result: Tensor) -> Tensor:
         """``result`` with the branch of each row's own adapter added.
@@ -111,12 +130,12 @@ class LoraLayer(Changeable):
     def add_branch(self, name: str, x: Tensor, result: Tensor) -> Tensor:
         """``result + s · B(A(dropout(x)))``, in the type of ``result``."""
         branch = self.low_rank(name, self.dropped(name, x))
-        return result + (branch * self.scaling[name]).to(result)
+        return result + (branch * self.strength(name)).to(result)
 
     def dropout_of(self, name: str) -> float:
         """The probability with which the branch drops elements of its input now; 0 in evaluation."""
-        dropout = self.lora_dropout[name]
-        return float(dropout.p) if dropout.training else 0.0  # type: ignore[arg-type]
+        dropout: Any = self._modules["lora_dropout"]._modules[name]  # type: ignore[union-attr]
+        return float(dropout.p) if dropout.training else 0.0
 
     def dropped(self, name: str, x: Tensor) -> Tensor:
         """``dropout(x)``, on the factors' device."""

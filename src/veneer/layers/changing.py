@@ -157,6 +157,7 @@ class Changeable(Mergeable):
         self.lora_dropout[spec.adapter] = nn.Dropout(p=spec.lora_dropout).train(self.training)
         self._specs[spec.adapter] = spec
         self.scaling[spec.adapter] = spec.scaling
+        self.scaling.move(device)  # type: ignore[attr-defined]
         for parameter in self.adapter_parameters(spec.adapter):
             parameter.requires_grad_(False)
         self.adapters_changed()

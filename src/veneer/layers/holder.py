@@ -14,7 +14,17 @@ from veneer import backends
 from veneer.adapters import AdapterModule
 from veneer.errors import TargetError
 from veneer.inits import folded
-from veneer.layers.parts import NOTHING, RESIDUAL, Factor, Frozen, Undo, gathered, operate, stand_in
+from veneer.layers.parts import (
+    NOTHING,
+    RESIDUAL,
+    Factor,
+    Frozen,
+    Strengths,
+    Undo,
+    gathered,
+    operate,
+    stand_in,
+)
 from veneer.ops.row_norms import State
 from veneer.spec import LoraSpec
 
@@ -64,7 +74,7 @@ class Holder(AdapterModule):
         for name in self.factor_names:
             setattr(self, name, self.new_container())
         self.lora_dropout = nn.ModuleDict()
-        self.scaling: dict[str, float] = {}
+        self.scaling: dict[str, float] = Strengths()
         self._specs: dict[str, LoraSpec] = {}
         self._merged: list[str] = []
         self._live: tuple[str, ...] = ()
@@ -238,6 +248,19 @@ class Holder(AdapterModule):
     def lora_alpha(self) -> dict[str, float]:
         """``lora_alpha`` by adapter name."""
         return {name: spec.lora_alpha for name, spec in self._specs.items()}
+
+    def strength(self, name: str) -> float:
+        """``s`` of an adapter; for a compiler as a tensor without dimensions, which multiplies alike."""
+        if torch.compiler.is_compiling():
+            return self.scaling.tensors[name]  # type: ignore[attr-defined, no-any-return]
+        return self.scaling[name]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Holder:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        first = next(iter(self._modules[self.factor_names[0]].parameters()), None)  # type: ignore[union-attr]
+        if first is not None:
+            self.scaling.move(first.device)  # type: ignore[attr-defined]
+        return self
 
     @property
     def use_rslora(self) -> dict[str, bool]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from veneer import backends, variants
 from veneer.layers.base import LoraLayer
-from veneer.layers.parts import Factor, stand_in
+from veneer.layers.parts import RESIDUAL, Factor, stand_in
 from veneer.ops import mixed_batch
 from veneer.ops.lora_linear import add_lora_, autocasts, lora_linear
 from veneer.routing import Routing, current
@@ -31,7 +31,7 @@ def _is_plain(base: nn.Module) -> bool:
     """
     return (
         type(base) is nn.Linear
-        and type(base.weight) is nn.Parameter
+        and type(base._parameters["weight"]) is nn.Parameter
         and "forward" not in base.__dict__
         and not (
             base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
@@ -80,20 +80,28 @@ class LoraLinear(LoraLayer):
         given = type(base).forward(stand_in(base, {"weight": a, "bias": None}), x)
         return torch.allclose(given, x @ a.t(), rtol=1e-2, atol=1e-2 * float(a.abs().max()))
 
-    def _has_plain_factors(self, name: str) -> bool:
-        a, b = self.lora_A[name], self.lora_B[name]
-        return Factor.is_plain(a) and Factor.is_plain(b)
+    def _plain_factors(self, name: str) -> tuple[Tensor, Tensor, Tensor | None] | None:
+        """`update_factors`, where the modules that hold them need not be called; else None."""
+        held = self._modules
+        a, b = held["lora_A"]._modules[name], held["lora_B"]._modules[name]  # type: ignore[union-attr]
+        if not (Factor.is_plain(a) and Factor.is_plain(b)):  # type: ignore[arg-type]
+            return None
+        if RESIDUAL[0] in held:
+            return self.update_factors(name)
+        own = b._parameters  # type: ignore[union-attr]
+        return a._parameters["weight"], own["weight"], own["bias"]  # type: ignore[union-attr, return-value]
 
     def add_branch(self, name: str, x: Tensor, result: Tensor) -> Tensor:
         """``result + s · dropout(x) Aᵀ Bᵀ``; one step, no full-size temporary."""
-        if not self._has_plain_factors(name) or autocasts(x.device.type):
+        factors = self._plain_factors(name)
+        if factors is None or autocasts(x.device.type):
             return super().add_branch(name, x, result)
+        a, b, bias = factors
         x = self.to_factors(name, x)
-        a, b, bias = self.update_factors(name)
         if result.device != a.device:
             return super().add_branch(name, x, result)
         fresh = self._may_write()
-        return add_lora_(result, x, a, b, bias, self.scaling[name], self.dropout_of(name), inplace=fresh)
+        return add_lora_(result, x, a, b, bias, self.strength(name), self.dropout_of(name), inplace=fresh)
 
     def _may_write(self) -> bool:
         """Whether nobody else holds the output of the base, nor will anybody ask for it again."""
@@ -105,68 +113,100 @@ class LoraLinear(LoraLayer):
         )
 
     def add_rows(self, routing: Routing, names: tuple[str | None, ...], x: Tensor, result: Tensor) -> Tensor:
-        """All adapters of the batch together, or row by row, whichever is faster.
+        """All adapters of the batch in the way that is the fastest, where an update is only a product.
 
-        Only where an update is nothing but a product: no dropout, no bias, no other variant.
+        What is put side by side or stacked for it is kept from this layer's second call on, until the call
+        of the model ends: `generate` calls it once for the prompt, then for each token.
         """
-        used = tuple(dict.fromkeys(name for name in names if name is not None))
-        plain = (
-            all(variants.get(self._specs[n].variant).additive and self.factors(n)[2] is None for n in used)
-            and all(self._has_plain_factors(n) and self.dropout_of(n) == 0 for n in used)
-            and all(self.factors(n)[0].device == x.device == result.device for n in used)
-            and not autocasts(x.device.type)
-            and _is_plain(self.original_base())
-        )
-        if not plain:
-            return super().add_rows(routing, names, x, result)
-        ranks = [0 if n is None else self.update_rank(n) for n in names]
-        total, tokens = sum(self.update_rank(n) for n in used), x.numel() // x.shape[-1]
-        runs = routing.runs(names)
-        size = x.shape[-1] + result.shape[-1]
-        count = sum(name is not None for name, _, _ in runs)
-        if mixed_batch.prefers_mask(count, tokens, total, sum(ranks) / len(ranks), size):
-            return mixed_batch.by_mask(x, result, *self._side_by_side(routing, names, used, x))
-        terms = {n: (*self.update_factors(n)[:2], self.scaling[n]) for n in used}
-        return mixed_batch.by_runs(x, result, terms, runs)
+        kept = None if torch.is_grad_enabled() else routing.memo.get(self)
+        key = (names, x.shape, x.dtype)
+        way = None if kept is None else kept.get(key)
+        if way is None:
+            used = tuple(dict.fromkeys(name for name in names if name is not None))
+            if not self._only_products(used, x, result):
+                return super().add_rows(routing, names, x, result)
+            way = self._fastest(routing, names, used, x, result.shape[-1], kept=kept is not None)
+            if kept is not None:
+                kept[key] = way
+            elif not torch.is_grad_enabled():
+                routing.memo[self] = {}
+        fresh = backends.gives_fresh_output(self._modules["base_layer"])  # type: ignore[arg-type]
+        return way(x, result, fresh=fresh)
 
-    def _side_by_side(
-        self, routing: Routing, names: tuple[str | None, ...], used: tuple[str, ...], x: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Factors of all adapters, (R, in) and (out, R), and the strengths by row, (rows, R)."""
-        key = (names, x.dtype)
-        if not torch.is_grad_enabled() and (held := routing.memo.get(self, {}).get(key)):
-            return held  # type: ignore[no-any-return]
-        pairs = [self.update_factors(n) for n in used]
-        a = torch.cat([a.to(x.dtype) for a, _, _ in pairs])
-        b = torch.cat([b.to(x.dtype) for _, b, _ in pairs], dim=1)
-        mask = routing.mask(names, tuple((n, self.update_rank(n), self.scaling[n]) for n in used), x)
-        if not torch.is_grad_enabled():
-            routing.memo.setdefault(self, {})[key] = (a, b, mask)
-        return a, b, mask
+    def _only_products(self, names: Sequence[str], x: Tensor, result: Tensor) -> bool:
+        """Whether these adapters add ``s · (x Aᵀ) Bᵀ`` here: no dropout, no bias, no other variant."""
+        return (
+            all(self._is_additive(n) and self.dropout_of(n) == 0 for n in names)
+            and all(self._plain_factors(n) is not None and self.factors(n)[2] is None for n in names)
+            and all(self.factors(n)[0].device == x.device == result.device for n in names)
+            and not autocasts(x.device.type)
+        )
+
+    def _fastest(
+        self,
+        routing: Routing,
+        names: tuple[str | None, ...],
+        used: tuple[str, ...],
+        x: Tensor,
+        size_out: int,
+        kept: bool,
+    ) -> Callable[..., Tensor]:
+        """How to add the rows' updates, called with x and the result."""
+        terms = {n: (*self.update_factors(n)[:2], self.scaling[n]) for n in used}
+        ranks = {n: a.shape[0] for n, (a, _, _) in terms.items()}
+        runs, groups = routing.runs(names)
+        dtype = mixed_batch.working_dtype(x)
+        ways = mixed_batch.amounts(
+            runs=sum(name is not None for name, _, _ in runs),
+            groups=len(groups),
+            tokens=x.numel() // x.shape[-1],
+            ranks=list(ranks.values()),
+            rank=sum(0 if n is None else ranks[n] for n in names) / len(names),
+            size=x.shape[-1] + size_out,
+            kept=kept,
+        )
+        way = mixed_batch.cheapest(ways, dtype.itemsize)
+        if way == "runs":
+            return partial(mixed_batch.by_runs, terms=terms, runs=runs)
+        if way == "groups":
+            a, b = mixed_batch.stacked([terms.get(n) for n in groups], dtype)  # type: ignore[arg-type]
+            return partial(mixed_batch.by_groups, a=a, b=b)
+        a, b = mixed_batch.side_by_side(list(terms.values()), dtype)
+        mask = routing.mask(names, tuple((n, ranks[n], self.scaling[n]) for n in used), a)
+        return partial(mixed_batch.by_mask, a=a, b=b, mask=mask)
+
+    def add_slots(self, routing: Routing, x: Tensor, result: Tensor) -> Tensor:
+        """The rows times what each adapter counts there, where an update is only a product."""
+        slots = list(routing.slots(tuple(self._specs), x, self._where))
+        if not self._only_products([name for name, _ in slots], x, result):
+            return super().add_slots(routing, x, result)
+        terms = [(*self.update_factors(n)[:2], mine * self.strength(n)) for n, mine in slots]
+        return mixed_batch.by_slots(x, result, terms)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Base and first branch in one step where the base is a plain linear; else base, then branches."""
         if (routing := current(self)) is not None:
             return self._forward_rows(routing, x, *args, **kwargs)
         live = self._live
-        base: Any = self.base_layer
-        if (
-            not live
-            or args
-            or kwargs
-            or not all(self._is_additive(name) for name in live[1:])
-            or (not self._is_additive(live[0]) and self._merged)
-            or not _is_plain(base)
-            or x.dtype != base.weight.dtype
-            or autocasts(x.device.type)
-            or not self._has_plain_factors(live[0])
-        ):
+        base: Any = self._modules["base_layer"]  # not by its name: this is asked once for every token
+        if not live and not self._disabled:
+            return base(x, *args, **kwargs)  # type: ignore[no-any-return]
+        if not live or args or kwargs or not _is_plain(base):
             return super().forward(x, *args, **kwargs)
         first, *rest = live
-        if not self.factors(first)[0].device == x.device == base.weight.device:
-            return super().forward(x)
         variant = variants.get(self._specs[first].variant)
-        result = variant.whole(self, first, x, partial(self._together, first, x), base.bias)
+        factors, weight = self._plain_factors(first), base._parameters["weight"]
+        if (
+            factors is None
+            or (rest and not all(self._is_additive(name) for name in rest))
+            or (self._merged and not variant.additive)
+            or x.dtype != weight.dtype
+            or autocasts(x.device.type)
+            or not factors[0].device == x.device == weight.device
+        ):
+            return super().forward(x)
+        together = partial(self._together, first, x, *factors)
+        result = variant.whole(self, first, x, together, base._parameters["bias"])
         if result is None:
             return super().forward(x)
         for name in rest:
@@ -176,20 +216,11 @@ class LoraLinear(LoraLayer):
     def _is_additive(self, name: str) -> bool:
         return variants.get(self._specs[name].variant).additive
 
-    def _together(self, name: str, x: Tensor) -> Tensor:
-        """``x Wᵀ + b + s · dropout(x) Aᵀ Bᵀ`` in one step, for a plain base."""
-        base: Any = self.base_layer
-        a, b, bias = self.update_factors(name)
-        return lora_linear(
-            x,
-            base.weight,
-            base.bias,
-            a,
-            b,
-            bias,
-            self.scaling[name],
-            self.dropout_of(name),
-        )
+    def _together(self, name: str, x: Tensor, a: Tensor, b: Tensor, b_bias: Tensor | None) -> Tensor:
+        """``x Wᵀ + b + s · (dropout(x) Aᵀ Bᵀ + b_B)`` in one step, for a plain base."""
+        base: Any = self._modules["base_layer"]._parameters  # type: ignore[union-attr]
+        s, p = self.strength(name), self.dropout_of(name)
+        return lora_linear(x, base["weight"], base["bias"], a, b, b_bias, s, p)
 
 
 class LoraConv1D(LoraLinear):

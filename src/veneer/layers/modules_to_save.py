@@ -117,11 +117,12 @@ class ModulesToSaveWrapper(AdapterModule):
 
     def _forward_rows(self, routing: Routing, *args: Any, **kwargs: Any) -> Any:
         first = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.dim()), None)
-        mine = [name for name in routing.used if name in self.modules_to_save]
+        mine = tuple(name for name in routing.used if name in self.modules_to_save)
         if first is None or not mine:
             return self.original_module(*args, **kwargs)
         count = first.shape[0]
-        names = routing.rows(count, mine, f"a {type(self.original_module).__name__} (modules_to_save)")
+        kind = f"a {type(self.original_module).__name__} (modules_to_save)"
+        names = routing.rows(count, mine, lambda: kind)
         whole: Tensor | None = None
         for name, rows in routing.indices(names, first.device).items():
             module = self.original_module if name is None else self.modules_to_save[name]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -33,7 +33,7 @@ class Factor(nn.Module):
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight)
-        self.bias = None if bias is None else nn.Parameter(bias)
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias))
 
     def forward(self, x: Tensor | None, operation: Callable[..., Tensor] = F.linear) -> Tensor:
         """``operation(x, weight, bias)`` in the type of ``x``: the factor is cast, never the activations."""
@@ -102,6 +102,51 @@ class Mirror(nn.Module):
         if value is not None and not value.is_meta:
             with torch.no_grad():
                 self.weight.copy_(value)
+
+
+class Strengths(dict[str, float]):
+    """``s`` by adapter name: numbers that anybody may write, each beside a tensor with the same value.
+
+    Compilers read the tensors, which are data to a graph where a number would be a part of it.
+    """
+
+    device = torch.device("cpu")
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__()
+        self.tensors: dict[str, Tensor] = {}
+        self.update(*args, **kwargs)
+
+    def __setitem__(self, name: str, value: float) -> None:
+        super().__setitem__(name, value)
+        tensors = self.__dict__.setdefault("tensors", {})  # unpickling fills it before it has attributes
+        with torch.inference_mode(False):  # what is made inside of it does not serve a graph outside
+            tensors[name] = torch.tensor(float(value), dtype=torch.float32, device=self.device)
+
+    def __delitem__(self, name: str) -> None:
+        super().__delitem__(name)
+        del self.tensors[name]
+
+    update = MutableMapping.update
+    setdefault = MutableMapping.setdefault
+
+    def pop(self, name: str, *default: Any) -> Any:
+        """As of a dict."""
+        self.tensors.pop(name, None)
+        return super().pop(name, *default)
+
+    popitem = MutableMapping.popitem
+    clear = MutableMapping.clear
+
+    def __ior__(self, other: Any) -> Strengths:  # type: ignore[override, misc]
+        self.update(other)
+        return self
+
+    def move(self, device: torch.device) -> None:
+        """Let the tensors be where the factors are; numbers of factors without values stay where they are."""
+        if device.type != "meta" and device != self.device:
+            self.device = device
+            self.update(dict(self))
 
 
 class Frozen(nn.Module):

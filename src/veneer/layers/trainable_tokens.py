@@ -215,7 +215,7 @@ class TrainableTokens(AdapterModule):
             return result
         if self._disabled or not set(routing.used).intersection(self.token_indices):
             return result
-        names = routing.rows(x.shape[0], self.held_adapters, "the embedding")
+        names = routing.rows(x.shape[0], self.held_adapters, lambda: "the embedding")
         for own, rows in routing.indices(names, x.device).items():
             if own is not None:
                 part = self._placed(own, x[rows], result[rows])

@@ -138,6 +138,14 @@ class PeftModel(Parking):
         keep_for_backward(output, routing)
         return output
 
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """As `torch.nn.Module.compile`, for the base model with its adapters.
+
+        What stands before it here stays outside of the graph: names of adapters are made tensors first, so
+        that another mixed batch of the same size is not compiled anew.
+        """
+        self.get_base_model().compile(*args, **kwargs)
+
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """The base model's ``generate``; input ids by keyword or by position.
 
@@ -161,16 +169,17 @@ class PeftModel(Parking):
         if names is not None:
             self.bring_in(dict.fromkeys(names))
             self.base_model.check_mixed_batch(names)
-        return routed(self.get_base_model(), list(names or ()), expand, activation)
+        adapters = [name for name in self.peft_config if name not in self._parked]
+        return routed(self.get_base_model(), list(names or ()), expand, activation, adapters)
 
     def _activation(
         self, names: Sequence[str] | None, grows: bool, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Activation | None:
         """From where on the aLoRA adapters of a call act; None without any. Takes ``alora_offsets`` out."""
         given = kwargs.pop("alora_offsets", None)
-        invoked = {n: getattr(c, "alora_invocation_tokens", None) for n, c in self.peft_config.items()}
-        if not any(invoked.values()):
+        if not self.base_model.invocable:
             return None
+        invoked = {n: getattr(c, "alora_invocation_tokens", None) for n, c in self.peft_config.items()}
         used = self.active_adapters if names is None else names
         tokens = {name: list(invoked[name] or ()) for name in used if invoked.get(name)}
         if not tokens or all(layer.disable_adapters for layer in self.base_model.layers().values()):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer.adapters import walk
+from veneer.adapters import base_of, walk
 from veneer.checkpoint import to_disk
 from veneer.config import LoraConfig, PeftConfig
 from veneer.errors import AdapterNameError, ConfigError, LoadMismatchError, MergeError, VeneerWarning
@@ -241,7 +241,10 @@ def prepare_model_for_compiled_hotswap(
 def _check_compiled(model: nn.Module, check_compiled: str) -> None:
     if check_compiled not in ("error", "warn", "ignore"):
         raise ConfigError(f"check_compiled is 'error', 'warn' or 'ignore', got {check_compiled!r}")
-    if check_compiled != "ignore" and (hasattr(model, "_orig_mod") or model._compiled_call_impl is not None):
+    compiled = any(
+        hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in (model, base_of(model))
+    )
+    if check_compiled != "ignore" and compiled:
         words = "the model is compiled already: prepare it for hot-swapping before torch.compile"
         if check_compiled == "error":
             raise ConfigError(words)

@@ -70,6 +70,8 @@ class AdapterVerbs(nn.Module):
         self.training = model.training
         self.peft_config: dict[str, LoraConfig] = {}
         self._biases: dict[str, Tensor] = {}
+        #: Whether an adapter ever came that is invoked by tokens (aLoRA): asked at every call.
+        self.invocable = False
         if peft_config is not None:
             self.inject(
                 peft_config,
@@ -148,6 +150,7 @@ class AdapterVerbs(nn.Module):
         injection.commit(active=None if activate else active, trainable=trainable)
         self._biases.update(biases)
         self.peft_config[injection.adapter] = injection.config
+        self.invocable = self.invocable or bool(injection.config.alora_invocation_tokens)
         scalings = sorted({a.spec.scaling for a in injection.additions})
         logger.info(
             "adapter %r: %d modules, scaling s = %s",

@@ -38,8 +38,9 @@ def wants_plain_torch(*tensors: Tensor) -> bool:
     """
     if torch.compiler.is_compiling():
         return True
-    if any(type(tensor) not in _PLAIN_TYPES or tensor.is_complex() for tensor in tensors):
-        return True
+    for tensor in tensors:  # no generator: this is asked at every call of every layer
+        if type(tensor) not in _PLAIN_TYPES or tensor.is_complex():
+            return True
     return bool(_transforms_active()) or forward_ad._current_level >= 0
 
 

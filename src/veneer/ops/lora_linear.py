@@ -203,7 +203,8 @@ def _added(
     inplace: bool,
 ) -> Tensor:
     if not torch.is_grad_enabled() and p == 0.0 and _few_rows(x):
-        return _add_branch_of_few_rows_(y if inplace else y.clone(), x, A, B, B_bias, scaling)
+        y = y if inplace else y.clone(memory_format=torch.contiguous_format)
+        return _add_branch_of_few_rows_(y, x, A, B, B_bias, scaling)
     out: Tensor = _AddLora.apply(  # type: ignore[no-untyped-call]
         y, x, A, B, B_bias, scaling, p, inplace
     )
@@ -217,10 +218,20 @@ def _few_rows(x: Tensor) -> bool:
 def _add_branch_of_few_rows_(
     y: Tensor, x: Tensor, A: Tensor, B: Tensor, B_bias: Tensor | None, scaling: float
 ) -> Tensor:
-    """``y += s (x Aᵀ Bᵀ + b_B)`` in float32 (float64), graph-free: in decoding the calls are the cost."""
+    """``y += s (x Aᵀ Bᵀ + b_B)`` in float32 (float64), graph-free: in decoding the calls are the cost.
+
+    y: contiguous. Adding inside of the product, to a wide copy of y where y is narrow, beats adding after it.
+    """
     work = torch.float64 if x.dtype == torch.float64 else torch.float32
-    h = F.linear(x.to(work), A.to(work))
-    return y.add_(F.linear(h, B.to(work), _to(B_bias, work)), alpha=scaling)
+    a, b, wide = A, B, y
+    if not x.dtype == y.dtype == a.dtype == b.dtype == work:  # casts to the same type take time too
+        x, a, b, wide = x.to(work), a.to(work), b.to(work), y.to(work)
+    h = F.linear(x, a)
+    flat = wide.view(-1, wide.shape[-1])
+    flat.addmm_(h.view(-1, h.shape[-1]), b.t(), alpha=scaling)
+    if B_bias is not None:
+        flat.add_(B_bias.to(work), alpha=scaling)
+    return y if wide is y else y.copy_(wide)
 
 
 def autocasts(kind: str) -> bool:

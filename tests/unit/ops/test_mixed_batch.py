@@ -1,4 +1,4 @@
-"""Both ways of a mixed batch against their plain twin."""
+"""The ways of a mixed batch against their plain twin."""
 
 from __future__ import annotations
 
@@ -20,21 +20,36 @@ def case(dtype: torch.dtype, *middle: int) -> tuple[Tensor, Tensor, dict[str, mi
 
 
 def by_mask(x: Tensor, result: Tensor, terms: dict[str, mixed_batch.Term]) -> Tensor:
-    a = torch.cat([t[0] for t in terms.values()])
-    b = torch.cat([t[1] for t in terms.values()], dim=1)
+    a, b = mixed_batch.side_by_side(list(terms.values()), mixed_batch.working_dtype(x))
     owners = [n for n, t in terms.items() for _ in range(t[0].shape[0])]
     mask = torch.tensor([[terms[o][2] * (o == n) for o in owners] for n in NAMES])
     return mixed_batch.by_mask(x, result, a, b, mask)
+
+
+def by_groups(x: Tensor, result: Tensor, terms: dict[str, mixed_batch.Term]) -> Tensor:
+    groups = mixed_batch.groups_of(mixed_batch.runs_of(NAMES))
+    a, b = mixed_batch.stacked(
+        [None if n is None else terms[n] for n in groups], mixed_batch.working_dtype(x)
+    )
+    return mixed_batch.by_groups(x, result, a, b)
 
 
 def by_runs(x: Tensor, result: Tensor, terms: dict[str, mixed_batch.Term]) -> Tensor:
     return mixed_batch.by_runs(x, result, terms, mixed_batch.runs_of(NAMES))
 
 
+def by_slots(x: Tensor, result: Tensor, terms: dict[str, mixed_batch.Term]) -> Tensor:
+    slots = [(a, b, s * torch.tensor([n == name for n in NAMES])) for name, (a, b, s) in terms.items()]
+    return mixed_batch.by_slots(x, result, slots)
+
+
+WAYS = [by_mask, by_groups, by_runs]
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("middle", [(), (3,), (2, 3), (0,)])
-@pytest.mark.parametrize("way", [by_mask, by_runs])
-def test_both_ways_are_the_twin(way: object, dtype: torch.dtype, middle: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_is_the_twin(way: object, dtype: torch.dtype, middle: tuple[int, ...]) -> None:
     x, result, terms = case(dtype, *middle)
     expected = mixed_batch.reference(x.double(), result.double(), terms, NAMES)
     assert callable(way)
@@ -55,7 +70,7 @@ def assert_close_as(dtype: torch.dtype) -> object:
     return tolerance._replace(atol=tolerance.atol * 8)
 
 
-@pytest.mark.parametrize("way", [by_mask, by_runs])
+@pytest.mark.parametrize("way", [*WAYS, by_slots])
 def test_gradients_are_the_twins(way: object) -> None:
     x, result, terms = case(torch.float64, 3)
     terms = {n: (a.double(), b.double(), s) for n, (a, b, s) in terms.items()}
@@ -76,7 +91,26 @@ def test_neighbours_of_one_adapter_are_one_run() -> None:
     assert mixed_batch.runs_of([]) == []
 
 
-def test_few_tokens_prefer_the_mask_and_many_the_runs() -> None:
-    assert mixed_batch.prefers_mask(8, 8, 128, 16, 1152)
-    assert not mixed_batch.prefers_mask(8, 8 * 2048, 128, 16, 1152)
-    assert mixed_batch.prefers_mask(1, 10**9, 16, 16, 1152), "one adapter wastes nothing"
+def test_rows_are_cut_into_the_largest_groups_of_one_size() -> None:
+    assert mixed_batch.groups_of(mixed_batch.runs_of(["a", "a", None, None, "b", "b", "b", "b"])) == (
+        "a", None, "b", "b",
+    )  # fmt: skip
+    assert mixed_batch.groups_of(mixed_batch.runs_of(["a"] * 5)) == ("a",)
+    assert len(mixed_batch.groups_of(mixed_batch.runs_of(NAMES))) == len(NAMES)
+
+
+def test_one_batch_of_one_adapter_is_one_group() -> None:
+    one = mixed_batch.stacked([(torch.ones(2, 3), torch.ones(4, 2), 0.5)], torch.float32)
+    assert [t.shape for t in one] == [(1, 2, 3), (1, 4, 2)]
+    assert float(one[1].max()) == 0.5
+
+
+@pytest.mark.parametrize("width", [2, 4])
+def test_what_is_cheapest_depends_on_the_batch(width: int) -> None:
+    def cheapest(runs: int, groups: int, tokens: int, adapters: int, kept: bool) -> str:
+        ways = mixed_batch.amounts(runs, groups, tokens, [16] * adapters, 16, 1152, kept)
+        return mixed_batch.cheapest(ways, width)
+
+    assert cheapest(8, 8, 8, 8, True) == "groups", "a token of eight adapters"
+    assert cheapest(64, 64, 64, 2, True) == "mask", "many rows of two adapters, by turns"
+    assert cheapest(2, 64, 64 * 1024, 2, False) == "runs", "much to compute, and two runs of uneven length"
