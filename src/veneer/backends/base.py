@@ -144,12 +144,14 @@ def backends() -> tuple[Backend, ...]:
 
 def type_names(cls: type) -> tuple[str, ...]:
     """A type and its bases as ``"module.QualName"``, nearest first."""
-    return _names_of(cls.__mro__)
+    return _named(cls) if torch.compiler.is_compiling() else _names_of(cls)
 
 
-@functools.lru_cache(maxsize=256)
-def _names_of(classes: tuple[type, ...]) -> tuple[str, ...]:
-    return tuple(f"{base.__module__}.{base.__qualname__}" for base in classes)
+def _named(cls: type) -> tuple[str, ...]:
+    return tuple(f"{base.__module__}.{base.__qualname__}" for base in cls.__mro__)
+
+
+_names_of = functools.lru_cache(maxsize=256)(_named)  # a compiler complains of caches
 
 
 def geometry(cls: type) -> str | None:

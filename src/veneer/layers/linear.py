@@ -31,7 +31,7 @@ def _is_plain(base: nn.Module) -> bool:
     """
     return (
         type(base) is nn.Linear
-        and type(base._parameters["weight"]) is nn.Parameter
+        and type(base._parameters.get("weight")) is nn.Parameter
         and "forward" not in base.__dict__
         and not (
             base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
@@ -88,8 +88,7 @@ class LoraLinear(LoraLayer):
             return None
         if RESIDUAL[0] in held:
             return self.update_factors(name)
-        own = b._parameters  # type: ignore[union-attr]
-        return a._parameters["weight"], own["weight"], own["bias"]  # type: ignore[union-attr, return-value]
+        return a.weight, b.weight, b.bias  # type: ignore[union-attr, return-value]
 
     def add_branch(self, name: str, x: Tensor, result: Tensor) -> Tensor:
         """``result + s · dropout(x) Aᵀ Bᵀ``; one step, no full-size temporary."""
