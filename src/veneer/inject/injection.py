@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +50,7 @@ class Addition:
     new: bool
     start: InitResult | None = None
 
+    @cached_property
     def keys(self) -> dict[str, tuple[int, ...]]:
         """Names on disk of its tensors, with the module's path, and their shapes."""
         return {f"{self.path}.{k}": shape for k, shape in self.layer.tensor_shapes(self.spec).items()}
@@ -56,7 +58,7 @@ class Addition:
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
         """Take the values from tensors with the names of `keys`, as far as they are there."""
         prefix = f"{self.path}."
-        own = {key.removeprefix(prefix): tensors[key] for key in self.keys() if key in tensors}
+        own = {key.removeprefix(prefix): tensors[key] for key in self.keys if key in tensors}
         self.start = self.layer.start_from(self.spec, own)
 
 
@@ -106,7 +108,7 @@ class Injection:
         """
         for addition in self.additions:
             if meta or _is_meta(addition.layer):
-                addition.fill({k: torch.empty(s, device="meta") for k, s in addition.keys().items()})
+                addition.fill({k: torch.empty(s, device="meta") for k, s in addition.keys.items()})
             else:
                 addition.start = addition.layer.initialise(addition.spec, seed)
 
@@ -114,7 +116,7 @@ class Injection:
         """Names on disk (without any prefix) of every tensor of the adapter, with their shapes."""
         result: dict[str, tuple[int, ...]] = {}
         for addition in self.additions:
-            result.update(addition.keys())
+            result.update(addition.keys)
         for trained in self.copies:
             for name, tensor in trained.module.state_dict().items():
                 result[f"{trained.site.path}.{name}"] = tuple(tensor.shape)
@@ -181,9 +183,10 @@ class Injection:
                     parameter.requires_grad_(False)
             backends.settle(self.model)
         for addition in self.additions:
-            assert addition.start is not None
+            start, addition.start = addition.start, None  # what the layer has copied need not be kept
+            assert start is not None
             dtype = factor_dtype(addition.layer, self.autocast_adapter_dtype)
-            addition.layer.add_adapter(addition.spec, addition.start, dtype=dtype)
+            addition.layer.add_adapter(addition.spec, start, dtype=dtype)
             if addition.new:
                 addition.site.replace(addition.layer)
             forget_statistics(addition.layer.get_base_layer())

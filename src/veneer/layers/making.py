@@ -93,9 +93,10 @@ def factor_dtype(layer: LoraLayer, autocast_adapter_dtype: bool = True) -> torch
 
     Beside quantised weights it is float32 always, as in the field: these have no floating type of their own.
     """
-    if layer.backend.quantization is not None:
+    backend = layer.backend
+    if backend.quantization is not None:
         return torch.float32
-    base = layer.base_dtype()
+    base = backend.tensor_dtype(layer.get_base_layer(), layer.weight_name)
     if base in _HALF:
         return torch.float32 if autocast_adapter_dtype else base
     return base if base in (torch.float32, torch.float64) else torch.float32

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -54,6 +54,11 @@ class Factor(nn.Module):
         if Factor.is_plain(module):
             return module.weight  # type: ignore[return-value]
         return module(None, _copy_of_weight)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def parameters_of(held: nn.Module | nn.Parameter) -> Collection[nn.Parameter]:
+        """The parameters of a factor that is wrapped, or a mere parameter."""
+        return (held,) if isinstance(held, nn.Parameter) else [*held.parameters()]
 
     def extra_repr(self) -> str:
         """The shape, for ``print(model)``."""
