@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from types import ModuleType
 from typing import Any
 
@@ -56,3 +57,9 @@ def adapted(side: str, model: Any, *, r: int = 16, p: float = 0.0, **options: An
         }
     )
     return lora.get_peft_model(model, config)
+
+
+def fresh(model: nn.Module) -> Any:
+    """The same tensors in modules of their own, as untouched as those of a model that was just loaded."""
+    twin = copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
+    return twin.requires_grad_(True)

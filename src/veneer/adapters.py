@@ -187,9 +187,9 @@ def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             continue
         seen.add(module)
         yield path, module
-        if children := module.inner() if isinstance(module, AdapterModule) else module._modules.items():
-            before = f"{path}." if path else ""
-            left += [(before + name, child) for name, child in reversed(children) if child is not None]
+        children = module.inner() if isinstance(module, AdapterModule) else module._modules.items()
+        before = f"{path}." if path else ""
+        left += [(before + name, child) for name, child in reversed(children) if child is not None]
 
 
 def adapter_modules(model: nn.Module) -> list[AdapterModule]:

@@ -51,15 +51,18 @@ class Addition:
     start: InitResult | None = None
 
     @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Names on disk of its tensors, below the module's path, and their shapes."""
+        return self.layer.tensor_shapes(self.spec)
+
     def keys(self) -> dict[str, tuple[int, ...]]:
-        """Names on disk of its tensors, with the module's path, and their shapes."""
-        return {f"{self.path}.{k}": shape for k, shape in self.layer.tensor_shapes(self.spec).items()}
+        """The same with the module's path."""
+        return {f"{self.path}.{name}": shape for name, shape in self.shapes.items()}
 
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
         """Take the values from tensors with the names of `keys`, as far as they are there."""
-        prefix = f"{self.path}."
-        own = {key.removeprefix(prefix): tensors[key] for key in self.keys if key in tensors}
-        self.start = self.layer.start_from(self.spec, own)
+        own = {name: tensors[key] for name in self.shapes if (key := f"{self.path}.{name}") in tensors}
+        self.start = self.layer.start_from(self.spec, own, self.shapes)
 
 
 @dataclass
@@ -108,7 +111,7 @@ class Injection:
         """
         for addition in self.additions:
             if meta or _is_meta(addition.layer):
-                addition.fill({k: torch.empty(s, device="meta") for k, s in addition.keys.items()})
+                addition.fill({k: torch.empty(s, device="meta") for k, s in addition.keys().items()})
             else:
                 addition.start = addition.layer.initialise(addition.spec, seed)
 
@@ -116,7 +119,7 @@ class Injection:
         """Names on disk (without any prefix) of every tensor of the adapter, with their shapes."""
         result: dict[str, tuple[int, ...]] = {}
         for addition in self.additions:
-            result.update(addition.keys)
+            result.update(addition.keys())
         for trained in self.copies:
             for name, tensor in trained.module.state_dict().items():
                 result[f"{trained.site.path}.{name}"] = tuple(tensor.shape)

@@ -114,12 +114,18 @@ class Changeable(Mergeable):
         more = variant.shapes(self._parameter_request(spec, None, request))
         return {**result, **{key: tuple(shape) for key, shape in more.items()}}
 
-    def start_from(self, spec: LoraSpec, tensors: Mapping[str, Tensor]) -> InitResult:
-        """What an adapter starts with that was saved: tensors by the names of `tensor_shapes`.
+    def start_from(
+        self, spec: LoraSpec, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]
+    ) -> InitResult:
+        """What an adapter starts with that was saved.
 
         Absent factors are zero, and absent parameters of the variant start as for a new adapter.
+
+        Args:
+            spec: What this layer gets.
+            tensors: By the names of `tensor_shapes`, as far as they are there.
+            shapes: What `tensor_shapes` gives.
         """
-        shapes = self.tensor_shapes(spec)
         names = [key for key in shapes if key.startswith(self.factor_names)]
         values = [tensors[k] if k in tensors else torch.zeros(shapes[k], device="cpu") for k in names]
         residual = None
@@ -160,7 +166,8 @@ class Changeable(Mergeable):
         if start.residual is not None:
             self.put_residual(spec.adapter, (place(start.residual[0]), place(start.residual[1])))
         self.put_extra(spec.adapter, {key: place(tensor) for key, tensor in start.extra.items()})
-        self.lora_dropout[spec.adapter] = nn.Dropout(p=spec.lora_dropout).train(self.training)
+        dropout = self.lora_dropout[spec.adapter] = nn.Dropout(p=spec.lora_dropout)
+        dropout.training = self.training
         self._specs[spec.adapter] = spec
         self.scaling[spec.adapter] = spec.scaling
         for parameter in self.adapter_parameters(spec.adapter):
@@ -223,10 +230,8 @@ class Changeable(Mergeable):
 
     def adapters_changed(self) -> None:
         """Note which branches a forward adds."""
-        live = (
-            [] if self._disabled else [n for n in self._active if n in self._specs and n not in self._merged]
-        )
-        self.__dict__["_live"] = tuple(live)
+        names = () if self._disabled else self._active
+        self.__dict__["_live"] = tuple([n for n in names if n in self._specs and n not in self._merged])
 
     # -- strength ------------------------------------------------------------------------------------
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Reversible
+from collections.abc import Callable, Mapping, Reversible
 from functools import partial
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -54,6 +54,8 @@ class Holder(AdapterModule):
 
     lora_A: nn.ModuleDict
     lora_B: nn.ModuleDict
+    base_layer: nn.Module
+    lora_dropout: nn.ModuleDict
     scaling: dict[str, float]
     _specs: dict[str, LoraSpec]
     _merged: list[str]
@@ -62,11 +64,11 @@ class Holder(AdapterModule):
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(training=base_layer.training, scaling={}, _specs={}, _merged=[], _live=())
-        self.base_layer = base_layer
+        self._modules["base_layer"] = base_layer
         for name in self.factor_names:
-            setattr(self, name, self.new_container())
-        self.lora_dropout = nn.ModuleDict()
-        self.register_module("_undo", None)  # a place from the start, as compiled code looks for it
+            self._modules[name] = self.new_container()
+        self._modules["lora_dropout"] = nn.ModuleDict()
+        self._modules["_undo"] = None  # a place from the start, as compiled code looks for it
 
     # -- geometry: what a subclass supplies ----------------------------------------------------
 
@@ -199,10 +201,9 @@ class Holder(AdapterModule):
 
     def _beside_factors(self, name: str) -> dict[str, nn.Module]:
         """The modules that hold what an adapter has beside its factors: `put_extra` and `put_residual`."""
-        held = [
-            key for key in self.adapter_layer_names if key in self._modules and key not in self.factor_names
-        ]
-        return {key: self._container(key)[name] for key in held if name in self._container(key)}
+        names = [key for key in self.adapter_layer_names if key not in self.factor_names]
+        held = {key: self._container(key) for key in names if key in self._modules}
+        return {key: container[name] for key, container in held.items() if name in container}
 
     def _container(self, key: str) -> Any:
         return self._modules[key]
@@ -306,7 +307,7 @@ class Holder(AdapterModule):
         modules: Mapping[str, Any] = self._modules
         for key in self.adapter_layer_names:
             if key in modules and name in (container := modules[key]):
-                held = container[name]
+                held: Any = container[name]
                 found += held._parameters.values() if type(held) is Factor else Factor.parameters_of(held)
         return found
 

@@ -85,7 +85,8 @@ def why_not(layer: LoraLayer, spec: LoraSpec) -> str | None:
 
 def with_variant_options(spec: LoraSpec, config: LoraConfig) -> LoraSpec:
     """The same with what its variant reads from the configuration."""
-    return replace(spec, variant_options=dict(variants.get(spec.variant).options(config)))
+    options = dict(variants.get(spec.variant).options(config))
+    return replace(spec, variant_options=options) if options else spec
 
 
 def factor_dtype(layer: LoraLayer, autocast_adapter_dtype: bool = True) -> torch.dtype:

@@ -24,10 +24,17 @@ class Factor(nn.Module):
         bias: Added by the operation, or None.
     """
 
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         super().__init__()
-        self.weight = nn.Parameter(weight)
-        self.bias = None if bias is None else nn.Parameter(bias)
+        # Past `nn.Module.__setattr__`, which is slow: models have hundreds of these.
+        self._parameters["weight"] = nn.Parameter(weight)
+        if bias is None:
+            self.__dict__["bias"] = None
+        else:
+            self._parameters["bias"] = nn.Parameter(bias)
 
     def forward(self, x: Tensor | None, operation: Callable[..., Tensor] = F.linear) -> Tensor:
         """``operation(x, weight, bias)`` in the type of ``x``: the factor is cast, never the activations."""

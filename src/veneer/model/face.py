@@ -305,7 +305,7 @@ def name_of(model: nn.Module) -> str | None:
 
 
 def _checkpoints(module: nn.Module) -> bool:
-    """Whether it recomputes activations. Past `nn.Module.__getattr__`, which is slow for what is not there."""
+    """Whether it recomputes activations; past `nn.Module.__getattr__`, slow where nothing is."""
     name = "gradient_checkpointing"
     return bool(module.__dict__.get(name, getattr(type(module), name, False)))
 
