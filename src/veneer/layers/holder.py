@@ -308,7 +308,8 @@ class Holder(AdapterModule):
         for key in self.adapter_layer_names:
             if key in modules and name in (container := modules[key]):
                 held: Any = container[name]
-                found += held._parameters.values() if type(held) is Factor else Factor.parameters_of(held)
+                plain = type(held) is Factor
+                found += held._parameters.values() if plain else Factor.parameters_of(held)
         return found
 
     def __getattr__(self, name: str) -> Any:

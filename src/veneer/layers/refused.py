@@ -36,7 +36,8 @@ REFUSED: dict[str, str] = {
 
 def refusal(module: nn.Module) -> str | None:
     """Why such a module is not adapted, for the types that a user might try; None for all others."""
-    return _refusal(type(module))
+    kind: type = type(module)
+    return _refusal(kind)
 
 
 @functools.lru_cache(maxsize=256)
