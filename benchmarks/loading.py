@@ -11,6 +11,7 @@ import tempfile
 import time
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -98,5 +99,6 @@ def _nth(base: Any, place: Path, *, rounds: int) -> Row:
 
 
 def _growth(times: list[float]) -> float:
-    """The last ÷ the first, each the median of three neighbours."""
-    return sorted(times[-3:])[1] / sorted(times[:3])[1]
+    """The last ÷ the first, each the median of neighbours: five, three where there are few."""
+    count = 5 if len(times) >= 10 else 3
+    return median(times[-count:]) / median(times[:count])

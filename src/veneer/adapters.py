@@ -45,7 +45,9 @@ def check_adapter_name(name: str) -> None:
 
 def as_names(names: str | Sequence[str]) -> list[str]:
     """One name or several, as a list without repetitions, in order."""
-    return [names] if isinstance(names, str) else list(dict.fromkeys(names))
+    if isinstance(names, str):
+        return [names]
+    return list(names) if len(names) < 2 else list(dict.fromkeys(names))
 
 
 class AdapterModule(nn.Module):
