@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from types import ModuleType
 from typing import Any
 
@@ -59,3 +60,9 @@ def adapted(
         }
     )
     return lora.get_peft_model(model, config, adapter_name)
+
+
+def fresh(model: nn.Module) -> Any:
+    """The same tensors in modules of their own, as untouched as those of a model that was just loaded."""
+    twin = copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
+    return twin.requires_grad_(True)

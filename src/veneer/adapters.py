@@ -9,9 +9,9 @@ says so instead of correcting them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Reversible, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -45,7 +45,9 @@ def check_adapter_name(name: str) -> None:
 
 def as_names(names: str | Sequence[str]) -> list[str]:
     """One name or several, as a list without repetitions, in order."""
-    return [names] if isinstance(names, str) else list(dict.fromkeys(names))
+    if isinstance(names, str):
+        return [names]
+    return list(names) if len(names) < 2 else list(dict.fromkeys(names))
 
 
 class AdapterModule(nn.Module):
@@ -53,12 +55,18 @@ class AdapterModule(nn.Module):
 
     Subclasses say what they hold (`adapter_names`), which parameters belong to an adapter
     (`adapter_parameters`), and how to forget or rename one.
+
+    Args:
+        **state: Attributes to begin with that are neither tensors nor modules.
     """
 
-    def __init__(self) -> None:
+    _active: list[str]
+    _disabled: bool
+
+    def __init__(self, **state: Any) -> None:
         super().__init__()
-        self._active: list[str] = []
-        self._disabled = False
+        # Past `nn.Module.__setattr__`, which looks for tensors and modules: models have hundreds of these.
+        self.__dict__.update(_active=[], _disabled=False, **state)
 
     # -- what a subclass says ------------------------------------------------------------------
 
@@ -67,7 +75,7 @@ class AdapterModule(nn.Module):
         """Names of the adapters that this module holds a part of."""
         raise NotImplementedError
 
-    def adapter_parameters(self, name: str) -> Iterator[nn.Parameter]:
+    def adapter_parameters(self, name: str) -> Iterable[nn.Parameter]:
         """The parameters of one adapter in this module."""
         raise NotImplementedError
 
@@ -101,9 +109,9 @@ class AdapterModule(nn.Module):
         parameters = (p for _, child in self.inner() if child is not None for p in child.parameters())
         return next((p.device for p in parameters), torch.device("cpu"))
 
-    def inner(self) -> Iterator[tuple[str, nn.Module | None]]:
+    def inner(self) -> Reversible[tuple[str, nn.Module | None]]:
         """The children, by name, that belong to the model rather than to an adapter."""
-        yield from self._modules.items()
+        return self._modules.items()
 
     # -- the verbs ---------------------------------------------------------------------------------
 
@@ -130,13 +138,15 @@ class AdapterModule(nn.Module):
                 another module may hold them.
             inference_mode: Leave the activated parameters frozen.
         """
-        self._active = as_names(adapter_names)
+        names = self.__dict__["_active"] = as_names(adapter_names)
         for name in self.held_adapters:
-            trainable = name in self._active and not inference_mode
+            trainable = name in names and not inference_mode
             for parameter in self.adapter_parameters(name):
                 # Quantised or integer parameters cannot require a gradient.
-                if parameter.is_floating_point():
-                    parameter.requires_grad_(trainable)
+                if parameter.requires_grad is not trainable and (
+                    not trainable or parameter.is_floating_point()
+                ):
+                    parameter.requires_grad = trainable
         self.adapters_changed()
 
     def set_strength(self, adapter_name: str, factor: float) -> None:
@@ -177,17 +187,35 @@ def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     So a pass over a model costs what its own modules do, however many adapters are in them.
     """
     seen: set[nn.Module] = set()
-
-    def visit(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
+    left = [("", model)]
+    while left:
+        path, module = left.pop()
         if module in seen:
-            return
+            continue
         seen.add(module)
         yield path, module
-        for name, child in module.inner() if isinstance(module, AdapterModule) else module._modules.items():
-            if child is not None:
-                yield from visit(child, f"{path}.{name}" if path else name)
+        children = module.inner() if isinstance(module, AdapterModule) else module._modules.items()
+        before = f"{path}." if path else ""
+        left += [(before + name, child) for name, child in reversed(children) if child is not None]
 
-    return visit(model, "")
+
+def adapter_modules(model: nn.Module) -> list[AdapterModule]:
+    """The `AdapterModule`s that `walk` meets, without their paths: every verb begins with this."""
+    seen: set[nn.Module] = set()
+    found: list[AdapterModule] = []
+    left = [model]
+    while left:
+        module = left.pop()
+        if module in seen:
+            continue
+        seen.add(module)
+        children: Reversible[tuple[str, nn.Module | None]] = module._modules.items()
+        if isinstance(module, AdapterModule):
+            found.append(module)
+            children = module.inner()
+        # What has no children holds no adapter.
+        left += [child for _, child in reversed(children) if child is not None and child._modules]
+    return found
 
 
 def base_of(model: nn.Module) -> nn.Module:
@@ -246,7 +274,7 @@ class AdapterSet:
 
     def modules(self) -> list[AdapterModule]:
         """The adapter modules, in model order."""
-        return [m for _, m in walk(self.model) if isinstance(m, AdapterModule)]
+        return adapter_modules(self.model)
 
     def names(self) -> list[str]:
         """Names of all adapters that some module holds, in order of appearance."""
@@ -282,11 +310,11 @@ class AdapterSet:
         Raises:
             AdapterNameError: If some module cannot have them active together. Nothing has changed then.
         """
-        modules = self.modules()
-        if reasons := {r for m in modules if (r := m.refuses_active(as_names(names))) is not None}:
+        modules, names = self.modules(), as_names(names)
+        if reasons := {r for m in modules if (r := m.refuses_active(names)) is not None}:
             raise AdapterNameError("; ".join(sorted(reasons)))
         for module in modules:
-            module.set_adapter(names, inference_mode=inference_mode)
+            module.set_adapter(names, inference_mode)
 
     def enable(self, enabled: bool) -> None:
         """Switch adapters on or off everywhere."""

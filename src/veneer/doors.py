@@ -1,7 +1,7 @@
-"""The door to what stands to the right: local paths never pass it, hub ids do.
+"""The doors to what stands to the right, and to what is heavy: nothing passes them before it is used.
 
 Everything else imports only from its left; a repository id needs huggingface_hub, which is imported
-when one is used and not before.
+when one is used and not before. Local paths never pass that door, hub ids do.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import difflib
 import importlib
 import os
-from collections.abc import Collection, Iterable
+import sys
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -32,6 +33,25 @@ HUB_OPTIONS = frozenset(
 def hub() -> ModuleType:
     """The integration with the hub."""
     return importlib.import_module("veneer.integrations.hub")
+
+
+def public_names(package: str) -> Callable[[str], Any]:
+    """The ``__getattr__`` (PEP 562) of a package whose public names stand in its module ``public``.
+
+    They come all together with the first that is asked for. So a module of the package can be imported
+    without what the others need, which for most is torch.
+    """
+
+    def find(name: str) -> Any:
+        if not name.startswith("__") or name == "__all__":  # the import system asks every package for some
+            public = importlib.import_module(f"{package}.public")
+            found = {"__all__": public.__all__, **{each: getattr(public, each) for each in public.__all__}}
+            if name in found:
+                vars(sys.modules[package]).update(found)
+                return found[name]
+        raise AttributeError(f"module {package!r} has no attribute {name!r}")
+
+    return find
 
 
 def is_local(where: str | os.PathLike[str]) -> bool:

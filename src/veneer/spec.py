@@ -103,6 +103,8 @@ class PatternSet:
 
     def hits(self, path: str) -> list[int]:
         """The indices of all patterns that match, in the order of the patterns."""
+        if not self.patterns:
+            return []
         found = set(self._paths.get(path, ()))
         end = path
         while True:

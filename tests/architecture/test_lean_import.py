@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import pkgutil
+from pathlib import Path
 
 import pytest
 
@@ -66,3 +69,22 @@ def test_import_draws_no_random_number_and_sets_nothing_global() -> None:
         "import veneer; veneer.LoraConfig\n"
         "assert look() == before"
     )
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["ls", "{folder}"], ["train", "--help"]])
+def test_commands_that_compute_nothing_do_without_torch(arguments: list[str], tmp_path: Path) -> None:
+    given = ["veneer", *(argument.format(folder=tmp_path) for argument in arguments)]
+    done = run_python(
+        "import sys\nfrom veneer.cli import main\n"
+        f"sys.argv = {given!r}\ncode = main()\n"
+        "print(code, sorted({'torch', 'numpy', 'safetensors'} & set(sys.modules)))"
+    )
+    assert done.stdout.splitlines()[-1] == "0 []"
+
+
+@pytest.mark.parametrize("package", ["veneer.checkpoint", "veneer.training", "veneer.training.data"])
+def test_names_that_come_late_are_no_modules_of_their_package(package: str) -> None:
+    # Importing such a module would put it in the place of the public name.
+    found = importlib.import_module(package)
+    assert found.__all__
+    assert not {module.name for module in pkgutil.iter_modules(found.__path__)} & set(found.__all__)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from veneer.backends.base import Backend, backends, find, geometry, gives_fresh_output
+from veneer.backends.base import Backend, find, geometry, gives_fresh_output, serving
 from veneer.backends.offloaded import copied, stored
 from veneer.registry import load_all
 
@@ -25,7 +25,8 @@ def stored_elsewhere(model: nn.Module) -> dict[int, Tensor]:
 
 def quantised(module: nn.Module) -> Backend | None:
     """The backend of a module whose weight is stored as codes of a few bits; None for any other module."""
-    return next((b for b in backends() if b.quantization is not None and b.matches(module)), None)
+    possible = serving(type(module))
+    return next((b for b in possible if b.quantization is not None and b.matches(module)), None)
 
 
 def settle(model: nn.Module) -> None:

@@ -40,10 +40,15 @@ class Backend(abc.ABC):
         _backends.append(cls())
         _backends.sort(key=lambda b: -b.priority)
         _geometries.update(cls.geometry)
+        _serving.cache_clear()
+
+    def serves(self, kind: type) -> bool:
+        """Whether it may store weights of modules of that type; asked once a type, before `matches`."""
+        return True
 
     @abc.abstractmethod
     def matches(self, module: nn.Module) -> bool:
-        """Whether this backend stores the weight of ``module``."""
+        """Whether this backend stores the weight of ``module``, whose type it serves."""
 
     @abc.abstractmethod
     def read(self, module: nn.Module, name: str = "weight") -> Tensor:
@@ -129,11 +134,21 @@ def find(module: nn.Module, name: str = "weight") -> Backend:
     Raises:
         MergeError: If none does.
     """
-    load_plugins()
-    for backend in _backends:
+    for backend in serving(type(module)):
         if backend.holds(module, name):
             return backend
     raise MergeError(f"the weight of a {type(module).__name__} is stored in a way that Veneer does not know")
+
+
+def serving(kind: type) -> tuple[Backend, ...]:
+    """The backends that may store weights of modules of a type, in the order in which they are asked."""
+    load_plugins()
+    return _serving(kind)
+
+
+@functools.lru_cache(maxsize=256)
+def _serving(kind: type) -> tuple[Backend, ...]:
+    return tuple(backend for backend in _backends if backend.serves(kind))
 
 
 def backends() -> tuple[Backend, ...]:

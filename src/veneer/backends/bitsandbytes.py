@@ -22,14 +22,14 @@ def _library() -> Any:
     return sys.modules["bitsandbytes"]
 
 
-def _is(module: nn.Module, name: str) -> bool:
-    return f"{_MODULES}.{name}" in type_names(type(module))
-
-
 class _Quantised(Backend):
     """What its storages have in common: the bias is an ordinary parameter."""
 
     priority = 20
+
+    def serves(self, kind: type) -> bool:
+        """The linear of that storage."""
+        return any(name in self.fresh_output for name in type_names(kind))
 
     def device(self, module: nn.Module) -> torch.device:
         """Where the codes lie."""
@@ -66,8 +66,8 @@ class FourBits(_Quantised):
     fresh_output: ClassVar[tuple[str, ...]] = (f"{_MODULES}.Linear4bit",)
 
     def matches(self, module: nn.Module) -> bool:
-        """Such a layer, once it is quantised."""
-        return _is(module, "Linear4bit") and _state(module) is not None
+        """One that is quantised."""
+        return _state(module) is not None
 
     def dtype(self, module: nn.Module) -> torch.dtype:
         """``bnb_4bit_compute_dtype`` where it is set, else the type that was quantised."""
@@ -163,9 +163,9 @@ class EightBits(_Quantised):
     fresh_output = (f"{_MODULES}.Linear8bitLt",)
 
     def matches(self, module: nn.Module) -> bool:
-        """Such a layer, quantised or with dense weights and codes beside them."""
+        """One that is quantised, or has dense weights and codes beside them."""
         layer: Any = module
-        return _is(module, "Linear8bitLt") and (self._codes(module) or bool(layer.state.has_fp16_weights))
+        return self._codes(module) or bool(layer.state.has_fp16_weights)
 
     def _codes(self, module: nn.Module) -> bool:
         return cast(Tensor, module.weight).dtype == torch.int8

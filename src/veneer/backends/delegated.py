@@ -29,9 +29,13 @@ class _Delegated(Backend):
     priority = 15
     readable = False
 
+    def serves(self, kind: type) -> bool:
+        """The types that the library has."""
+        return any(name in self.geometry for name in type_names(kind))
+
     def matches(self, module: nn.Module) -> bool:
-        """One of the types."""
-        return not self.geometry.keys().isdisjoint(type_names(type(module)))
+        """Any of them."""
+        return True
 
     def device(self, module: nn.Module) -> torch.device:
         """Where its first tensor lies."""

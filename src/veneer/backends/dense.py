@@ -15,8 +15,7 @@ class Dense(Backend):
 
     def matches(self, module: nn.Module) -> bool:
         """A weight of a floating type."""
-        weight = getattr(module, "weight", None)
-        return isinstance(weight, Tensor) and weight.is_floating_point()
+        return self.holds(module, "weight")
 
     def holds(self, module: nn.Module, name: str) -> bool:
         """A tensor of a floating type, whatever its name."""

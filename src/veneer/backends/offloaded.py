@@ -60,13 +60,14 @@ class Offloaded(Backend):
 
     def matches(self, module: nn.Module) -> bool:
         """A weight on the meta device, with a hook that has its values."""
-        weight = getattr(module, "weight", None)
-        return isinstance(weight, Tensor) and weight.is_meta and _hook(module) is not None
+        return self.holds(module, "weight")
 
     def holds(self, module: nn.Module, name: str) -> bool:
         """A tensor on the meta device, whatever its name, with a hook that has its values."""
+        if _hook(module) is None:
+            return False
         tensor = getattr(module, name, None)
-        return isinstance(tensor, Tensor) and tensor.is_meta and _hook(module) is not None
+        return isinstance(tensor, Tensor) and tensor.is_meta
 
     def tensor_device(self, module: nn.Module, name: str) -> torch.device:
         """The device that the hook brings the tensor to."""

@@ -5,45 +5,11 @@ Everything here works on ``dict[str, Tensor]`` and directories; nothing knows mo
 
 from __future__ import annotations
 
-from ..adapters import check_adapter_name
-from .card import hub_id, merge_card, model_card
-from .fingerprint import BaseComparison, compare_fingerprints, fingerprint
-from .keys import to_disk
-from .layout import BIN_NAME, CARD_NAME, CONFIG_NAME, SAFETENSORS_NAME, locate_config
-from .listing import AdapterEntry, find_adapters
-from .matching import LoadReport, match
-from .reading import AdapterFile, open_adapter, read_config
-from .residual import RESIDUAL_MARK, joined, layers_of, mark, marked_config, parted, plain_config
-from .writing import check_tensors, write_adapter
+from typing import TYPE_CHECKING
 
-__all__ = [
-    "RESIDUAL_MARK",
-    "joined",
-    "layers_of",
-    "mark",
-    "marked_config",
-    "parted",
-    "plain_config",
-    "BIN_NAME",
-    "CARD_NAME",
-    "CONFIG_NAME",
-    "SAFETENSORS_NAME",
-    "AdapterEntry",
-    "AdapterFile",
-    "BaseComparison",
-    "LoadReport",
-    "check_adapter_name",
-    "check_tensors",
-    "compare_fingerprints",
-    "find_adapters",
-    "fingerprint",
-    "hub_id",
-    "locate_config",
-    "match",
-    "merge_card",
-    "model_card",
-    "open_adapter",
-    "read_config",
-    "to_disk",
-    "write_adapter",
-]
+from ..doors import public_names
+
+if TYPE_CHECKING:
+    from .public import *  # noqa: F403
+else:
+    __getattr__ = public_names(__name__)

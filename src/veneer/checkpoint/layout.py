@@ -8,10 +8,13 @@ reader then takes the temporary configuration, so that Veneer sees either the ol
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from ..config import read_config_file
 from ..errors import AdapterFileError
 
 CONFIG_NAME = "adapter_config.json"
@@ -78,6 +81,15 @@ def locate_config(directory: str | Path) -> Path:
     if not path.is_file():
         raise AdapterFileError(f"no {CONFIG_NAME} in {root}.{_what_is_there(root)}")
     return path
+
+
+def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
+    """The content of the ``adapter_config.json`` that belongs to the directory's tensors, as it is.
+
+    Raises:
+        AdapterFileError: missing, too large, or not a JSON object.
+    """
+    return read_config_file(locate_config(Path(directory)))
 
 
 def locate_tensors(directory: str | Path) -> Path:

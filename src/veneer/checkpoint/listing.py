@@ -14,8 +14,8 @@ from typing import Any
 
 from ..config import LoraConfig, PeftConfig
 from ..errors import AdapterFileError, VeneerError
-from .layout import BIN_NAME, CONFIG_NAME, SAFETENSORS_NAME, locate_tensors, unfinished_save
-from .reading import HeaderMemo, read_config, read_safetensors_header
+from .header import HeaderMemo, read_header
+from .layout import BIN_NAME, CONFIG_NAME, SAFETENSORS_NAME, locate_tensors, read_config, unfinished_save
 
 _FACTOR = re.compile(r"(?P<path>.+)\.lora_(?P<embedding>embedding_)?(?P<role>[AB])(\.weight)?")
 
@@ -131,7 +131,7 @@ def _of_tensors(place: Path, headers: HeaderMemo) -> dict[str, Any]:
     if path.name != SAFETENSORS_NAME:
         return found  # a pickle, which has no header to look at
     try:
-        shapes = read_safetensors_header(path, headers).shapes
+        shapes = read_header(path, headers).shapes
     except AdapterFileError as error:
         return {**found, "problems": [*found.get("problems", ()), str(error)]}
     parameters, ranks, wrong = _of_shapes(tuple(shapes.items()))

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 
 from ..errors import CheckpointError, VeneerWarning
 from .card import merge_card
+from .header import name_problem
 from .layout import (
     BIN_NAME,
     CARD_NAME,
@@ -30,7 +31,6 @@ from .layout import (
     tensors_name,
     unfinished_save,
 )
-from .reading import name_problem
 
 
 def write_adapter(

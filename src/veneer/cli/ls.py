@@ -11,7 +11,7 @@ import typer
 from .common import DONE, FAILED, app, show_json, size
 
 if TYPE_CHECKING:
-    from ..checkpoint import AdapterEntry
+    from ..checkpoint.listing import AdapterEntry
 
 #: Columns of the output where no terminal says how many it has: nobody folds what a program reads.
 PIPED = 200
@@ -24,7 +24,7 @@ def ls(
     as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
 ) -> int:
     """List every adapter under a directory: base, rank, targets, size, date, health; reads headers only."""
-    from ..checkpoint import find_adapters
+    from ..checkpoint.listing import find_adapters
 
     found = find_adapters(directory)
     broken = [entry for entry in found if entry.problems]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import functools
 import hashlib
 import math
 from collections.abc import Callable, Mapping
@@ -69,6 +70,7 @@ class InitResult:
             replace it; None leaves the base exact.
         extra: What the variant has beside the factors; the layer asks it, an initialisation leaves it empty.
         residual: ``(A₀, B₀)``, frozen: the update is ``s·(BA − B₀A₀)``; None where it is ``s·BA``.
+        fresh: Nobody else holds A, B and the bias, so a layer may keep these very tensors instead of copies.
     """
 
     a: Tensor
@@ -77,6 +79,7 @@ class InitResult:
     base: Tensor | None = None
     extra: Mapping[str, Tensor] = field(default_factory=dict)
     residual: tuple[Tensor, Tensor] | None = None
+    fresh: bool = False
 
     def update(self) -> tuple[Tensor, Tensor]:
         """Factors whose product is the whole update, unscaled."""
@@ -125,6 +128,7 @@ class Init(abc.ABC):
                 f"init_lora_weights={taken[0]!r} is registered twice, the second time by {cls!r}"
             )
         _inits.append(cls())
+        _claiming.cache_clear()
         for name in cls.names:
             if isinstance(name, str):
                 PLUGIN_INITS.setdefault(name.lower(), cls.replaces_base or cls.subtracts_start)
@@ -159,14 +163,18 @@ def find(value: bool | str) -> Init:
         ConfigError: If there is none.
     """
     load_plugins()
-    for init in _inits:
-        if init.claims(value):
-            return init
+    if (found := _claiming(value)) is not None:
+        return found
     known = ", ".join(repr(name) for init in _inits for name in init.names)
     raise ConfigError(
         f"init_lora_weights={value!r} is not an initialisation of this version of Veneer or of an "
         f"imported plug-in; there are: {known}"
     )
+
+
+@functools.lru_cache(maxsize=64, typed=True)
+def _claiming(value: bool | str) -> Init | None:
+    return next((init for init in _inits if init.claims(value)), None)
 
 
 def inits() -> tuple[Init, ...]:

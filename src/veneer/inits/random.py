@@ -24,9 +24,10 @@ class Default(Init):
             return InitResult(
                 torch.zeros(request.shape_a, device="cpu"),
                 normal(request, "lora_embedding_B", request.shape_b),
+                fresh=True,
             )
         a = kaiming(request, "lora_A", request.shape_a)
-        return InitResult(a, torch.zeros(request.shape_b, device="cpu"), zero_bias(request))
+        return InitResult(a, torch.zeros(request.shape_b, device="cpu"), zero_bias(request), fresh=True)
 
 
 class Gaussian(Init):
@@ -44,9 +45,10 @@ class Gaussian(Init):
             return InitResult(
                 torch.zeros(request.shape_a, device="cpu"),
                 normal(request, "lora_embedding_B", request.shape_b),
+                fresh=True,
             )
         a = normal(request, "lora_A", request.shape_a, std=1.0 / request.spec.r)
-        return InitResult(a, torch.zeros(request.shape_b, device="cpu"), zero_bias(request))
+        return InitResult(a, torch.zeros(request.shape_b, device="cpu"), zero_bias(request), fresh=True)
 
 
 class Arbitrary(Init):
@@ -61,6 +63,7 @@ class Arbitrary(Init):
             return InitResult(
                 normal(request, "lora_embedding_A", request.shape_a),
                 normal(request, "lora_embedding_B", request.shape_b),
+                fresh=True,
             )
         a = kaiming(request, "lora_A", request.shape_a)
         b = kaiming(request, "lora_B", request.shape_b)
@@ -70,4 +73,4 @@ class Arbitrary(Init):
             bias = torch.empty(request.shape_b[0], device="cpu").uniform_(
                 -bound, bound, generator=request.generator("lora_B.bias")
             )
-        return InitResult(a, b, bias)
+        return InitResult(a, b, bias, fresh=True)

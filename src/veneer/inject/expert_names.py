@@ -6,7 +6,7 @@ import copy
 import math
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -42,10 +42,13 @@ class Stacked:
     shapes: dict[str, tuple[int, ...]]
     sources: dict[str, tuple[list[str], Callable[[Mapping[str, Tensor]], Tensor]]] = field(repr=False)
 
-    def tensor(self, name: str, read: Callable[[str], Tensor]) -> Tensor:
-        """The tensor of a new name, of old ones."""
-        olds, make = self.sources[name]
-        return make({old: read(old) for old in olds})
+    def tensors(
+        self, names: Iterable[str], read: Callable[[Iterable[str]], Mapping[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        """Tensors of new names, of old ones."""
+        sources = {name: self.sources[name] for name in names}
+        held = read(dict.fromkeys(old for olds, _ in sources.values() for old in olds))
+        return {name: make(held) for name, (_, make) in sources.items()}
 
 
 def stacked(model: nn.Module, config: LoraConfig, shapes: Mapping[str, tuple[int, ...]]) -> Stacked | None:

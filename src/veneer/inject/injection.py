@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -50,15 +51,19 @@ class Addition:
     new: bool
     start: InitResult | None = None
 
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Names on disk of its tensors, below the module's path, and their shapes."""
+        return self.layer.tensor_shapes(self.spec)
+
     def keys(self) -> dict[str, tuple[int, ...]]:
-        """Names on disk of its tensors, with the module's path, and their shapes."""
-        return {f"{self.path}.{k}": shape for k, shape in self.layer.tensor_shapes(self.spec).items()}
+        """The same with the module's path."""
+        return {f"{self.path}.{name}": shape for name, shape in self.shapes.items()}
 
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
         """Take the values from tensors with the names of `keys`, as far as they are there."""
-        prefix = f"{self.path}."
-        own = {key.removeprefix(prefix): tensors[key] for key in self.keys() if key in tensors}
-        self.start = self.layer.start_from(self.spec, own)
+        own = {name: tensors[key] for name in self.shapes if (key := f"{self.path}.{name}") in tensors}
+        self.start = self.layer.start_from(self.spec, own, self.shapes)
 
 
 @dataclass
@@ -210,9 +215,10 @@ class Injection:
                     parameter.requires_grad_(False)
             backends.settle(self.model)
         for addition in self.additions:
-            assert addition.start is not None
+            start, addition.start = addition.start, None  # what the layer has copied need not be kept
+            assert start is not None
             dtype = factor_dtype(addition.layer, self.autocast_adapter_dtype)
-            addition.layer.add_adapter(addition.spec, addition.start, dtype=dtype)
+            addition.layer.add_adapter(addition.spec, start, dtype=dtype)
             if addition.new:
                 addition.site.replace(addition.layer)
             forget_statistics(addition.layer.get_base_layer())

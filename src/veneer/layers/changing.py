@@ -41,7 +41,8 @@ class Changeable(Mergeable):
                 f"{spec.path or 'this module'}: call {init.measured_by} on this very model first"
             )
         start = init(request)
-        return replace(start, extra=self._start_of_extra(spec, start, request))
+        extra = self._start_of_extra(spec, start, request)
+        return replace(start, extra=extra) if extra else start
 
     def _init_request(self, spec: LoraSpec, seed: int) -> InitRequest:
         base = self.original_base()
@@ -82,6 +83,8 @@ class Changeable(Mergeable):
         self, spec: LoraSpec, start: InitResult, request: InitRequest
     ) -> Mapping[str, Tensor]:
         variant = variants.get(spec.variant)
+        if not variant.has_parameters:
+            return {}
         asked = self._parameter_request(spec, start, request)
         shapes, tensors = variant.shapes(asked), variant.parameters(asked)
         given = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
@@ -105,15 +108,24 @@ class Changeable(Mergeable):
             result[f"{name_b}.bias"] = request.shape_b[:1]
         if inits.find(spec.init).subtracts_start:
             result.update(zip(RESIDUAL, (request.shape_a, request.shape_b), strict=True))
-        more = variants.get(spec.variant).shapes(self._parameter_request(spec, None, request))
+        variant = variants.get(spec.variant)
+        if not variant.has_parameters:
+            return result
+        more = variant.shapes(self._parameter_request(spec, None, request))
         return {**result, **{key: tuple(shape) for key, shape in more.items()}}
 
-    def start_from(self, spec: LoraSpec, tensors: Mapping[str, Tensor]) -> InitResult:
-        """What an adapter starts with that was saved: tensors by the names of `tensor_shapes`.
+    def start_from(
+        self, spec: LoraSpec, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]
+    ) -> InitResult:
+        """What an adapter starts with that was saved.
 
         Absent factors are zero, and absent parameters of the variant start as for a new adapter.
+
+        Args:
+            spec: What this layer gets.
+            tensors: By the names of `tensor_shapes`, as far as they are there.
+            shapes: What `tensor_shapes` gives.
         """
-        shapes = self.tensor_shapes(spec)
         names = [key for key in shapes if key.startswith(self.factor_names)]
         values = [tensors[k] if k in tensors else torch.zeros(shapes[k], device="cpu") for k in names]
         residual = None
@@ -125,7 +137,7 @@ class Changeable(Mergeable):
         extra = {key: tensors[key] for key in others if key in tensors}
         if len(extra) < len(others):
             extra = {**self._start_of_extra(spec, start, self._init_request(spec, 0)), **extra}
-        return replace(start, extra=extra)
+        return replace(start, extra=extra) if extra else start
 
     def add_adapter(self, spec: LoraSpec, start: InitResult, *, dtype: torch.dtype | None = None) -> None:
         """Store an adapter's factors, beside the base and in its floating type unless said otherwise.
@@ -139,22 +151,23 @@ class Changeable(Mergeable):
         """
         device = start.a.device if start.a.is_meta else self.base_device()
 
-        def place(tensor: Tensor) -> Tensor:
+        def place(tensor: Tensor, fresh: bool = False) -> Tensor:
             # A copy, in memory of its own: a tensor of a mapped file is neither aligned nor safe from others.
-            return tensor.detach().to(device=device, dtype=dtype or tensor.dtype, copy=True)
+            return tensor.detach().to(device=device, dtype=dtype or tensor.dtype, copy=not fresh)
 
         if start.base is not None:
             self._replace_base(start.base)
         self.put_factors(
             spec.adapter,
-            place(start.a),
-            place(start.b),
-            None if start.bias is None else place(start.bias),
+            place(start.a, start.fresh),
+            place(start.b, start.fresh),
+            None if start.bias is None else place(start.bias, start.fresh),
         )
         if start.residual is not None:
             self.put_residual(spec.adapter, (place(start.residual[0]), place(start.residual[1])))
         self.put_extra(spec.adapter, {key: place(tensor) for key, tensor in start.extra.items()})
-        self.lora_dropout[spec.adapter] = nn.Dropout(p=spec.lora_dropout).train(self.training)
+        dropout = self.lora_dropout[spec.adapter] = nn.Dropout(p=spec.lora_dropout)
+        dropout.training = self.training
         self._specs[spec.adapter] = spec
         self.scaling[spec.adapter] = spec.scaling
         self.scaling.move(device)  # type: ignore[attr-defined]
@@ -195,10 +208,7 @@ class Changeable(Mergeable):
 
     def copy_adapter(self, old: str, new: str) -> None:
         """Store copies of an adapter's factors under another name, with the same strength."""
-        a, b, bias = (None if t is None else t.detach().clone() for t in self.factors(old))
-        assert a is not None and b is not None
-        extra = {key: tensor.detach().clone() for key, tensor in self.extra(old).items()}
-        start = InitResult(a, b, bias, residual=self.residual(old), extra=extra)
+        start = InitResult(*self.factors(old), residual=self.residual(old), extra=self.extra(old))
         self.add_adapter(replace(self._specs[old], adapter=new), start)
         self.scaling[new] = self.scaling[old]
 
@@ -208,9 +218,8 @@ class Changeable(Mergeable):
         An adapter that is merged and not among them is unmerged first, with a warning: the layer computes
         the base plus the active adapters, always.
         """
-        names = as_names(adapter_names)
-        left = [name for name in self._merged if name not in names]
-        if left:
+        names = as_names(adapter_names) if self._merged else []
+        if left := [name for name in self._merged if name not in names]:
             warnings.warn(
                 f"unmerging {', '.join(map(repr, left))}: no longer active. Merge again after set_adapter "
                 "if wanted.",
@@ -218,14 +227,12 @@ class Changeable(Mergeable):
                 stacklevel=2,
             )
             self.unmerge(left)
-        super().set_adapter(names, inference_mode=inference_mode)
+        super().set_adapter(adapter_names, inference_mode)
 
     def adapters_changed(self) -> None:
         """Note which branches a forward adds."""
-        if self._disabled:
-            self._live = ()
-        else:
-            self._live = tuple(n for n in self._active if n in self._specs and n not in self._merged)
+        names = () if self._disabled else self._active
+        self.__dict__["_live"] = tuple([n for n in names if n in self._specs and n not in self._merged])
 
     # -- strength ------------------------------------------------------------------------------------
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Reversible
 from functools import partial
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -65,20 +65,21 @@ class Holder(AdapterModule):
 
     lora_A: nn.ModuleDict
     lora_B: nn.ModuleDict
+    base_layer: nn.Module
+    lora_dropout: nn.ModuleDict
+    scaling: dict[str, float]
+    _specs: dict[str, LoraSpec]
+    _merged: list[str]
+    _live: tuple[str, ...]
     _undo: Undo | None
 
     def __init__(self, base_layer: nn.Module) -> None:
-        super().__init__()
-        self.base_layer = base_layer
-        self.training = base_layer.training
+        super().__init__(training=base_layer.training, scaling=Strengths(), _specs={}, _merged=[], _live=())
+        self._modules["base_layer"] = base_layer
         for name in self.factor_names:
-            setattr(self, name, self.new_container())
-        self.lora_dropout = nn.ModuleDict()
-        self.scaling: dict[str, float] = Strengths()
-        self._specs: dict[str, LoraSpec] = {}
-        self._merged: list[str] = []
-        self._live: tuple[str, ...] = ()
-        self.register_module("_undo", None)  # a place from the start, as compiled code looks for it
+            self._modules[name] = self.new_container()
+        self._modules["lora_dropout"] = nn.ModuleDict()
+        self._modules["_undo"] = None  # a place from the start, as compiled code looks for it
 
     # -- geometry: what a subclass supplies ----------------------------------------------------
 
@@ -289,7 +290,7 @@ class Holder(AdapterModule):
 
     def get_base_layer(self) -> nn.Module:
         """The adapted module itself."""
-        return self.base_layer
+        return self._modules["base_layer"]  # type: ignore[return-value]
 
     @property
     def backend(self) -> backends.Backend:
@@ -306,8 +307,9 @@ class Holder(AdapterModule):
 
     def original_base(self) -> nn.Module:
         """The base layer as it is without any adapter, also while some are merged."""
-        if self._undo is None:
+        if self._modules["_undo"] is None:
             return self.get_base_layer()
+        assert self._undo is not None
         base, tensors = self.get_base_layer(), self.before_merging()
         attributes = self._undo.attributes
         bias = getattr(base, "bias", None)
@@ -335,17 +337,20 @@ class Holder(AdapterModule):
             tensors[self.weight_name] = residual.old(merged)
         return tensors
 
-    def inner(self) -> Iterator[tuple[str, nn.Module | None]]:
+    def inner(self) -> Reversible[tuple[str, nn.Module | None]]:
         """The adapted module."""
-        yield "base_layer", self.base_layer
+        return (("base_layer", self._modules["base_layer"]),)
 
-    def adapter_parameters(self, name: str) -> Iterator[nn.Parameter]:
+    def adapter_parameters(self, name: str) -> list[nn.Parameter]:
         """A, B, the bias of B, and what the adapter's variant has beside them."""
-        for tensor in self.factors(name):
-            if tensor is not None:
-                yield tensor  # type: ignore[misc]
-        for module in self._extra_modules(name).values():
-            yield module.weight  # type: ignore[misc]
+        found: list[nn.Parameter] = []
+        modules: Mapping[str, Any] = self._modules
+        for key in self.adapter_layer_names:
+            if key in modules and name in (container := modules[key]):
+                held: Any = container[name]
+                plain = type(held) is Factor
+                found += held._parameters.values() if plain else Factor.parameters_of(held)
+        return found
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -91,7 +91,8 @@ def why_not(layer: LoraLayer, spec: LoraSpec) -> str | None:
 
 def with_variant_options(spec: LoraSpec, config: LoraConfig) -> LoraSpec:
     """The same with what its variant reads from the configuration."""
-    return replace(spec, variant_options=dict(variants.get(spec.variant).options(config)))
+    options = dict(variants.get(spec.variant).options(config))
+    return replace(spec, variant_options=options) if options else spec
 
 
 def factor_dtype(layer: LoraLayer, autocast_adapter_dtype: bool = True) -> torch.dtype:
@@ -99,9 +100,10 @@ def factor_dtype(layer: LoraLayer, autocast_adapter_dtype: bool = True) -> torch
 
     Beside quantised weights it is float32 always, as in the field: these have no floating type of their own.
     """
-    if layer.backend.quantization is not None:
+    backend = layer.backend
+    if backend.quantization is not None:
         return torch.float32
-    base = layer.base_dtype()
+    base = backend.tensor_dtype(layer.get_base_layer(), layer.weight_name)
     if base in _HALF:
         return torch.float32 if autocast_adapter_dtype else base
     return base if base in (torch.float32, torch.float64) else torch.float32

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Reversible, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -43,9 +43,9 @@ class ModulesToSaveWrapper(AdapterModule):
         """Names of the adapters that have a copy."""
         return tuple(self.modules_to_save)
 
-    def inner(self) -> Iterator[tuple[str, nn.Module | None]]:
+    def inner(self) -> Reversible[tuple[str, nn.Module | None]]:
         """The original."""
-        yield "original_module", self.original_module
+        return (("original_module", self.original_module),)
 
     def adapter_parameters(self, name: str) -> Iterator[nn.Parameter]:
         """The parameters of an adapter's copy, less the weight that is the embedding's."""

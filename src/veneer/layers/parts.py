@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Collection, Mapping, MutableMapping
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -30,10 +30,17 @@ class Factor(nn.Module):
         bias: Added by the operation, or None.
     """
 
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         super().__init__()
-        self.weight = nn.Parameter(weight)
-        self.register_parameter("bias", None if bias is None else nn.Parameter(bias))
+        # Past `nn.Module.__setattr__`, which is slow: models have hundreds of these.
+        self._parameters["weight"] = nn.Parameter(weight)
+        if bias is None:
+            self.__dict__["bias"] = None
+        else:
+            self._parameters["bias"] = nn.Parameter(bias)
 
     def forward(self, x: Tensor | None, operation: Callable[..., Tensor] = F.linear) -> Tensor:
         """``operation(x, weight, bias)`` in the type of ``x``: the factor is cast, never the activations."""
@@ -60,6 +67,11 @@ class Factor(nn.Module):
         if Factor.is_plain(module):
             return module.weight  # type: ignore[return-value]
         return module(None, _copy_of_weight)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def parameters_of(held: nn.Module | nn.Parameter) -> Collection[nn.Parameter]:
+        """The parameters of a factor that is wrapped, or a mere parameter."""
+        return (held,) if isinstance(held, nn.Parameter) else [*held.parameters()]
 
     def extra_repr(self) -> str:
         """The shape, for ``print(model)``."""

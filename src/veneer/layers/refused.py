@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 from torch import nn
 
 #: Types that are known and not adapted, with the reason.
@@ -34,7 +36,13 @@ REFUSED: dict[str, str] = {
 
 def refusal(module: nn.Module) -> str | None:
     """Why such a module is not adapted, for the types that a user might try; None for all others."""
-    for base in type(module).__mro__:
+    kind: type = type(module)
+    return _refusal(kind)
+
+
+@functools.lru_cache(maxsize=256)
+def _refusal(kind: type) -> str | None:
+    for base in kind.__mro__:
         reason = REFUSED.get(f"{base.__module__}.{base.__qualname__}")
         if reason is not None:
             return reason

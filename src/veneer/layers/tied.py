@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -61,15 +61,17 @@ class LoraTiedHead(LoraLinear):
         if self not in leader.followers:
             leader.followers.append(self)
 
-    def adapter_parameters(self, name: str) -> Iterator[nn.Parameter]:
+    def adapter_parameters(self, name: str) -> list[nn.Parameter]:
         """None: they are the embedding's."""
-        return iter(())
+        return []
 
     def initialise(self, spec: LoraSpec, seed: int) -> InitResult:
         """Nothing is drawn."""
-        return self.start_from(spec, {})
+        return self.start_from(spec, {}, {})
 
-    def start_from(self, spec: LoraSpec, tensors: Mapping[str, Tensor]) -> InitResult:
+    def start_from(
+        self, spec: LoraSpec, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]
+    ) -> InitResult:
         """Nothing is taken: a file's tensors for the head are those of the embedding once more."""
         a, b = (torch.empty(shape, device="meta") for shape in self.shapes(self.base_layer, spec.r))
         return InitResult(a, b)

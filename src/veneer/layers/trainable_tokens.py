@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Reversible, Sequence
 from typing import Any
 
 import torch
@@ -109,9 +109,9 @@ class TrainableTokens(AdapterModule):
         if self.tied_adapter is None:
             yield self.token_adapter.trainable_tokens_delta[name]
 
-    def inner(self) -> Iterator[tuple[str, nn.Module | None]]:
+    def inner(self) -> Reversible[tuple[str, nn.Module | None]]:
         """The base, and the rows beside it."""
-        yield "token_adapter", self.token_adapter
+        return (("token_adapter", self.token_adapter),)
 
     @property
     def backend(self) -> backends.Backend:

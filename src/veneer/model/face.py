@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from veneer.adapters import as_names
+from veneer.adapters import as_names, walk
 from veneer.config import PeftConfig, PeftType, TaskType
 from veneer.errors import (
     ConfigError,
@@ -313,9 +313,15 @@ def name_of(model: nn.Module) -> str | None:
     return name if isinstance(name, str) and name else None
 
 
+def _checkpoints(module: nn.Module) -> bool:
+    """Whether it recomputes activations; past `nn.Module.__getattr__`, slow where nothing is."""
+    name = "gradient_checkpointing"
+    return bool(module.__dict__.get(name, getattr(type(module), name, False)))
+
+
 def _let_checkpointing_pass_gradients(model: nn.Module) -> None:
     """With reentrant gradient checkpointing a frozen embedding's output must require a gradient."""
-    if any(getattr(m, "gradient_checkpointing", False) for m in model.modules()):
+    if any(_checkpoints(m) for _, m in walk(model)):
         enable = getattr(model, "enable_input_require_grads", None)
         if callable(enable):
             enable()

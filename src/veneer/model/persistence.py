@@ -8,7 +8,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -307,21 +307,24 @@ class Persistence(nn.Module):
         names = {rename(key): key for key in file.shapes}
         shapes = {new: file.shapes[old] for new, old in names.items()}
 
-        def read(key: str) -> Tensor:
-            return next(iter(file.tensors([names[key]]).values()))
+        def take(keys: Iterable[str]) -> dict[str, Tensor]:
+            wanted = list(keys)
+            held = file.tensors(names[key] for key in wanted)
+            return {key: held[names[key]] for key in wanted}
 
         old_experts = (
             stacked(self.get_base_model(), config, shapes) if isinstance(config, LoraConfig) else None
         )
         if old_experts is not None:
             config, shapes = old_experts.config, old_experts.shapes
-        take = read if old_experts is None else partial(old_experts.tensor, read=read)
+            take = partial(old_experts.tensors, read=take)
         if adapter_name in self.peft_config:
             self._check_reload(config, adapter_name, directory)
             if check_base:
                 state.check_base(self.get_base_model(), file.metadata, directory, carried=file.shapes)
-            values = {key: take(key) for key in shapes}
-            report = state.set_adapter_state_dict(self, values, adapter_name, strict=strict, where=directory)
+            report = state.set_adapter_state_dict(
+                self, take(shapes), adapter_name, strict=strict, where=directory
+            )
             if not is_trainable:
                 self._leave_training()
             return report
@@ -331,13 +334,7 @@ class Persistence(nn.Module):
             autocast_adapter_dtype=autocast_adapter_dtype,
             read_from_file=True,
         )
-        report = state.fill_injection(
-            injection,
-            shapes,
-            lambda keys: {key: take(key) for key in keys},
-            where=directory,
-            strict=strict,
-        )
+        report = state.fill_injection(injection, shapes, take, where=directory, strict=strict)
         # After the account of tensors: where names or shapes differ, that says more.
         if check_base:
             state.check_base(

@@ -6,61 +6,11 @@ inside the functions that need them.
 
 from __future__ import annotations
 
-from .chat import Chat
-from .data import (
-    Collator,
-    Encoded,
-    EncodedLabels,
-    LabelCollator,
-    Packed,
-    Preferences,
-    Records,
-    encode,
-    encode_classification,
-    encode_preferences,
-    form_of,
-    pack,
-    packing_for,
-    prompt_ids,
-    read_records,
-)
-from .evaluate import answer_loss, exact_match, valid_json
-from .generation import Sampling, answer_file, generate_answers
-from .loop import train
-from .models import cache_dir, demo_model, load_base
-from .options import RunOptions, TrainOptions
-from .progress import Progress, Silent, Terminal
+from typing import TYPE_CHECKING
 
-__all__ = [
-    "Chat",
-    "Collator",
-    "Encoded",
-    "EncodedLabels",
-    "LabelCollator",
-    "Packed",
-    "Preferences",
-    "Progress",
-    "Records",
-    "RunOptions",
-    "Sampling",
-    "Silent",
-    "Terminal",
-    "TrainOptions",
-    "answer_file",
-    "answer_loss",
-    "cache_dir",
-    "demo_model",
-    "encode",
-    "encode_classification",
-    "encode_preferences",
-    "exact_match",
-    "form_of",
-    "generate_answers",
-    "load_base",
-    "pack",
-    "packing_for",
-    "prompt_ids",
-    "read_records",
-    "train",
-    "valid_json",
-]
+from ..doors import public_names
+
+if TYPE_CHECKING:
+    from .public import *  # noqa: F403
+else:
+    __getattr__ = public_names(__name__)

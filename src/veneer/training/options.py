@@ -12,7 +12,7 @@ from typing import Any, TypeVar, get_args, get_type_hints
 
 from ..config import LoraConfig
 from ..errors import ConfigError, UnknownOptionError
-from .data import Purpose
+from .data.forms import Purpose
 
 T = TypeVar("T")
 

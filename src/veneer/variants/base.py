@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
@@ -152,6 +153,12 @@ class Variant(abc.ABC):
     def parameters(self, request: ParameterRequest) -> Mapping[str, Tensor]:
         """Where the parameters of `shapes` start; it writes nothing."""
         return {}
+
+    @functools.cached_property
+    def has_parameters(self) -> bool:
+        """Whether it says anything of parameters of its own: most do not, and are not asked."""
+        kind = type(self)
+        return kind.shapes is not Variant.shapes or kind.parameters is not Variant.parameters
 
     @abc.abstractmethod
     def forward(

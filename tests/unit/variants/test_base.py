@@ -127,7 +127,8 @@ def test_absent_ones_start_anew_where_that_is_allowed(tmp_path: Path) -> None:
         for key, value in state.items()
         if ".q." in key and "gate" not in key
     }
-    start = layer.start_from(layer.specs["default"], own)
+    spec = layer.specs["default"]
+    start = layer.start_from(spec, own, layer.tensor_shapes(spec))
     assert torch.equal(start.extra["lora_gate"], torch.full((5,), 3.0))
     assert torch.equal(start.extra["lora_shift"], own["lora_shift"])
 

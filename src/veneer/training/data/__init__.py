@@ -7,39 +7,11 @@ tensors.
 
 from __future__ import annotations
 
-from .batch import IGNORED, Collator, LabelCollator, Row, pad_token
-from .encoding import Encoded, encode, has_template, pieces, prompt_ids
-from .forms import FORMS, PURPOSES, Form, Purpose, form_of
-from .labels import EncodedLabels, encode_classification
-from .packing import Packed, bare, pack, packing_for, without_cache
-from .preferences import Preferences, encode_preferences
-from .sources import Records, read_records
+from typing import TYPE_CHECKING
 
-__all__ = [
-    "FORMS",
-    "IGNORED",
-    "PURPOSES",
-    "Collator",
-    "Encoded",
-    "EncodedLabels",
-    "Form",
-    "LabelCollator",
-    "Packed",
-    "Preferences",
-    "Purpose",
-    "Records",
-    "Row",
-    "encode",
-    "encode_classification",
-    "encode_preferences",
-    "form_of",
-    "has_template",
-    "pack",
-    "packing_for",
-    "pad_token",
-    "pieces",
-    "prompt_ids",
-    "read_records",
-    "bare",
-    "without_cache",
-]
+from ...doors import public_names
+
+if TYPE_CHECKING:
+    from .public import *  # noqa: F403
+else:
+    __getattr__ = public_names(__name__)

@@ -1,0 +1,179 @@
+"""The header of a safetensors file: names, shapes and places of its tensors, checked; torch is not needed."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from ..errors import AdapterFileError
+
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format itself
+MAX_NAME = 1024
+
+#: dtypes by their names in a file: their names in torch, and bytes an element.
+DTYPES: dict[str, tuple[str, int]] = {
+    "F64": ("float64", 8),
+    "F32": ("float32", 4),
+    "F16": ("float16", 2),
+    "BF16": ("bfloat16", 2),
+    "F8_E4M3": ("float8_e4m3fn", 1),
+    "F8_E5M2": ("float8_e5m2", 1),
+    "I64": ("int64", 8),
+    "I32": ("int32", 4),
+    "I16": ("int16", 2),
+    "I8": ("int8", 1),
+    "U8": ("uint8", 1),
+    "BOOL": ("bool", 1),
+}
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a safetensors file says of its tensors.
+
+    Attributes:
+        raw: the header's own bytes.
+        shapes: shape of each tensor, by its name on disk.
+        dtypes: dtype of each tensor, by torch's name.
+        places: first byte of each tensor in the file, and the one after its last.
+        metadata: the file's own metadata.
+    """
+
+    raw: bytes
+    shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, str]
+    places: dict[str, tuple[int, int]]
+    metadata: dict[str, str]
+
+
+#: (header, bytes after it) -> what was found in it; adapters of one kind have the same.
+HeaderMemo = dict[tuple[bytes, int], Header]
+
+
+def read_header(path: Path, memo: HeaderMemo | None = None) -> Header:
+    """The tensors of a safetensors file by its header alone, checked against the file's size.
+
+    Args:
+        path: the file.
+        memo: headers that were read before, and understood once; written to.
+
+    Raises:
+        AdapterFileError: the file is truncated, damaged or hostile; says which.
+    """
+    raw = raw_header(path)
+    room = path.stat().st_size - len(raw) - 8
+    if memo is None:
+        return _understood(path, raw, room)
+    if (raw, room) not in memo:
+        memo[raw, room] = _understood(path, raw, room)
+    return memo[raw, room]
+
+
+def _understood(path: Path, raw: bytes, room: int) -> Header:
+    header = _parsed_header(path, raw)
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise AdapterFileError(f"{path} is damaged: its metadata is not a table of strings")
+    _check_entries(path, header, room)
+    first = 8 + len(raw)
+    return Header(
+        raw,
+        {name: tuple(entry["shape"]) for name, entry in header.items()},
+        {name: DTYPES[entry["dtype"]][0] for name, entry in header.items()},
+        {name: _moved(entry["data_offsets"], first) for name, entry in header.items()},
+        cast(dict[str, str], metadata),
+    )
+
+
+def raw_header(path: Path) -> bytes:
+    """The JSON header, which begins after eight bytes that say how long it is."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        first = file.read(8)
+        if len(first) < 8:
+            raise AdapterFileError(f"{path} is truncated: {size} bytes, not even a header")
+        (length,) = struct.unpack("<Q", first)
+        if length > MAX_HEADER_BYTES or length + 8 > size:
+            hint = " (a git-lfs pointer: run git lfs pull)" if first == b"version " else ""
+            raise AdapterFileError(
+                f"{path} is truncated or not a safetensors file{hint}: its first bytes announce a header of "
+                f"{length:,} bytes, the file has {size:,}"
+            )
+        return file.read(length)
+
+
+def _parsed_header(path: Path, raw: bytes) -> dict[str, Any]:
+    try:
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_no_duplicates)
+    except (ValueError, RecursionError) as exc:
+        raise AdapterFileError(f"{path} is damaged: its header is not valid JSON ({exc})") from exc
+    if not isinstance(header, dict):
+        raise AdapterFileError(f"{path} is damaged: its header is not a table of tensors")
+    return header
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        raise ValueError("a name occurs twice")
+    return table
+
+
+def _moved(offsets: list[int], by: int) -> tuple[int, int]:
+    return offsets[0] + by, offsets[1] + by
+
+
+def _check_entries(path: Path, header: Mapping[str, Any], room: int) -> None:
+    """Check every tensor's name, dtype, shape and place; `room` is the number of bytes after the header."""
+    places: list[tuple[int, int, str]] = []
+    for name, entry in header.items():
+        problem = name_problem(name) or _entry_problem(entry)
+        if problem:
+            raise AdapterFileError(f"{path} is damaged: tensor {name[:120]!r}: {problem}")
+        begin, end = entry["data_offsets"]
+        places.append((begin, end, name))
+    at = 0
+    for begin, end, name in sorted(places):
+        if begin != at:
+            what = "overlaps the one before it" if begin < at else "leaves a gap before it"
+            raise AdapterFileError(
+                f"{path} is damaged: tensor {name[:120]!r} {what} (offset {begin}, expected {at})"
+            )
+        at = end
+    if at != room:
+        what = "truncated" if at > room else "damaged"
+        raise AdapterFileError(f"{path} is {what}: its tensors take {at:,} bytes, the file holds {room:,}")
+
+
+def _entry_problem(entry: Any) -> str | None:
+    if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
+        return "its entry lacks dtype, shape or data_offsets"
+    if entry["dtype"] not in DTYPES if isinstance(entry["dtype"], str) else True:
+        return f"dtype {entry['dtype']!r} is unknown; adapters hold {', '.join(DTYPES)}"
+    for key in ("shape", "data_offsets"):
+        values = entry[key]
+        if not isinstance(values, list) or not all(type(v) is int and 0 <= v < 2**63 for v in values):
+            return f"its {key} are not a list of sizes"
+    if len(entry["shape"]) > 16 or len(entry["data_offsets"]) != 2:
+        return "its shape or its data_offsets have too many entries"
+    begin, end = entry["data_offsets"]
+    needed = math.prod(entry["shape"]) * DTYPES[entry["dtype"]][1]
+    if end - begin != needed:
+        return f"shape {entry['shape']} of {entry['dtype']} needs {needed:,} bytes, it has {end - begin:,}"
+    return None
+
+
+def name_problem(name: object) -> str | None:
+    """Why `name` cannot name a tensor, or None."""
+    if not isinstance(name, str) or not name:
+        return "a tensor's name is a non-empty string"
+    if len(name) > MAX_NAME:
+        return f"its name has {len(name)} characters; the limit is {MAX_NAME}"
+    if not name.isprintable():
+        return "its name contains a control character"
+    return None

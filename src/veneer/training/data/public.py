@@ -1,0 +1,40 @@
+"""The public names of the package; its own docstring says what it is for."""
+
+from __future__ import annotations
+
+from .batch import IGNORED, Collator, LabelCollator, Row, pad_token
+from .encoding import Encoded, encode, has_template, pieces, prompt_ids
+from .forms import FORMS, PURPOSES, Form, Purpose, form_of
+from .labels import EncodedLabels, encode_classification
+from .packing import Packed, bare, pack, packing_for, without_cache
+from .preferences import Preferences, encode_preferences
+from .sources import Records, read_records
+
+__all__ = [
+    "FORMS",
+    "IGNORED",
+    "PURPOSES",
+    "Collator",
+    "Encoded",
+    "EncodedLabels",
+    "Form",
+    "LabelCollator",
+    "Packed",
+    "Preferences",
+    "Purpose",
+    "Records",
+    "Row",
+    "encode",
+    "encode_classification",
+    "encode_preferences",
+    "form_of",
+    "has_template",
+    "pack",
+    "packing_for",
+    "pad_token",
+    "pieces",
+    "prompt_ids",
+    "read_records",
+    "bare",
+    "without_cache",
+]
