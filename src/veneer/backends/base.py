@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import abc
-import functools
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +14,22 @@ from veneer.registry import load_plugins
 
 _backends: list[Backend] = []
 _geometries: dict[str, str] = {}
+_T = TypeVar("_T")
+_cached: dict[Any, dict[Any, Any]] = {}
+
+
+def _remembered(function: Callable[[Any], _T]) -> Callable[[Any], _T]:
+    """`function` of a type or a name, computed once until a backend is registered."""
+
+    def call(given: Any) -> _T:
+        if torch.compiler.is_compiling():  # what a graph is made from is not written meanwhile
+            return function(given)
+        known = _cached.setdefault(function, {})
+        if given not in known:
+            known[given] = function(given)
+        return known[given]  # type: ignore[no-any-return]
+
+    return call
 
 
 class Backend(abc.ABC):
@@ -40,7 +55,7 @@ class Backend(abc.ABC):
         _backends.append(cls())
         _backends.sort(key=lambda b: -b.priority)
         _geometries.update(cls.geometry)
-        _serving.cache_clear()
+        _cached.clear()
 
     def serves(self, kind: type) -> bool:
         """Whether it may store weights of modules of that type; asked once a type, before `matches`."""
@@ -146,7 +161,7 @@ def serving(kind: type) -> tuple[Backend, ...]:
     return _serving(kind)
 
 
-@functools.lru_cache(maxsize=256)
+@_remembered
 def _serving(kind: type) -> tuple[Backend, ...]:
     return tuple(backend for backend in _backends if backend.serves(kind))
 
@@ -159,14 +174,12 @@ def backends() -> tuple[Backend, ...]:
 
 def type_names(cls: type) -> tuple[str, ...]:
     """A type and its bases as ``"module.QualName"``, nearest first."""
-    return _named(cls) if torch.compiler.is_compiling() else _names_of(cls)
+    return _names_of(cls)
 
 
-def _named(cls: type) -> tuple[str, ...]:
+@_remembered
+def _names_of(cls: type) -> tuple[str, ...]:
     return tuple(f"{base.__module__}.{base.__qualname__}" for base in cls.__mro__)
-
-
-_names_of = functools.lru_cache(maxsize=256)(_named)  # a compiler complains of caches
 
 
 def geometry(cls: type) -> str | None:
@@ -174,7 +187,7 @@ def geometry(cls: type) -> str | None:
     return next((_geometries[name] for name in type_names(cls) if name in _geometries), None)
 
 
-@functools.lru_cache(maxsize=256)
+@_remembered
 def _fresh(name: str) -> bool:
     return any(name in backend.fresh_output for backend in _backends)
 

@@ -56,6 +56,10 @@ class Branch(Protocol):
         """``s`` by adapter name."""
         ...
 
+    def strength(self, name: str) -> float:
+        """The same of one adapter; for a compiler as a tensor without dimensions, which multiplies alike."""
+        ...
+
     @property
     def specs(self) -> Mapping[str, LoraSpec]:
         """What each adapter gave this layer."""

@@ -61,7 +61,7 @@ class Dora(Variant):
         else:
             dropped = layer.dropped(name, x)
             plain = layer.without_bias(base())
-        branch = layer.low_rank(name, dropped).to(result) * layer.scaling[name]
+        branch = layer.low_rank(name, dropped).to(result) * layer.strength(name)
         return result + ((plain + branch) * scale - plain).to(result)
 
     def whole(
@@ -90,7 +90,7 @@ class Dora(Variant):
     def _norms(self, layer: Branch, name: str, grad: bool) -> Tensor:
         """``‖W + s·BA‖`` of each row, (out,); in evaluation kept until one of its tensors changes."""
         b, a = layer.update(name)
-        scaling = layer.scaling[name]
+        scaling = layer.strength(name)
         states = None if wants_plain_torch(a, b) else layer.weight_state()
         if states is None:
             weight = layer.matrix()
