@@ -8,6 +8,7 @@ in a fresh process.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -101,3 +102,14 @@ def measure(quick: bool) -> Report:
         )
     conditions = {"model": f"hidden {HIDDEN}, {LAYERS} layers, r=16 on every linear, {BATCH * LENGTH} tokens"}
     return Report(question(__doc__), rows, conditions)
+
+
+def draw(report: Report, path: Path) -> None:
+    from benchmarks._pictures import bars
+
+    groups = {
+        row.label.removeprefix("kept for backward, "): {"Veneer": row.ours, **row.beside}
+        for row in report.rows
+        if row.unit
+    }
+    bars(path, groups, "Kept for the backward beyond the frozen base, bytes per token and module")

@@ -2,8 +2,8 @@
 
 The floor is the frozen base: its forward, and its backward to inputs that require a gradient, so that every
 layer passes gradients on. Full fine-tuning, PEFT and Veneer do the same step with their gradients; optimizers
-are left out, which favours full fine-tuning. All sides take turns in one process; each row is the median of
-step ÷ floor over the rounds.
+are left out, which favours full fine-tuning. All sides take turns in one process, each with a step of the
+floor beside it; each row is the median of step ÷ that floor over the rounds.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from benchmarks._models import adapted, llama
-from benchmarks.harness import THREADS, Report, Row, question, ratio, take_turns
+from benchmarks.harness import THREADS, Figure, Report, Row, question, ratio, take_turns
 
 #: hidden size, layers, dtype: (at most, aim) for dropout 0 and 0.05.
 BARS: dict[tuple[int, int, str], dict[float, tuple[float, float]]] = {
@@ -42,26 +42,42 @@ def step(model: Any, x: torch.Tensor, gradient: torch.Tensor) -> Callable[[], fl
     return measured
 
 
-def compare(hidden: int, layers: int, kind: str, rounds: int) -> list[Row]:
+def compare(hidden: int, layers: int, kind: str, rounds: int, *, dora: bool) -> list[Row]:
     dtype = getattr(torch, kind)
 
     def base() -> Any:
         return llama(hidden, layers, dtype).train()
 
-    models: dict[str, Any] = {"floor": base().requires_grad_(False), "full": base()}
-    for p in (0.0, 0.05):
+    floor = base().requires_grad_(False)
+    models: dict[str, Any] = {"full": base()}
+    for p in BARS[hidden, layers, kind]:
         for side in ("veneer", "PEFT"):
             models[f"{side} {p}"] = adapted(side, base(), p=p).train()
-    models["veneer dora"] = adapted("veneer", base(), use_dora=True).train()
-    models["PEFT dora"] = adapted("PEFT", base(), use_dora=True).train()
+    if dora:
+        for side in ("veneer", "PEFT"):
+            models[f"{side} dora"] = adapted(side, base(), use_dora=True).train()
     torch.manual_seed(1)
     x = torch.randn(BATCH, LENGTH, hidden).to(dtype)
     gradient = torch.randn_like(x)
-    sides = {name: step(model, x, gradient) for name, model in models.items()}
-    seconds = take_turns(sides, rounds=rounds, warm_up=2)
+    beside = step(floor, x, gradient)
+    floors: dict[str, list[float]] = {name: [] for name in models}
 
-    def over(name: str, floor: str = "floor") -> Any:
-        return ratio(seconds[name], seconds[floor])
+    def paired(name: str) -> Callable[[], float]:
+        own = step(models[name], x, gradient)
+
+        def measured() -> float:
+            before = len(floors[name]) % 2 == 0
+            floors[name] += [beside()] if before else []
+            seconds = own()
+            floors[name] += [] if before else [beside()]
+            return seconds
+
+        return measured
+
+    seconds = take_turns({name: paired(name) for name in models}, rounds=rounds, warm_up=1)
+
+    def over(name: str, peer: str | None = None) -> Figure:
+        return ratio(seconds[name], floors[name][1:] if peer is None else seconds[peer])
 
     what = f"{kind}, hidden {hidden}, {layers} layers"
     rows = []
@@ -70,23 +86,24 @@ def compare(hidden: int, layers: int, kind: str, rounds: int) -> list[Row]:
         others = {"PEFT": over(f"PEFT {p}"), "full fine-tuning": over("full")}
         rows.append(Row(f"{what}, dropout {p}", over(ours), at_most=at_most, aim=aim, beside=others))
         rows.append(Row("  ÷ full fine-tuning", over(ours, "full"), at_most=1.0))
-    rows.append(
-        Row(
-            "  DoRA ÷ plain LoRA, dropout 0",
-            over("veneer dora", "veneer 0.0"),
-            at_most=1.3,
-            beside={"PEFT": over("PEFT dora", "PEFT 0.0")},
-        )
-    )
+    if dora:
+        rows.append(_dora_row(over))
     return rows
+
+
+def _dora_row(over: Callable[[str, str], Figure]) -> Row:
+    """The bar is on DoRA beside plain LoRA; both sides' plain LoRA differ."""
+    ours, theirs = over("veneer dora", "veneer 0.0"), over("PEFT dora", "PEFT 0.0")
+    return Row("  DoRA ÷ plain LoRA, dropout 0", ours, at_most=1.3, beside={"PEFT": theirs})
 
 
 def measure(quick: bool) -> Report:
     torch.set_num_threads(THREADS)
     rows = []
     for hidden, layers, kind in BARS:
-        rounds = (5 if hidden == 576 else 3) if quick else (15 if hidden == 576 else 7)
-        rows += compare(hidden, layers, kind, rounds)
+        small = hidden == 576
+        rounds = (3 if small else 2) if quick else (10 if small else 6)
+        rows += compare(hidden, layers, kind, rounds, dora=small and not quick)
     conditions = {
         "step": f"{BATCH} × {LENGTH} tokens, LoRA r=16 on every linear, forward and backward",
         "figures": "step ÷ floor, median (quartiles) over rounds in one process",
