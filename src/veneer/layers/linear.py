@@ -129,7 +129,8 @@ class LoraLinear(LoraLayer):
                 kept[key] = way
             elif not torch.is_grad_enabled():
                 routing.memo[self] = {}
-        fresh = backends.gives_fresh_output(self._modules["base_layer"])  # type: ignore[arg-type]
+        base: Any = self._modules["base_layer"]
+        fresh = _is_plain(base) or backends.gives_fresh_output(base)
         return way(x, result, fresh=fresh)
 
     def _only_products(self, names: Sequence[str], x: Tensor, result: Tensor) -> bool:
