@@ -75,7 +75,7 @@ class AdapterModule(nn.Module):
         """Names of the adapters that this module holds a part of."""
         raise NotImplementedError
 
-    def adapter_parameters(self, name: str) -> Iterable[nn.Parameter]:
+    def adapter_parameters(self, name: str) -> Iterator[nn.Parameter]:
         """The parameters of one adapter in this module."""
         raise NotImplementedError
 
@@ -131,15 +131,18 @@ class AdapterModule(nn.Module):
         return self._disabled
 
     def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Make these adapters the active ones, trainable unless ``inference_mode``.
+        """Make these adapters the active ones, trainable unless ``inference_mode``; freeze those that were.
 
         Args:
             adapter_names: One name or several. Names that this module does not hold are kept:
                 another module may hold them.
             inference_mode: Leave the activated parameters frozen.
         """
-        names = self.__dict__["_active"] = as_names(adapter_names)
+        before, names = self._active, as_names(adapter_names)
+        self.__dict__["_active"] = names
         for name in self.held_adapters:
+            if name not in names and name not in before:
+                continue  # frozen when it was added, or when it was no longer active
             trainable = name in names and not inference_mode
             for parameter in self.adapter_parameters(name):
                 # Quantised or integer parameters cannot require a gradient.

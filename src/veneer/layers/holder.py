@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Reversible
+from collections.abc import Callable, Iterator, Mapping, Reversible
 from functools import partial
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -341,7 +341,7 @@ class Holder(AdapterModule):
         """The adapted module."""
         return (("base_layer", self._modules["base_layer"]),)
 
-    def adapter_parameters(self, name: str) -> list[nn.Parameter]:
+    def adapter_parameters(self, name: str) -> Iterator[nn.Parameter]:
         """A, B, the bias of B, and what the adapter's variant has beside them."""
         found: list[nn.Parameter] = []
         modules: Mapping[str, Any] = self._modules
@@ -350,7 +350,7 @@ class Holder(AdapterModule):
                 held: Any = container[name]
                 plain = type(held) is Factor
                 found += held._parameters.values() if plain else Factor.parameters_of(held)
-        return found
+        return iter(found)
 
     def __getattr__(self, name: str) -> Any:
         try:

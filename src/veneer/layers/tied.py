@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -61,9 +61,9 @@ class LoraTiedHead(LoraLinear):
         if self not in leader.followers:
             leader.followers.append(self)
 
-    def adapter_parameters(self, name: str) -> list[nn.Parameter]:
+    def adapter_parameters(self, name: str) -> Iterator[nn.Parameter]:
         """None: they are the embedding's."""
-        return []
+        return iter(())
 
     def initialise(self, spec: LoraSpec, seed: int) -> InitResult:
         """Nothing is drawn."""
