@@ -240,13 +240,13 @@ def _ways(dtype: Any, rows: int, adapters: int, length: int) -> list[tuple[Any, 
             def run(way: str = way, ready: Any = ready) -> float:
                 start = time.perf_counter()
                 for (x, y, terms), one in zip(layers, ready, strict=True):
-                    a, b = made(terms, way) if one is None else one
+                    pair = made(terms, way) if one is None else one
                     if way == "groups":
-                        ops.by_groups(x, y, a, b)
+                        ops.by_groups(x, y, *pair)
                     elif way == "mask":
-                        ops.by_mask(x, y, a, b, mask)
+                        ops.by_mask(x, y, *pair, mask)
                     else:
-                        ops.by_runs(x, y, a, b)
+                        ops.by_runs(x, y, *pair)
                 return (time.perf_counter() - start) / len(layers)
 
             seconds = statistics.median(run() for _ in range(5))

@@ -377,9 +377,8 @@ class _Carried:
 def _checkpoints_carry(model: nn.Module, routing: Routing) -> Iterator[None]:
     """Let transformers' checkpointing give the routing to its recomputations."""
     name = "_gradient_checkpointing_func"
-    places = [
-        m for m in model.modules() if getattr(m, "gradient_checkpointing", False) and name in m.__dict__
-    ]
+    modules = model.modules() if torch.is_grad_enabled() else ()  # nothing is computed again without a graph
+    places = [m for m in modules if getattr(m, "gradient_checkpointing", False) and name in m.__dict__]
     before = [m.__dict__[name] for m in places]
     for module, checkpoint in zip(places, before, strict=True):
         module.__dict__[name] = functools.partial(_carrying, checkpoint, routing)

@@ -122,9 +122,10 @@ class LoraLinear(LoraLayer):
         way = None if kept is None else kept.get(key)
         if way is None:
             used = tuple(dict.fromkeys(name for name in names if name is not None))
-            if not self._only_products(used, x, result):
+            terms = self._products(used, x, result)
+            if terms is None:
                 return super().add_rows(routing, names, x, result)
-            way = self._fastest(routing, names, used, x, result.shape[-1], kept=kept is not None)
+            way = self._fastest(routing, names, terms, x, result.shape[-1], kept=kept is not None)
             if kept is not None:
                 kept[key] = way
             elif not torch.is_grad_enabled():
@@ -133,26 +134,34 @@ class LoraLinear(LoraLayer):
         fresh = _is_plain(base) or backends.gives_fresh_output(base)
         return way(x, result, fresh=fresh)
 
-    def _only_products(self, names: Sequence[str], x: Tensor, result: Tensor) -> bool:
-        """Whether these adapters add ``s · (x Aᵀ) Bᵀ`` here: no dropout, no bias, no other variant."""
-        return (
-            all(self._is_additive(n) and self.dropout_of(n) == 0 for n in names)
-            and all(self._plain_factors(n) is not None and self.factors(n)[2] is None for n in names)
-            and all(self.factors(n)[0].device == x.device == result.device for n in names)
-            and not autocasts(x.device.type)
-        )
+    def _products(
+        self, names: Sequence[str], x: Tensor, result: Tensor
+    ) -> dict[str, mixed_batch.Term] | None:
+        """Factors and strength by adapter, if all that each adds here is ``s · (x Aᵀ) Bᵀ``; else None.
+
+        It is more with dropout, a bias or another variant, and elsewhere with factors on another device.
+        """
+        terms = {}
+        for name in names:
+            factors = self._plain_factors(name)
+            if factors is None or not self._is_additive(name) or self.dropout_of(name):
+                return None
+            a, b, bias = factors
+            if bias is not None or not a.device == x.device == result.device:
+                return None
+            terms[name] = (a, b, self.strength(name))
+        return None if autocasts(x.device.type) else terms
 
     def _fastest(
         self,
         routing: Routing,
         names: tuple[str | None, ...],
-        used: tuple[str, ...],
+        terms: dict[str, mixed_batch.Term],
         x: Tensor,
         size_out: int,
         kept: bool,
     ) -> Callable[..., Tensor]:
         """How to add the rows' updates, called with x and the result."""
-        terms = {n: (*self.update_factors(n)[:2], self.scaling[n]) for n in used}
         ranks = {n: a.shape[0] for n, (a, _, _) in terms.items()}
         runs, groups = routing.runs(names)
         dtype = mixed_batch.working_dtype(x)
@@ -169,19 +178,20 @@ class LoraLinear(LoraLayer):
         if way == "runs":
             return partial(mixed_batch.by_runs, terms=terms, runs=runs)
         if way == "groups":
-            a, b = mixed_batch.stacked([terms.get(n) for n in groups], dtype)  # type: ignore[arg-type]
-            return partial(mixed_batch.by_groups, a=a, b=b)
+            a, b, scales = mixed_batch.stacked([terms.get(n) for n in groups], dtype)  # type: ignore[arg-type]
+            return partial(mixed_batch.by_groups, a=a, b=b, scales=scales)
         a, b = mixed_batch.side_by_side(list(terms.values()), dtype)
-        mask = routing.mask(names, tuple((n, ranks[n], self.scaling[n]) for n in used), a)
+        mask = routing.mask(names, tuple((n, ranks[n], terms[n][2]) for n in terms), a)
         return partial(mixed_batch.by_mask, a=a, b=b, mask=mask)
 
     def add_slots(self, routing: Routing, x: Tensor, result: Tensor) -> Tensor:
         """The rows times what each adapter counts there, where an update is only a product."""
         slots = list(routing.slots(tuple(self._specs), x, self._where))
-        if not self._only_products([name for name, _ in slots], x, result):
+        terms = self._products([name for name, _ in slots], x, result)
+        if terms is None:
             return super().add_slots(routing, x, result)
-        terms = [(*self.update_factors(n)[:2], mine * self.strength(n)) for n, mine in slots]
-        return mixed_batch.by_slots(x, result, terms)
+        weighed = [(*terms[name][:2], mine * terms[name][2]) for name, mine in slots]
+        return mixed_batch.by_slots(x, result, weighed)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Base and first branch in one step where the base is a plain linear; else base, then branches."""

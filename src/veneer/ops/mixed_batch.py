@@ -116,26 +116,26 @@ def side_by_side(terms: Sequence[Term], dtype: torch.dtype) -> tuple[Tensor, Ten
     return a, torch.cat([b.to(dtype) for _, b, _ in terms], dim=1)
 
 
-def stacked(terms: Sequence[Term | None], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The factors of each group for `by_groups`, their strength in B: (G, r, in) and (G, out, r).
+def stacked(terms: Sequence[Term | None], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """The factors of each group for `by_groups`, and their strengths: (G, r, in), (G, out, r) and (G, 1, 1).
 
     Args:
         terms: Of each group's adapter; None for none, which becomes zeros.
         dtype: To compute in.
     """
-    made: dict[int, tuple[Tensor, Tensor]] = {}
     first = next(term for term in terms if term is not None)
     rank = max(term[0].shape[0] for term in terms if term is not None)
     nothing = first[0].new_zeros(rank, first[0].shape[1]), first[1].new_zeros(first[1].shape[0], rank)
-    for term in terms:
-        if term is not None and id(term) not in made:
-            a, b, strength = term
-            b = (b if strength == 1.0 else b * strength).to(dtype)
-            short = rank - a.shape[0]
-            a = a.to(dtype)
-            made[id(term)] = (F.pad(a, (0, 0, 0, short)), F.pad(b, (0, short))) if short else (a, b)
-    pairs = [nothing if term is None else made[id(term)] for term in terms]
-    return torch.stack([a.to(dtype) for a, _ in pairs]), torch.stack([b.to(dtype) for _, b in pairs])
+    pairs = [nothing if term is None else _padded(*term[:2], rank) for term in terms]
+    scales = torch.tensor([0.0 if term is None else term[2] for term in terms], dtype=dtype)
+    a, b = (torch.stack([pair[side].to(dtype) for pair in pairs]) for side in (0, 1))
+    return a, b, scales.to(a.device).view(-1, 1, 1)
+
+
+def _padded(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """A (r, in) and B (out, r) with zeros up to a larger rank."""
+    short = rank - a.shape[0]
+    return (F.pad(a, (0, 0, 0, short)), F.pad(b, (0, short))) if short else (a, b)
 
 
 def by_mask(x: Tensor, result: Tensor, a: Tensor, b: Tensor, mask: Tensor, fresh: bool = True) -> Tensor:
@@ -157,7 +157,7 @@ def by_mask(x: Tensor, result: Tensor, a: Tensor, b: Tensor, mask: Tensor, fresh
     return _plus(result, h.flatten(0, -2), b.t(), fresh)
 
 
-def by_groups(x: Tensor, result: Tensor, a: Tensor, b: Tensor, fresh: bool = True) -> Tensor:
+def by_groups(x: Tensor, result: Tensor, a: Tensor, b: Tensor, scales: Tensor, fresh: bool = True) -> Tensor:
     """``result`` plus each group's own update.
 
     Args:
@@ -165,13 +165,14 @@ def by_groups(x: Tensor, result: Tensor, a: Tensor, b: Tensor, fresh: bool = Tru
         result: (rows, ..., out); where it is fresh and no gradient is recorded, it is written.
         a: (G, r, in) of `stacked`.
         b: (G, out, r) of `stacked`.
+        scales: (G, 1, 1) of `stacked`.
         fresh: Whether nobody else holds the result.
 
     Returns:
         (rows, ..., out).
     """
     tokens = math.prod(x.shape[:-1]) // len(a)
-    h = torch.bmm(x.reshape(len(a), tokens, x.shape[-1]).to(a.dtype), a.transpose(1, 2))
+    h = torch.bmm(x.reshape(len(a), tokens, x.shape[-1]).to(a.dtype), a.transpose(1, 2)) * scales
     return _plus(result, h, b.transpose(1, 2), fresh)
 
 
