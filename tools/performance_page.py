@@ -18,7 +18,7 @@ END = "<!-- end of results -->"
 #: In the order of a model's life.
 ORDER = (
     "training_step saved_for_backward plan_memory wrapping loading activating merging combining mixed_batch "
-    "inference compiling import_time"
+    "inference compiling import_time products"
 ).split()
 
 
