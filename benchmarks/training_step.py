@@ -102,7 +102,7 @@ def measure(quick: bool) -> Report:
     rows = []
     for hidden, layers, kind in BARS:
         small = hidden == 576
-        rounds = (3 if small else 2) if quick else (10 if small else 6)
+        rounds = (3 if small else 2) if quick else (7 if small else 4)
         rows += compare(hidden, layers, kind, rounds, dora=small and not quick)
     conditions = {
         "step": f"{BATCH} × {LENGTH} tokens, LoRA r=16 on every linear, forward and backward",
