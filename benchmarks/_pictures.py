@@ -54,6 +54,7 @@ def bars(
             axes.bar_label(drawn, [f"{value:.2f}" for value in values], padding=2, fontsize=6)
         if floor is not None:
             axes.axhline(floor, color=INK, linewidth=0.8, linestyle=":")
-        axes.set_xticks(range(len(groups)), list(groups), fontsize=6.5)
+        labels = [label.replace(", ", ",\n") for label in groups]
+        axes.set_xticks(range(len(groups)), labels, fontsize=6.5)
         axes.legend(frameon=False, ncols=len(sides), fontsize=7, loc="upper left")
         axes.set_ylim(0, axes.get_ylim()[1] * 1.12)

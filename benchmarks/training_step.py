@@ -114,9 +114,5 @@ def measure(quick: bool) -> Report:
 def draw(report: Report, path: Path) -> None:
     from benchmarks._pictures import bars
 
-    groups = {
-        row.label.replace(", dropout", ",\ndropout"): {"Veneer": row.ours, **row.beside}
-        for row in report.rows
-        if row.aim is not None
-    }
+    groups = {row.label: {"Veneer": row.ours, **row.beside} for row in report.rows if row.aim is not None}
     bars(path, groups, "A training step, as a multiple of the frozen model's own", floor=1.0)
