@@ -52,8 +52,8 @@ class Figure:
 
     def __str__(self) -> str:
         if self.low == self.high:
-            return _short(self.median)
-        return f"{_short(self.median)} ({_short(self.low)}–{_short(self.high)})"
+            return short(self.median)
+        return f"{short(self.median)} ({short(self.low)}–{short(self.high)})"
 
 
 @dataclass(frozen=True)
@@ -207,19 +207,26 @@ def write(name: str, report: Report, *, quick: bool) -> Path:
     return path
 
 
-def read(name: str) -> Report | None:
-    """The result on disk, where there is one of this code that was not a quick one."""
+def stored(name: str) -> dict[str, Any] | None:
+    """What `write` wrote, with a `Report` under "report"; None where there is nothing."""
     path = RESULTS / f"{name}.json"
     if not path.is_file():
         return None
-    content = json.loads(path.read_text())
-    if content.get("quick") or content.get("source") != source_state():
-        return None
+    content: dict[str, Any] = json.loads(path.read_text())
     rows = [
         Row(**{**row, "ours": Figure(**row["ours"]), "beside": _figures(row["beside"])})
         for row in content["rows"]
     ]
-    return Report(content["question"], rows, content["conditions"])
+    return {**content, "report": Report(content["question"], rows, content["conditions"])}
+
+
+def read(name: str) -> Report | None:
+    """The result on disk, where there is one of this code that was not a quick one."""
+    content = stored(name)
+    if content is None or content["quick"] or content["source"] != source_state():
+        return None
+    report: Report = content["report"]
+    return report
 
 
 def table(report: Report) -> str:
@@ -228,7 +235,7 @@ def table(report: Report) -> str:
     head = ["", "unit", "veneer", "at most", "aim", "", *others]
     lines = [head]
     for row in report.rows:
-        bar, aim = ("" if v is None else _short(v) for v in (row.at_most, row.aim))
+        bar, aim = ("" if v is None else short(v) for v in (row.at_most, row.aim))
         verdict = "" if row.at_most is None else "MISSED" if row.missed else "met"
         more = [str(row.beside[name]) if name in row.beside else "" for name in others]
         lines.append([row.label, row.unit or "×", str(row.ours), bar, aim, verdict, *more])
@@ -244,5 +251,6 @@ def _figures(content: Mapping[str, Any]) -> dict[str, Figure]:
     return {name: Figure(**figure) for name, figure in content.items()}
 
 
-def _short(value: float) -> str:
+def short(value: float) -> str:
+    """Three figures."""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}" if abs(value) >= 10 else f"{value:.3f}"

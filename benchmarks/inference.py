@@ -64,7 +64,7 @@ def measure(quick: bool) -> Report:
     import torch
 
     torch.set_num_threads(THREADS)
-    rounds = 5 if quick else 15
+    rounds = 3 if quick else 7
     with torch.no_grad():
         rows = [
             row

@@ -113,7 +113,7 @@ def compared(label: str, times: dict[str, list[float]], bar: float, ours: str = 
 
 def measure(quick: bool) -> Report:
     torch.set_num_threads(THREADS)
-    rounds = 5 if quick else 15
+    rounds = 5 if quick else 9
     rows: list[Row] = []
     exact: list[Row] = []
     for name, dtype in DTYPES.items():
