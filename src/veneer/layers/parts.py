@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, MutableMapping
+from contextlib import nullcontext
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -132,7 +133,8 @@ class Strengths(dict[str, float]):
     def __setitem__(self, name: str, value: float) -> None:
         super().__setitem__(name, value)
         tensors = self.__dict__.setdefault("tensors", {})  # unpickling fills it before it has attributes
-        with torch.inference_mode(False):  # what is made inside of it does not serve a graph outside
+        # What is made in inference mode does not serve a graph outside of it.
+        with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
             tensors[name] = torch.tensor(float(value), dtype=torch.float32, device=self.device)
 
     def __delitem__(self, name: str) -> None:

@@ -278,12 +278,35 @@ def _project(x: Tensor, A: Tensor, drop: Tensor | None) -> Tensor:
 def _outer(thin: Tensor, wide: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     """``scale · thinᵀ wide`` for ``thin: (T, r)``, ``wide: (T, n)``: the gradient of a factor, in its dtype.
 
-    Which order of the product is the faster one depends on its dtype; see `benchmarks/products.py`.
+    With the thin side first: see `benchmarks/products.py` for the other order.
     """
-    product = (wide.t() @ thin).t() if wide.dtype == torch.float32 else thin.t() @ wide
+    product = thin.t() @ wide
     if dtype.itemsize > product.dtype.itemsize:
         product = product.to(dtype)  # the scale rounds in the finer of the two
     return (product if scale == 1.0 else product.mul_(scale)).to(dtype)
+
+
+def kept_for_backward(
+    need_x: bool,
+    need_w: bool,
+    need_a: bool,
+    need_b: bool,
+    x: Tensor,
+    weight: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    h: Tensor,
+    drop: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    """x, weight, A, B, h and what replays the draw: each if a gradient that is needed depends on it."""
+    return (
+        x if need_w or need_a else None,
+        weight if need_x else None,
+        A if need_x or (need_a and need_b) else None,
+        B if need_x or need_a else None,
+        h if need_b else None,
+        drop if need_x or need_a else None,
+    )
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -310,14 +333,8 @@ class _LoraLinear(torch.autograd.Function):
         if B_bias is not None:
             y2.add_(B_bias.to(x.dtype), alpha=scaling)
         need_x, need_w, _, need_a, need_b = ctx.needs_input_grad[:5]
-        ctx.save_for_backward(
-            x if need_w or need_a else None,
-            weight if need_x else None,
-            A if need_x or (need_a and need_b) else None,
-            B if need_x or need_a else None,
-            h if need_b else None,
-            None if drop is None or not (need_x or need_a) else packed(drop, x.numel()),
-        )
+        drop = None if drop is None else packed(drop, x.numel())
+        ctx.save_for_backward(*kept_for_backward(need_x, need_w, need_a, need_b, x, weight, A, B, h, drop))
         ctx.scale, ctx.scaling, ctx.shape = scale, scaling, x.shape
         ctx.dtypes = A.dtype, B.dtype
         return y
@@ -472,13 +489,8 @@ class _AddLora(torch.autograd.Function):
         if B_bias is not None:
             y2.add_(B_bias.to(x.dtype), alpha=scaling)
         _, need_x, need_a, need_b = ctx.needs_input_grad[:4]
-        ctx.save_for_backward(
-            x if need_a else None,
-            A if need_x or (need_a and need_b) else None,
-            B if need_x or need_a else None,
-            h if need_b else None,
-            None if drop is None or not (need_x or need_a) else packed(drop, x.numel()),
-        )
+        drop = None if drop is None else packed(drop, x.numel())
+        ctx.save_for_backward(*kept_for_backward(need_x, False, need_a, need_b, x, None, A, B, h, drop))
         ctx.scale, ctx.scaling, ctx.shape, ctx.dtype = scale, scaling, x.shape, x.dtype
         ctx.dtypes = A.dtype, B.dtype
         return y
@@ -489,7 +501,7 @@ class _AddLora(torch.autograd.Function):
 
     @staticmethod
     def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, A, B, h, drop = ctx.saved_tensors
+        x, _, A, B, h, drop = ctx.saved_tensors
         need_y, need_x, need_a, need_b, need_bb = ctx.needs_input_grad[:5]
         G = _rows(grad.to(ctx.dtype))
         if torch.is_grad_enabled():

@@ -30,7 +30,7 @@ import triton
 from torch import Tensor
 
 from veneer.ops import triton_kernels as kernels
-from veneer.ops.lora_linear import differentiable_gradients
+from veneer.ops.lora_linear import differentiable_gradients, kept_for_backward
 
 #: Shared memory of one block, in bytes, from which the larger of two tilings fits.
 ROOMY = 160_000
@@ -173,14 +173,7 @@ class TritonLora(torch.autograd.Function):
         h = projection(rows, A, scale, Dropout.of(seed, p))
         product(_flat(y), rows, weight.t(), h, B.t(), None, bias, B_bias, scaling)
         need_x, need_w, _, need_a, need_b = ctx.needs_input_grad[:5]
-        ctx.save_for_backward(
-            x if need_w or need_a else None,
-            weight if need_x else None,
-            A if need_x or (need_a and need_b) else None,
-            B if need_x or need_a else None,
-            h if need_b else None,
-            seed if need_x or need_a else None,
-        )
+        ctx.save_for_backward(*kept_for_backward(need_x, need_w, need_a, need_b, x, weight, A, B, h, seed))
         ctx.scale, ctx.scaling, ctx.p, ctx.shape = scale, scaling, p, x.shape
         return y
 
