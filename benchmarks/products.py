@@ -1,8 +1,8 @@
 """Which order of the thin products, and which form of dropout, is the faster one?
 
 `veneer.ops` takes the thin side first, and decides on dropout by size and probability. A row above 1 says
-that this machine would rather have the other one; it decides what is faster, never what is right, so there are
-no bars.
+that this machine would rather have the other one. Only speed depends on it, never what is right, so there
+are no bars.
 """
 
 from __future__ import annotations
