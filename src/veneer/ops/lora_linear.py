@@ -299,9 +299,10 @@ def _project(x: Tensor, A: Tensor, drop: Tensor | None) -> Tensor:
 def _outer(thin: Tensor, wide: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     """``scale · thinᵀ wide`` for ``thin: (T, r)``, ``wide: (T, n)``: the gradient of a factor, in its dtype.
 
-    With the thin side first: see `benchmarks/products.py` for the other order.
+    Which order is faster depends on the dtype: alone the two hardly differ (`benchmarks/products.py`), but in
+    float32 a whole step is slower with the thin side first.
     """
-    product = thin.t() @ wide
+    product = (wide.t() @ thin).t() if wide.dtype == torch.float32 else thin.t() @ wide
     if dtype.itemsize > product.dtype.itemsize:
         product = product.to(dtype)  # the scale rounds in the finer of the two
     return (product if scale == 1.0 else product.mul_(scale)).to(dtype)
