@@ -96,9 +96,7 @@ def _start_of_nothing(patch: pytest.MonkeyPatch) -> None:
 
 def _whole(change: Callable[[Any, Callable[[], torch.Tensor]], torch.Tensor]) -> Callable[..., None]:
     def break_it(patch: pytest.MonkeyPatch) -> None:
-        patch.setattr(
-            Plain, "whole", lambda self, layer, name, x, together, bias: change(layer, name, together)
-        )
+        patch.setattr(Plain, "whole", lambda self, layer, name, x, together, bias: change(layer, together))
 
     return break_it
 
