@@ -24,6 +24,7 @@ from types import ModuleType
 from typing import Any
 
 from ..errors import VeneerWarning
+from ..layers.sharded import settle
 
 _TRL = ("PeftModel", "PeftConfig", "get_peft_model", "BaseTunerLayer", "PrefixTuningConfig")
 # Which names of a module are tested against. Where peft was not there, the module never got them.
@@ -171,6 +172,8 @@ def _widen_checkpoints(module: ModuleType) -> None:
         def own(model: Any, *args: Any, adapter_only: bool = False, sd_options: Any = None) -> Any:
             inner = importlib.import_module("accelerate.utils.other").extract_model_from_parallel(model)
             full = sd_options is not None and sd_options.full_state_dict
+            if isinstance(inner, ours):  # torch does not expect what a forward without gradients leaves
+                settle(inner)
             if not adapter_only or full or not isinstance(inner, ours):
                 return theirs(model, *args, adapter_only=adapter_only, sd_options=sd_options)
             return _ours(function)(model, *args, adapter_name=inner.active_adapter)
