@@ -20,6 +20,7 @@ from veneer.testing import registered_for_now
 
 NOT_RUN: dict[str, str] = {
     # "docs/page.md": "why its `python no-run` blocks cannot run"
+    "docs/distributed.md": "they take several processes; tests/interop/accelerate_ranks.py makes these calls",
 }
 PYTHON_PAGES = [page for page in PAGES if any(block.language == "python" for block in blocks(page))]
 SHELLS = {"bash", "sh", "shell", "console"}

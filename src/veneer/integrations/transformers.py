@@ -24,6 +24,7 @@ from types import ModuleType
 from typing import Any
 
 from ..errors import VeneerWarning
+from ..layers.sharded import settle
 
 _TRL = ("PeftModel", "PeftConfig", "get_peft_model", "BaseTunerLayer", "PrefixTuningConfig")
 # Which names of a module are tested against. Where peft was not there, the module never got them.
@@ -58,6 +59,9 @@ def enable_trainer() -> None:
 def widen(module: ModuleType) -> None:
     """Widen what one module of transformers, accelerate or TRL takes for an adapter."""
     name = module.__name__
+    if name == "accelerate.utils.fsdp_utils":
+        _widen_checkpoints(module)
+        return
     if name.startswith("accelerate."):
         _widen_accelerate(module)
         return
@@ -150,6 +154,35 @@ def _widen_accelerate(module: ModuleType) -> None:
     for name, other in list(sys.modules.items()):
         if name.split(".")[0] in ("accelerate", "trl") and vars(other).get("is_peft_model") is theirs:
             other.is_peft_model = is_peft_model  # type: ignore[attr-defined]
+
+
+def _widen_checkpoints(module: ModuleType) -> None:
+    """What accelerate keeps of an adapter in FSDP's checkpoints: our adapters by our functions.
+
+    Its own calls peft's, whichever model it is. A full state dict of FSDP2 it makes without them.
+    """
+    ours = _ours("PeftModel")
+
+    def replace(name: str, function: str) -> None:
+        theirs = vars(module).get(name)
+        if theirs is None or _accepts(theirs, ours):
+            return
+
+        @functools.wraps(theirs)
+        def own(model: Any, *args: Any, adapter_only: bool = False, sd_options: Any = None) -> Any:
+            inner = importlib.import_module("accelerate.utils.other").extract_model_from_parallel(model)
+            full = sd_options is not None and sd_options.full_state_dict
+            if isinstance(inner, ours):  # torch does not expect what a forward without gradients leaves
+                settle(inner)
+            if not adapter_only or full or not isinstance(inner, ours):
+                return theirs(model, *args, adapter_only=adapter_only, sd_options=sd_options)
+            return _ours(function)(model, *args, adapter_name=inner.active_adapter)
+
+        own.veneer_accepts = ours  # type: ignore[attr-defined]
+        setattr(module, name, own)
+
+    replace("_get_model_state_dict", "get_peft_model_state_dict")
+    replace("_set_model_state_dict", "set_peft_model_state_dict")
 
 
 def _widen_fsdp(trainer: ModuleType) -> None:
