@@ -107,14 +107,14 @@ for path, a, b in factors(unet(), attention, 3):
     module, end = (path.removesuffix(".0") if path.endswith("to_out.0") else path).rsplit(".", 1)
     stem = f"unet.{module}.processor.{end}_lora"
     files["old"] |= {f"{stem}.down.weight": a, f"{stem}.up.weight": b}
-# sd-scripts, with strengths of their own. diffusers takes no other ends there.
+# sd-scripts, with a strength. Of several in one file diffusers loses those of attention and of text encoders.
 files["kohya"] = {}
 for start, model, ends in (("lora_unet", unet(), every), ("lora_te", text_encoder(), clip)):
-    for number, (path, a, b) in enumerate(factors(model, ends, 4)):
+    for path, a, b in factors(model, ends, 4):
         path = f"text_model.{path}" if start == "lora_te" and not path.startswith("text_model.") else path
         stem = f"{start}_{path.replace('.', '_')}"
         files["kohya"] |= {f"{stem}.lora_down.weight": a, f"{stem}.lora_up.weight": b,
-                           f"{stem}.alpha": torch.tensor(float(1 + number % 3))}
+                           f"{stem}.alpha": torch.tensor(2.5)}
 
 plain = drawn(unet()), encoded(text_encoder())
 for name, tensors in files.items():

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -73,8 +74,8 @@ class Target(ABC):
     rules: ClassVar[Rules] = Rules()
     keeps: ClassVar[frozenset[str]] = frozenset()
     files: ClassVar[tuple[str, ...]] = ()
-    #: Features whose refusal needs no general words, because `more_problems` says why.
-    explained: ClassVar[frozenset[str]] = frozenset()
+    #: Features that are taken on a condition, which `more_problems` looks at, in a few words.
+    sometimes: ClassVar[Mapping[str, str]] = MappingProxyType({})
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -88,7 +89,7 @@ class Target(ABC):
         if own is not None:
             found.append(Problem(own))
         for feature, names in source.features().items():
-            if feature in self.keeps or feature in FOLDED or feature in self.explained:
+            if feature in self.keeps or feature in FOLDED or feature in self.sometimes:
                 continue
             found.append(
                 Problem(

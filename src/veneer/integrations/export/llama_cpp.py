@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
@@ -26,8 +27,8 @@ class LlamaCpp(PeftFiles):
     name = "llama.cpp"
     reader = "llama.cpp's convert_lora_to_gguf.py"
     rules = Rules("float32", one_rank=False)
-    keeps = frozenset({"embedding", "head"})
-    explained = frozenset({"modules_to_save"})
+    keeps = frozenset({"embedding"})
+    sometimes = MappingProxyType({"head": "where the base does not tie it", "modules_to_save": "norms only"})
 
     def more_problems(self, source: Source) -> list[Problem]:
         """Whole modules that are no norms, and a head that the converted model has not got."""

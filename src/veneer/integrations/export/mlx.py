@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from safetensors.torch import load_file, save_file
@@ -24,7 +25,9 @@ class Mlx(Target):
     rules = Rules("any")
     keeps = frozenset({"head", "dora"})
     files = (CONFIG, TENSORS)
-    explained = frozenset({"embedding", "tied"})
+    sometimes = MappingProxyType(
+        {"embedding": "where the base does not tie it", "tied": "where the base ties them"}
+    )
 
     def more_problems(self, source: Source) -> list[Problem]:
         """An embedding's update, which mlx-lm applies to a tied head too."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
+
 from .base import Part, Problem
 from .folding import Rules
 from .peft_files import PeftFiles
@@ -22,7 +24,7 @@ class Vllm(PeftFiles):
     reader = "vLLM, --lora-modules and LoRARequest"
     rules = Rules("integer", rslora=True)
     keeps = frozenset({"embedding", "head"})
-    explained = frozenset({"modules_to_save"})
+    sometimes = MappingProxyType({"modules_to_save": "a classifier's head only"})
 
     def more_problems(self, source: Source) -> list[Problem]:
         """Whole modules other than a classifier's head."""

@@ -53,7 +53,7 @@ OTHER = "other than the layers' projections"
 
 CASES: dict[str, Case] = {
     "linear": Case(llama, LM, EVERY),
-    "rslora": Case(llama, {**LM, "use_rslora": True, "lora_alpha": 7}, EVERY),
+    "rslora": Case(llama, {**LM, "r": 5, "use_rslora": True, "lora_alpha": 7}, EVERY),
     "patterns": Case(
         llama,
         {
@@ -136,7 +136,7 @@ CASES: dict[str, Case] = {
         Mlp,
         {**NET, "use_dora": True, "bias": "all", "modules_to_save": ["norm"]},
         "",
-        ("magnitudes of DoRA",),
+        ("magnitudes of DoRA", "trained whole"),
     ),
 }
 
@@ -191,7 +191,7 @@ def _layers(model: PeftModel) -> dict[str, LoraLayer]:
 @torch.no_grad()
 def _delta(layer: LoraLayer) -> Tensor:
     delta = layer.get_delta_weight("default").double()
-    return delta.T if getattr(layer, "fan_in_fan_out", False) else delta
+    return delta.T if type(layer.get_base_layer()).__name__ == "Conv1D" else delta
 
 
 @torch.no_grad()
