@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import peft
+import pytest
+import torch
+from torch import nn
+
 from tests.processes import run_python
+from tests.tolerances import assert_close
+from veneer import PeftModel, VeneerWarning, export_adapter
+from veneer.errors import ExportError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -22,6 +30,31 @@ from tests.tolerances import assert_close
 from veneer import LoraConfig, PeftModel, export_adapter, get_peft_model, import_adapter
 torch.set_num_threads(1)
 """
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 4))
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_a_start_that_changed_the_base_becomes_plain_by_the_way_that_is_named(
+    init: str, tmp_path: Path
+) -> None:
+    config = peft.LoraConfig(r=3, lora_alpha=6, target_modules=["0"], init_lora_weights=init)
+    theirs = peft.get_peft_model(net(), config)
+    for parameter in theirs.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    x = torch.randn(5, 16)
+    theirs.save_pretrained(tmp_path / "theirs")
+    with pytest.raises(ExportError, match="save it again, which writes a plain adapter"):
+        export_adapter(tmp_path / "theirs", tmp_path / "out", "plain")
+    with pytest.warns(VeneerWarning, match="worked out again"):
+        loaded = PeftModel.from_pretrained(net(), tmp_path / "theirs")
+    loaded.save_pretrained(tmp_path / "ours")
+    export_adapter(tmp_path / "ours", tmp_path / "out", "plain")
+    assert_close(peft.PeftModel.from_pretrained(net(), tmp_path / "out")(x), theirs(x))
 
 
 def test_diffusers_loads_what_is_exported_for_it(nopeft_python: Path, tmp_path: Path) -> None:

@@ -134,4 +134,4 @@ def _brought(update: Update, factor: float, width: int, scaling: float, dtype: t
 
 def _finite(update: Update) -> bool:
     parts: list[Tensor] = [t for t in (update.a, update.b, update.bias) if t is not None]
-    return all(bool(torch.isfinite(part.float()).all()) for part in parts)
+    return all(bool(part.float().isfinite().all()) for part in parts)

@@ -200,6 +200,9 @@ def _check(where: Path, config: LoraConfig, updates: dict[str, Update], unknown:
         elif option and len(have) < len(updates):
             lacking = next(path for path in updates if path not in have)
             problems.append(f"{lacking} lacks {noun}, and the configuration asks for it")
+    parts = {path: (u.a, u.b, u.bias, u.magnitude) for path, u in updates.items()}
+    broken = [path for path, own in parts.items() if not all(t is None or _finite(t) for t in own)]
+    problems += [f"{path} holds NaN or infinity" for path in broken]
     if problems:
         raise AdapterFileError(
             f"{where} does not fit its configuration:"
@@ -208,16 +211,23 @@ def _check(where: Path, config: LoraConfig, updates: dict[str, Update], unknown:
         )
 
 
+def _finite(tensor: Tensor) -> bool:
+    return bool(tensor.float().isfinite().all())
+
+
 def variant_problem(source: Source) -> str | None:
     """Why an adapter of this variant or initialisation is nothing but its own library's, or None."""
     name, init = variant_name(source.config), source.config.init_lora_weights
     if name not in ("plain", "dora"):
         return f"it is a {name}, whose update no other reader's format has"
     if isinstance(init, str) and CHANGED_BASE.fullmatch(init.lower()):
-        return (
-            f"init_lora_weights={init!r} changed the base that its factors count from: load it with "
-            "PeftModel.from_pretrained and save it again, which writes a plain adapter of the original base"
+        way = (
+            "load it onto the original base with PeftModel.from_pretrained and save it again, which writes a "
+            "plain adapter"
+            if init.lower().startswith(("pissa", "olora"))
+            else "it fits nothing but that base"
         )
+        return f"init_lora_weights={init!r} changed the base that its factors count from: {way}"
     return None
 
 

@@ -392,8 +392,12 @@ def test_tensors_that_nothing_explains(saved: Callable[[str], Saved], tmp_path: 
     shutil.copytree(saved("linear").place, place)
     file = place / "adapter_model.safetensors"
     odd = {"base_model.model.x.lora_C.weight": torch.ones(1), "stranger": torch.ones(2)}
-    save_file({**load_file(file), **odd}, file)
-    with pytest.raises(AdapterFileError, match=r"(?s)lora_C.*stranger"):
+    tensors = load_file(file)
+    tensors["base_model.model.model.layers.1.mlp.down_proj.lora_B.weight"][0, 0] = float("inf")
+    save_file({**tensors, **odd}, file)
+    with pytest.raises(
+        AdapterFileError, match=r"(?s)lora_C.*stranger.*1.mlp.down_proj holds NaN or infinity"
+    ):
         export_adapter(place, tmp_path / "out", "plain")
 
 
