@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
+from tests.golden.make import DATA
+from tests.golden.models import CASES, output
 from tests.processes import run_python
 from tests.tolerances import assert_close
 from veneer import PeftModel, VeneerWarning, export_adapter
@@ -55,6 +59,23 @@ def test_a_start_that_changed_the_base_becomes_plain_by_the_way_that_is_named(
     loaded.save_pretrained(tmp_path / "ours")
     export_adapter(tmp_path / "ours", tmp_path / "out", "plain")
     assert_close(peft.PeftModel.from_pretrained(net(), tmp_path / "out")(x), theirs(x))
+
+
+GOLDEN = sorted(path.name for path in DATA.iterdir() if path.name != "lora_bias")
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+@torch.no_grad()
+def test_plain_files_of_the_reference_mean_the_same_to_it(name: str, tmp_path: Path) -> None:
+    golden, case = load_file(DATA / name / "golden.safetensors"), CASES[name]
+    base = case.build()
+    base.load_state_dict({k.removeprefix("base."): t for k, t in golden.items() if k.startswith("base.")})
+    report = export_adapter(DATA / name, tmp_path / "out", "plain")
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert not config["use_rslora"] and not config["rank_pattern"] and not config["alpha_pattern"]
+    assert report.worst <= torch.finfo(torch.float32).eps
+    adapted = peft.PeftModel.from_pretrained(base.eval(), tmp_path / "out").eval()
+    assert_close(output(adapted, golden["input"]), golden["output.adapter"])
 
 
 def test_diffusers_loads_what_is_exported_for_it(nopeft_python: Path, tmp_path: Path) -> None:

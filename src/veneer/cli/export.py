@@ -66,8 +66,7 @@ def export(
     find(target)
     place = adapter_place(adapter)
     if output is None:
-        output = Path(f"{place.name or place.resolve().name}-{target}")
-        output = place.parent / output if Path(adapter).expanduser().exists() else output
+        output = _beside(place if Path(adapter).expanduser().exists() else Path(adapter).name, target)
     base = _base(place, model) if model is not None or dora_to_plain else None
     with _progress(dora_to_plain) as tell:
         report = export_adapter(
@@ -86,6 +85,13 @@ def export(
         _as_json(report)
     else:
         _show(report, targets.get(target).reader)  # type: ignore[union-attr]
+
+
+def _beside(adapter: Path | str, target: str) -> Path:
+    """Where the files go when nobody says: beside the adapter, or here for one of the hub."""
+    place = Path(adapter)
+    place = place.resolve() if place.name in ("", "..") else place
+    return place.with_name(f"{place.name}-{target}")
 
 
 @contextlib.contextmanager

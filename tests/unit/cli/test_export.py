@@ -37,6 +37,15 @@ def test_the_output_has_a_name_of_its_own_unless_given_one(
     assert len(tests.readers.llama_cpp.read(place)) == 14
 
 
+def test_names_of_outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from veneer.cli.export import _beside
+
+    monkeypatch.chdir(tmp_path)
+    assert _beside(Path("runs/mails"), "mlx") == Path("runs/mails-mlx")
+    assert _beside(Path("."), "mlx") == tmp_path.with_name(f"{tmp_path.name}-mlx")
+    assert _beside("mails", "llama.cpp") == Path("mails-llama.cpp")  # of the hub: org/mails
+
+
 def test_as_json(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["export", str(adapter), str(tmp_path / "out"), "--target", "mlx", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)

@@ -146,7 +146,7 @@ def export_adapter(
         out,
         chosen.files,
         modules,
-        tuple(line for part in parts for line in _in_words(part)),
+        tuple(line for part in parts for line in _in_words(part, chosen.rules.alpha)),
         tuple(left_out),
         tuple(line for source in sources.values() for line in chosen.notes(source)),
         errors,
@@ -249,9 +249,11 @@ def _verified(target: Target, parts: list[Part], made: Path) -> dict[str, Compar
     return found
 
 
-def _in_words(part: Part) -> list[str]:
+def _in_words(part: Part, alpha: str) -> list[str]:
     folded, start = part.folded, f"{part.component}: " if part.component else ""
     lines = []
+    said = {"rank": "a scale of 1", "any": f"a scale of {folded.alpha / folded.r:g}"}
+    common = said.get(alpha, f"lora_alpha = {folded.alpha:g}")
     total = len(folded.updates)
     if folded.padded:
         lines.append(
@@ -260,10 +262,10 @@ def _in_words(part: Part) -> list[str]:
     if folded.scaled:
         lines.append(
             f"{start}the strength of {len(folded.scaled)} of {total} modules multiplied into B; "
-            f"lora_alpha = {folded.alpha:g} for all"
+            f"{common} for all"
         )
     elif part.source.config.use_rslora and not folded.use_rslora:
-        lines.append(f"{start}use_rslora written as lora_alpha = {folded.alpha:g}")
+        lines.append(f"{start}use_rslora written as {common}")
     if part.biases:
         lines.append(f"{start}the bias of B of {len(part.biases)} modules added to the layers' own biases")
     return lines

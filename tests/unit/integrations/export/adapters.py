@@ -34,6 +34,15 @@ def llama(tied: bool = False) -> Any:
     ).eval()
 
 
+def classifier() -> Any:
+    from transformers import LlamaForSequenceClassification
+
+    config = llama().config
+    config.num_labels, config.pad_token_id = 3, 0
+    torch.manual_seed(0)
+    return LlamaForSequenceClassification(config).eval()
+
+
 @dataclass(frozen=True)
 class Case:
     """A model, the options of its adapter, and for which targets it can be written."""
@@ -95,7 +104,10 @@ CASES: dict[str, Case] = {
         llama, {**LM, "modules_to_save": ["input_layernorm", "norm"]}, "llama.cpp plain", ("trained whole",)
     ),
     "whole head": Case(llama, {**LM, "modules_to_save": ["lm_head"]}, "plain", ("trained whole",)),
-    "classifier": Case(Mlp, {**NET, "modules_to_save": ["head"]}, "plain", ("trained whole",)),
+    "head of a classifier": Case(
+        classifier, {**LM, "task_type": "SEQ_CLS"}, "vllm plain", ("trained whole",)
+    ),
+    "whole module of a net": Case(Mlp, {**NET, "modules_to_save": ["head"]}, "plain", ("trained whole",)),
     "lora_bias": Case(Mlp, {**NET, "lora_bias": True}, "diffusers", ("lora_bias",)),
     "bias of the layers": Case(Mlp, {**NET, "bias": "lora_only"}, "plain", ("biases of the base",)),
     "every bias": Case(Mlp, {**NET, "bias": "all"}, "plain", ("biases of the base",)),
