@@ -80,11 +80,12 @@ check_trained(dpo(place / "dpo", ready(llama())), llama)
 check_trained(kto(place / "kto", ready(llama())), llama)
 check_trained(kto(place / "kto-fresh", llama(), peft_config=made), llama)
 check_trained(online("RLOO", place / "rloo", ready(llama())), llama)
+check_trained(online("RLOO", place / "rloo-fresh", llama(), peft_config=made), llama)
 """,
         tmp_path,
         nopeft_python,
     )
-    assert out.count("trained: ") == 4
+    assert out.count("trained: ") == 5
 
 
 def test_reference_adapter_stays_and_comes_back_with_a_checkpoint(tmp_path: Path) -> None:
