@@ -6,8 +6,7 @@ checkpoint. TRL asks the same of models and configurations. Here what they test 
 classes, module by module:
 
 * where peft is installed, the name `PeftModel` in the trainer's module comes to mean "peft's or Veneer's", as
-  a
-  subclass of peft's class, so that everything else said of it stays true;
+  a subclass of peft's class, so that everything else said of it stays true;
 * where it is not, the name is Veneer's class, and the module's `is_peft_available` says yes.
 
 Neither library itself is changed, and models of the real peft are treated as before.
@@ -25,8 +24,8 @@ from typing import Any
 
 from ..errors import VeneerWarning
 from ..layers.sharded import settle
+from . import trl
 
-_TRL = ("PeftModel", "PeftConfig", "get_peft_model", "BaseTunerLayer", "PrefixTuningConfig")
 # Which names of a module are tested against. Where peft was not there, the module never got them.
 # TRL's modules use some each; where peft is there, a name that a module does not use is not given to it.
 NAMES = {
@@ -68,7 +67,7 @@ def widen(module: ModuleType) -> None:
     absent = not _peft_there(module)
     if absent and hasattr(module, "is_peft_available"):
         module.is_peft_available = _always  # type: ignore[attr-defined]
-    for word in NAMES.get(name, _TRL):
+    for word in NAMES.get(name, trl.GIVEN if absent else trl.TESTED):
         ours = _ours(word)
         present = vars(module).get(word)
         if present is None and (absent or name in NAMES):
@@ -93,6 +92,8 @@ def _always() -> bool:
 
 
 def _ours(word: str) -> Any:
+    if word == "peft":
+        return trl.PEFT
     return getattr(importlib.import_module(f"{__package__}.as_peft.objects"), word)
 
 
