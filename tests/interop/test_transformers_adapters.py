@@ -273,7 +273,9 @@ def note(step, model):
     with torch.no_grad():
         outputs[step] = model(X).logits
     active = model.active_adapters() if model._hf_peft_config_loaded else None
-    steps.append([step, active, sorted(trainable(model)), model.training])
+    # Disabled factors take no part; that the reference freezes them meanwhile is not imitated.
+    trains = None if step == "disabled" else sorted(trainable(model))
+    steps.append([step, active, trains, model.training])
 
 model = llama()
 model.add_adapter(LoraConfig(r=3, lora_alpha=7, target_modules=["q_proj", "down_proj"]), "one")
