@@ -14,10 +14,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ...adapters import AdapterModule
+from ...adapters import AdapterModule, AdapterSet
 from ...errors import LoadMismatchError
-from ...inject import sites
-from ...layers import LoraLayer
+from ...inject import bias_parameters, sites
+from ...model.hotswap import prepare_model_for_compiled_hotswap
 
 _CONTAINERS = (
     "lora_A",
@@ -46,6 +46,7 @@ def load_adapter(original: Callable[..., Any], model: Any, *args: Any, **kwargs:
     Raises:
         LoadMismatchError: Keys of the file that the model has no place for, places that the file does not
             fill, or other shapes. The model is as it was before.
+        ConfigError: There is no room for it under the rank given to `enable_peft_hotswap`; the same.
     """
     given = inspect.signature(original).bind(model, *args, **kwargs).arguments
     name = given.get("adapter_name") or "default"
@@ -65,7 +66,8 @@ def load_adapter(original: Callable[..., Any], model: Any, *args: Any, **kwargs:
         # Before version 5 it loads through set_peft_model_state_dict, which is strict itself.
         return None
     before.put_back("_weight_conversions")
-    missing = sorted(key for key in report.missing_keys if _belongs(key, name))
+    report.missing_keys = {key for key in report.missing_keys if _belongs(key, name)}
+    missing = sorted(report.missing_keys)
     unexpected = sorted(report.unexpected_keys)
     shapes = [] if tolerant else sorted(report.mismatched_keys)
     if missing or unexpected or shapes:
@@ -74,7 +76,15 @@ def load_adapter(original: Callable[..., Any], model: Any, *args: Any, **kwargs:
         raise LoadMismatchError(
             _message(type(model).__name__, name, _source(given), missing, unexpected, shapes, total)
         )
-    _bring_to_their_layers(model, name)
+    _settle(model, name)
+    before.freeze_replaced(model.peft_config[name])
+    if not given.get("is_trainable", False):
+        to_inference(model, name)
+    try:
+        _make_room(model)
+    except Exception:
+        before.restore()
+        raise
     return report
 
 
@@ -92,13 +102,31 @@ def _factors_in_memory(model: Any) -> Iterator[None]:
         model.hf_device_map = spread
 
 
-def _bring_to_their_layers(model: nn.Module, adapter: str) -> None:
-    """Factors go where their layer computes, which is not where an offloaded base weight lies."""
-    for layer in model.modules():
-        if isinstance(layer, LoraLayer) and adapter in layer.held_adapters:
-            device = layer.base_device()
-            for parameter in layer.adapter_parameters(adapter):
-                parameter.data = parameter.data.to(device)
+def _settle(model: nn.Module, adapter: str) -> None:
+    """Give the tensors memory of their own, where their module computes.
+
+    They came as views into the file, which may be overwritten; and an offloaded base weight lies elsewhere.
+    """
+    for module in model.modules():
+        if isinstance(module, AdapterModule) and adapter in module.held_adapters:
+            device = module.base_device()
+            for parameter in module.adapter_parameters(adapter):
+                parameter.data = parameter.data.to(device, copy=True)
+
+
+def to_inference(model: nn.Module, adapter: str) -> None:
+    """Freeze an adapter in every module that holds a part of it, and leave training mode."""
+    model.eval()
+    for parameter in AdapterSet(model).parameters(adapter):
+        parameter.requires_grad_(False)
+
+
+def _make_room(model: Any) -> None:
+    """What `enable_peft_hotswap` was called for: room for other ranks, once there is an adapter."""
+    wanted = getattr(model, "_prepare_peft_hotswap_kwargs", None)
+    if wanted:
+        prepare_model_for_compiled_hotswap(model, config=model.peft_config, **wanted)
+        model._prepare_peft_hotswap_kwargs = None
 
 
 class _Before:
@@ -107,19 +135,22 @@ class _Before:
     def __init__(self, model: Any, name: str) -> None:
         self.model = model
         self.name = name
+        self.held = name in _held(model)
         self.attributes = {key: vars(model)[key] for key in _ATTRIBUTES if key in vars(model)}
         self.configs = dict(self.attributes.get("peft_config", {}))
-        self.frozen = [(p, p.requires_grad) for p in model.parameters()]
+        # transformers puts new parameters in the places of those that the file has, the base's too.
+        self.parameters = [
+            (module, key, p, p.requires_grad)
+            for module in model.modules()
+            for key, p in module._parameters.items()
+            if p is not None
+        ]
         self.training = [(m, m.training) for m in model.modules()]
         self.states = [
             (m, m.active_adapters, m.disable_adapters)
             for m in model.modules()
             if isinstance(m, AdapterModule)
         ]
-        # A hot swap writes into the tensors of an adapter that stays.
-        self.tensors: dict[str, Tensor] = {}
-        if name in _held(model):
-            self.tensors = {key: value.detach().clone() for key, value in _tensors(model, name).items()}
 
     def put_back(self, key: str) -> None:
         """Give the model one of its own attributes back, or take it away again."""
@@ -128,19 +159,24 @@ class _Before:
         else:
             vars(self.model).pop(key, None)
 
-    def restore(self) -> bool:
-        """Bring the model back; true if there was anything to bring back."""
+    def freeze_replaced(self, config: Any) -> None:
+        """What the file had of the base (an embedding) is not for training; biases are, if `bias` says so."""
+        trained = {id(p) for _, p in bias_parameters(self.model, config.bias, self.name)}
+        for module, key, before, _ in self.parameters:
+            now = module._parameters.get(key)
+            if now is not None and now is not before and id(now) not in trained:
+                now.requires_grad_(False)
+
+    def restore(self) -> None:
+        """Bring the model back."""
         model = self.model
-        added = not self.tensors and self.name in _held(model)
-        if added:
+        if not self.held and self.name in _held(model):
             _remove(model, self.name)
-        for key, value in self.tensors.items():
-            owner, _, last = key.rpartition(".")
-            setattr(model.get_submodule(owner), last, nn.Parameter(value, requires_grad=False))
         for module, active, disabled in self.states:
             module.set_adapter(active)
             module.enable_adapters(not disabled)
-        for parameter, wanted in self.frozen:
+        for module, key, parameter, wanted in self.parameters:
+            module._parameters[key] = parameter
             parameter.requires_grad_(wanted)
         for module, mode in self.training:
             module.training = mode
@@ -149,7 +185,6 @@ class _Before:
         if "peft_config" in self.attributes:
             self.attributes["peft_config"].clear()
             self.attributes["peft_config"].update(self.configs)
-        return added or bool(self.tensors)
 
 
 def _held(model: nn.Module) -> set[str]:
