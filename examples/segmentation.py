@@ -1,4 +1,4 @@
-"""Semantic segmentation: a small SegFormer that knows shoes and bags learns to outline other clothes.
+"""Semantic segmentation: a small SegFormer that knows shirts and shoes learns to outline other clothes.
 
 ``python examples/segmentation.py`` makes its own pictures: clothes from Fashion-MNIST, cut out and laid on
 textures, so that every pixel's class is known. No pretrained SegFormer can be had without a hub, so it first
@@ -22,11 +22,11 @@ from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
 from veneer import LoraConfig, get_peft_model
 
-SIDE, BATCH = 48, 32
+SIDE, BATCH = 48, 16
 #: Classes are 0 for the ground, then these, from 1 on.
-SOURCE = ("sandal", "sneaker", "ankle boot", "bag", "shirt", "pullover")
-TARGET = ("trousers", "T-shirt", "dress", "coat")
-LEARNING_RATE = {"head only": 5e-3, "LoRA": 5e-3, "full": 2e-3}
+SOURCE = ("T-shirt", "pullover", "dress", "sandal", "sneaker")
+TARGET = ("trousers", "bag", "ankle boot")
+LEARNING_RATE = {"head only": 3e-3, "LoRA": 3e-3, "full": 1e-3}
 
 
 def textures(count: int, kind: str, draw: torch.Generator) -> torch.Tensor:
@@ -57,7 +57,7 @@ def scenes(count: int, kind: str, seed: int, train: bool = True) -> tuple[torch.
         for _ in range(2):
             chosen = usable[torch.randint(len(usable), (1,), generator=draw)]
             garment = garments[chosen][:, None].float() / 255
-            size = int(torch.randint(22, 33, (1,), generator=draw))
+            size = int(torch.randint(24, 37, (1,), generator=draw))
             garment = F.interpolate(garment, size=size, mode="bilinear")[0]
             top, left = torch.randint(SIDE - size + 1, (2,), generator=draw).tolist()
             colour = 0.3 + 0.7 * torch.rand(3, 1, 1, generator=draw)
@@ -114,7 +114,7 @@ def mean_iou(predicted: torch.Tensor, masks: torch.Tensor) -> float:
 
 def main() -> int:
     study = Study(__doc__)
-    sizes = (256, 40, 128, 20, 100) if study.short else (2000, 600, 600, 150, 300)
+    sizes = (256, 40, 128, 20, 100) if study.short else (3000, 600, 600, 150, 300)
     source_count, source_steps, count, steps, held_out = sizes
     pictures, masks = scenes(count, "target", seed=1)
     test_pictures, test_masks = scenes(held_out, "target", seed=2, train=False)
@@ -136,7 +136,7 @@ def main() -> int:
             config = LoraConfig(
                 r=8,
                 lora_alpha=16,
-                target_modules=r".*encoder.*(query|key|value|attention\.output\.dense|dense1|dense2)",
+                target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"],
                 modules_to_save=["decode_head"],
             )
             return get_peft_model(model, config)

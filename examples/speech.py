@@ -23,7 +23,7 @@ from whisper_tiny import END, NO_TIMES, PLACES, whisper_tiny, whisper_tokenizer
 from veneer import LoraConfig, get_peft_model
 
 WINDOW, BATCH = 3, 8
-LEARNING_RATE = {"LoRA": 2e-3, "full": 1e-4}
+LEARNING_RATE = {"LoRA": 2e-3, "full": 3e-5}
 TOKENIZER = whisper_tokenizer()
 logging.set_verbosity_error()  # Whisper's generate passes options that it itself calls deprecated
 
