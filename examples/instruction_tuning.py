@@ -62,7 +62,7 @@ def main() -> int:
             learning_rate=RATES[method],
             lr_scheduler_type="cosine",
             warmup_steps=2,
-            gradient_checkpointing=False,
+            activation_checkpointing=False,
             bf16=method == "full fine-tuning",
             seed=seed,
             **QUIET,
