@@ -98,7 +98,10 @@ def main() -> int:
         once=["base"],
     )
     gain = study.worst("LoRA") - study.best("head only")
-    study.claim("LoRA beats the head alone", gain > 0)
+    if study.short:
+        study.claim("LoRA learns", study.worst("LoRA") > 2 * study.best("base"))
+    else:
+        study.claim("LoRA beats the head alone by 3 percentage points with every seed", gain >= 3)
     study.picture()
     return study.finish()
 
