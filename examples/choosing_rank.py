@@ -7,10 +7,15 @@ SpamAssassin's public corpus (``make examples-data``); no subject is in both tra
 
 from __future__ import annotations
 
+import argparse
 import copy
 import itertools
+import multiprocessing
+import os
 import statistics
 import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,7 +30,7 @@ from veneer import LoraConfig, get_peft_model
 
 RANKS = (1, 2, 4, 8, 16, 32, 64, 128)
 SIZES = (64, 256, 1024)
-LENGTH, BATCH, STEPS, FROZEN, RATE = 16, 16, 40, 3, 2e-3
+LENGTH, BATCH, STEPS, FROZEN, RATE = 16, 16, 32, 3, 2e-3
 ATTENTION, ALL = ["query", "key", "value", "attention.output.dense"], "all-linear"
 #: Ranks of equal size: of a layer, all-linear adapts 18 · 384 · r parameters, attention only 8 · 384 · r.
 BUDGETS = ((9, 4), (36, 16))
@@ -86,10 +91,52 @@ def score(model: nn.Module, rows: Rows) -> tuple[float, float]:
     )
 
 
+@dataclass(frozen=True)
+class Setting:
+    """One run: the rank, where the factors are, how many mails, the seed, and for how many steps."""
+
+    r: int
+    where: str
+    size: int
+    seed: int
+    steps: int
+
+
+WORK: dict[str, Any] = {}
+
+
+def begin(upper: nn.ModuleList, train_set: Rows, heldout: Rows) -> None:
+    """Let a process know what all runs share; each computes with one thread."""
+    torch.set_num_threads(1)
+    WORK.update(upper=upper, train=train_set, heldout=heldout)
+
+
+def adapted(setting: Setting) -> dict[str, Any]:
+    """Train one adapter and examine it."""
+    # Data, head and order depend on the seed and not on the rank: within a seed only the rank differs.
+    seed_all(setting.seed)
+    model: Any = Upper(copy.deepcopy(WORK["upper"]))
+    rows = torch.randperm(len(WORK["train"][0]))[: setting.size]
+    targets = ATTENTION if setting.where == "attention" else ALL
+    config = LoraConfig(
+        r=setting.r, lora_alpha=2 * setting.r, target_modules=targets, modules_to_save=["head"]
+    )
+    model = get_peft_model(model, config)
+    parameters = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
+    seed_all(setting.seed)
+    begun = time.process_time()
+    fit(model, tuple(part[rows] for part in WORK["train"]), setting.steps)
+    right, loss = score(model, WORK["heldout"])
+    spent = time.process_time() - begun
+    return {**vars(setting), "parameters": parameters, "right": right, "loss": loss, "cpu_seconds": spent}
+
+
 def main() -> int:
-    study = Study(__doc__)
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (one for each core)")
+    study = Study(__doc__, parser)
     ranks, sizes = ((1, 8), SIZES[1:2]) if study.short else (RANKS, SIZES)
-    steps = 20 if study.short else STEPS
+    budgets = BUDGETS[:1] if study.short else BUDGETS
     whole = AutoModel.from_pretrained(MINILM)
     tokenizer = AutoTokenizer.from_pretrained(MINILM)
     upper = nn.ModuleList(whole.encoder.layer[FROZEN:])
@@ -97,40 +144,36 @@ def main() -> int:
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     del whole.encoder.layer[FROZEN:]
-    train_set, heldout = (
-        lower(whole.eval(), tokenizer, part)
-        for part in spam_examples(max(sizes), 200 if study.short else 600, False)
-    )
+    parts = spam_examples(max(sizes), 200 if study.short else 600, body=False)
+    train_set, heldout = (lower(whole.eval(), tokenizer, part) for part in parts)
 
-    def adapted(r: int, targets: Any, size: int, seed: int) -> dict[str, Any]:
-        # Data, head and order depend on the seed and not on the rank: within a seed only the rank differs.
-        seed_all(seed)
-        model = Upper(copy.deepcopy(upper))
-        rows = torch.randperm(len(train_set[0]))[:size]
-        config = LoraConfig(r=r, lora_alpha=2 * r, target_modules=targets, modules_to_save=["head"])
-        model = get_peft_model(model, config)
-        trainable = sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)
-        seed_all(seed)
-        begun = time.process_time()
-        fit(model, tuple(part[rows] for part in train_set), steps)
-        right, loss = score(model, heldout)
-        return {"r": r, "targets": "attention" if targets is ATTENTION else "all-linear", "size": size,
-                "seed": seed, "parameters": trainable, "right": right, "loss": loss,
-                "cpu_seconds": time.process_time() - begun}  # fmt: skip
-
+    everywhere = {(r, "all-linear") for r in (*ranks, *(low for _, low in budgets))}
+    places = sorted(everywhere | {(high, "attention") for high, _ in budgets})
+    settings = [
+        Setting(r, where, size, seed, 20 if study.short else STEPS)
+        for size in sizes
+        for r, where in places
+        for seed in study.seeds
+    ]
     runs = []
-    for size, r in itertools.product(sizes, ranks):
-        runs += [adapted(r, ALL, size, seed) for seed in study.seeds]
-        last = runs[-len(study.seeds) :]
-        study.progress.say(f"  {size} mails, r={r}: {spread([run['right'] for run in last])} % right")
-    for (high, low), size in itertools.product(BUDGETS[:1] if study.short else BUDGETS, sizes):
-        for r, targets in ((high, ATTENTION), (low, ALL)):
-            if targets is ATTENTION or low not in ranks:
-                runs += [adapted(r, targets, size, seed) for seed in study.seeds]
+    if study.short:
+        begin(upper, train_set, heldout)
+        runs = list(map(adapted, settings))
+    else:
+        context, shared = multiprocessing.get_context("spawn"), (upper, train_set, heldout)
+        with ProcessPoolExecutor(study.options.jobs, context, begin, shared) as pool:
+            for run_ in pool.map(adapted, settings):
+                runs.append(run_)
+                if len(runs) % len(study.seeds) == 0:
+                    last = spread([done["right"] for done in runs[-len(study.seeds) :]])
+                    study.progress.say(
+                        f"  {run_['size']} mails, {run_['where']}, r={run_['r']}: {last} % right "
+                        f"({len(runs)} of {len(settings)} runs)"
+                    )
     study.extra["runs"] = runs
 
-    def of(size: int, r: int, targets: str = "all-linear", what: str = "right") -> list[float]:
-        return [x[what] for x in runs if (x["size"], x["r"], x["targets"]) == (size, r, targets)]
+    def of(size: int, r: int, where: str = "all-linear", what: str = "right") -> list[float]:
+        return [x[what] for x in runs if (x["size"], x["r"], x["where"]) == (size, r, where)]
 
     middle = {(size, r): statistics.median(of(size, r)) for size in sizes for r in ranks}
     study.show(
@@ -141,7 +184,7 @@ def main() -> int:
         table.add_row(str(r), *(spread(of(size, r)) for size in sizes))
     study.show(table)
     table = Table("budget", "where", *(f"{size} mails" for size in sizes), box=SIMPLE_HEAD, show_edge=False)
-    for high, low in BUDGETS[:1] if study.short else BUDGETS:
+    for high, low in budgets:
         for r, targets in ((high, "attention"), (low, "all-linear")):
             number = f"{of(sizes[0], r, targets, 'parameters')[0] / 1e3:,.0f} k"
             table.add_row(number, f"{targets}, r={r}", *(spread(of(size, r, targets)) for size in sizes))
@@ -149,7 +192,7 @@ def main() -> int:
 
     same = all(
         of(size, high, "attention", "parameters") == of(size, low, "all-linear", "parameters")
-        for (high, low), size in itertools.product(BUDGETS[:1] if study.short else BUDGETS, sizes)
+        for (high, low), size in itertools.product(budgets, sizes)
     )
     study.claim("attention only and all-linear are compared at the same number of parameters", same)
     study.claim("every rank does better than chance, in the median", min(middle.values()) > 52)
