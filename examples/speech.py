@@ -129,9 +129,9 @@ def main() -> int:
         for method, texts in examples.items():
             study.show(f"  {method:12}{texts[row].strip()}")
     study.extra["heard"] = {"said": [p.text for p in test_prompts], **examples}
-    part = 2 if study.short else 10
+    name, part = ("a half", 2) if study.short else ("a tenth", 10)
     fell = study.highest("LoRA") < study.median("base, 3 s") / part
-    study.claim(f"LoRA brings the short window's word errors below 1/{part} of what they were", fell)
+    study.claim(f"LoRA brings the short window's word errors below {name}", fell)
     study.picture()
     return study.finish()
 
