@@ -38,6 +38,11 @@ def run(name: str, short: bool) -> bool:
     return code == 0
 
 
+def about(page: Path) -> str:
+    """The heading of a guide."""
+    return page.read_text(encoding="utf-8").split("\n", 1)[0].removeprefix("# ")
+
+
 def write_page(name: str) -> bool:
     """Put what the last full run printed between the marks of the guide; whether there was one."""
     results, page = FOLDER / "results" / name, GUIDES / f"{name}.md"
@@ -49,9 +54,11 @@ def write_page(name: str) -> bool:
         return False
     lines = "\n".join(line.rstrip() for line in text.splitlines())
     before, rest = page.read_text(encoding="utf-8").split(BEGIN, 1)
-    made = f"{BEGIN}\n```text\n{lines}\n```\n{END}"
+    pictures = sorted(results.glob("*.png"))
+    shown = "".join(f"\n![{about(page)}](../images/guide-{picture.name})\n" for picture in pictures)
+    made = f"{BEGIN}\n```text\n{lines}\n```\n{shown}{END}"
     page.write_text(before + made + rest.split(END, 1)[1], encoding="utf-8")
-    for picture in results.glob("*.png"):
+    for picture in pictures:
         shutil.copy(picture, IMAGES / f"guide-{picture.name}")
     return True
 
