@@ -11,7 +11,6 @@ torch: a `.pth` line that `python -m veneer.as_peft install` writes calls it whe
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
 import importlib.abc
@@ -20,30 +19,20 @@ import importlib.metadata
 import importlib.util
 import os
 import re
-import runpy
 import sys
-import sysconfig
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-__all__ = ["after_import", "install", "main", "register_as_peft", "uninstall"]
+__all__ = ["after_import", "register_as_peft"]
 
-ENVIRONMENT = "VENEER_AS_PEFT"
 FACADE = "veneer.integrations.as_peft"
-PTH_NAME = "veneer_as_peft.pth"
-PTH_LINE = (
-    f"import os; os.environ.get({ENVIRONMENT!r}) == '1' and __import__('veneer_as_peft').register_as_peft()\n"
-)
+# Methods of transformers' models that would go wrong in silence, or leave the model half changed.
+GUARDED = ("load_adapter", "add_adapter", "set_adapter", "enable_adapters", "disable_adapters")
 # Whoever was imported earlier has asked whether peft is there, and remembers the answer.
 FROZEN = ("transformers.trainer_utils", "trl.trainer.utils", "diffusers")
-USAGE = """usage: python -m veneer.as_peft script.py [arguments]   run a script whose `import peft` gives
-Veneer
-       python -m veneer.as_peft -m module [arguments]   the same for a module
-       python -m veneer.as_peft install                 let VENEER_AS_PEFT=1 do so in every process of this
-       Python python -m veneer.as_peft uninstall               take that back"""
 
 
 class _RunAfter(importlib.abc.Loader):
@@ -216,7 +205,7 @@ def register_as_peft(version: str = "0.21.2") -> None:
     _registered = _PeftFinder(version)
     sys.meta_path.insert(0, _registered)
     _forget_answers()
-    after_import("transformers.integrations.peft", _make_load_adapter_strict)
+    after_import("transformers.integrations.peft", _guard_mixin)
 
 
 def _refuse_or_warn() -> None:
@@ -251,82 +240,20 @@ def _forget_answers() -> None:
             clear()
 
 
-def _make_load_adapter_strict(module: ModuleType) -> None:
-    """Have transformers' `model.load_adapter` raise where it would only log that nothing was loaded."""
+def _guard_mixin(module: ModuleType) -> None:
+    """Have the adapter methods of transformers' models go through `veneer.integrations.as_peft.mixin`."""
     mixin = module.PeftAdapterMixin
-    original = mixin.load_adapter
-    if getattr(original, "veneer_strict", False):
-        return
+    for name in GUARDED:
+        original = getattr(mixin, name)
+        if not hasattr(original, "veneer_guarded"):
+            setattr(mixin, name, _guarded(name, original))
 
+
+def _guarded(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
-    def load_adapter(self: Any, *args: Any, **kwargs: Any) -> Any:
-        strict = importlib.import_module(f"{FACADE}.strict")
-        return strict.load_adapter(original, self, *args, **kwargs)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        guard = getattr(importlib.import_module(f"{FACADE}.mixin"), name)
+        return guard(original, self, *args, **kwargs)
 
-    load_adapter.veneer_strict = True  # type: ignore[attr-defined]
-    mixin.load_adapter = load_adapter
-
-
-def _pth_file() -> Path:
-    return Path(sysconfig.get_path("purelib")) / PTH_NAME
-
-
-def install() -> Path:
-    """Write the line that obeys `VENEER_AS_PEFT=1` into this Python's site-packages, and return its file.
-
-    Raises:
-        OSError: The directory cannot be written.
-    """
-    target = _pth_file()
-    target.write_text(PTH_LINE, encoding="utf-8")
-    return target
-
-
-def uninstall() -> Path | None:
-    """Remove what `install` wrote; None if there was nothing.
-
-    Raises:
-        OSError: The file cannot be removed.
-    """
-    target = _pth_file()
-    if not target.exists():
-        return None
-    target.unlink()
-    return target
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command `python -m veneer.as_peft`; returns the exit status."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    if words == ["install"]:
-        print(f"wrote {install()}: with {ENVIRONMENT}=1 set, `import peft` gives Veneer in this Python")
-    elif words == ["uninstall"]:
-        removed = uninstall()
-        print(f"removed {removed}" if removed else f"nothing to remove: there is no {_pth_file()}")
-    elif not words or words[0] in ("-h", "--help") or words == ["-m"]:
-        print(USAGE, file=sys.stdout if words[:1] in (["-h"], ["--help"]) else sys.stderr)
-        return 0 if words[:1] in (["-h"], ["--help"]) else 2
-    else:
-        _run(words)
-    return 0
-
-
-def _run(words: list[str]) -> None:
-    """Run a script or a module as the main program, Veneer in the place of peft."""
-    register_as_peft()
-    # Children see it too, where the line of `install` is there to obey it.
-    os.environ[ENVIRONMENT] = "1"
-    if words[0] == "-m":
-        sys.argv = words[1:]
-        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
-        return
-    sys.argv = words
-    script = str(Path(words[0]).resolve().parent)
-    with contextlib.suppress(IndexError):
-        sys.path[0] = script
-    runpy.run_path(words[0], run_name="__main__")
-
-
-if __name__ == "__main__":
-    # Under the module's own name, so that there is one registration.
-    sys.exit(importlib.import_module("veneer_as_peft").main())
+    method.veneer_guarded = True  # type: ignore[attr-defined]
+    return method

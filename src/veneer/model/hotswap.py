@@ -74,9 +74,12 @@ def hotswap_adapter_from_state_dict(
     ]
     if wrong:
         more = f"; and {len(wrong) - 6} more" if len(wrong) > 6 else ""
+        room = any("does not fit into" in line for line in wrong)
         raise LoadMismatchError(
             f"the tensors cannot take the place of {adapter_name!r}: {'; '.join(wrong[:6])}{more}"
-        )
+            + (". For a larger rank, make room: prepare_model_for_compiled_hotswap(…, target_rank=…), or "
+               "enable_peft_hotswap(target_rank=…) of a transformers model" if room else "")
+        )  # fmt: skip
     new = {
         path: resolve(config, adapter_name, layer.specs[adapter_name].path) for path, layer in layers.items()
     }

@@ -296,15 +296,7 @@ class AdapterVerbs(nn.Module):
         self.index.enable(False)
 
     def _mention_biases(self) -> None:
-        trained = [n for n, c in self.peft_config.items() if c.bias != "none"]
-        if trained:
-            warnings.warn(
-                f"the adapter {trained[0]!r} trains biases of the base itself "
-                f"(bias={self.peft_config[trained[0]].bias!r}): "
-                "with adapters disabled the output keeps them, and is not the base model's",
-                VeneerWarning,
-                stacklevel=3,
-            )
+        mention_biases(self.peft_config, stacklevel=4)
 
     def _trained_biases(self) -> Iterator[tuple[str, str, nn.Parameter]]:
         """The base biases that an adapter trains: its name, theirs and the parameter."""
@@ -332,6 +324,18 @@ class AdapterVerbs(nn.Module):
             raise MergeError("these layers cannot be unmerged:\n" + "\n".join(f"  - {r}" for r in reasons))
         for layer in layers.values():
             layer.unmerge()
+
+
+def mention_biases(configs: Mapping[str, LoraConfig], stacklevel: int = 3) -> None:
+    """Warn that what an adapter trained of the base itself stays when adapters are disabled."""
+    trained = next((name for name, config in configs.items() if config.bias != "none"), None)
+    if trained is not None:
+        warnings.warn(
+            f"the adapter {trained!r} trains biases of the base itself (bias={configs[trained].bias!r}): "
+            "with adapters disabled the output keeps them, and is not the base model's",
+            VeneerWarning,
+            stacklevel=stacklevel,
+        )
 
 
 def _check_factor(factor: object) -> None:

@@ -14,10 +14,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ...adapters import AdapterModule
+from ...adapters import AdapterModule, AdapterSet
 from ...errors import LoadMismatchError
 from ...inject import sites
-from ...layers import LoraLayer
+from ...model.hotswap import prepare_model_for_compiled_hotswap
 
 _CONTAINERS = (
     "lora_A",
@@ -46,6 +46,7 @@ def load_adapter(original: Callable[..., Any], model: Any, *args: Any, **kwargs:
     Raises:
         LoadMismatchError: Keys of the file that the model has no place for, places that the file does not
             fill, or other shapes. The model is as it was before.
+        ConfigError: There is no room for it under the rank given to `enable_peft_hotswap`; the same.
     """
     given = inspect.signature(original).bind(model, *args, **kwargs).arguments
     name = given.get("adapter_name") or "default"
@@ -65,7 +66,8 @@ def load_adapter(original: Callable[..., Any], model: Any, *args: Any, **kwargs:
         # Before version 5 it loads through set_peft_model_state_dict, which is strict itself.
         return None
     before.put_back("_weight_conversions")
-    missing = sorted(key for key in report.missing_keys if _belongs(key, name))
+    report.missing_keys = {key for key in report.missing_keys if _belongs(key, name)}
+    missing = sorted(report.missing_keys)
     unexpected = sorted(report.unexpected_keys)
     shapes = [] if tolerant else sorted(report.mismatched_keys)
     if missing or unexpected or shapes:
@@ -74,7 +76,14 @@ def load_adapter(original: Callable[..., Any], model: Any, *args: Any, **kwargs:
         raise LoadMismatchError(
             _message(type(model).__name__, name, _source(given), missing, unexpected, shapes, total)
         )
-    _bring_to_their_layers(model, name)
+    _settle(model, name)
+    if not given.get("is_trainable", False):
+        to_inference(model, name)
+    try:
+        _make_room(model)
+    except Exception:
+        before.restore()
+        raise
     return report
 
 
@@ -92,13 +101,31 @@ def _factors_in_memory(model: Any) -> Iterator[None]:
         model.hf_device_map = spread
 
 
-def _bring_to_their_layers(model: nn.Module, adapter: str) -> None:
-    """Factors go where their layer computes, which is not where an offloaded base weight lies."""
-    for layer in model.modules():
-        if isinstance(layer, LoraLayer) and adapter in layer.held_adapters:
-            device = layer.base_device()
-            for parameter in layer.adapter_parameters(adapter):
-                parameter.data = parameter.data.to(device)
+def _settle(model: nn.Module, adapter: str) -> None:
+    """Give the tensors memory of their own, where their module computes.
+
+    They came as views into the file, which may be overwritten; and an offloaded base weight lies elsewhere.
+    """
+    for module in model.modules():
+        if isinstance(module, AdapterModule) and adapter in module.held_adapters:
+            device = module.base_device()
+            for parameter in module.adapter_parameters(adapter):
+                parameter.data = parameter.data.to(device, copy=True)
+
+
+def to_inference(model: nn.Module, adapter: str) -> None:
+    """Freeze an adapter in every module that holds a part of it, and leave training mode."""
+    model.eval()
+    for parameter in AdapterSet(model).parameters(adapter):
+        parameter.requires_grad_(False)
+
+
+def _make_room(model: Any) -> None:
+    """What `enable_peft_hotswap` was called for: room for other ranks, once there is an adapter."""
+    wanted = getattr(model, "_prepare_peft_hotswap_kwargs", None)
+    if wanted:
+        prepare_model_for_compiled_hotswap(model, config=model.peft_config, **wanted)
+        model._prepare_peft_hotswap_kwargs = None
 
 
 class _Before:

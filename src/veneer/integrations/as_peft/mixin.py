@@ -1,0 +1,116 @@
+"""Adapter methods of transformers' models, made whole: nothing half done, nothing without a word.
+
+transformers walks over the modules that it knows and asks each for its part. Here every module that holds a
+part of an adapter is asked (a copy of `modules_to_save` was disabled and not enabled again; trained tokens
+were left out), what fails leaves the model as it was, and a hot swap takes over the strength and the rank.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ...adapters import AdapterSet, as_names
+from ...config import LoraConfig, PeftConfig
+from ...errors import ConfigError
+from ...model.hotswap import check_hotswap_configs_compatible, hotswap_adapter_from_state_dict
+from ...model.state_dicts import load_peft_weights
+from ...model.verbs import mention_biases
+from . import strict
+
+__all__ = ["add_adapter", "disable_adapters", "enable_adapters", "load_adapter", "set_adapter"]
+
+
+def load_adapter(original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
+    """Load an adapter, or exchange the tensors of one where that was asked for.
+
+    Raises:
+        LoadMismatchError: Tensors do not fit. The model is as it was before.
+        ConfigError: The two adapters of a hot swap cannot be exchanged.
+    """
+    given = inspect.signature(original).bind(model, *args, **kwargs).arguments
+    swap = given.get("hotswap", "auto")
+    if swap == "auto":
+        swap = getattr(model, "_hotswap_enabled", False)
+    if swap and given.get("adapter_name") in getattr(model, "peft_config", {}):
+        return _hotswap(model, given)
+    return strict.load_adapter(original, model, *args, **kwargs)
+
+
+def _hotswap(model: Any, given: dict[str, Any]) -> Any:
+    """Exchange an adapter's tensors in place, with their strength; transformers' report, empty."""
+    from transformers.utils.loading_report import LoadStateDictInfo
+
+    from .weights import to_memory
+
+    name, config, tensors = given["adapter_name"], given.get("peft_config"), given.get("adapter_state_dict")
+    if (config is None or tensors is None) and given.get("peft_model_id") is None:
+        raise ConfigError("a hot swap needs peft_model_id, or both peft_config and adapter_state_dict")
+    hub = {**(given.get("adapter_kwargs") or {})}
+    if given.get("local_files_only"):
+        hub["local_files_only"] = True
+    config = PeftConfig.from_pretrained(given["peft_model_id"], **hub) if config is None else config
+    if not isinstance(config, LoraConfig):
+        raise ConfigError(f"a hot swap needs a LoraConfig, got {type(config).__name__}")
+    tensors = load_peft_weights(given["peft_model_id"], **hub) if tensors is None else tensors
+    check_hotswap_configs_compatible(model.peft_config[name], config)
+    named = {to_memory(key, name): value for key, value in tensors.items()}
+    hotswap_adapter_from_state_dict(model, named, name, config)
+    if not given.get("is_trainable", False):
+        strict.to_inference(model, name)
+    return LoadStateDictInfo(
+        missing_keys=set(),
+        unexpected_keys=set(),
+        mismatched_keys=set(),
+        error_msgs=[],
+        conversion_errors={},
+        skipped_pp_keys=set(),
+    )
+
+
+def add_adapter(
+    original: Callable[..., Any], model: Any, adapter_config: Any, adapter_name: Any = None
+) -> None:
+    """Add a fresh adapter and activate it; the caller's configuration stays as it was.
+
+    Raises:
+        ConfigError, TargetError: The model is then as it was before.
+    """
+    before = model.__dict__.get("_hf_peft_config_loaded", False)
+    try:
+        original(model, copy.deepcopy(adapter_config), adapter_name)
+    except Exception:
+        model._hf_peft_config_loaded = before
+        raise
+
+
+def set_adapter(original: Callable[..., Any], model: Any, adapter_name: str | Sequence[str]) -> None:
+    """Make these adapters the active ones, in every module that holds a part of one.
+
+    Raises:
+        AdapterNameError: For unknown names, and for adapters that cannot be active together. Nothing has
+            changed then.
+    """
+    if not getattr(model, "_hf_peft_config_loaded", False):
+        original(model, adapter_name)
+        return
+    names, adapters = as_names(adapter_name), AdapterSet(model)
+    adapters.check(names, known=model.peft_config)
+    adapters.activate(names)
+
+
+def disable_adapters(original: Callable[..., Any], model: Any) -> None:
+    """Have the model compute what its base computes."""
+    if not getattr(model, "_hf_peft_config_loaded", False):
+        original(model)
+        return
+    mention_biases(model.peft_config, stacklevel=4)
+    AdapterSet(model).enable(False)
+
+
+def enable_adapters(original: Callable[..., Any], model: Any) -> None:
+    """Take `disable_adapters` back, in every module."""
+    original(model)
+    AdapterSet(model).enable(True)
