@@ -28,7 +28,12 @@ _CONTAINERS = (
     "modules_to_save",
 )
 # What transformers notes on the model.
-_ATTRIBUTES = ("peft_config", "_hf_peft_config_loaded", "_weight_conversions")
+_ATTRIBUTES = (
+    "peft_config",
+    "_hf_peft_config_loaded",
+    "_weight_conversions",
+    "_prepare_lora_hotswap_kwargs",
+)
 
 
 def load_adapter(original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
@@ -55,7 +60,7 @@ def load_adapter(original: Callable[..., Any], model: Any, *args: Any, **kwargs:
     if "load_config" in inspect.signature(original).parameters:
         # transformers raises at a wrong shape without saying which; its report does say.
         kwargs["ignore_mismatched_sizes"] = True
-    before = _Before(model, name)
+    before = Before(model, name)
     try:
         with _factors_in_memory(model):
             report = original(model, *args, **kwargs)
@@ -128,8 +133,13 @@ def _make_room(model: Any) -> None:
         model._prepare_peft_hotswap_kwargs = None
 
 
-class _Before:
-    """What a call of `load_adapter` may change in a model."""
+class Before:
+    """What loading an adapter may change in a model.
+
+    Args:
+        model: The model, before.
+        name: The adapter. Where the model has it, its tensors are kept; empty if none will be written to.
+    """
 
     def __init__(self, model: Any, name: str) -> None:
         self.model = model
@@ -155,11 +165,10 @@ class _Before:
         else:
             vars(self.model).pop(key, None)
 
-    def restore(self) -> bool:
-        """Bring the model back; true if there was anything to bring back."""
+    def restore(self) -> None:
+        """Bring the model back."""
         model = self.model
-        added = not self.tensors and self.name in _held(model)
-        if added:
+        if not self.tensors:
             _remove(model, self.name)
         for key, value in self.tensors.items():
             owner, _, last = key.rpartition(".")
@@ -176,7 +185,6 @@ class _Before:
         if "peft_config" in self.attributes:
             self.attributes["peft_config"].clear()
             self.attributes["peft_config"].update(self.configs)
-        return added or bool(self.tensors)
 
 
 def _held(model: nn.Module) -> set[str]:
