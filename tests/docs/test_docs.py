@@ -139,12 +139,23 @@ def _problem(line: str) -> str:
         return _veneer_problem(rest)
     if program == "python" and rest[:2] == ["-m", "veneer.as_peft"]:
         return ""
+    if program == "python" and rest and rest[0].startswith("examples/"):
+        return _example_problem(*rest)
     if program == "pip" and rest[0] == "install":
         unknown = set(re.findall(r"veneer\[([^\]]+)\]", line)) - _extras()
         return f"no such extra {unknown}" if unknown else ""
     if (program, *rest[:1]) == ("git", "clone") or program == "cd":
         return ""
     return "the test does not know how to check this command"
+
+
+def _example_problem(path: str, *words: str) -> str:
+    file = ROOT / path
+    if not file.is_file():
+        return "no such example"
+    sources = file.read_text(encoding="utf-8") + (file.parent / "side_by_side.py").read_text(encoding="utf-8")
+    unknown = [word for word in words if word.startswith("--") and f'"{word.split("=")[0]}"' not in sources]
+    return f"no such flags {unknown}" if unknown else ""
 
 
 def _make_targets() -> set[str]:
@@ -187,6 +198,9 @@ def _veneer_problem(words: list[str]) -> str:
         ("veneer trian", False),
         ("pip install 'veneer[train]'", True),
         ("pip install 'veneer[trian]'", False),
+        ("python examples/qlora_smollm2.py --short", True),
+        ("python examples/qlora_smollm2.py --long", False),
+        ("python examples/nonsense.py", False),
         ("rm -rf here", False),
     ],
 )
