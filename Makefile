@@ -2,6 +2,7 @@
 # make test     set up, then run all tests
 # make check    lint, formatting, types, architecture
 # make tutorial run docs/tutorial.md from top to bottom and draw its pictures
+# make examples run all examples, some twenty minutes; make examples-data fetches only what they read
 # make bench    run the benchmarks; tables on the screen, JSON and pictures in benchmarks/results
 # make bench-quick   the training step only, fewer turns    make bench-check   exit 1 where a bar is missed
 # make setup    only set up        make clean   remove what all of this made
@@ -14,7 +15,7 @@ ARGS ?=
 # Two workers, a file each: the suite is written for two cores, each worker computing with one thread.
 WORKERS ?= 2
 
-.PHONY: help setup setup-test demo tutorial test check format bench bench-quick bench-check lock clean
+.PHONY: help setup setup-test demo tutorial examples examples-data test check format bench bench-quick bench-check lock clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | head -10
@@ -31,7 +32,13 @@ demo: setup
 tutorial: setup
 	@$(VENV)/python tools/tutorial.py $(ARGS)
 
-test: setup-test
+examples-data: setup-test
+	@$(VENV)/python tools/examples_data.py
+
+examples: examples-data
+	@$(VENV)/python -W ignore tools/examples.py $(ARGS)
+
+test: examples-data
 	@VENEER_NOPEFT_PYTHON="$$($(VENV)/python tools/make_nopeft_env.py)" \
 		$(VENV)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 

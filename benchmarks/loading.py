@@ -62,18 +62,18 @@ def measure(quick: bool) -> Report:
             saved = {side: adapted(side, fresh(base)) for side in SIDES}
             written = take_turns(
                 {side: partial(save, model, place / side) for side, model in saved.items()},
-                rounds=3 if quick else 9,
+                rounds=3 if quick else 7,
             )
             del saved
             sides = {side: partial(load, side, base, place / "PEFT") for side in SIDES}
-            times = take_turns(sides, rounds=5 if quick else 15)
+            times = take_turns(sides, rounds=5 if quick else 9)
             rows += [
                 Row(f"{name}: from_pretrained ÷ PEFT's", ratio(times["veneer"], times["PEFT"]), at_most=BAR),
                 _milliseconds(f"{name}: from_pretrained", times),
                 _milliseconds(f"{name}: save_pretrained", written),
             ]
             if name == "bf16":
-                rows.append(_nth(base, place / "PEFT", rounds=2 if quick else 4))
+                rows.append(_nth(base, place / "PEFT", rounds=2 if quick else 3))
     conditions = {
         "model": "Llama-shaped, hidden 576, 30 layers, 210 linears",
         "adapter": "r=16, 420 fp32 tensors, written by PEFT",

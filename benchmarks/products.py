@@ -1,8 +1,7 @@
 """Which order of the thin products, and which form of dropout, is the faster one?
 
-`veneer.ops` takes the thin side first, and decides on dropout by size and probability. A row above 1 says
-that this machine would rather have the other one. Only speed depends on it, never what is right, so there
-are no bars.
+`veneer.ops` decides both by dtype, size and probability. A row above 1 says that this machine would rather
+have the other one; it decides what is faster, never what is right, so there are no bars.
 """
 
 from __future__ import annotations
@@ -19,9 +18,10 @@ WIDTHS = (576, 1536, 4096)
 
 
 def outer(dtype: torch.dtype, width: int) -> dict[str, Callable[[], Any]]:
-    """``thinᵀ wide`` as it is done, and the other way round."""
+    """``thinᵀ wide`` as it is done for that dtype, and the other way round."""
     thin, wide = torch.randn(TOKENS, RANK).to(dtype), torch.randn(TOKENS, width).to(dtype)
-    return {"chosen": lambda: thin.t() @ wide, "other": lambda: (wide.t() @ thin).t()}
+    ways: list[Callable[[], Any]] = [lambda: (wide.t() @ thin).t(), lambda: thin.t() @ wide]
+    return dict(zip(("chosen", "other"), ways if dtype == torch.float32 else reversed(ways), strict=True))
 
 
 def dropout(p: float) -> dict[str, Callable[[], Any]]:

@@ -10,7 +10,14 @@ from typing import Any
 import torch
 from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
 from torch import Tensor, nn
-from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerGroup, quantize_
+from torchao.quantization import (
+    FqnToConfig,
+    Int8WeightOnlyConfig,
+    IntxWeightOnlyConfig,
+    PerAxis,
+    PerGroup,
+    quantize_,
+)
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # it uses parts of torch.jit that torch deprecates
@@ -44,6 +51,21 @@ def torchao(linear: nn.Module, config: Any = None) -> nn.Module:
     model = nn.Sequential(linear)
     quantize_(model, Int8WeightOnlyConfig() if config is None else config)
     return model[0]
+
+
+def torchao_weight(module: nn.Module) -> nn.Module:
+    """An embedding or a 2-D convolution whose weight torchao has quantised to 8 bits, row by row."""
+    model = nn.Sequential(module)
+    kind = IntxWeightOnlyConfig(weight_dtype=torch.int8, granularity=PerAxis(0))
+    quantize_(model, kind, filter_fn=lambda inner, name: inner is module)
+    return model[0]
+
+
+def torchao_parameter(module: nn.Module) -> nn.Module:
+    """A module whose one bare parameter torchao has quantised to 8 bits."""
+    ((name, _),) = module.named_parameters()
+    quantize_(module, FqnToConfig({name: Int8WeightOnlyConfig()}), filter_fn=None)
+    return module
 
 
 def torchao_four_bits(linear: nn.Module, group: int = 4) -> nn.Module:

@@ -38,25 +38,25 @@ that says what cannot be honoured. Nothing is ignored in silence.
 
 ## What combines with what
 
-{served} of the {total} combinations of a layer, an initialisation, a variant and a storage of the base are
-served. Every other one is refused for a pair in these tables, before anything changes; a number points to the
-reason below, where "…" stands for the names of the line. The laws of `make test` try the layers in their hard
-cases, and the rest in telling ones.
+The registries hold {product} combinations of a layer, an initialisation, a variant and a storage of the
+base. In {total} of them the layer exists in that storage; {served} of these are served, and every other one
+is refused before anything changes. `make test` tries each of the {total}: that it is refused with this
+reason, or that it starts as its initialisation promises, trains nothing but the adapter, writes nothing in a
+forward, is the base bit for bit while disabled, merges as below, is the base again bit for bit once
+unmerged, and is the same bit for bit after saving and loading. Harder cases of each layer (shapes, types,
+groups, several adapters) are tried besides.
 
-Layers, in dense storage, with each initialisation (plain LoRA) and each variant (default initialisation):
+One table a variant; a line holds for each of its layers in each of its storages. "merge" is into the storage
+itself, by `merge_adapter`, quantised again where it must be. A number points to the reason below, where "…"
+stands for the name of the layer or the storage.
 
-{layers}
-
-Storages of a linear's weight; other layers are dense or offloaded. "merge" is into the storage itself, by
-`merge_adapter`, quantised again where it must be.
-
-{storages}
-
-Variants with initialisations:
-
-{pairs}
+{combinations}
 
 {reasons}
+
+The libraries of these storages have no such layer, or do not compute with it:
+
+{absent}
 
 ## Names of the reference library
 

@@ -14,6 +14,7 @@ The tree; each also is the built-in exception that callers of the field's API al
     ├── RoutingError         ValueError    rows of a batch that cannot go through the adapters named
     ├── MergeError           ValueError    a merge that would be wrong
     ├── CombineError         ValueError    adapters that cannot be combined
+    ├── ExportError          ValueError    an adapter that another reader's format cannot hold, or the reverse
     ├── DataError            ValueError    training or evaluation data that cannot be used
     ├── TrainingError        RuntimeError  a training run that cannot go on
     └── MissingExtraError    ImportError   an optional library that is not installed
@@ -70,6 +71,10 @@ class MergeError(VeneerError, ValueError):
 
 class CombineError(VeneerError, ValueError):
     """Adapters that cannot be combined in the way asked for."""
+
+
+class ExportError(VeneerError, ValueError):
+    """An adapter that another reader's format cannot hold, or a file of one that holds what we cannot."""
 
 
 class DataError(VeneerError, ValueError):

@@ -34,6 +34,7 @@ from veneer.errors import (
     CombineError,
     ConfigError,
     DataError,
+    ExportError,
     LoadMismatchError,
     MergeError,
     MissingExtraError,
@@ -83,9 +84,15 @@ if TYPE_CHECKING:
         AutoPeftModelForSequenceClassification,
         AutoPeftModelForTokenClassification,
     )
+    from veneer.integrations.export import export_adapter
+    from veneer.integrations.imports import import_adapter
 
-#: Names that need an optional library, and the module that has them.
+#: Names that need an optional library or are rarely needed, and the module that has them.
 _LAZY = {
+    "export_adapter": "veneer.integrations.export",
+    "import_adapter": "veneer.integrations.imports",
+}
+_LAZY |= {
     name: "veneer.integrations.auto"
     for name in (
         "AutoPeftModel",
@@ -106,6 +113,7 @@ __all__ = [
     "CombineError",
     "ConfigError",
     "DataError",
+    "ExportError",
     "LoadMismatchError",
     "MergeError",
     "MissingExtraError",
@@ -149,6 +157,8 @@ __all__ = [
     "cast_mixed_precision_params",
     "create_lorafa_optimizer",
     "create_loraplus_optimizer",
+    "export_adapter",
+    "import_adapter",
     "get_layer_status",
     "get_model_status",
     "get_eva_state_dict",

@@ -33,13 +33,14 @@ from veneer.config import LoraConfig
 from veneer.errors import (
     AdapterNameError,
     BaseMismatchError,
+    CheckpointError,
     ConfigError,
     LoadMismatchError,
     MergeError,
     VeneerWarning,
 )
 from veneer.inject import Injection, bias_parameters, differs_from_base, embedding_weights, merged_over
-from veneer.layers import LoraLayer
+from veneer.layers import LoraLayer, sharded
 from veneer.layers.modules_to_save import ModulesToSaveWrapper
 from veneer.layers.parts import RESIDUAL
 from veneer.layers.trainable_tokens import TrainableTokens
@@ -86,7 +87,7 @@ def slots(model: nn.Module, adapter: str) -> Iterator[Slot]:
         elif isinstance(module, ModulesToSaveWrapper) and adapter in module.held_adapters:
             own = (
                 (f"modules_to_save.{adapter}.{name}", tensor)
-                for name, tensor in module.modules_to_save[adapter].state_dict(keep_vars=True).items()
+                for name, tensor in sharded.tensors_of(module.modules_to_save[adapter])
             )
         for name, tensor in own:
             memory = _clean(f"{path}.{name}" if path else name)
@@ -101,7 +102,7 @@ def _container_tensors(layer: LoraLayer, container: str, adapter: str) -> Iterat
     if isinstance(value, Tensor):
         yield f"{container}.{adapter}", value
     else:
-        for name, tensor in value.state_dict(keep_vars=True).items():
+        for name, tensor in sharded.tensors_of(value):
             yield f"{container}.{adapter}.{name}", tensor
 
 
@@ -124,6 +125,7 @@ def adapter_state_dict(
     *,
     state_dict: Mapping[str, Tensor] | None = None,
     save_embedding_layers: bool | Literal["auto"] = "auto",
+    gather: bool = False,
 ) -> dict[str, Tensor]:
     """The tensors of an adapter as they are on disk; only they are ever collected.
 
@@ -135,27 +137,24 @@ def adapter_state_dict(
         state_dict: Take the values from this full state dict (gathered from shards) instead of the model.
         save_embedding_layers: Add the input and output embeddings: True, False, or "auto": those that the
             adapter targets, and both if the vocabulary was resized.
+        gather: Put tensors that FSDP2 has sharded together; every rank has to call then. What FSDP1 has
+            sharded always is.
 
     Raises:
         AdapterNameError: If the model has no such adapter.
         LoadMismatchError: If ``state_dict`` lacks a tensor of the adapter.
+        CheckpointError: FSDP1 keeps the adapter in pieces, and wraps the model from outside.
     """
-    config = _config(model, adapter)
-    wanted = {slot.disk: slot for slot in slots(model, adapter)}
+    sharded.settle(model)
+    wanted = wanted_slots(model, adapter, save_embedding_layers)
     root, prefix = _root(model)
-    for name, parameter in bias_parameters(root, config.bias, adapter):
-        wanted[f"{prefix}{_clean(name)}"] = Slot(
-            f"{prefix}{_clean(name)}", f"{prefix}{_clean(name)}", parameter
-        )
-    for name, parameter in _embeddings(root, adapter, save_embedding_layers).items():
-        wanted[f"{prefix}{_clean(name)}"] = Slot(
-            f"{prefix}{_clean(name)}", f"{prefix}{_clean(name)}", parameter
-        )
     merged = _before_merging(root, prefix)
     if state_dict is None:
         elsewhere = stored_elsewhere(model) if any(s.tensor.is_meta for s in wanted.values()) else {}
+        put_together = whole_tensors(model, adapter, wanted, save_embedding_layers)
         values = {disk: elsewhere.get(id(slot.tensor), slot.tensor) for disk, slot in wanted.items()}
-        return joined({disk: merged.get(disk, value).detach() for disk, value in values.items()})
+        values |= put_together
+        return _on_disk({disk: merged.get(disk, value).detach() for disk, value in values.items()}, gather)
     given = {_clean(name): tensor for name, tensor in state_dict.items()}
     # A state dict of the wrapped model may lack the face's prefix, or already be an adapter's own.
     result, absent = {}, []
@@ -168,7 +167,7 @@ def adapter_state_dict(
                 result[disk] = given[name].detach()
                 break
         else:
-            if isinstance(slot.tensor, nn.Parameter) or slot.tensor.is_meta:
+            if isinstance(slot.tensor, nn.Parameter) or slot.tensor.is_meta or sharded.in_pieces(slot.tensor):
                 absent.append(slot.memory)
             else:  # a buffer, which no sharding takes apart: a state dict of parameters alone will do
                 result[disk] = slot.tensor.detach()
@@ -177,7 +176,79 @@ def adapter_state_dict(
             f"the state dict lacks {len(absent)} of the {len(wanted)} tensors of adapter {adapter!r}, "
             f"for example {', '.join(absent[:3])}: was it gathered from all shards?"
         )
-    return joined(result)
+    return _on_disk(result, gather)
+
+
+def saved_together(
+    model: nn.Module,
+    adapters: Iterable[str],
+    state_dict: Mapping[str, Tensor] | None,
+) -> bool:
+    """Whether saving adapters takes all ranks: to gather pieces from the model, or from its state dict."""
+    if state_dict is not None:
+        return sharded.takes_all_ranks(model, state_dict.values(), given=True)
+    sharded.settle(model)
+    found = (wanted_slots(model, name) for name in adapters)
+    tensors = [slot.tensor for slots in found for slot in slots.values()]
+    return sharded.takes_all_ranks(model, tensors, given=False)
+
+
+def wanted_slots(
+    model: nn.Module, adapter: str, save_embedding_layers: bool | Literal["auto"] = False
+) -> dict[str, Slot]:
+    """The tensors of an adapter that are saved, those of the base included, by their name on disk."""
+    config = _config(model, adapter)
+    wanted = {slot.disk: slot for slot in slots(model, adapter)}
+    root, prefix = _root(model)
+    of_base = {
+        **dict(bias_parameters(root, config.bias, adapter)),
+        **_embeddings(root, adapter, save_embedding_layers),
+    }
+    for name, parameter in of_base.items():
+        disk = f"{prefix}{_clean(name)}"
+        wanted[disk] = Slot(disk, disk, parameter)
+    return wanted
+
+
+def whole_tensors(
+    model: nn.Module,
+    adapter: str,
+    wanted: Mapping[str, Slot],
+    save_embedding_layers: bool | Literal["auto"] = False,
+) -> dict[str, Tensor]:
+    """Copies of those tensors that FSDP1 keeps in pieces, from all ranks, by name on disk.
+
+    Raises:
+        CheckpointError: The module that wraps them is further out than the model, and cannot be seen.
+    """
+    missing = _pieces(wanted.values(), sharded.whole_storages(model))
+    found: dict[str, Tensor] = {}
+    if not missing:
+        return found
+    for whole in sharded.whole_by_unit(model):
+        now = wanted_slots(model, adapter, save_embedding_layers)
+        still = _pieces(now.values(), whole)
+        for disk in [disk for disk in missing if disk not in still]:
+            missing.remove(disk)
+            found[disk] = now[disk].tensor.detach().clone()
+    if missing:
+        raise CheckpointError(
+            f"FSDP1 keeps {len(missing)} of the {len(wanted)} tensors of adapter {adapter!r} in pieces, and "
+            f"this rank sees its own piece alone, perhaps an empty one; for example {missing[0]} as "
+            f"{tuple(wanted[missing[0]].tensor.shape)}. To have them whole, {sharded.WAY_OUT}"
+        )
+    return found
+
+
+def _pieces(found: Iterable[Slot], whole: Container[int]) -> list[str]:
+    return [slot.disk for slot in found if sharded.in_pieces(slot.tensor, whole)]
+
+
+def _on_disk(tensors: Mapping[str, Tensor], gather: bool) -> dict[str, Tensor]:
+    """The tensors with frozen terms joined to the factors, which takes whole ones."""
+    if gather or layers_of(tensors):
+        tensors = {name: sharded.gathered(tensor) for name, tensor in tensors.items()}
+    return joined(tensors)
 
 
 def _before_merging(root: nn.Module, prefix: str) -> dict[str, Tensor]:
@@ -201,7 +272,7 @@ def _embeddings(
                 "save_embedding_layers=True, but this model does not say where its embeddings are: none are "
                 "saved",
                 VeneerWarning,
-                stacklevel=4,
+                stacklevel=5,
             )
         return weights
     if save_embedding_layers is False:
@@ -353,16 +424,20 @@ def set_adapter_state_dict(
 
     Raises:
         LoadMismatchError: If no tensor fits, or shapes differ. Nothing has been written then.
+        CheckpointError: FSDP1 keeps the adapter in pieces, and wraps the model from outside.
     """
-    config = _config(model, adapter)
-    root, prefix = _root(model)
-    places: dict[str, Tensor] = {slot.disk: slot.tensor for slot in slots(model, adapter)}
-    if not places:
+    sharded.settle(model)
+    own = {slot.disk for slot in slots(model, adapter)}
+    if not own:
         raise AdapterNameError(f"no module of the model holds the adapter {adapter!r}")
-    own = set(places)
-    tensors = parted(tensors, {name: tuple(tensor.shape) for name, tensor in places.items()})
-    places.update({f"{prefix}{_clean(n)}": p for n, p in bias_parameters(root, config.bias, adapter)})
-    optional = {f"{prefix}{_clean(n)}": p for n, p in embedding_weights(root).items()}
+    root, prefix = _root(model)
+    optional: dict[str, Tensor] = {f"{prefix}{_clean(n)}": p for n, p in embedding_weights(root).items()}
+    carried = any(name in tensors for name in optional)
+    wanted = wanted_slots(model, adapter, carried)
+    copies = whole_tensors(model, adapter, wanted, carried)
+    optional = {name: copies.get(name, place) for name, place in optional.items()}
+    places = {disk: copies.get(disk, slot.tensor) for disk, slot in wanted.items() if disk not in optional}
+    tensors = parted(tensors, {name: tuple(places[name].shape) for name in own})
     every = {**places, **optional}
     report = match(
         {k: tuple(t.shape) for k, t in every.items()},
@@ -379,7 +454,7 @@ def set_adapter_state_dict(
         )
     beside = {n: k for k, n in report.renamed.items() if n not in own}
     names = {n: n.removeprefix(prefix) for n in beside}
-    changed = [n for n, k in beside.items() if differs_from_base(root, names[n], tensors[k])]
+    changed = [n for n, k in beside.items() if n in copies or differs_from_base(root, names[n], tensors[k])]
     if under := [n for n in changed if merged_over(root, names[n])]:
         raise MergeError(f"another adapter is merged into {' and '.join(under)}: unmerge_adapter() first")
     meta = {}
@@ -390,10 +465,22 @@ def set_adapter_state_dict(
         if place.is_meta:
             meta[name] = tensors[key]
         else:
-            place.copy_(tensors[key])
+            sharded.write_into(place, tensors[key])
     if meta:
         _materialise(model, adapter, meta)
+    _write_back(model, adapter, copies, carried)
     return report
+
+
+def _write_back(model: nn.Module, adapter: str, values: dict[str, Tensor], embeddings: bool) -> None:
+    """Write whole tensors into what FSDP1 keeps in pieces."""
+    if not values:
+        return
+    for whole in sharded.whole_by_unit(model, writeback=True):
+        now = wanted_slots(model, adapter, embeddings)
+        still = _pieces(now.values(), whole)
+        for disk in [disk for disk in values if disk not in still]:
+            now[disk].tensor.copy_(values.pop(disk))
 
 
 def _materialise(model: nn.Module, adapter: str, values: Mapping[str, Tensor]) -> None:
@@ -435,7 +522,8 @@ def base_fingerprint(model: nn.Module, targets: Mapping[str, LoraLayer] | None =
             if backend.readable:
                 weights[_clean(path)] = partial(backend.read, base)
         elif isinstance(weight, Tensor):
-            weights[_clean(path)] = weight.detach()
+            in_pieces = sharded.in_pieces(weight)  # counted all the same
+            weights[_clean(path)] = torch.empty(0, device="meta") if in_pieces else weight.detach()
     config = getattr(model, "config", None)
     size = config.get("vocab_size") if isinstance(config, Mapping) else getattr(config, "vocab_size", None)
     return fingerprint(

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.tolerances import TRAINING, assert_close
 from tests.unit.training.tiny import RECORDS, saved_tiny
@@ -44,25 +45,33 @@ def losses_of(metrics: dict[str, Any]) -> list[float]:
     return [entry["loss"] for part in ("losses", "evaluations") for entry in metrics[part]]
 
 
-def test_interrupted_it_says_how_to_go_on_to_the_same_losses(place: Path) -> None:
-    how = "--max-steps 100 --batch-size 4 --gradient-accumulation-steps 2 --lora-dropout 0.1".split()
+def interrupted(command: list[str], code: int | None, **how: Any) -> list[str]:
+    """The command that says how to go on, after Ctrl-C at a fifth of the steps."""
     with subprocess.Popen(
-        [sys.executable, "-m", "veneer", *words(place, "cut", *how)],
+        command,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
+        **how,
     ) as run:
         said = []
         for line in run.stderr:
             said.append(line.strip())
-            if line.startswith("  training 20/"):
-                run.send_signal(signal.SIGINT)
-        assert run.wait() == 130, said
+            if line.startswith("  training ") and len([s for s in said if s.startswith("training ")]) == 1:
+                os.killpg(run.pid, signal.SIGINT)  # as a terminal does: to all processes of the job
+        assert run.wait() == code if code is not None else run.wait() != 0, said
         assert run.stdout.read() == ""
+    assert sum("once more leaves at once" in line for line in said) == 1, said
+    (again,) = [line for line in said if line.startswith("veneer train")]
+    return shlex.split(again)[1:]
+
+
+def test_interrupted_it_says_how_to_go_on_to_the_same_losses(place: Path) -> None:
+    how = "--max-steps 100 --batch-size 4 --gradient-accumulation-steps 2 --lora-dropout 0.1".split()
+    command = interrupted([sys.executable, "-m", "veneer", *words(place, "cut", *how)], 130)
     assert not (place / "cut" / "adapter_model.safetensors").exists()
-    assert any("once more leaves at once" in line for line in said)
-    (command,) = [line for line in said if line.startswith("veneer train")]
-    assert main(shlex.split(command)[1:]) == 0
+    assert main(command) == 0
     assert main(words(place, "whole", *how)) == 0
     cut, whole = (metrics_of(place / name) for name in ("cut", "whole"))
     assert cut["losses"] == whole["losses"] and cut["evaluations"] == whole["evaluations"]
@@ -74,25 +83,57 @@ LAUNCHERS = {
     "torchrun": TORCHRUN,
     "accelerate": [*ACCELERATE.split(), "--dynamo_backend", "no", "--main_process_port"],
 }
+ON_CPU = {"env": {**os.environ, "CUDA_VISIBLE_DEVICES": ""}}
+
+
+def launched(launcher: str, command: list[str]) -> list[str]:
+    """Two processes of a command."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    return [sys.executable, "-m", *LAUNCHERS[launcher], port, "-m", "veneer", *command]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_two_processes_have_the_losses_of_one(launcher: str, place: Path) -> None:
+def test_two_processes_have_the_losses_and_the_adapter_of_one(launcher: str, place: Path) -> None:
     how = "--epochs 2 --learning-rate 0.01 --gradient-accumulation-steps 2 --eval-steps 2".split()
-    assert main(words(place, f"one-{launcher}", *how, "--batch-size", "6")) == 0
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    two = words(place, launcher, *how, "--batch-size", "3")
-    done = subprocess.run(
-        [sys.executable, "-m", *LAUNCHERS[launcher], port, "-m", "veneer", *two],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
-    )
+    alone, together = place / f"one-{launcher}", place / launcher
+    assert main(words(place, alone.name, *how, "--batch-size", "6")) == 0
+    two = words(place, together.name, *how, "--batch-size", "3")
+    done = subprocess.run(launched(launcher, two), capture_output=True, text=True, **ON_CPU)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("adapter (") == 1 and done.stderr.count("training 4/4") == 1
-    one, both = metrics_of(place / f"one-{launcher}"), metrics_of(place / launcher)
+    one, both = metrics_of(alone), metrics_of(together)
     assert (one["processes"], both["processes"]) == (1, 2)
     assert_close(torch.tensor(losses_of(both)), torch.tensor(losses_of(one)), TRAINING)
+    assert sorted(p.name for p in together.iterdir()) == sorted(p.name for p in alone.iterdir())
+    ours, theirs = (load_file(output / "adapter_model.safetensors") for output in (together, alone))
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert_close(ours[name], tensor, TRAINING)
+
+
+@pytest.mark.slow
+def test_two_interrupted_processes_go_on_to_the_same_adapter(place: Path) -> None:
+    how = "--max-steps 50 --batch-size 2 --lora-dropout 0.1".split()
+    again = interrupted(launched("torchrun", words(place, "cut-two", *how)), None, **ON_CPU)
+    assert not (place / "cut-two" / "adapter_model.safetensors").exists()
+    for command in (again, words(place, "whole-two", *how)):
+        done = subprocess.run(launched("torchrun", command), capture_output=True, text=True, **ON_CPU)
+        assert done.returncode == 0, done.stderr
+    cut, whole = (place / name for name in ("cut-two", "whole-two"))
+    assert losses_of(metrics_of(cut)) == losses_of(metrics_of(whole))
+    ours, theirs = (load_file(output / "adapter_model.safetensors") for output in (cut, whole))
+    assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+
+
+def test_sharding_launchers_are_refused(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each process holds the whole model here; who asks for shards is told so before it is loaded."""
+    for variable in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv(variable, "true")
+            assert main(words(place, "sharded")) == 1
+        said = capsys.readouterr().err
+        assert variable in said and "whole model" in said and "Traceback" not in said
+    assert not (place / "sharded").exists()

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -119,6 +120,8 @@ for library in ("transformers", "accelerate", "trl", "diffusers", "sentence_tran
             warnings.simplefilter("ignore")
             tree = ast.parse(text)
         for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "peft":
+                asked.setdefault(("peft", node.attr), file)
             if not isinstance(node, ast.ImportFrom) or node.level:
                 continue
             if (node.module or "").partition(".")[0] == "peft":
@@ -285,16 +288,34 @@ def test_the_command_explains_itself(tmp_path: Path) -> None:
     assert alone.returncode == 2 and "usage" in alone.stderr
 
 
-@pytest.fixture
-def own_python(tmp_path: Path) -> Path:
-    """An environment of its own, for what writes into one."""
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["no_such.py"], "there is no script 'no_such.py'"),
+        (["-m", "no_such.module"], "there is no module 'no_such.module'"),
+    ],
+)
+def test_nothing_to_run_is_said_without_a_traceback(words: list[str], said: str, tmp_path: Path) -> None:
+    done = run_command(sys.executable, *words, cwd=tmp_path)
+    assert done.returncode == 2
+    assert said in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.fixture(params=["peft absent", "peft installed"])
+def own_python(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """An environment of its own, for what writes into one; with the real peft, or without."""
     done = subprocess.run(
         [sys.executable, ROOT / "tools" / "make_nopeft_env.py", tmp_path / "env"],
         capture_output=True,
         text=True,
         check=True,
     )
-    return Path(done.stdout.strip())
+    python = Path(done.stdout.strip())
+    if request.param == "peft installed":
+        (torch,) = (tmp_path / "env").rglob("site-packages/torch")
+        for entry in Path(sysconfig.get_path("purelib")).glob("peft*"):
+            (torch.parent / entry.name).symlink_to(entry)
+    return python
 
 
 SPAWN = """
@@ -315,31 +336,38 @@ if __name__ == "__main__":
 
 
 def test_child_processes_see_it_once_installed(own_python: Path, tmp_path: Path) -> None:
-    ask = "import importlib.util as u, sys; print(u.find_spec('peft') is not None, 'torch' in sys.modules)"
+    ask = (
+        "import importlib.util as u, sys; spec = u.find_spec('peft'); "
+        "print(getattr(spec, 'origin', None) == 'veneer', 'torch' in sys.modules)"
+    )
 
     def asked(value: str | None) -> str:
         return run_python(ask, python=own_python, env={"VENEER_AS_PEFT": value}).stdout.strip()
 
+    def spawned(*before: str, **env: str) -> str:
+        done = subprocess.run(
+            [own_python, *before, tmp_path / "spawn.py"],
+            env={**os.environ, **env},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        return done.stdout.strip() or done.stderr
+
     assert asked("1") == "False False", "nothing is installed unasked"
-    done = run_command(own_python, "install", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    (line,) = (tmp_path / "env").rglob("veneer_as_peft.pth")
+    for _ in range(2):
+        done = run_command(own_python, "install", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    (line,) = (tmp_path / "env").rglob("*veneer_as_peft.pth*")
     assert str(line) in done.stdout
     assert asked("1") == "True False"
     assert asked(None) == asked("0") == "False False", "only VENEER_AS_PEFT=1 is obeyed"
 
     (tmp_path / "spawn.py").write_text(SPAWN)
-    spawned = subprocess.run(
-        [own_python, tmp_path / "spawn.py"],
-        env={**os.environ, "VENEER_AS_PEFT": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert spawned.stdout.strip() == "('veneer.config.lora', True)", spawned.stderr
+    ours = "('veneer.config.lora', True)"
+    assert spawned(VENEER_AS_PEFT="1") == ours
     # A script started with `python -m veneer.as_peft` passes it on to its children by itself.
-    through = run_command(own_python, tmp_path / "spawn.py", cwd=tmp_path)
-    assert through.stdout.strip() == "('veneer.config.lora', True)", through.stderr
+    assert spawned("-m", "veneer.as_peft") == ours
 
     assert run_command(own_python, "uninstall", cwd=tmp_path).returncode == 0
     assert not line.exists()

@@ -159,6 +159,25 @@ for why, (folder, words) in bad.items():
     # And the right one can still be loaded after it.
     model.load_adapter(str(good), "a")
 
+# A base tensor in the file, an embedding's, is taken back too.
+model = get_peft_model(llama(), LoraConfig(r=3, target_modules=["q_proj", "embed_tokens"]))
+model.get_parameter("base_model.model.model.embed_tokens.base_layer.weight").data += 1
+shake(model)
+model.save_pretrained(place / "embedding", save_embedding_layers=True)
+file = place / "embedding" / "adapter_model.safetensors"
+held = load_file(file)
+assert any(key.endswith("embed_tokens.base_layer.weight") for key in held)
+save_file({**held, extra: torch.zeros(3, 16)}, file, metadata={"format": "pt"})
+model = llama()
+before, pointer = state(model), model.get_input_embeddings().weight
+try:
+    model.load_adapter(str(place / "embedding"))
+except VeneerError as error:
+    assert "layers.7" in str(error)
+else:
+    raise AssertionError("embedding")
+assert same(before, state(model)) and model.get_input_embeddings().weight is pointer
+
 state_dict = {f"no.{k}": v for k, v in load_file(good / "adapter_model.safetensors").items()}
 try:
     llama().load_adapter(adapter_state_dict=state_dict, peft_config=LoraConfig.from_pretrained(good))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from tests.laws.cases import EACH_CASE, INITS, Combination, SamePadConv2d, train
+from tests.laws.snapshots import Snapshot
 from veneer import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
 from veneer.errors import (
     AdapterFileError,
@@ -69,30 +70,6 @@ def inputs() -> Tensor:
 
 def config(**more: Any) -> LoraConfig:
     return LoraConfig(**{"r": 4, "lora_alpha": 10, "target_modules": TARGETS, **more})
-
-
-class Snapshot:
-    """All that a failure must leave as it was."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.modules = [(name, id(m), type(m)) for name, m in model.named_modules()]
-        self.flags = [(m.training, len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()]
-        self.keys = [tuple(sorted(vars(m))) for m in model.modules()]
-        self.tensors = {
-            name: (id(t), t.requires_grad, t._version, t.detach().clone())
-            for name, t in [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]
-        }
-
-    def assert_same(self, model: nn.Module) -> None:
-        after = Snapshot(model)
-        assert after.modules == self.modules
-        assert after.flags == self.flags
-        assert after.keys == self.keys
-        assert after.tensors.keys() == self.tensors.keys()
-        for name, (identity, needs_grad, version, value) in self.tensors.items():
-            new = after.tensors[name]
-            assert new[:3] == (identity, needs_grad, version), name
-            assert torch.equal(new[3], value), name
 
 
 # -- failures ------------------------------------------------------------------------------------

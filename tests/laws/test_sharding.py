@@ -1,4 +1,4 @@
-"""FSDP1 and FSDP2 on two ranks, wrapped by root, by layer, by factor: the same numbers as in one process."""
+"""FSDP1, FSDP2 and DDP on two ranks: the numbers of one process; what is saved is whole, or refused."""
 
 from __future__ import annotations
 
@@ -11,23 +11,9 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
+from tests.laws import sharded
 
-CASES = [
-    "start",
-    *(
-        f"{engine} by {unit}: {kind}"
-        for engine in ("FSDP1", "FSDP2")
-        for unit in ("root", "layer", "factor", "layer and factor", "base and factor")
-        for kind in (
-            "linear",
-            "linear with bias",
-            "embedding and convolution",
-            "DoRA",
-            "DoRA of embedding and convolution",
-            "frozen term",
-        )
-    ),
-]
+CASES = list(sharded.cases(Path()))
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +28,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
             cwd=Path(ROOT),
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=600,
         )
         return done.stdout + done.stderr
 

@@ -86,7 +86,8 @@ class Offloaded(Backend):
         dataset = getattr(weights, "dataset", weights)
         key = f"{getattr(weights, 'prefix', '')}{name}"
         store: MutableMapping[str, Tensor] = getattr(dataset, "state_dict", dataset)
-        store[key] = tensor.detach().to("cpu")
+        # Laid out as a saved one is: torch's kernels differ by layout in the last place.
+        store[key] = tensor.detach().to("cpu").contiguous()
         placeholder: nn.Parameter = getattr(module, name)
         if placeholder.shape != tensor.shape:
             setattr(module, name, nn.Parameter(torch.empty_like(tensor, device="meta"), requires_grad=False))

@@ -22,7 +22,11 @@ class TorchAO(Backend):
 
     def matches(self, module: nn.Module) -> bool:
         """A weight of one of its types, which pass for floating-point tensors."""
-        weight = module._parameters.get("weight")
+        return self.holds(module, "weight")
+
+    def holds(self, module: nn.Module, name: str) -> bool:
+        """A parameter of one of its types, whatever its name; only one named weight is read and written."""
+        weight = module._parameters.get(name)
         if type(weight) in (nn.Parameter, Tensor):
             return False
         return isinstance(weight, Tensor) and "torchao.utils.TorchAOBaseTensor" in type_names(type(weight))

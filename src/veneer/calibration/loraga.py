@@ -28,11 +28,12 @@ def preprocess_loraga(
     requires gradients, the gradients it had, its mode.
 
     Args:
-        model: The base model, not quantised.
+        model: The base model; to be measured it must be neither quantised nor offloaded.
         lora_config: Configuration of the adapter.
         train_step: Runs forward and backward on samples, once or several times; the gradients are averaged
             over the backward passes.
-        cache_file: Gradients are read from it if it exists, and written to it if not.
+        cache_file: Gradients are read from it if it exists, and written to it if not. So a quantised or
+            offloaded model starts from what was measured on its 16-bit weights.
 
     Raises:
         ConfigError: If a layer got no gradient, or the file does not fit.
@@ -40,13 +41,13 @@ def preprocess_loraga(
     """
     options(lora_config, "lora_ga", LoraGAConfig)
     additions = planned(model, lora_config)
-    _check_weights(additions)
     content = stored(cache_file)
     keys = {path: f"{path}._peft_loraga_grad" for path in additions}
     if content is not None:
         found = entries(cache_file, content, list(keys.values()))
         gradients = {path: found[key] for path, key in keys.items()}
     else:
+        _check_weights(additions)
         gradients = _gradients(model, additions, train_step)
         store(cache_file, {keys[path]: gradient for path, gradient in gradients.items()})
     for path, addition in additions.items():
@@ -67,15 +68,16 @@ def _check_weights(additions: Mapping[str, Addition]) -> None:
     """
     refused = [
         f"{path} ({type(a.site.base).__name__}): its weight is "
-        + ("quantised" if not weight.is_meta else "on the meta device or offloaded")
+        + ("quantised" if a.layer.backend.quantization is not None else "on the meta device or offloaded")
         for path, a in additions.items()
-        for weight in [_weight(a)]
-        if not weight.is_floating_point() or weight.is_meta
+        if a.layer.backend.quantization is not None or _weight(a).is_meta
     ]
     if refused:
         raise TargetError(
             "LoRA-GA needs gradients of the base weights themselves:\n"
             + "\n".join(f"  - {line}" for line in refused)
+            + "\nMeasure the model with its weights in 16 bits and in memory, with a cache_file; then pass "
+            "that file here"
         )
 
 

@@ -74,7 +74,8 @@ def stored(path: str | os.PathLike[str] | None) -> dict[str, Tensor] | None:
     if path is None or not Path(path).is_file() or Path(path).stat().st_size == 0:
         return None
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with open(path, "rb") as file:  # by its name, torch might take it for a file of another kind
+            content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged archive can fail anywhere in the unpickler
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigError(f"{path} cannot be read as a file of tensors: {first}") from error

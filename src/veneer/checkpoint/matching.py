@@ -80,7 +80,7 @@ class LoadReport:
             lines.append(f"  re-mapped: {self.notice}")
         causes = likely_causes(self)
         lines += [f"Likely cause: {c}" for c in causes]
-        lines.append("Way out: load it on the model that it was made for; strict=False loads what fits.")
+        lines.append("Way out: load it on the model that it was made for.")
         return "\n".join(lines)
 
     def raise_for(self, where: object) -> None:
@@ -90,7 +90,7 @@ class LoadReport:
             LoadMismatchError: with :meth:`message`.
         """
         if not self.ok:
-            raise LoadMismatchError(self.message(where))
+            raise LoadMismatchError(self.message(where).removesuffix(".") + "; strict=False loads what fits.")
 
 
 def _listing(what: str, items: Sequence[str]) -> list[str]:

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..errors import AdapterFileError, VeneerWarning
 from .header import Header, name_problem, raw_header, read_header
-from .layout import SAFETENSORS_NAME, locate_tensors
+from .layout import locate_tensors
 
 
 @dataclass(frozen=True)
@@ -85,8 +85,16 @@ def open_adapter(directory: str | os.PathLike[str]) -> AdapterFile:
     Raises:
         AdapterFileError: the file is missing, truncated, damaged, hostile, or no adapter at all; says which.
     """
-    path = locate_tensors(Path(directory))
-    return _open_safetensors(path) if path.name == SAFETENSORS_NAME else _open_bin(path)
+    return open_tensors(locate_tensors(Path(directory)))
+
+
+def open_tensors(path: Path) -> AdapterFile:
+    """Open a file of tensors of whatever name, as `open_adapter` does that of a directory.
+
+    Raises:
+        AdapterFileError: as for `open_adapter`.
+    """
+    return _open_safetensors(path) if path.suffix == ".safetensors" else _open_bin(path)
 
 
 def _open_safetensors(path: Path) -> AdapterFile:
@@ -120,7 +128,7 @@ def _open_bin(path: Path) -> AdapterFile:
     warnings.warn(
         f"{path} is a pickle; it was read as tensors only. Save the adapter again to get a safetensors file.",
         VeneerWarning,
-        stacklevel=3,
+        stacklevel=4,
     )
     shapes = {k: tuple(t.shape) for k, t in tensors.items()}
     return AdapterFile(path, shapes, {k: t.dtype for k, t in tensors.items()}, {}, None, tensors)

@@ -67,7 +67,8 @@ def register_commands(named: str | None = None) -> None:
     """
     package = sys.modules[__package__ or "veneer.cli"]
     names = [module.name for module in pkgutil.iter_modules(package.__path__)]
-    for name in [named] if named in names else names:
+    own = [name for name in names if name in (named, f"{named}_")]  # `import` is no name for a module
+    for name in own or names:
         importlib.import_module(f"{package.__name__}.{name}")
 
 

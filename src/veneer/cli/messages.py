@@ -22,6 +22,13 @@ PHRASES = {
     "; strict=False loads what fits": "",
     ", or read with strict=False": "",
     "untie=True": "--untie",
+    "dora_to_plain=True, rank=N with the base model": "--dora-to-plain --rank N",
+    "rank=N": "--rank N",
+    "dtype='float32'": "--dtype float32",
+    "base=, the model's directory,": "--model, the base model,",
+    "the base model: base=": "the base model: --model",
+    "the base model (base=)": "the base model (--model)",
+    "component='": "--component '",
     "Merge into float32 (model.float() before)": "Merge with --dtype float32",
 }
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

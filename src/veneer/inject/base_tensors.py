@@ -12,6 +12,7 @@ from veneer.adapters import AdapterModule, walk
 from veneer.inject.embeddings import embedding_of
 from veneer.layers import LoraLayer
 from veneer.layers.modules_to_save import ModulesToSaveWrapper
+from veneer.layers.sharded import gathered
 from veneer.layers.trainable_tokens import TrainableTokens
 
 
@@ -112,7 +113,7 @@ def differs_from_base(model: nn.Module, name: str, value: Tensor) -> bool:
     here = backend.read(base, last) if original is None else original._parameters[last]
     if here is None or here.is_meta:
         return False
-    return not torch.equal(here.detach().cpu(), value.to(here.dtype).cpu())
+    return not torch.equal(gathered(here.detach()).cpu(), value.to(here.dtype).cpu())
 
 
 def write_base_tensor(model: nn.Module, name: str, value: Tensor) -> None:

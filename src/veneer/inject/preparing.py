@@ -20,6 +20,7 @@ from veneer.inject.tokens import token_rows
 from veneer.inject.tying import check_tied, tie, tied_additions, tied_copies
 from veneer.layers.making import check_config, with_variant_options
 from veneer.layers.modules_to_save import ModulesToSaveWrapper
+from veneer.layers.sharded import is_sharded
 
 
 def prepare(
@@ -49,6 +50,14 @@ def prepare(
     if not read_from_file:
         for sentence in config.advice():
             warnings.warn(sentence, VeneerWarning, stacklevel=3)
+    if not config.inference_mode and is_sharded(model):
+        warnings.warn(
+            f"the model's parameters are sharded, and those of the new adapter {adapter_name!r} will be "
+            "whole on every rank: nobody averages their gradients. Add adapters before FSDP (or average "
+            "yourself, as transformers' Trainer does for a model that was sharded when it was loaded)",
+            VeneerWarning,
+            stacklevel=3,
+        )
     own_config = copy.deepcopy(config)
     change = replication(model, own_config)
     with planning(change):

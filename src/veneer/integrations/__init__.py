@@ -14,6 +14,7 @@ WATCHED = (
     "transformers.trainer_utils",
     "transformers.trainer",
     "accelerate.utils.modeling",
+    "accelerate.utils.fsdp_utils",
     "trl.trainer.utils",
     "trl.trainer.base_trainer",
     "trl.trainer.sft_trainer",

@@ -6,8 +6,7 @@ checkpoint. TRL asks the same of models and configurations. Here what they test 
 classes, module by module:
 
 * where peft is installed, the name `PeftModel` in the trainer's module comes to mean "peft's or Veneer's", as
-  a
-  subclass of peft's class, so that everything else said of it stays true;
+  a subclass of peft's class, so that everything else said of it stays true;
 * where it is not, the name is Veneer's class, and the module's `is_peft_available` says yes.
 
 Neither library itself is changed, and models of the real peft are treated as before.
@@ -24,8 +23,9 @@ from types import ModuleType
 from typing import Any
 
 from ..errors import VeneerWarning
+from ..layers.sharded import settle
+from . import trl
 
-_TRL = ("PeftModel", "PeftConfig", "get_peft_model", "BaseTunerLayer", "PrefixTuningConfig")
 # Which names of a module are tested against. Where peft was not there, the module never got them.
 # TRL's modules use some each; where peft is there, a name that a module does not use is not given to it.
 NAMES = {
@@ -58,13 +58,16 @@ def enable_trainer() -> None:
 def widen(module: ModuleType) -> None:
     """Widen what one module of transformers, accelerate or TRL takes for an adapter."""
     name = module.__name__
+    if name == "accelerate.utils.fsdp_utils":
+        _widen_checkpoints(module)
+        return
     if name.startswith("accelerate."):
         _widen_accelerate(module)
         return
     absent = not _peft_there(module)
     if absent and hasattr(module, "is_peft_available"):
         module.is_peft_available = _always  # type: ignore[attr-defined]
-    for word in NAMES.get(name, _TRL):
+    for word in NAMES.get(name, trl.GIVEN if absent else trl.TESTED):
         ours = _ours(word)
         present = vars(module).get(word)
         if present is None and (absent or name in NAMES):
@@ -89,6 +92,8 @@ def _always() -> bool:
 
 
 def _ours(word: str) -> Any:
+    if word == "peft":
+        return trl.PEFT
     return getattr(importlib.import_module(f"{__package__}.as_peft.objects"), word)
 
 
@@ -150,6 +155,35 @@ def _widen_accelerate(module: ModuleType) -> None:
     for name, other in list(sys.modules.items()):
         if name.split(".")[0] in ("accelerate", "trl") and vars(other).get("is_peft_model") is theirs:
             other.is_peft_model = is_peft_model  # type: ignore[attr-defined]
+
+
+def _widen_checkpoints(module: ModuleType) -> None:
+    """What accelerate keeps of an adapter in FSDP's checkpoints: our adapters by our functions.
+
+    Its own calls peft's, whichever model it is. A full state dict of FSDP2 it makes without them.
+    """
+    ours = _ours("PeftModel")
+
+    def replace(name: str, function: str) -> None:
+        theirs = vars(module).get(name)
+        if theirs is None or _accepts(theirs, ours):
+            return
+
+        @functools.wraps(theirs)
+        def own(model: Any, *args: Any, adapter_only: bool = False, sd_options: Any = None) -> Any:
+            inner = importlib.import_module("accelerate.utils.other").extract_model_from_parallel(model)
+            full = sd_options is not None and sd_options.full_state_dict
+            if isinstance(inner, ours):  # torch does not expect what a forward without gradients leaves
+                settle(inner)
+            if not adapter_only or full or not isinstance(inner, ours):
+                return theirs(model, *args, adapter_only=adapter_only, sd_options=sd_options)
+            return _ours(function)(model, *args, adapter_name=inner.active_adapter)
+
+        own.veneer_accepts = ours  # type: ignore[attr-defined]
+        setattr(module, name, own)
+
+    replace("_get_model_state_dict", "get_peft_model_state_dict")
+    replace("_set_model_state_dict", "set_peft_model_state_dict")
 
 
 def _widen_fsdp(trainer: ModuleType) -> None:

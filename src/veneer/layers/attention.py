@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from veneer import backends
 from veneer.layers.base import LoraLayer
 from veneer.layers.parts import stand_in
 from veneer.routing import current
@@ -50,6 +51,12 @@ class LoraMultiheadAttention(LoraLayer):
             return "kdim or vdim differs from embed_dim, so there is no packed in-projection to adapt"
         if type(base).forward is not nn.MultiheadAttention.forward:
             return f"{type(base).__name__} has a forward of its own"
+        backend = backends.find(base, "in_proj_weight")
+        if base.in_proj_weight.is_meta and backend.tensor_device(base, "in_proj_weight").type != "meta":
+            return (
+                "its weights are offloaded, and are fetched for its own forward only, which an adapted one "
+                "does not run: keep this module in memory"
+            )
         if spec.lora_bias:
             return "lora_bias: readers of adapter files drop it on nn.MultiheadAttention"
         if spec.variant != "plain":

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from veneer import backends, variants
 from veneer.layers.changing import Changeable
-from veneer.layers.parts import gathered
 from veneer.layers.refused import refusal
+from veneer.layers.sharded import gathered
 from veneer.registry import TypeRegistry
 from veneer.routing import Routing, acting, current
 

@@ -21,10 +21,10 @@ from veneer.layers.parts import (
     Frozen,
     Strengths,
     Undo,
-    gathered,
     operate,
     stand_in,
 )
+from veneer.layers.sharded import gathered
 from veneer.ops.row_norms import State
 from veneer.spec import LoraSpec
 

@@ -13,7 +13,8 @@ from veneer import backends, variants
 from veneer.layers.base import LoraLayer
 from veneer.layers.parts import RESIDUAL, Factor, stand_in
 from veneer.ops import mixed_batch
-from veneer.ops.lora_linear import add_lora_, autocasts, lora_linear
+from veneer.ops.dropout import wants_plain_torch
+from veneer.ops.lora_linear import add_lora_, autocasts, few_rows, linear_of_few_rows, lora_linear
 from veneer.routing import Routing, current
 
 _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -198,30 +199,62 @@ class LoraLinear(LoraLayer):
         if (routing := current(self)) is not None:
             return self._forward_rows(routing, x, *args, **kwargs)
         live = self._live
+        if len(live) == 1 and not torch.is_grad_enabled() and not args and not kwargs:
+            result = self._of_few_rows(live[0], x)
+            if result is not None:
+                return result
         base: Any = self._modules["base_layer"]  # not by its name: this is asked once for every token
         if not live and not self._disabled:
             return base(x, *args, **kwargs)  # type: ignore[no-any-return]
         if not live or args or kwargs or not _is_plain(base):
             return super().forward(x, *args, **kwargs)
-        first, *rest = live
+        first = live[0]
         variant = variants.get(self._specs[first].variant)
-        factors, weight = self._plain_factors(first), base._parameters["weight"]
+        factors, weight, device = self._plain_factors(first), base._parameters["weight"], x.device
         if (
             factors is None
-            or (rest and not all(self._is_additive(name) for name in rest))
+            or (len(live) > 1 and not all(self._is_additive(name) for name in live[1:]))
             or (self._merged and not variant.additive)
             or x.dtype != weight.dtype
-            or autocasts(x.device.type)
-            or not factors[0].device == x.device == weight.device
+            or autocasts(device.type)
+            or not factors[0].device == device == weight.device
         ):
             return super().forward(x)
         together = partial(self._together, first, x, *factors)
-        result = variant.whole(self, first, x, together, base._parameters["bias"])
+        result = (
+            together()
+            if variant.additive
+            else variant.whole(self, first, x, together, base._parameters["bias"])
+        )
         if result is None:
             return super().forward(x)
-        for name in rest:
+        for name in live[1:]:
             result = self.add_branch(name, x, result)
         return result
+
+    def _of_few_rows(self, name: str, x: Tensor) -> Tensor | None:
+        """A decoding step by the shortest way; None where this is not a plain base with plain LoRA.
+
+        The questions that the general way asks would cost more than both products.
+        """
+        held: Any = self._modules
+        base, a, b = held["base_layer"], held["lora_A"]._modules[name], held["lora_B"]._modules[name]
+        if not (_is_plain(base) and Factor.is_plain(a) and Factor.is_plain(b) and self._is_additive(name)):
+            return None
+        weight, A, B = base._parameters["weight"], a._parameters.get("weight"), b._parameters.get("weight")
+        if (
+            A is None
+            or B is None
+            or RESIDUAL[0] in held
+            or x.dtype is not weight.dtype
+            or not few_rows(x)
+            or not (weight.is_cpu and A.is_cpu and B.is_cpu)
+            or wants_plain_torch(x, weight, A, B)
+            or autocasts("cpu")
+            or self.dropout_of(name)
+        ):
+            return None
+        return linear_of_few_rows(x, weight, base._parameters["bias"], A, B, b.bias, self.scaling[name])
 
     def _is_additive(self, name: str) -> bool:
         return variants.get(self._specs[name].variant).additive

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from veneer import backends, variants
 from veneer.adapters import as_names
 from veneer.errors import AdapterNameError, MergeError
 from veneer.layers.holder import Holder
-from veneer.layers.parts import Undo, UndoKind
+from veneer.layers.parts import Factor, Undo, UndoKind
+from veneer.layers.sharded import UNMERGEABLE, in_pieces, is_distributed
 from veneer.ops import bit_residual
 from veneer.ops.merging import kept_share, merge_dense, merge_into_
 
@@ -39,8 +40,15 @@ class Mergeable(Holder):
     def refuses_merge(self, names: Sequence[str]) -> list[str]:
         """Why merging these adapters would be wrong; empty if it is right."""
         base, backend = self.get_base_layer(), self.backend
-        reasons = []
+        reasons: list[str] = []
         weight = getattr(base, self.weight_name, None)
+        if isinstance(weight, Tensor) and in_pieces(weight):
+            return [UNMERGEABLE]
+        if is_distributed(weight) and not all(map(Factor.is_plain, self._factor_modules(names))):
+            return [
+                "its factors are units of FSDP by themselves, which shows them where they are called alone: "
+                "shard whole adapted layers or blocks, or merge where the base is whole"
+            ]
         if isinstance(weight, Tensor) and weight.is_meta and self.base_device().type == "meta":
             reasons.append("the base weight is on the meta device: it has no values to merge into")
         if (reason := backend.refuses_to_write(base, self.weight_name)) is not None:
@@ -59,6 +67,11 @@ class Mergeable(Holder):
                 "and the architecture would drop one. Keep the adapter unmerged"
             )
         return reasons
+
+    def _factor_modules(self, names: Sequence[str]) -> list[nn.Module]:
+        """The modules that hold factors of adapters; an embedding's are parameters."""
+        held = [self._container(key)[name] for key in self.factor_names for name in names]
+        return [module for module in held if isinstance(module, nn.Module)]
 
     @property
     def undo_kind(self) -> UndoKind | None:

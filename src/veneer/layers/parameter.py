@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from veneer import backends
 from veneer.errors import RoutingError
 from veneer.layers.base import LoraLayer
 from veneer.layers.parts import stand_in
@@ -88,6 +89,11 @@ class LoraParameter(LoraLayer):
             )
         if not tensor.is_floating_point():
             return f"{self.weight_name} is of type {tensor.dtype}: only floating-point parameters are adapted"
+        if (storage := backends.find(base, self.weight_name).quantization) is not None:
+            return (
+                f"{self.weight_name} is quantised by {storage}, and a bare parameter is adapted beside dense "
+                "values only: leave it out of target_parameters, or dense"
+            )
         if spec.lora_dropout:
             return (
                 "lora_dropout drops elements of the input of a product, and a bare parameter meets its "
@@ -140,7 +146,7 @@ class LoraParameter(LoraLayer):
             return self.before_merging().get(self.weight_name) if self._merged else None
         if not self._live:
             return None
-        weight = getattr(self.get_base_layer(), self.weight_name)
+        weight = _fetched(self.get_base_layer(), self.weight_name)
         terms = [(a.to(weight), b.to(weight), s) for a, b, s in map(self.term, self._live)]
         adapted = AdaptedWeight(weight, terms)
         return adapted.dense() if torch.compiler.is_compiling() else adapted
@@ -160,7 +166,11 @@ class LoraParameter(LoraLayer):
             layer.weight_name: adapted for layer in self.chain() if (adapted := layer._adapted()) is not None
         }
         base = self.get_base_layer()
-        return stand_in(base, given)(*args, **kwargs) if given else base(*args, **kwargs)  # type: ignore[arg-type]
+        if not given:
+            return base(*args, **kwargs)
+        # A stand-in has no hook that would fetch what else is offloaded.
+        more = {n: _fetched(base, n) for n, p in base._parameters.items() if p is not None and p.is_meta}
+        return stand_in(base, {**more, **given})(*args, **kwargs)  # type: ignore[dict-item]
 
     def low_rank(self, name: str, x: Tensor) -> Tensor:
         """A bare parameter has no input of its own."""
@@ -169,6 +179,15 @@ class LoraParameter(LoraLayer):
     def extra_repr(self) -> str:
         """The parameter's name, for ``print(model)``."""
         return f"parameter_name={self.parameter_name!r}"
+
+
+def _fetched(module: nn.Module, name: str) -> Tensor:
+    """A parameter of a module, from where it is kept if that is elsewhere."""
+    tensor: Tensor = getattr(module, name)
+    if not tensor.is_meta:
+        return tensor
+    backend = backends.find(module, name)
+    return backend.read(module, name).to(backend.tensor_device(module, name))
 
 
 def parameters_of(module: nn.Module) -> dict[str, LoraParameter]:

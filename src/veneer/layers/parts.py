@@ -296,13 +296,10 @@ def stand_in(
     if "_hf_hook" in state:
         for name in ("forward", "_hf_hook", "_old_forward"):
             state.pop(name, None)
+    for name in tensors:  # FSDP1 puts its own tensors there, and they would come first
+        state.pop(name, None)
     state.update(attributes)
     return twin
-
-
-def gathered(tensor: Tensor) -> Tensor:
-    """A tensor of the base as a whole, from all ranks where FSDP2 has sharded it and not gathered it now."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def unwrapped(module: nn.Module) -> nn.Module:

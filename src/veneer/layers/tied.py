@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from veneer.errors import TargetError
 from veneer.inits import InitResult, find
 from veneer.layers.embedding import LoraEmbedding
 from veneer.layers.linear import LoraLinear
 from veneer.layers.parts import Mirror, UndoKind, stand_in
+from veneer.layers.sharded import is_distributed
 from veneer.spec import LoraSpec
 
 
@@ -82,6 +84,22 @@ class LoraTiedHead(LoraLinear):
         for container in (self.lora_A, self.lora_B):
             mirror: Any = container[new]
             mirror.name = new
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """As of any linear, with the embedding's factors.
+
+        Raises:
+            TargetError: FSDP has them in pieces now: the embedding is a unit of its own.
+        """
+        if self._live and not torch.compiler.is_compiling():
+            factor = self.tied_adapter.factors(self._live[0])[0]
+            if factor.dim() < 2 or is_distributed(factor):
+                raise TargetError(
+                    "the factors of the embedding, which its head shares, are sharded while the head "
+                    "computes: put both into one unit of FSDP (leave them to the root, or "
+                    "fully_shard([embedding, head]))"
+                )
+        return super().forward(x, *args, **kwargs)
 
     # -- merging: the embedding's ------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ from veneer import backends
 from veneer.adapters import AdapterModule, as_names
 from veneer.errors import AdapterNameError, MergeError
 from veneer.layers.parts import Undo, UndoKind, stand_in
+from veneer.layers.sharded import UNMERGEABLE, in_pieces, is_distributed
 from veneer.routing import current
 
 
@@ -282,6 +283,10 @@ class TrainableTokens(AdapterModule):
     def refuses_merge(self, names: Sequence[str]) -> list[str]:
         """Why merging these adapters would be wrong; empty if it is right."""
         base = self.get_base_layer()
+        if in_pieces(base.weight):  # type: ignore[arg-type]
+            return [UNMERGEABLE]
+        if is_distributed(base.weight):
+            return ["its weight is sharded, and a row is in one piece of it: merge where the base is whole"]
         reasons = [
             backends.find(base).refuses_merge(base),
             self._overlapping([*self.merged_adapters, *names]),

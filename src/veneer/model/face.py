@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, ClassVar
 
@@ -30,6 +31,9 @@ from veneer.routing import Activation, Routing, keep_for_backward, last_invocati
 
 #: Ways of generating in which a call of the model has neither all positions nor the last one.
 _NOT_ONE_BY_ONE = ("assistant_model", "prompt_lookup_num_tokens", "prefill_chunk_size")
+
+#: Trainer calls these through the wrapper; transformers sees to the input of models of `input_ids` alone.
+_ENABLES_CHECKPOINTING = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
 
 #: The class of each task; a class enters itself.
 MODEL_TYPE_TO_PEFT_MODEL_MAPPING: dict[str, type[PeftModel]] = {}
@@ -118,7 +122,19 @@ class PeftModel(Parking):
         except AttributeError:
             if name == "base_model" or "base_model" not in self.__dict__.get("_modules", {}):
                 raise
-            return getattr(self.base_model, name)
+            found = getattr(self.base_model, name)
+            return self._enabling(found) if name in _ENABLES_CHECKPOINTING else found
+
+    def _enabling(self, enable: Callable[..., Any]) -> Callable[..., Any]:
+        """The base's method that turns gradient checkpointing on, after which gradients still arrive."""
+
+        @functools.wraps(enable)
+        def method(*args: Any, **kwargs: Any) -> Any:
+            result = enable(*args, **kwargs)
+            _let_checkpointing_pass_gradients(self.get_base_model())
+            return result
+
+        return method
 
     def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """What the adapted model gives.

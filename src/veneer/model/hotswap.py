@@ -82,7 +82,8 @@ def hotswap_adapter_from_state_dict(
         raise LoadMismatchError(
             f"the tensors cannot take the place of {adapter_name!r}: {'; '.join(wrong[:6])}{more}"
             + (". For a larger rank, make room: prepare_model_for_compiled_hotswap(…, target_rank=…), or "
-               "enable_peft_hotswap(target_rank=…) of a transformers model" if room else "")
+               "enable_peft_hotswap(target_rank=…) of transformers, enable_lora_hotswap(…) of diffusers"
+               if room else "")
         )  # fmt: skip
     new = {
         path: resolve(config, adapter_name, layer.specs[adapter_name].path) for path, layer in layers.items()

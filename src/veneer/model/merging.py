@@ -21,6 +21,7 @@ from veneer.inject.embeddings import embedding_of
 from veneer.layers import LoraLayer
 from veneer.layers.modules_to_save import ModulesToSaveWrapper
 from veneer.layers.parts import UndoKind
+from veneer.layers.sharded import settle
 from veneer.layers.trainable_tokens import TrainableTokens
 from veneer.model.dequantising import dequantise, forget_quantisation
 from veneer.model.verbs import AdapterVerbs, Mergeable
@@ -118,6 +119,7 @@ class MergeVerbs(AdapterVerbs):
             for path, layer in self.mergeable().items()
             if layer.tied_adapter is None and any(name in layer.held_adapters for name in names)
         }
+        settle(self)
         self._check_merge(layers, names, untie, undo)
         with shared_buffers():
             report = self.merge_report = _merge_all(layers, names, safe_merge, undo, progressbar)

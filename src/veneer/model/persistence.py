@@ -9,6 +9,7 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -41,6 +42,7 @@ from veneer.errors import (
     VeneerWarning,
 )
 from veneer.inject import stacked
+from veneer.layers import sharded
 from veneer.model.lora_model import LoraModel
 from veneer.spec import resolve
 
@@ -122,7 +124,9 @@ class Persistence(nn.Module):
             selected_adapters: Names; None means all.
             save_embedding_layers: Save input and output embeddings along: True, False, or "auto" (those that
                 are targeted, and both if the vocabulary was resized).
-            is_main_process: False writes nothing (other ranks of a group).
+            is_main_process: False writes nothing (other ranks of a group). Where FSDP keeps the adapter in
+                pieces and no ``state_dict`` is given, every rank has to call: the pieces are gathered, the
+                first rank that says True writes, and all go on when that is done.
             path_initial_model_for_weight_conversion: Not needed: initialisations that change the base
                 elsewhere keep it exact here, and their adapters are saved as plain ones.
             **kwargs: ``state_dict``: take the values from this full state dict. Others
@@ -132,7 +136,8 @@ class Persistence(nn.Module):
         Raises:
             UnknownOptionError: For a keyword that nobody passes.
             ConfigError: For another value of ``save_embedding_layers``.
-            CheckpointError: If the adapter cannot be written; what was there before is whole.
+            CheckpointError: If the adapter cannot be written; what was there before is whole. Also where
+                FSDP1 keeps it in pieces and wraps the model from outside.
         """
         refuse_unknown("save_pretrained", kwargs, _SAVING, _parameters(Persistence.save_pretrained))
         check_save_embedding_layers(save_embedding_layers)
@@ -151,36 +156,55 @@ class Persistence(nn.Module):
         if os.path.isfile(save_directory):
             raise CheckpointError(f"{save_directory} is a file; a directory is needed")
         given = kwargs.pop("state_dict", None)
+        together = state.saved_together(self, names, given)
+        if not is_main_process and not together:
+            return
+        # All ranks collect what they hold pieces of; one of them writes.
+        collected = {}
         for name in names:
-            tensors = state.adapter_state_dict(
-                self, name, state_dict=given, save_embedding_layers=save_embedding_layers
+            collected[name] = state.adapter_state_dict(
+                self,
+                name,
+                state_dict=given,
+                save_embedding_layers=save_embedding_layers,
+                gather=together,
             )
-            if not is_main_process:
-                continue
-            init = self._subtracted_start(name)
-            if init is not None and not safe_serialization:
-                raise CheckpointError(
-                    f"the frozen term of {name!r} (init_lora_weights={init!r}) is marked in the metadata of "
-                    "a safetensors file, and a .bin has none: save with safe_serialization=True"
-                )
-            config = self._config_to_save(name)
-            self._mention_replaced_base(name)
-            count = sum(t.numel() for t in tensors.values())
-            write_adapter(
-                self._directory_of(save_directory, name),
-                tensors,
+        with sharded.one_writer(is_main_process) if together else nullcontext(is_main_process) as writes:
+            for name in names if writes else ():
+                self._write(save_directory, name, collected.pop(name), safe_serialization)
+
+    def _write(
+        self,
+        save_directory: str | os.PathLike[str],
+        name: str,
+        tensors: Mapping[str, Tensor],
+        safe_serialization: bool,
+    ) -> None:
+        """Write one adapter into its directory."""
+        init = self._subtracted_start(name)
+        if init is not None and not safe_serialization:
+            raise CheckpointError(
+                f"the frozen term of {name!r} (init_lora_weights={init!r}) is marked in the metadata of "
+                "a safetensors file, and a .bin has none: save with safe_serialization=True"
+            )
+        config = self._config_to_save(name)
+        self._mention_replaced_base(name)
+        count = sum(t.numel() for t in tensors.values())
+        write_adapter(
+            self._directory_of(save_directory, name),
+            tensors,
+            config,
+            metadata={
+                state.FINGERPRINT: json.dumps(state.base_fingerprint(self.get_base_model())),
+                **({} if init is None else {RESIDUAL_MARK: mark(self.peft_config[name], init)}),
+            },
+            card=model_card(
                 config,
-                metadata={
-                    state.FINGERPRINT: json.dumps(state.base_fingerprint(self.get_base_model())),
-                    **({} if init is None else {RESIDUAL_MARK: mark(self.peft_config[name], init)}),
-                },
-                card=model_card(
-                    config,
-                    transformers_model=hasattr(self.get_base_model(), "save_pretrained"),
-                    parameters=count,
-                ),
-                safe_serialization=safe_serialization,
-            )
+                transformers_model=hasattr(self.get_base_model(), "save_pretrained"),
+                parameters=count,
+            ),
+            safe_serialization=safe_serialization,
+        )
 
     def _subtracted_start(self, name: str) -> bool | str | None:
         """The initialisation of an adapter that has a frozen term, None for any other."""
@@ -216,7 +240,7 @@ class Persistence(nn.Module):
                 "the base too (unload() gives it back, with its save_pretrained or state_dict) and load this "
                 "adapter onto that",
                 VeneerWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
 
     def _config_to_save(self, name: str) -> dict[str, Any]:

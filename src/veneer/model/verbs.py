@@ -25,6 +25,7 @@ from veneer.errors import (
 from veneer.inject import Injection, bias_parameters, prepare
 from veneer.layers import LoraLayer
 from veneer.layers.making import draw_seed
+from veneer.layers.sharded import settle
 from veneer.layers.trainable_tokens import TrainableTokens
 from veneer.routing import BASE
 
@@ -318,6 +319,7 @@ class AdapterVerbs(nn.Module):
         Raises:
             MergeError: Naming every layer whose weight cannot be had back. Nothing has changed then.
         """
+        settle(self)
         layers = self.mergeable()
         found = [(path, layer.refuses_unmerge()) for path, layer in layers.items()]
         if reasons := [f"{path}: {reason}" for path, reason in found if reason is not None]:

@@ -20,6 +20,7 @@ Source: LoRA, arXiv:2106.09685, equation 3.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -136,9 +137,8 @@ def _fused(
     p: float,
 ) -> Tensor:
     step: Any = None
-    if not torch.is_grad_enabled() and p == 0.0 and _few_rows(x):
-        y = F.linear(x, weight, bias)
-        return _add_branch_of_few_rows_(y.clone() if y._is_view() else y, x, A, B, B_bias, scaling)
+    if not torch.is_grad_enabled() and p == 0.0 and few_rows(x):
+        return linear_of_few_rows(x, weight, bias, A, B, B_bias, scaling)
     if x.is_cuda:
         step = triton_step(x, weight, bias, A, B, B_bias)
     if step is not None:
@@ -202,7 +202,7 @@ def _added(
     p: float,
     inplace: bool,
 ) -> Tensor:
-    if not torch.is_grad_enabled() and p == 0.0 and _few_rows(x):
+    if not torch.is_grad_enabled() and p == 0.0 and few_rows(x):
         y = y if inplace else y.clone(memory_format=torch.contiguous_format)
         return _add_branch_of_few_rows_(y, x, A, B, B_bias, scaling)
     out: Tensor = _AddLora.apply(  # type: ignore[no-untyped-call]
@@ -211,8 +211,27 @@ def _added(
     return out
 
 
-def _few_rows(x: Tensor) -> bool:
+def few_rows(x: Tensor) -> bool:
+    """Whether x: (..., in) is so short that the calls, and not the products, are what a branch costs."""
     return x.is_cpu and x.numel() <= FEW_ROWS * x.shape[-1]
+
+
+def linear_of_few_rows(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    B_bias: Tensor | None,
+    scaling: float,
+) -> Tensor:
+    """`lora_linear` for the `few_rows` of a decoding step: no graph, no dropout, and nothing asked.
+
+    Only where `lora_linear` would compute with these tensors as they are: not under autocast, a compiler or
+    a transform, no tensor subclasses.
+    """
+    y = F.linear(x, weight, bias)
+    return _add_branch_of_few_rows_(y.clone() if y._is_view() else y, x, A, B, B_bias, scaling)
 
 
 def _add_branch_of_few_rows_(
@@ -222,21 +241,23 @@ def _add_branch_of_few_rows_(
 
     y: contiguous. Adding inside of the product, to a wide copy of y where y is narrow, beats adding after it.
     """
-    work = torch.float64 if x.dtype == torch.float64 else torch.float32
-    a, b, wide = A, B, y
-    if not x.dtype == y.dtype == a.dtype == b.dtype == work:  # casts to the same type take time too
-        x, a, b, wide = x.to(work), a.to(work), b.to(work), y.to(work)
-    h = F.linear(x, a)
+    widened = Tensor.double if x.dtype == torch.float64 else Tensor.float  # `to` takes longer to do nothing
+    wide = widened(y)
+    h = F.linear(widened(x), widened(A))
     flat = wide.view(-1, wide.shape[-1])
-    flat.addmm_(h.view(-1, h.shape[-1]), b.t(), alpha=scaling)
+    flat.addmm_(h.view(-1, h.shape[-1]), widened(B).t(), alpha=scaling)
     if B_bias is not None:
-        flat.add_(B_bias.to(work), alpha=scaling)
+        flat.add_(widened(B_bias), alpha=scaling)
     return y if wide is y else y.copy_(wide)
 
 
 def autocasts(kind: str) -> bool:
     """Whether autocast is on for a kind of device; kinds that have none (meta) may not be asked."""
-    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return _has_autocast(kind) and torch.is_autocast_enabled(kind)
+
+
+#: Asked at every call of every layer; it is a property of the build of torch.
+_has_autocast = functools.cache(torch.amp.is_autocast_available)
 
 
 def _as_in_forward(
@@ -278,9 +299,10 @@ def _project(x: Tensor, A: Tensor, drop: Tensor | None) -> Tensor:
 def _outer(thin: Tensor, wide: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     """``scale · thinᵀ wide`` for ``thin: (T, r)``, ``wide: (T, n)``: the gradient of a factor, in its dtype.
 
-    With the thin side first: see `benchmarks/products.py` for the other order.
+    Which order is faster depends on the dtype: alone the two hardly differ (`benchmarks/products.py`), but in
+    float32 a whole step is slower with the thin side first.
     """
-    product = thin.t() @ wide
+    product = (wide.t() @ thin).t() if wide.dtype == torch.float32 else thin.t() @ wide
     if dtype.itemsize > product.dtype.itemsize:
         product = product.to(dtype)  # the scale rounds in the finer of the two
     return (product if scale == 1.0 else product.mul_(scale)).to(dtype)

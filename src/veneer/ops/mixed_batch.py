@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from veneer.ops.lora_linear import FEW_ROWS
+from veneer.ops.lora_linear import few_rows
 
 #: Neighbouring rows with one adapter: (its name or None for the base, first row, row after the last).
 Run = tuple[str | None, int, int]
@@ -54,7 +54,7 @@ def groups_of(runs: Sequence[Run]) -> tuple[str | None, ...]:
 
 def working_dtype(x: Tensor) -> torch.dtype:
     """The type to compute a branch in: few rows of 16 bits on a CPU are dearer than the same in float32."""
-    few = x.is_cpu and x.numel() <= FEW_ROWS * x.shape[-1]
+    few = few_rows(x)
     return torch.float32 if few and x.dtype in (torch.float16, torch.bfloat16) else x.dtype
 
 

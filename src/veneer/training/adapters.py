@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..checkpoint import CONFIG_NAME, AdapterFile, check_adapter_name, open_adapter, read_config
+from ..checkpoint.lora_files import blaming, factor_names, open_lora
+from ..checkpoint.places import check_replaceable, check_room, replacing
 from ..config import LoraConfig, PeftConfig
 from ..doors import adapter_directory
 from ..errors import AdapterFileError, ConfigError, VeneerError, VeneerWarning
 from ..model import MergeReport, PeftModel
-from ..spec import LoraSpec, resolve, variant_name
+from ..spec import variant_name
 from .models import load_base, looks_local, quiet_transformers
-from .places import check_replaceable, check_room, replacing
 
-_FACTOR = re.compile(
-    r"^base_model\.model\.(?P<path>.+)\.lora_(?P<role>A|B|embedding_A|embedding_B)(\.weight)?$"
-)
 #: The last layer of a classifier's head, which has a row for each class.
 _CLASSES = re.compile(r"(^|\.)(score|classifier|classifier\.out_proj|classification_head\.out_proj)\.weight$")
 
@@ -137,15 +134,6 @@ def load_adapted(
     for name, other in more.items():
         adapted.load_adapter(other.directory, name)
     return adapted, _own_tokenizer(first.directory) or tokenizer
-
-
-@contextlib.contextmanager
-def blaming(adapter: str | os.PathLike[str]) -> Iterator[None]:
-    """What is wrong in an adapter's configuration is an error of that file, not of the caller's options."""
-    try:
-        yield
-    except ConfigError as error:
-        raise AdapterFileError(f"the {CONFIG_NAME} of {adapter} cannot be used: {error}") from error
 
 
 def require_language_model(head: Head) -> None:
@@ -270,60 +258,6 @@ def describe(adapter: str | os.PathLike[str]) -> dict[str, Any]:
         ],
         "others": sorted(others),
     }
-
-
-def open_lora(
-    adapter: str | os.PathLike[str],
-) -> tuple[LoraConfig, AdapterFile, dict[str, LoraSpec]]:
-    """(configuration, tensors not read yet, what each module got) of a LoRA on disk.
-
-    Raises:
-        AdapterFileError: It is missing or broken, is no LoRA, or its two files disagree; names the modules.
-    """
-    with blaming(adapter):
-        config = PeftConfig.from_dict(read_config(adapter))
-        if not isinstance(config, LoraConfig):
-            raise ConfigError(f"it is no LoRA but {config.peft_type}")
-        variant_name(config)
-    file = open_adapter(adapter)
-    specs, wrong = {}, []
-    for path, roles in factor_names(file)[0].items():
-        spec = specs[path] = resolve(config, "default", path)
-        a, b = file.shapes[roles["A"]], file.shapes[roles["B"]]
-        if len(a) < 2 or len(b) < 2 or a[0] != b[1]:
-            wrong.append(f"{path}: factors of shapes {a} and {b} have no product")
-        elif a[0] != spec.r and not (config.target_parameters and a[0] % spec.r == 0):
-            wrong.append(f"{path}: the configuration gives it rank {spec.r}, its factors have rank {a[0]}")
-    if not specs:
-        raise AdapterFileError(
-            f"{file.path} holds no factors of a LoRA, only: {', '.join(file.shapes) or 'nothing'}"
-        )
-    if wrong:
-        more = f"\n  and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-        raise AdapterFileError(
-            f"{file.path} does not fit its {CONFIG_NAME}:\n  " + "\n  ".join(wrong[:5]) + more
-        )
-    return config, file, specs
-
-
-def factor_names(file: AdapterFile) -> tuple[dict[str, dict[str, str]], list[str]]:
-    """(module path -> the names of its factors "A" and "B" in the file, the names of all other tensors).
-
-    Raises:
-        AdapterFileError: A module has only one of the two.
-    """
-    layers: dict[str, dict[str, str]] = {}
-    others = []
-    for key in file.shapes:
-        match = _FACTOR.match(key)
-        if match is None:
-            others.append(key)
-        else:
-            layers.setdefault(match["path"], {})[match["role"].removeprefix("embedding_")] = key
-    half = [path for path, factors in layers.items() if factors.keys() != {"A", "B"}]
-    if half:
-        raise AdapterFileError(f"{file.path} holds only one of the two factors of {', '.join(half[:3])}")
-    return layers, others
 
 
 def _count(shape: tuple[int, ...]) -> int:

@@ -15,6 +15,7 @@ import torch
 
 from .. import LoraConfig, PeftModel, get_peft_model
 from ..checkpoint import SAFETENSORS_NAME
+from ..checkpoint.places import check_replaceable, replacing
 from .adapters import merge, save_merged
 from .data import Collator, Row, encode, pad_token, prompt_ids
 from .evaluate import answer_loss, exact_match, valid_json
@@ -22,7 +23,6 @@ from .generation import generate_answers
 from .loop import train
 from .models import check_output, demo_model, directory_bytes, load_base
 from .options import TrainOptions
-from .places import check_replaceable, replacing
 from .plots import can_plot, loss_picture
 from .progress import Progress, Silent
 from .resuming import write_json

@@ -17,15 +17,15 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ..checkpoint import AdapterFile, compare_fingerprints, fingerprint
+from ..checkpoint.lora_files import factor_names, open_lora
+from ..checkpoint.places import check_room, replacing
 from ..config import LoraConfig
 from ..errors import AdapterFileError, BaseMismatchError, MergeError, TrainingError
 from ..model import MergeReport
 from ..ops.merging import merge_into_, shared_buffers
 from ..spec import LoraSpec, variant_name
 from ..state import FINGERPRINT
-from .adapters import factor_names, open_lora
 from .models import looks_local, require
-from .places import check_room, replacing
 
 ONE, INDEX = "model.safetensors", "model.safetensors.index.json"
 #: Names of the types in a safetensors header; only these can take an update.

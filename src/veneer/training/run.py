@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from .. import get_peft_model
-from ..errors import VeneerError
+from ..errors import TrainingError, VeneerError
 from .data import (
     Collator,
     LabelCollator,
@@ -73,6 +73,7 @@ def fine_tune(options: RunOptions, progress: Progress | None = None) -> dict[str
         VeneerError: As its parts do; nothing is written then but whole checkpoints.
         Interrupted: SIGINT or SIGTERM came; a checkpoint lies in the output.
     """
+    _refuse_sharding()
     require("transformers", "train", "training")
     first = os.environ.get("RANK", "0") == "0"
     progress = progress if progress is not None and first else Silent()
@@ -122,6 +123,21 @@ def fine_tune(options: RunOptions, progress: Progress | None = None) -> dict[str
             ylabel=lesson.measure,
         )
     return metrics
+
+
+def _refuse_sharding() -> None:
+    """Refuse what a launcher was told and this does not do.
+
+    Raises:
+        TrainingError: Naming the variable that the launcher set.
+    """
+    for variable in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
+        if os.environ.get(variable, "").lower() == "true":
+            raise TrainingError(
+                f"{variable} asks for a model in shards, and here each process holds the whole model and "
+                "shares the work. Launch without it (torchrun, accelerate launch --multi_gpu), or shard in a "
+                "script of your own"
+            )
 
 
 def _estimate(options: RunOptions, lesson: Lesson, base: Any) -> str:

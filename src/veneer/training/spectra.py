@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checkpoint.lora_files import factor_names, open_lora
 from ..errors import AdapterFileError, CombineError
 from ..ops import low_rank
-from .adapters import factor_names, open_lora
 
 #: "How many directions are needed" means: for this share of the energy.
 MOST = 0.99

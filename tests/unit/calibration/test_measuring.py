@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from tests.storages import QUANTISED, torchao
 from tests.tolerances import assert_close
 from veneer import (
     ConfigError,
@@ -119,15 +122,17 @@ def test_another_model_may_be_measured() -> None:
     assert statistics_of(one.first) is not None and statistics_of(two.first) is None
 
 
-def test_gradients_are_the_mean_over_backward_passes(tmp_path: Path) -> None:
-    model, file = net(), tmp_path / "gradients.pt"
+@pytest.mark.parametrize("name", ["gradients.pt", "gradients.safetensors", "gradients"])
+def test_gradients_are_the_mean_over_backward_passes(name: str, tmp_path: Path) -> None:
+    model, file = net(), tmp_path / name
 
     def twice() -> None:
         for i in range(2):
             model(x(i)).square().sum().backward()
 
     preprocess_loraga(model, lora_ga(), twice, file)
-    stored = torch.load(file, weights_only=True)
+    with file.open("rb") as opened:
+        stored = torch.load(opened, weights_only=True)
     alone = net()
     sum(alone(x(i)).square().sum() for i in range(2)).backward()  # type: ignore[union-attr]
     for name in NAMES:
@@ -136,6 +141,29 @@ def test_gradients_are_the_mean_over_backward_passes(tmp_path: Path) -> None:
     again = net()
     preprocess_loraga(again, lora_ga(), lambda: pytest.fail("the file was there"), file)
     assert torch.equal(statistics_of(again.conv), statistics_of(model.conv))
+
+
+@pytest.mark.parametrize(
+    "store", [QUANTISED["bitsandbytes-4bit"], torchao, partial(cpu_offload, execution_device="cpu")]
+)
+def test_codes_and_offloaded_weights_start_from_what_was_measured_on_dense_ones(
+    store: Callable[[nn.Module], nn.Module], tmp_path: Path
+) -> None:
+    model, file = net(), tmp_path / "gradients.pt"
+    config = LoraConfig(r=2, lora_alpha=3, target_modules=["first"], init_lora_weights="lora_ga")
+    stored = net()
+    stored.first = store(stored.first)
+    with pytest.raises(TargetError, match=r"(quantised|offloaded)\nMeasure the model .* with a cache_file"):
+        preprocess_loraga(stored, config, partial(run, stored), file)
+    preprocess_loraga(model, config, partial(run, model), file)
+    preprocess_loraga(stored, config, lambda: pytest.fail("the file was there"), file)
+    starts = []
+    for base in (model, stored):
+        torch.manual_seed(0)
+        starts.append(get_peft_model(base, config).get_base_model().first)
+    for factor in ("lora_A", "lora_B"):
+        ours, theirs = (getattr(layer, factor)["default"].weight for layer in starts)
+        assert torch.equal(ours, theirs) and ours.any()
 
 
 @pytest.mark.parametrize("fails", [False, True])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from torch import Tensor, nn
 
 from tests.laws.cases import train
@@ -32,6 +33,15 @@ class Changed(nn.MultiheadAttention):
     [
         (nn.MultiheadAttention(8, 2, kdim=4), {}, "kdim or vdim"),
         (Changed(8, 2), {}, "a forward of its own"),
+        (
+            cpu_offload(
+                nn.MultiheadAttention(8, 2),
+                execution_device="cpu",
+                preload_module_classes=["MultiheadAttention"],
+            ),
+            {},
+            "offloaded",
+        ),
         (nn.MultiheadAttention(8, 2), {"lora_bias": True}, "lora_bias"),
         (nn.MultiheadAttention(8, 2), {"use_dora": True}, "dora"),
         (nn.MultiheadAttention(8, 2), {"bias": "all"}, "bias='all'"),

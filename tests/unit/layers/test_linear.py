@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from tests.laws.cases import train
 from tests.tolerances import assert_close
 from veneer import LoraConfig
-from veneer.layers import wrap
+from veneer.layers import linear, wrap
 
 
 def wrapped(base: nn.Module, r: int = 4, **more: Any) -> Any:
@@ -31,3 +31,42 @@ def test_matrices(kind: str, lora_bias: bool) -> None:
     extra = 1.5 * layer.lora_B["default"].bias if lora_bias else 0.0
     assert_close(layer(x), layer.base_layer(x) + 1.5 * x @ a.T @ b.T + extra)
     assert layer.get_delta_weight("default").shape == layer.base_layer.weight.shape
+
+
+@torch.no_grad()
+def test_a_decoding_step_asks_what_the_general_way_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The shortest way is taken where it is right, gives the same, and leaves the rest to the general way."""
+    short: list[bool] = []
+    way = linear.LoraLinear._of_few_rows
+
+    def watched(self: Any, name: str, x: torch.Tensor) -> torch.Tensor | None:
+        result = way(self, name, x)
+        short.append(result is not None)
+        return result
+
+    monkeypatch.setattr(linear.LoraLinear, "_of_few_rows", watched)
+    layer = wrapped(nn.Linear(6, 5), lora_dropout=0.5).eval()
+    x = torch.randn(2, 1, 6, dtype=torch.float64)
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    expected = layer.base_layer(x) + 1.5 * x @ a.T @ b.T
+    assert_close(layer(x), expected)
+    assert short == [True]
+    layer.scaling["default"] = 3.0
+    assert_close(layer(x), 2 * expected - layer.base_layer(x))
+    layer.scaling["default"] = 1.5
+
+    doubled = [
+        module.register_forward_hook(lambda _m, _i, out: 2 * out)
+        for module in (layer.base_layer, layer.lora_A["default"], layer.lora_B["default"])
+    ]
+    assert_close(layer(x), layer.base_layer(x) + 4 * 1.5 * x @ a.T @ b.T)
+    for hook in doubled:
+        hook.remove()
+    assert not layer.train()(torch.ones(70, 6, dtype=torch.float64)).equal(layer(torch.ones(70, 6).double()))
+    layer.eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        layer(x)
+    torch.func.vmap(layer)(x)
+    many = torch.randn(65, 6, dtype=torch.float64)
+    assert_close(layer(many), layer.base_layer(many) + 1.5 * many @ a.T @ b.T)
+    assert short == [True, True] + [False] * 6

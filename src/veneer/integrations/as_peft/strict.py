@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ...adapters import AdapterModule, AdapterSet
 from ...errors import LoadMismatchError
-from ...inject import sites
+from ...inject import bias_parameters, sites
 from ...model.hotswap import prepare_model_for_compiled_hotswap
 
 _CONTAINERS = (
@@ -82,6 +82,7 @@ def load_adapter(original: Callable[..., Any], model: Any, *args: Any, **kwargs:
             _message(type(model).__name__, name, _source(given), missing, unexpected, shapes, total)
         )
     _settle(model, name)
+    before.freeze_replaced(model.peft_config[name])
     if not given.get("is_trainable", False):
         to_inference(model, name)
     try:
@@ -144,19 +145,22 @@ class Before:
     def __init__(self, model: Any, name: str) -> None:
         self.model = model
         self.name = name
+        self.held = name in _held(model)
         self.attributes = {key: vars(model)[key] for key in _ATTRIBUTES if key in vars(model)}
         self.configs = dict(self.attributes.get("peft_config", {}))
-        self.frozen = [(p, p.requires_grad) for p in model.parameters()]
+        # transformers puts new parameters in the places of those that the file has, the base's too.
+        self.parameters = [
+            (module, key, p, p.requires_grad)
+            for module in model.modules()
+            for key, p in module._parameters.items()
+            if p is not None
+        ]
         self.training = [(m, m.training) for m in model.modules()]
         self.states = [
             (m, m.active_adapters, m.disable_adapters)
             for m in model.modules()
             if isinstance(m, AdapterModule)
         ]
-        # A hot swap writes into the tensors of an adapter that stays.
-        self.tensors: dict[str, Tensor] = {}
-        if name in _held(model):
-            self.tensors = {key: value.detach().clone() for key, value in _tensors(model, name).items()}
 
     def put_back(self, key: str) -> None:
         """Give the model one of its own attributes back, or take it away again."""
@@ -165,18 +169,24 @@ class Before:
         else:
             vars(self.model).pop(key, None)
 
+    def freeze_replaced(self, config: Any) -> None:
+        """What the file had of the base (an embedding) is not for training; biases are, if `bias` says so."""
+        trained = {id(p) for _, p in bias_parameters(self.model, config.bias, self.name)}
+        for module, key, before, _ in self.parameters:
+            now = module._parameters.get(key)
+            if now is not None and now is not before and id(now) not in trained:
+                now.requires_grad_(False)
+
     def restore(self) -> None:
         """Bring the model back."""
         model = self.model
-        if not self.tensors:
+        if not self.held:
             _remove(model, self.name)
-        for key, value in self.tensors.items():
-            owner, _, last = key.rpartition(".")
-            setattr(model.get_submodule(owner), last, nn.Parameter(value, requires_grad=False))
         for module, active, disabled in self.states:
             module.set_adapter(active)
             module.enable_adapters(not disabled)
-        for parameter, wanted in self.frozen:
+        for module, key, parameter, wanted in self.parameters:
+            module._parameters[key] = parameter
             parameter.requires_grad_(wanted)
         for module, mode in self.training:
             module.training = mode

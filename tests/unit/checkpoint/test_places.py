@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from veneer import VeneerError
-from veneer.training.places import check_replaceable, check_room, replacing
+from veneer.checkpoint.places import check_replaceable, check_room, replacing
 
 
 def test_it_appears_whole(tmp_path: Path) -> None:

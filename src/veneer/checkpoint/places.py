@@ -16,12 +16,13 @@ from ..errors import VeneerError
 _WEIGHTS = re.compile(r"(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?")
 
 
-def check_replaceable(place: Path, overwrite: bool | None = None) -> None:
+def check_replaceable(place: Path, overwrite: bool | None = None, what: str = "model") -> None:
     """Raise unless a directory of this name can be made; nothing is made yet.
 
     Args:
         place: The directory to write.
         overwrite: Whether one that holds files already may be written into; None where nobody can choose.
+        what: What would be written over there.
 
     Raises:
         VeneerError: It is a file, holds files, or cannot be written.
@@ -31,7 +32,7 @@ def check_replaceable(place: Path, overwrite: bool | None = None) -> None:
     if place.is_dir() and not overwrite and any(place.iterdir()):
         raise VeneerError(
             f"the directory {place} is not empty; name another one"
-            + ", or write over its model with --overwrite-output-dir" * (overwrite is not None)
+            + f", or write over its {what} with --overwrite-output-dir" * (overwrite is not None)
         )
     there = next(parent for parent in (place, *place.absolute().parents) if parent.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
@@ -54,15 +55,26 @@ def check_room(place: Path, needed: int) -> None:
 
 
 @contextlib.contextmanager
-def replacing(place: Path, overwrite: bool | None = None) -> Iterator[Path]:
+def replacing(
+    place: Path,
+    overwrite: bool | None = None,
+    what: str = "model",
+    stale: re.Pattern[str] = _WEIGHTS,
+) -> Iterator[Path]:
     """A directory to write into that becomes ``place`` at the end; a failure leaves ``place`` as it was.
 
     Where ``place`` holds files already, its model is replaced and its other files stay.
 
+    Args:
+        place: The directory to write.
+        overwrite: As for `check_replaceable`.
+        what: As for `check_replaceable`.
+        stale: Names of files that are taken away from what is written over, to be read no more.
+
     Raises:
         VeneerError: See `check_replaceable`.
     """
-    check_replaceable(place, overwrite)
+    check_replaceable(place, overwrite, what)
     new = [parent for parent in place.absolute().parents if not parent.exists()]
     place.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(dir=place.parent, prefix=f".{place.name}-"))
@@ -70,7 +82,7 @@ def replacing(place: Path, overwrite: bool | None = None) -> Iterator[Path]:
         made = folder / "made"
         made.mkdir()
         yield made
-        _move(made, place)
+        _move(made, place, stale)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         for parent in new:
@@ -80,7 +92,7 @@ def replacing(place: Path, overwrite: bool | None = None) -> Iterator[Path]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _move(made: Path, place: Path) -> None:
+def _move(made: Path, place: Path, stale: re.Pattern[str]) -> None:
     if place.is_dir() and not any(place.iterdir()):
         place.rmdir()
     if not place.exists():
@@ -88,7 +100,10 @@ def _move(made: Path, place: Path) -> None:
         return
     names = {file.name for file in made.iterdir()}
     for file in sorted(made.iterdir()):
-        file.replace(place / file.name)
+        if file.is_dir() and (place / file.name).is_dir():
+            _move(file, place / file.name, stale)
+        else:
+            file.replace(place / file.name)
     for old in place.iterdir():
-        if _WEIGHTS.fullmatch(old.name) and old.name not in names:
+        if stale.fullmatch(old.name) and old.name not in names:
             old.unlink()

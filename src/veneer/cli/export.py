@@ -1,0 +1,173 @@
+"""``veneer export``: an adapter in the files of another reader."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .common import adapter_place, app, show_json, size
+
+if TYPE_CHECKING:
+    from ..integrations.export import ExportReport
+
+#: Above this share of an update, what rounding took is that of a type of 16 bits.
+HALF = 1e-6
+
+
+@app.command()
+def export(
+    adapter: Annotated[str, typer.Argument(help="Directory of the adapter, or a hub id.")],
+    target: Annotated[
+        str, typer.Option(help="Who is to read it: vllm, llama.cpp, ollama, mlx, diffusers or plain.")
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Argument(help="Directory for the files; it appears whole or not. Default: ADAPTER-TARGET."),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Base model, where its weights are needed: its directory or hub id."),
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="Type of the factors: auto (as they are), float32, bfloat16 or float16.")
+    ] = "auto",
+    dora_to_plain: Annotated[
+        bool,
+        typer.Option(
+            "--dora-to-plain",
+            help="Make plain LoRA of DoRA: the nearest of --rank, with what it misses. Needs the base.",
+        ),
+    ] = False,
+    rank: Annotated[int | None, typer.Option(min=1, help="Rank for --dora-to-plain.")] = None,
+    component: Annotated[
+        str | None,
+        typer.Option(
+            help="Part of the pipeline, for diffusers: unet, transformer, text_encoder or text_encoder_2."
+        ),
+    ] = None,
+    overwrite_output_dir: Annotated[
+        bool,
+        typer.Option("--overwrite-output-dir", help="Replace the adapter in a directory that holds files."),
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Write an adapter for vLLM, llama.cpp, Ollama, mlx-lm, diffusers, or any reader of plain LoRA.
+
+    What the reader cannot express is folded into the factors where that is possible, and refused in full
+    where it is not. The files are read back and every module's update is compared before they appear.
+    """
+    from ..integrations.export import export_adapter, targets
+    from ..integrations.export.base import find
+
+    find(target)
+    place = adapter_place(adapter)
+    if output is None:
+        output = _beside(place if Path(adapter).expanduser().exists() else Path(adapter).name, target)
+    base = _base(place, model) if model is not None or dora_to_plain else None
+    with _progress(dora_to_plain) as tell:
+        report = export_adapter(
+            place,
+            output,
+            target,
+            base=base,
+            dtype=dtype,
+            dora_to_plain=dora_to_plain,
+            rank=rank,
+            component=component,
+            overwrite=overwrite_output_dir,
+            tell=tell,
+        )
+    if as_json:
+        _as_json(report)
+    else:
+        _show(report, targets.get(target).reader)  # type: ignore[union-attr]
+
+
+def _beside(adapter: Path | str, target: str) -> Path:
+    """Where the files go when nobody says: beside the adapter, or here for one of the hub."""
+    place = Path(adapter)
+    place = place.resolve() if place.name in ("", "..") else place
+    return place.with_name(f"{place.name}-{target}")
+
+
+@contextlib.contextmanager
+def _progress(wanted: bool) -> Iterator[Callable[[int, int], None] | None]:
+    """A bar for the modules that are converted, the only long work."""
+    if not wanted:
+        yield None
+        return
+    from ..training import Terminal
+
+    with contextlib.ExitStack() as stack:
+        bars: list[Callable[[int, str], None]] = []
+
+        def tell(count: int, total: int) -> None:
+            if not bars:
+                bars.append(stack.enter_context(Terminal().bar("modules made plain", total)))
+            bars[0](1, "")
+
+        yield tell
+
+
+def _base(adapter: Path, model: str | None) -> Path:
+    from ..training.merge_files import base_directory
+
+    place = Path(model or "").expanduser()
+    return place if model is not None and place.is_dir() else base_directory(adapter, model)
+
+
+def _as_json(report: ExportReport) -> None:
+    show_json(
+        {
+            "target": report.target,
+            "output": str(report.directory),
+            "files": list(report.files),
+            "exact": report.exact,
+            "worst_error": report.worst,
+            "modules": {
+                path: {"exact": found.exact, "error": found.error} for path, found in report.modules.items()
+            },
+            "folded": list(report.folded),
+            "left_out": list(report.left_out),
+            "notes": list(report.notes),
+            "dora_errors": dict(report.dora_errors),
+            "usage": report.usage,
+        }
+    )
+
+
+def _show(report: ExportReport, reader: str) -> None:
+    count = len(report.modules)
+    print(f"{count} module{'s' * (count != 1)} for {reader}: {report.directory}")
+    for name in report.files:
+        print(f"  {name} ({size((report.directory / name).stat().st_size)})")
+    for label, lines in (("folded", report.folded), ("left out", report.left_out), ("note", report.notes)):
+        for line in lines:
+            print(f"{label}: {line}")
+    if report.dora_errors:
+        errors = sorted(report.dora_errors.items(), key=lambda pair: -pair[1])
+        mean = sum(report.dora_errors.values()) / len(errors)
+        print(
+            f"DoRA made plain: {mean:.2%} of an update is missed on average, at most {errors[0][1]:.2%} "
+            f"({errors[0][0]}); a higher --rank misses less"
+        )
+    print(f"read back: {_verdict(report)}")
+    print(f"use it: {report.usage}")
+
+
+def _verdict(report: ExportReport) -> str:
+    source = "the converted adapter" if report.dora_errors else "the adapter"
+    if report.exact:
+        return f"every update equals that of {source} exactly"
+    rounded = [path for path, found in report.modules.items() if not found.exact]
+    worst = max(rounded, key=lambda path: report.modules[path].error)
+    hint = "; --dtype float32 rounds less" if report.worst > HALF else ""
+    same, count = len(report.modules) - len(rounded), len(report.modules)
+    return (
+        f"{same} of {count} updates equal those of {source} exactly, the others up to one rounding of their "
+        f"factors, at most {report.worst:.1e} of an update ({worst}){hint}"
+    )

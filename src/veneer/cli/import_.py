@@ -1,0 +1,58 @@
+"""``veneer import``: an adapter of diffusers or kohya's sd-scripts in the field's format."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .common import app, show_json
+
+
+@app.command("import")
+def import_(
+    source: Annotated[Path, typer.Argument(help="The file, or the directory that holds it.")],
+    output: Annotated[Path, typer.Argument(help="Directory for the adapter; it appears whole or not.")],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Base model that the adapter is to name. A directory of a model or a pipeline also says "
+            "where the dots of flattened names go."
+        ),
+    ] = None,
+    overwrite_output_dir: Annotated[
+        bool,
+        typer.Option("--overwrite-output-dir", help="Replace the adapter in a directory that holds files."),
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Read an adapter that diffusers or kohya's sd-scripts wrote, into the field's format.
+
+    Every tensor is accounted for: what cannot be read is listed, and nothing is written then. An adapter of
+    several parts of a pipeline becomes one directory for each.
+    """
+    from ..integrations.imports import import_adapter
+
+    base = Path(model).expanduser() if model is not None and Path(model).expanduser().is_dir() else None
+    report = import_adapter(
+        source, output, base=base, base_model_name_or_path=model, overwrite=overwrite_output_dir
+    )
+    if as_json:
+        show_json(
+            {
+                "source": str(report.source),
+                "spelling": report.spelling,
+                "adapters": {
+                    name: {"output": str(place), "ranks": dict(report.modules[name])}
+                    for name, place in report.directories.items()
+                },
+            }
+        )
+        return
+    print(f"{report.source} (as {report.spelling} writes them)")
+    for name, place in report.directories.items():
+        ranks = Counter(report.modules[name].values())
+        words = ", ".join(f"{count} of rank {r}" for r, count in sorted(ranks.items()))
+        print(f"{name}: {sum(ranks.values())} modules ({words}): {place}")

@@ -1,0 +1,193 @@
+"""What every target says of itself; a class with a name registers by being defined."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from ...errors import ConfigError, ExportError
+from ...registry import NameRegistry
+from .folding import Folded, Rules
+from .source import FEATURES, Source, Update, listed, variant_problem
+
+#: What any target does with these by multiplying B and by padding with zeros.
+FOLDED = ("use_rslora", "rank_pattern", "alpha_pattern")
+MERGE = "`veneer merge` makes a plain model of the adapter and its base, which every reader takes"
+_WAYS = {
+    "dora": (
+        "dora_to_plain=True, rank=N with the base model makes plain LoRA of DoRA by a truncated SVD, and "
+        "reports its error"
+    ),
+    "lora_bias": "the target plain, given the base model, adds it to the layers' own biases",
+}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that a target cannot express.
+
+    Attributes:
+        reason: What, and where.
+        way: Another way out than merging, or empty.
+    """
+
+    reason: str
+    way: str = ""
+
+
+@dataclass(frozen=True)
+class Part:
+    """What is written of one adapter: a source, brought to the target's scale.
+
+    Attributes:
+        source: Where it comes from.
+        folded: Its updates.
+        component: What part of a pipeline it adapts, for the targets that know such parts.
+        biases: Module path -> bias of the base with ``s·b`` of lora_bias added, where that was folded.
+    """
+
+    source: Source
+    folded: Folded
+    component: str = ""
+    biases: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class Target(ABC):
+    """A reader of adapters and the files that it takes.
+
+    Attributes:
+        name: What ``target=`` and ``--target`` take.
+        reader: Who reads it, in words.
+        rules: How it scales.
+        keeps: The features of `FEATURES` that its files express as they are.
+        files: Names of the files that it writes.
+    """
+
+    name: ClassVar[str] = ""
+    reader: ClassVar[str] = ""
+    rules: ClassVar[Rules] = Rules()
+    keeps: ClassVar[frozenset[str]] = frozenset()
+    files: ClassVar[tuple[str, ...]] = ()
+    #: Features that are taken on a condition, which `more_problems` looks at, in a few words.
+    sometimes: ClassVar[Mapping[str, str]] = MappingProxyType({})
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "name" in cls.__dict__ and cls.name:
+            targets.add(cls.name, cls())
+
+    def problems(self, source: Source) -> list[Problem]:
+        """Everything that the target's files cannot express of an adapter."""
+        found = []
+        own = variant_problem(source)
+        if own is not None:
+            found.append(Problem(own))
+        for feature, names in source.features().items():
+            if feature in self.keeps or feature in FOLDED or feature in self.sometimes:
+                continue
+            found.append(
+                Problem(
+                    f"{FEATURES[feature]}: {listed(names)}",
+                    "" if self.name == "plain" and feature == "lora_bias" else _WAYS.get(feature, ""),
+                )
+            )
+        return found + self.more_problems(source)
+
+    def more_problems(self, source: Source) -> list[Problem]:
+        """What depends on more than the kind of feature."""
+        return []
+
+    def component(self, source: Source, given: str | None) -> str:
+        """What part of a pipeline the adapter belongs to; empty where the target knows none.
+
+        Raises:
+            ConfigError: A part was named and the target knows none, or it must be and was not.
+        """
+        if given is not None:
+            raise ConfigError(
+                f"component={given!r} is for the target diffusers; {self.name} has no such parts"
+            )
+        return ""
+
+    @abstractmethod
+    def write(self, parts: list[Part], place: Path) -> None:
+        """Write the files into an empty directory."""
+
+    @abstractmethod
+    def read(self, place: Path) -> dict[str, dict[str, Update]]:
+        """Read such files: component -> module path -> update."""
+
+    @abstractmethod
+    def usage(self, place: Path, parts: list[Part]) -> str:
+        """What the user does with the files next."""
+
+    def notes(self, source: Source) -> list[str]:
+        """What the user should know, though nothing is lost."""
+        return []
+
+
+#: Every target by name.
+targets: NameRegistry[Target] = NameRegistry("export target")
+
+
+def find(name: str) -> Target:
+    """The target of a name.
+
+    Raises:
+        ConfigError: There is none; names those that there are.
+    """
+    target = targets.get(name) if isinstance(name, str) else None
+    if target is None:
+        raise ConfigError(f"there is no target {name!r}; there are {', '.join(targets.names())}")
+    return target
+
+
+def refuse(problems: Mapping[str, list[Problem]], target: Target, directory: Path) -> None:
+    """Raise where there is a problem, with all of them and every way out.
+
+    Args:
+        problems: Component -> problems.
+        target: That cannot express them.
+        directory: Of the adapter.
+
+    Raises:
+        ExportError: With the full list.
+    """
+    lines = [
+        f"  - {f'{component}: ' if component else ''}{problem.reason}"
+        for component, found in problems.items()
+        for problem in found
+    ]
+    if not lines:
+        return
+    ways = list(dict.fromkeys(p.way for found in problems.values() for p in found if p.way))
+    out = "\n".join(f"  - {way}" for way in [*ways, MERGE])
+    raise ExportError(
+        f"{directory} cannot be written for {target.name} ({target.reader}), which has no room for:\n"
+        + "\n".join(lines)
+        + f"\nWays out:\n{out}"
+    )
+
+
+def plain_config(part: Part, **changes: Any) -> dict[str, Any]:
+    """The adapter's own configuration after folding, in the field's format."""
+    config, folded = part.source.config, part.folded
+    config = replace(
+        config,
+        r=folded.r,
+        lora_alpha=folded.alpha,
+        use_rslora=folded.use_rslora,
+        rank_pattern={},
+        alpha_pattern={},
+        init_lora_weights=True,
+        use_dora=any(u.magnitude is not None for u in folded.updates.values()),
+        lora_bias=any(u.bias is not None for u in folded.updates.values()),
+        **changes,
+    )
+    return config.to_json()

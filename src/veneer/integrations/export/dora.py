@@ -1,0 +1,97 @@
+"""DoRA to plain LoRA: the best update of a given rank, and what it misses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ...errors import ExportError
+from ...ops.svd import randomised_svd
+from ...variants.dora import MAGNITUDE, Dora
+from .base_model import BaseModel
+from .source import Source, Update, listed
+
+#: Above this many rows or columns the singular values come from random projections.
+_EXACT_UP_TO = 1024
+_ROUNDS = 6
+
+
+@torch.no_grad()
+def dora_to_plain(
+    source: Source, base: BaseModel, rank: int, tell: Callable[[int, int], None] | None = None
+) -> tuple[Source, dict[str, float]]:
+    """An adapter without magnitudes whose updates are the nearest of a rank.
+
+    ``D = m ⊙ (W + s·BA) / ‖W + s·BA‖ − W`` row by row; its first singular values make ``B = U √S`` and
+    ``A = √S Vᵀ``, with a scale of 1.
+
+    Args:
+        source: A DoRA.
+        base: Its base model.
+        rank: Of the result.
+        tell: Called with (how many are done, how many there are).
+
+    Returns:
+        The adapter, and for each module ``‖D − B A‖ / ‖D‖``.
+
+    Raises:
+        ExportError: The base lacks a weight or has another shape, or a module is no matrix; lists them.
+
+    Source: Eckart and Young, Psychometrika 1 (1936).
+    """
+    if rank < 1:
+        raise ExportError(f"rank must be at least 1, got {rank}")
+    mine = {path: update for path, update in source.updates.items() if update.magnitude is not None}
+    wrong = [
+        problem
+        for path, update in mine.items()
+        if (problem := _problem(path, update, base, source.config.fan_in_fan_out))
+    ]
+    if wrong:
+        raise ExportError(f"these modules of {source.directory} cannot be made plain: {listed(wrong)}")
+    done, errors = dict(source.updates), {}
+    for number, (path, update) in enumerate(mine.items(), 1):
+        done[path], errors[path] = _plain(update, _matrix(base, path, source.config.fan_in_fan_out), rank)
+        if tell is not None:
+            tell(number, len(mine))
+    config = replace(source.config, use_dora=False, rank_pattern={}, alpha_pattern={}, r=rank)
+    return replace(source, config=config, updates=done), errors
+
+
+def _matrix(base: BaseModel, path: str, turned: bool) -> Tensor:
+    weight = base.tensor(path)
+    assert weight is not None
+    return (weight.t() if turned else weight).float()
+
+
+def _problem(path: str, update: Update, base: BaseModel, turned: bool) -> str | None:
+    weight = base.tensor(path)
+    if update.embedding or update.a.dim() != 2:
+        return f"{path} is no linear layer"
+    if weight is None:
+        return f"the base has no {path}.weight"
+    if not weight.is_floating_point():
+        return f"{path}.weight is stored as {weight.dtype}"
+    shape = (update.b.shape[0], update.a.shape[1])
+    if tuple(weight.shape) != (shape[::-1] if turned else shape):
+        return f"{path}.weight has the shape {tuple(weight.shape)}, its update {shape}"
+    return None
+
+
+def _plain(update: Update, weight: Tensor, rank: int) -> tuple[Update, float]:
+    delta = update.scaling * (update.b.float() @ update.a.float())
+    assert update.magnitude is not None
+    change = Dora().merged(weight, delta, {MAGNITUDE: update.magnitude.float()}) - weight
+    if min(change.shape) > _EXACT_UP_TO and rank < min(change.shape):
+        u, s, vh = randomised_svd(change, rank, _ROUNDS, torch.Generator().manual_seed(0))
+    else:
+        u, s, vh = torch.linalg.svd(change, full_matrices=False)
+    root = s[:rank].sqrt()
+    b, a = (u[:, :rank] * root).to(update.b.dtype), (root[:, None] * vh[:rank]).to(update.a.dtype)
+    norm = float(torch.linalg.matrix_norm(change))
+    missed = float(torch.linalg.matrix_norm(change - b.float() @ a.float()))
+    new = Update(a.contiguous(), b.contiguous(), 1.0, False, update.bias)
+    return new, missed / norm if norm else 0.0

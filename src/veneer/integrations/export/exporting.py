@@ -1,0 +1,271 @@
+"""From an adapter's directory to another reader's files: check, fold, write, read back, then put in place."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ...checkpoint import CONFIG_NAME
+from ...checkpoint.places import check_replaceable, replacing
+from ...errors import ConfigError, ExportError
+from .base import Part, Problem, Target, find, refuse, targets
+from .base_model import BaseModel
+from .diffusers import COMPONENTS
+from .dora import dora_to_plain as make_plain
+from .folding import fold
+from .peft_files import PeftFiles
+from .source import Source, listed, read_source
+from .verifying import Compared, compare
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was written, and what reading it back gave.
+
+    Attributes:
+        target: Name of the target.
+        directory: Where the files are.
+        files: Their names.
+        modules: Module path -> whether its update is exactly that of the source, and the relative norm of
+            the difference; paths begin with the part of a pipeline where the target has parts.
+        folded: What the target cannot say and was put into the factors, in words.
+        left_out: What was not written because the reader has it from the base, in words.
+        notes: What else the reader needs.
+        dora_errors: Module path -> relative norm of what a DoRA lost on becoming plain; empty otherwise.
+        usage: What to do with the files.
+    """
+
+    target: str
+    directory: Path
+    files: tuple[str, ...]
+    modules: Mapping[str, Compared]
+    folded: tuple[str, ...]
+    left_out: tuple[str, ...]
+    notes: tuple[str, ...]
+    dora_errors: Mapping[str, float]
+    usage: str
+
+    @property
+    def exact(self) -> bool:
+        """Whether every update is exactly that of the source (of the converted one, after DoRA)."""
+        return all(module.exact for module in self.modules.values())
+
+    @property
+    def worst(self) -> float:
+        """The largest relative difference of an update, from rounding folded factors once."""
+        return max((module.error for module in self.modules.values()), default=0.0)
+
+
+def export_adapter(
+    directory: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    target: str,
+    *,
+    base: str | os.PathLike[str] | nn.Module | None = None,
+    dtype: str = "auto",
+    dora_to_plain: bool = False,
+    rank: int | None = None,
+    component: str | None = None,
+    overwrite: bool = False,
+    tell: Callable[[int, int], None] | None = None,
+) -> ExportReport:
+    """Write an adapter as another reader takes it, and verify it from what was written.
+
+    What the reader's format cannot say is folded into the factors: a strength ``t = s·r`` other than the
+    common T becomes ``(t / T)·B``, other ranks get zeros. The update ``s·B A`` of every module is read back
+    and compared before the files appear.
+
+    Args:
+        directory: The adapter; for ``diffusers`` also a directory with one in each of ``unet``,
+            ``transformer``, ``text_encoder`` and ``text_encoder_2`` that there is.
+        out: Directory to write; it appears whole or not at all. The source is never written to.
+        target: ``vllm``, ``llama.cpp``, ``ollama``, ``mlx``, ``diffusers`` or ``plain``.
+        base: The base model or the directory of its files, for ``dora_to_plain``, for folding ``lora_bias``
+            into biases, and to make sure that embeddings left out are the base's.
+        dtype: Type of the factors: ``auto`` (as they are), ``float32``, ``float16`` or ``bfloat16``.
+        dora_to_plain: Make plain LoRA of DoRA by a truncated SVD.
+        rank: Rank of the result of ``dora_to_plain``.
+        component: Part of the pipeline that the adapter belongs to, for ``diffusers``.
+        overwrite: Replace the adapter in a directory that holds files.
+        tell: Called with (how many DoRA modules are converted, how many there are).
+
+    Returns:
+        What was folded, left out, and found on reading back.
+
+    Raises:
+        ConfigError: There is no such target, or options that cannot be right.
+        ExportError: The target cannot express the adapter (with everything that stands in
+            the way, and the ways out), or reading back found a difference. Nothing is written then.
+        AdapterFileError: The adapter is missing, broken or no LoRA.
+        VeneerError: The output holds files already, or cannot be written.
+    """
+    chosen, out, directory = find(target), Path(out), Path(directory)
+    _check_options(dtype, dora_to_plain, rank, base)
+    check_replaceable(out, overwrite, "adapter")
+    if out.resolve() == directory.resolve():
+        raise ExportError(f"{out} holds the adapter itself; name another directory for the output")
+    sources = _sources(directory, chosen, component)
+    base_model = None if base is None else BaseModel(base)
+    errors: dict[str, float] = {}
+    if dora_to_plain:
+        assert base_model is not None and rank is not None
+        for name, source in sources.items():
+            sources[name], lost = make_plain(source, base_model, rank, tell)
+            errors |= lost
+        if not errors:
+            raise ExportError(
+                f"{directory} is no DoRA, so there is nothing to make plain: leave dora_to_plain out"
+            )
+    biases: dict[str, dict[str, Tensor]] = {}
+    problems: dict[str, list[Problem]] = {}
+    for name, source in sources.items():
+        if chosen.name == "plain" and source.features().get("lora_bias"):
+            sources[name], biases[name], more = _with_biases(source, base_model)
+            problems.setdefault(name, []).extend(more)
+        problems.setdefault(name, []).extend(chosen.problems(sources[name]))
+    refuse(problems, chosen, directory)
+    left_out = [line for source in sources.values() for line in _left_out(source, chosen, base_model)]
+    kind = DTYPES.get(dtype)
+    parts = [
+        Part(source, fold(source.updates, chosen.rules, kind), name, biases.get(name, {}))
+        for name, source in sources.items()
+    ]
+    with replacing(out, overwrite, "adapter", _stale()) as made:
+        chosen.write(parts, made)
+        modules = _verified(chosen, parts, made)
+    return ExportReport(
+        chosen.name,
+        out,
+        chosen.files,
+        modules,
+        tuple(line for part in parts for line in _in_words(part, chosen.rules.alpha)),
+        tuple(left_out),
+        tuple(line for source in sources.values() for line in chosen.notes(source)),
+        errors,
+        chosen.usage(out, parts),
+    )
+
+
+def _check_options(dtype: str, convert: bool, rank: int | None, base: object) -> None:
+    found = []
+    if dtype != "auto" and dtype not in DTYPES:
+        found.append(f"dtype is auto, {', '.join(DTYPES)}, not {dtype!r}")
+    if convert and rank is None:
+        found.append("dora_to_plain needs the rank of the result: rank=N")
+    if convert and base is None:
+        found.append("dora_to_plain needs the base model: base=")
+    if rank is not None and not convert:
+        found.append("rank is that of the result of dora_to_plain, which was not asked for")
+    if found:
+        raise ConfigError("; ".join(found))
+
+
+def _sources(directory: Path, target: Target, component: str | None) -> dict[str, Source]:
+    """The adapter, or that of each part of a pipeline, by the part's name."""
+    inside = [name for name in COMPONENTS if (directory / name / CONFIG_NAME).is_file()]
+    if target.name == "diffusers" and inside and not (directory / CONFIG_NAME).is_file():
+        if component is not None:
+            raise ConfigError(f"{directory} holds {', '.join(inside)}, so there is no component to choose")
+        return {name: read_source(directory / name) for name in inside}
+    source = read_source(directory)
+    return {target.component(source, component): source}
+
+
+def _with_biases(source: Source, base: BaseModel | None) -> tuple[Source, dict[str, Tensor], list[Problem]]:
+    """The adapter without biases of B, and the layers' own biases with ``s·b`` added."""
+    saved = {
+        name.removeprefix("base_model.model.").removesuffix(".base_layer.bias"): tensor
+        for name, tensor in source.others.get("bias", {}).items()
+    }
+    found: dict[str, Tensor] = {}
+    lacking = []
+    for path, update in source.updates.items():
+        if update.bias is not None:
+            own = saved.get(path, None if base is None else base.tensor(path, "bias"))
+            if own is None:
+                lacking.append(path)
+            else:
+                found[path] = (own.double() + update.scaling * update.bias.double()).to(update.bias.dtype)
+    if base is None and lacking:
+        way = "base=, the model's directory, to add it to the layers' own biases"
+        return source, {}, [Problem("a bias of B (lora_bias) without the base model", way)]
+    if lacking:
+        return source, {}, [Problem(f"a bias of B (lora_bias) on layers without a bias: {listed(lacking)}")]
+    others = {kind: dict(tensors) for kind, tensors in source.others.items()}
+    for path in found:
+        others.get("bias", {}).pop(f"base_model.model.{path}.base_layer.bias", None)
+    updates = {path: replace(update, bias=None) for path, update in source.updates.items()}
+    config = replace(source.config, lora_bias=False)
+    return replace(source, config=config, updates=updates, others=others), found, []
+
+
+def _left_out(source: Source, target: Target, base: BaseModel | None) -> list[str]:
+    """The copies of the base's embeddings that a target does not take.
+
+    Raises:
+        ExportError: They are not those of the base that was given.
+    """
+    if target.name == "plain" or not source.copies:
+        return []
+    changed = []
+    for path, copy in source.copies.items():
+        own = None if base is None else base.tensor(path)
+        if own is not None and (own.shape != copy.shape or not torch.equal(own.to(copy.dtype), copy)):
+            changed.append(path)
+    if changed:
+        raise ExportError(
+            f"{source.directory} carries embeddings of its own ({listed(changed)}), which are not the "
+            f"base's, and {target.name} takes those of the base: `veneer merge` makes a plain model of both"
+        )
+    known = "they are equal" if base is not None else "if its vocabulary was extended, merge instead"
+    return [f"the saved copy of {listed(source.copies)}: {target.name} takes the base's own ({known})"]
+
+
+def _stale() -> re.Pattern[str]:
+    """Files of any target, which are not to stay beside those of another."""
+    names = {"adapter_model.bin", *(file for target in targets for file in target.files)}
+    return re.compile("|".join(map(re.escape, sorted(names))))
+
+
+def _verified(target: Target, parts: list[Part], made: Path) -> dict[str, Compared]:
+    read = target.read(made)
+    if read.keys() != {part.component for part in parts}:
+        raise ExportError(f"what was written reads back as {listed(read)}; nothing is left of it")
+    found: dict[str, Compared] = {}
+    for part in parts:
+        start = f"{part.component}." if part.component else ""
+        compared = compare(part.source.updates, read[part.component])
+        found |= {f"{start}{path}": result for path, result in compared.items()}
+        if isinstance(target, PeftFiles):
+            target.check_others(part, made)
+    return found
+
+
+def _in_words(part: Part, alpha: str) -> list[str]:
+    folded, start = part.folded, f"{part.component}: " if part.component else ""
+    lines = []
+    said = {"rank": "a scale of 1", "any": f"a scale of {folded.alpha / folded.r:g}"}
+    common = said.get(alpha, f"lora_alpha = {folded.alpha:g}")
+    total = len(folded.updates)
+    if folded.padded:
+        lines.append(
+            f"{start}{len(folded.padded)} of {total} modules padded with zeros to the rank {folded.r}"
+        )
+    if folded.scaled:
+        lines.append(
+            f"{start}the strength of {len(folded.scaled)} of {total} modules multiplied into B; "
+            f"{common} for all"
+        )
+    elif part.source.config.use_rslora and not folded.use_rslora:
+        lines.append(f"{start}use_rslora written as {common}")
+    if part.biases:
+        lines.append(f"{start}the bias of B of {len(part.biases)} modules added to the layers' own biases")
+    return lines

@@ -1,0 +1,71 @@
+"""Ollama: the ADAPTER line of a Modelfile."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from .base import Part, Problem
+from .folding import Rules
+from .peft_files import PeftFiles
+from .source import Source, listed
+
+#: The only modules whose names it knows.
+KNOWN = re.compile(r"(model\.)?model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)")
+#: The families that it converts adapters of, by the model's type.
+FAMILIES = ("llama", "gemma2")
+
+
+class Ollama(PeftFiles):
+    """Ollama's ``ADAPTER``: adapters of Llama and Gemma 2, read with a whole-numbered alpha.
+
+    It tells A from B turned round by which side is longer, so no rank may exceed a side.
+    """
+
+    name = "ollama"
+    reader = "Ollama's ADAPTER"
+    rules = Rules("integer", one_rank=False)
+
+    def more_problems(self, source: Source) -> list[Problem]:
+        """Other modules, other families, ranks above a side."""
+        found = []
+        special = source.features()
+        named = {
+            path for key in ("embedding", "conv", "attention", "experts") for path in special.get(key, ())
+        }
+        unknown = [p for p in source.updates if not KNOWN.fullmatch(p) and p not in named]
+        if unknown:
+            found.append(Problem(f"updates of modules other than the layers' projections: {listed(unknown)}"))
+        wide = [path for path, u in source.updates.items() if u.r > min(u.a.shape[1], u.b.shape[0])]
+        if wide:
+            found.append(
+                Problem(
+                    f"ranks above a side of the weight, where it takes A for its transpose: {listed(wide)}"
+                )
+            )
+        kind = source.base_config().get("model_type")
+        if kind is not None and kind not in FAMILIES:
+            found.append(
+                Problem(f"a base of the type {kind}; it converts adapters of {' and '.join(FAMILIES)}")
+            )
+        return found
+
+    def rank_of(self, a: Tensor, values: Mapping[str, Any]) -> int:
+        """That of each pair of factors."""
+        return int(a.shape[0])
+
+    def notes(self, source: Source) -> list[str]:
+        """A base that is not here."""
+        if not source.base_config():
+            return [
+                f"Ollama converts adapters of {' and '.join(FAMILIES)} only; the base was not at hand to look"
+            ]
+        return []
+
+    def usage(self, place: object, parts: list[Part]) -> str:
+        """The Modelfile."""
+        base = parts[0].source.config.base_model_name_or_path or "BASE"
+        return f"ollama create, with a Modelfile of FROM (Ollama's name of {base}) and ADAPTER {place}"

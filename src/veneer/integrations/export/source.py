@@ -1,0 +1,245 @@
+"""What an adapter in the field's format holds, sorted by what other readers may or may not take."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ...checkpoint.lora_files import factor_names, open_lora
+from ...config import LoraConfig
+from ...errors import AdapterFileError
+from ...spec import variant_name
+
+PREFIX = "base_model.model."
+#: Initialisations under whose name a file's factors count from a base that the initialisation changed.
+CHANGED_BASE = re.compile(r"pissa(_niter_\d+)?|olora|corda|loftq|lora_ga|mica")
+
+#: Everything that an adapter may have beside factors of matrices, and how a refusal calls it.
+FEATURES = {
+    "use_rslora": "use_rslora (alpha / √r)",
+    "rank_pattern": "a rank of their own (rank_pattern)",
+    "alpha_pattern": "a strength of their own (alpha_pattern)",
+    "lora_bias": "a bias of B (lora_bias)",
+    "dora": "the magnitudes of DoRA",
+    "embedding": "an update of an embedding",
+    "head": "an update of the output head",
+    "conv": "an update of a convolution",
+    "tied": "one update for embedding and head (ensure_weight_tying)",
+    "attention": "an update inside nn.MultiheadAttention",
+    "experts": "updates of bare parameters (target_parameters)",
+    "modules_to_save": "modules trained whole (modules_to_save)",
+    "bias": "biases of the base model",
+    "tokens": "single trained tokens (trainable_token_indices)",
+    "layer_replication": "repeated layers (layer_replication)",
+}
+
+
+@dataclass(frozen=True)
+class Update:
+    """One module's update ``s·B A``, as it lies on disk.
+
+    Attributes:
+        a: A (r, in), of a convolution (r, in, k…), of an embedding (r, vocabulary).
+        b: B (out, r), of a convolution (out, r, 1…), of an embedding (dim, r).
+        scaling: s.
+        embedding: Whether it is that of a lookup; None where the format does not say.
+        bias: Bias of B (out,), counted with s too.
+        magnitude: Of DoRA, (out,) or shaped to multiply an output.
+    """
+
+    a: Tensor
+    b: Tensor
+    scaling: float
+    embedding: bool | None = False
+    bias: Tensor | None = None
+    magnitude: Tensor | None = None
+
+    @property
+    def r(self) -> int:
+        """The rank."""
+        return int(self.a.shape[0])
+
+
+@dataclass(frozen=True)
+class Source:
+    """An adapter that was read.
+
+    Attributes:
+        directory: Where it lies.
+        config: Its configuration.
+        updates: Module path -> update.
+        metadata: Those of its file.
+        copies: Embedding's path -> the copy of its base weight that was saved along.
+        others: The tensors that are no part of an update, by feature and by their names on disk.
+    """
+
+    directory: Path
+    config: LoraConfig
+    updates: dict[str, Update]
+    metadata: dict[str, str]
+    copies: dict[str, Tensor] = field(default_factory=dict)
+    others: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+
+    def features(self) -> dict[str, list[str]]:
+        """The features that it has, with the modules or tensors that have them."""
+        config, updates = self.config, self.updates
+        layer = {path: update for path, update in updates.items() if not update.embedding}
+        found = {
+            "use_rslora": list(updates) if config.use_rslora else [],
+            "rank_pattern": _unlike({path: u.r for path, u in updates.items()}),
+            "alpha_pattern": _unlike({p: round(u.scaling * self._divisor(u), 9) for p, u in updates.items()}),
+            "lora_bias": [path for path, u in updates.items() if u.bias is not None],
+            "dora": [path for path, u in updates.items() if u.magnitude is not None],
+            "embedding": [path for path, u in updates.items() if u.embedding],
+            "head": [path for path in layer if path.rpartition(".")[2] == "lm_head"],
+            "conv": [path for path, u in layer.items() if u.a.dim() > 2],
+            "tied": [p for p, u in updates.items() if u.embedding] if config.ensure_weight_tying else [],
+            "attention": [path for path in updates if ".base_layer." in path],
+            "experts": list(config.target_parameters or ()),
+            "layer_replication": [str(config.layer_replication)] if config.layer_replication else [],
+        }
+        for name, tensors in self.others.items():
+            found[name] = list(tensors)
+        return {name: found[name] for name in FEATURES if found.get(name)}
+
+    def _divisor(self, update: Update) -> float:
+        return float(update.r**0.5 if self.config.use_rslora else update.r)
+
+    def base_config(self) -> dict[str, Any]:
+        """The base model's ``config.json`` where the base lies on this disk, else empty."""
+        named = self.config.base_model_name_or_path
+        try:
+            values = json.loads((Path(named or "") / "config.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return values if named and isinstance(values, dict) else {}
+
+
+def read_source(directory: str | os.PathLike[str]) -> Source:
+    """Read an adapter, every tensor accounted for.
+
+    Raises:
+        AdapterFileError: It is missing, broken or no LoRA, its configuration and tensors disagree, or it
+            holds tensors that nothing in its configuration explains; lists all of them.
+    """
+    config, file, specs = open_lora(directory)
+    names, rest = factor_names(file)
+    tensors = file.tensors()
+    updates = {}
+    for path, roles in names.items():
+        bias = _pop(rest, tensors, f"{PREFIX}{path}.lora_B.bias")
+        updates[path] = Update(
+            tensors[roles["A"]],
+            tensors[roles["B"]],
+            specs[path].scaling,
+            "lora_embedding" in roles["A"],
+            bias,
+            _pop(rest, tensors, f"{PREFIX}{path}.lora_magnitude_vector")
+            if f"{PREFIX}{path}.lora_magnitude_vector" in rest
+            else _pop(rest, tensors, f"{PREFIX}{path}.lora_magnitude_vector.weight"),
+        )
+    copies: dict[str, Tensor] = {}
+    others: dict[str, dict[str, Tensor]] = {}
+    unknown = []
+    for name in rest:
+        kind = _kind(name, config)
+        if kind == "copy":
+            path = name.removeprefix(PREFIX).removesuffix(".weight").removesuffix(".base_layer")
+            copies[path] = tensors[name]
+        elif kind is None:
+            unknown.append(name)
+        else:
+            others.setdefault(kind, {})[name] = tensors[name]
+    _check(file.path, config, updates, unknown)
+    return Source(Path(directory), config, updates, dict(file.metadata), copies, others)
+
+
+def _pop(rest: list[str], tensors: dict[str, Tensor], name: str) -> Tensor | None:
+    if name not in rest:
+        return None
+    rest.remove(name)
+    return tensors[name]
+
+
+def _kind(name: str, config: LoraConfig) -> str | None:
+    path = name.removeprefix(PREFIX)
+    if path == name or ".lora_" in path:
+        return None
+    if path.endswith("trainable_tokens_delta"):
+        return "tokens"
+    if path.endswith(".base_layer.weight"):
+        return "copy"
+    whole = config.modules_to_save or ()
+    if any(f".{path}".find(f".{module}.") >= 0 for module in whole):
+        return "modules_to_save"
+    if path.endswith(".bias") and config.bias != "none":
+        return "bias"
+    # Embeddings that were resized are saved whole, under their own name.
+    if path.endswith((".weight", ".bias")):
+        return "modules_to_save"
+    return None
+
+
+def _check(where: Path, config: LoraConfig, updates: dict[str, Update], unknown: list[str]) -> None:
+    problems = [f"{name}: nothing in the configuration explains it" for name in unknown]
+    for option, attribute, noun in (
+        (config.lora_bias, "bias", "a bias of B (lora_bias)"),
+        (config.use_dora, "magnitude", "a magnitude (use_dora)"),
+    ):
+        # One layer type may refuse the option; no layer at all having it is another adapter's configuration.
+        have = [path for path, update in updates.items() if getattr(update, attribute) is not None]
+        if have and not option:
+            problems.append(f"{have[0]} has {noun}, and the configuration does not ask for it")
+        elif option and len(have) < len(updates):
+            lacking = next(path for path in updates if path not in have)
+            problems.append(f"{lacking} lacks {noun}, and the configuration asks for it")
+    parts = {path: (u.a, u.b, u.bias, u.magnitude) for path, u in updates.items()}
+    broken = [path for path, own in parts.items() if not all(t is None or _finite(t) for t in own)]
+    problems += [f"{path} holds NaN or infinity" for path in broken]
+    if problems:
+        raise AdapterFileError(
+            f"{where} does not fit its configuration:"
+            + "".join(f"\n  - {line}" for line in problems[:10])
+            + (f"\n  - and {len(problems) - 10} more" if len(problems) > 10 else "")
+        )
+
+
+def _finite(tensor: Tensor) -> bool:
+    return bool(tensor.float().isfinite().all())
+
+
+def variant_problem(source: Source) -> str | None:
+    """Why an adapter of this variant or initialisation is nothing but its own library's, or None."""
+    name, init = variant_name(source.config), source.config.init_lora_weights
+    if name not in ("plain", "dora"):
+        return f"it is a {name}, whose update no other reader's format has"
+    if isinstance(init, str) and CHANGED_BASE.fullmatch(init.lower()):
+        way = (
+            "load it onto the original base with PeftModel.from_pretrained and save it again, which writes a "
+            "plain adapter"
+            if init.lower().startswith(("pissa", "olora"))
+            else "it fits nothing but that base"
+        )
+        return f"init_lora_weights={init!r} changed the base that its factors count from: {way}"
+    return None
+
+
+def listed(names: Iterable[str], most: int = 3) -> str:
+    """The first of some names, and how many more there are."""
+    each = list(names)
+    more = f" and {len(each) - most} more" if len(each) > most else ""
+    return ", ".join(each[:most]) + more
+
+
+def _unlike(values: dict[str, Any]) -> list[str]:
+    """The keys whose value is not the most common one."""
+    kinds = list(values.values())
+    usual = max(set(kinds), key=kinds.count) if kinds else None
+    return [key for key, value in values.items() if value != usual]

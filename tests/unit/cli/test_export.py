@@ -1,0 +1,155 @@
+"""`veneer export`: what a user sees, and what stays on the disk when something is wrong."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import tests.readers.llama_cpp
+import tests.readers.mlx
+import tests.readers.vllm
+from tests.unit.training.tiny import tiny_model
+from veneer.cli import main
+
+
+def test_export(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", str(adapter), str(tmp_path / "out"), "--target", "vllm"]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    assert f"14 modules for vLLM, --lora-modules and LoRARequest: {tmp_path / 'out'}" in captured.out
+    assert "adapter_model.safetensors (" in captured.out
+    assert "read back: every update equals that of the adapter exactly" in captured.out
+    assert "use it: vllm serve" in captured.out and "--max-lora-rank 4" in captured.out
+    assert len(tests.readers.vllm.read(tmp_path / "out")) == 14
+
+
+def test_the_output_has_a_name_of_its_own_unless_given_one(
+    adapter: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = adapter.with_name(f"{adapter.name}-llama.cpp")
+    assert main(["export", str(adapter), "--target", "llama.cpp"]) == 0
+    assert str(place) in capsys.readouterr().out
+    assert len(tests.readers.llama_cpp.read(place)) == 14
+
+
+def test_names_of_outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from veneer.cli.export import _beside
+
+    monkeypatch.chdir(tmp_path)
+    assert _beside(Path("runs/mails"), "mlx") == Path("runs/mails-mlx")
+    assert _beside(Path("."), "mlx") == tmp_path.with_name(f"{tmp_path.name}-mlx")
+    assert _beside("mails", "llama.cpp") == Path("mails-llama.cpp")  # of the hub: org/mails
+
+
+def test_as_json(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", str(adapter), str(tmp_path / "out"), "--target", "mlx", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["target"] == "mlx" and report["exact"] and report["worst_error"] == 0
+    assert report["files"] == ["adapter_config.json", "adapters.safetensors"]
+    assert len(report["modules"]) == 14 and report["folded"] == report["left_out"] == []
+    linears = {path: module.weight for path, module in tiny_model().named_modules() if "_proj" in path}
+    assert len(tests.readers.mlx.read(tmp_path / "out", linears)) == 14
+
+
+def test_what_is_rounded_is_said(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["export", str(adapter), str(tmp_path / "out"), "--target", "plain", "--dtype", "bfloat16"]
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert "0 of 14 updates equal those of the adapter exactly" in out
+    assert "one rounding of their factors" in out and "--dtype float32 rounds less" in out
+
+
+@pytest.fixture(scope="module")
+def dora(adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from veneer import LoraConfig, get_peft_model
+
+    place = tmp_path_factory.mktemp("dora") / "adapter"
+    base = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
+    config = LoraConfig(r=4, lora_alpha=6, use_dora=True, target_modules=["q_proj", "v_proj"])
+    model = get_peft_model(tiny_model(), config)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.1)
+    model.peft_config["default"].base_model_name_or_path = base
+    model.save_pretrained(place)
+    return place
+
+
+def test_dora_is_refused_with_the_flags_that_help(
+    dora: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["export", str(dora), str(tmp_path / "out"), "--target", "vllm"]
+    assert main(words) == 1
+    error = capsys.readouterr().err
+    assert "magnitudes of DoRA" in error and "--dora-to-plain --rank N" in error and "veneer merge" in error
+    assert "dora_to_plain" not in error and list(tmp_path.iterdir()) == []
+    assert main([*words, "--dora-to-plain", "--rank", "8"]) == 0
+    captured = capsys.readouterr()
+    assert "DoRA made plain: " in captured.out and "of an update is missed on average" in captured.out
+    assert "modules made plain 4/4" in captured.err
+    assert main([*words, "--dora-to-plain"]) == 2
+    assert "--rank N" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["ADAPTER"], 2, "--target"),
+        (["ADAPTER", "--target", "gguf"], 2, "there are diffusers, llama.cpp, mlx, ollama, plain, vllm"),
+        (["ADAPTER", "--target", "vllm", "--rnak", "4"], 2, "--rank"),
+        (["ADAPTER", "--target", "vllm", "--rank", "4"], 2, "--dora-to-plain"),
+        (["ADAPTER", "--target", "vllm", "--rank", "0", "--dora-to-plain"], 2, "--rank"),
+        (["ADAPTER", "--target", "vllm", "--dtype", "int8"], 2, "bfloat16"),
+        (["ADAPTER", "--target", "vllm", "--component", "unet"], 2, "no such parts"),
+        (["ADAPTER", "--target", "diffusers"], 2, "--component 'unet'"),
+        (["NOWHERE", "--target", "vllm"], 1, "there is no directory"),
+        (["BROKEN", "--target", "vllm"], 1, "truncated"),
+        (["ADAPTER", "FULL", "--target", "vllm"], 1, "--overwrite-output-dir"),
+        (["ADAPTER", "FILE", "--target", "vllm"], 1, "is a file"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_is_wrong_is_said_in_one_sentence(
+    words: list[str],
+    code: int,
+    said: str,
+    adapter: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    places = {"ADAPTER": adapter, "NOWHERE": tmp_path / "nowhere"}
+    places |= {name: tmp_path / name.lower() for name in ("BROKEN", "FULL", "FILE")}
+    for name in ("BROKEN", "FULL"):
+        places[name].mkdir()
+        for file in ("adapter_config.json", "adapter_model.safetensors"):
+            raw = (adapter / file).read_bytes()
+            (places[name] / file).write_bytes(raw if name == "FULL" or "json" in file else raw[:-9])
+    places["FILE"].write_text("")
+    before = sorted(tmp_path.rglob("*"))
+    given = [str(places.get(word, word)) for word in words]
+    if len(words) < 2 or words[1].startswith("--"):
+        given.insert(1, str(tmp_path / "out"))
+    assert main(["export", *given]) == code
+    captured = capsys.readouterr()
+    assert said in captured.err and "Traceback" not in captured.err and captured.out == ""
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_control_c_leaves_nothing(adapter: Path, tmp_path: Path) -> None:
+    code = (
+        "import os, signal, sys; from veneer.cli import common\n"
+        "from veneer.integrations.export.vllm import Vllm\n"
+        "write = Vllm.write\n"
+        "def interrupted(*a): write(*a); os.kill(os.getpid(), signal.SIGINT)\n"
+        "Vllm.write = interrupted\n"
+        f"sys.exit(common.main(['export', {str(adapter)!r}, {str(tmp_path / 'new' / 'out')!r}, "
+        "'--target', 'vllm']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr.strip()) == (128 + signal.SIGINT, "interrupted")
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,87 @@
+"""`veneer import`: files of diffusers and of sd-scripts, from the command line."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from veneer.cli import main
+
+STEM = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    tensors = {}
+    for stem in (STEM, "lora_te_text_model_encoder_layers_0_mlp_fc1"):
+        tensors |= {f"{stem}.lora_down.weight": torch.ones(2, 6), f"{stem}.lora_up.weight": torch.ones(6, 2)}
+    place = tmp_path / "style.safetensors"
+    save_file(tensors, place)
+    return place
+
+
+def test_import(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert main(["import", str(file), str(out), "--model", "org/pipeline"]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    assert "as kohya writes them" in captured.out
+    assert f"unet: 1 modules (1 of rank 2): {out / 'unet'}" in captured.out
+    config = json.loads((out / "text_encoder" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "org/pipeline" and config["peft_type"] == "LORA"
+    assert main(["inspect", str(out / "unet")]) == 0
+    assert "to_q" in capsys.readouterr().out
+    assert main(["import", str(file), str(out)]) == 1
+    assert "--overwrite-output-dir" in capsys.readouterr().err
+    assert main(["import", str(file), str(out), "--overwrite-output-dir", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["spelling"] == "kohya" and set(report["adapters"]) == {"unet", "text_encoder"}
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["FILE"], 2, "output"),
+        (["FILE", "OUT", "--modle", "x"], 2, "--model"),
+        (["NOWHERE", "OUT"], 1, "no file or directory"),
+        (["TRUNCATED", "OUT"], 1, "truncated"),
+        (["STRANGE", "OUT"], 1, "the base model (--model)"),
+        (["EMPTY", "OUT"], 1, "no file of tensors"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_sentence(
+    words: list[str],
+    code: int,
+    said: str,
+    file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    places = {name: tmp_path / f"{name.lower()}.safetensors" for name in ("NOWHERE", "TRUNCATED", "STRANGE")}
+    places |= {"FILE": file, "OUT": tmp_path / "out", "EMPTY": tmp_path / "empty"}
+    places["EMPTY"].mkdir()
+    places["TRUNCATED"].write_bytes(file.read_bytes()[:-3])
+    save_file({"lora_unet_of_my_own.lora_down.weight": torch.ones(2, 6)}, places["STRANGE"])
+    assert main(["import", *(str(places.get(word, word)) for word in words)]) == code
+    captured = capsys.readouterr()
+    assert said in captured.err and "Traceback" not in captured.err and captured.out == ""
+    assert not places["OUT"].exists()
+
+
+def test_control_c_leaves_nothing(file: Path, tmp_path: Path) -> None:
+    code = (
+        "import os, signal, sys; from veneer.cli import common\n"
+        "from veneer.integrations.imports import importing\n"
+        "importing.compare = lambda *a: os.kill(os.getpid(), signal.SIGINT)\n"
+        f"sys.exit(common.main(['import', {str(file)!r}, {str(tmp_path / 'new' / 'out')!r}]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr.strip()) == (128 + signal.SIGINT, "interrupted")
+    assert [path.name for path in tmp_path.iterdir()] == ["style.safetensors"]
