@@ -29,8 +29,15 @@ from typing import Any
 __all__ = ["after_import", "register_as_peft"]
 
 FACADE = "veneer.integrations.as_peft"
-# Methods of transformers' models that would go wrong in silence, or leave the model half changed.
-GUARDED = ("load_adapter", "add_adapter", "set_adapter", "enable_adapters", "disable_adapters")
+# Methods of other libraries' models that would go wrong in silence, or leave the model half changed: by the
+# module of their mixin, which module of the facade they go through, and their names.
+GUARDED = {
+    "transformers.integrations.peft": (
+        "mixin",
+        ("load_adapter", "add_adapter", "set_adapter", "enable_adapters", "disable_adapters"),
+    ),
+    "diffusers.loaders.peft": ("diffusion", ("load_lora_adapter", "add_adapter", "delete_adapters")),
+}
 # Whoever was imported earlier has asked whether peft is there, and remembers the answer.
 FROZEN = ("transformers.trainer_utils", "trl.trainer.utils", "diffusers")
 
@@ -205,7 +212,8 @@ def register_as_peft(version: str = "0.21.2") -> None:
     _registered = _PeftFinder(version)
     sys.meta_path.insert(0, _registered)
     _forget_answers()
-    after_import("transformers.integrations.peft", _guard_mixin)
+    for name in GUARDED:
+        after_import(name, _guard_mixin)
 
 
 def _refuse_or_warn() -> None:
@@ -241,19 +249,20 @@ def _forget_answers() -> None:
 
 
 def _guard_mixin(module: ModuleType) -> None:
-    """Have the adapter methods of transformers' models go through `veneer.integrations.as_peft.mixin`."""
+    """Have the adapter methods of a library's models go through `veneer.integrations.as_peft`."""
     mixin = module.PeftAdapterMixin
-    for name in GUARDED:
+    guard, names = GUARDED[module.__name__]
+    for name in names:
         original = getattr(mixin, name)
         if not hasattr(original, "veneer_guarded"):
-            setattr(mixin, name, _guarded(name, original))
+            setattr(mixin, name, _guarded(guard, name, original))
 
 
-def _guarded(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+def _guarded(guard: str, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        guard = getattr(importlib.import_module(f"{FACADE}.mixin"), name)
-        return guard(original, self, *args, **kwargs)
+        through = getattr(importlib.import_module(f"{FACADE}.{guard}"), name)
+        return through(original, self, *args, **kwargs)
 
     method.veneer_guarded = True  # type: ignore[attr-defined]
     return method

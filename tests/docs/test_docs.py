@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import pkgutil
 import re
 import shlex
@@ -16,12 +17,25 @@ from typer.main import get_command
 
 import veneer.cli.common
 from tests.docs.pages import PAGES, ROOT, Block, blocks, prose, run_page
+from tests.processes import run_python
 from veneer.testing import registered_for_now
 
 NOT_RUN: dict[str, str] = {
     # "docs/page.md": "why its `python no-run` blocks cannot run"
     "docs/distributed.md": "they take several processes; tests/interop/accelerate_ranks.py makes these calls",
 }
+#: Pages whose blocks need a process of their own, as peft itself may have been imported in this one.
+AS_PEFT = "<!-- run with python -m veneer.as_peft -->"
+IN_THE_PLACE_OF_PEFT = """
+from veneer.as_peft import register_as_peft
+register_as_peft()
+import sys, warnings
+from pathlib import Path
+from tests.docs.pages import run_page
+from veneer import VeneerWarning
+warnings.simplefilter("error", VeneerWarning)
+run_page(Path(sys.argv[1]))
+"""
 PYTHON_PAGES = [page for page in PAGES if any(block.language == "python" for block in blocks(page))]
 SHELLS = {"bash", "sh", "shell", "console"}
 
@@ -44,6 +58,14 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_python_blocks_run(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, offline: None
 ) -> None:
+    if AS_PEFT in page.read_text(encoding="utf-8"):
+        run_python(
+            IN_THE_PLACE_OF_PEFT,
+            page,
+            cwd=tmp_path,
+            env={"PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)])},
+        )
+        return
     monkeypatch.chdir(tmp_path)
     with torch.random.fork_rng(), registered_for_now():
         run_page(page)

@@ -15,11 +15,17 @@ _VOCABULARY = re.compile(
     r"(^|\.)(embed_tokens|word_embeddings|wte|embed_in|embed_out|embeddings|lm_head|embed\w*|shared)\."
 )
 
+#: How other programs call the two factors: diffusers in its older files, kohya's sd-scripts.
+_OTHER_SPELLING = re.compile(
+    r"\.lora\.(down|up)\.|[._]lora_linear_layer\.|lora_(down|up)\.|_lora\.(down|up)\."
+)
+
 
 def likely_causes(report: LoadReport) -> list[str]:
     """The causes that explain the report, most telling first."""
     vocabulary, others = _split_vocabulary(report.mismatched)
     causes = [
+        _spelling(report),
         _nothing_fits(report),
         _ambiguous(report),
         _layers(report),
@@ -28,6 +34,17 @@ def likely_causes(report: LoadReport) -> list[str]:
         *_kinds(report),
     ]
     return [c for c in causes if c]
+
+
+def _spelling(report: LoadReport) -> str | None:
+    strange = [key for key in report.unexpected if _OTHER_SPELLING.search(key)]
+    if not strange:
+        return None
+    return (
+        f"{len(strange)} keys are spelled as in diffusers' older files or kohya's ({strange[0]}). diffusers "
+        "rewrites all keys or none, by the first: a file must not mix spellings. Save what "
+        "get_peft_model_state_dict gives, without convert_state_dict_to_diffusers"
+    )
 
 
 def _nothing_fits(report: LoadReport) -> str | None:
@@ -184,6 +201,8 @@ def _by_kind(keys: Iterable[str]) -> dict[str, list[str]]:
 
 
 def _kind(key: str) -> str:
+    if _OTHER_SPELLING.search(key):
+        return "spelling"
     if MAGNITUDE in key:
         return "magnitude"
     if key.endswith("lora_B.bias"):

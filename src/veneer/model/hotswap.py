@@ -19,6 +19,10 @@ from veneer.model.state_dicts import load_peft_weights
 from veneer.spec import LoraSpec, resolve, restate
 
 _PREFIX = "base_model.model."
+_RANK_AXIS = {
+    0: {"lora_A", "lora_embedding_A", "lora_residual_A"},
+    1: {"lora_B", "lora_embedding_B", "lora_residual_B"},
+}
 # What the swapped tensors cannot express.
 _MUST_AGREE = ("peft_type", "use_dora", "lora_bias", "bias", "fan_in_fan_out", "modules_to_save")
 
@@ -70,7 +74,7 @@ def hotswap_adapter_from_state_dict(
     wrong += [
         f"{key} is {tuple(given[key].shape)}, which does not fit into {tuple(own[key].shape)}"
         for key in sorted(own.keys() & given.keys())
-        if not _fits(given[key], own[key])
+        if not _fits(key, given[key], own[key])
     ]
     if wrong:
         more = f"; and {len(wrong) - 6} more" if len(wrong) > 6 else ""
@@ -78,7 +82,8 @@ def hotswap_adapter_from_state_dict(
         raise LoadMismatchError(
             f"the tensors cannot take the place of {adapter_name!r}: {'; '.join(wrong[:6])}{more}"
             + (". For a larger rank, make room: prepare_model_for_compiled_hotswap(…, target_rank=…), or "
-               "enable_peft_hotswap(target_rank=…) of a transformers model" if room else "")
+               "enable_peft_hotswap(target_rank=…) of transformers, enable_lora_hotswap(…) of diffusers"
+               if room else "")
         )  # fmt: skip
     new = {
         path: resolve(config, adapter_name, layer.specs[adapter_name].path) for path, layer in layers.items()
@@ -122,7 +127,8 @@ def _holding(model: nn.Module, names: Iterable[str] | None) -> dict[str, LoraLay
     merged = sorted({n for layer in layers.values() for n in layer.merged_adapters})
     if merged:
         raise MergeError(
-            f"{', '.join(map(repr, merged))} is merged into the weights: unmerge_adapter() first"
+            f"{', '.join(map(repr, merged))} is merged into the weights: unmerge_adapter() first "
+            "(in diffusers unfuse_lora())"
         )
     return layers
 
@@ -137,12 +143,14 @@ def _places(layers: Mapping[str, LoraLayer], adapter_name: str) -> dict[str, nn.
     }
 
 
-def _fits(new: Tensor, old: Tensor) -> bool:
-    """Equal in shape, or smaller along the one axis that is the rank."""
+def _fits(key: str, new: Tensor, old: Tensor) -> bool:
+    """Equal in shape, or smaller along the axis that is the rank."""
     if new.ndim != old.ndim:
         return False
-    differing = [(a, b) for a, b in zip(new.shape, old.shape, strict=True) if a != b]
-    return all(a < b for a, b in differing) and len(differing) <= 1
+    parts = key.split(".")
+    axis = next((axis for axis, names in _RANK_AXIS.items() if names & set(parts)), None)
+    pairs = enumerate(zip(new.shape, old.shape, strict=True))
+    return all(size == room or (place == axis and size < room) for place, (size, room) in pairs)
 
 
 def _restate(model: nn.Module, adapter_name: str, layers: Mapping[str, LoraLayer]) -> None:

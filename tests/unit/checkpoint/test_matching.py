@@ -176,6 +176,7 @@ DORA = {k.replace("lora_A.weight", "lora_magnitude_vector"): (64,) for k in MODE
 TOKENS = {"base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta": (3, 64)}
 BIASES = {k.replace("lora_A.weight", "base_layer.bias"): (64,) for k in MODEL if "lora_A" in k}
 LORA_BIAS = {k.replace("A.weight", "B.bias"): (64,) for k in MODEL if "lora_A" in k}
+SPELLED = {k.replace("lora_A", "lora.down").replace("lora_B", "lora.up"): shape for k, shape in MODEL.items()}
 HEAD = {"base_model.model.score.weight": (2, 64)}
 
 
@@ -219,6 +220,7 @@ HEAD = {"base_model.model.score.weight": (2, 64)}
             "the configuration has modules_to_save (or a head that the task type adds), but",
         ),
         (MODEL, MODEL | HEAD, "the file has such whole modules"),
+        (MODEL, dict(list(MODEL.items())[:4]) | SPELLED, "16 keys are spelled as in diffusers' older files"),
         (
             MODEL,
             table(modules=("self_attn.q_proj", "mlp.down_proj")),

@@ -43,8 +43,11 @@ def test_a_smaller_rank_is_filled_up_with_zeros() -> None:
 def test_what_cannot_be_swapped_is_refused_and_nothing_changes() -> None:
     model, bigger = adapted(rank=2), adapted(rank=4)
     before = in_memory(model)
+    narrow = {name: t[:, :-1] if "lora_A" in name else t for name, t in before.items()}
     wrong = {
         "does not fit into": in_memory(bigger),
+        # Smaller, but not along the rank: made for a narrower model.
+        r"lora_A.default.weight is \(2, \d+\), which does not fit": narrow,
         "is not given": dict(list(before.items())[1:]),
         "the model has no": {**before, "base_model.model.third.lora_A.default.weight": torch.zeros(2, 6)},
     }

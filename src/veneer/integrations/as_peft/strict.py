@@ -28,7 +28,12 @@ _CONTAINERS = (
     "modules_to_save",
 )
 # What transformers notes on the model.
-_ATTRIBUTES = ("peft_config", "_hf_peft_config_loaded", "_weight_conversions")
+_ATTRIBUTES = (
+    "peft_config",
+    "_hf_peft_config_loaded",
+    "_weight_conversions",
+    "_prepare_lora_hotswap_kwargs",
+)
 
 
 def load_adapter(original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
@@ -55,7 +60,7 @@ def load_adapter(original: Callable[..., Any], model: Any, *args: Any, **kwargs:
     if "load_config" in inspect.signature(original).parameters:
         # transformers raises at a wrong shape without saying which; its report does say.
         kwargs["ignore_mismatched_sizes"] = True
-    before = _Before(model, name)
+    before = Before(model, name)
     try:
         with _factors_in_memory(model):
             report = original(model, *args, **kwargs)
@@ -129,8 +134,13 @@ def _make_room(model: Any) -> None:
         model._prepare_peft_hotswap_kwargs = None
 
 
-class _Before:
-    """What a call of `load_adapter` may change in a model."""
+class Before:
+    """What loading an adapter may change in a model.
+
+    Args:
+        model: The model, before.
+        name: The adapter. Where the model has it, its tensors are kept; empty if none will be written to.
+    """
 
     def __init__(self, model: Any, name: str) -> None:
         self.model = model
@@ -170,7 +180,7 @@ class _Before:
     def restore(self) -> None:
         """Bring the model back."""
         model = self.model
-        if not self.held and self.name in _held(model):
+        if not self.held:
             _remove(model, self.name)
         for module, active, disabled in self.states:
             module.set_adapter(active)

@@ -1,0 +1,86 @@
+"""Adapter methods of diffusers' models, made whole: what fails leaves the model as it was, and says why.
+
+On its way out of a failure diffusers deletes the adapter that it was loading, which is the old one where
+tensors were to be exchanged, leaves none active, and trips over an adapter that was never put in.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+from torch import nn
+
+from ...adapters import AdapterSet, adapter_modules
+from ...errors import VeneerError, VeneerWarning
+from .strict import Before
+
+__all__ = ["add_adapter", "delete_adapters", "load_lora_adapter"]
+
+
+def load_lora_adapter(original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
+    """Load an adapter, or exchange the tensors of one.
+
+    Raises:
+        VeneerError: What Veneer has against it. The model is as it was before.
+    """
+    given = inspect.signature(original).bind(model, *args, **kwargs).arguments
+    swap = given.get("hotswap", False)
+    before = Before(model, "" if swap else given.get("kwargs", {}).get("adapter_name") or "")
+    try:
+        with _nothing_deleted(model) if swap else nullcontext():
+            return original(model, *args, **kwargs)
+    except Exception as error:
+        before.restore()
+        cause = error.__context__
+        if isinstance(error, KeyError) and isinstance(cause, VeneerError):
+            raise cause from None
+        raise
+
+
+@contextmanager
+def _nothing_deleted(model: nn.Module) -> Iterator[None]:
+    """Layers keep their adapters, whoever asks them to delete one."""
+    modules = adapter_modules(model)
+    for module in modules:
+        module.__dict__["delete_adapter"] = lambda name: None
+    try:
+        yield
+    finally:
+        for module in modules:
+            del module.__dict__["delete_adapter"]
+
+
+def add_adapter(
+    original: Callable[..., Any], model: Any, adapter_config: Any, *args: Any, **kwargs: Any
+) -> None:
+    """Add a fresh adapter and activate it; the caller's configuration stays as it was.
+
+    Raises:
+        ConfigError, TargetError: The model is then as it was before.
+    """
+    before = Before(model, "")
+    try:
+        original(model, copy.deepcopy(adapter_config), *args, **kwargs)
+    except Exception:
+        before.restore()
+        raise
+
+
+def delete_adapters(original: Callable[..., Any], model: Any, adapter_names: str | Sequence[str]) -> None:
+    """Delete adapters; where that leaves others, and none of them active, say so."""
+    adapters = AdapterSet(model)
+    active = adapters.active()
+    original(model, adapter_names)
+    rest = list(getattr(model, "peft_config", {}))
+    if active and rest and not adapters.active():
+        warnings.warn(
+            f"{', '.join(map(repr, active))} was active and is deleted: no adapter of this "
+            f"{type(model).__name__} is active now. Choose with set_adapters: {', '.join(map(repr, rest))}",
+            VeneerWarning,
+            stacklevel=3,
+        )
