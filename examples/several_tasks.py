@@ -22,7 +22,7 @@ from transformers import AutoModel, AutoTokenizer, DataCollatorWithPadding, Trai
 
 from veneer import LoraConfig, PeftModel, get_peft_model
 
-LORA, FULL = "LoRA, r=8, an adapter each", "full fine-tuning, a model each"
+LORA, FULL = "LoRA, an adapter each", "full, a model each"
 RATES = {LORA: 3e-3, FULL: 2e-4}
 LENGTH, BATCH = 24, 16
 LANGUAGES = ("de", "nl", "es", "pt")
@@ -140,7 +140,7 @@ def main() -> int:
             found[task] = 100 * (guesses == batch["labels"]).float().mean().item()
         if isinstance(model, PeftModel):
             kept[:] = [model]
-        return {"% right, mean of tasks": sum(found.values()) / len(found), **found}
+        return {"% right, mean": sum(found.values()) / len(found), **found}
 
     study.compare(["base", *RATES][: 2 if study.short else 3], build, train, score, once=("base", FULL))
     study.claim(
