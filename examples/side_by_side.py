@@ -57,7 +57,7 @@ PACKAGES = ("veneer", "torch", "transformers", "trl", "diffusers")
 # Optional libraries of transformers say on import which of their kernels this machine does not have.
 for _name in ("torchao", "torch.utils._pytree", "bitsandbytes"):
     logging.getLogger(_name).setLevel(logging.CRITICAL)
-#: Of bars and lines, in the order of the methods.
+#: Of bars and lines: the adapter's is the third.
 COLOURS = (PALE, "#8fa3ad", STRONG, INK, "#c8772e", "#6a4c93")
 
 
@@ -201,7 +201,7 @@ class Study:
         rows = list(self.rows.values())[::-1]
         for place, row in enumerate(rows):
             values = row.values if score is None else row.scores[score]
-            colour = COLOURS[(len(rows) - 1 - place) % len(COLOURS)]
+            colour = STRONG if "LoRA" in row.method else PALE if not row.trainable else COLOURS[1]
             middle = statistics.median(values)
             axes.barh(place, middle, 0.7, color=colour)
             axes.scatter(values, [place] * len(values), color="white", edgecolor=INK, s=14, zorder=3)
@@ -250,23 +250,28 @@ class Study:
         return 0 if content["passed"] else 1
 
     def table(self) -> Table:
-        """The rows, each figure as the median with the lowest and highest of the seeds."""
+        """The rows, each score as the median with the lowest and highest of the seeds."""
         table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
         table.add_column("", no_wrap=True)
         names = list(dict.fromkeys(name for row in self.rows.values() for name in row.scores))
-        for name in (*names, "trained parameters", "CPU seconds of training", "saved"):
-            table.add_column(name, justify="right")
+        for name in names:
+            table.add_column(name, justify="right", overflow="fold")
+        for name in ("trained", "CPU s", "saved"):
+            table.add_column(name, justify="right", no_wrap=True)
+        # Many scores find room below one another.
+        gap = " " if len(names) < 3 else "\n"
         for row in self.rows.values():
             part = f"{_count(row.trainable)} ({100 * row.trainable / row.parameters:.3g} %)"
             table.add_row(
                 row.method,
-                *(spread(row.scores[name]) if name in row.scores else "" for name in names),
+                *(spread(row.scores[name]).replace(" ", gap) if name in row.scores else "" for name in names),
                 part if row.trainable else "–",
-                spread(row.cpu_seconds) if row.trainable else "–",
+                short(statistics.median(row.cpu_seconds)) if row.trainable else "–",
                 _size(row.saved_bytes) if row.trainable else "–",
             )
+        table.caption = "trained: parameters; CPU s: of training, the median"
         if len(self.seeds) > 1:
-            table.caption = f"median (lowest–highest) of {len(self.seeds)} seeds"
+            table.caption = f"median (lowest–highest) of {len(self.seeds)} seeds; {table.caption}"
         return table
 
 
