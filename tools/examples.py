@@ -1,4 +1,4 @@
-"""Run the examples one after the other: ``python tools/examples.py [NAME …] [--short]``.
+"""Run the examples, two at a time: ``python tools/examples.py [NAME …] [--short]``.
 
 ``--pages`` runs nothing: it writes what the last full runs printed into docs/guides, and their pictures into
 docs/images.
@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,17 +26,24 @@ def names() -> list[str]:
     return [file.stem for file in files if '__name__ == "__main__"' in file.read_text(encoding="utf-8")]
 
 
-def run(name: str, short: bool) -> bool:
-    """Run one example; whether its claims held."""
-    print(f"\n== {name}", flush=True)
+def run(name: str, short: bool, jobs: int) -> bool:
+    """Run one example of as many at a time, with its share of the cores; whether its claims held."""
+    print(f"== {name}: begun", flush=True)
     start = time.perf_counter()
-    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
+    threads = str(max(1, (os.cpu_count() or 1) // jobs))
+    environment = {"OMP_NUM_THREADS": threads, "PYTHONUNBUFFERED": "1", **os.environ}
     command = [sys.executable, "-W", "ignore", str(FOLDER / f"{name}.py"), *(["--short"] if short else [])]
-    code = subprocess.run(command, env=environment, cwd=ROOT).returncode
-    print(
-        f"== {name}: {'done' if code == 0 else 'FAILED'} in {time.perf_counter() - start:.0f} s", flush=True
+    done = subprocess.run(
+        command,
+        env={**environment, "TOKENIZERS_PARALLELISM": "false"},
+        cwd=ROOT,
+        stdout=None if jobs == 1 else subprocess.PIPE,
+        stderr=None if jobs == 1 else subprocess.STDOUT,
     )
-    return code == 0
+    took = time.perf_counter() - start
+    said = (done.stdout or b"").decode(errors="replace")
+    print(f"{said}== {name}: {'done' if done.returncode == 0 else 'FAILED'} in {took:.0f} s\n", flush=True)
+    return done.returncode == 0
 
 
 def about(page: Path) -> str:
@@ -68,6 +76,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of: {', '.join(names())} (default: all)")
     parser.add_argument("--short", action="store_true", help="the short form of each")
+    parser.add_argument("--jobs", type=int, default=2, help="how many at a time (default: 2)")
     parser.add_argument("--pages", action="store_true", help="only write the last results into the guides")
     options = parser.parse_args()
     if unknown := sorted(set(options.names) - set(names())):
@@ -77,7 +86,11 @@ def main() -> int:
         for name in wanted:
             print(f"{name}: {'written' if write_page(name) else 'no full run to write, or no page'}")
         return 0
-    failed = [name for name in wanted if not run(name, options.short)]
+    start = time.perf_counter()
+    with ThreadPoolExecutor(max(1, options.jobs)) as pool:
+        held = list(pool.map(lambda name: run(name, options.short, max(1, options.jobs)), wanted))
+    failed = [name for name, well in zip(wanted, held, strict=True) if not well]
+    print(f"== all: {len(wanted)} examples in {(time.perf_counter() - start) / 60:.1f} min")
     if failed:
         print(f"\nFailed: {', '.join(failed)}")
     return int(bool(failed))
