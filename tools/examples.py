@@ -88,7 +88,11 @@ def main() -> int:
         return 0
     start = time.perf_counter()
     with ThreadPoolExecutor(max(1, options.jobs)) as pool:
-        held = list(pool.map(lambda name: run(name, options.short, max(1, options.jobs)), wanted))
+        try:
+            held = list(pool.map(lambda name: run(name, options.short, max(1, options.jobs)), wanted))
+        except KeyboardInterrupt:
+            pool.shutdown(cancel_futures=True)
+            raise
     failed = [name for name, well in zip(wanted, held, strict=True) if not well]
     print(f"== all: {len(wanted)} examples in {(time.perf_counter() - start) / 60:.1f} min")
     if failed:
