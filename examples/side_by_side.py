@@ -109,7 +109,7 @@ class Study:
         self.extra: dict[str, Any] = {}
         self.progress = Terminal()
         self._begun = (time.perf_counter(), _cpu())
-        self._console = Console(record=True, width=110, highlight=False)
+        self._console = Console(record=True, width=114, highlight=False)
         self._console.print(f"[bold]{self.title}[/bold]")
 
     def compare(
