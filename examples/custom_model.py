@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from veneer import LoraConfig, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
 
 LORA = "LoRA, r=8"
-RATES = {"head only": 1e-2, LORA: 5e-3, "full fine-tuning": 1e-3}
+RATES = {"head only": 1e-2, LORA: 5e-3, "full fine-tuning": 3e-3}
 CONFIG = LoraConfig(r=8, lora_alpha=16, target_modules=["token", "up", "down"], modules_to_save=["head"])
 
 

@@ -149,7 +149,7 @@ def main() -> int:
     with model.disable_adapter():
         without = tokenizer.batch_decode(model.generate(**ask, **options), skip_special_tokens=True)
     for (source, _), new, old in zip(dutch["train"][:4], with_it, without, strict=True):
-        study.show(f"{source!r}: with the adapter {new!r}, without {old!r}")
+        study.show(f"of the training set, {source!r}: with the adapter {new!r}, without {old!r}")
     study.extra["messages of the training set, generated"] = {"adapter": with_it, "base": without}
     untouched = tokenizer.batch_decode(base.generate(**ask, **options), skip_special_tokens=True)
     study.claim("with the adapter disabled, generate says what the base says", without == untouched)

@@ -15,7 +15,7 @@ from typing import Any
 
 import data
 import torch
-from sequence_classification import MINILM, spam_examples
+from sequence_classification import MINILM, spam_examples, words_of
 from side_by_side import QUIET, Study, quiet, run
 from transformers import (
     AutoModelForSequenceClassification,
@@ -29,19 +29,19 @@ from veneer import LoraConfig, PeftModel, TaskType, get_peft_model
 
 LORA, FULL = "LoRA, r=8, an adapter each", "full fine-tuning, a model each"
 RATES = {LORA: 3e-3, FULL: 2e-4}
-LENGTH, BATCH = 16, 16
+LENGTH, BATCH = 24, 16
 LANGUAGES = ("de", "nl", "es", "pt")
 
 
 def list_examples() -> tuple[list[dict[str, Any]], list[str]]:
-    """Subjects of mails to the four mailing lists with the most subjects, without the lists' marks; names."""
+    """Mails to the four mailing lists with the most subjects, without the lists' marks, and the names."""
     found: dict[str, dict[str, str]] = collections.defaultdict(dict)
     for raw in data.mails():
         mail = email.message_from_string(raw.text)
         subject = re.sub(r"\[[^\]]*\]|\bre:|\s+", " ", str(mail["subject"] or ""), flags=re.I).strip()
         match = re.search(r"<([^>]+)>", str(mail["list-id"] or ""))
         if match and subject:
-            found[match[1]].setdefault(re.sub(r"\W|\d", "", subject.lower()), subject)
+            found[match[1]].setdefault(re.sub(r"\W|\d", "", subject.lower()), f"{subject}. {words_of(mail)}")
     names = sorted(found, key=lambda name: -len(found[name]))[:4]
     examples = [{"text": text, "label": names.index(name)} for name in names for text in found[name].values()]
     return examples, names
@@ -65,8 +65,8 @@ def main() -> int:
     study = Study(__doc__)
     tokenizer = AutoTokenizer.from_pretrained(MINILM)
     collate = DataCollatorWithPadding(tokenizer)
-    held, steps = (40, 12) if study.short else (200, 45)
-    spam = spam_examples(600, 200, body=False)
+    held, steps = (40, 12) if study.short else (160, 45)
+    spam = spam_examples(600, 160)
     lists, names_of_lists = list_examples()
     kinds = {"spam": ("other mail", "spam"), "list": names_of_lists, "language": LANGUAGES}
     tasks: dict[str, dict[str, list[dict[str, Any]]]] = {}

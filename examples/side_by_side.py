@@ -108,7 +108,7 @@ class Study:
         self.claims: dict[str, bool] = {}
         self.extra: dict[str, Any] = {}
         self.progress = Terminal()
-        self._begun = (time.perf_counter(), time.process_time())
+        self._begun = (time.perf_counter(), _cpu())
         self._console = Console(record=True, width=110, highlight=False)
         self._console.print(f"[bold]{self.title}[/bold]")
 
@@ -210,6 +210,8 @@ class Study:
                 label, (max(values), place), xytext=(5, 0), textcoords="offset points", va="center", size=8
             )
         axes.set_xlim(0, max(max(row.scores[score] if score else row.values) for row in rows) * 1.35)
+        if "%" in (score or next(iter(rows[0].scores))):
+            axes.set_xticks(range(0, 101, 20))
         if floor is not None:
             axes.axvline(floor, color=INK, linewidth=0.8, linestyle=":")
         axes.set_yticks(range(len(rows)), [row.method for row in rows])
@@ -223,7 +225,7 @@ class Study:
             self.show(self.table())
         where = machine()
         versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
-        wall, cpu = time.perf_counter() - self._begun[0], time.process_time() - self._begun[1]
+        wall, cpu = time.perf_counter() - self._begun[0], _cpu() - self._begun[1]
         for what, holds in self.claims.items():
             self.show(f"{'[green]holds[/green]' if holds else '[bold red]FAILS[/bold red]'}  {what}")
         self.show(
@@ -268,12 +270,20 @@ class Study:
         return table
 
 
+def _cpu() -> float:
+    """Seconds that this process has computed, and those it has started and seen end."""
+    spent = os.times()
+    return spent.user + spent.system + spent.children_user + spent.children_system
+
+
 def _hush() -> None:
     """Let other libraries say only what went wrong."""
     import transformers
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    if "datasets" in sys.modules:
+        sys.modules["datasets"].disable_progress_bars()
 
 
 def quiet(trainer: Any) -> Any:

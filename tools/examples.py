@@ -1,50 +1,90 @@
-"""Run the examples, one after another: ``python tools/examples.py [NAME …] [--short]``.
+"""Run the examples one after the other: ``python tools/examples.py [NAME …] [--short]``.
 
-Each prints what it finds and writes it to examples/results. Ends with what each took; exit status 1 if one
-of them failed or one of its claims did not hold.
+``--pages`` runs nothing: it writes what the last full runs printed into docs/guides, and their pictures into
+docs/images.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER, GUIDES, IMAGES = ROOT / "examples", ROOT / "docs" / "guides", ROOT / "docs" / "images"
+BEGIN, END = "<!-- printed by the example: python tools/examples.py --pages -->", "<!-- end -->"
 
 
-def programs() -> dict[str, Path]:
-    """The files of examples/ that can be run, by name; the others are what they share."""
-    found = sorted(EXAMPLES.glob("*.py"))
-    return {path.stem: path for path in found if '__name__ == "__main__"' in path.read_text("utf-8")}
+def names() -> list[str]:
+    """The files of examples/ that can be run; the others are what they share."""
+    files = sorted(FOLDER.glob("*.py"))
+    return [file.stem for file in files if '__name__ == "__main__"' in file.read_text(encoding="utf-8")]
+
+
+def run(name: str, short: bool) -> bool:
+    """Run one example; whether its claims held."""
+    print(f"\n== {name}", flush=True)
+    start = time.perf_counter()
+    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
+    command = [sys.executable, "-W", "ignore", str(FOLDER / f"{name}.py"), *(["--short"] if short else [])]
+    code = subprocess.run(command, env=environment, cwd=ROOT).returncode
+    print(
+        f"== {name}: {'done' if code == 0 else 'FAILED'} in {time.perf_counter() - start:.0f} s", flush=True
+    )
+    return code == 0
+
+
+def about(page: Path) -> str:
+    """The heading of a guide."""
+    return page.read_text(encoding="utf-8").split("\n", 1)[0].removeprefix("# ")
+
+
+def write_page(name: str) -> bool:
+    """Put what the last full run printed between the marks of the guide; whether there was one."""
+    results, page = FOLDER / "results" / name, GUIDES / f"{name}.md"
+    printed = results / f"{name}.txt"
+    if not printed.is_file() or not page.is_file():
+        return False
+    text = printed.read_text(encoding="utf-8").rstrip()
+    if "\nshort form, " in text:
+        return False
+    lines = "\n".join(line.rstrip() for line in text.splitlines())
+    before, rest = page.read_text(encoding="utf-8").split(BEGIN, 1)
+    pictures = sorted(results.glob("*.png"))
+    shown = "".join(f"\n![{about(page)}](../images/guide-{picture.name})\n" for picture in pictures)
+    made = f"{BEGIN}\n```text\n{lines}\n```\n{shown}{END}"
+    page.write_text(before + made + rest.split(END, 1)[1], encoding="utf-8")
+    for picture in pictures:
+        shutil.copy(picture, IMAGES / f"guide-{picture.name}")
+    return True
 
 
 def main() -> int:
-    known = programs()
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(known)}; all without a name")
-    parser.add_argument("--short", action="store_true", help="the small form of each, which tests run too")
-    given = parser.parse_args()
-    if unknown := [name for name in given.names if name not in known]:
-        parser.error(f"no such example: {', '.join(unknown)}; there are {', '.join(known)}")
-    took: dict[str, tuple[float, int]] = {}
-    for name in given.names or known:
-        print(f"\n=== {name}", flush=True)
-        start = time.perf_counter()
-        command = [sys.executable, "-W", "ignore", str(known[name]), *(["--short"] if given.short else [])]
-        try:
-            code = subprocess.call(command)
-        except KeyboardInterrupt:
-            return 130
-        took[name] = time.perf_counter() - start, code
-    print("\n=== all")
-    for name, (seconds, code) in took.items():
-        print(f"{name:24}{seconds:7.0f} s  {'held' if code == 0 else f'FAILED (exit status {code})'}")
-    print(f"{'together':24}{sum(seconds for seconds, _ in took.values()):7.0f} s")
-    return int(any(code for _, code in took.values()))
+    """Entry point."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of: {', '.join(names())} (default: all)")
+    parser.add_argument("--short", action="store_true", help="the short form of each")
+    parser.add_argument("--pages", action="store_true", help="only write the last results into the guides")
+    options = parser.parse_args()
+    if unknown := sorted(set(options.names) - set(names())):
+        parser.error(f"no such example: {', '.join(unknown)}; there are {', '.join(names())}")
+    wanted = options.names or names()
+    if options.pages:
+        for name in wanted:
+            print(f"{name}: {'written' if write_page(name) else 'no full run to write, or no page'}")
+        return 0
+    failed = [name for name in wanted if not run(name, options.short)]
+    if failed:
+        print(f"\nFailed: {', '.join(failed)}")
+    return int(bool(failed))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit("interrupted")

@@ -28,6 +28,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -344,7 +345,7 @@ def provide(name: str, data: Data, root: Path) -> None:
         if target.exists():
             shutil.rmtree(target)
         fresh.rename(target)
-    except (zipfile.BadZipFile, tarfile.TarError, lzma.LZMAError, ValueError) as error:
+    except (zipfile.BadZipFile, tarfile.TarError, lzma.LZMAError, zlib.error, EOFError, ValueError) as error:
         raise DataError(f"{name} cannot be unpacked: {said(error)}") from error
     finally:
         shutil.rmtree(fresh, ignore_errors=True)

@@ -294,7 +294,8 @@ class _Planner:
         for pattern in self.patterns:
             hits = reached[pattern]
             if self.matched[pattern]:
-                barred = [c for c in hits if c.reason and not c.supported and c.path not in complained]
+                silent = complained.union(c.path for c in hits if self._saved_around(c.path))
+                barred = [c for c in hits if c.reason and not c.supported and c.path not in silent]
                 if barred:
                     note = f"also matches what cannot be adapted: {'; '.join(_by_reason(barred))}"
                     self._idle("target_modules", pattern, note, near=False)

@@ -48,11 +48,11 @@ def run(out, resume=None, make=llama, **options):
             target_modules=["q_proj", "down_proj"],
         ),
     )
-    options = {"save_steps": 4, "max_steps": 8, **options}
+    options = {"save_steps": 4, "max_steps": 8, "learning_rate": 0.05, **options}
     trainer = Trainer(
         model=model,
         args=TrainingArguments(
-            str(out), per_device_train_batch_size=4, logging_steps=1, learning_rate=0.05, seed=3,
+            str(out), per_device_train_batch_size=4, logging_steps=1, seed=3,
             report_to=[], disable_tqdm=True, use_cpu=True, **options,
         ),
         train_dataset=rows(),

@@ -44,7 +44,7 @@ VERBS = {
 
 
 def test_every_part_of_an_adapter_follows_every_verb(nopeft_python: Path, tmp_path: Path) -> None:
-    """transformers enables layers but not copies of modules, and passes over trained tokens."""
+    """transformers by itself enables layers again, but not copies of modules."""
     run_python(
         REGISTER
         + START

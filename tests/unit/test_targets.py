@@ -151,6 +151,15 @@ def test_all_linear_leaves_modules_to_save_alone() -> None:
     assert "classifier.dense" in [s.path for s in made.skipped]
 
 
+def test_all_linear_says_nothing_of_a_head_that_every_adapter_trains_its_own_copy_of() -> None:
+    head = Candidate("classifier", "Linear", False, linear=True, reason="'first' trains it whole")
+    candidates = decoder(1, "model.", head)
+    made = plan(candidates, LoraConfig(target_modules="all-linear", task_type="SEQ_CLS"), "second")
+    assert made.modules_to_save == ("classifier",) and not made.unmatched
+    with pytest.warns(VeneerWarning, match="'first' trains it whole"):
+        plan(candidates, LoraConfig(target_modules="all-linear"), "second")
+
+
 def test_a_linear_layer_that_all_linear_cannot_take_is_said() -> None:
     odd = Candidate("odd", "Linear9bit", False, linear=True, reason="nine bits are too many")
     _, message = said(decoder(1, "model.", odd), target_modules="all-linear")

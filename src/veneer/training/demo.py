@@ -137,6 +137,7 @@ class Examiner:
     tokenizer: Any
     mails: list[dict[str, Any]]
     progress: Progress
+    max_new_tokens: int = MAX_NEW_TOKENS
     rows: list[Row] = field(init=False)
     prompts: list[list[int]] = field(init=False)
 
@@ -152,7 +153,7 @@ class Examiner:
             model,
             self.tokenizer,
             self.prompts,
-            max_new_tokens=MAX_NEW_TOKENS,
+            max_new_tokens=self.max_new_tokens,
             batch_size=24,
             progress=self.progress,
         )

@@ -1,8 +1,8 @@
 """Adapter methods of transformers' models, made whole: nothing half done, nothing without a word.
 
 transformers walks over the modules that it knows and asks each for its part. Here every module that holds a
-part of an adapter is asked (a copy of `modules_to_save` was disabled and not enabled again; trained tokens
-were left out), what fails leaves the model as it was, and a hot swap takes over the strength and the rank.
+part of an adapter is asked (copies of `modules_to_save` are not enabled again there, and it does not know our
+trained tokens), what fails leaves the model as it was, and a hot swap takes over the strength and the rank.
 """
 
 from __future__ import annotations
