@@ -182,6 +182,7 @@ def learn_clothes(room: Darkroom, models: Any, pictures: Tensor, labels: Tensor,
 
 def main() -> int:
     study = side_by_side.Study(__doc__)
+    torch.set_num_threads(1)  # tensors so small that a second thread mostly waits
     room = Darkroom()
     pictures, labels = clothes(8192)
     bags = pictures[labels == CLASSES["bag"]]
