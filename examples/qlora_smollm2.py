@@ -85,7 +85,7 @@ def main() -> int:
             learn(study, kind, count, steps, Path(folder) / str(kind)) for kind in (None, "nf4")
         )
     gap = 100 * (wide.exact - narrow.exact) / len(narrow.answers)
-    study.show(f"nf4 takes {narrow_size / wide_size:.0%} of the bytes; exact answers: {-gap:+.1f} points\n")
+    study.show(f"nf4 takes {narrow_size / wide_size:.0%} of the bytes; exact answers {0 - gap:+.1f} points\n")
     study.claim("both learn: the loss on held-out mails falls",
                 wide.loss < wide_before.loss and narrow.loss < narrow_before.loss)  # fmt: skip
     study.claim("the base of 4 bits takes less than two thirds of the bytes", narrow_size < wide_size * 2 / 3)
