@@ -221,11 +221,7 @@ class LoraLinear(LoraLayer):
         ):
             return super().forward(x)
         together = partial(self._together, first, x, *factors)
-        result = (
-            together()
-            if variant.additive
-            else variant.whole(self, first, x, together, base._parameters["bias"])
-        )
+        result = variant.whole(self, first, x, together, base._parameters["bias"])
         if result is None:
             return super().forward(x)
         for name in live[1:]:
