@@ -47,7 +47,7 @@ WORDS = ("a", "photo", "of", "sks", *CLASSES)
 INSTANCE, CLASS = "a photo of sks bag", "a photo of bag"
 SIZE, LENGTH = 16, 8
 LORA, BOTH, FULL = "LoRA, UNet", "LoRA, UNet and text encoder", "full fine-tuning"
-RATES = {LORA: 3e-3, BOTH: 3e-3, FULL: 5e-4}
+RATES = {LORA: 1e-2, BOTH: 1e-2, FULL: 5e-4}
 UNET = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "conv1", "conv2"]
 ENCODER = ["q_proj", "k_proj", "v_proj", "out_proj"]
 NOISE = DDPMScheduler(beta_schedule="squaredcos_cap_v2")
@@ -131,16 +131,18 @@ class Darkroom:
     def pipeline(self, models: Any) -> Any:
         pipe = StableDiffusionPipeline(
             vae=Pixels(), unet=models["unet"], text_encoder=models["text_encoder"], tokenizer=self.tokenizer,
-            scheduler=DDIMScheduler(beta_schedule="squaredcos_cap_v2", clip_sample=False, steps_offset=1),
-            safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+            scheduler=DDIMScheduler(clip_sample=False, steps_offset=1), safety_checker=None,
+            feature_extractor=None, requires_safety_checker=False,
         )  # fmt: skip
+        # Pixels, unlike latents, are known to lie between -1 and 1.
+        pipe.scheduler = DDIMScheduler(beta_schedule="squaredcos_cap_v2", clip_sample=True, steps_offset=1)
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
     def draw(self, pipe: Any, prompt: str, count: int, steps: int) -> Tensor:
         """Pictures (count, s, s) from 0 to 1, always from the same noise."""
         noise = torch.randn(count, 1, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
-        drawn = pipe([prompt] * count, latents=noise, num_inference_steps=steps, guidance_scale=2.0,
+        drawn = pipe([prompt] * count, latents=noise, num_inference_steps=steps, guidance_scale=5.0,
                      output_type="pt")  # fmt: skip
         return drawn.images[:, 0]
 
@@ -189,7 +191,7 @@ def main() -> int:
     instances = views(bags[0], [(0, 0), (0, 1), (-1, 0), (1, -1)])
     unseen = views(bags[0], [(1, 0), (0, -1), (-1, 1), (1, 1)])
     others = bags[-32:]
-    steps = 15 if study.short else 100
+    steps = 15 if study.short else 80
     look = 4 if study.short else 20
 
     side_by_side.seed_all(0)
@@ -277,7 +279,7 @@ def main() -> int:
 def show(study: side_by_side.Study, instances: Tensor, kept: Tensor, drawn: dict[str, Tensor]) -> None:
     """What each was given and draws: left with the rare word, right without it."""
     rows = {"given": torch.cat([instances[:, 0], kept[:4, 0]]) / 2 + 0.5, **drawn}
-    figure, axes = study.figure(8.0, 1.15 * len(rows), nrows=len(rows), ncols=8)
+    figure, axes = study.figure(8.0, 0.95 * len(rows), nrows=len(rows), ncols=8)
     for line, (name, row) in zip(axes, rows.items(), strict=True):
         for axis, picture in zip(line, row, strict=True):
             axis.imshow(picture.clamp(0, 1), cmap="gray", vmin=0, vmax=1)
