@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ from types import ModuleType
 import pytest
 
 from tests.processes import run_python
+from tests.programs import load_program
 
 ROOT = Path(__file__).parents[2]
 
@@ -18,12 +18,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture
 def setup_program(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
     """tools/setup.py as a module, with a virtual environment of its own that no test makes."""
-    found = importlib.util.spec_from_file_location("setup_program", ROOT / "tools" / "setup.py")
-    assert found is not None
-    assert found.loader is not None
-    module = importlib.util.module_from_spec(found)
-    monkeypatch.setitem(sys.modules, "setup_program", module)
-    found.loader.exec_module(module)
+    module = load_program(monkeypatch, "setup_program", "tools/setup.py")
     monkeypatch.setattr(module, "VENV", tmp_path / ".venv")
     monkeypatch.setattr(module, "PYTHON", Path(sys.executable))
     monkeypatch.setattr(module, "STAMPS", tmp_path / ".venv" / "stamps")

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import importlib.util
 import io
 import re
-import sys
 import tarfile
 import threading
 import zipfile
@@ -18,6 +16,8 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+
+from tests.programs import load_program
 
 ROOT = Path(__file__).parents[2]
 KEEP = r"top/(keep/.+)"
@@ -71,12 +71,7 @@ def server() -> Iterator[Server]:
 @pytest.fixture
 def program(monkeypatch: pytest.MonkeyPatch, server: Server) -> ModuleType:
     """tools/examples_data.py, every registry of which is the server."""
-    found = importlib.util.spec_from_file_location("fetch_program", ROOT / "tools" / "examples_data.py")
-    assert found is not None
-    assert found.loader is not None
-    module = importlib.util.module_from_spec(found)
-    monkeypatch.setitem(sys.modules, "fetch_program", module)
-    found.loader.exec_module(module)
+    module = load_program(monkeypatch, "fetch_program", "tools/examples_data.py")
     for name in ("no_proxy", "NO_PROXY"):
         monkeypatch.setenv(name, "127.0.0.1")
     for name in ("npm_config_registry", "VENEER_DEBIAN_MIRROR"):

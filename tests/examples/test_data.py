@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import gzip
-import importlib.util
 import json
 import struct
-import sys
 import wave
 from pathlib import Path
 from types import ModuleType
@@ -14,18 +12,13 @@ from types import ModuleType
 import pytest
 import torch
 
-from tests.docs.pages import ROOT
+from tests.programs import load_program
 
 
 @pytest.fixture
 def data(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
     """examples/data.py with a cache of its own, in which every data set is an empty folder."""
-    found = importlib.util.spec_from_file_location("examples_data_reader", ROOT / "examples" / "data.py")
-    assert found is not None
-    assert found.loader is not None
-    module = importlib.util.module_from_spec(found)
-    monkeypatch.setitem(sys.modules, "examples_data_reader", module)
-    found.loader.exec_module(module)
+    module = load_program(monkeypatch, "examples_data_reader", "examples/data.py")
     monkeypatch.setattr(module, "DATA", tmp_path)
     for name in ("spam-assassin", "fashion-mnist", "asterisk-sounds", "django-translations"):
         (tmp_path / name).mkdir()

@@ -1,4 +1,4 @@
-"""A tiny Stable Diffusion pipeline with random weights, for fresh processes: imported there by path."""
+"""The tiny Stable Diffusion without what draws pictures, and what its parts compute; for adapter files."""
 
 from __future__ import annotations
 
@@ -6,40 +6,15 @@ from typing import Any
 
 import torch
 
+from tests.interop import tiny_diffusion
+from tests.interop.tiny_diffusion import text_encoder
 
-def unet(linear: bool = False) -> Any:
-    from diffusers import UNet2DConditionModel
-
-    torch.manual_seed(0)
-    return UNet2DConditionModel(
-        block_out_channels=(8, 16),
-        layers_per_block=2,
-        sample_size=8,
-        in_channels=4,
-        out_channels=4,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=8,
-        attention_head_dim=2,
-        norm_num_groups=4,
-        use_linear_projection=linear,
-    ).eval()
+__all__ = ["drawn", "encoded", "pipeline", "text_encoder", "unet"]
 
 
-def text_encoder() -> Any:
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    torch.manual_seed(1)
-    return CLIPTextModel(
-        CLIPTextConfig(
-            hidden_size=8,
-            intermediate_size=16,
-            num_attention_heads=2,
-            num_hidden_layers=2,
-            vocab_size=30,
-            max_position_embeddings=8,
-        )
-    ).eval()
+def unet() -> Any:
+    """With two layers a block, as Stable Diffusion has."""
+    return tiny_diffusion.unet(layers=2)
 
 
 def pipeline() -> Any:

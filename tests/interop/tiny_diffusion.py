@@ -15,13 +15,13 @@ PROMPT = "a photo of sks bag"
 WORDS = ("a", "photo", "of", "sks", "bag", "shirt")
 
 
-def unet() -> Any:
+def unet(layers: int = 1) -> Any:
     from diffusers import UNet2DConditionModel
 
     torch.manual_seed(0)
     return UNet2DConditionModel(
         block_out_channels=(8, 16),
-        layers_per_block=1,
+        layers_per_block=layers,
         sample_size=8,
         in_channels=4,
         out_channels=4,
