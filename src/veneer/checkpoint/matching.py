@@ -19,6 +19,7 @@ _CONTRAST = frozenset(
 _WITH_NAME = re.compile(
     r"\.(?:lora_[AB]|lora_magnitude_vector)\.([^.]+)\.(?:weight|bias)$|\.lora_embedding_[AB]\.([^.]+)$"
 )
+_WAY_OUT = "load it on the model that it was made for"
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class LoadReport:
                 said.append(f"{old!r} at the front of the file's keys was read as {new!r}")
         return "; ".join(said) if said else None
 
-    def message(self, where: object) -> str:
+    def message(self, where: object, way_out: str = _WAY_OUT) -> str:
         """Account for everything in one text: counts, up to three examples a kind, likely causes, way out."""
         lines = [
             f"the adapter in {where} and this model do not fit: {self.found} tensors in the file, "
@@ -80,7 +81,7 @@ class LoadReport:
             lines.append(f"  re-mapped: {self.notice}")
         causes = likely_causes(self)
         lines += [f"Likely cause: {c}" for c in causes]
-        lines.append("Way out: load it on the model that it was made for.")
+        lines.append(f"Way out: {way_out}.")
         return "\n".join(lines)
 
     def raise_for(self, where: object) -> None:
@@ -90,7 +91,7 @@ class LoadReport:
             LoadMismatchError: with :meth:`message`.
         """
         if not self.ok:
-            raise LoadMismatchError(self.message(where).removesuffix(".") + "; strict=False loads what fits.")
+            raise LoadMismatchError(self.message(where, f"{_WAY_OUT}; strict=False loads what fits"))
 
 
 def _listing(what: str, items: Sequence[str]) -> list[str]:

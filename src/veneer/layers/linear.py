@@ -208,23 +208,23 @@ class LoraLinear(LoraLayer):
             return base(x, *args, **kwargs)  # type: ignore[no-any-return]
         if not live or args or kwargs or not _is_plain(base):
             return super().forward(x, *args, **kwargs)
-        first = live[0]
+        first, *rest = live
         variant = variants.get(self._specs[first].variant)
-        factors, weight, device = self._plain_factors(first), base._parameters["weight"], x.device
+        factors, weight = self._plain_factors(first), base._parameters["weight"]
         if (
             factors is None
-            or (len(live) > 1 and not all(self._is_additive(name) for name in live[1:]))
+            or (rest and not all(self._is_additive(name) for name in rest))
             or (self._merged and not variant.additive)
             or x.dtype != weight.dtype
-            or autocasts(device.type)
-            or not factors[0].device == device == weight.device
+            or autocasts(x.device.type)
+            or not factors[0].device == x.device == weight.device
         ):
             return super().forward(x)
         together = partial(self._together, first, x, *factors)
         result = variant.whole(self, first, x, together, base._parameters["bias"])
         if result is None:
             return super().forward(x)
-        for name in live[1:]:
+        for name in rest:
             result = self.add_branch(name, x, result)
         return result
 
