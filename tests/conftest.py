@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,8 @@ os.environ.update(
     MPLBACKEND="Agg",
 )
 os.environ.pop("VENEER_AS_PEFT", None)
+# Started in the background the tests are deaf to Ctrl-C, and so would be the commands whose Ctrl-C is tested.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import hypothesis  # noqa: E402
 import pytest  # noqa: E402
