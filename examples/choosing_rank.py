@@ -145,7 +145,7 @@ def main() -> int:
             module.p = 0.0
     del whole.encoder.layer[FROZEN:]
     parts = spam_examples(max(sizes), 200 if study.short else 600, body=False)
-    train_set, heldout = (lower(whole.eval(), tokenizer, part) for part in parts)
+    train_set, heldout = (lower(whole.eval(), tokenizer, parts[part]) for part in ("train", "test"))
 
     everywhere = {(r, "all-linear") for r in (*ranks, *(low for _, low in budgets))}
     places = sorted(everywhere | {(high, "attention") for high, _ in budgets})

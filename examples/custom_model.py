@@ -64,11 +64,11 @@ def fit(model: nn.Module, pictures: Tensor, labels: Tensor, steps: int, rate: fl
 
 
 def main() -> int:
-    study = Study(__doc__)
+    study = Study(__doc__, validation=True)
     pictures, labels = data.fashion_mnist()
     test_pictures, test_labels = data.fashion_mnist(train=False)
-    pictures, test_pictures = pictures / 255, test_pictures[:2000] / 255
-    test_labels = test_labels[:2000]
+    part = slice(2000, 4000) if study.part == "test" else slice(2000)
+    pictures, test_pictures, test_labels = pictures / 255, test_pictures[part] / 255, test_labels[part]
     lying, test_lying = (torch.rot90(p, 1, (1, 2)) for p in (pictures[-1024:], test_pictures))
 
     torch.manual_seed(0)

@@ -86,10 +86,11 @@ def accuracy(model: nn.Module, pictures: torch.Tensor, labels: torch.Tensor) -> 
 
 
 def main() -> int:
-    study = Study(__doc__)
+    study = Study(__doc__, validation=True)
     count, held_out = (256, 200) if study.short else (2560, 1000)
     pictures, labels = (part[:count] for part in fashion_mnist())
-    test = [part[:held_out] for part in fashion_mnist(train=False)]
+    first = held_out if study.part == "test" else 0
+    test = [part[first : first + held_out] for part in fashion_mnist(train=False)]
     study.compare(
         ["base", "head only", "LoRA", *([] if study.short else ["full"])],
         build,

@@ -33,13 +33,11 @@ RATES = {LORA: 1e-2, "full fine-tuning": 3e-3}
 CHARACTERS, TOKENS = 60, 32
 
 
-def messages(language: str, held: set[str]) -> dict[str, list[tuple[str, str]]]:
+def messages(language: str, held: dict[str, set[str]]) -> dict[str, list[tuple[str, str]]]:
     """Short pairs, split by their English text: what is held out of one language is held out of all."""
     pairs = [pair for pair in data.translations(language) if len(pair[0]) <= CHARACTERS]
-    return {
-        "train": [pair for pair in pairs if pair[0] not in held],
-        "heldout": [pair for pair in pairs if pair[0] in held],
-    }
+    parts = {part: [pair for pair in pairs if pair[0] in texts] for part, texts in held.items()}
+    return {"train": [pair for pair in pairs if pair[0] not in set().union(*held.values())], **parts}
 
 
 def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
@@ -60,9 +58,11 @@ def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 
 
 def main() -> int:
-    study = Study(__doc__)
+    study = Study(__doc__, validation=True)
     english = sorted({pair[0] for pair in data.translations("de")})
-    held = set(random.Random(0).sample(english, len(english) // 5))
+    fifth = len(english) // 5
+    held = random.Random(0).sample(english, 2 * fifth)
+    held = {"validation": set(held[:fifth]), "test": set(held[fifth:])}
     german, dutch = messages("de", held), messages("nl", held)
     tokenizer = make_tokenizer([text for part in (german, dutch) for pair in part["train"] for text in pair])
 
@@ -120,7 +120,7 @@ def main() -> int:
 
     @torch.no_grad()
     def score(model: Any, pairs: list[tuple[str, str]] | None = None) -> dict[str, float]:
-        batch = collate(rows(pairs or dutch["heldout"]))
+        batch = collate(rows(pairs or dutch[study.part]))
         logits = model.eval()(**batch).logits
         asked = batch["labels"] != -100
         right = (logits.argmax(-1) == batch["labels"])[asked].float().mean().item()
@@ -129,9 +129,9 @@ def main() -> int:
 
     study.show(
         f"Trained whole on {len(german['train'])} German messages, the base guesses "
-        f"{score(base, german['heldout'])['% of next tokens right']:.1f} % of the tokens of "
-        f"{len(german['heldout'])} others.\nDutch: {len(dutch['train'])} messages, {len(dutch['heldout'])} "
-        "held out.\n"
+        f"{score(base, german[study.part])['% of next tokens right']:.1f} % of the tokens of "
+        f"{len(german[study.part])} others.\nDutch: {len(dutch['train'])} messages, "
+        f"{len(dutch[study.part])} held out.\n"
     )
     study.compare(["base", *RATES], build, train, score, once=("base",))
     study.claim(

@@ -42,8 +42,11 @@ def words_of(mail: Message) -> str:
     return ""
 
 
-def spam_examples(train: int, heldout: int, body: bool = True) -> tuple[list[dict], list[dict]]:
-    """Mails as ``{"text", "label"}``, spam as often as not, without a subject that two of them share."""
+def spam_examples(train: int, heldout: int, body: bool = True) -> dict[str, list[dict[str, Any]]]:
+    """Mails as ``{"text", "label"}``, spam as often as not, without a subject that two of them share.
+
+    ``train`` of them for training, ``heldout`` for validation, and as many for the test.
+    """
     chosen: dict[int, dict[str, dict[str, Any]]] = {0: {}, 1: {}}
     for raw in data.mails():
         mail = email.message_from_string(raw.text)
@@ -54,21 +57,28 @@ def spam_examples(train: int, heldout: int, body: bool = True) -> tuple[list[dic
             text = f"{subject}. {words_of(mail)}" if body else subject
             chosen[raw.spam].setdefault(key, {"text": text, "label": int(raw.spam)})
     draw = random.Random(0)
-    kinds = [draw.sample(list(found.values()), (train + heldout) // 2) for found in chosen.values()]
+    found = [list(by_subject.values()) for by_subject in chosen.values()]
+    kinds = [draw.sample(mails, (train + heldout) // 2) for mails in found]
     held, rest = (
         [e for kind in kinds for e in kind[part]] for part in (slice(heldout // 2), slice(heldout // 2, None))
     )
     draw.shuffle(rest)
-    return rest, held
+    taken = {e["text"] for e in [*held, *rest]}
+    others = ([e for e in mails if e["text"] not in taken] for mails in found)
+    test = [e for mails in others for e in draw.sample(mails, heldout // 2)]
+    return {"train": rest, "validation": held, "test": test}
 
 
 def main() -> int:
-    study = Study(__doc__)
+    study = Study(__doc__, validation=True)
     examples = spam_examples(STEPS * BATCH, 100 if study.short else 400)
     tokenizer = AutoTokenizer.from_pretrained(MINILM)
     train_set, heldout = (
-        [{**tokenizer(e["text"], truncation=True, max_length=LENGTH), "labels": e["label"]} for e in part]
-        for part in examples
+        [
+            {**tokenizer(e["text"], truncation=True, max_length=LENGTH), "labels": e["label"]}
+            for e in examples[part]
+        ]
+        for part in ("train", study.part)
     )
     collate = DataCollatorWithPadding(tokenizer)
 

@@ -77,7 +77,7 @@ def language_examples() -> list[dict[str, Any]]:
 
 
 def main() -> int:
-    study = Study(__doc__)
+    study = Study(__doc__, validation=True)
     tokenizer = AutoTokenizer.from_pretrained(MINILM)
     collate = DataCollatorWithPadding(tokenizer)
     held, steps = (40, 12) if study.short else (160, 40)
@@ -86,7 +86,7 @@ def main() -> int:
     kinds = {"spam": ("other mail", "spam"), "list": names_of_lists, "language": LANGUAGES}
     tasks: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for task, examples in (
-        ("spam", [*spam[0], *spam[1]]),
+        ("spam", [e for part in spam.values() for e in part]),
         ("list", lists),
         ("language", language_examples()),
     ):
@@ -95,7 +95,8 @@ def main() -> int:
             {**tokenizer(e["text"], truncation=True, max_length=LENGTH), "labels": e["label"]}
             for e in examples
         ]
-        tasks[task] = {"heldout": rows[:held], "train": rows[held : held + 600]}
+        first = 0 if study.part == "validation" else held
+        tasks[task] = {"heldout": rows[first : first + held], "train": rows[2 * held :][:480]}
 
     def build(method: str) -> Any:
         if method == FULL:

@@ -84,13 +84,17 @@ class Study:
 
     Attributes:
         short: Whether a small form is wanted that shows in seconds that everything works.
+        part: What is scored, where an example keeps examples apart for settling rates and set-up: ``"test"``,
+            or ``"validation"`` with the flag of that name.
         out: Directory for the results; it exists.
         seeds: The seeds: one in the short form, three otherwise, unless ``--seeds`` says how many.
         rows: What `compare` found, by method.
         extra: More for the JSON file: what the example worked with, or found beside the scores.
     """
 
-    def __init__(self, doc: str | None, arguments: argparse.ArgumentParser | None = None) -> None:
+    def __init__(
+        self, doc: str | None, arguments: argparse.ArgumentParser | None = None, validation: bool = False
+    ) -> None:
         self.name = Path(sys.argv[0]).stem
         self.title = (doc or "").strip().split("\n", 1)[0]
         parser = arguments or argparse.ArgumentParser()
@@ -98,9 +102,13 @@ class Study:
         parser.add_argument("--short", action="store_true", help="a small form, of some ten seconds")
         parser.add_argument("--seeds", type=int, help="how many (1 in the short form, otherwise 3)")
         parser.add_argument("--out", type=Path, help="directory for the results (examples/results/NAME)")
+        if validation:
+            what = "score the examples by which rates and set-up were chosen, not those of the test"
+            parser.add_argument("--validation", action="store_true", help=what)
         self.options = parser.parse_args()
         _hush()
         self.short: bool = self.options.short
+        self.part = "validation" if getattr(self.options, "validation", False) else "test"
         self.seeds = range(self.options.seeds or (1 if self.short else 3))
         self.out: Path = self.options.out or RESULTS / self.name
         self.out.mkdir(parents=True, exist_ok=True)
@@ -236,6 +244,7 @@ class Study:
             "name": self.name,
             "short": self.short,
             "seeds": list(self.seeds),
+            "part": self.part,
             "machine": where,
             "seconds": round(wall, 1),
             "cpu_seconds": round(cpu, 1),

@@ -59,16 +59,17 @@ def labels_of(prompts: list[Prompt]) -> torch.Tensor:
     return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-100)
 
 
-def split(held_out: int) -> tuple[list[Prompt], list[Prompt]]:
-    """Prompts of three words or more that fit into the window; no text is on both sides."""
+def split(validation: int, test: int) -> dict[str, list[Prompt]]:
+    """Prompts of three words or more that fit into the window; no text is in two parts."""
     fitting = [p for p in spoken_prompts() if len(words(p.text)) >= 3 and len(p.samples) <= WINDOW * p.rate]
     texts = sorted({" ".join(words(p.text)) for p in fitting})
     random.Random(0).shuffle(texts)
-    tested = set(texts[:held_out])
-    sides = ([], [])
+    ends = {"validation": validation, "test": validation + test, "train": len(texts)}
+    parts: dict[str, list[Prompt]] = {part: [] for part in ends}
     for prompt in fitting:
-        sides[" ".join(words(prompt.text)) in tested].append(prompt)
-    return sides
+        place = texts.index(" ".join(words(prompt.text)))
+        parts[next(part for part, end in ends.items() if place < end)].append(prompt)
+    return parts
 
 
 def build(method: str) -> nn.Module:
@@ -85,8 +86,9 @@ def build(method: str) -> nn.Module:
 
 
 def main() -> int:
-    study = Study(__doc__)
-    train_prompts, test_prompts = split(held_out=8 if study.short else 48)
+    study = Study(__doc__, validation=True)
+    parts = split(8, 8) if study.short else split(48, 32)
+    train_prompts, test_prompts = parts["train"], parts[study.part]
     steps = 8 if study.short else 24
     heard = features(train_prompts, WINDOW)
     study.show(f"{len(train_prompts)} prompts to train on, {len(test_prompts)} held out")
