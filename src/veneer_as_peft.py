@@ -159,15 +159,17 @@ class _PeftFinder(importlib.metadata.DistributionFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        """A spec for `peft` and for the modules below it that the facade lays out."""
+        """A spec for `peft` and for the modules below it that the facade lays out.
+
+        Raises:
+            ModuleNotFoundError: For another module below `peft`. Whatever is installed is not looked for:
+                it would be the real peft's, beside Veneer's.
+        """
         if fullname == "peft":
             package = True
         elif fullname.startswith("peft."):
             # The parent has been imported by now, so the facade (and torch) are there already.
-            kinds: dict[str, bool] = importlib.import_module(FACADE).modules()
-            if fullname not in kinds:
-                return None
-            package = kinds[fullname]
+            package = importlib.import_module(FACADE).is_package(fullname)
         else:
             return None
         return importlib.util.spec_from_loader(

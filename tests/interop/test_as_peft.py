@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.processes import run_python
+from veneer.integrations.as_peft.layout import OTHER_PACKAGES
 
 ROOT = Path(__file__).resolve().parents[2]
 REGISTER = "from veneer_as_peft import register_as_peft\nregister_as_peft()\n"
@@ -148,6 +150,8 @@ import peft
 from peft import IA3Config, LoraConfig, PrefixTuningConfig, PromptLearningConfig
 from peft import save_as_lora
 from peft.tuners import PromptEncoder
+from peft.tuners.adalora import AdaLoraModel, RankAllocator
+from peft.tuners.ia3.layer import IA3Layer
 from peft.tuners.loha.layer import LoHaLayer
 from peft.tuners.lokr.layer import LoKrLayer
 from veneer import VeneerError
@@ -155,24 +159,43 @@ from veneer import VeneerError
 assert not isinstance(LoraConfig(), (PrefixTuningConfig, IA3Config, PromptLearningConfig))
 assert IA3Config is peft.IA3Config
 assert list(LoHaLayer.adapter_layer_names) == list(LoKrLayer.adapter_layer_names) == []
-for thing in (IA3Config, PrefixTuningConfig, save_as_lora, PromptEncoder, LoHaLayer):
+assert AdaLoraModel is peft.AdaLoraModel and not isinstance(LoraConfig(), IA3Layer)
+for thing in (
+    IA3Config, PrefixTuningConfig, save_as_lora, PromptEncoder, LoHaLayer, RankAllocator, IA3Layer
+):
     try:
         thing(r=3)
     except VeneerError as error:
         assert thing.__name__ in str(error) and "LoRA" in str(error)
     else:
         raise AssertionError(thing)
-for wrong in ("from peft import NoSuchThing", "import peft.nosuchmodule", "import peft.tuners.ia3"):
+for wrong in ("from peft import NoSuchThing", "from peft.tuners.ia3 import nothing_of_this_name"):
     try:
         exec(wrong)
     except ImportError as error:
-        print(error)
+        assert not isinstance(error, ModuleNotFoundError) and wrong.split()[-1] in str(error), error
+    else:
+        raise AssertionError(wrong)
+for wrong in ("import peft.nosuchmodule", "from peft.tuners.lora.nosuchmodule import Linear"):
+    try:
+        exec(wrong)
+    except ModuleNotFoundError as error:
+        assert error.name == wrong.split()[1]
+        assert "Veneer stands in for peft here" in str(error) and error.name in str(error)
     else:
         raise AssertionError(wrong)
 assert not hasattr(peft, "NoSuchThing")
 """,
         python=nopeft_python,
     )
+
+
+def test_every_other_method_of_the_reference_is_known() -> None:
+    reference = importlib.util.find_spec("peft")
+    assert reference is not None and reference.submodule_search_locations is not None
+    tuners = Path(reference.submodule_search_locations[0]) / "tuners"
+    packages = {file.parent.name for file in tuners.glob("*/__init__.py")}
+    assert packages - {"lora"} == OTHER_PACKAGES
 
 
 def test_it_refuses_where_peft_has_been_imported() -> None:

@@ -9,17 +9,38 @@ from __future__ import annotations
 
 import importlib
 from types import ModuleType
-from typing import Any, NoReturn
+from typing import Any
 
-from .layout import LAYOUT, OTHER_METHODS
+from .layout import LAYOUT, OTHER_METHODS, OTHER_PACKAGES
 
-__all__ = ["fill", "modules"]
+__all__ = ["fill", "is_package"]
+
+_PARENTS = {name.rpartition(".")[0] for name in LAYOUT}
 
 
-def modules() -> dict[str, bool]:
-    """The full names of the modules of the facade; true for those that have modules below them."""
-    parents = {name.rpartition(".")[0] for name in LAYOUT}
-    return {name: name in parents for name in LAYOUT}
+def is_package(module: str) -> bool:
+    """Whether a module of the facade has modules below it.
+
+    Args:
+        module: Its full name, `peft.…`.
+
+    Raises:
+        ModuleNotFoundError: The facade has no such module.
+    """
+    other = _is_of_another_method(module)
+    if module in LAYOUT or other:
+        return module in _PARENTS or (other and module.count(".") == 2)
+    raise ModuleNotFoundError(
+        f"No module named {module!r}: Veneer stands in for peft here (register_as_peft, "
+        "`python -m veneer.as_peft` or VENEER_AS_PEFT=1), and lays out what libraries and guides import of "
+        "it. Look for the name in `veneer` itself, or run this program with the real peft.",
+        name=module,
+    )
+
+
+def _is_of_another_method(module: str) -> bool:
+    parts = module.split(".")
+    return parts[:2] == ["peft", "tuners"] and len(parts) in (3, 4) and parts[2] in OTHER_PACKAGES
 
 
 def fill(module: ModuleType, version: str) -> None:
@@ -30,7 +51,7 @@ def fill(module: ModuleType, version: str) -> None:
         version: What `peft.__version__` says.
     """
     objects = importlib.import_module(f"{__name__}.objects")
-    for name in LAYOUT[module.__name__]:
+    for name in LAYOUT.get(module.__name__, ()):
         setattr(module, name, getattr(objects, name))
     if module.__name__ in ("peft", "peft.tuners", "peft.utils", "peft.utils.other"):
         others = importlib.import_module(f"{__name__}.others")
@@ -44,7 +65,9 @@ def fill(module: ModuleType, version: str) -> None:
 
 
 def _missing(module: str) -> Any:
-    def __getattr__(name: str) -> NoReturn:
+    def __getattr__(name: str) -> Any:
+        if _is_of_another_method(module) and name[:1].isupper():
+            return importlib.import_module(f"{__name__}.others").stub(name)
         raise AttributeError(
             f"module {module!r} has no attribute {name!r}: Veneer stands in for peft here "
             "(register_as_peft), and has no object of that name"

@@ -213,3 +213,13 @@ OTHER_METHODS = (
     "save_as_lora",
     "shift_tokens_right",
 )
+
+# The packages of peft.tuners that belong to them: they and what lies in them can be imported.
+OTHER_PACKAGES = frozenset(
+    (
+        "adalora adamss adaption_prompt beft boft c3a cartridge cpt deft delora fourierft frod glora gralora "
+        "hira hra ia3 lily ln_tuning loha lokr miss mixed multitask_prompt_tuning oft osf p_tuning peanut "
+        "poly prefix_tuning prompt_tuning psoft pvera randlora road shadow shira supertuning tinylora "
+        "trainable_tokens unilora vblora vera waveft xlora"
+    ).split()
+)
