@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -24,6 +25,13 @@ def names() -> list[str]:
     """The files of examples/ that can be run; the others are what they share."""
     files = sorted(FOLDER.glob("*.py"))
     return [file.stem for file in files if '__name__ == "__main__"' in file.read_text(encoding="utf-8")]
+
+
+def cost(name: str) -> int:
+    """CPU seconds of the full run that the guide shows; 0 where it shows none."""
+    page = GUIDES / f"{name}.md"
+    found = re.search(r"(\d+) CPU seconds;", page.read_text(encoding="utf-8")) if page.is_file() else None
+    return int(found[1]) if found else 0
 
 
 def run(name: str, short: bool, jobs: int) -> bool:
@@ -81,7 +89,8 @@ def main() -> int:
     options = parser.parse_args()
     if unknown := sorted(set(options.names) - set(names())):
         parser.error(f"no such example: {', '.join(unknown)}; there are {', '.join(names())}")
-    wanted = options.names or names()
+    # The longest first: a long one begun last would have the other cores wait for it.
+    wanted = sorted(options.names or names(), key=cost, reverse=True)
     if options.pages:
         for name in wanted:
             print(f"{name}: {'written' if write_page(name) else 'no full run to write, or no page'}")

@@ -346,10 +346,15 @@ class Holder(AdapterModule):
         found: list[nn.Parameter] = []
         modules: Mapping[str, Any] = self._modules
         for key in self.adapter_layer_names:
-            if key in modules and name in (container := modules[key]):
-                held: Any = container[name]
-                plain = type(held) is Factor
-                found += held._parameters.values() if plain else Factor.parameters_of(held)
+            if key not in modules:
+                continue
+            # Past the containers' own methods: every switch of adapters asks each layer for these.
+            container = modules[key]
+            held: Any = container._modules.get(name, container._parameters.get(name))
+            if type(held) is Factor:
+                found += held._parameters.values()
+            elif held is not None:
+                found += Factor.parameters_of(held)
         return iter(found)
 
     def __getattr__(self, name: str) -> Any:

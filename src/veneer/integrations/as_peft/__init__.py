@@ -11,7 +11,7 @@ import importlib
 from types import ModuleType
 from typing import Any
 
-from .layout import LAYOUT, OTHER_METHODS, OTHER_PACKAGES
+from .layout import LAYOUT, OTHER_METHODS, OTHER_MODULES, OTHER_PACKAGES
 
 __all__ = ["fill", "is_package"]
 
@@ -39,8 +39,8 @@ def is_package(module: str) -> bool:
 
 
 def _is_of_another_method(module: str) -> bool:
-    parts = module.split(".")
-    return parts[:2] == ["peft", "tuners"] and len(parts) in (3, 4) and parts[2] in OTHER_PACKAGES
+    package, _, inside = module.removeprefix("peft.tuners.").partition(".")
+    return module.startswith("peft.tuners.") and package in OTHER_PACKAGES and inside in ("", *OTHER_MODULES)
 
 
 def fill(module: ModuleType, version: str) -> None:

@@ -214,7 +214,8 @@ OTHER_METHODS = (
     "shift_tokens_right",
 )
 
-# The packages of peft.tuners that belong to them: they and what lies in them can be imported.
+# The packages of peft.tuners that belong to them, and the modules in one that can be imported.
+OTHER_MODULES = ("bnb", "config", "layer", "model")
 OTHER_PACKAGES = frozenset(
     (
         "adalora adamss adaption_prompt beft boft c3a cartridge cpt deft delora fourierft frod glora gralora "
