@@ -81,11 +81,7 @@ def units(model: nn.Module) -> list[nn.Module]:
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether FSDP keeps parameters of the model in pieces, in either of its ways."""
-    # A plain parameter is no tensor of a mesh; what a tensor has not got, it takes long to say.
-    return any(
-        "_fsdp_flattened" in p.__dict__ or (type(p) is not nn.Parameter and is_distributed(p))
-        for p in model.parameters()
-    )
+    return any(is_distributed(p) or getattr(p, "_fsdp_flattened", False) for p in model.parameters())
 
 
 def whole_by_unit(model: nn.Module, writeback: bool = False) -> Iterator[set[int]]:
