@@ -30,7 +30,7 @@ from veneer import LoraConfig, get_peft_model
 
 RANKS = (1, 2, 4, 8, 16, 32, 64, 128)
 SIZES = (64, 256, 1024)
-LENGTH, BATCH, STEPS, FROZEN, RATE = 16, 16, 32, 3, 2e-3
+LENGTH, BATCH, STEPS, FROZEN, RATE = 16, 16, 24, 3, 2e-3
 ATTENTION, ALL = ["query", "key", "value", "attention.output.dense"], "all-linear"
 #: Ranks of equal size: of a layer, all-linear adapts 18 · 384 · r parameters, attention only 8 · 384 · r.
 BUDGETS = ((9, 4), (36, 16))
