@@ -50,6 +50,20 @@ def as_names(names: str | Sequence[str]) -> list[str]:
     return list(names) if len(names) < 2 else list(dict.fromkeys(names))
 
 
+_BLANK = vars(nn.Module())
+_KNOWN = all(isinstance(value, dict | set | bool | None) for value in _BLANK.values())
+
+
+def begin(module: nn.Module) -> None:
+    """What ``nn.Module.__init__`` does, in half the time: wrapping a model makes modules by the thousand."""
+    if not _KNOWN:  # a torch that keeps something else in its modules
+        nn.Module.__init__(module)
+        return
+    state = module.__dict__
+    for name, value in _BLANK.items():
+        state[name] = value.copy() if isinstance(value, dict | set) else value
+
+
 class AdapterModule(nn.Module):
     """A module that holds a part of one or more adapters.
 
@@ -64,7 +78,7 @@ class AdapterModule(nn.Module):
     _disabled: bool
 
     def __init__(self, **state: Any) -> None:
-        super().__init__()
+        begin(self)
         # Past `nn.Module.__setattr__`, which looks for tensors and modules: models have hundreds of these.
         self.__dict__.update(_active=[], _disabled=False, **state)
 

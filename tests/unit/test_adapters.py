@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from veneer import LoraConfig, PeftModel, get_peft_model
-from veneer.adapters import AdapterSet, as_names, check_adapter_name, walk
+from veneer.adapters import AdapterSet, as_names, begin, check_adapter_name, walk
 from veneer.errors import AdapterNameError, VeneerError
 
 
@@ -141,3 +141,15 @@ def test_loading_one_more_adapter_costs_what_the_first_ones_did(tmp_path: Path) 
     for number in range(47):
         model.load_adapter(tmp_path, f"more{number}")
     assert calls("fiftieth") <= 1.02 * second
+
+
+def test_a_module_begins_as_torch_lets_it_begin() -> None:
+    made = nn.Module.__new__(nn.Module)
+    begin(made)
+    theirs = vars(nn.Module())
+    assert vars(made) == theirs
+    assert [type(value) for value in vars(made).values()] == [type(value) for value in theirs.values()]
+    other = nn.Module.__new__(nn.Module)
+    begin(other)
+    other.register_buffer("mine", torch.zeros(1), persistent=False)
+    assert vars(made) == theirs == vars(nn.Module())

@@ -21,6 +21,7 @@ from veneer.layers.parts import (
     Frozen,
     Strengths,
     Undo,
+    empty,
     operate,
     stand_in,
 )
@@ -78,7 +79,7 @@ class Holder(AdapterModule):
         self._modules["base_layer"] = base_layer
         for name in self.factor_names:
             self._modules[name] = self.new_container()
-        self._modules["lora_dropout"] = nn.ModuleDict()
+        self._modules["lora_dropout"] = empty()
         self._modules["_undo"] = None  # a place from the start, as compiled code looks for it
 
     # -- geometry: what a subclass supplies ----------------------------------------------------
@@ -150,7 +151,7 @@ class Holder(AdapterModule):
 
     def new_container(self) -> nn.Module:
         """An empty container of factors by adapter name."""
-        return nn.ModuleDict()
+        return empty()
 
     def put_factors(self, name: str, a: Tensor, b: Tensor, bias: Tensor | None) -> None:
         """Store the factors of an adapter."""
@@ -351,10 +352,9 @@ class Holder(AdapterModule):
             # Past the containers' own methods: every switch of adapters asks each layer for these.
             container = modules[key]
             held: Any = container._modules.get(name, container._parameters.get(name))
-            if type(held) is Factor:
-                found += held._parameters.values()
-            elif held is not None:
-                found += Factor.parameters_of(held)
+            if held is not None:
+                plain = type(held) is Factor
+                found += held._parameters.values() if plain else Factor.parameters_of(held)
         return iter(found)
 
     def __getattr__(self, name: str) -> Any:

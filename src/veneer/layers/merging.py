@@ -85,8 +85,10 @@ class Mergeable(Holder):
         """
         if undo not in ("copy", "residual", None):
             return f"undo must be 'copy' or 'residual', got {undo!r}"
+        if undo != "residual":
+            return None
         base, backend = self.get_base_layer(), self.backend
-        if undo != "residual" or not backend.writable_in_place(base):
+        if not backend.writable_in_place(base):
             return None
         if (dtype := backend.tensor_dtype(base, self.weight_name)) in bit_residual.DTYPES:
             return None
@@ -118,8 +120,7 @@ class Mergeable(Holder):
         Raises:
             MergeError: If merging would give a wrong weight. Nothing has changed then.
         """
-        asked = self._active if adapter_names is None else as_names(adapter_names)
-        names = [n for n in asked if n in self._specs and n not in self._merged]
+        names = self._to_merge(self._active if adapter_names is None else as_names(adapter_names))
         if not names:
             return 1.0
         reasons = self.refuses_merge(names)
@@ -127,10 +128,16 @@ class Mergeable(Holder):
             reasons.append(reason)
         if reasons:
             raise MergeError("; ".join(reasons))
-        return self._merge(names, safe_merge, undo)
+        return self.merge_unasked(names, safe_merge, undo)
 
-    def _merge(self, names: Sequence[str], safe_merge: bool, kind: UndoKind | None) -> float:
-        """`merge` of what nothing was found against."""
+    def _to_merge(self, names: Sequence[str]) -> list[str]:
+        return [n for n in names if n in self._specs and n not in self._merged]
+
+    def merge_unasked(self, names: Sequence[str], safe_merge: bool, kind: UndoKind | None) -> float:
+        """`merge` for a caller that has asked `refuses_merge` and `refuses_undo`, of all its layers first."""
+        names = self._to_merge(names)
+        if not names:
+            return 1.0
         undo, before = self._undo, list(self._merged)
         was = None if undo is None else undo.kind
         if undo is not None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from veneer.adapters import begin
 from veneer.errors import MergeError
 from veneer.ops import bit_residual
 
@@ -19,6 +20,13 @@ NOTHING: Mapping[str, Any] = MappingProxyType({})
 UndoKind = Literal["copy", "residual"]
 #: Names of the frozen term ``A₀``, ``B₀`` of an adapter, for initialisations that subtract their start.
 RESIDUAL = ("lora_residual_A", "lora_residual_B")
+
+
+def empty() -> nn.ModuleDict:
+    """An ``nn.ModuleDict`` without entries."""
+    made = nn.ModuleDict.__new__(nn.ModuleDict)
+    begin(made)
+    return made
 
 
 class Factor(nn.Module):
@@ -35,7 +43,7 @@ class Factor(nn.Module):
     bias: nn.Parameter | None
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        super().__init__()
+        begin(self)
         # Past `nn.Module.__setattr__`, which is slow: models have hundreds of these.
         self._parameters["weight"] = nn.Parameter(weight)
         if bias is None:
@@ -240,16 +248,18 @@ class Undo(nn.Module):
     """
 
     residual: Residual | None
+    attributes: dict[str, Any]
+    coded: bool
 
     def __init__(
         self, tensors: Mapping[str, Tensor], attributes: Mapping[str, Any], coded: bool = False
     ) -> None:
-        super().__init__()
-        self.coded = coded
-        for name, tensor in tensors.items():
-            self.register_buffer(name, tensor, persistent=False)
-        self.attributes = dict(attributes)
-        self.register_module("residual", None)  # a place from the start, as compiled code looks for it
+        begin(self)
+        # Past `nn.Module.__setattr__`, which is slow: a model that is merged gets hundreds of these.
+        self.__dict__.update(coded=coded, attributes=dict(attributes))
+        self._buffers.update(tensors)
+        self._non_persistent_buffers_set.update(tensors)
+        self._modules["residual"] = None  # a place from the start, as compiled code looks for it
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors by their name on the base layer; without one that is kept as a residual."""

