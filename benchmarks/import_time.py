@@ -40,7 +40,7 @@ def measure(quick: bool) -> Report:
         memory[name].append(megabytes)
         return seconds
 
-    seconds = take_turns({name: (lambda name=name: one(name)) for name in IMPORTS}, rounds=5 if quick else 7)
+    seconds = take_turns({name: (lambda name=name: one(name)) for name in IMPORTS}, rounds=3 if quick else 5)
     beyond = {name: [a - b for a, b in zip(memory[name], memory["torch"], strict=True)] for name in memory}
     rows = [
         Row(

@@ -73,7 +73,7 @@ def measure(quick: bool) -> Report:
                 _milliseconds(f"{name}: save_pretrained", written),
             ]
             if name == "bf16":
-                rows.append(_nth(base, place / "PEFT", rounds=2 if quick else 3))
+                rows.append(_nth(base, place / "PEFT", rounds=2))
     conditions = {
         "model": "Llama-shaped, hidden 576, 30 layers, 210 linears",
         "adapter": "r=16, 420 fp32 tensors, written by PEFT",

@@ -239,11 +239,15 @@ def _add_branch_of_few_rows_(
 ) -> Tensor:
     """``y += s (x Aᵀ Bᵀ + b_B)`` in float32 (float64), graph-free: in decoding the calls are the cost.
 
-    y: contiguous. Adding inside of the product, to a wide copy of y where y is narrow, beats adding after it.
+    y: contiguous. Adding inside of the product, to a wide copy of y where y is narrow, beats adding after it,
+    but for a single row.
     """
     widened = Tensor.double if x.dtype == torch.float64 else Tensor.float  # `to` takes longer to do nothing
-    wide = widened(y)
     h = F.linear(widened(x), widened(A))
+    if h.numel() == h.shape[-1]:
+        bias = None if B_bias is None else widened(B_bias)
+        return y.add_(F.linear(h, widened(B), bias), alpha=scaling)
+    wide = widened(y)
     flat = wide.view(-1, wide.shape[-1])
     flat.addmm_(h.view(-1, h.shape[-1]), widened(B).t(), alpha=scaling)
     if B_bias is not None:
