@@ -163,6 +163,10 @@ class Holder(AdapterModule):
         a, b = self.lora_A[name], self.lora_B[name]
         return a.weight, b.weight, b.bias  # type: ignore[return-value]
 
+    def bias_of(self, name: str) -> Tensor | None:
+        """The bias of B of an adapter."""
+        return getattr(self._container(self.factor_names[1])[name], "bias", None)
+
     def residual(self, name: str) -> tuple[Tensor, Tensor] | None:
         """``(A₀, B₀)`` of an adapter whose update is ``s·(BA − B₀A₀)``, None for any other."""
         if RESIDUAL[0] not in self._modules or name not in self._container(RESIDUAL[0]):

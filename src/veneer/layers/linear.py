@@ -62,14 +62,15 @@ class LoraLinear(LoraLayer):
 
     def refuses_merge(self, names: Sequence[str]) -> list[str]:
         """Besides the common reasons: a subclass whose forward is something else than ``x Wᵀ + b``."""
-        return [*super().refuses_merge(names), *([] if self._multiplies(names) else [_NO_PRODUCT])]
+        plain = type(self.base_layer).forward is nn.Linear.forward
+        return [*super().refuses_merge(names), *([] if plain or self._multiplies(names) else [_NO_PRODUCT])]
 
     @torch.no_grad()
     def _multiplies(self, names: Sequence[str]) -> bool:
         """Whether a dense base's forward, given A for its weight, computes ``x Aᵀ``."""
         base = self.base_layer
         kind = f"{type(base).__module__}.{type(base).__qualname__}"
-        if not names or type(base).forward is nn.Linear.forward or kind in self.wraps:
+        if not names or kind in self.wraps:
             return True
         if self.backend.quantization is not None:
             return True  # it has a forward of its own by nature

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +60,7 @@ class Mergeable(Holder):
             reasons.append(f"the factors of {named} were never loaded (low_cpu_mem_usage)")
         kinds = {variants.get(s.variant).refuses_merge(s) for s in map(self._specs.__getitem__, names)}
         reasons += sorted(reason for reason in kinds if reason is not None)
-        biased = [n for n in names if self.factors(n)[2] is not None]
+        biased = [n for n in names if self.bias_of(n) is not None]
         if biased and getattr(base, "bias", None) is None:
             reasons.append(
                 f"lora_bias of {', '.join(map(repr, biased))} has no place to go: the base layer has no "
@@ -144,7 +145,7 @@ class Mergeable(Holder):
             self._expand(undo)
         elif kind is not None:
             undo = self._take_undo()
-        if undo is not None and any(self.factors(n)[2] is not None for n in names):
+        if undo is not None and any(self.bias_of(n) is not None for n in names):
             self._add_bias(undo)
         try:
             if before and undo is not None:
@@ -204,7 +205,9 @@ class Mergeable(Holder):
 
     def _take_undo(self) -> Undo:
         base, backend, name = self.get_base_layer(), self.backend, self.weight_name
-        _, attributes = self.before_merge(backend.like(base, name))
+        attributes: dict[str, Any] = {}
+        if type(self).before_merge is not Holder.before_merge:
+            _, attributes = self.before_merge(backend.like(base, name))
         coded = backend.quantization is not None
         return Undo(backend.keep(base, name), {key: getattr(base, key) for key in attributes}, coded)
 
@@ -228,7 +231,7 @@ class Mergeable(Holder):
 
     def _drop_bias(self, undo: Undo, merged: Sequence[str]) -> None:
         """Keep no bias that no merged adapter changes: restored later, it would undo its training."""
-        if not any(self.factors(n)[2] is not None for n in merged):
+        if not any(self.bias_of(n) is not None for n in merged):
             undo._buffers.pop("bias", None)
 
     def _restore(self, undo: Undo) -> None:
@@ -273,7 +276,7 @@ class Mergeable(Holder):
         return kept
 
     def _merge_biases(self, names: Sequence[str]) -> None:
-        biases = [(self.factors(n)[2], self.scaling[n]) for n in names]
+        biases = [(self.bias_of(n), self.scaling[n]) for n in names]
         if not any(bias is not None for bias, _ in biases):
             return
         base, backend = self.get_base_layer(), self.backend
