@@ -114,7 +114,7 @@ def mean_iou(predicted: torch.Tensor, masks: torch.Tensor) -> float:
 
 def main() -> int:
     study = Study(__doc__, validation=True)
-    sizes = (600, 160, 200, 30, 60) if study.short else (3000, 600, 600, 150, 300)
+    sizes = (240, 60, 100, 30, 40) if study.short else (3000, 600, 600, 150, 300)
     source_count, source_steps, count, steps, held_out = sizes
     pictures, masks = scenes(count, "target", seed=1)
     test_pictures, test_masks = scenes(held_out, "target", seed=3 if study.part == "test" else 2, train=False)
