@@ -67,9 +67,7 @@ def measure(quick: bool) -> Report:
             Row(f"{name}: wrapping ÷ PEFT's", ratio(times["veneer"], times["PEFT"]), at_most=BAR),
             Row(f"{name}: wrapping", own, "ms", beside={"PEFT": theirs}),
         ]
-    grown = {
-        side: Figure.of([in_fresh_process(peak_over_adapter, side=side) for _ in range(1)]) for side in SIDES
-    }
+    grown = {side: Figure.of([in_fresh_process(peak_over_adapter, side=side)]) for side in SIDES}
     rows.append(Row("fp32: growth of peak memory ÷ adapter", grown["veneer"], beside={"PEFT": grown["PEFT"]}))
     conditions = {"model": "Llama-shaped, hidden 576, 30 layers, 210 linears", "adapter": f"r={R}, fp32"}
     return Report(question(__doc__), rows, conditions)
