@@ -61,6 +61,8 @@ def make(target: Path) -> Path:
         # Somebody else put an equal one there first.
         if not python.exists():
             raise
+    if old.is_symlink():  # where it stood was a link: the environment that it leads to is another's
+        old.unlink()
     for leftover in (fresh, old):
         shutil.rmtree(leftover, ignore_errors=True)
     return python

@@ -106,3 +106,17 @@ def test_the_environment_is_made_anew_when_what_it_mirrors_changes(tmp_path: Pat
     subprocess.run(command, capture_output=True, check=True)
     assert target.stat().st_ino != made
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mirror"]
+
+
+def test_a_link_in_its_place_goes_and_what_it_leads_to_stays(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    program = load_program(monkeypatch, "nopeft_program", "tools/make_nopeft_env.py")
+    elsewhere, target = tmp_path / "elsewhere", tmp_path / "mirror"
+    elsewhere.mkdir()
+    (elsewhere / "kept").touch()
+    target.symlink_to(elsewhere)
+    program.make(target)
+    assert not target.is_symlink()
+    assert [path.name for path in elsewhere.iterdir()] == ["kept"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere", "mirror"]
