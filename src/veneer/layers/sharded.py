@@ -110,15 +110,15 @@ def settle(model: nn.Module) -> None:
     They are copies: what is written into them is lost, and they are gone once something asks for the pieces.
     It does that before a state dict is made, for the units further out than the model too.
     """
-    left, seen = [model], {model}
-    for module in left:  # `modules()` would take several times as long
+    found, seen = [model], {model}
+    for module in found:  # by hand: every merge begins with this, and `modules()` is generators in generators
         for hook in list(module._state_dict_pre_hooks.values()) if module._state_dict_pre_hooks else ():
             if getattr(hook, "__qualname__", "").startswith("FSDPParamGroup."):
                 hook(module, "", False)
         for child in module._modules.values():
             if child is not None and child not in seen:
                 seen.add(child)
-                left.append(child)
+                found.append(child)
 
 
 def takes_all_ranks(model: nn.Module, tensors: Iterable[Any], given: bool) -> bool:

@@ -316,18 +316,20 @@ class TrainableTokens(AdapterModule):
         Raises:
             MergeError: If that would be wrong. Nothing has changed then.
         """
-        asked = self._active if adapter_names is None else as_names(adapter_names)
-        names = [n for n in asked if n in self.token_indices and n not in self.merged_adapters]
+        names = self._to_merge(self._active if adapter_names is None else as_names(adapter_names))
         if self.tied_adapter is not None or not names:
             return 1.0
         if reasons := self.refuses_merge(names):
             raise MergeError("; ".join(reasons))
         return self.merge_unasked(names, safe_merge, undo)
 
+    def _to_merge(self, names: Sequence[str]) -> list[str]:
+        return [n for n in names if n in self.token_indices and n not in self.merged_adapters]
+
     @torch.no_grad()
     def merge_unasked(self, names: Sequence[str], safe_merge: bool, kind: UndoKind | None) -> float:
         """`merge` for a caller that has asked `refuses_merge`, of all its layers first."""
-        names = [n for n in names if n in self.token_indices and n not in self.merged_adapters]
+        names = self._to_merge(names)
         if safe_merge and not all(bool(self.rows(name).isfinite().all()) for name in names):
             raise MergeError("the merged weight would hold infinite or undefined values")
         base = self.get_base_layer()
