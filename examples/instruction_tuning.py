@@ -40,7 +40,7 @@ def main() -> int:
     place = demo_model(study.progress)
     tokenizer = AutoTokenizer.from_pretrained(place, padding_side="left")
     parts = {name: [conversation(mail) for mail in part] for name, part in mails().items()}
-    heldout = parts["heldout"][: 4 if study.short else 48]
+    heldout = parts["heldout"][: 4 if study.short else 32]
     train_set = Dataset.from_list(parts["train"])
 
     def build(method: str) -> Any:

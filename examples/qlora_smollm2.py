@@ -1,7 +1,7 @@
 """QLoRA: SmolLM2-135M learns to read mail headers over weights of 4 bits, beside the same run over 16 bits.
 
-Prints the memory of the base, the exact answers on held-out mails before and after training, and what merging
-costs. One seed: the two runs differ in nothing but the bits of the base.
+Prints the memory of the base, the loss on held-out mails before and after training, how many answers are then
+exact, and what merging costs. One seed: the two runs differ in nothing but the bits of the base.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ STEPS = 3 * demo.STEPS // 2
 
 def learn(
     study: Study, quantize: str | None, count: int, steps: int, folder: Path
-) -> tuple[Score, Score, int]:
-    """Load, examine, train, examine: the two scores, and the bytes of the base."""
+) -> tuple[float, Score, int]:
+    """Load, train, examine: the loss before, the score after, and the bytes of the base."""
     started, progress = time.monotonic(), study.progress
-    progress.say(f"{quantize or 'bf16'}: examine, train {steps} steps, examine")
+    progress.say(f"{quantize or 'bf16'}: train {steps} steps, examine")
     model, tokenizer = load_base(demo_model(), "bfloat16", quantize=quantize)
     model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     size = model_bytes(model)
@@ -43,7 +43,7 @@ def learn(
     words = 4 if study.short else demo.MAX_NEW_TOKENS
     examiner = Examiner(tokenizer, parts["heldout"][:count], progress, words)
     count = len(examiner.mails)
-    before = examiner.examine(model)
+    before = examiner.loss(model)
     torch.manual_seed(0)
     config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules="all-linear", task_type="CAUSAL_LM")
     adapted = get_peft_model(model, config)
@@ -52,9 +52,8 @@ def learn(
     train(adapted, tokenizer, rows, folder, options, progress)
     after = examiner.examine(adapted)
     study.show(
-        f"{quantize or 'bf16'}: base {size / 1e6:.0f} MB; exact answers {before.exact}/{count} before, "
-        f"{after.exact}/{count} after {steps} steps;\n  loss {before.loss:.3f} -> {after.loss:.3f}; "
-        f"{time.monotonic() - started:.0f} s"
+        f"{quantize or 'bf16'}: base {size / 1e6:.0f} MB; loss {before:.3f} -> {after.loss:.3f} in {steps} "
+        f"steps;\n  exact answers {after.exact}/{count}; {time.monotonic() - started:.0f} s"
     )
     say_what_merging_costs(study, adapted, "codes again" if quantize else "16 bits")
     return before, after, size
@@ -87,7 +86,7 @@ def main() -> int:
     gap = 100 * (wide.exact - narrow.exact) / len(narrow.answers)
     study.show(f"nf4 takes {narrow_size / wide_size:.0%} of the bytes; exact answers {0 - gap:+.1f} points\n")
     study.claim("both learn: the loss on held-out mails falls",
-                wide.loss < wide_before.loss and narrow.loss < narrow_before.loss)  # fmt: skip
+                wide.loss < wide_before and narrow.loss < narrow_before)  # fmt: skip
     study.claim("the base of 4 bits takes less than two thirds of the bytes", narrow_size < wide_size * 2 / 3)
     if not study.short:
         study.claim("over 4 bits at most ten points fewer mails are answered exactly than over 16", gap <= 10)

@@ -146,9 +146,13 @@ class Examiner:
         self.rows = encode(records, self.tokenizer).rows
         self.prompts = [prompt_ids(record["prompt"], self.tokenizer) for record in records]
 
+    def loss(self, model: Any) -> float:
+        """Loss of the right answers."""
+        return answer_loss(model, self.rows, Collator(pad_token(self.tokenizer)), 16, self.progress)
+
     def examine(self, model: Any) -> Score:
         """Loss of the right answers, and how many of the model's own are right."""
-        loss = answer_loss(model, self.rows, Collator(pad_token(self.tokenizer)), 16, self.progress)
+        loss = self.loss(model)
         answers = generate_answers(
             model,
             self.tokenizer,
