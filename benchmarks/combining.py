@@ -62,7 +62,7 @@ def measure(quick: bool) -> Report:
         return time.perf_counter() - start
 
     # One turn of the reference takes more than ten seconds.
-    times = take_turns({side: (lambda side=side: one(side)) for side in SIDES}, rounds=2 if quick else 3)
+    times = take_turns({side: (lambda side=side: one(side)) for side in SIDES}, rounds=2)
     errors = {side: error(models[side], RANK) for side in SIDES}
     return Report(
         question(__doc__),

@@ -73,7 +73,7 @@ def measure(quick: bool) -> Report:
                 _milliseconds(f"{name}: save_pretrained", written),
             ]
             if name == "bf16":
-                rows.append(_nth(base, place / "PEFT", rounds=2))
+                rows.append(_nth(base, place / "PEFT"))
     conditions = {
         "model": "Llama-shaped, hidden 576, 30 layers, 210 linears",
         "adapter": "r=16, 420 fp32 tensors, written by PEFT",
@@ -86,15 +86,15 @@ def _milliseconds(label: str, times: dict[str, list[float]]) -> Row:
     return Row(label, figures.pop("veneer"), "ms", beside=figures)
 
 
-def _nth(base: Any, place: Path, *, rounds: int) -> Row:
+def _nth(base: Any, place: Path) -> Row:
     """The last loads ÷ the first into one model; of PEFT only ten, to be done soon."""
-    grown = [_growth(many("veneer", base, place, NTH)) for _ in range(rounds)]
-    theirs = [_growth(many("PEFT", base, place, 10))]
+    grown = _growth(many("veneer", base, place, NTH))
+    theirs = _growth(many("PEFT", base, place, 10))
     return Row(
         f"load_adapter: the {NTH}th ÷ the 2nd",
-        Figure.of(grown),
+        Figure.of([grown]),
         at_most=1.2,
-        beside={"PEFT, the 10th": Figure.of(theirs)},
+        beside={"PEFT, the 10th": Figure.of([theirs])},
     )
 
 

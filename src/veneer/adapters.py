@@ -155,9 +155,10 @@ class AdapterModule(nn.Module):
         before, names = self._active, as_names(adapter_names)
         self.__dict__["_active"] = names
         for name in self.held_adapters:
-            if name not in names and name not in before:
+            active = name in names
+            if not active and name not in before:
                 continue  # frozen when it was added, or when it was no longer active
-            trainable = name in names and not inference_mode
+            trainable = active and not inference_mode
             for parameter in self.adapter_parameters(name):
                 # Quantised or integer parameters cannot require a gradient.
                 if parameter.requires_grad is not trainable and (
@@ -226,12 +227,13 @@ def adapter_modules(model: nn.Module) -> list[AdapterModule]:
         if module in seen:
             continue
         seen.add(module)
-        children: Reversible[tuple[str, nn.Module | None]] = module._modules.items()
         if isinstance(module, AdapterModule):
             found.append(module)
-            children = module.inner()
+            children: Iterable[nn.Module | None] = [child for _, child in reversed(module.inner())]
+        else:
+            children = reversed(module._modules.values())
         # What has no children holds no adapter.
-        left += [child for _, child in reversed(children) if child is not None and child._modules]
+        left += [child for child in children if child is not None and child._modules]
     return found
 
 

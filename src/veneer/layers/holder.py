@@ -351,14 +351,17 @@ class Holder(AdapterModule):
         found: list[nn.Parameter] = []
         modules: Mapping[str, Any] = self._modules
         for key in self.adapter_layer_names:
-            if key not in modules:
+            container = modules.get(key)
+            if container is None:
                 continue
             # Past the containers' own methods: every switch of adapters asks each layer for these.
-            container = modules[key]
-            held: Any = container._modules.get(name, container._parameters.get(name))
+            held: Any = container._modules.get(name)
+            if type(held) is Factor:
+                found += held._parameters.values()  # type: ignore[arg-type]  # none of them is None
+                continue
+            held = container._parameters.get(name) if held is None else held
             if held is not None:
-                plain = type(held) is Factor
-                found += held._parameters.values() if plain else Factor.parameters_of(held)
+                found += Factor.parameters_of(held)
         return iter(found)
 
     def __getattr__(self, name: str) -> Any:

@@ -39,7 +39,7 @@ def wants_plain_torch(*tensors: Tensor) -> bool:
     if torch.compiler.is_compiling():
         return True
     for tensor in tensors:  # no generator: this is asked at every call of every layer
-        if type(tensor) not in _PLAIN_TYPES or tensor.is_complex():
+        if type(tensor) not in _PLAIN_TYPES or tensor.dtype.is_complex:
             return True
     return bool(_transforms_active()) or forward_ad._current_level >= 0
 
