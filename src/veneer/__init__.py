@@ -12,7 +12,6 @@ import pkgutil
 from typing import TYPE_CHECKING, Any
 
 from veneer import integrations
-from veneer.collecting import uncollected as _uncollected
 
 if TYPE_CHECKING:
     from veneer.public import *  # noqa: F403
@@ -26,8 +25,7 @@ def __getattr__(name: str) -> Any:
     hidden = name.startswith("__") and name != "__all__"  # what the import system asks of every module
     if hidden:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    with _uncollected():
-        value = globals()[name] = getattr(importlib.import_module("veneer.public"), name)
+    value = globals()[name] = getattr(importlib.import_module("veneer.public"), name)
     return value
 
 

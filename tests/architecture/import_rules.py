@@ -1,8 +1,7 @@
 """Who may import whom, read from the syntax trees.
 
-    errors · collecting -> registry · doors -> config -> spec
-           -> ops · targets · adapters · inits · variants · backends -> routing -> layers
-           -> inject · checkpoint · arithmetic -> state -> model -> calibration
+    errors -> registry · doors -> config -> spec -> ops · targets · adapters · inits · variants · backends
+           -> routing -> layers -> inject · checkpoint · arithmetic -> state -> model -> calibration
            -> integrations -> training -> as_peft -> cli
 
 1. A unit (a module or folder right under the package) imports only from the left; units of one rank do not
@@ -24,7 +23,7 @@ from pathlib import Path
 
 PACKAGE = "veneer"
 RANKS: tuple[tuple[str, ...], ...] = (
-    ("errors", "collecting", "version"),
+    ("errors", "version"),
     ("registry", "doors"),
     ("config",),
     ("spec",),
@@ -55,7 +54,7 @@ DOORS = {
 #: Modules of kernels, and the optional library that each may import.
 KERNELS = {"ops/triton_kernels.py": "triton", "ops/triton_lora.py": "triton"}
 USES_PUBLIC_FACE = {"training", "as_peft", "cli"}
-STDLIB_ONLY = {"errors", "collecting", "version", "registry", "doors", "config", "spec", "targets"}
+STDLIB_ONLY = {"errors", "version", "registry", "doors", "config", "spec", "targets"}
 CORE_LIBRARIES = {"torch", "safetensors"}
 OPTIONAL_ALLOWED = {"backends", "integrations", "training", "as_peft", "cli"}
 
