@@ -70,3 +70,40 @@ def test_a_decoding_step_asks_what_the_general_way_asks(monkeypatch: pytest.Monk
     many = torch.randn(65, 6, dtype=torch.float64)
     assert_close(layer(many), layer.base_layer(many) + 1.5 * many @ a.T @ b.T)
     assert short == [True, True] + [False] * 6
+
+
+@pytest.mark.parametrize("state", ["merged", "nothing active"])
+def test_a_base_that_is_plain_is_multiplied_with_and_another_is_called(state: str) -> None:
+    """The product is the base's, bit for bit; hooks, subclasses and gradients are as they would be."""
+    layer = wrapped(nn.Linear(6, 5)).eval()
+    layer.merge() if state == "merged" else layer.set_adapter([])
+    base, x = layer.base_layer, torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
+    assert torch.equal(layer(x), base(x))
+    ours, theirs = (torch.autograd.grad(module(x).square().sum(), x)[0] for module in (layer, base))
+    assert torch.equal(ours, theirs)
+    with base.register_forward_hook(lambda _m, _i, out: 2 * out):
+        assert torch.equal(layer(x), base(x))
+    with base.register_forward_pre_hook(lambda _m, args: (3 * args[0],)):
+        assert torch.equal(layer(x), base(x))
+    base.forward = lambda given: -nn.Linear.forward(base, given)
+    assert torch.equal(layer(x), base(x))
+    del base.forward
+
+    class Doubled(nn.Linear):
+        def forward(self, given: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(given)
+
+    base.__class__ = Doubled
+    assert torch.equal(layer(x), base(x))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("lora_bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_single_row(dtype: torch.dtype, lora_bias: bool) -> None:
+    """Of any shape and strides: the matrix's first row."""
+    layer = wrapped(nn.Linear(6, 5), lora_bias=lora_bias).to(dtype).eval()
+    many = torch.randn(4, 12, dtype=dtype)[:, ::2]
+    wanted = layer(many)
+    for row in (many[0], many[:1], many[None, :1], many[:1, None]):
+        assert_close(layer(row).flatten(), wanted[0])
