@@ -244,7 +244,7 @@ def _add_branch_of_few_rows_(
     narrow it is added to after them.
     """
     widened = Tensor.double if x.dtype == torch.float64 else Tensor.float  # `to` takes longer to do nothing
-    if x.numel() == x.shape[-1]:
+    if x.numel() == x.shape[-1] != 0:
         h = widened(A).mv(widened(x).reshape(-1))
         row = y.view(-1)
         if y.dtype == h.dtype:

@@ -418,3 +418,11 @@ def test_compiles_with_inductor() -> None:
     reference = twin(given)
     assert_same({"y": y}, {"y": reference}, torch.float32)
     assert_same(gradients(y, given), gradients(reference, given), torch.float32)
+
+
+@torch.no_grad()
+def test_rows_without_elements_are_still_rows() -> None:
+    """Nothing comes in: each row is the biases; it is not one row because there is not one element."""
+    x, weight, bias = torch.ones(3, 0), torch.ones(5, 0), torch.arange(5.0)
+    A, B, B_bias = torch.ones(2, 0), torch.ones(5, 2), torch.ones(5)
+    assert_close(lora_linear(x, weight, bias, A, B, B_bias, 2.0, 0.0), (bias + 2.0).expand(3, 5))
