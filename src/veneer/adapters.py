@@ -227,13 +227,12 @@ def adapter_modules(model: nn.Module) -> list[AdapterModule]:
         if module in seen:
             continue
         seen.add(module)
+        children: Reversible[tuple[str, nn.Module | None]] = module._modules.items()
         if isinstance(module, AdapterModule):
             found.append(module)
-            children: Iterable[nn.Module | None] = [child for _, child in reversed(module.inner())]
-        else:
-            children = reversed(module._modules.values())
+            children = module.inner()
         # What has no children holds no adapter.
-        left += [child for child in children if child is not None and child._modules]
+        left += [child for _, child in reversed(children) if child is not None and child._modules]
     return found
 
 

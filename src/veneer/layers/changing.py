@@ -218,16 +218,14 @@ class Changeable(Mergeable):
         An adapter that is merged and not among them is unmerged first, with a warning: the layer computes
         the base plus the active adapters, always.
         """
-        if self._merged:
-            names = as_names(adapter_names)
-            if left := [name for name in self._merged if name not in names]:
-                warnings.warn(
-                    f"unmerging {', '.join(map(repr, left))}: no longer active. Merge again after "
-                    "set_adapter if wanted.",
-                    VeneerWarning,
-                    stacklevel=2,
-                )
-                self.unmerge(left)
+        if self._merged and (left := [n for n in self._merged if n not in as_names(adapter_names)]):
+            warnings.warn(
+                f"unmerging {', '.join(map(repr, left))}: no longer active. Merge again after set_adapter "
+                "if wanted.",
+                VeneerWarning,
+                stacklevel=2,
+            )
+            self.unmerge(left)
         super().set_adapter(adapter_names, inference_mode)
 
     def adapters_changed(self) -> None:

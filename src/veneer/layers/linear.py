@@ -205,12 +205,13 @@ class LoraLinear(LoraLayer):
             if result is not None:
                 return result
         base: Any = self._modules["base_layer"]  # not by its name: this is asked once for every token
+        plain = not args and not kwargs and _is_plain(base)
         if not live and not self._disabled:
-            if args or kwargs or not _is_plain(base):
+            if not plain:
                 return base(x, *args, **kwargs)  # type: ignore[no-any-return]
             # As the base would, without the price of its call: merged, a layer costs what it did before.
             return nn.functional.linear(x, base._parameters["weight"], base._parameters["bias"])
-        if not live or args or kwargs or not _is_plain(base):
+        if not live or not plain:
             return super().forward(x, *args, **kwargs)
         first, *rest = live
         variant = variants.get(self._specs[first].variant)

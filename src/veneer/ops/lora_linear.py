@@ -240,8 +240,8 @@ def _add_branch_of_few_rows_(
     """``y += s (x Aᵀ Bᵀ + b_B)`` in float32 (float64), graph-free: in decoding the calls are the cost.
 
     y: contiguous. Adding inside of the product, to a wide copy of y where y is narrow, beats adding after it.
-    A single row is a vector: its products take a third less than those of a matrix of one row, and where y is
-    narrow it is added to after them.
+    A single row is a vector, whose products are quicker called than those of a matrix of one row; where y is
+    narrow, it is added to after them.
     """
     widened = Tensor.double if x.dtype == torch.float64 else Tensor.float  # `to` takes longer to do nothing
     if x.numel() == x.shape[-1] != 0:
