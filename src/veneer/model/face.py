@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from veneer.adapters import as_names, walk
+from veneer.adapters import walk
 from veneer.config import PeftConfig, PeftType, TaskType
 from veneer.errors import (
     ConfigError,
@@ -19,7 +19,7 @@ from veneer.errors import (
     VeneerWarning,
 )
 from veneer.model.lora_model import LoraModel
-from veneer.model.parking import Parking
+from veneer.model.persistence import Persistence
 from veneer.model.status import (
     TunerLayerStatus,
     TunerModelStatus,
@@ -39,7 +39,7 @@ _ENABLES_CHECKPOINTING = ("activation_checkpointing_enable", "gradient_checkpoin
 MODEL_TYPE_TO_PEFT_MODEL_MAPPING: dict[str, type[PeftModel]] = {}
 
 
-class PeftModel(Parking):
+class PeftModel(Persistence):
     """A base model with adapters: trains, saves and loads only them.
 
     Args:
@@ -69,7 +69,6 @@ class PeftModel(Parking):
         **options: Any,
     ) -> None:
         super().__init__()
-        self._parked = {}
         config = peft_config
         if isinstance(config, PeftConfig) and not config.base_model_name_or_path:
             config = copy.deepcopy(config)
@@ -183,10 +182,8 @@ class PeftModel(Parking):
     ) -> AbstractContextManager[Routing]:
         """The context of one call whose rows go through these adapters, or through the active ones."""
         if names is not None:
-            self.bring_in(dict.fromkeys(names))
             self.base_model.check_mixed_batch(names)
-        adapters = [name for name in self.peft_config if name not in self._parked]
-        return routed(self.get_base_model(), list(names or ()), expand, activation, adapters)
+        return routed(self.get_base_model(), list(names or ()), expand, activation, list(self.peft_config))
 
     def _activation(
         self, names: Sequence[str] | None, grows: bool, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -269,18 +266,10 @@ class PeftModel(Parking):
 
         A mapping of names to numbers sets their strengths too: ``{"style": 0.5, "task": 1.0}``.
         """
-        names = as_names(adapter_name if isinstance(adapter_name, str) else list(adapter_name))
-        self.base_model.index.check(names, known=[*self.peft_config, *self._parked])
-        self.bring_in(names)
         self.base_model.set_adapter(adapter_name, inference_mode=inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter. If it was active, it leaves nothing active in its place.
-
-        Of one that is parked on disk only the name is forgotten; its files stay.
-        """
-        if adapter_name in self._parked and self._parked.pop(adapter_name).place is not None:
-            return
+        """Remove an adapter. If it was active, it leaves nothing active in its place."""
         self.base_model.delete_adapter(adapter_name)
 
     @contextmanager
