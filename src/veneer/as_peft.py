@@ -7,7 +7,6 @@ which also reaches child processes (`accelerate launch`, `torchrun`, spawned dat
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import os
 import runpy
@@ -16,6 +15,7 @@ import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
 
+from veneer.atomic import atomic_file
 from veneer_as_peft import register_as_peft
 
 __all__ = ["install", "main", "register_as_peft", "uninstall"]
@@ -46,15 +46,8 @@ def install() -> Path:
         OSError: The directory cannot be written.
     """
     target = _pth_file()
-    # Not a name that ends in .pth: an interpreter that starts meanwhile would read half a line.
-    part = target.with_name(f".{PTH_NAME}.part{os.getpid()}")
-    try:
-        part.write_text(PTH_LINE, encoding="utf-8")
-        part.replace(target)
-    except OSError:
-        with contextlib.suppress(OSError):
-            part.unlink()
-        raise
+    with atomic_file(target) as waiting:  # an interpreter that starts meanwhile must not read half a line
+        waiting.write_text(PTH_LINE, encoding="utf-8")
     return target
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sysconfig
 from pathlib import Path
 
@@ -51,13 +52,23 @@ def test_a_directory_that_cannot_be_written(site: Path, capsys: pytest.CaptureFi
 def test_half_a_line_is_never_written(
     site: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def refuse(self: Path, target: Path) -> Path:
+    def refuse(source: Path, target: Path) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "replace", refuse)
+    monkeypatch.setattr(os, "replace", refuse)
     assert as_peft.main(["install"]) == 1
     assert "Permission denied" in capsys.readouterr().err
     assert list(site.iterdir()) == []
+
+
+def test_installing_follows_no_link(site: Path, tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    for name in ("veneer_as_peft.pth", f".veneer_as_peft.pth.part{os.getpid()}"):
+        (site / name).symlink_to(victim)
+    as_peft.install()
+    assert victim.read_text() == "precious"
+    assert (site / "veneer_as_peft.pth").read_text().startswith(LINE)
 
 
 @pytest.mark.parametrize(

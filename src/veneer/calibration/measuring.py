@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from veneer.atomic import atomic_file
 from veneer.config import LoraConfig
 from veneer.errors import ConfigError
 from veneer.inject import prepare
@@ -85,14 +86,13 @@ def stored(path: str | os.PathLike[str] | None) -> dict[str, Tensor] | None:
 
 
 def store(path: str | os.PathLike[str] | None, tensors: Mapping[str, Tensor]) -> None:
-    """Write a cache file, through a neighbour that is moved into its place."""
+    """Write a cache file, the whole of it or none."""
     if path is None:
         return
     place = Path(path)
     place.parent.mkdir(parents=True, exist_ok=True)
-    beside = place.with_name(place.name + ".tmp")
-    torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, beside)
-    os.replace(beside, place)
+    with atomic_file(place) as waiting, waiting.open("wb") as file:
+        torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, file)
 
 
 def entries(path: object, content: Mapping[str, Tensor], names: list[str]) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -13,6 +14,7 @@ from typing import IO, Any
 
 import torch
 
+from ..atomic import atomic_file
 from ..errors import ConfigError, VeneerError
 from .data import Records, pad_token
 from .progress import Progress, Silent
@@ -214,7 +216,9 @@ def answer_file(
     done = _begun(part, mark, block)
     if done:
         progress.say(f"Going on after {done} answers from before, in {part}")
-    with open(part, "a" if done else "w", encoding="utf-8", newline="") as file:
+    if not done:
+        part.unlink(missing_ok=True)  # what was begun otherwise, or a link to somebody else's file
+    with open(part, "a" if done else "x", encoding="utf-8", newline="") as file:
         if not done:
             _write(file, [{"begun": mark}])
         with progress.bar("answers", len(records)) as advance:
@@ -256,6 +260,8 @@ def _write(file: IO[str], records: Sequence[Mapping[str, Any]]) -> None:
 
 def _begun(part: Path, mark: str, block: int) -> int:
     """How many answers of whole blocks a file holds that was begun alike; what follows them is cut off."""
+    if part.is_symlink():
+        return 0
     try:
         lines = part.read_bytes().split(b"\n")
         begun = json.loads(lines[0])
@@ -272,18 +278,9 @@ def _begun(part: Path, mark: str, block: int) -> int:
 
 def _without_first_line(part: Path, output: Path) -> None:
     """The finished file in place of the unfinished one."""
-    whole = output.with_name(f".{output.name}.whole")
-    try:
-        with open(part, "rb") as source, open(whole, "wb") as target:
-            source.readline()
-            while piece := source.read(1 << 20):
-                target.write(piece)
-            target.flush()
-            os.fsync(target.fileno())
-        whole.replace(output)
-    except OSError:
-        whole.unlink(missing_ok=True)
-        raise
+    with atomic_file(output) as whole, open(part, "rb") as source, open(whole, "wb") as target:
+        source.readline()
+        shutil.copyfileobj(source, target, 1 << 20)
     part.unlink()
 
 

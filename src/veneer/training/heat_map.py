@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .plots import INK
+from .plots import INK, save_figure
 from .spectra import Grid, UpdateSpectrum, grid
 
 PANELS: tuple[tuple[str, Callable[[UpdateSpectrum], float], str], ...] = (
@@ -42,14 +41,7 @@ def heat_map(path: Path, updates: Sequence[UpdateSpectrum], title: str) -> None:
         _panel(figure, axes, name, style, content)
     all_axes[-1].set_xlabel(f"layer ({grids[0].before}.N)" if grids[0].before else "layer", color=INK)
     figure.suptitle(title, color=INK, fontweight="bold")
-    drawn = io.BytesIO()
-    figure.savefig(drawn, format=path.suffix.removeprefix(".") or "png")
-    waiting = path.with_name(f".{path.name}.tmp")
-    try:
-        waiting.write_bytes(drawn.getvalue())
-        waiting.replace(path)
-    finally:
-        waiting.unlink(missing_ok=True)
+    save_figure(figure, path)
 
 
 def _panel(figure: Any, axes: Any, name: str, style: str, content: Grid) -> None:

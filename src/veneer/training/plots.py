@@ -5,6 +5,9 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+from ..atomic import atomic_file
 
 INK, PALE, STRONG = "#333333", "#b8bfc6", "#0b6e8a"
 
@@ -74,4 +77,14 @@ def loss_picture(
     for axes in columns:
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title, color=INK, fontweight="bold")
-    figure.savefig(path)
+    save_figure(figure, path)
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a figure of matplotlib, the whole file or none of it; its suffix names the format.
+
+    Raises:
+        ValueError: The suffix names no format that matplotlib writes.
+    """
+    with atomic_file(path) as waiting:
+        figure.savefig(waiting, format=path.suffix.removeprefix(".") or "png")

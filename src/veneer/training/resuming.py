@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..atomic import atomic_file
 from ..errors import TrainingError
 from .options import TrainOptions
 
@@ -21,13 +22,8 @@ RUN_NAME = "veneer_run.json"
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write JSON, the whole file or none of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    try:
-        part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        part.replace(path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
+    with atomic_file(path) as waiting:
+        waiting.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def run_record(

@@ -167,6 +167,18 @@ def test_prompts_of_every_form(tmp_path: Path) -> None:
             read_records(file, "prompt")
 
 
+def test_answers_are_not_written_through_links(tmp_path: Path) -> None:
+    (tmp_path / "data.jsonl").write_text(json.dumps({"prompt": "One"}) + "\n")
+    victim, out = tmp_path / "victim", tmp_path / "out.jsonl"
+    victim.write_text("precious")
+    for name in (".out.jsonl.part", ".out.jsonl.whole"):
+        (tmp_path / name).symlink_to(victim)
+    records = read_records(tmp_path / "data.jsonl", "prompt")
+    answer_file(tiny_model(), TOKENIZER, records, out, Sampling(max_new_tokens=2))
+    assert victim.read_text() == "precious"
+    assert len(out.read_text().splitlines()) == 1 and not (tmp_path / ".out.jsonl.part").is_symlink()
+
+
 def test_where_answers_cannot_go(tmp_path: Path) -> None:
     (tmp_path / "there.jsonl").write_text("")
     for place, words in (
