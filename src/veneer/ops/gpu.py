@@ -18,7 +18,7 @@ from torch import Tensor
 
 from veneer.errors import VeneerWarning
 
-#: Set to 0, it keeps to plain torch on every device.
+#: Set to 1 in the environment, it lets Triton in; plain torch is the default until a GPU has run the kernels.
 SWITCH = "VENEER_TRITON"
 #: The largest rank that the kernels have been compiled and tried with.
 LARGEST_RANK = 256
@@ -33,12 +33,12 @@ def triton_step(
 
     None where torch's own products are the better choice or the only one: types other than float16 and
     bfloat16, sizes too small to fill the device, shapes that do not fit one another (torch then raises), no
-    Triton, a device that is not NVIDIA's or older than Ampere, ``VENEER_TRITON=0``.
+    Triton, a device that is not NVIDIA's or older than Ampere; and everywhere unless ``VENEER_TRITON=1``.
 
     Args:
         x, weight, bias, A, B, B_bias: as for `lora_linear`; the factors may have another dtype than x.
     """
-    if os.environ.get(SWITCH) == "0" or not _suits(x, weight, bias, A, B, B_bias):
+    if os.environ.get(SWITCH) != "1" or not _suits(x, weight, bias, A, B, B_bias):
         return None
     inside, out = weight.shape[1], weight.shape[0]
     if not _fills(x.numel() // inside, inside, out, _multiprocessors(x.device)):
@@ -93,7 +93,7 @@ def _checked_step(device: torch.device, dtype: torch.dtype) -> type[torch.autogr
         return triton_lora.TritonLora
     warnings.warn(
         f"LoRA on {device} computes {dtype} in plain torch, not in Triton: {reason}. The results are right, "
-        f"the steps slower. {SWITCH}=0 in the environment keeps to plain torch without asking",
+        f"the steps slower. Without {SWITCH}=1 in the environment, plain torch is used and nothing is said",
         VeneerWarning,
         stacklevel=2,
     )

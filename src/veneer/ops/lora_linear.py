@@ -21,16 +21,15 @@ Source: LoRA, arXiv:2106.09685, equation 3.
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from veneer.ops.dropout import check_probability, draw, packed, unpacked, wants_plain_torch, zero_dropped_
+from veneer.ops.dropout import check_probability, draw, packed, wants_plain_torch, zero_dropped_
 from veneer.ops.gpu import triton_step
+from veneer.ops.lora_gradients import Needs, Saved, as_rows, branch_gradients, differentiable_gradients
 
 #: Up to this many rows a 16-bit product on a CPU costs a fixed price, some five times that of a float32 one.
 FEW_ROWS = 64
@@ -89,8 +88,8 @@ def lora_linear(
     ``y = x Wᵀ + b + s (drop(x) Aᵀ Bᵀ + b_B)``. The factors may have another dtype than x (float32 masters
     on a 16-bit base): they are cast, x never is. Any subset of the tensors may require grad. Under
     `torch.compile`, `torch.func` transforms and forward-mode differentiation, for tensor subclasses and for
-    p = 1 it is `lora_linear_reference`. On CUDA devices, where `triton_step` says so, it runs in Triton.
-    Under autocast its inputs are cast as `F.linear` would cast them.
+    p = 1 it is `lora_linear_reference`. With ``VENEER_TRITON=1`` it runs in Triton, on CUDA devices that
+    suit. Under autocast its inputs are cast as `F.linear` would cast them.
     Derivatives of any order are right, dropout included; with a frozen A beside a trained B the input is not
     kept, and ``create_graph=True`` raises.
 
@@ -143,8 +142,9 @@ def _fused(
         step = triton_step(x, weight, bias, A, B, B_bias)
     if step is not None:
         A, B, B_bias = A.to(x.dtype), B.to(x.dtype), _to(B_bias, x.dtype)
-    result: Tensor = (step or _LoraLinear).apply(x, weight, bias, A, B, B_bias, scaling, p)
-    return result
+        return step.apply(x, weight, bias, A, B, B_bias, scaling, p)  # type: ignore[no-any-return]
+    y: Tensor = _Lora.apply(None, x, weight, bias, A, B, B_bias, scaling, p, False)  # type: ignore[no-untyped-call]
+    return y
 
 
 def add_lora_(
@@ -205,9 +205,7 @@ def _added(
     if not torch.is_grad_enabled() and p == 0.0 and few_rows(x):
         y = y if inplace else y.clone(memory_format=torch.contiguous_format)
         return _add_branch_of_few_rows_(y, x, A, B, B_bias, scaling)
-    out: Tensor = _AddLora.apply(  # type: ignore[no-untyped-call]
-        y, x, A, B, B_bias, scaling, p, inplace
-    )
+    out: Tensor = _Lora.apply(y, x, None, None, A, B, B_bias, scaling, p, inplace)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -270,17 +268,6 @@ def autocasts(kind: str) -> bool:
 _has_autocast = functools.cache(torch.amp.is_autocast_available)
 
 
-def _as_in_forward(
-    gradients: Callable[[Any, Tensor], tuple[Tensor | None, ...]], ctx: Any, grad: Tensor
-) -> tuple[Tensor | None, ...]:
-    """A backward that runs inside an autocast region still computes in its forward's dtype."""
-    kind = grad.device.type
-    if not autocasts(kind):
-        return gradients(ctx, grad)
-    with torch.autocast(kind, enabled=False):
-        return gradients(ctx, grad)
-
-
 def _to(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if tensor is None else tensor.to(dtype)
 
@@ -294,211 +281,21 @@ def _writable(y: Tensor) -> bool:
     )
 
 
-def _rows(tensor: Tensor) -> Tensor:
-    """``(..., n) -> (T, n)`` contiguous; also right where T or n is 0."""
-    if tensor.dim() == 2:
-        return tensor.contiguous()
-    return tensor.contiguous().view(math.prod(tensor.shape[:-1]), tensor.shape[-1])
-
-
 def _project(x: Tensor, A: Tensor, drop: Tensor | None) -> Tensor:
     """``h = drop(x) Aᵀ``, with the rows of x copied where elements have to be zeroed."""
     return (x if drop is None else zero_dropped_(x.clone(), drop)) @ A.t()
 
 
-def _outer(thin: Tensor, wide: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """``scale · thinᵀ wide`` for ``thin: (T, r)``, ``wide: (T, n)``: the gradient of a factor, in its dtype.
+class _Lora(torch.autograd.Function):
+    """The branch onto ``y``, or onto ``x Wᵀ + b`` where y is None."""
 
-    Which order is faster depends on the dtype: alone the two hardly differ (`benchmarks/products.py`), but in
-    float32 a whole step is slower with the thin side first.
-    """
-    product = (wide.t() @ thin).t() if wide.dtype == torch.float32 else thin.t() @ wide
-    if dtype.itemsize > product.dtype.itemsize:
-        product = product.to(dtype)  # the scale rounds in the finer of the two
-    return (product if scale == 1.0 else product.mul_(scale)).to(dtype)
-
-
-def kept_for_backward(
-    need_x: bool,
-    need_w: bool,
-    need_a: bool,
-    need_b: bool,
-    x: Tensor,
-    weight: Tensor | None,
-    A: Tensor,
-    B: Tensor,
-    h: Tensor,
-    drop: Tensor | None,
-) -> tuple[Tensor | None, ...]:
-    """x, weight, A, B, h and what replays the draw: each if a gradient that is needed depends on it."""
-    return (
-        x if need_w or need_a else None,
-        weight if need_x else None,
-        A if need_x or (need_a and need_b) else None,
-        B if need_x or need_a else None,
-        h if need_b else None,
-        drop if need_x or need_a else None,
-    )
-
-
-class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
+        y: Tensor | None,
         x: Tensor,
-        weight: Tensor,
+        weight: Tensor | None,
         bias: Tensor | None,
-        A: Tensor,
-        B: Tensor,
-        B_bias: Tensor | None,
-        scaling: float,
-        p: float,
-    ) -> Tensor:
-        y = F.linear(x.contiguous(), weight, bias)
-        if y._is_view():  # of a 1-D x: later in-place operations on a view lose hooks
-            y = y.clone()
-        drop = draw(x, p) if p > 0.0 else None
-        scale = scaling / (1.0 - p)
-        h = _project(_rows(x), A.to(x.dtype), drop)
-        y2 = _rows(y)
-        y2.addmm_(h, B.t().to(x.dtype), alpha=scale)
-        if B_bias is not None:
-            y2.add_(B_bias.to(x.dtype), alpha=scaling)
-        need_x, need_w, _, need_a, need_b = ctx.needs_input_grad[:5]
-        drop = None if drop is None else packed(drop, x.numel())
-        ctx.save_for_backward(*kept_for_backward(need_x, need_w, need_a, need_b, x, weight, A, B, h, drop))
-        ctx.scale, ctx.scaling, ctx.shape = scale, scaling, x.shape
-        ctx.dtypes = A.dtype, B.dtype
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _as_in_forward(_LoraLinear._gradients, ctx, grad)
-
-    @staticmethod
-    def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, A, B, h, drop = ctx.saved_tensors
-        need_x, need_w, need_bias, need_a, need_b, need_bb = ctx.needs_input_grad[:6]
-        G = _rows(grad)
-        dx = (G @ weight) if need_x else None
-        dw = (G.t() @ _rows(x)) if need_w else None
-        if torch.is_grad_enabled():
-            scaled = None if h is None else h * ctx.scale
-            more, dA, dB = differentiable_gradients(
-                G, x, A, B, scaled, drop, ctx.scale, ctx.shape[-1], need_x, need_a, need_b
-            )
-            dx = None if dx is None or more is None else dx + more
-        else:
-            dA, dB = _branch_gradients(G, x, A, B, h, drop, ctx.scale, dx, need_a, ctx.dtypes)
-        summed = G.sum(0) if need_bias or need_bb else None
-        return (
-            None if dx is None else dx.view(ctx.shape),
-            dw,
-            summed if need_bias else None,
-            dA,
-            dB,
-            summed * ctx.scaling if summed is not None and need_bb else None,
-            None,
-            None,
-        )
-
-
-def _branch_gradients(
-    G: Tensor,
-    x: Tensor | None,
-    A: Tensor | None,
-    B: Tensor | None,
-    h: Tensor | None,
-    drop: Tensor | None,
-    scale: float,
-    dx: Tensor | None,
-    need_a: bool,
-    dtypes: tuple[torch.dtype, torch.dtype],
-) -> tuple[Tensor | None, Tensor | None]:
-    """``dA`` and ``dB``; the branch's share of the input's gradient is added onto `dx` in place."""
-    dB = None if h is None else _outer(h, G, scale, dtypes[1]).t()
-    if B is None:
-        return None, dB
-    g = G @ B.to(G.dtype)
-    drop = None if drop is None else unpacked(drop)
-    dA = None
-    if need_a and x is not None:
-        rows = _rows(x)
-        dA = _outer(g, rows if drop is None else zero_dropped_(rows.clone(), drop), scale, dtypes[0])
-    if dx is not None and A is not None:
-        _add_to_kept_(dx, g, A.to(G.dtype), scale, drop)
-    return dA, dB
-
-
-def differentiable_gradients(
-    G: Tensor,
-    x: Tensor | None,
-    A: Tensor | None,
-    B: Tensor | None,
-    h: Tensor | None,
-    drop: Tensor | None,
-    scale: float,
-    width: int,
-    need_x: bool,
-    need_a: bool,
-    need_b: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The branch's ``dX``, ``dA`` and ``dB`` as a graph over G, x, A and B, for ``create_graph=True``.
-
-    Here h is ``scale · drop(x) Aᵀ``.
-    """
-    dropped = None if drop is None else _dropped_mask(drop, G.shape[0], width)
-
-    def kept(rows: Tensor) -> Tensor:
-        return rows if dropped is None else rows.masked_fill(dropped, 0.0)
-
-    dx = dA = dB = None
-    if A is not None:
-        A = A.to(G.dtype)
-    if B is not None:
-        g = G @ B.to(G.dtype) * scale
-        dx = kept(g @ A) if need_x and A is not None else None
-        dA = g.t() @ kept(_rows(x)) if need_a and x is not None else None
-    if h is not None and not need_x and not need_a:
-        dB = G.t() @ h  # h depends on nothing that is differentiated
-    elif need_b:
-        if x is None or A is None:
-            raise RuntimeError(
-                "create_graph=True: a LoRA layer whose B trains beside a frozen A does not keep its input, "
-                "so the gradient of B cannot be differentiated again. Let A require a gradient too, or use "
-                "torch.func (grad, hessian, jacrev), which runs the layer in plain torch"
-            )
-        dB = G.t() @ (kept(_rows(x)) @ A.t() * scale)
-    return dx, dA, dB
-
-
-def _dropped_mask(drop: Tensor, rows: int, width: int) -> Tensor:
-    """``(T, in)``, True where x was dropped, from either form of a draw."""
-    if drop.dtype == torch.bool:
-        return ~drop.view(rows, width)
-    mask = torch.zeros(rows * width, dtype=torch.bool, device=drop.device)
-    return mask.index_fill_(0, unpacked(drop), True).view(rows, width)
-
-
-def _add_to_kept_(dx: Tensor, g: Tensor, A: Tensor, scale: float, drop: Tensor | None) -> None:
-    """``dx += keep * (scale · g A)`` for ``dx: (T, in)``: where x was dropped, the base's gradient stays."""
-    if drop is None:
-        dx.addmm_(g, A, alpha=scale)
-    elif drop.dtype == torch.bool:
-        dx.add_(zero_dropped_(g @ A, drop), alpha=scale)
-    else:
-        flat = dx.view(-1)
-        before = flat.take(drop)
-        dx.addmm_(g, A, alpha=scale)
-        flat.index_put_((drop,), before)
-
-
-class _AddLora(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        y: Tensor,
-        x: Tensor,
         A: Tensor,
         B: Tensor,
         B_bias: Tensor | None,
@@ -506,46 +303,64 @@ class _AddLora(torch.autograd.Function):
         p: float,
         inplace: bool,
     ) -> Tensor:
-        if inplace:
+        if y is None:
+            y = F.linear(x.contiguous(), weight, bias)  # type: ignore[arg-type]
+            if y._is_view():  # of a 1-D x: later in-place operations on a view lose hooks
+                y = y.clone()
+        elif inplace:
             ctx.mark_dirty(y)
         else:
             y = y.clone(memory_format=torch.contiguous_format)
         drop = draw(x, p) if p > 0.0 else None
         scale = scaling / (1.0 - p)
-        h = _project(_rows(x), A.to(x.dtype), drop)
-        y2, Bt = y.view(h.shape[0], y.shape[-1]), B.t().to(x.dtype)
+        h = _project(as_rows(x), A.to(x.dtype), drop)
+        flat, Bt = y.view(h.shape[0], y.shape[-1]), B.t().to(x.dtype)
         if y.dtype == x.dtype:
-            y2.addmm_(h, Bt, alpha=scale)
+            flat.addmm_(h, Bt, alpha=scale)
         else:
-            y2.add_(h @ Bt, alpha=scale)
+            flat.add_(h @ Bt, alpha=scale)
         if B_bias is not None:
-            y2.add_(B_bias.to(x.dtype), alpha=scaling)
-        _, need_x, need_a, need_b = ctx.needs_input_grad[:4]
+            flat.add_(B_bias.to(x.dtype), alpha=scaling)
+        _, need_x, need_w, _, need_a, need_b = ctx.needs_input_grad[:6]
+        ctx.needs = Needs(need_x, need_w, need_a, need_b)
         drop = None if drop is None else packed(drop, x.numel())
-        ctx.save_for_backward(*kept_for_backward(need_x, False, need_a, need_b, x, None, A, B, h, drop))
+        ctx.save_for_backward(*Saved(x, weight, A, B, h, drop).for_gradients(ctx.needs))
         ctx.scale, ctx.scaling, ctx.shape, ctx.dtype = scale, scaling, x.shape, x.dtype
         ctx.dtypes = A.dtype, B.dtype
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _as_in_forward(_AddLora._gradients, ctx, grad)
+        kind = grad.device.type
+        if not autocasts(kind):
+            return _Lora._gradients(ctx, grad)
+        with torch.autocast(
+            kind, enabled=False
+        ):  # a backward inside autocast computes in its forward's dtype
+            return _Lora._gradients(ctx, grad)
 
     @staticmethod
     def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, _, A, B, h, drop = ctx.saved_tensors
-        need_y, need_x, need_a, need_b, need_bb = ctx.needs_input_grad[:5]
-        G = _rows(grad.to(ctx.dtype))
+        saved, needs = Saved(*ctx.saved_tensors), ctx.needs
+        need_y, _, _, need_bias, _, _, need_bb = ctx.needs_input_grad[:7]
+        G = as_rows(grad.to(ctx.dtype))
+        dx = G @ saved.weight if saved.weight is not None else None
         if torch.is_grad_enabled():
-            scaled = None if h is None else h * ctx.scale
-            dx, dA, dB = differentiable_gradients(
-                G, x, A, B, scaled, drop, ctx.scale, ctx.shape[-1], need_x, need_a, need_b
-            )
+            scaled = saved._replace(h=None if saved.h is None else saved.h * ctx.scale)
+            more, dA, dB = differentiable_gradients(G, scaled, needs, ctx.scale, ctx.shape[-1])
+            dx = more if dx is None or more is None else dx + more
         else:
-            dA, dB = _branch_gradients(G, x, A, B, h, drop, ctx.scale, None, need_a, ctx.dtypes)
-            dx = G @ B.to(G.dtype).mul(ctx.scale) @ A.to(G.dtype) if need_x else None
-            if dx is not None and drop is not None:
-                zero_dropped_(dx, unpacked(drop))
-        dx = None if dx is None else dx.view(ctx.shape)
-        summed = G.sum(0) * ctx.scaling if need_bb else None
-        return grad if need_y else None, dx, dA, dB, summed, None, None, None
+            dx, dA, dB = branch_gradients(G, saved, needs, ctx.scale, dx, ctx.dtypes)
+        summed = G.sum(0) if need_bias or need_bb else None
+        return (
+            grad if need_y else None,
+            None if dx is None else dx.view(ctx.shape),
+            G.t() @ as_rows(saved.x) if needs.weight and saved.x is not None else None,
+            summed if need_bias else None,
+            dA,
+            dB,
+            summed * ctx.scaling if summed is not None and need_bb else None,
+            None,
+            None,
+            None,
+        )

@@ -30,7 +30,7 @@ import triton
 from torch import Tensor
 
 from veneer.ops import triton_kernels as kernels
-from veneer.ops.lora_linear import differentiable_gradients, kept_for_backward
+from veneer.ops.lora_gradients import Needs, Saved, differentiable_gradients
 
 #: Shared memory of one block, in bytes, from which the larger of two tilings fits.
 ROOMY = 160_000
@@ -173,7 +173,8 @@ class TritonLora(torch.autograd.Function):
         h = projection(rows, A, scale, Dropout.of(seed, p))
         product(_flat(y), rows, weight.t(), h, B.t(), None, bias, B_bias, scaling)
         need_x, need_w, _, need_a, need_b = ctx.needs_input_grad[:5]
-        ctx.save_for_backward(*kept_for_backward(need_x, need_w, need_a, need_b, x, weight, A, B, h, seed))
+        ctx.needs = Needs(need_x, need_w, need_a, need_b)
+        ctx.save_for_backward(*Saved(x, weight, A, B, h, seed).for_gradients(ctx.needs))
         ctx.scale, ctx.scaling, ctx.p, ctx.shape = scale, scaling, p, x.shape
         return y
 
@@ -191,9 +192,8 @@ class TritonLora(torch.autograd.Function):
         dx = dA = dB = None
         if torch.is_grad_enabled():
             keep = None if seed is None else dropout.mask(G.shape[0], ctx.shape[-1])
-            dx, dA, dB = differentiable_gradients(
-                G, x, A, B, h, keep, ctx.scale, ctx.shape[-1], need_x, need_a, need_b
-            )
+            kept = Saved(x, weight, A, B, h, keep)
+            dx, dA, dB = differentiable_gradients(G, kept, ctx.needs, ctx.scale, ctx.shape[-1])
             dx = G @ weight + dx if dx is not None else None
         else:
             dB = (h.t() @ G).t() if need_b else None

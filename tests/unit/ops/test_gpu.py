@@ -20,7 +20,7 @@ from veneer.ops.lora_linear import lora_linear
 @pytest.fixture
 def on_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     """Questions about the device are answered as an H100 would; kernels are taken to agree."""
-    monkeypatch.delenv(gpu.SWITCH, raising=False)
+    monkeypatch.setenv(gpu.SWITCH, "1")
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     properties = SimpleNamespace(multi_processor_count=132)
@@ -74,8 +74,12 @@ def test_what_does_not_suit_is_left_to_torch(
     assert step_for({**given(), **changed}) is None
 
 
-def test_the_switch_shuts_it(on_cuda: pytest.MonkeyPatch) -> None:
-    on_cuda.setenv(gpu.SWITCH, "0")
+@pytest.mark.parametrize("value", [None, "", "0"])
+def test_it_stays_shut_unless_asked_for(on_cuda: pytest.MonkeyPatch, value: str | None) -> None:
+    if value is None:
+        on_cuda.delenv(gpu.SWITCH)
+    else:
+        on_cuda.setenv(gpu.SWITCH, value)
     assert step_for(given()) is None
 
 

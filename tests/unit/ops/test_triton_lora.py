@@ -16,7 +16,7 @@ from triton.compiler import ASTSource, CompiledKernel
 from tests.processes import run_python
 from tests.unit.ops.cases import NAMES, SCALING, assert_same, exact, gradients, tensors
 from veneer.ops import triton_kernels, triton_lora
-from veneer.ops.gpu import triton_step
+from veneer.ops.gpu import SWITCH, triton_step
 from veneer.ops.lora_linear import lora_linear, lora_linear_reference
 from veneer.ops.triton_lora import Dropout
 
@@ -56,7 +56,8 @@ def test_the_laws_hold_on_a_gpu() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("p", [0.0, 0.05])
-def test_lora_linear_takes_it_on_a_gpu(dtype: torch.dtype, p: float) -> None:
+def test_lora_linear_takes_it_on_a_gpu(dtype: torch.dtype, p: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(SWITCH, "1")
     given = {
         name: t.detach().cuda().requires_grad_()  # type: ignore[union-attr]
         for name, t in tensors((4, 1024, 1024), out=1056, r=16, dtype=dtype).items()
