@@ -148,7 +148,7 @@ def adapter_state_dict(
     sharded.settle(model)
     wanted = wanted_slots(model, adapter, save_embedding_layers)
     root, prefix = _root(model)
-    merged = _before_merging(root, prefix)
+    merged = _before_merging(root, prefix, wanted)
     if state_dict is None:
         elsewhere = stored_elsewhere(model) if any(s.tensor.is_meta for s in wanted.values()) else {}
         put_together = whole_tensors(model, adapter, wanted, save_embedding_layers)
@@ -251,15 +251,25 @@ def _on_disk(tensors: Mapping[str, Tensor], gather: bool) -> dict[str, Tensor]:
     return joined(tensors)
 
 
-def _before_merging(root: nn.Module, prefix: str) -> dict[str, Tensor]:
-    """Tensors of base layers that hold a merged adapter, as they were before, by their name on disk."""
-    return {
-        f"{prefix}{_clean(path)}.base_layer.{name}": tensor
+def _before_merging(root: nn.Module, prefix: str, wanted: Iterable[str]) -> dict[str, Tensor]:
+    """Those of the wanted tensors that an adapter is merged into, as they were before, by name on disk."""
+    # Not what lies deeper inside a base: other layers' factors.
+    of_base = [name for name in wanted if name.rpartition(".")[0].endswith("base_layer")]
+    if not of_base:
+        return {}
+    merged = {
+        f"{prefix}{_clean(path)}.": layer
         for path, layer in walk(root)
-        if isinstance(layer, LoraLayer) and layer.merged
-        for name, tensor in layer.original_base()._parameters.items()
-        if tensor is not None
+        if isinstance(layer, LoraLayer | TrainableTokens) and layer.merged
     }
+    found: dict[str, Tensor] = {}
+    for name in of_base:
+        path, _, last = name.rpartition("base_layer.")
+        layer = merged.get(path.removesuffix("token_adapter."))
+        tensor = None if layer is None else layer.original_base()._parameters.get(last)
+        if tensor is not None:
+            found[name] = tensor
+    return found
 
 
 def _embeddings(
@@ -282,11 +292,12 @@ def _embeddings(
         for path, module in walk(root)
         if isinstance(module, LoraLayer) and adapter in module.held_adapters
     }
+    declared = _declared_vocabulary(root)
     return {
         name: parameter
         for name, parameter in weights.items()
         if name.removesuffix(".base_layer.weight") in targeted
-        or (parameter.shape[0] != _declared_vocabulary(root) and _declared_vocabulary(root) is not None)
+        or (declared is not None and parameter.shape[0] != declared)
     }
 
 
@@ -514,16 +525,18 @@ def base_fingerprint(model: nn.Module, targets: Mapping[str, LoraLayer] | None =
     weights: dict[str, Tensor | Callable[[], Tensor]] = {}
     storages = set()
     for path, layer in targets.items():
-        base = layer.original_base()
+        base = layer.get_base_layer()
         backend = backends.quantised(base)
         weight = getattr(base, layer.weight_name, None)
         if backend is not None and layer.weight_name == "weight":
             storages.add(str(backend.quantization))
             if backend.readable:
-                weights[_clean(path)] = partial(backend.read, base)
+                weights[_clean(path)] = partial(_original_weight, layer)
         elif isinstance(weight, Tensor):
             in_pieces = sharded.in_pieces(weight)  # counted all the same
             weights[_clean(path)] = torch.empty(0, device="meta") if in_pieces else weight.detach()
+            if layer.merged and type(weight) in (Tensor, nn.Parameter) and not weight.is_meta:
+                weights[_clean(path)] = partial(_original_weight, layer)  # only a few of them are sampled
     config = getattr(model, "config", None)
     size = config.get("vocab_size") if isinstance(config, Mapping) else getattr(config, "vocab_size", None)
     return fingerprint(
@@ -532,6 +545,11 @@ def base_fingerprint(model: nn.Module, targets: Mapping[str, LoraLayer] | None =
         weights,
         storages,
     )
+
+
+def _original_weight(layer: LoraLayer) -> Tensor:
+    base = layer.original_base()
+    return backends.find(base, layer.weight_name).read(base, layer.weight_name)
 
 
 def check_base(

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from tests.laws.cases import train
 from veneer import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
 from veneer.errors import AdapterNameError, LoadMismatchError
+from veneer.layers import LoraLayer
 from veneer.state import base_fingerprint, set_adapter_state_dict, slots
 
 
@@ -133,3 +134,52 @@ def test_the_fingerprint_is_that_of_the_base_without_adapters() -> None:
     assert base_fingerprint(model.get_base_model()) == fresh
     torch.manual_seed(2)
     assert base_fingerprint(get_peft_model(Net(), config("linear", "embed")).get_base_model()) != fresh
+
+
+def test_only_what_is_saved_is_had_back_from_under_a_merge(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = get_peft_model(Net(), config("linear", "embed"))
+    train(model, "default")
+    model.merge_adapter()
+    asked: list[LoraLayer] = []
+    original = LoraLayer.original_base
+    monkeypatch.setattr(LoraLayer, "original_base", lambda self: asked.append(self) or original(self))
+    get_peft_model_state_dict(model)
+    assert not asked
+
+
+def test_a_fingerprint_asks_for_those_originals_alone_that_it_samples(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = get_peft_model(
+        nn.Sequential(*(nn.Linear(4, 4) for _ in range(40))), LoraConfig(target_modules="all-linear")
+    )
+    fresh = base_fingerprint(model.get_base_model())
+    train(model, "default")
+    model.merge_adapter()
+    asked: list[LoraLayer] = []
+    original = LoraLayer.original_base
+    monkeypatch.setattr(LoraLayer, "original_base", lambda self: asked.append(self) or original(self))
+    assert base_fingerprint(model.get_base_model()) == fresh
+    assert len(asked) == len(fresh["samples"]) == 16
+
+
+def test_an_embedding_with_merged_rows_is_saved_as_it_was_before() -> None:
+    model = get_peft_model(
+        WithEmbedding(), LoraConfig(r=2, target_modules=["linear"], trainable_token_indices=[2])
+    )
+    name = "base_model.model.embed.token_adapter.base_layer.weight"
+    before = get_peft_model_state_dict(model, save_embedding_layers=True)[name].clone()
+    with torch.no_grad():
+        model.base_model.model.embed.rows("default").add_(1.0)
+    model.merge_adapter()
+    assert torch.equal(get_peft_model_state_dict(model, save_embedding_layers=True)[name], before)
+    full = model.state_dict()
+    saved = get_peft_model_state_dict(model, state_dict=full, save_embedding_layers=True)
+    assert torch.equal(saved[name], before)
+
+
+class WithEmbedding(Net):
+    """One that says where its embedding is."""
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed

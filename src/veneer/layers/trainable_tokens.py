@@ -206,9 +206,8 @@ class TrainableTokens(AdapterModule):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base's output with the rows of the active adapters in place."""
-        base, routing = self.get_base_layer(), current(self)
-        if self.merged_adapters and (self._disabled or routing is not None):
-            base = stand_in(base, {"weight": self._weight_before()})
+        routing = current(self)
+        base = self.get_base_layer() if routing is None and not self._disabled else self.original_base()
         result: Tensor = base(x, *args, **kwargs)
         if routing is None:
             for name in self._live:
@@ -272,13 +271,16 @@ class TrainableTokens(AdapterModule):
         """True while any adapter's rows are in the base weight."""
         return bool(self.merged_adapters)
 
-    def _weight_before(self) -> Tensor:
+    def original_base(self) -> nn.Module:
+        """The base as it is without any adapter, also while some are merged."""
         base, owner = self.get_base_layer(), self.tied_adapter or self
+        if not owner._undo:
+            return base
         weight = backends.find(base).read(base)
         for undo in owner._undo.values():
             kept = undo.tensors()  # type: ignore[operator]
             weight = weight.index_copy(0, kept["index"], kept["rows"])
-        return weight
+        return stand_in(base, {"weight": weight})
 
     def refuses_merge(self, names: Sequence[str]) -> list[str]:
         """Why merging these adapters would be wrong; empty if it is right."""
