@@ -1,0 +1,58 @@
+"""Adapters that an earlier version of Veneer wrote mean what they meant."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from tests.golden.earlier import DATA, EARLIER
+from tests.golden.models import output
+from tests.tolerances import assert_close
+from veneer import PeftModel
+from veneer.checkpoint import SAFETENSORS_NAME
+
+
+@pytest.fixture(params=sorted(EARLIER))
+def name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def golden(name: str) -> dict[str, Tensor]:
+    return load_file(DATA / name / "golden.safetensors")
+
+
+@pytest.fixture
+def base(name: str, golden: dict[str, Tensor]) -> nn.Module:
+    model = EARLIER[name].build().eval()
+    model.load_state_dict({k.removeprefix("base."): t for k, t in golden.items() if k.startswith("base.")})
+    return model
+
+
+def test_every_case_has_its_files_and_no_file_is_without_a_case() -> None:
+    assert {place.name for place in DATA.iterdir()} == set(EARLIER)
+
+
+@torch.no_grad()
+def test_outputs_are_what_they_were(name: str, golden: dict[str, Tensor], base: nn.Module) -> None:
+    inputs = golden["input"]
+    assert_close(output(base, inputs), golden["output.base"])
+    model = PeftModel.from_pretrained(base, DATA / name).eval()
+    assert_close(output(model, inputs), golden["output.adapter"])
+    assert (golden["output.adapter"] - golden["output.base"]).abs().max() > 0.1
+    merged = model.merge_and_unload().eval()
+    assert_close(output(merged, inputs), golden["output.adapter"])
+
+
+@torch.no_grad()
+def test_saving_again_gives_the_same_tensors(name: str, base: nn.Module, tmp_path: Path) -> None:
+    PeftModel.from_pretrained(base, DATA / name).save_pretrained(tmp_path)
+    ours, before = (load_file(place / SAFETENSORS_NAME) for place in (tmp_path, DATA / name))
+    assert ours.keys() == before.keys()
+    assert all(
+        torch.equal(ours[key], tensor) and ours[key].dtype is tensor.dtype for key, tensor in before.items()
+    )
