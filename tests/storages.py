@@ -19,9 +19,19 @@ from torchao.quantization import (
     quantize_,
 )
 
+from veneer.backends import base
+from veneer.backends.base import Backend
+from veneer.registry import load_plugins
+
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # it uses parts of torch.jit that torch deprecates
     from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
+
+
+def backends() -> tuple[Backend, ...]:
+    """All storages that are registered, in the order in which they are asked."""
+    load_plugins()
+    return tuple(base._backends)
 
 
 def four_bits(linear: nn.Module, quant_type: str = "nf4", nested: bool = True, **options: Any) -> nn.Module:

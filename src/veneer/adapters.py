@@ -302,11 +302,6 @@ class AdapterSet:
         """Names of the active adapters: the union over the modules, in order of appearance."""
         return list(dict.fromkeys(name for m in self.modules() for name in m.active_adapters))
 
-    def irregular(self) -> bool:
-        """True if modules disagree about what is active or enabled."""
-        states = {(tuple(m.active_adapters), m.disable_adapters) for m in self.modules()}
-        return len(states) > 1
-
     def check(self, names: Iterable[str], known: Iterable[str] | None = None) -> None:
         """Refuse names that no module holds.
 

@@ -270,13 +270,6 @@ def acting(layer: nn.Module, name: str, where: str, x: Tensor) -> Tensor:
     return mask if x.dim() == 3 else mask[:, 0]
 
 
-@contextmanager
-def acting_everywhere() -> Iterator[None]:
-    """A context in which layers called by themselves let invoked adapters act on all of their input."""
-    with _turn, _as_current(Routing((), activation=Activation({}))):
-        yield
-
-
 def last_invocations(input_ids: Tensor, tokens: Sequence[int]) -> list[int | None]:
     """Positions from the start of the last occurrence of ``tokens`` to the end, by row; None without one.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from functools import cache, partial
 from typing import Any
 
@@ -19,20 +20,26 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from tests.storages import QUANTISED, UNMERGEABLE
+from tests.storages import QUANTISED, UNMERGEABLE, backends
 from tests.tolerances import REQUANTISED, STORED, Tolerance
 from veneer import VeneerWarning
-from veneer.backends.base import backends
 from veneer.config import LoraGAConfig
 from veneer.errors import ConfigError
 from veneer.inits.base import inits, note_statistics
 from veneer.inits.corda import context_directions
 from veneer.layers import LoraLayer, find, registry
 from veneer.layers.making import why_not
+from veneer.routing import Activation, Routing, routed
 from veneer.spec import resolve
 from veneer.testing.made import LayerCase, Made
 from veneer.testing.made import train as train
 from veneer.variants import registry as variants
+
+
+def acting_everywhere() -> AbstractContextManager[Routing]:
+    """Let invoked adapters act on all of the input of layers that are called by themselves."""
+    return routed(nn.Identity(), (), activation=Activation({}))
+
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

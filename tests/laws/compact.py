@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.laws import product
+from tests.laws.cases import acting_everywhere
 from tests.laws.product import PARAMETERS, Choice
 from tests.laws.snapshots import Snapshot
 from veneer import (
@@ -27,7 +28,6 @@ from veneer import (
 from veneer.adapters import AdapterSet
 from veneer.backends import find, settle
 from veneer.errors import ConfigError, MergeError, TargetError
-from veneer.routing import acting_everywhere
 from veneer.testing import laws
 
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from tests.laws import cases
 from tests.laws.cases import Combination
-from tests.storages import torchao_parameter, torchao_weight
-from veneer.backends.base import backends, geometry
+from tests.storages import backends, torchao_parameter, torchao_weight
+from veneer.backends.base import geometry
 from veneer.errors import ConfigError
 from veneer.inits.base import inits
 from veneer.layers import LoraLayer, find, registry

@@ -6,9 +6,8 @@ import pytest
 import torch
 from accelerate.hooks import remove_hook_from_submodules
 
-from tests.laws.cases import ALL, EACH_CASE, MERGEABLE, Combination, train
+from tests.laws.cases import ALL, EACH_CASE, MERGEABLE, Combination, acting_everywhere, train
 from veneer.layers import wrap
-from veneer.routing import acting_everywhere
 from veneer.testing import laws
 from veneer.testing.laws import close
 

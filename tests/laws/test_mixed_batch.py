@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.laws.cases import ALL, Combination, train
+from tests.laws.cases import ALL, Combination, acting_everywhere, train
 from tests.laws.test_layers import close
 from veneer.layers import LoraLayer, wrap
-from veneer.routing import BASE, Activation, acting_everywhere, routed
+from veneer.routing import BASE, Activation, routed
 
 #: Cases whose first axis is that of the batch, each with more than one row.
 BATCHED = [

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.laws import cases
-from veneer.backends.base import backends
+from tests.storages import backends
 from veneer.inits.base import inits
 from veneer.layers import registry
 from veneer.variants import registry as variants

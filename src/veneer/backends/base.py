@@ -113,10 +113,6 @@ class Backend(abc.ABC):
         """Why the tensor of that name cannot be written, or None."""
         return self.refuses_merge(module) if name == "weight" else None
 
-    def rounded(self, module: nn.Module, tensor: Tensor) -> Tensor:
-        """What `read` would give after ``write(module, tensor)``; nothing is changed."""
-        return tensor.to(self.dtype(module))
-
     def keep(self, module: nn.Module, name: str = "weight") -> dict[str, Tensor]:
         """The stored tensor of that name, to be put back bit for bit; a later `write` does not reach it.
 
@@ -164,12 +160,6 @@ def serving(kind: type) -> tuple[Backend, ...]:
 @_remembered
 def _serving(kind: type) -> tuple[Backend, ...]:
     return tuple(backend for backend in _backends if backend.serves(kind))
-
-
-def backends() -> tuple[Backend, ...]:
-    """All registered backends, in the order in which they are asked."""
-    load_plugins()
-    return tuple(_backends)
 
 
 def type_names(cls: type) -> tuple[str, ...]:

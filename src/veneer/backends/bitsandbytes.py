@@ -115,12 +115,6 @@ class FourBits(_Quantised):
         weight.module = module
         module.quant_state = weight.quant_state
 
-    def rounded(self, module: nn.Module, tensor: Tensor) -> Tensor:
-        """Quantised and read again."""
-        new = self._again(module, tensor.detach().float())
-        dense: Tensor = _library().functional.dequantize_4bit(new.data, new.quant_state)
-        return dense
-
     def keep(self, module: nn.Module, name: str = "weight") -> dict[str, Tensor]:
         """The parameter itself: writing makes another one."""
         return {"weight": module.weight}  # type: ignore[dict-item]
@@ -210,13 +204,6 @@ class EightBits(_Quantised):
             )
             layer.weight = new
             layer.state.reset_grads()
-
-    def rounded(self, module: nn.Module, tensor: Tensor) -> Tensor:
-        """Quantised and read again."""
-        if not self._codes(module):
-            return tensor.to(self.dtype(module))
-        dense: Tensor = _library().functional.int8_vectorwise_dequant(*_quantise_rows(tensor))
-        return dense
 
     def keep(self, module: nn.Module, name: str = "weight") -> dict[str, Tensor]:
         """The codes, and the bits of the scales: a cast of the model must not round them."""

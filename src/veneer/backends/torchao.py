@@ -70,12 +70,6 @@ class TorchAO(Backend):
             return
         self.put_back(module, {"weight": _again(module.weight, tensor)})
 
-    @torch.no_grad()
-    def rounded(self, module: nn.Module, tensor: Tensor) -> Tensor:
-        """Quantised and read again."""
-        dense: Tensor = _again(module.weight, tensor).dequantize()
-        return dense
-
     def refuses_merge(self, module: nn.Module) -> str | None:
         """Types for which torchao offers no way back that can be read off the tensor."""
         kind = type(module.weight).__name__

@@ -115,8 +115,6 @@ class Init(abc.ABC):
     #: Whether its start, which is not zero, is taken off the update: ``s·(BA − B₀A₀)``. The method as
     #: published takes it off the base weight instead, which would change the base for other adapters.
     subtracts_start: ClassVar[bool] = False
-    #: Whether the same base weight and options always give the same start.
-    repeatable: ClassVar[bool] = False
     #: Whether it starts from the inputs of the layer, which must be numbers then.
     measures_inputs: ClassVar[bool] = False
     #: How to measure what it needs to know from data, or "" if it needs nothing.

@@ -20,7 +20,6 @@ class OLora(Init):
 
     names = ("olora",)
     subtracts_start = True
-    repeatable = True
 
     def refuses(self, spec: LoraSpec, layer_type: str, as_matrix: bool) -> str | None:
         """It needs one matrix to factorise."""

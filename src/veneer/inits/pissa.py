@@ -25,7 +25,6 @@ class Pissa(Init):
 
     names = ("pissa",)
     subtracts_start = True
-    repeatable = True
 
     def claims(self, value: bool | str) -> bool:
         """Also ``"pissa_niter_N"``."""

@@ -68,11 +68,6 @@ class LoraParameter(LoraLayer):
     def _lies_turned(self) -> bool:
         return bool(getattr(self.get_base_layer(), "is_transposed", False))
 
-    @property
-    def num_experts(self) -> int:
-        """How many matrices the parameter holds."""
-        return self._sizes()[0]
-
     def shapes(  # type: ignore[override]
         self, base: nn.Module, r: int
     ) -> tuple[tuple[int, ...], tuple[int, ...]]:

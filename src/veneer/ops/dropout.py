@@ -9,13 +9,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.autograd.function import once_differentiable
 
 #: Above this p, one draw per element and a boolean mask are no dearer than the gaps (see `benchmarks/`).
 DENSE_FROM = 0.5
@@ -147,37 +144,3 @@ def zero_dropped_(x: Tensor, drop: Tensor) -> Tensor:
     else:
         flat.index_put_((drop,), flat.new_zeros(()))
     return x
-
-
-class _Dropout(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
-        drop = draw(x, p)
-        ctx.save_for_backward(packed(drop, x.numel()))
-        ctx.p = p
-        return zero_dropped_(x.clone(memory_format=torch.contiguous_format), drop).mul_(1.0 / (1.0 - p))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (drop,) = ctx.saved_tensors
-        kept = zero_dropped_(grad.clone(memory_format=torch.contiguous_format), unpacked(drop))
-        return kept.mul_(1.0 / (1.0 - ctx.p)), None
-
-
-def sparse_dropout(x: Tensor, p: float) -> Tensor:
-    """Dropout with the semantics of `F.dropout` in training, at the cost of the dropped share.
-
-    ``x: (...) -> (...)``, ``keep * x / (1 - p)``. Plain `F.dropout` is taken where something other than the
-    reverse-mode engine looks on (`torch.compile`, `torch.func`, tensor subclasses), and for p = 1.
-
-    Raises:
-        ValueError: p is not a probability.
-    """
-    check_probability(p)
-    if p == 0.0:
-        return x
-    if p == 1.0 or wants_plain_torch(x):
-        return F.dropout(x, p)
-    y: Tensor = _Dropout.apply(x, p)  # type: ignore[no-untyped-call]
-    return y

@@ -88,28 +88,6 @@ def norm(B: Tensor, A: Tensor) -> float:
     return float(torch.linalg.matrix_norm(_core(B, A)))
 
 
-@torch.no_grad()
-def inner(B1: Tensor, A1: Tensor, B2: Tensor, A2: Tensor) -> float:
-    """Frobenius inner product ``<B1 A1, B2 A2> = Σ (B1ᵀ B2) * (A1 A2ᵀ)``; the ranks may differ."""
-    left1, right1 = _stacked([(B1, A1, 1.0)])
-    left2, right2 = _stacked([(B2, A2, 1.0)])
-    if left1.shape[0] != left2.shape[0] or right1.shape[1] != right2.shape[1]:
-        raise CombineError(
-            f"updates of shapes {(left1.shape[0], right1.shape[1])} and {(left2.shape[0], right2.shape[1])} "
-            "have no inner product"
-        )
-    dtype = torch.promote_types(left1.dtype, left2.dtype)
-    outer = left1.to(dtype).t() @ left2.to(dtype)
-    return float((outer.double() * (right1.to(dtype) @ right2.to(dtype).t()).double()).sum())
-
-
-@torch.no_grad()
-def cosine(B1: Tensor, A1: Tensor, B2: Tensor, A2: Tensor) -> float:
-    """Cosine of the angle between ``B1 A1`` and ``B2 A2`` as vectors; 0.0 where one of them is 0."""
-    lengths = norm(B1, A1) * norm(B2, A2)
-    return 0.0 if lengths == 0.0 else max(-1.0, min(1.0, inner(B1, A1, B2, A2) / lengths))
-
-
 def _core(B: Tensor, A: Tensor) -> Tensor:
     left, right = _stacked([(B, A, 1.0)])
     r1 = torch.linalg.qr(left, mode="r").R

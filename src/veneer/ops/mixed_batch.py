@@ -236,15 +236,3 @@ def _plus(result: Tensor, h: Tensor, b: Tensor, fresh: bool, scaling: float = 1.
     else:
         flat.baddbmm_(h, b, alpha=scaling)
     return result
-
-
-def reference(x: Tensor, result: Tensor, terms: Mapping[str, Term], names: Sequence[str | None]) -> Tensor:
-    """The plain twin: each row by itself."""
-    rows = []
-    for row, name in enumerate(names):
-        y = result[row]
-        if name is not None:
-            a, b, scaling = terms[name]
-            y = y + scaling * (x[row] @ a.to(x.dtype).t() @ b.to(x.dtype).t())
-        rows.append(y)
-    return torch.stack(rows)

@@ -1,4 +1,4 @@
-"""Sparse dropout: the law of the positions, repetition by seed, and the module-level twin."""
+"""Sparse dropout: the law of the positions, repetition by seed, and both forms of a draw."""
 
 from __future__ import annotations
 
@@ -6,10 +6,7 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
-from tests.tolerances import assert_close
 from tests.unit.ops.cases import keep_mask
 from veneer.ops import dropout
 from veneer.ops.dropout import (
@@ -17,7 +14,6 @@ from veneer.ops.dropout import (
     draw,
     drop_positions,
     packed,
-    sparse_dropout,
     unpacked,
     zero_dropped_,
 )
@@ -128,9 +124,8 @@ def test_more_is_drawn_when_the_first_draw_falls_short(monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("p", [-0.01, 1.01, float("nan"), float("inf")])
 def test_what_is_no_probability_is_refused(p: float) -> None:
-    for call in (lambda: drop_positions(10, p), lambda: sparse_dropout(torch.ones(10), p)):
-        with pytest.raises(ValueError, match="probability"):
-            call()
+    with pytest.raises(ValueError, match="probability"):
+        drop_positions(10, p)
 
 
 def test_the_seed_repeats_the_positions() -> None:
@@ -148,47 +143,6 @@ def test_both_forms_drop_the_right_share(numel: int, p: float) -> None:
     kept = zero_dropped_(torch.ones(numel), drop)
     assert torch.equal(kept.bool(), keep_mask(kept, drop))
     assert abs(kept.sum() - numel * (1 - p)) < Z_BOUND * math.sqrt(numel * p * (1 - p))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("shape", "p"), [((90, 64), 0.1), ((90, 64), 0.8), ((5, 3), 0.3), ((0, 3), 0.3)])
-def test_dropout_and_its_gradient(shape: tuple[int, ...], p: float, dtype: torch.dtype) -> None:
-    x = torch.randn(shape).to(dtype).requires_grad_()
-    torch.manual_seed(3)
-    mask = keep_mask(x, draw(x, p))
-    torch.manual_seed(3)
-    y = sparse_dropout(x, p)
-    grad = torch.randn(shape).to(dtype)
-    assert_close(y, x * mask / (1 - p))
-    assert_close(torch.autograd.grad(y, x, grad)[0], grad * mask / (1 - p))
-
-
-def test_dropout_of_strided_inputs() -> None:
-    leaf = torch.randn(64, 90, requires_grad=True)
-    torch.manual_seed(3)
-    y = sparse_dropout(leaf.t(), 0.1)
-    torch.manual_seed(3)
-    expected = sparse_dropout(leaf.t().contiguous(), 0.1)
-    assert torch.equal(y, expected)
-    ours, theirs = (torch.autograd.grad(out.square().sum(), leaf)[0] for out in (y, expected))
-    assert torch.equal(ours, theirs)
-
-
-def test_the_ends_of_p() -> None:
-    x = torch.randn(90, 64)
-    assert sparse_dropout(x, 0.0) is x
-    assert not sparse_dropout(x, 1.0).any()
-
-
-def test_checkpointing_and_transforms() -> None:
-    x = torch.randn(90, 64, requires_grad=True)
-    y = checkpoint(sparse_dropout, x, 0.2, use_reentrant=False)
-    (grad,) = torch.autograd.grad(y.sum(), x)
-    assert torch.equal(grad.bool(), y.bool())
-    torch.manual_seed(6)
-    compiled = torch.compile(sparse_dropout, fullgraph=True, backend="aot_eager")(x, 0.2)
-    torch.manual_seed(6)
-    assert_close(compiled, F.dropout(x, 0.2))
 
 
 def test_a_default_device_changes_no_dropout() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tests.tolerances import BY_DTYPE, OPS_SPECTRUM, Tolerance, assert_close
 from veneer.errors import CombineError
-from veneer.ops.low_rank import compress, cosine, inner, norm, spectrum, svd
+from veneer.ops.low_rank import compress, norm, spectrum, svd
 
 #: out, in, rank: tall, wide, square, and ranks above one and above both sides.
 GEOMETRIES = [(40, 24, 4), (24, 40, 4), (16, 16, 3), (5, 30, 8), (30, 5, 8), (6, 7, 50), (1, 9, 2)]
@@ -99,7 +99,6 @@ def test_zero_updates(dtype: torch.dtype) -> None:
     left, right, error = compress([(B, A, 1.0), (A.t()[:30].new_zeros(30, 2), A[:2], 3.0)], 4)
     assert error == 0.0 and not (left @ right).any() and left.isfinite().all() and right.isfinite().all()
     assert norm(B, A) == 0.0 and not spectrum(B, A).any()
-    assert cosine(B, A, *pair(30, 20, 3)) == 0.0
 
 
 def test_nearly_cancelling_terms_keep_their_digits() -> None:
@@ -109,16 +108,6 @@ def test_nearly_cancelling_terms_keep_their_digits() -> None:
     left, right = torch.cat([B, -B, small[0]], 1), torch.cat([A, A, small[1]], 0)
     exact = dense((*small, 1.0)).norm()
     assert abs(norm(left, right) - exact) < 0.01 * exact
-
-
-@pytest.mark.parametrize(("out", "inside", "r"), GEOMETRIES)
-def test_inner_product_and_angle(out: int, inside: int, r: int) -> None:
-    first, second = pair(out, inside, r), pair(out, inside, r + 3, torch.float32)
-    D, E = dense((*first, 1.0)), dense((*second, 1.0))
-    size = float(D.norm() * E.norm())
-    assert_close(torch.tensor(inner(*first, *second) / size), (D * E).sum() / size, OPS_SPECTRUM)
-    assert_close(torch.tensor(cosine(*first, *second)), (D * E).sum() / size, OPS_SPECTRUM)
-    assert math.isclose(cosine(*first, -first[0], first[1]), -1.0, rel_tol=OPS_SPECTRUM.rtol)
 
 
 def test_what_cannot_be_combined_is_refused() -> None:
@@ -135,8 +124,6 @@ def test_what_cannot_be_combined_is_refused() -> None:
         compress([good, (*pair(5, 6, 2), math.nan)])
     with pytest.raises(CombineError, match="NaN or infinite"):
         spectrum(torch.full((5, 2), torch.inf), torch.ones(2, 6))
-    with pytest.raises(CombineError, match="no inner product"):
-        inner(*pair(5, 6, 2), *pair(5, 7, 2))
 
 
 def test_inputs_are_not_changed_and_no_graph_is_kept() -> None:

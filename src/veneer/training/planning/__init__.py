@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .budget import Budget, Proposal, parse_budget, propose
-from .memory import MemoryEstimate, estimate_memory, flops_per_token, optimizer_bytes, seconds_per_step
+from .memory import MemoryEstimate, estimate_memory, optimizer_bytes, seconds_per_step
 from .report import PlanReport, plan_training
 from .sources import empty_model, shadow
 
@@ -14,7 +14,6 @@ __all__ = [
     "Proposal",
     "empty_model",
     "estimate_memory",
-    "flops_per_token",
     "optimizer_bytes",
     "parse_budget",
     "plan_training",

@@ -192,12 +192,6 @@ def estimate_memory(
     )
 
 
-def flops_per_token(model: nn.Module, config: LoraConfig | None, sequence_length: int = 1024) -> int:
-    """FLOPs of one token's forward and backward pass, attention over a row of that length included."""
-    found = estimate_memory(model, config, batch_size=1, sequence_length=sequence_length)
-    return found.flops_per_token
-
-
 def adapt_shadow(
     model: nn.Module, config: LoraConfig | None, dtype: str | torch.dtype | None = None
 ) -> nn.Module:
