@@ -166,3 +166,36 @@ def _direction(unit: str, other: str, package: Path) -> str | None:
         side = "beside" if RANK[other] == RANK[unit] else "to the right of"
         return f"{unit} imports {other}, which stands {side} it"
     return None
+
+
+def circles(package: Path) -> list[list[str]]:
+    """Files that import one another in a circle, the imports inside functions and for types included.
+
+    A package's ``__init__`` counts as a file of its own: who imports a module is not taken to import that.
+    """
+    files: dict[str, Path] = {}
+    for file in sorted(package.rglob("*.py")):
+        parts = file.relative_to(package).with_suffix("").parts
+        files[".".join((PACKAGE, *(parts[:-1] if parts[-1] == "__init__" else parts)))] = file
+    arrows: dict[str, set[str]] = {name: set() for name in files}
+    for name, file in files.items():
+        tree = ast.parse(file.read_text())
+        for found in imports_of(tree, tuple(name.split(".")), file.name == "__init__.py"):
+            target = found.target
+            while target and target not in files:
+                target = target.rpartition(".")[0]
+            if target and target != name:
+                arrows[name].add(target)
+    reach = {name: _reached(name, arrows) for name in files}
+    groups = {tuple(sorted(b for b in reach[a] if a in reach[b])) for a in files if a in reach[a]}
+    return [list(group) for group in sorted(groups)]
+
+
+def _reached(start: str, arrows: dict[str, set[str]]) -> set[str]:
+    found: set[str] = set()
+    left = [start]
+    while left:
+        for name in arrows[left.pop()] - found:
+            found.add(name)
+            left.append(name)
+    return found
