@@ -11,13 +11,13 @@ import torch
 from torch import nn
 
 from tests.laws.cases import EACH_CASE, Combination, train
-from tests.laws.test_layers import close
 from tests.laws.test_mixed_batch import BATCHED, layer_with_three, mixed, names_for
 from tests.tolerances import assert_close
 from veneer import LoraConfig, PeftModel, get_peft_model
 from veneer.layers import LoraLayer, wrap
 from veneer.model.hotswap import hotswap_adapter_from_state_dict
 from veneer.routing import BASE
+from veneer.testing.laws import close
 
 
 @pytest.fixture(autouse=True)

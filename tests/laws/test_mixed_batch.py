@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from tests.laws.cases import ALL, Combination, acting_everywhere, train
-from tests.laws.test_layers import close
 from veneer.layers import LoraLayer, wrap
 from veneer.routing import BASE, Activation, routed
+from veneer.testing.laws import close
 
 #: Cases whose first axis is that of the batch, each with more than one row.
 BATCHED = [
