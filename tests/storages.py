@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -134,6 +135,38 @@ class Transposed(Delegated):
         return nn.functional.linear(x, self.weight.T.to(x.dtype) * self.scales.to(x.dtype), self.bias)
 
 
+class Coded:
+    """Mixed into a layer's type: one of its tensors is codes, with a scale beside it, as in `FP8Linear`."""
+
+    plain: type[nn.Module]
+    coded: str
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """With what the codes stand for."""
+        tensors = self._parameters  # type: ignore[attr-defined]
+        scale = tensors[f"{self.coded}_scale_inv"]
+        dense = object.__new__(self.plain)
+        dense.__dict__.update(self.__dict__)
+        dense.__dict__["_parameters"] = {**tensors, self.coded: tensors[self.coded].to(scale.dtype) * scale}
+        return self.plain.forward(dense, *args, **kwargs)
+
+
+def coded(module: nn.Module, dtype: torch.dtype = torch.float8_e4m3fn) -> nn.Module:
+    """A layer whose weight, or first parameter, is codes of a type, with a scale beside it."""
+    name = next(name for name, _ in module.named_parameters() if "bias" not in name)
+    weight = module._parameters[name].detach()
+    scale = weight.abs().amax() / 400
+    plain = type(module)
+    known = f"codes.{plain.__qualname__}"
+    fields = {"plain": plain, "coded": name, "__module__": "codes", "__qualname__": plain.__qualname__}
+    made = _made.setdefault(known, type(plain.__name__, (Coded, plain), fields))
+    made.__reduce_ex__ = lambda self, protocol: (_rebuild, (plain, known, self.__dict__))  # type: ignore[method-assign]
+    module.__class__ = made
+    module._parameters[name] = nn.Parameter((weight / scale).to(dtype), requires_grad=False)
+    module._parameters[f"{name}_scale_inv"] = nn.Parameter(scale, requires_grad=False)
+    return module
+
+
 def named(base: type[nn.Module], qualified: str) -> Callable[[nn.Module], nn.Module]:
     """Makes modules of a type that has the qualified name of another library's."""
     module, _, name = qualified.rpartition(".")
@@ -163,6 +196,8 @@ QUANTISED: dict[str, Callable[[nn.Module], nn.Module]] = {
     "aqlm": named(Delegated, "aqlm.inference.QuantizedLinear"),
     "eetq": named(Transposed, "transformers.integrations.eetq.EetqLinear"),
     "hqq": half_quadratic,
+    "fp8": coded,
+    "scaled": partial(coded, dtype=torch.float16),
 }
 #: Those whose merge is refused, and what the refusal says.
 UNMERGEABLE = {
@@ -170,5 +205,7 @@ UNMERGEABLE = {
     "awq": "16-bit weights",
     "aqlm": "16-bit weights",
     "eetq": "16-bit weights",
+    "fp8": "whose scale stands beside them",
+    "scaled": "whose scale stands beside them",
     "hqq": "dequantize=True",
 }

@@ -58,6 +58,8 @@ CODED: dict[tuple[str, str], Callable[[nn.Module], nn.Module]] = {
     ("torch.nn.modules.conv.Conv2d", "torchao"): torchao_weight,
     ("a matrix", "torchao"): torchao_parameter,
 }
+#: Storages as codes that any layer may be in: its tensors tell.
+ANYWHERE = ("fp8", "scaled")
 
 
 class Choice(NamedTuple):
@@ -109,7 +111,7 @@ def store_of(layer: str, storage: str) -> Callable[[nn.Module], nn.Module] | Non
     """
     if storage not in cases.BACKENDS:
         raise LookupError(f"say how a layer is stored in {storage} in BACKENDS of tests/laws/cases.py")
-    if storage in cases.CODED and layer != LINEAR:
+    if storage in cases.CODED and layer != LINEAR and storage not in ANYWHERE:
         return CODED.get((layer, storage))
     return cases.BACKENDS[storage]
 

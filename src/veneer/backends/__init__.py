@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from veneer.backends.base import Backend, find, geometry, gives_fresh_output, serving
 from veneer.backends.offloaded import copied, stored
+from veneer.backends.scaled import FileCodes, holds_codes, is_float8
 from veneer.registry import load_all
 
 load_all(__name__, __path__)
@@ -38,10 +39,13 @@ def settle(model: nn.Module) -> None:
 
 __all__ = [
     "Backend",
+    "FileCodes",
     "copied",
     "find",
     "geometry",
     "gives_fresh_output",
+    "holds_codes",
+    "is_float8",
     "quantised",
     "settle",
     "stored_elsewhere",

@@ -23,8 +23,8 @@ def _linears(*names: str) -> dict[str, str]:
     return dict.fromkeys(names, _LINEAR)
 
 
-class _Delegated(Backend):
-    """What they have in common."""
+class Delegated(Backend):
+    """What storages have in common that only their own library computes with."""
 
     priority = 15
     readable = False
@@ -111,7 +111,7 @@ class _Delegated(Backend):
         return plain_linear(module, self.read(module).to(dtype or self.dtype(module)))
 
 
-class GPTQ(_Delegated):
+class GPTQ(Delegated):
     """The layers of GPT-QModel, those that it makes of AWQ models among them, and of AutoGPTQ before it."""
 
     name = quantization = "gptq"
@@ -124,7 +124,7 @@ class GPTQ(_Delegated):
     )
 
 
-class AWQ(_Delegated):
+class AWQ(Delegated):
     """The layers of AutoAWQ."""
 
     name = quantization = "awq"
@@ -138,14 +138,14 @@ class AWQ(_Delegated):
     )
 
 
-class AQLM(_Delegated):
+class AQLM(Delegated):
     """Additive codebooks."""
 
     name = quantization = "aqlm"
     geometry: ClassVar[Mapping[str, str]] = _linears("aqlm.inference.QuantizedLinear")
 
 
-class EETQ(_Delegated):
+class EETQ(Delegated):
     """Weights of 8 bits in the layout of its kernel, (in, out)."""
 
     name = quantization = "eetq"
@@ -161,7 +161,7 @@ class EETQ(_Delegated):
         return int(weight.shape[0]), int(weight.shape[1])
 
 
-class HQQ(_Delegated):
+class HQQ(Delegated):
     """Half-quadratic quantisation: its weight can be read, and only its own optimiser could write it."""
 
     name = quantization = "hqq"

@@ -31,6 +31,12 @@ def stored(module: nn.Module, name: str) -> Tensor | None:
     return None if hook is None else hook.weights_map[name].detach()
 
 
+def execution_device(module: nn.Module) -> torch.device | None:
+    """The device that the parameters of a module are brought to where they are kept elsewhere, or None."""
+    hook = _hook(module)
+    return None if hook is None else torch.device(hook.execution_device)
+
+
 def copied(module: nn.Module) -> nn.Module:
     """A deep copy that holds its own values, where the original's are kept elsewhere."""
     hooks = {id(m): m.__dict__["_hf_hook"] for m in module.modules() if _hook(m) is not None}

@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from veneer.backends import FileCodes
 from veneer.doors import hub
 from veneer.errors import AdapterNameError, CheckpointError, ConfigError, MergeError
 from veneer.layers import LoraLayer
@@ -37,6 +38,7 @@ class _Weights:
             raise CheckpointError(
                 f"neither {_FILE} nor {_INDEX} in {place}: the unquantised weights are needed"
             )
+        self.codes = FileCodes(self.files)
 
     def file_of(self, name: str) -> tuple[str, Path] | None:
         """The file's own name of a weight, and the file."""
@@ -44,6 +46,16 @@ class _Weights:
             if known in self.files:
                 return known, self.files[known]
         return None
+
+    def refuses(self, name: str) -> str | None:
+        """Why a weight of the file is no unquantised one, or None."""
+        found = self.file_of(name)
+        assert found is not None  # all are looked up before
+        with _opened(found[1]) as file:
+            kind = file.get_slice(found[0]).get_dtype()
+        if (reason := self.codes.why(found[0], kind.startswith(("F8", "F4")))) is not None:
+            return reason
+        return None if kind.startswith(("F", "BF")) else f"it is stored as {kind}"
 
     def read(self, name: str) -> Tensor:
         """One weight."""
@@ -99,7 +111,7 @@ def replace_lora_weights_loftq(
 
     Raises:
         ConfigError: If nothing is quantised, or the weights cannot be found.
-        CheckpointError: If the file lacks a weight. Nothing has changed then.
+        CheckpointError: If the file lacks a weight, or holds codes for one. Nothing has changed then.
         MergeError: If the adapter is merged.
 
     Source: Li et al., "LoftQ: LoRA-Fine-Tuning-Aware Quantization", 2023, equation 6, one step for a
@@ -133,6 +145,12 @@ def replace_lora_weights_loftq(
         raise CheckpointError(
             f"the unquantised weights lack {len(missing)} of the {len(layers)} layers, for example "
             f"{', '.join(missing[:3])}: are they of the same model?"
+        )
+    reasons = [(path, reason) for path in layers if (reason := weights.refuses(f"{path}.weight")) is not None]
+    if reasons:
+        raise CheckpointError(
+            f"{len(reasons)} of the {len(layers)} weights in these files are not unquantised ones; "
+            f"{reasons[0][0]}: {reasons[0][1]}. Name the directory of the 16-bit weights as model_path"
         )
     for path, layer in layers.items():
         before = [t.clone() for t in layer.adapter_parameters(adapter_name)]

@@ -26,7 +26,9 @@ _NOT_LINEAR = (
 
 
 def _has_own_forward(base: Any) -> bool:
-    return type(base).forward not in _FORWARDS or type(base)._conv_forward not in _FORWARDS
+    own = type(base).forward not in _FORWARDS or type(base)._conv_forward not in _FORWARDS
+    # What a subclass multiplies codes with (FP8) is their scale, and none of the update's.
+    return own and not backends.holds_codes(base)
 
 
 class LoraConv(LoraLayer):

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from veneer import backends
 from veneer.layers.base import LoraLayer
 from veneer.layers.parts import stand_in, unwrapped
 from veneer.spec import LoraSpec
@@ -35,6 +36,8 @@ class LoraEmbedding(LoraLayer):
         super().__init__(base_layer)
         #: Layers of heads that use these factors too.
         self.followers: list[LoraLayer] = []
+        # What a subclass multiplies codes with (FP8) is their scale, and none of the update's.
+        self._codes = backends.holds_codes(base_layer)
 
     def adapters_changed(self) -> None:
         """Note which branches a forward adds, here and where the factors are used too."""
@@ -79,7 +82,7 @@ class LoraEmbedding(LoraLayer):
 
     def _look_up(self, x: Tensor, a: Tensor) -> Tensor:
         base: Any = unwrapped(self.original_base())
-        if type(base).forward is nn.Embedding.forward:
+        if type(base).forward is nn.Embedding.forward or self._codes:
             return F.embedding(
                 x, a.T, padding_idx=base.padding_idx, scale_grad_by_freq=base.scale_grad_by_freq
             )

@@ -67,6 +67,8 @@ class TrainableTokens(AdapterModule):
             return "only an embedding, or a linear head, has rows for tokens"
         if not weight.is_floating_point():
             return f"its weight is stored as {weight.dtype}"
+        if not (backend := backends.find(base)).readable:
+            return f"its rows cannot be read: they are stored as {backend.quantization}"
         if isinstance(base, nn.Linear) and type(base).forward is not nn.Linear.forward:
             return "it has a forward of its own"
         if getattr(base, "max_norm", None) is not None:

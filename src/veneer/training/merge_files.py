@@ -16,6 +16,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from ..backends import FileCodes
 from ..checkpoint import AdapterFile, compare_fingerprints, fingerprint
 from ..checkpoint.lora_files import factor_names, open_lora
 from ..checkpoint.places import check_room, replacing
@@ -189,8 +190,13 @@ def _updates(
     if config.target_parameters or config.layer_replication:
         problems.append("it adapts bare parameters or replicated layers")
     text = json.loads((base / "config.json").read_text(encoding="utf-8"))
-    if text.get("quantization_config"):
+    if text.get("quantization_config") or text.get("compression_config"):
         problems.append("the base is stored quantised")
+    codes = FileCodes(stored)
+    for key, (kind, shape) in stored.items():
+        why = codes.why(key, kind.startswith(("F8", "F4"))) if len(shape) > 1 else None
+        if why is not None:
+            problems.append(f"{key.rpartition('.')[0]}: {why}")
     found: dict[str, _Update] = {}
     for path, roles in keys.items():
         lookup = "lora_embedding_A" in roles["A"]

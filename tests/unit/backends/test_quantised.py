@@ -169,7 +169,8 @@ def test_delegated_modules_refuse_to_merge_and_say_the_way_out(kind: str) -> Non
     with pytest.raises(MergeError, match="cannot be dequantised"):
         model.merge_and_unload(dequantize=True)
     assert torch.equal(model(x), before)
-    with pytest.raises(TargetError, match=f"as {kind} stores it"):
+    stored = find(model.model.up.base_layer).quantization
+    with pytest.raises(TargetError, match=f"as {stored} stores it"):
         model.add_adapter("b", LoraConfig(**CONFIG, target_modules=["up"], use_dora=True))
     model.add_adapter("c", LoraConfig(**CONFIG, target_modules=["up"], alora_invocation_tokens=[1]))
 

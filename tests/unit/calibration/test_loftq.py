@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -133,3 +134,26 @@ def test_starting_from_codes_is_refused_with_the_way_that_the_storage_has(kind: 
     if not readable:  # so the other way is none
         with pytest.raises(ConfigError, match="on a quantised weight that can be read"):
             replace_lora_weights_loftq(model)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            lambda t: t.update({"2.weight": t["2.weight"].to(torch.float8_e4m3fn)}),
+            "2: its weight holds 8-bit floats",
+        ),
+        (lambda t: t.update({"2.weight_scale_inv": torch.ones(1)}), "2: .* as weight_scale_inv"),
+        (lambda t: t.update({"2.weight": t["2.weight"].to(torch.int8)}), "2: it is stored as I8"),
+    ],
+    ids=["float8", "a scale beside it", "int8"],
+)
+def test_files_of_codes_are_not_the_unquantised_weights(tmp_path: Path, change: Any, said: str) -> None:
+    tensors = dense().state_dict()
+    change(tensors)
+    save_file(tensors, tmp_path / "model.safetensors")
+    model = adapted("bitsandbytes-4bit")
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    with pytest.raises(CheckpointError, match=said):
+        replace_lora_weights_loftq(model, tmp_path)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())

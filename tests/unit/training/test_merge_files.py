@@ -107,6 +107,35 @@ def test_names_and_shapes_that_do_not_fit_are_listed(tmp_path: Path) -> None:
     assert "layers.1.mlp.down_proj: factors (4, 48) and (32, 4)" in said and "--low-memory" in said
 
 
+FP8 = torch.float8_e4m3fn
+DOWN = "model.layers.1.mlp.down_proj"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            lambda t: t.update({f"{DOWN}.weight": t[f"{DOWN}.weight"].to(FP8)}),
+            f"{DOWN}: its weight holds 8-bit",
+        ),
+        (lambda t: t.update({f"{DOWN}.weight_scale_inv": torch.ones(1)}), f"{DOWN}: .* as weight_scale_inv"),
+        (lambda t: t.update({"lm_head.weight_scale": torch.ones(1)}), "lm_head: .* as weight_scale"),
+        (lambda t: t.update({"other.weight": torch.ones(2, 2).to(FP8)}), "other: its weight holds 8-bit"),
+    ],
+    ids=["float8", "a scale beside it", "a scale elsewhere", "float8 elsewhere"],
+)
+@pytest.mark.parametrize("dtype", ["auto", "float32"])
+def test_a_base_stored_as_codes_is_refused(change: Any, said: str, dtype: str, tmp_path: Path) -> None:
+    base = base_of(tmp_path / "base")
+    adapter = adapter_of(base, tmp_path / "adapter")
+    weights = load_file(base / "model.safetensors")
+    change(weights)
+    save_file(weights, base / "model.safetensors")
+    with pytest.raises(MergeError, match=said):
+        merge_files(adapter, base, tmp_path / "out", dtype)
+    assert not (tmp_path / "out").exists()
+
+
 def test_another_base_is_refused(tmp_path: Path) -> None:
     base = base_of(tmp_path / "base")
     adapter = adapter_of(base, tmp_path / "adapter")

@@ -11,6 +11,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from ...backends import FileCodes, is_float8
 from ...errors import ExportError
 
 #: Files of weights, and what lists the files of those that are split; of transformers and of diffusers.
@@ -53,6 +54,15 @@ class BaseModel:
     def tensor(self, path: str, name: str = "weight") -> Tensor | None:
         """The weight or bias of a module, None where there is none of that name."""
         return self._read(f"{path}.{name}")
+
+    def codes(self, path: str) -> str | None:
+        """Why the weight of a module holds codes and no values, or None. It must be there."""
+        weight, codes = self.tensor(path), FileCodes(self._names)
+        assert weight is not None
+        for known in (path, path.partition(".")[2]):
+            if (reason := codes.why(f"{known}.weight", is_float8(weight))) is not None:
+                return reason
+        return None if weight.is_floating_point() else f"its weight is stored as {weight.dtype}"
 
     def paths(self) -> list[str]:
         """The paths of all modules that have a weight."""

@@ -73,8 +73,8 @@ def _problem(path: str, update: Update, base: BaseModel, turned: bool) -> str | 
         return f"{path} is no linear layer"
     if weight is None:
         return f"the base has no {path}.weight"
-    if not weight.is_floating_point():
-        return f"{path}.weight is stored as {weight.dtype}"
+    if (reason := base.codes(path)) is not None:
+        return f"{path}: {reason}"
     shape = (update.b.shape[0], update.a.shape[1])
     if tuple(weight.shape) != (shape[::-1] if turned else shape):
         return f"{path}.weight has the shape {tuple(weight.shape)}, its update {shape}"

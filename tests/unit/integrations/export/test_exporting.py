@@ -295,6 +295,26 @@ def test_dora_needs_its_base_and_a_rank(saved: Callable[[str], Saved], tmp_path:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("beside", [False, True])
+def test_dora_over_a_base_of_codes_is_not_made_plain(
+    beside: bool, saved: Callable[[str], Saved], tmp_path: Path
+) -> None:
+    adapter, base, out = saved("dora"), tmp_path / "base", tmp_path / "out"
+    shutil.copytree(adapter.base, base)
+    tensors = load_file(base / "model.safetensors")
+    path = next(iter(adapter.changes))
+    name = next(name for name in tensors if f"{path}.weight".endswith(name))
+    if beside:
+        tensors[f"{name}_scale_inv"] = torch.ones(1)
+    else:
+        tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    said = r"as weight_scale_inv" if beside else "its weight holds 8-bit floats"
+    with pytest.raises(ExportError, match=f"{path}: .*{said}"):
+        export_adapter(adapter.place, out, "vllm", dora_to_plain=True, rank=4, base=base)
+    assert not out.exists()
+
+
 # -- what can go wrong around it -----------------------------------------------------------------------
 
 
