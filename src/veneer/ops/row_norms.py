@@ -15,6 +15,12 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
 
+from veneer.ops.dropout import wants_plain_torch
+
+#: The share of ‖w‖² below which the sum has lost too many digits, by whether it is formed in the weight's own
+#: type: a product with a 16-bit weight comes out rounded to 16 bits.
+_CANCELLED = {True: 1e-3, False: 0.25}
+
 
 def _work(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
@@ -28,6 +34,10 @@ def squared_row_norms(weight: Tensor) -> Tensor:
 
 def updated_row_norms(squared: Tensor, weight: Tensor, B: Tensor, A: Tensor, scaling: float) -> Tensor:
     """``‖W + s·BA‖`` of every row.
+
+    A row that the update nearly cancels is a small difference of large terms, so it is computed as it stands.
+    Not so under a compiler, a transform or a CUDA graph, which cannot look at values: there it has the
+    precision of the terms.
 
     Args:
         squared: (out,), from `squared_row_norms`.
@@ -44,7 +54,15 @@ def updated_row_norms(squared: Tensor, weight: Tensor, B: Tensor, A: Tensor, sca
     a, b = A.to(squared), B.to(squared)
     across = (F.linear(weight, A.to(weight)).to(work) * b).sum(1)
     own = ((b @ (a @ a.T)) * b).sum(1)
-    return (squared + 2.0 * scaling * across + scaling**2 * own).clamp_min(0.0).sqrt()
+    total = squared + 2.0 * scaling * across + scaling**2 * own
+    norms = total.clamp_min(0.0).sqrt()
+    if wants_plain_torch(weight, B, A) or (total.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return norms
+    rows = (total < _CANCELLED[weight.dtype == work] * squared).nonzero().squeeze(1)
+    if rows.numel():
+        dense = weight[rows].to(work) + scaling * (b[rows] @ a)
+        norms = norms.index_copy(0, rows, torch.linalg.vector_norm(dense, dim=1))
+    return norms
 
 
 class State:

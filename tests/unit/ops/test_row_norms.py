@@ -28,6 +28,17 @@ def test_a_row_that_the_update_takes_away_has_no_negative_square() -> None:
     assert not updated_row_norms(squared_row_norms(weight), weight, b, a, 1.0).isnan().any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("left", [1e-4, 1e-3, 1e-2, 0.1, 0.3])
+def test_a_row_that_the_update_nearly_cancels(dtype: torch.dtype, left: float) -> None:
+    weight = torch.randn(5, 64).to(dtype)
+    b, a = torch.zeros(5, 2), torch.randn(2, 64)
+    a[0], b[3, 0] = weight[3].float() * (left - 1.0), 1 / 1.5
+    norms = updated_row_norms(squared_row_norms(weight), weight, b, a, 1.5)
+    expected = (weight.double() + 1.5 * b.double() @ a.double()).norm(dim=1)
+    assert_close((norms / expected).to(dtype), torch.ones(5, dtype=dtype))
+
+
 def test_transposed_storage() -> None:
     weight, b, a = torch.randn(6, 4).T, torch.randn(4, 2), torch.randn(2, 6)
     norms = updated_row_norms(squared_row_norms(weight), weight, b, a, -0.5)

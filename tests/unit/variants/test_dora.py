@@ -197,3 +197,15 @@ def test_no_tensor_as_large_as_the_weight_is_made() -> None:
     with Watch():
         layer(torch.randn(2, 64)).sum().backward()
     assert max(sizes) < 64 * 96 / 4
+
+
+def test_a_row_that_its_update_nearly_cancels_is_what_merging_makes_of_it() -> None:
+    torch.manual_seed(0)
+    layer = wrap(nn.Linear(64, 6), LoraConfig(r=2, lora_alpha=2, use_dora=True))
+    with torch.no_grad():
+        a, b, _ = layer.factors("default")
+        a[0], b[3, 0] = layer.base_layer.weight[3] * -0.997, 1.0
+    x = torch.randn(8, 64)
+    unmerged = layer(x)
+    layer.merge()
+    assert_close(layer(x), unmerged)
