@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tests.tolerances import assert_close
 from veneer import (
+    AdapterNameError,
     ConfigError,
     EvaConfig,
     LoadMismatchError,
@@ -238,3 +239,26 @@ def test_inputs_of_fewer_dimensions_than_directions_settle() -> None:
     ]
     directions = get_eva_state_dict(net(), flat, config(), **PLAIN)
     assert directions["query"].isfinite().all()
+
+
+def test_what_is_missing_is_named() -> None:
+    model = get_peft_model(net(), config())
+    with pytest.raises(ConfigError, match="pass peft_config"):
+        get_eva_state_dict(net(), batches(), **PLAIN)
+    with pytest.raises(ConfigError, match="PeftModel is needed, got Net"):
+        initialize_lora_eva_weights(net(), batches(), **PLAIN)
+    with pytest.raises(AdapterNameError, match=r"'other'.*default"):
+        initialize_lora_eva_weights(model, batches(), adapter_name="other", **PLAIN)
+    with pytest.raises(ConfigError, match="pass a dataloader"):
+        initialize_lora_eva_weights(model, **PLAIN)
+
+
+def test_inputs_that_are_not_those_of_a_language_model_are_refused() -> None:
+    model, part = net(), {**PLAIN, "forward_fn": lambda model, batch: model.key(batch)}
+    with pytest.raises(ConfigError, match="not reach these layers: query, out"):
+        get_eva_state_dict(model, batches(), config(), **part)
+    by_name = {**PLAIN, "forward_fn": lambda model, batch: model.key(input=batch)}
+    with pytest.raises(ConfigError, match="key was called without a tensor"):
+        get_eva_state_dict(model, batches(), config(), **by_name)
+    with pytest.raises(ConfigError, match="dictionaries, got Tensor"):
+        get_eva_state_dict(model, batches(), config())

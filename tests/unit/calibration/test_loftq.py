@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tests.storages import QUANTISED
 from veneer import (
+    AdapterNameError,
     CheckpointError,
     ConfigError,
     LoraConfig,
@@ -113,6 +114,10 @@ def test_what_cannot_be_done_is_said_and_nothing_has_changed(tmp_path: Path) -> 
     with pytest.raises(CheckpointError, match="cannot be read"):
         replace_lora_weights_loftq(model, tmp_path)
     assert errors(model) == before
+    with pytest.raises(ConfigError, match="PeftModel is needed, got Sequential"):
+        replace_lora_weights_loftq(model.get_base_model(), tmp_path)
+    with pytest.raises(AdapterNameError, match=r"'other'.*default"):
+        replace_lora_weights_loftq(model, tmp_path, adapter_name="other")
     plain = get_peft_model(dense(), LoraConfig(r=2, lora_alpha=3, target_modules=["0"]))
     with pytest.raises(ConfigError, match="init_lora_weights='loftq'"):
         replace_lora_weights_loftq(plain, saved(tmp_path))

@@ -207,6 +207,12 @@ def test_what_cannot_be_measured_is_said(tmp_path: Path) -> None:
         preprocess_corda(model, corda(), lambda: None)
     with pytest.raises(ConfigError, match="not finite"):
         preprocess_corda(model, corda(), lambda: model(x() * float("nan")))
+    with pytest.raises(ConfigError, match="first was called without a tensor"):
+        preprocess_corda(model, corda(), lambda: model.first(input=x()))
+    with pytest.raises(ConfigError, match=r"first: the covariance .* is zero"):
+        preprocess_corda(model, corda(), lambda: model(x() * 0.0))
+    with pytest.raises(ConfigError, match="gradients of first, second, conv are not finite"):
+        preprocess_loraga(model, lora_ga(), lambda: (model(x()).sum() * float("inf")).backward())
     with pytest.raises(ConfigError, match="no gradient to 3 of 3"):
         preprocess_loraga(model, lora_ga(), lambda: None)
     with pytest.raises(ConfigError, match="'corda' is measured here"):
@@ -220,6 +226,9 @@ def test_what_cannot_be_measured_is_said(tmp_path: Path) -> None:
     bad = tmp_path / "bad.pt"
     bad.write_bytes(b"nothing of the kind")
     with pytest.raises(ConfigError, match="cannot be read"):
+        preprocess_corda(model, corda(cache_file=str(bad)))
+    torch.save([torch.zeros(1)], bad)
+    with pytest.raises(ConfigError, match="something else"):
         preprocess_corda(model, corda(cache_file=str(bad)))
     torch.save({"other": torch.zeros(1)}, bad)
     with pytest.raises(ConfigError, match="lacks 3 of the 3"):
