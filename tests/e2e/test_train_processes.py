@@ -128,6 +128,26 @@ def test_two_interrupted_processes_go_on_to_the_same_adapter(place: Path) -> Non
     assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
 
 
+@pytest.mark.slow
+def test_two_processes_that_are_finished_do_not_train_again(place: Path) -> None:
+    how = "--max-steps 5 --save-steps 2 --batch-size 2 --lr-scheduler-type constant".split()
+    output = place / "finished-two"
+    command = words(place, output.name, *how)
+    done = subprocess.run(launched("torchrun", command), capture_output=True, text=True, **ON_CPU)
+    assert done.returncode == 0, done.stderr
+    whole, adapter = metrics_of(output), (output / "adapter_model.safetensors").read_bytes()
+    for name in ("adapter_model.safetensors", "metrics.json", "veneer_run.json"):
+        (output / name).unlink()
+    for said in ("only to write", "is finished"):
+        again = subprocess.run(
+            launched("torchrun", [*command, "--resume"]), capture_output=True, text=True, **ON_CPU
+        )
+        assert again.returncode == 0, again.stderr
+        assert again.stderr.count(said) == 1 and "training 5/5" not in again.stderr
+        assert metrics_of(output)["losses"] == whole["losses"]
+        assert (output / "adapter_model.safetensors").read_bytes() == adapter
+
+
 def test_sharding_launchers_are_refused(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Each process holds the whole model here; who asks for shards is told so before it is loaded."""
     for variable in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -20,12 +19,17 @@ from .objectives import Answers, Objective
 from .options import TrainOptions
 from .progress import Progress, Silent
 from .resuming import (
+    METRICS_NAME,
+    RUN_NAME,
     begin_afresh,
     check_same_run,
     checkpoints,
+    finished_run,
     last_checkpoint,
     reason,
+    remove_checkpoint,
     run_record,
+    step_of,
     write_json,
 )
 from .stopping import Interrupted, Stop
@@ -49,6 +53,10 @@ def train(
     stop: Stop | None = None,
 ) -> dict[str, Any]:
     """Train an adapted model on token rows, and save the adapter and the tokenizer.
+
+    With ``options.resume`` a run that was cut off goes on from its last checkpoint, to the losses that it
+    would have had. One that has reached its last step is not trained; what is missing is written. One that is
+    to have more steps now goes on to them.
 
     Args:
         model: From `get_peft_model` (or any model of transformers with trainable parameters).
@@ -90,6 +98,7 @@ def train(
     answers = Answers(Collator(pad_token(tokenizer)), options.loss_chunk_size)
     chosen = answers if objective is None else objective
     processes = int(os.environ.get("WORLD_SIZE", "1"))
+    steps = total_steps(len(rows), options, processes)
     setup = Setup(
         model=model,
         tokenizer=tokenizer,
@@ -97,25 +106,41 @@ def train(
         eval_rows=eval_rows,
         output=Path(output),
         options=options,
-        steps=total_steps(len(rows), options, processes),
-        record=run_record(model, rows, eval_rows, options, processes),
+        steps=steps,
+        record=run_record(model, rows, eval_rows, options, processes, steps),
         stop=Stop() if stop is None else stop,
     )
-    checkpoint, before = _beginning(setup, processes)
-    reporter = _reporter(progress, setup, before)
+    if options.resume and (metrics := finished_run(setup.output, setup.record)) is not None:
+        progress.say(f"The run in {setup.output} is finished: nothing is left to train.")
+        return metrics
+    begun = _beginning(setup, processes)
+    if begun.finished:
+        progress.say(f"The run has reached its last step, {steps}: nothing is left to train, only to write.")
+    elif begun.steps < steps:
+        progress.say(
+            f"The run was to have {begun.steps} steps and goes on to {steps}. From here the learning rate "
+            f"follows the {options.lr_scheduler_type} schedule of {steps} steps."
+        )
+    reporter = _reporter(progress, setup, begun)
     setup_is_new = not setup.output.exists()
     try:
         with ExitStack() as stack, quiet_transformers():
             reporter.stack = stack
             trainer = (make_trainer or _of_objective(chosen))(setup, [reporter])
             trainer.clock = reporter.seconds
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            if begun.finished:
+                _load(trainer, str(begun.checkpoint))
+                reporter.evaluate_if_due(trainer.state)
+                trainer.accelerator.wait_for_everyone()  # what is loaded may be removed next
+            else:
+                trainer.train(resume_from_checkpoint=begun.checkpoint and str(begun.checkpoint))
     except BaseException:
         if setup_is_new and setup.output.is_dir() and not any(setup.output.iterdir()):
             setup.output.rmdir()
         raise
     state = trainer.state
-    if state.global_step < state.max_steps and setup.stop.anywhere():
+    unfinished = state.global_step < state.max_steps or reporter.lacks_evaluation(state)
+    if unfinished and setup.stop.anywhere():
         place = setup.output / f"checkpoint-{state.global_step}"
         raise Interrupted(state.global_step, state.max_steps, place)
     metrics = {
@@ -150,24 +175,53 @@ def _of_objective(objective: Objective) -> Making:
     return lambda setup, callbacks: objective_trainer(setup, objective, callbacks)
 
 
-def _beginning(setup: Setup, processes: int) -> tuple[Path | None, float]:
-    """(checkpoint to go on from, seconds that were spent before it)."""
+@dataclasses.dataclass(frozen=True)
+class _Beginning:
+    """Where a run begins.
+
+    Attributes:
+        checkpoint: What it goes on from.
+        seconds: Spent before.
+        steps: Those that the run was to have when the checkpoint was written.
+        finished: The last step is done.
+    """
+
+    checkpoint: Path | None
+    seconds: float
+    steps: int
+    finished: bool
+
+
+def _beginning(setup: Setup, processes: int) -> _Beginning:
     if setup.options.resume:
         checkpoint = last_checkpoint(setup.output, processes)
-        return checkpoint, check_same_run(checkpoint, setup.record)
+        seconds, steps = check_same_run(checkpoint, setup.record)
+        return _Beginning(checkpoint, seconds, steps, finished=step_of(checkpoint) >= setup.steps)
     if os.environ.get("RANK", "0") == "0":
         begin_afresh(setup.output, setup.options.overwrite_output_dir)
-    return None, 0.0
+    return _Beginning(None, 0.0, setup.steps, finished=False)
+
+
+def _load(trainer: Any, checkpoint: str) -> None:
+    """The weights and the history of a checkpoint after which there is nothing to train.
+
+    The Trainer's loop has no such case: it takes one step more and then asks whether that was the last.
+    """
+    from transformers import TrainerState
+
+    trainer.state = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
+    trainer._load_from_checkpoint(checkpoint)
 
 
 def _write(setup: Setup, metrics: dict[str, Any]) -> None:
-    """Adapter, tokenizer and metrics; then checkpoints that nobody asked for are removed."""
+    """Adapter, tokenizer, metrics, then whose they are; checkpoints that nobody asked for are removed."""
     try:
         # A trainer may have put an adapter of its own beside ours.
         only = {"selected_adapters": list(setup.record["adapters"])} if setup.record["adapters"] else {}
         setup.model.save_pretrained(setup.output, **only)
         setup.tokenizer.save_pretrained(setup.output)
-        write_json(setup.output / "metrics.json", metrics)
+        write_json(setup.output / METRICS_NAME, metrics)
+        write_json(setup.output / RUN_NAME, setup.record)
     except OSError as error:
         last = checkpoints(setup.output)
         way = f"make room and --resume goes on from {last[-1]}" if last else "what was learned is lost"
@@ -176,7 +230,7 @@ def _write(setup: Setup, metrics: dict[str, Any]) -> None:
         ) from error
     if not setup.options.save_steps:
         for place in checkpoints(setup.output):
-            shutil.rmtree(place, ignore_errors=True)
+            remove_checkpoint(place)
 
 
 def _evaluations(history: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -188,7 +242,7 @@ def _evaluations(history: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def _reporter(progress: Progress, setup: Setup, before: float) -> Any:
+def _reporter(progress: Progress, setup: Setup, beginning: _Beginning) -> Any:
     """A callback for progress, evaluation, stopping, and losses that are no number."""
     from transformers import TrainerCallback
 
@@ -202,11 +256,18 @@ def _reporter(progress: Progress, setup: Setup, before: float) -> Any:
 
         def seconds(self) -> float:
             """Of the whole run, also before its last checkpoint."""
-            return before + time.monotonic() - self.begun
+            return beginning.seconds + time.monotonic() - self.begun
 
-        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        def on_train_begin(
+            self, args: Any, state: Any, control: Any, lr_scheduler: Any = None, **kwargs: Any
+        ) -> None:
             self.tokens = state.num_input_tokens_seen or 0
-            self._evaluate_if_due(state)
+            # What the checkpoint says of these goes before what the options say now.
+            state.save_steps = args.save_steps
+            if beginning.steps < setup.steps:
+                lr_scheduler.last_epoch -= 1
+                lr_scheduler.step()
+            self.evaluate_if_due(state)
             self.advance = self.stack.enter_context(progress.bar("training", state.max_steps))
             self.advance(state.global_step, "")
 
@@ -219,7 +280,7 @@ def _reporter(progress: Progress, setup: Setup, before: float) -> Any:
                 control.should_save = control.should_training_stop = True
                 control.should_evaluate = False
             else:
-                control.should_evaluate = self._due(state)
+                control.should_evaluate = self.lacks_evaluation(state)
             return control
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
@@ -239,16 +300,15 @@ def _reporter(progress: Progress, setup: Setup, before: float) -> Any:
             rate = ((state.num_input_tokens_seen or 0) - self.tokens) / max(self.working, 1e-9)
             self.advance(1, f"loss {told['loss']:.3f}, {rate:,.0f} tokens/s")
 
-        def _due(self, state: Any) -> bool:
+        def lacks_evaluation(self, state: Any) -> bool:
             every, step = setup.options.eval_steps, state.global_step
-            return bool(setup.eval_rows) and (
-                step in (0, state.max_steps) or bool(every and step % every == 0)
-            )
-
-        def _evaluate_if_due(self, state: Any) -> None:
-            """Before the first step, and where a run was cut off between a step and its evaluation."""
+            due = step in (0, state.max_steps) or bool(every and step % every == 0)
             known = [entry["step"] for entry in state.log_history if "eval_loss" in entry]
-            if self._due(state) and state.global_step not in known:
+            return bool(setup.eval_rows) and due and step not in known
+
+        def evaluate_if_due(self, state: Any) -> None:
+            """Before the first step, and where a run was cut off between a step and its evaluation."""
+            if self.lacks_evaluation(state):
                 self.trainer.evaluate()
 
     return Reporter()

@@ -92,7 +92,12 @@ class TrainOptions:
     )
     save_steps: int = option(0, "Output", "Steps between checkpoints; 0 writes none.", free=True)
     save_total_limit: int = option(2, "Output", "Checkpoints kept, the newest.", free=True)
-    resume: bool = option(False, "Output", "Go on from the last checkpoint in --output.", free=True)
+    resume: bool = option(
+        False,
+        "Output",
+        "Go on from the last checkpoint in --output; a finished run stays as it is.",
+        free=True,
+    )
     overwrite_output_dir: bool = option(
         False, "Output", "Remove the checkpoints of an earlier run in --output.", free=True
     )

@@ -1,4 +1,8 @@
-"""Checkpoints of a run: which one is whole, and whether it belongs to the run that would go on from it."""
+"""Checkpoints of a run: which one is whole, whether it belongs to the run that goes on, what is left to do.
+
+A checkpoint, and the output of a run that is finished, hold a file that says which run wrote them. It is the
+last to be written and the first to be removed, so that a directory that holds it is whole.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +16,16 @@ from pathlib import Path
 from typing import Any
 
 from ..atomic import atomic_file
-from ..errors import TrainingError
+from ..checkpoint import open_adapter
+from ..errors import AdapterFileError, TrainingError
 from .options import TrainOptions
 
-#: Beside what the Trainer writes into a checkpoint.
+#: Says which run wrote a directory; written last.
 RUN_NAME = "veneer_run.json"
+METRICS_NAME = "metrics.json"
+#: Options that say how long a run is. It may become longer.
+_LENGTH = {"epochs", "max_steps"}
+_RECORD = {"steps", "options", "adapters", "data", "evaluation data", "processes"}
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -27,11 +36,17 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def run_record(
-    model: Any, rows: Sequence[Any], eval_rows: Sequence[Any], options: TrainOptions, processes: int
+    model: Any,
+    rows: Sequence[Any],
+    eval_rows: Sequence[Any],
+    options: TrainOptions,
+    processes: int,
+    steps: int,
 ) -> dict[str, Any]:
-    """All that the losses of a run depend on."""
+    """All that the losses of a run depend on, and how many steps it has."""
     adapters = getattr(model, "peft_config", None) or {}
     return {
+        "steps": steps,
         "options": {
             part.name: getattr(options, part.name)
             for part in dataclasses.fields(options)
@@ -60,21 +75,22 @@ def digest(rows: Sequence[Any]) -> str:
 
 
 def last_checkpoint(output: Path, processes: int = 1) -> Path:
-    """The newest checkpoint that was written to its end: the Trainer's state is the last of its files.
+    """The newest checkpoint that is whole; `check_same_run` says whose it is.
 
     Raises:
         TrainingError: There is none.
     """
-    numbers = _numbered(output)
-    whole = [n for n in sorted(numbers) if _is_whole(numbers[n], processes)]
+    found = checkpoints(output)
+    whole = [place for place in found if _is_whole(place, processes)]
     if whole:
-        return numbers[whole[-1]]
-    if numbers:
+        return whole[-1]
+    if found:
         raise TrainingError(
             f"nothing to resume: {output} holds no complete checkpoint (of {processes} "
-            f"process{'es' * (processes > 1)}). Start without --resume and with --overwrite-output-dir."
+            f"process{'es' * (processes > 1)}), only what was cut off or was not written by veneer train. "
+            "Start without --resume and with --overwrite-output-dir."
         )
-    done = "; the run that it holds went to its end" if (output / "metrics.json").is_file() else ""
+    done = "; the run that it holds went to its end" if (output / METRICS_NAME).is_file() else ""
     raise TrainingError(
         f"nothing to resume: {output} holds no checkpoint{done}. Start without --resume; "
         "Ctrl-C writes one, and --save-steps N one every N steps."
@@ -83,21 +99,33 @@ def last_checkpoint(output: Path, processes: int = 1) -> Path:
 
 def checkpoints(output: Path) -> list[Path]:
     """All checkpoints in a directory, whole or not, by their step."""
-    numbers = _numbered(output)
-    return [numbers[n] for n in sorted(numbers)]
+    found = [place for place in output.glob("checkpoint-*") if place.name.partition("-")[2].isdigit()]
+    return sorted(found, key=step_of)
 
 
-def _numbered(output: Path) -> dict[int, Path]:
-    return {
-        int(place.name.removeprefix("checkpoint-")): place
-        for place in output.glob("checkpoint-*")
-        if place.name.removeprefix("checkpoint-").isdigit()
-    }
+def step_of(checkpoint: Path) -> int:
+    """The step that a checkpoint was written after."""
+    return int(checkpoint.name.partition("-")[2])
 
 
 def _is_whole(place: Path, processes: int) -> bool:
-    states = [place / f"rng_state_{rank}.pth" for rank in range(processes)] if processes > 1 else []
-    return _json(place / "trainer_state.json") is not None and all(state.is_file() for state in states)
+    run = _record(place)
+    if run is None or _json(place / "trainer_state.json") is None:
+        return False
+    states = [f"rng_state_{rank}.pth" for rank in range(processes)] if processes > 1 else []
+    sizes = _sizes(place)
+    return run.get("files", {}).items() <= sizes.items() and all(name in sizes for name in states)
+
+
+def _sizes(place: Path) -> dict[str, int]:
+    files = (path for path in sorted(place.rglob("*")) if path.is_file() and path.name != RUN_NAME)
+    return {path.relative_to(place).as_posix(): path.stat().st_size for path in files}
+
+
+def _record(place: Path) -> dict[str, Any] | None:
+    """Which run a checkpoint or an output is of, see `run_record`; None where nothing says so."""
+    found = _json(place / RUN_NAME)
+    return found if isinstance(found, dict) and found.keys() >= _RECORD else None
 
 
 def _json(path: Path) -> Any:
@@ -107,39 +135,69 @@ def _json(path: Path) -> Any:
         return None
 
 
-def check_same_run(checkpoint: Path, now: Mapping[str, Any]) -> float:
-    """Seconds that the run took until its checkpoint.
+def complete_checkpoint(place: Path, record: Mapping[str, Any], seconds: float) -> None:
+    """Say that a checkpoint is whole: which run it is of, what it took, and what it holds."""
+    write_json(place / RUN_NAME, {**record, "seconds": seconds, "files": _sizes(place)})
+
+
+def remove_checkpoint(place: Path) -> None:
+    """Remove a checkpoint; a part that is left after a kill is not taken for a whole one."""
+    (place / RUN_NAME).unlink(missing_ok=True)
+    shutil.rmtree(place, ignore_errors=True)
+
+
+def check_same_run(checkpoint: Path, now: Mapping[str, Any]) -> tuple[float, int]:
+    """(seconds that the run took until its checkpoint, steps that it was to have).
 
     Raises:
-        TrainingError: It belongs to a run with other options, data or processes; names each difference.
+        TrainingError: It belongs to a run with other options, data or processes, or to a longer one; names
+            each difference.
     """
     then = _json(checkpoint / RUN_NAME)
-    if not isinstance(then, dict):
-        raise TrainingError(
-            f"{checkpoint} was not written by veneer train (it has no {RUN_NAME}), so nobody can say whether "
-            "it belongs to this run. Start without --resume."
-        )
-    differences = [
-        f"{name} was {_told(was)} and is {_told(now['options'].get(name))}"
-        for name, was in then["options"].items()
-        if was != _plain(now["options"]).get(name)
-    ]
-    if not differences and then["adapters"] != now["adapters"]:
-        keys = {
-            k for n, c in then["adapters"].items() for k in c if now["adapters"].get(n, {}).get(k) != c[k]
-        }
-        differences.append(f"the adapter has another {', '.join(sorted(keys)) or 'name'}")
-    differences += [
-        f"the {name} {'have other rows' if 'data' in name else f'were {then[name]} and are {now[name]}'}"
-        for name in ("data", "evaluation data", "processes")
-        if then[name] != now[name]
-    ]
-    if differences:
+    if differences := _differences(then, now):
         raise TrainingError(
             f"{checkpoint} belongs to another run: {'; '.join(differences)}. --resume goes on with the same "
             "run: give the same options and data, or start a new run in another --output."
         )
-    return float(then.get("seconds", 0.0))
+    return float(then["seconds"]), int(then["steps"])
+
+
+def finished_run(output: Path, now: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The metrics of a run that went to its end in this directory, and whose adapter is there; else None."""
+    then, metrics = _record(output), _json(output / METRICS_NAME)
+    if then is None or not isinstance(metrics, dict):
+        return None
+    if then["steps"] != now["steps"] or _differences(then, now):
+        return None
+    try:
+        for name in now["adapters"]:
+            open_adapter(output if name == "default" else output / name)
+    except AdapterFileError:
+        return None
+    return metrics
+
+
+def _differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """How a run differs from the one that would go on from it; that it is longer is no difference alone."""
+    options = {
+        name: f"{name} was {_told(was)} and is {_told(now['options'].get(name))}"
+        for name, was in then["options"].items()
+        if was != _plain(now["options"]).get(name)
+    }
+    others = []
+    if options.keys() <= _LENGTH and then["adapters"] != now["adapters"]:
+        keys = {
+            k for n, c in then["adapters"].items() for k in c if now["adapters"].get(n, {}).get(k) != c[k]
+        }
+        others.append(f"the adapter has another {', '.join(sorted(keys)) or 'name'}")
+    others += [
+        f"the {name} {'have other rows' if 'data' in name else f'were {then[name]} and are {now[name]}'}"
+        for name in ("data", "evaluation data", "processes")
+        if then[name] != now[name]
+    ]
+    if not others and options.keys() <= _LENGTH and now["steps"] >= then["steps"]:
+        return []
+    return [*options.values(), *others]
 
 
 def _told(value: object) -> str:
@@ -147,10 +205,10 @@ def _told(value: object) -> str:
 
 
 def begin_afresh(output: Path, overwrite: bool) -> None:
-    """See to it that no checkpoint of an earlier run lies where this one will put its own.
+    """See to it that nothing of an earlier run lies where it would be taken for a part of this one.
 
     Raises:
-        TrainingError: One does, and it is not to be removed.
+        TrainingError: A checkpoint does, and it is not to be removed.
     """
     found = checkpoints(output)
     if found and not overwrite:
@@ -160,7 +218,8 @@ def begin_afresh(output: Path, overwrite: bool) -> None:
             "--output, or remove them with --overwrite-output-dir."
         )
     for place in found:
-        shutil.rmtree(place)
+        remove_checkpoint(place)
+    (output / RUN_NAME).unlink(missing_ok=True)
 
 
 def reason(error: BaseException) -> str:

@@ -6,7 +6,6 @@ import dataclasses
 import difflib
 import math
 import os
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from ..errors import ConfigError, TrainingError
 from ..integrations.transformers import enable_trainer
 from .objectives import Objective, evaluate
 from .options import TrainOptions
-from .resuming import RUN_NAME, reason, write_json
+from .resuming import RUN_NAME, checkpoints, complete_checkpoint, reason, remove_checkpoint, step_of
 from .stopping import Interrupted, Stop
 
 
@@ -34,7 +33,7 @@ class Setup:
         output: Where checkpoints go.
         options: How to train.
         steps: Optimizer steps of the whole run.
-        record: Written into each checkpoint, see `run_record`; the trainer adds the seconds.
+        record: What tells this run from others, see `run_record`; written into each checkpoint.
         stop: Whether the run was asked to stop.
     """
 
@@ -76,7 +75,6 @@ def arguments(setup: Setup) -> dict[str, Any]:
         "logging_nan_inf_filter": False,
         "save_strategy": "steps" if options.save_steps else "no",
         "save_steps": options.save_steps or 500,
-        "save_total_limit": options.save_total_limit,
         "include_num_input_tokens_seen": "non_padding",
         "disable_tqdm": True,
         "report_to": _integrations(options.report_to),
@@ -265,11 +263,15 @@ def keeping(base: type) -> type:
             place = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
             try:
                 if self.args.should_save:
-                    write_json(place / RUN_NAME, {**self.setup.record, "seconds": self.clock()})
+                    (place / RUN_NAME).unlink(missing_ok=True)
                 super()._save_checkpoint(*args, **kwargs)
+                self.accelerator.wait_for_everyone()  # each process writes a file of its own
+                if self.args.should_save:
+                    complete_checkpoint(place, self.setup.record, self.clock())
+                    self._remove_old()
             except BaseException as error:
                 if self.args.should_save:
-                    shutil.rmtree(place, ignore_errors=True)
+                    remove_checkpoint(place)
                 if not isinstance(error, Exception):
                     raise
                 raise TrainingError(
@@ -277,6 +279,12 @@ def keeping(base: type) -> type:
                     f"{self.state.global_step}; earlier checkpoints are whole, and --resume goes on from the "
                     "last one."
                 ) from error
+
+        def _remove_old(self) -> None:
+            """Not the Trainer's way, which may be killed half-way and removes before the new one is whole."""
+            written = [p for p in checkpoints(self.setup.output) if step_of(p) <= self.state.global_step]
+            for place in written[: -self.setup.options.save_total_limit]:
+                remove_checkpoint(place)
 
     return Keeping
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,36 @@ def test_train_resumes(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     (tmp_path / "cut" / "checkpoint-4").rmdir()
     assert main(train_words(base, data, tmp_path / "cut", "--resume", "--json")) == 0
     assert json.loads(capsys.readouterr().out)["losses"] == whole
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo"])
+@pytest.mark.parametrize("left", ["all", "no picture", "no result", "no last checkpoint"])
+def test_a_finished_run_is_resumed_without_training(
+    left: str, method: str, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, out = tmp_path / "data.jsonl", tmp_path / "out"
+    lines = [{"prompt": f"{n}", "chosen": "a", "rejected": "b"} for n in range(8)]
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    if method == "sft":
+        saved_records(data)
+    steady = ["--lr-scheduler-type", "constant", "--lora-dropout", "0.1", "--max-steps", "5"]
+    words = train_words(base, data, out, "--json", "--method", method, "--save-steps", "2", *steady)
+    assert main(words) == 0
+    whole = json.loads(capsys.readouterr().out)
+    adapter = (out / "adapter_model.safetensors").read_bytes()
+    lost = {"all": [], "no picture": ["loss.png"]}.get(left, ["metrics.json", "adapter_model.safetensors"])
+    for name in [*lost, *(["veneer_run.json"] if len(lost) > 1 else [])]:
+        (out / name).unlink()
+    if left == "no last checkpoint":
+        shutil.rmtree(out / "checkpoint-5")
+    assert main([*words, "--resume"]) == 0
+    captured = capsys.readouterr()
+    resumed = json.loads(captured.out)
+    assert resumed["losses"] == whole["losses"] and resumed["steps"] == 5
+    assert (out / "adapter_model.safetensors").read_bytes() == adapter
+    assert (out / "loss.png").is_file() and (out / "metrics.json").is_file()
+    assert ("nothing is left to train" in captured.err) == (left != "no last checkpoint")
+    assert ("training 5/5" in captured.err) == (left == "no last checkpoint")
 
 
 def test_train_says_what_was_cut(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

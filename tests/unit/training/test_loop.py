@@ -51,9 +51,10 @@ def run(output: Path, dropout: float = 0.0, **options: Any) -> list[float]:
 
 
 def whole_run(output: Path, dropout: float = 0.0, **options: Any) -> dict[str, Any]:
-    rest = {name: options.pop(name) for name in ("eval_rows", "stop") if name in options}
+    rest = {name: options.pop(name) for name in ("eval_rows", "stop", "make_trainer") if name in options}
+    progress = options.pop("progress", None)
     settings = {"learning_rate": 1e-2, "batch_size": 4, **options}
-    return train(adapted(dropout), TOKENIZER, ROWS, output, TrainOptions(**settings), **rest)
+    return train(adapted(dropout), TOKENIZER, ROWS, output, TrainOptions(**settings), progress, **rest)
 
 
 def losses_of(metrics: dict[str, Any]) -> list[float]:
@@ -188,8 +189,8 @@ def test_checkpoints_that_nobody_asked_for_are_removed_at_the_end(tmp_path: Path
         whole_run(tmp_path, max_steps=4, stop=StopAfter(2))
     run(tmp_path, max_steps=4, resume=True)
     assert not list(tmp_path.glob("checkpoint-*"))
-    with pytest.raises(TrainingError, match="went to its end"):
-        run(tmp_path, max_steps=4, resume=True)
+    with pytest.raises(TrainingError, match="no checkpoint; the run that it holds went to its end"):
+        run(tmp_path, max_steps=6, resume=True)
 
 
 @pytest.mark.parametrize(
@@ -260,3 +261,137 @@ def test_ways_to_save_memory_change_no_loss(how: dict[str, Any], tmp_path: Path)
     plain = run(tmp_path / "a", max_steps=4)
     sparing = run(tmp_path / "b", max_steps=4, **how)
     assert_close(torch.tensor(plain), torch.tensor(sparing), TRAINING)
+
+
+def everything(place: Path) -> dict[Path, tuple[bytes, int]]:
+    return {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in place.rglob("*") if p.is_file()}
+
+
+#: The rate is not at zero in the end: a step too many would change the adapter. An epoch has four steps.
+STEADY = {"lr_scheduler_type": "constant", "dropout": 0.1}
+
+
+@pytest.mark.parametrize("length", [{"max_steps": 6}, {"epochs": 1.5}, {"epochs": 2}], ids=str)
+@pytest.mark.parametrize("save_steps", [0, 3])
+def test_a_finished_run_is_not_trained_again(length: dict[str, Any], save_steps: int, tmp_path: Path) -> None:
+    how = {**STEADY, **length, "save_steps": save_steps, "eval_rows": ROWS[:3]}
+    first = whole_run(tmp_path, **how)
+    before = everything(tmp_path)
+    listening = Listening()
+    again = whole_run(tmp_path, resume=True, progress=listening, **how)
+    assert again == first == json.loads((tmp_path / "metrics.json").read_text())
+    assert everything(tmp_path) == before
+    assert ["finished" in note for note in listening.notes] == [True]
+
+
+@pytest.mark.parametrize("lost", [["adapter_model.safetensors"], ["metrics.json"], ["veneer_run.json"]])
+@pytest.mark.parametrize("length", [{"max_steps": 6}, {"epochs": 2}], ids=str)
+def test_what_a_finished_run_lacks_is_written(
+    lost: list[str], length: dict[str, Any], tmp_path: Path
+) -> None:
+    how = {**STEADY, **length, "save_steps": 3, "eval_rows": ROWS[:3]}
+    first = whole_run(tmp_path, **how)
+    before = everything(tmp_path)
+    for name in lost:
+        (tmp_path / name).unlink()
+    listening = Listening()
+    again = whole_run(tmp_path, resume=True, progress=listening, **how)
+    timeless = {name: value for name, value in first.items() if name not in ("seconds", "options")}
+    assert {name: again[name] for name in timeless} == timeless
+    assert listening.total == 0 and "reached its last step" in listening.notes[0]
+    assert everything(tmp_path).keys() == before.keys()
+    weights = tmp_path / "adapter_model.safetensors"
+    assert weights.read_bytes() == before[weights][0]
+
+
+def test_more_steps_are_gone_on_to(tmp_path: Path) -> None:
+    """With a schedule that does not depend on the length, the longer run is the one of that length."""
+    whole = whole_run(tmp_path / "whole", max_steps=7, **STEADY)
+    whole_run(tmp_path / "cut", max_steps=5, save_steps=5, **STEADY)
+    longer = whole_run(tmp_path / "cut", max_steps=7, resume=True, **STEADY)
+    assert longer["losses"] == whole["losses"] and longer["steps"] == 7
+    same = (tmp_path / place / "adapter_model.safetensors" for place in ("whole", "cut"))
+    assert len({file.read_bytes() for file in same}) == 1
+
+
+def test_more_epochs_follow_the_schedule_of_the_longer_run(tmp_path: Path) -> None:
+    whole = whole_run(tmp_path / "whole", epochs=2)
+    whole_run(tmp_path / "cut", epochs=1, save_steps=4)
+    listening = Listening()
+    longer = whole_run(tmp_path / "cut", epochs=2, resume=True, progress=listening)
+    assert [entry["learning_rate"] for entry in longer["losses"][4:]] == [
+        entry["learning_rate"] for entry in whole["losses"][4:]
+    ]
+    assert "was to have 4 steps and goes on to 8" in listening.notes[0] and "linear" in listening.notes[0]
+
+
+def test_a_run_that_its_trainer_ended_early_is_finished(tmp_path: Path) -> None:
+    from transformers import TrainerCallback
+
+    from veneer.training.data import Collator, pad_token
+    from veneer.training.objectives import Answers
+    from veneer.training.trainer import objective_trainer
+
+    class Early(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+            control.should_training_stop = state.global_step == 3
+            return control
+
+    def making(setup: Any, callbacks: Any) -> Any:
+        return objective_trainer(setup, Answers(Collator(pad_token(TOKENIZER))), [*callbacks, Early()])
+
+    first = whole_run(tmp_path, max_steps=6, save_steps=2, make_trainer=making)
+    assert first["steps"] == 3
+    before = everything(tmp_path)
+    assert whole_run(tmp_path, max_steps=6, save_steps=2, resume=True, make_trainer=making) == first
+    assert everything(tmp_path) == before
+
+
+def test_stopped_in_its_last_evaluation_it_still_has_that_to_do(tmp_path: Path) -> None:
+    class AskedAtTheEnd(Stop):
+        """Asked to stop when the last evaluation has begun; the first has asked twice."""
+
+        times = 0
+
+        @property
+        def asked(self) -> bool:
+            self.times += 1
+            return self.times > 2
+
+        @asked.setter
+        def asked(self, value: bool) -> None:
+            pass
+
+        def anywhere(self) -> bool:
+            return self.times > 2
+
+    how = {"max_steps": 3, "eval_rows": ROWS[:5], **STEADY}
+    whole = whole_run(tmp_path / "whole", **how)
+    with pytest.raises(Interrupted) as left:
+        whole_run(tmp_path / "cut", stop=AskedAtTheEnd(), **how)
+    assert left.value.step == left.value.steps == 3
+    resumed = whole_run(tmp_path / "cut", resume=True, **how)
+    assert resumed["losses"] == whole["losses"] and resumed["evaluations"] == whole["evaluations"]
+    assert len(resumed["evaluations"]) == 2
+
+
+def test_how_often_checkpoints_are_written_may_change(tmp_path: Path) -> None:
+    run(tmp_path, max_steps=4, save_steps=4)
+    run(tmp_path, max_steps=8, save_steps=3, save_total_limit=9, resume=True)
+    steps = sorted(int(place.name.partition("-")[2]) for place in tmp_path.glob("checkpoint-*"))
+    assert steps == [4, 6, 8]
+
+
+def test_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
+    run(tmp_path, max_steps=5, save_steps=1, save_total_limit=2)
+    assert {place.name for place in tmp_path.glob("checkpoint-*")} == {"checkpoint-4", "checkpoint-5"}
+
+
+def test_a_new_run_is_not_taken_for_the_finished_one_before_it(tmp_path: Path) -> None:
+    how = {"max_steps": 4, **STEADY}
+    whole = run(tmp_path, **how)
+    with pytest.raises(Interrupted):
+        whole_run(tmp_path, stop=StopAfter(2), **how)
+    listening = Listening()
+    assert losses_of(whole_run(tmp_path, resume=True, progress=listening, **how)) == whole
+    assert len([note for note in listening.notes if note[0] == 1]) == 2
