@@ -9,7 +9,7 @@ says so instead of correcting them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Reversible, Sequence
+from collections.abc import Callable, Iterable, Iterator, Reversible, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -170,9 +170,16 @@ class AdapterModule(nn.Module):
     def set_strength(self, adapter_name: str, factor: float) -> None:
         """Let an adapter count ``factor`` times as much as configured, where that has a meaning."""
 
+    def copying(self, old: str, new: str) -> Callable[[], None]:
+        """A call that gives this module an adapter ``new`` with copies of the tensors of ``old``, not active.
+
+        The copies are made before the call.
+        """
+        raise NotImplementedError
+
     def copy_adapter(self, old: str, new: str) -> None:
         """Give this module an adapter ``new`` with copies of the tensors of ``old``; it is not active."""
-        raise NotImplementedError
+        self.copying(old, new)()
 
     def note_active(self, names: Sequence[str]) -> None:
         """Take over what is active in the model, without touching what is trainable."""

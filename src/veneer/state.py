@@ -468,17 +468,17 @@ def set_adapter_state_dict(
     changed = [n for n, k in beside.items() if n in copies or differs_from_base(root, names[n], tensors[k])]
     if under := [n for n in changed if merged_over(root, names[n])]:
         raise MergeError(f"another adapter is merged into {' and '.join(under)}: unmerge_adapter() first")
-    meta = {}
+    meta: dict[str, Tensor] = {}
+    present: dict[str, Tensor] = {}
     for key, name in report.renamed.items():
         if name in beside and name not in changed:
             continue
-        place = every[name]
-        if place.is_meta:
-            meta[name] = tensors[key]
-        else:
-            sharded.write_into(place, tensors[key])
-    if meta:
-        _materialise(model, adapter, meta)
+        (meta if every[name].is_meta else present)[name] = tensors[key]
+    made = _materialised(model, adapter, meta) if meta else []
+    for name, value in present.items():
+        sharded.write_into(every[name], value)
+    for module, name, tensor in made:
+        setattr(module, name, tensor)
     _write_back(model, adapter, copies, carried)
     return report
 
@@ -494,23 +494,27 @@ def _write_back(model: nn.Module, adapter: str, values: dict[str, Tensor], embed
             now[disk].tensor.copy_(values.pop(disk))
 
 
-def _materialise(model: nn.Module, adapter: str, values: Mapping[str, Tensor]) -> None:
-    """Replace parameters on the meta device by parameters with values."""
-    by_memory = {s.memory: values[s.disk] for s in slots(model, adapter) if s.disk in values}
-    for path, module in model.named_modules():
-        own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-        for name, tensor in own:
-            value = by_memory.get(_clean(f"{path}.{name}" if path else name))
-            if value is not None and tensor.is_meta:
-                new = value.detach().clone().to(tensor.dtype)
-                is_trained = isinstance(tensor, nn.Parameter)
-                setattr(module, name, nn.Parameter(new, tensor.requires_grad) if is_trained else new)
+def _materialised(
+    model: nn.Module, adapter: str, values: Mapping[str, Tensor]
+) -> list[tuple[nn.Module, str, Tensor]]:
+    """Tensors with values for those on the meta device: the module that gets each, and under which name."""
+    devices: dict[int, torch.device] = {}
     for _, module in walk(model):
         if isinstance(module, LoraLayer) and adapter in module.held_adapters:
-            device = module.base_device()
-            frozen = module.residual(adapter) or ()
-            for tensor in (*module.adapter_parameters(adapter), *frozen):
-                tensor.data = tensor.data.to(device)
+            own = (*module.adapter_parameters(adapter), *(module.residual(adapter) or ()))
+            devices.update(dict.fromkeys(map(id, own), module.base_device()))
+    made: list[tuple[nn.Module, str, Tensor]] = []
+    by_memory = {s.memory: values[s.disk] for s in slots(model, adapter) if s.disk in values}
+    for path, module in model.named_modules():
+        tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+        for name, tensor in tensors:
+            value = by_memory.get(_clean(f"{path}.{name}" if path else name))
+            if value is not None and tensor.is_meta:
+                device = devices.get(id(tensor), value.device)
+                new = value.detach().to(device=device, dtype=tensor.dtype, copy=True)
+                is_trained = isinstance(tensor, nn.Parameter)
+                made.append((module, name, nn.Parameter(new, tensor.requires_grad) if is_trained else new))
+    return made
 
 
 def base_fingerprint(model: nn.Module, targets: Mapping[str, LoraLayer] | None = None) -> dict[str, Any]:

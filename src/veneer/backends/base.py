@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -72,6 +73,11 @@ class Backend(abc.ABC):
     @abc.abstractmethod
     def write(self, module: nn.Module, tensor: Tensor, name: str = "weight") -> None:
         """Store ``tensor`` as the weight of that name, in place where shape and dtype allow."""
+
+    def writing(self, module: nn.Module, tensor: Tensor, name: str = "weight") -> Callable[[], None]:
+        """A call that does ``write(module, tensor, name)``; what takes memory is done before the call."""
+        device, dtype = self.tensor_device(module, name), self.tensor_dtype(module, name)
+        return partial(self.write, module, tensor.detach().to(device=device, dtype=dtype), name)
 
     def device(self, module: nn.Module) -> torch.device:
         """Where the factors beside this layer belong: the device that computes with it."""

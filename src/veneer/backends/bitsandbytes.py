@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, ClassVar, cast
 
 import torch
@@ -46,15 +47,21 @@ class _Quantised(Backend):
     def write(self, module: nn.Module, tensor: Tensor, name: str = "weight") -> None:
         """Quantise into a new parameter, as the present one is; the present one is left as it is."""
         if name == "weight":
-            self._store(module, tensor.detach())
+            self.writing(module, tensor)()
             return
         with torch.no_grad():
             getattr(module, name).copy_(tensor)
 
+    def writing(self, module: nn.Module, tensor: Tensor, name: str = "weight") -> Callable[[], None]:
+        """A call that puts the new parameter in."""
+        if name == "weight":
+            return self._storing(module, tensor.detach())
+        return super().writing(module, tensor, name)
+
     def _dequantised(self, module: nn.Module) -> Tensor:
         raise NotImplementedError
 
-    def _store(self, module: nn.Module, tensor: Tensor) -> None:
+    def _storing(self, module: nn.Module, tensor: Tensor) -> Callable[[], None]:
         raise NotImplementedError
 
 
@@ -105,10 +112,10 @@ class FourBits(_Quantised):
         new.quant_state.dtype = state.dtype
         return new
 
-    def _store(self, module: nn.Module, tensor: Tensor) -> None:
+    def _storing(self, module: nn.Module, tensor: Tensor) -> Callable[[], None]:
         if _packed(module):
             _unpack(module)
-        self._put(module, self._again(module, tensor.float()))
+        return partial(self._put, module, self._again(module, tensor.float()))
 
     def _put(self, module: nn.Module, weight: Any) -> None:
         module.weight = weight
@@ -191,19 +198,23 @@ class EightBits(_Quantised):
         dense: Tensor = _library().functional.int8_vectorwise_dequant(weight, self._scale(module))
         return dense
 
-    def _store(self, module: nn.Module, tensor: Tensor) -> None:
+    def _storing(self, module: nn.Module, tensor: Tensor) -> Callable[[], None]:
         layer: Any = module
         if self._codes(module):
             codes, scale = _quantise_rows(tensor)
-            self.put_back(module, {"weight": codes, "scale_bits": scale.view(torch.int32)})
-        else:
-            new = _library().nn.Int8Params(
-                tensor.to(layer.weight.dtype, copy=True),
-                requires_grad=layer.weight.requires_grad,
-                has_fp16_weights=True,
-            )
-            layer.weight = new
-            layer.state.reset_grads()
+            kept = {"weight": codes, "scale_bits": scale.view(torch.int32)}
+            return partial(self._put, layer, self.parts(module, kept)[0]["weight"])
+        new = _library().nn.Int8Params(
+            tensor.to(layer.weight.dtype, copy=True),
+            requires_grad=layer.weight.requires_grad,
+            has_fp16_weights=True,
+        )
+        return partial(self._put, layer, new)
+
+    def _put(self, module: nn.Module, weight: Any) -> None:
+        layer: Any = module
+        layer.weight = weight
+        layer.state.reset_grads()
 
     def keep(self, module: nn.Module, name: str = "weight") -> dict[str, Tensor]:
         """The codes, and the bits of the scales: a cast of the model must not round them."""
@@ -214,9 +225,7 @@ class EightBits(_Quantised):
 
     def put_back(self, module: nn.Module, kept: Mapping[str, Tensor], name: str = "weight") -> None:
         """A parameter with these codes."""
-        layer: Any = module
-        layer.weight = self.parts(module, kept)[0]["weight"]
-        layer.state.reset_grads()
+        self._put(module, self.parts(module, kept)[0]["weight"])
 
     def parts(
         self, module: nn.Module, kept: Mapping[str, Tensor]

@@ -7,7 +7,7 @@ values are. The hook is recognised by its attributes, so accelerate need not be 
 from __future__ import annotations
 
 import copy
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
 from typing import Any
 
 import torch
@@ -86,6 +86,10 @@ class Offloaded(Backend):
 
     def write(self, module: nn.Module, tensor: Tensor, name: str = "weight") -> None:
         """Replace the value in the map, in memory."""
+        self.writing(module, tensor, name)()
+
+    def writing(self, module: nn.Module, tensor: Tensor, name: str = "weight") -> Callable[[], None]:
+        """A call that replaces the value in the map."""
         weights = _hook(module).weights_map
         # A PrefixedDataset over a dict of tensors, or over a loader that prefers its `state_dict`
         # to the files on disk: the user's offload folder is never rewritten.
@@ -93,10 +97,17 @@ class Offloaded(Backend):
         key = f"{getattr(weights, 'prefix', '')}{name}"
         store: MutableMapping[str, Tensor] = getattr(dataset, "state_dict", dataset)
         # Laid out as a saved one is: torch's kernels differ by layout in the last place.
-        store[key] = tensor.detach().to("cpu").contiguous()
+        value = tensor.detach().to("cpu").contiguous()
         placeholder: nn.Parameter = getattr(module, name)
         if placeholder.shape != tensor.shape:
-            setattr(module, name, nn.Parameter(torch.empty_like(tensor, device="meta"), requires_grad=False))
+            placeholder = nn.Parameter(torch.empty_like(tensor, device="meta"), requires_grad=False)
+
+        def put() -> None:
+            store[key] = value
+            if getattr(module, name) is not placeholder:
+                setattr(module, name, placeholder)
+
+        return put
 
     def device(self, module: nn.Module) -> torch.device:
         """The device that the hook brings the weight to."""

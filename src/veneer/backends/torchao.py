@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -65,10 +66,18 @@ class TorchAO(Backend):
     @torch.no_grad()
     def write(self, module: nn.Module, tensor: Tensor, name: str = "weight") -> None:
         """Quantise into a new parameter, as the present one is; the present one is left as it is."""
-        if name != "weight":
+        if name == "weight":
+            self.writing(module, tensor)()
+        else:
             getattr(module, name).copy_(tensor)
-            return
-        self.put_back(module, {"weight": _again(module.weight, tensor)})
+
+    @torch.no_grad()
+    def writing(self, module: nn.Module, tensor: Tensor, name: str = "weight") -> Callable[[], None]:
+        """A call that puts the new parameter in."""
+        if name != "weight":
+            return super().writing(module, tensor, name)
+        new = nn.Parameter(_again(module.weight, tensor), requires_grad=False)
+        return partial(self.put_back, module, {"weight": new})
 
     def refuses_merge(self, module: nn.Module) -> str | None:
         """Types for which torchao offers no way back that can be read off the tensor."""

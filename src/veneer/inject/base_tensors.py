@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -116,8 +116,9 @@ def differs_from_base(model: nn.Module, name: str, value: Tensor) -> bool:
     return not torch.equal(gathered(here.detach()).cpu(), value.to(here.dtype).cpu())
 
 
-def write_base_tensor(model: nn.Module, name: str, value: Tensor) -> None:
-    """Give a base tensor another value, where it differs and wherever it is stored."""
-    if differs_from_base(model, name, value):
-        _, base, last = _owner(model, name)
-        backends.find(base).write(base, value, last)
+def writing_base_tensor(model: nn.Module, name: str, value: Tensor) -> Callable[[], None] | None:
+    """A call that gives a base tensor another value, wherever it is stored; None where it has that value."""
+    if not differs_from_base(model, name, value):
+        return None
+    _, base, last = _owner(model, name)
+    return backends.find(base).writing(base, value, last)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer import backends
-from veneer.adapters import AdapterSet
+from veneer.adapters import AdapterModule, AdapterSet
 from veneer.config import LoraConfig
 from veneer.errors import LoadMismatchError
 from veneer.inits import InitResult, forget_statistics
@@ -18,7 +18,7 @@ from veneer.inject.base_tensors import (
     bias_parameters,
     differs_from_base,
     embedding_weights,
-    write_base_tensor,
+    writing_base_tensor,
 )
 from veneer.inject.encoder import keep_out_of_fused_kernels
 from veneer.inject.places import Site
@@ -27,6 +27,8 @@ from veneer.inject.tokens import Rows
 from veneer.layers import LoraLayer
 from veneer.layers.making import factor_dtype
 from veneer.layers.modules_to_save import ModulesToSaveWrapper
+from veneer.layers.parts import Prepared
+from veneer.layers.trainable_tokens import PreparedRows
 from veneer.spec import LoraSpec
 from veneer.targets import Plan
 
@@ -74,6 +76,27 @@ class Copy:
     wrapper: ModulesToSaveWrapper
     module: nn.Module
     follows: Copy | None = None
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """What `Injection.commit` puts in: each layer's part, rows, and how base tensors get other values.
+
+    Attributes:
+        layers: One for each addition.
+        rows: One for each embedding whose tokens are trained.
+        biases: The base biases that the adapter trains.
+        writes: Calls that give base tensors the values that the adapter's file has.
+        modules: The modules with adapters that the model has already.
+        first: Whether none of these holds an adapter.
+    """
+
+    layers: list[Prepared]
+    rows: list[PreparedRows]
+    biases: list[nn.Parameter]
+    writes: list[Callable[[], None]]
+    modules: list[AdapterModule]
+    first: bool
 
 
 @dataclass
@@ -196,29 +219,48 @@ class Injection:
         return {addition.path: addition.layer for addition in self.additions}
 
     def commit(self, *, active: list[str] | None = None, trainable: bool = True) -> None:
-        """Put everything in its place. Nothing here can fail half-way.
+        """Put everything in its place; where that fails, the model is as it was.
 
         Args:
             active: Adapters that are active afterwards; None activates this one.
             trainable: Whether the activated parameters require gradients.
         """
+        self._put(self._prepared(), active, trainable)
+
+    def _prepared(self) -> _Prepared:
+        """All tensors, made and where they belong: what may fail for want of memory."""
+        layers = []
+        for addition in self.additions:
+            start, addition.start = addition.start, None  # what has been copied need not be kept
+            assert start is not None
+            dtype = factor_dtype(addition.layer, self.autocast_adapter_dtype)
+            layers.append(addition.layer.prepared(addition.spec, start, dtype=dtype))
+        rows = [token.prepared(widen=self.autocast_adapter_dtype) for token in self.tokens]
+        biases = dict(self.biases())
+        writes = [
+            writing_base_tensor(self.model, name, self._places[name])
+            for name in (*biases, *self._embeddings())
+            if name in self._places
+        ]
+        modules = AdapterSet(self.model).modules()
+        first = not any(m.held_adapters for m in modules)
+        if first:
+            backends.settle(self.model)
+        return _Prepared(layers, rows, list(biases.values()), [w for w in writes if w], modules, first)
+
+    def _put(self, made: _Prepared, active: list[str] | None, trainable: bool) -> None:
+        """Put what was made in its place. No tensor is made here: it only swaps modules and sets flags."""
         if self.change is not None:
             keep(self.model, self.change)
-        before = AdapterSet(self.model).modules()
-        holding = [m for m in before if m.held_adapters]
-        disabled = bool(before) and all(m.disable_adapters for m in before)
-        if not holding:
+        disabled = bool(made.modules) and all(m.disable_adapters for m in made.modules)
+        if made.first:
             # The first adapter freezes the base; what trains beside an adapter later on is meant to.
-            own = {id(p) for _, p in self.biases()}
+            own = set(map(id, made.biases))
             for parameter in self.model.parameters():
                 if id(parameter) not in own:
                     parameter.requires_grad_(False)
-            backends.settle(self.model)
-        for addition in self.additions:
-            start, addition.start = addition.start, None  # what the layer has copied need not be kept
-            assert start is not None
-            dtype = factor_dtype(addition.layer, self.autocast_adapter_dtype)
-            addition.layer.add_adapter(addition.spec, start, dtype=dtype)
+        for addition, adapter in zip(self.additions, made.layers, strict=True):
+            addition.layer.put_adapter(adapter)
             if addition.new:
                 addition.site.replace(addition.layer)
             forget_statistics(addition.layer.get_base_layer())
@@ -226,31 +268,24 @@ class Injection:
             trained.wrapper.add_copy(self.adapter, trained.module)
             if trained.site.module is not trained.wrapper:
                 trained.site.replace(trained.wrapper)
-        for token in self.tokens:
-            token.commit(self.adapter, widen=self.autocast_adapter_dtype)
-        self._commit_base_tensors()
+        for token, rows in zip(self.tokens, made.rows, strict=True):
+            token.put(self.adapter, rows)
+        for write in made.writes:
+            write()
         keep_out_of_fused_kernels(self.model)
         index = AdapterSet(self.model)
         if active is None:
             index.activate([self.adapter], inference_mode=not trainable)
         else:
-            known = {id(m) for m in before}
+            known = {id(m) for m in made.modules}
             for module in index.modules():
                 if id(module) not in known:
                     module.note_active(active)
         if disabled:
             index.enable(False)
         if trainable and (active is None or self.adapter in active):
-            for _, parameter in self.biases():
+            for parameter in made.biases:
                 parameter.requires_grad_(True)
-
-    def _commit_base_tensors(self) -> None:
-        """Biases that the adapter trains, and embeddings that its file carries."""
-        if not self._places:
-            return
-        for name in [*dict(self.biases()), *embedding_weights(self.model)]:
-            if name in self._places:
-                write_base_tensor(self.model, name, self._places[name])
 
     def changed_embeddings(self) -> list[str]:
         """Names of base embeddings that the file would replace by other values."""

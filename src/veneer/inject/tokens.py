@@ -14,7 +14,7 @@ from veneer.config import LoraConfig
 from veneer.errors import TargetError
 from veneer.inject.embeddings import embedding_of
 from veneer.inject.places import Site
-from veneer.layers.trainable_tokens import TrainableTokens, indices_by_module
+from veneer.layers.trainable_tokens import PreparedRows, TrainableTokens, indices_by_module
 
 _KEY = "token_adapter.trainable_tokens_delta"
 
@@ -38,13 +38,17 @@ class Rows:
         """Whether the adapter has a tensor here."""
         return self.layer.tied_adapter is None
 
-    def commit(self, adapter: str, *, widen: bool) -> None:
-        """Give the layer the rows, in the base's type or wider, and put it in its place."""
+    def prepared(self, *, widen: bool) -> PreparedRows:
+        """The rows as the layer will hold them, in the base's type or wider."""
         base = self.layer.get_base_layer()
         device, dtype = backends.find(base).device(base), self.layer.base_dtype()
         if widen and dtype in (torch.float16, torch.bfloat16):
             dtype = torch.float32
-        self.layer.add_rows(adapter, self.indices, self.rows.to(device=device, dtype=dtype))
+        return self.layer.prepared(self.indices, self.rows.to(device=device, dtype=dtype))
+
+    def put(self, adapter: str, rows: PreparedRows) -> None:
+        """Give the layer the rows, and put it in its place."""
+        self.layer.put_rows(adapter, rows)
         if self.site.module is not self.layer:
             self.site.replace(self.layer)
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from veneer.adapters import as_names
 from veneer.errors import ConfigError, VeneerWarning
 from veneer.inits import InitRequest, InitResult
 from veneer.layers.merging import Mergeable
-from veneer.layers.parts import RESIDUAL
+from veneer.layers.parts import RESIDUAL, Factor, Frozen, Prepared
 from veneer.spec import LoraSpec
 from veneer.variants import ParameterRequest
 
@@ -149,36 +150,66 @@ class Changeable(Mergeable):
             start: The factors, from `initialise` or from a file.
             dtype: Type of the stored factors; None keeps the type that ``start`` has.
         """
+        self.put_adapter(self.prepared(spec, start, dtype=dtype))
+
+    def prepared(
+        self,
+        spec: LoraSpec,
+        start: InitResult,
+        *,
+        dtype: torch.dtype | None = None,
+        strength: float | None = None,
+    ) -> Prepared:
+        """Everything that `add_adapter` has to make. Nothing is stored; `put_adapter` does that.
+
+        Args:
+            spec: What this layer gets.
+            start: The factors.
+            dtype: See `add_adapter`.
+            strength: ``s``; None takes that of ``spec``.
+        """
         device = start.a.device if start.a.is_meta else self.base_device()
 
         def place(tensor: Tensor, fresh: bool = False) -> Tensor:
             # A copy, in memory of its own: a tensor of a mapped file is neither aligned nor safe from others.
             return tensor.detach().to(device=device, dtype=dtype or tensor.dtype, copy=not fresh)
 
-        if start.base is not None:
-            self._replace_base(start.base)
-        self.put_factors(
-            spec.adapter,
-            place(start.a, start.fresh),
-            place(start.b, start.fresh),
-            None if start.bias is None else place(start.bias, start.fresh),
+        bias = None if start.bias is None else place(start.bias, start.fresh)
+        factors = self.new_factors(
+            spec.adapter, place(start.a, start.fresh), place(start.b, start.fresh), bias
         )
+        held = dict(zip(self.factor_names, factors, strict=True))
         if start.residual is not None:
-            self.put_residual(spec.adapter, (place(start.residual[0]), place(start.residual[1])))
-        self.put_extra(spec.adapter, {key: place(tensor) for key, tensor in start.extra.items()})
-        dropout = self.lora_dropout[spec.adapter] = nn.Dropout(p=spec.lora_dropout)
+            held.update(zip(RESIDUAL, (Frozen(place(tensor)) for tensor in start.residual), strict=True))
+        held.update({key: Factor(place(tensor)) for key, tensor in start.extra.items()})
+        for part in held.values():
+            part.requires_grad_(False)
+        strength = spec.scaling if strength is None else strength
+        dropout = nn.Dropout(p=spec.lora_dropout)
         dropout.training = self.training
-        self._specs[spec.adapter] = spec
-        self.scaling[spec.adapter] = spec.scaling
-        self.scaling.move(device)  # type: ignore[attr-defined]
-        for parameter in self.adapter_parameters(spec.adapter):
-            parameter.requires_grad_(False)
+        return Prepared(
+            spec,
+            held,
+            dropout,
+            self.scaling.with_one(spec.adapter, strength, device),  # type: ignore[attr-defined]
+            None if start.base is None else self._writing_base(start.base),
+        )
+
+    def put_adapter(self, adapter: Prepared) -> None:
+        """Store what `prepared` gave. It makes no tensor, so it does not fail for want of memory."""
+        if adapter.write_base is not None:
+            adapter.write_base()
+        name = adapter.spec.adapter
+        self._put(name, adapter.held)
+        self.lora_dropout[name] = adapter.dropout
+        self._specs[name] = adapter.spec
+        self.scaling.take_over(adapter.strengths)  # type: ignore[attr-defined]
         self.adapters_changed()
 
-    def _replace_base(self, matrix: Tensor) -> None:
+    def _writing_base(self, matrix: Tensor) -> Callable[[], None]:
         base, backend = self.get_base_layer(), self.backend
         weight = backend.read(base, self.weight_name)
-        backend.write(base, self.from_matrix(matrix, weight).to(weight), self.weight_name)
+        return backend.writing(base, self.from_matrix(matrix, weight).to(weight), self.weight_name)
 
     def respecify(self, spec: LoraSpec) -> None:
         """Let an adapter that is held here have another rank or strength on paper; its tensors stay."""
@@ -206,11 +237,13 @@ class Changeable(Mergeable):
         self.scaling[new] = self.scaling.pop(old)
         self._merged = [new if name == old else name for name in self._merged]
 
-    def copy_adapter(self, old: str, new: str) -> None:
-        """Store copies of an adapter's factors under another name, with the same strength."""
+    def copying(self, old: str, new: str) -> Callable[[], None]:
+        """A call that stores copies of an adapter's factors under another name, with the same strength."""
         start = InitResult(*self.factors(old), residual=self.residual(old), extra=self.extra(old))
-        self.add_adapter(replace(self._specs[old], adapter=new), start)
-        self.scaling[new] = self.scaling[old]
+        return partial(
+            self.put_adapter,
+            self.prepared(replace(self._specs[old], adapter=new), start, strength=self.scaling[old]),
+        )
 
     def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make these adapters the active ones.

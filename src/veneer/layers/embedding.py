@@ -59,10 +59,11 @@ class LoraEmbedding(LoraLayer):
         """Factors are kept as parameters."""
         return nn.ParameterDict()
 
-    def put_factors(self, name: str, a: Tensor, b: Tensor, bias: Tensor | None) -> None:
-        """Store the factors of an adapter."""
-        self.lora_embedding_A[name] = nn.Parameter(a)
-        self.lora_embedding_B[name] = nn.Parameter(b)
+    def new_factors(
+        self, name: str, a: Tensor, b: Tensor, bias: Tensor | None
+    ) -> tuple[nn.Module | nn.Parameter, nn.Module | nn.Parameter]:
+        """Parameters."""
+        return nn.Parameter(a), nn.Parameter(b)
 
     def factors(self, name: str) -> tuple[Tensor, Tensor, Tensor | None]:
         """A, B and no bias."""

@@ -18,7 +18,6 @@ from veneer.layers.parts import (
     NOTHING,
     RESIDUAL,
     Factor,
-    Frozen,
     Strengths,
     Undo,
     empty,
@@ -153,10 +152,15 @@ class Holder(AdapterModule):
         """An empty container of factors by adapter name."""
         return empty()
 
+    def new_factors(
+        self, name: str, a: Tensor, b: Tensor, bias: Tensor | None
+    ) -> tuple[nn.Module | nn.Parameter, nn.Module | nn.Parameter]:
+        """What keeps A and B of an adapter in the two containers of factors; nothing is stored."""
+        return Factor(a), Factor(b, bias)
+
     def put_factors(self, name: str, a: Tensor, b: Tensor, bias: Tensor | None) -> None:
         """Store the factors of an adapter."""
-        self.lora_A[name] = Factor(a)
-        self.lora_B[name] = Factor(b, bias)
+        self._put(name, dict(zip(self.factor_names, self.new_factors(name, a, b, bias), strict=True)))
 
     def factors(self, name: str) -> tuple[Tensor, Tensor, Tensor | None]:
         """A, B and the bias of B of an adapter."""
@@ -193,10 +197,10 @@ class Holder(AdapterModule):
         a, b, bias = self.update_factors(name)
         return partial(operate, a, None), partial(operate, b, bias)
 
-    def put_residual(self, name: str, residual: tuple[Tensor, Tensor]) -> None:
-        """Store the frozen term of an adapter."""
-        for key, tensor in zip(RESIDUAL, residual, strict=True):
-            self._container_for(key)[name] = Frozen(tensor)
+    def _put(self, name: str, held: Mapping[str, nn.Module | nn.Parameter]) -> None:
+        """Store what an adapter has, by the names of the containers; no tensor is made."""
+        for key, part in held.items():
+            self._container_for(key)[name] = part
 
     def _container_for(self, key: str) -> Any:
         """The container of that name, made where there is none."""
@@ -206,17 +210,12 @@ class Holder(AdapterModule):
                 self.adapter_layer_names = (*self.adapter_layer_names, key)
         return self._container(key)
 
-    def put_extra(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Store the parameters that an adapter's variant has beside the factors."""
-        for key, tensor in tensors.items():
-            self._container_for(key)[name] = Factor(tensor)
-
     def _extra_modules(self, name: str) -> dict[str, nn.Module]:
-        """The modules that hold what `put_extra` stored."""
+        """The modules that hold what an adapter's variant has beside the factors."""
         return {key: m for key, m in self._beside_factors(name).items() if key not in RESIDUAL}
 
     def _beside_factors(self, name: str) -> dict[str, nn.Module]:
-        """The modules that hold what an adapter has beside its factors: `put_extra` and `put_residual`."""
+        """The modules that hold what an adapter has beside its factors."""
         names = [key for key in self.adapter_layer_names if key not in self.factor_names]
         held = {key: self._container(key) for key in names if key in self._modules}
         return {key: container[name] for key, container in held.items() if name in container}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Reversible, Sequence
+from collections.abc import Callable, Iterator, Reversible, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -67,9 +68,9 @@ class ModulesToSaveWrapper(AdapterModule):
         own = self.modules_to_save[adapter_name].state_dict() if adapter_name in self.modules_to_save else ()
         return {key: f"modules_to_save.{adapter_name}.{key}" for key in own}
 
-    def copy_adapter(self, old: str, new: str) -> None:
-        """Give another adapter its own copy of an adapter's copy."""
-        self.add_copy(new, copy.deepcopy(self.modules_to_save[old]))
+    def copying(self, old: str, new: str) -> Callable[[], None]:
+        """A call that gives another adapter its own copy of an adapter's copy."""
+        return partial(self.add_copy, new, copy.deepcopy(self.modules_to_save[old]))
 
     def drop_adapter(self, name: str) -> None:
         """Forget an adapter's copy."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, MutableMapping
 from contextlib import nullcontext
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ from torch.nn import functional as F
 from veneer.adapters import begin
 from veneer.errors import MergeError
 from veneer.ops import bit_residual
+from veneer.spec import LoraSpec
 
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 #: How `unmerge` gets the weight back: from a copy, or from the merged weight and what tells the two apart.
@@ -145,6 +147,20 @@ class Strengths(dict[str, float]):
         with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
             tensors[name] = torch.tensor(float(value), dtype=torch.float32, device=self.device)
 
+    def with_one(self, name: str, value: float, device: torch.device) -> Strengths:
+        """A strength by itself, beside factors on that device; with all others if their tensors must move."""
+        moved = device.type != "meta" and device != self.device
+        made = Strengths()
+        made.device = device if moved else self.device
+        made.update({**self, name: value} if moved else {name: value})
+        return made
+
+    def take_over(self, others: Strengths) -> None:
+        """Use the numbers and tensors of others, without making a tensor."""
+        dict.update(self, others)
+        self.tensors.update(others.tensors)
+        self.device = others.device
+
     def __delitem__(self, name: str) -> None:
         super().__delitem__(name)
         del self.tensors[name]
@@ -169,6 +185,25 @@ class Strengths(dict[str, float]):
         if device.type != "meta" and device != self.device:
             self.device = device
             self.update(dict(self))
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """An adapter of one layer, ready to be stored: nothing of it has to be made any more.
+
+    Attributes:
+        spec: What the layer gets.
+        held: The factors and what else the adapter has, by the names of the containers.
+        dropout: Its dropout.
+        strengths: Its strength; those of the layer's other adapters too, if their tensors have to move.
+        write_base: Gives the base another weight; None where it keeps its own.
+    """
+
+    spec: LoraSpec
+    held: Mapping[str, nn.Module | nn.Parameter]
+    dropout: nn.Module
+    strengths: Strengths
+    write_base: Callable[[], None] | None
 
 
 class Frozen(nn.Module):

@@ -12,7 +12,7 @@ from veneer.errors import TargetError
 from veneer.inits import InitResult, find
 from veneer.layers.embedding import LoraEmbedding
 from veneer.layers.linear import LoraLinear
-from veneer.layers.parts import Mirror, UndoKind, stand_in
+from veneer.layers.parts import Mirror, Prepared, UndoKind, stand_in
 from veneer.layers.sharded import is_distributed
 from veneer.spec import LoraSpec
 
@@ -55,13 +55,18 @@ class LoraTiedHead(LoraLinear):
 
     # -- what it holds: nothing of its own -------------------------------------------------------------
 
-    def put_factors(self, name: str, a: Tensor, b: Tensor, bias: Tensor | None) -> None:
-        """Name the embedding's factors, whatever is given."""
+    def new_factors(
+        self, name: str, a: Tensor, b: Tensor, bias: Tensor | None
+    ) -> tuple[nn.Module | nn.Parameter, nn.Module | nn.Parameter]:
+        """The embedding's factors, whatever is given."""
         leader = self.tied_adapter
-        self.lora_A[name] = Mirror(leader.lora_embedding_B, name)
-        self.lora_B[name] = Mirror(leader.lora_embedding_A, name)
-        if self not in leader.followers:
-            leader.followers.append(self)
+        return Mirror(leader.lora_embedding_B, name), Mirror(leader.lora_embedding_A, name)
+
+    def put_adapter(self, adapter: Prepared) -> None:
+        """Store an adapter, and be told from now on what becomes of the embedding's."""
+        super().put_adapter(adapter)
+        if self not in self.tied_adapter.followers:
+            self.tied_adapter.followers.append(self)
 
     def adapter_parameters(self, name: str) -> Iterator[nn.Parameter]:
         """None: they are the embedding's."""

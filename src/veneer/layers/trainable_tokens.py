@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Reversible, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Reversible, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,20 @@ class TokenRows(nn.Module):
         super().__init__()
         self.base_layer = base_layer
         self.trainable_tokens_delta = nn.ParameterDict()
+
+
+class PreparedRows(NamedTuple):
+    """An adapter's rows of one embedding, ready to be stored.
+
+    Attributes:
+        indices: The tokens.
+        index: The same as tensors.
+        delta: D; None for a head that follows.
+    """
+
+    indices: list[int]
+    index: Undo
+    delta: nn.Parameter | None
 
 
 class TrainableTokens(AdapterModule):
@@ -133,13 +148,24 @@ class TrainableTokens(AdapterModule):
 
     def add_rows(self, name: str, indices: Sequence[int], rows: Tensor) -> None:
         """Store an adapter's rows; neither active nor trainable yet."""
-        self.token_indices[name] = list(indices)
+        self.put_rows(name, self.prepared(indices, rows))
+
+    def prepared(self, indices: Sequence[int], rows: Tensor) -> PreparedRows:
+        """Everything that `add_rows` has to make. Nothing is stored; `put_rows` does that."""
         index = torch.tensor(indices, device=rows.device)
         ordered, order = index.sort()
-        self._index[name] = Undo({"ordered": ordered, "order": order, "index": index}, {})
+        delta = None
         if self.tied_adapter is None:
             delta = nn.Parameter(rows.detach().clone(), requires_grad=False)
-            self.token_adapter.trainable_tokens_delta[name] = delta
+        return PreparedRows(
+            list(indices), Undo({"ordered": ordered, "order": order, "index": index}, {}), delta
+        )
+
+    def put_rows(self, name: str, rows: PreparedRows) -> None:
+        """Store what `prepared` gave. It makes no tensor, so it does not fail for want of memory."""
+        self.token_indices[name], self._index[name] = rows.indices, rows.index
+        if rows.delta is not None:
+            self.token_adapter.trainable_tokens_delta[name] = rows.delta
         self.adapters_changed()
 
     def drop_adapter(self, name: str) -> None:
@@ -160,9 +186,9 @@ class TrainableTokens(AdapterModule):
                 del container[old]
         self.token_indices[new] = self.token_indices.pop(old)
 
-    def copy_adapter(self, old: str, new: str) -> None:
-        """Give another adapter copies of an adapter's rows."""
-        self.add_rows(new, self.token_indices[old], self.rows(old))
+    def copying(self, old: str, new: str) -> Callable[[], None]:
+        """A call that gives another adapter copies of an adapter's rows."""
+        return partial(self.put_rows, new, self.prepared(self.token_indices[old], self.rows(old)))
 
     def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
         """Names on disk and in memory of an adapter's tensors here; transformers asks for them."""

@@ -81,8 +81,9 @@ class LoraModel(MergeVerbs):
             report.ranks, set(sites(self.model)) - set(report.ranks)
         )
         config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
-        for combined in results:
-            combined.layer.add_adapter(combined.spec, combined.start)
+        prepared = [(c.layer, c.layer.prepared(c.spec, c.start)) for c in results]
+        for layer, adapter in prepared:
+            layer.put_adapter(adapter)
         self.peft_config[adapter_name] = config
         return report
 

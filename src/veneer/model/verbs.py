@@ -249,10 +249,11 @@ class AdapterVerbs(nn.Module):
         if self.peft_config[old].bias != "none":
             raise ConfigError(f"{old!r} trains biases of the base itself, so it cannot be copied")
         # What uses another module's tensors comes after it.
-        for module in sorted(self.index.modules(), key=lambda m: m.tied_adapter is not None):
-            if old in module.held_adapters:
-                module.copy_adapter(old, new)
-        self.peft_config[new] = copy.deepcopy(self.peft_config[old])
+        modules = sorted(self.index.modules(), key=lambda m: m.tied_adapter is not None)
+        config = copy.deepcopy(self.peft_config[old])
+        for put in [module.copying(old, new) for module in modules if old in module.held_adapters]:
+            put()
+        self.peft_config[new] = config
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter. If it was active, it leaves nothing active in its place."""
