@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -113,15 +114,29 @@ def test_the_same_object_with_everything_else_untouched() -> None:
     assert calls == ["frozen", "last"]
 
 
-def test_a_new_layer_has_the_train_mode_of_its_module() -> None:
-    model = get_peft_model(Tower().train(), config("frozen", "list.1", lora_dropout=0.5))
-    tower = model.get_base_model()
-    tower.frozen.eval()
-    assert tower.list[1].training and tower.list[1].lora_dropout["default"].training
-    fresh = Tower().train()
-    fresh.frozen.eval()
-    inject_adapter_in_model(config("frozen", lora_dropout=0.5), fresh)
-    assert not fresh.frozen.training and not fresh.frozen.lora_dropout["default"].training
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+def test_a_new_adapters_dropout_acts_and_the_base_keeps_its_mode(training: bool, inference: bool) -> None:
+    model = Tower().train(training)
+    inject_adapter_in_model(config("frozen", lora_dropout=0.5, inference_mode=inference), model)
+    acts = training or not inference
+    assert model.frozen.lora_dropout["default"].training is acts and model.frozen.training is acts
+    assert model.frozen.base_layer.training is model.training is training
+    assert all(p.requires_grad is not inference for p in model.frozen.adapter_parameters("default"))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_loading_for_inference_takes_all_adapters_into_evaluation(training: bool, tmp_path: Path) -> None:
+    made = get_peft_model(Tower(), config("frozen", lora_dropout=0.5))
+    made.save_pretrained(tmp_path)
+    model = get_peft_model(Tower().train(training), config("frozen", lora_dropout=0.5))
+    model.copy_adapter("default", "twin")
+    assert model.get_base_model().frozen.lora_dropout["twin"].training
+    model.load_adapter(tmp_path, "other", check_base=False)
+    assert not any(module.training for module in model.modules())
+    model.add_adapter("late", config("frozen", lora_dropout=0.5))
+    model.load_adapter(tmp_path, "last", check_base=False)
+    assert not any(module.training for module in model.modules())
 
 
 def test_a_module_in_several_places_is_adapted_once_in_all_of_them() -> None:

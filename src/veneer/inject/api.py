@@ -51,7 +51,7 @@ def inject_adapter_in_model(
         model, config, adapter_name, autocast_adapter_dtype=False, strict_targets=strict_targets
     )
     injection.initialise(draw_seed(), meta=low_cpu_mem_usage)
-    injection.commit()
+    injection.commit(trainable=not config.inference_mode)
     if state_dict is not None:
         injection.config.target_modules = peft_config.target_modules or injection.config.target_modules
     configs: dict[str, LoraConfig] = model.__dict__.setdefault("peft_config", {})

@@ -223,18 +223,19 @@ class Injection:
 
         Args:
             active: Adapters that are active afterwards; None activates this one.
-            trainable: Whether the activated parameters require gradients.
+            trainable: Whether the activated parameters require gradients, and the adapter's dropout acts. The
+                base's own mode stays.
         """
-        self._put(self._prepared(), active, trainable)
+        self._put(self._prepared(trainable), active, trainable)
 
-    def _prepared(self) -> _Prepared:
+    def _prepared(self, trainable: bool) -> _Prepared:
         """All tensors, made and where they belong: what may fail for want of memory."""
         layers = []
         for addition in self.additions:
             start, addition.start = addition.start, None  # what has been copied need not be kept
             assert start is not None
             dtype = factor_dtype(addition.layer, self.autocast_adapter_dtype)
-            layers.append(addition.layer.prepared(addition.spec, start, dtype=dtype))
+            layers.append(addition.layer.prepared(addition.spec, start, dtype=dtype, training=trainable))
         rows = [token.prepared(widen=self.autocast_adapter_dtype) for token in self.tokens]
         biases = dict(self.biases())
         writes = [

@@ -184,7 +184,7 @@ class LoraMultiheadAttention(LoraLayer):
             extra += 1
         if mask is not None and extra:
             mask = F.pad(mask, (0, extra))
-        dropout = base.dropout if self.training else 0.0
+        dropout = base.dropout if base.training else 0.0
         weights = None
         if need_weights:
             scores = (q / math.sqrt(q.shape[-1])) @ k.transpose(-2, -1)

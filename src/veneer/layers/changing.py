@@ -140,7 +140,14 @@ class Changeable(Mergeable):
             extra = {**self._start_of_extra(spec, start, self._init_request(spec, 0)), **extra}
         return replace(start, extra=extra) if extra else start
 
-    def add_adapter(self, spec: LoraSpec, start: InitResult, *, dtype: torch.dtype | None = None) -> None:
+    def add_adapter(
+        self,
+        spec: LoraSpec,
+        start: InitResult,
+        *,
+        dtype: torch.dtype | None = None,
+        training: bool = False,
+    ) -> None:
         """Store an adapter's factors, beside the base and in its floating type unless said otherwise.
 
         The adapter is neither activated nor trainable yet.
@@ -149,8 +156,9 @@ class Changeable(Mergeable):
             spec: What this layer gets.
             start: The factors, from `initialise` or from a file.
             dtype: Type of the stored factors; None keeps the type that ``start`` has.
+            training: Let its dropout act from the start, also where the base is in evaluation.
         """
-        self.put_adapter(self.prepared(spec, start, dtype=dtype))
+        self.put_adapter(self.prepared(spec, start, dtype=dtype, training=training))
 
     def prepared(
         self,
@@ -159,6 +167,7 @@ class Changeable(Mergeable):
         *,
         dtype: torch.dtype | None = None,
         strength: float | None = None,
+        training: bool = False,
     ) -> Prepared:
         """Everything that `add_adapter` has to make. Nothing is stored; `put_adapter` does that.
 
@@ -167,6 +176,7 @@ class Changeable(Mergeable):
             start: The factors.
             dtype: See `add_adapter`.
             strength: ``s``; None takes that of ``spec``.
+            training: Let its dropout act from the start, also where the base is in evaluation.
         """
         device = start.a.device if start.a.is_meta else self.base_device()
 
@@ -186,7 +196,7 @@ class Changeable(Mergeable):
             part.requires_grad_(False)
         strength = spec.scaling if strength is None else strength
         dropout = nn.Dropout(p=spec.lora_dropout)
-        dropout.training = self.training
+        dropout.training = training or self.get_base_layer().training
         return Prepared(
             spec,
             held,
@@ -202,6 +212,8 @@ class Changeable(Mergeable):
         name = adapter.spec.adapter
         self._put(name, adapter.held)
         self.lora_dropout[name] = adapter.dropout
+        if adapter.dropout.training:
+            self.training = True  # so that whoever looks for what is in training need not ask each adapter
         self._specs[name] = adapter.spec
         self.scaling.take_over(adapter.strengths)  # type: ignore[attr-defined]
         self.adapters_changed()
@@ -240,10 +252,13 @@ class Changeable(Mergeable):
     def copying(self, old: str, new: str) -> Callable[[], None]:
         """A call that stores copies of an adapter's factors under another name, with the same strength."""
         start = InitResult(*self.factors(old), residual=self.residual(old), extra=self.extra(old))
-        return partial(
-            self.put_adapter,
-            self.prepared(replace(self._specs[old], adapter=new), start, strength=self.scaling[old]),
+        adapter = self.prepared(
+            replace(self._specs[old], adapter=new),
+            start,
+            strength=self.scaling[old],
+            training=self.lora_dropout[old].training,
         )
+        return partial(self.put_adapter, adapter)
 
     def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make these adapters the active ones.

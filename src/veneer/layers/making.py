@@ -156,7 +156,8 @@ def wrap(
     for parameter in layer.base_layer.parameters():
         parameter.requires_grad_(False)
     backends.settle(layer.base_layer)
-    layer.add_adapter(spec, start, dtype=factor_dtype(layer, autocast_adapter_dtype))
+    dtype = factor_dtype(layer, autocast_adapter_dtype)
+    layer.add_adapter(spec, start, dtype=dtype, training=not config.inference_mode)
     inits.forget_statistics(layer.get_base_layer())
     layer.set_adapter(adapter_name)
     return layer

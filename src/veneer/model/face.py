@@ -81,7 +81,7 @@ class PeftModel(Persistence):
             low_cpu_mem_usage=low_cpu_mem_usage,
             **options,
         )
-        self.training = model.training
+        self.training = self.base_model.training
         self.config = getattr(model, "config", {"model_type": "custom"})
         _let_checkpointing_pass_gradients(model)
 

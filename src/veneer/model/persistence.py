@@ -366,6 +366,8 @@ class Persistence(nn.Module):
             )
         first = not self.peft_config
         self.base_model.commit(injection, activate=first, trainable=is_trainable)
+        if first and is_trainable:
+            self.training = self.base_model.training = True
         if not is_trainable:
             self._leave_training()
         return report

@@ -68,7 +68,8 @@ class AdapterVerbs(nn.Module):
             )
         AdapterSet(model).enable(True)  # layers that an earlier, deleted adapter left behind
         self.model = model
-        self.training = model.training
+        # As in PEFT: what is made for training says so, whatever mode the base is in.
+        self.training = model.training or (peft_config is not None and not peft_config.inference_mode)
         self.peft_config: dict[str, LoraConfig] = {}
         self._biases: dict[str, Tensor] = {}
         #: Whether an adapter ever came that is invoked by tokens (aLoRA): asked at every call.

@@ -98,6 +98,16 @@ def test_rows_of_a_batch_take_the_adapters_named_for_them() -> None:
     assert_close(together, torch.cat(alone))
 
 
+def test_its_own_dropout_rests_while_the_base_is_in_evaluation() -> None:
+    torch.manual_seed(0)
+    holder = Holder(nn.MultiheadAttention(8, 2, dropout=0.5)).eval()
+    model = get_peft_model(holder, LoraConfig(r=2, target_modules=["attn"]))
+    train(model, "default")
+    x = torch.randn(4, 3, 8)
+    assert torch.equal(model(x), model(x))
+    assert not torch.equal(model.train()(x), model(x))
+
+
 def test_dropout_drops_the_input_of_the_branch() -> None:
     torch.manual_seed(0)
     model = get_peft_model(
