@@ -91,7 +91,10 @@ def check_training(
             if name in silent:
                 continue
             if p.grad is None:
-                silent[name] = "get no gradient (is their module called in this model's forward?)"
+                silent[name] = (
+                    "get no gradient: their module is not called in this forward, or the code around it "
+                    "reads its weight instead of calling it"
+                )
             elif not bool((p.grad.to_dense() if p.grad.is_sparse else p.grad).any()) and id(p) not in waiting:
                 silent[name] = "get a gradient of zeros"
         trained = tuple(n for n in names if n not in silent)

@@ -564,7 +564,7 @@ _DECODERS_WITH_QV = """
     gemma gemma2 gemma3_text gemma3n_text stablelm starcoder2 smollm3 olmo olmo2 olmo3 olmoe cohere cohere2
     granite granitemoe helium exaone4 ernie4_5 ernie4_5_moe hunyuan_v1_dense seed_oss gpt_oss glm glm4
     glm4_moe phimoe minimax arcee apertus bitnet nemotron dots1 lfm2 jamba opt gptj gpt_neo bart mbart
-    blenderbot blenderbot-small pegasus marian m2m_100 whisper speech_to_text wav2vec2 hubert wavlm
+    blenderbot blenderbot-small pegasus marian m2m_100 whisper speech_to_text wav2vec2 hubert
     clip_text_model clip_vision_model siglip_text_model siglip_vision_model
 """.split()
 

@@ -27,7 +27,7 @@ def planned(model: nn.Module, config: LoraConfig) -> dict[str, Addition]:
     Raises:
         ConfigError, TargetError: As `get_peft_model` would.
     """
-    return {a.site.path: a for a in prepare(model, config, "default", read_from_file=True).additions}
+    return {a.site.path: a for a in prepare(model, config, "default", quiet=True).additions}
 
 
 def options(config: LoraConfig, init: str, kind: type[Any]) -> Any:

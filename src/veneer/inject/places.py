@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from veneer import layers, targets
+from veneer import backends, layers, targets
 from veneer.adapters import AdapterModule, AdapterSet
 from veneer.config import LoraConfig
 from veneer.inject.embeddings import embedding_of
@@ -36,6 +36,16 @@ class Site:
         if isinstance(self.module, ModulesToSaveWrapper):
             return self.module.original_module
         return self.module.get_base_layer() if isinstance(self.module, TrainableTokens) else self.module
+
+    @property
+    def reader(self) -> str | None:
+        """The class that reads the module's weight and never calls it, for those that are known to.
+
+        A quantised weight cannot be read like that.
+        """
+        if backends.quantised(self.base) is not None:
+            return None
+        return next((cls for parent, name in self.places if (cls := layers.reader(parent, name))), None)
 
     def replace(self, module: nn.Module) -> None:
         """Put another module in all the places."""
@@ -74,7 +84,15 @@ def _is_router(path: str, parent: nn.Module) -> bool:
     return "gate" in name and any("expert" in sibling for sibling in parent._modules if sibling != name)
 
 
-def parameter_candidates(model: nn.Module, found: Mapping[str, Site]) -> list[Candidate]:
+def _never_called(reader: str) -> str:
+    """Why what a class reads without calling it gets no factors."""
+    return (
+        f"{reader} reads its weight without calling it, so factors beside it would never act and get no "
+        "gradient: leave it out, or train it whole (modules_to_save)"
+    )
+
+
+def parameter_candidates(model: nn.Module, found: Mapping[str, Site], unread: bool) -> list[Candidate]:
     """What `targets.plan` needs to know of each parameter that a module holds by itself."""
     result = [
         Candidate(
@@ -94,12 +112,20 @@ def parameter_candidates(model: nn.Module, found: Mapping[str, Site]) -> list[Ca
             reason = "" if tensor.dim() in (2, 3) else "only a matrix or a stack of matrices is adapted"
             if isinstance(site.module, ModulesToSaveWrapper):
                 reason = "its module is trained whole (modules_to_save)"
+            elif not unread and (reader := site.reader) is not None:
+                reason = _never_called(reader)
             result.append(Candidate(f"{path}.{name}", "Parameter", not reason, parameter=name, reason=reason))
     return result
 
 
-def candidates(model: nn.Module, found: Mapping[str, Site]) -> list[Candidate]:
-    """What `targets.plan` needs to know of each module."""
+def candidates(model: nn.Module, found: Mapping[str, Site], unread: bool = False) -> list[Candidate]:
+    """What `targets.plan` needs to know of each module.
+
+    Args:
+        model: The model.
+        found: Its modules.
+        unread: Take what the model reads without calling it, too.
+    """
     head = embedding_of(model, "output")
     result = []
     for path, site in found.items():
@@ -111,6 +137,8 @@ def candidates(model: nn.Module, found: Mapping[str, Site]) -> list[Candidate]:
                 "nn.MultiheadAttention reads this module's weight without calling it: target the attention "
                 "itself, whose two projections are adapted together"
             )
+        elif cls is not None and not unread and (reader := site.reader) is not None:
+            reason = _never_called(reader)
         if isinstance(site.module, ModulesToSaveWrapper) and cls is not None:
             named = ", ".join(map(repr, site.module.held_adapters))
             reason = f"{named} trains it whole (modules_to_save)" if named else reason
@@ -170,11 +198,12 @@ def plan_sites(
     *,
     strict: bool = False,
     loading: bool = False,
+    unread: bool = False,
 ) -> Plan:
-    """The plan for the sites that were found."""
-    modules = candidates(model, found)
+    """The plan for the sites that were found; see `targets.plan` and `candidates`."""
+    modules = candidates(model, found, unread)
     return targets.plan(
-        [*modules, *parameter_candidates(model, found)] if config.target_parameters else modules,
+        [*modules, *parameter_candidates(model, found, unread)] if config.target_parameters else modules,
         config,
         adapter_name,
         model_type=model_type(model),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
@@ -21,6 +21,7 @@ from veneer.inject.tying import check_tied, tie, tied_additions, tied_copies
 from veneer.layers.making import check_config, with_variant_options
 from veneer.layers.modules_to_save import ModulesToSaveWrapper
 from veneer.layers.sharded import is_sharded
+from veneer.spec import LoraSpec
 
 
 def prepare(
@@ -31,8 +32,19 @@ def prepare(
     autocast_adapter_dtype: bool = True,
     strict_targets: bool = False,
     read_from_file: bool = False,
+    quiet: bool = False,
 ) -> Injection:
     """Work out and build an adapter beside the model, without touching it.
+
+    Args:
+        model: The model.
+        config: What is asked for; not changed.
+        adapter_name: The adapter's name.
+        autocast_adapter_dtype: Keep the factors beside 16-bit weights in float32.
+        strict_targets: Raise where part of the configuration matches nothing.
+        read_from_file: The configuration was saved: say nothing of options without an effect, and take what
+            another library would have adapted.
+        quiet: Say nothing of options without an effect.
 
     Raises:
         ConfigError: If an option cannot be honoured.
@@ -47,7 +59,8 @@ def prepare(
             f"the model has an adapter named {adapter_name!r} already; choose another name or "
             "delete_adapter first"
         )
-    if not read_from_file:
+    quiet = quiet or read_from_file
+    if not quiet:
         for sentence in config.advice():
             warnings.warn(sentence, VeneerWarning, stacklevel=3)
     if not config.inference_mode and is_sharded(model):
@@ -61,18 +74,28 @@ def prepare(
     own_config = copy.deepcopy(config)
     change = replication(model, own_config)
     with planning(change):
-        injection = _built(model, own_config, adapter_name, strict_targets, read_from_file)
+        injection = _built(model, own_config, adapter_name, strict_targets, read_from_file, quiet)
     injection.change, injection.autocast_adapter_dtype = change, autocast_adapter_dtype
     return injection
 
 
 def _built(
-    model: nn.Module, own_config: LoraConfig, adapter_name: str, strict_targets: bool, read_from_file: bool
+    model: nn.Module,
+    own_config: LoraConfig,
+    adapter_name: str,
+    strict_targets: bool,
+    read_from_file: bool,
+    quiet: bool,
 ) -> Injection:
     """The parts of an adapter for a model that has its final layers."""
     found = sites(model)
-    ties = tie(model, found, own_config, quiet=read_from_file)
-    chosen = plan_sites(model, found, own_config, adapter_name, strict=strict_targets, loading=read_from_file)
+    ties = tie(model, found, own_config, quiet=quiet)
+    given = read_from_file or own_config.inference_mode  # made elsewhere, perhaps with what never acts
+    chosen = plan_sites(
+        model, found, own_config, adapter_name, strict=strict_targets, loading=quiet, unread=given
+    )
+    if given:
+        _mention_unread(found, chosen.specs)
     specs = [with_variant_options(spec, own_config) for spec in chosen.specs if spec.path not in ties]
     additions, reasons = build(model, found, specs, own_config)
     if reasons:
@@ -86,7 +109,7 @@ def _built(
     additions += tied_additions(found, additions, ties, own_config, adapter_name)
     copies += tied_copies(found, copies, ties)
     _complete(own_config, model, found, additions, copies)
-    if not read_from_file:
+    if not quiet:
         _mention_replaced_bases(additions)
     taken = dict.fromkeys((a.site.path for a in additions), "target_modules")
     taken |= dict.fromkeys((c.site.path for c in copies), "modules_to_save")
@@ -166,6 +189,20 @@ def _mention_replaced_bases(additions: list[Addition]) -> None:
             f"{', '.join(map(repr, sorted(others)))} work on the same ones: their outputs change",
             VeneerWarning,
             stacklevel=4,
+        )
+
+
+def _mention_unread(found: Mapping[str, Site], specs: Sequence[LoraSpec]) -> None:
+    """Say which modules of a file's adapter the model reads without calling them."""
+    owners = {spec.path: spec.path.removesuffix(f".{spec.parameter}") for spec in specs}
+    readers = {path: cls for path, own in owners.items() if (cls := found[own].reader) is not None}
+    if readers:
+        names = ", ".join(list(readers)[:3]) + (f" and {len(readers) - 3} more" if len(readers) > 3 else "")
+        warnings.warn(
+            f"{names}: {' and '.join(sorted(set(readers.values())))} reads the weight without calling the "
+            "module, so what the adapter has there gets no gradient and has no effect until it is merged",
+            VeneerWarning,
+            stacklevel=5,
         )
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from veneer.layers.base import LoraLayer, find, registry
 from veneer.layers.making import wrap
 from veneer.layers.parts import Factor
-from veneer.layers.refused import REFUSED, refusal
+from veneer.layers.refused import REFUSED, reader, refusal
 from veneer.registry import load_all
 
 load_all(__name__, __path__)
 
-__all__ = ["REFUSED", "Factor", "LoraLayer", "find", "refusal", "registry", "wrap"]
+__all__ = ["REFUSED", "Factor", "LoraLayer", "find", "reader", "refusal", "registry", "wrap"]

@@ -34,6 +34,49 @@ REFUSED: dict[str, str] = {
 }
 
 
+#: Linears and convolutions of known models whose weight is read while they are never called: their
+#: names, by that of the class that has them.
+READ: dict[str, tuple[str, ...]] = {
+    # Mamba, and what is built like it. `dt_proj` is called where it is quantised.
+    **dict.fromkeys(("MambaMixer", "FalconMambaMixer", "JambaMambaMixer"), ("conv1d", "dt_proj")),
+    **dict.fromkeys(
+        """
+        BailingHybridDeltaAttention BambaMixer FalconH1Mixer Glm5NextTextLinearAttention
+        GraniteMoeHybridMambaLayer InklingShortConvolution Inkling2ShortConvolution KimiLinearDeltaAttention
+        Mamba2Mixer NemotronHMamba2Mixer OlmoHybridGatedDeltaNet Qwen3NextGatedDeltaNet Qwen3_5GatedDeltaNet
+        Qwen3_5MoeGatedDeltaNet Qwen4ExpTextGatedDeltaNet ZambaMambaMixer Zamba2MambaMixer
+        """.split(),
+        ("conv1d",),
+    ),
+    **dict.fromkeys(("Lfm2ShortConv", "Lfm2MoeShortConv", "Lfm3ShortConv"), ("conv",)),
+    # attention by one function of torch, or by a convolution
+    "WavLMAttention": ("q_proj", "k_proj", "v_proj", "out_proj"),
+    **dict.fromkeys(
+        ("ConditionalDetrMHAttentionMap", "DetrMHAttentionMap", "MaskFormerDetrMHAttentionMap"), ("k_proj",)
+    ),
+    "DabDetrMHAttentionMap": ("k_linear",),
+    "TDNNLayer": ("kernel",),
+    # tables of positions, routers and heads
+    **dict.fromkeys(
+        ("LayoutLMv2Encoder", "LayoutLMv3Encoder"), ("rel_pos_bias", "rel_pos_x_bias", "rel_pos_y_bias")
+    ),
+    "PPDocLayoutV2ReadingOrderEncoder": ("rel_pos_bias",),
+    "LongcatFlashTopkRouter": ("classifier",),
+    "MobileBertLMPredictionHead": ("dense", "decoder"),
+    "NeoMMEForMaskedLM": ("unembedding_projection",),
+}
+
+
+def reader(parent: nn.Module, name: str) -> str | None:
+    """The class of a module, if it reads the weight of its child of that name and never calls it.
+
+    Args:
+        parent: The module.
+        name: The child's name in it.
+    """
+    return next((cls.__name__ for cls in type(parent).__mro__ if name in READ.get(cls.__name__, ())), None)
+
+
 def refusal(module: nn.Module) -> str | None:
     """Why such a module is not adapted, for the types that a user might try; None for all others."""
     kind: type = type(module)
