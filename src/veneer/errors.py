@@ -20,13 +20,103 @@ The tree; each also is the built-in exception that callers of the field's API al
     └── MissingExtraError    ImportError   an optional library that is not installed
 
     VeneerWarning            UserWarning   something the user should know; nothing was refused
+
+A message is text and `Hint`s. ``str(error)`` writes an option as Python does, ``untie=True``; the
+command line writes the same hint as its flag, ``--untie``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import NoReturn
+
+
+class Blank(str):
+    """A word in the place of a value, as N in ``rank=N``."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+@dataclass(frozen=True)
+class Hint:
+    """An option that a message names: ``Hint("r")``, ``Hint("untie", True)``.
+
+    Args:
+        option: Its name in Python.
+        value: What to give it; without one the name stands alone.
+        clause: Words around it, with {} where it stands. A face that lacks the option leaves them all out;
+            a hint without a clause is then written as in Python.
+    """
+
+    option: str
+    value: object = ...
+    clause: str | None = None
+
+    def __str__(self) -> str:
+        return self.option if self.value is ... else f"{self.option}={self.value!r}"
+
+    def __format__(self, spec: str) -> NoReturn:
+        raise TypeError(
+            "a Hint in an f-string is text like any other: give it to the error or Text as a part"
+        )
+
+
+@dataclass(frozen=True, init=False)
+class Text:
+    """Text with the options that it names, kept apart from the text until somebody shows it."""
+
+    parts: tuple[str | Hint, ...]
+
+    def __init__(self, *parts: str | Hint | Text) -> None:
+        flat = (part.parts if isinstance(part, Text) else (part,) for part in parts)
+        object.__setattr__(self, "parts", tuple(part for inner in flat for part in inner))
+
+    @classmethod
+    def join(cls, separator: str, messages: Iterable[str | Hint | Text]) -> Text:
+        """As ``separator.join`` of texts."""
+        parts = [part for message in messages for part in (separator, message)]
+        return cls(*parts[1:])
+
+    def written(self, option: Callable[[Hint], str | None]) -> str:
+        """The text.
+
+        Args:
+            option: How a hint's option is written; None for one that the reader does not have.
+        """
+        return "".join(
+            part if isinstance(part, str) else _in_clause(part, option(part)) for part in self.parts
+        )
+
+    def __str__(self) -> str:
+        return self.written(str)
+
+    def __format__(self, spec: str) -> NoReturn:
+        raise TypeError("a Text in an f-string loses its hints: make it a part of another Text")
+
+
+def _in_clause(hint: Hint, written: str | None) -> str:
+    if hint.clause is None:
+        return str(hint) if written is None else written
+    return "" if written is None else hint.clause.replace("{}", written)
+
 
 class VeneerError(Exception):
-    """Base of every error raised on purpose."""
+    """Base of every error raised on purpose.
+
+    Args:
+        parts: The message: texts, `Hint`s and `Text`s, one after another.
+
+    Attributes:
+        message: The same, for a face that writes options in its own way.
+    """
+
+    def __init__(self, *parts: str | Hint | Text) -> None:
+        self.message = Text(*parts)
+        super().__init__(str(self.message))
 
 
 class ConfigError(VeneerError, ValueError):
@@ -88,11 +178,15 @@ class TrainingError(VeneerError, RuntimeError):
 class MissingExtraError(VeneerError, ImportError):
     """An optional library that is not installed, with the line that installs it."""
 
-    def __init__(self, library: str, extra: str, purpose: str) -> None:
-        super().__init__(f"{purpose} needs {library}, which is not installed: pip install 'veneer[{extra}]'")
+    def __init__(self, library: str, extra: str, purpose: str | Hint) -> None:
+        super().__init__(purpose, f" needs {library}, which is not installed: pip install 'veneer[{extra}]'")
         self.library = library
         self.extra = extra
 
 
 class VeneerWarning(UserWarning):
-    """Something the user should know, though nothing was refused."""
+    """Something the user should know, though nothing was refused; its message is made as an error's."""
+
+    def __init__(self, *parts: str | Hint | Text) -> None:
+        self.message = Text(*parts)
+        super().__init__(str(self.message))

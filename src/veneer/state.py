@@ -35,6 +35,7 @@ from veneer.errors import (
     BaseMismatchError,
     CheckpointError,
     ConfigError,
+    Hint,
     LoadMismatchError,
     MergeError,
     VeneerWarning,
@@ -386,6 +387,7 @@ def _with_start(
     if not names:
         return result
     spec = next(iter(names.values())).spec
+    init = Hint("init_lora_weights", spec.init)
     try:
         for path, addition in names.items():
             start = addition.layer.initialise(addition.spec, 0)
@@ -393,18 +395,24 @@ def _with_start(
             result.update({f"{path}{part}": t for part, t in zip(RESIDUAL, start.residual, strict=True)})
     except ConfigError as error:
         raise LoadMismatchError(
-            f"{where} holds the trained factors of init_lora_weights={spec.init!r} alone, as the peft "
-            "library saves them: they fit a base from which their start was subtracted, and that start is "
-            f"not in the file ({error}). Convert it where it was trained (its save_pretrained takes "
-            "path_initial_model_for_weight_conversion), or pass config= with init_lora_weights=True for a "
-            "base that has its start subtracted already"
+            f"{where} holds the trained factors of ",
+            init,
+            " alone, as the peft library saves them: they fit a base from which their start was subtracted, "
+            "and that start is not in the file (",
+            error.message,
+            "). Convert it where it was trained (its save_pretrained takes "
+            "path_initial_model_for_weight_conversion), or pass config= with ",
+            Hint("init_lora_weights", True),
+            " for a base that has its start subtracted already",
         ) from error
     about = "" if spec.init in ("pissa", "olora") else ", up to what its random or measured parts differ"
     warnings.warn(
-        f"{where} holds the trained factors of init_lora_weights={spec.init!r} alone, as the peft library "
-        "saves them: they fit a base from which their start was subtracted. The start was worked out again "
-        f"from this base{about}; it must be the original base",
-        VeneerWarning,
+        VeneerWarning(
+            f"{where} holds the trained factors of ",
+            init,
+            " alone, as the peft library saves them: they fit a base from which their start was subtracted. "
+            f"The start was worked out again from this base{about}; it must be the original base",
+        ),
         stacklevel=5,
     )
     return result
@@ -592,7 +600,8 @@ def check_base(
     if result.severity == "wrong":
         raise BaseMismatchError(
             f"{where} was made on another base model: {said}. Load the base that its adapter_config.json "
-            "names; check_base=False loads it all the same"
+            "names",
+            Hint("check_base", False, "; {} loads it all the same"),
         )
     warnings.warn(
         f"{where}: the base model is not exactly the one it was made on: {said}", VeneerWarning, stacklevel=4

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from veneer.config import LoraConfig, TaskType, looks_like_regex
-from veneer.errors import TargetError, VeneerWarning
+from veneer.errors import Hint, TargetError, Text, VeneerWarning
 from veneer.spec import LoraSpec, PatternSet, module_patterns, resolve
 
 ALL_LINEAR = "all-linear"
@@ -54,9 +54,14 @@ class Unmatched:
     suggestions: tuple[str, ...] = ()
     note: str = ""
 
-    def __str__(self) -> str:
+    @property
+    def message(self) -> Text:
+        """All of it in one sentence."""
         near = f"; nearest names: {', '.join(self.suggestions)}" if self.suggestions else ""
-        return f"{self.field} {self.pattern!r} {self.note or 'matches nothing'}{near}"
+        return Text(Hint(self.field), f" {self.pattern!r} {self.note or 'matches nothing'}{near}")
+
+    def __str__(self) -> str:
+        return str(self.message)
 
 
 @dataclass(frozen=True)
@@ -167,7 +172,7 @@ def plan(
     if planner.conflicts or planner.refused or not specs or (strict_targets and planner.unmatched):
         raise TargetError(planner.complaint(adapter, nothing=not specs))
     if planner.unmatched and not loading:
-        warnings.warn(planner.complaint(adapter, nothing=False), VeneerWarning, stacklevel=2)
+        warnings.warn(VeneerWarning(planner.complaint(adapter, nothing=False)), stacklevel=2)
     return Plan(
         adapter=adapter,
         specs=specs,
@@ -188,7 +193,7 @@ class _Planner:
         self.config = config
         self.unmatched: list[Unmatched] = []
         self.refused: list[Candidate] = []
-        self.conflicts: list[str] = []
+        self.conflicts: list[Text] = []
         self.parents = {end for c in self.candidates if (end := c.path.rpartition(".")[0])}
         self.skipped: dict[str, str] = {}
         self.saved: list[str] = []
@@ -208,8 +213,11 @@ class _Planner:
         known = f"model type {model_type!r} has" if model_type else "a model without a model type has"
         names = ", ".join(f"{name} ({count})" for name, count in linear_names(self.candidates).items())
         raise TargetError(
-            f"{known} no default target_modules: name them, or pass target_modules={ALL_LINEAR!r}. "
-            + (f"Linear layers here: {names}" if names else "There are no linear layers in this model")
+            f"{known} no default ",
+            Hint("target_modules"),
+            ": name them, or pass ",
+            Hint("target_modules", ALL_LINEAR),
+            f". Linear layers here: {names}" if names else ". There are no linear layers in this model",
         )
 
     # --- modules that train in full
@@ -277,8 +285,13 @@ class _Planner:
             asked = set(self.config.modules_to_save or ()) - set(head_names(self.config.task_type))
             if both := asked.intersection(named):
                 self.conflicts.append(
-                    f"{c.path} is named by both target_modules and modules_to_save ({both.pop()!r}): "
-                    "it can get factors or train in full, not both"
+                    Text(
+                        f"{c.path} is named by both ",
+                        Hint("target_modules"),
+                        " and ",
+                        Hint("modules_to_save"),
+                        f" ({both.pop()!r}): it can get factors or train in full, not both",
+                    )
                 )
             return False
         if c.supported:
@@ -397,20 +410,20 @@ class _Planner:
         suggestions = _near(_words(pattern), _ends(usable)) if near else ()
         self.unmatched.append(Unmatched(name, pattern, suggestions, note))
 
-    def complaint(self, adapter: str, *, nothing: bool) -> str:
+    def complaint(self, adapter: str, *, nothing: bool) -> Text:
         """Everything that is wrong, in one text."""
-        lines = [*_by_reason(self.refused), *self.conflicts]
+        lines: list[str | Text] = [*_by_reason(self.refused), *self.conflicts]
         head = f"adapter {adapter!r}: " + (
             "cannot be placed" if lines else "nothing to adapt" if nothing else ""
         )
-        lines += [str(entry) for entry in self.unmatched]
+        lines += [entry.message for entry in self.unmatched]
         if head.endswith("nothing to adapt") and (names := linear_names(self.candidates)):
             lines.append("linear layers here: " + ", ".join(f"{n} ({k})" for n, k in names.items()))
         elif head.endswith(": "):
             head += (
                 f"{len(lines)} pattern{'s' if len(lines) > 1 else ''} without the effect that was asked for"
             )
-        return "\n  - ".join([head, *lines])
+        return Text.join("\n  - ", [head, *lines])
 
 
 # --- names ---

@@ -158,7 +158,8 @@ def refusal(choice: Choice) -> str | None:
     """Why a combination is refused, or None."""
     try:
         spec = resolve(made(choice).config(), "default", "")
-        return why_not(_layer(choice.layer, choice.storage), spec)
+        reason = why_not(_layer(choice.layer, choice.storage), spec)
+        return None if reason is None else str(reason)
     except ConfigError as error:
         return str(error)
 

@@ -612,8 +612,8 @@ def test_a_repository_id_is_downloaded(tmp_path: Path, monkeypatch: pytest.Monke
 def test_missing_files_are_explained(tmp_path: Path) -> None:
     LoraConfig().save_pretrained(tmp_path / "mine")
     for where, subfolder, words in (
-        (tmp_path, None, "is missing; adapters lie in its sub-directories: pass subfolder='mine'"),
-        (tmp_path, "yours", "is missing; sub-directories with one: mine"),
+        (tmp_path, None, "is missing; sub-directories with one: mine; pass subfolder='mine'"),
+        (tmp_path, "yours", "is missing; sub-directories with one: mine$"),
         (tmp_path / "none", None, "does not exist"),
         ("./none", None, "does not exist"),
         (tmp_path / "mine" / CONFIG_FILE, None, "is a file; pass the directory"),

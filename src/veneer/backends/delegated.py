@@ -14,8 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from veneer.backends.base import Backend, plain_linear, type_names
-from veneer.errors import MergeError, TargetError
+from veneer.errors import Hint, MergeError, TargetError, Text
 
+#: What to do where an initialisation or a variant needs a weight that cannot be read.
+WITHOUT_READING = Text(
+    "choose an initialisation and a variant that do not need it (",
+    Hint("init_lora_weights", True),
+    Hint("use_dora", False, ", {}"),
+    "), or load the model's 16-bit weights instead",
+)
 _LINEAR = "torch.nn.modules.linear.Linear"
 
 
@@ -68,8 +75,8 @@ class Delegated(Backend):
         if name == "weight":
             raise TargetError(
                 f"the weight of a {type(module).__name__} ({self.quantization}) can be computed with, not "
-                "read: choose an initialisation and a variant that do not need it (init_lora_weights=True, "
-                "use_dora=False), or load the model's 16-bit weights instead"
+                "read: ",
+                WITHOUT_READING,
             )
         tensor: Tensor = getattr(module, name)
         return tensor.detach()
@@ -85,7 +92,7 @@ class Delegated(Backend):
         with torch.no_grad():
             getattr(module, name).copy_(tensor)
 
-    def refuses_merge(self, module: nn.Module) -> str | None:
+    def refuses_merge(self, module: nn.Module) -> str:
         """Always."""
         return (
             f"its weight is quantised by {str(self.quantization).upper()}, into which an update cannot be "
@@ -179,7 +186,7 @@ class HQQ(Delegated):
         tensor: Tensor = layer.dequantize() if name == "weight" else getattr(layer, name)
         return tensor.detach()
 
-    def refuses_merge(self, module: nn.Module) -> str | None:
+    def refuses_merge(self, module: nn.Module) -> str:
         """Into the quantised weight."""
         return (
             "its weight is quantised by HQQ, which finds its codes by an optimisation of its own: "

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.backends.base import type_names
-from veneer.backends.delegated import Delegated
+from veneer.backends.delegated import WITHOUT_READING, Delegated
 from veneer.backends.offloaded import execution_device, stored
 from veneer.errors import TargetError
 
@@ -121,11 +121,11 @@ class _Codes(Delegated):
             return tensor.detach()
         raise TargetError(
             f"the {name} of a {type(module).__name__} is stored as codes ({self.quantization}), which can be "
-            "computed with, not read: choose an initialisation and a variant that do not need it "
-            "(init_lora_weights=True, use_dora=False), or load the model's 16-bit weights instead"
+            "computed with, not read: ",
+            WITHOUT_READING,
         )
 
-    def refuses_merge(self, module: nn.Module) -> str | None:
+    def refuses_merge(self, module: nn.Module) -> str:
         """Always."""
         return self._refusal(module, "weight")
 

@@ -26,7 +26,7 @@ from veneer.calibration.eva_inputs import (
 )
 from veneer.calibration.measuring import Hook, hooked, in_mode, planned
 from veneer.config import EvaConfig, LoraConfig
-from veneer.errors import AdapterNameError, ConfigError, LoadMismatchError, MergeError, VeneerWarning
+from veneer.errors import AdapterNameError, ConfigError, Hint, LoadMismatchError, MergeError, VeneerWarning
 from veneer.inits import InitResult
 from veneer.inject.places import sites
 from veneer.layers import LoraLayer
@@ -322,7 +322,9 @@ def initialize_lora_eva_weights(
     config = model.peft_config[adapter_name]
     if str(config.init_lora_weights).lower() != "eva":
         raise ConfigError(
-            f"the adapter {adapter_name!r} has init_lora_weights={config.init_lora_weights!r}, not 'eva'"
+            f"the adapter {adapter_name!r} has ",
+            Hint("init_lora_weights", config.init_lora_weights),
+            ", not 'eva'",
         )
     if eva_state_dict is None:
         if dataloader is None:

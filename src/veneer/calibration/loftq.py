@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from veneer.backends import FileCodes
 from veneer.doors import hub
-from veneer.errors import AdapterNameError, CheckpointError, ConfigError, MergeError
+from veneer.errors import AdapterNameError, CheckpointError, ConfigError, Hint, MergeError
 from veneer.layers import LoraLayer
 from veneer.model import PeftModel
 
@@ -133,7 +133,8 @@ def replace_lora_weights_loftq(
     if not layers:
         raise ConfigError(
             f"no layer of the adapter {adapter_name!r} is on a quantised weight that can be read; for a "
-            "model that is not quantised use init_lora_weights='loftq'"
+            "model that is not quantised use ",
+            Hint("init_lora_weights", "loftq"),
         )
     if merged := [path for path, layer in layers.items() if adapter_name in layer.merged_adapters]:
         raise MergeError(

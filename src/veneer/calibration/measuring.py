@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from veneer.atomic import atomic_file
 from veneer.config import LoraConfig
-from veneer.errors import ConfigError
+from veneer.errors import ConfigError, Hint
 from veneer.inject import prepare
 from veneer.inject.injection import Addition
 
@@ -38,7 +38,9 @@ def options(config: LoraConfig, init: str, kind: type[Any]) -> Any:
     """
     if str(config.init_lora_weights).lower() != init:
         raise ConfigError(
-            f"the configuration has init_lora_weights={config.init_lora_weights!r}; {init!r} is measured here"
+            "the configuration has ",
+            Hint("init_lora_weights", config.init_lora_weights),
+            f"; {init!r} is measured here",
         )
     return getattr(config, f"{init}_config") or kind()
 

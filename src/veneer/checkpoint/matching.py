@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from ..errors import LoadMismatchError
+from ..errors import Hint, LoadMismatchError
 from .causes import likely_causes
 from .keys import MAGNITUDE, to_disk
 
@@ -19,7 +19,6 @@ _CONTRAST = frozenset(
 _WITH_NAME = re.compile(
     r"\.(?:lora_[AB]|lora_magnitude_vector)\.([^.]+)\.(?:weight|bias)$|\.lora_embedding_[AB]\.([^.]+)$"
 )
-_WAY_OUT = "load it on the model that it was made for"
 
 
 @dataclass(frozen=True)
@@ -65,8 +64,11 @@ class LoadReport:
                 said.append(f"{old!r} at the front of the file's keys was read as {new!r}")
         return "; ".join(said) if said else None
 
-    def message(self, where: object, way_out: str = _WAY_OUT) -> str:
+    def message(self, where: object) -> str:
         """Account for everything in one text: counts, up to three examples a kind, likely causes, way out."""
+        return f"{self._text(where)}."
+
+    def _text(self, where: object) -> str:
         lines = [
             f"the adapter in {where} and this model do not fit: {self.found} tensors in the file, "
             f"{self.expected} expected by the model, {len(self.renamed)} usable"
@@ -81,7 +83,7 @@ class LoadReport:
             lines.append(f"  re-mapped: {self.notice}")
         causes = likely_causes(self)
         lines += [f"Likely cause: {c}" for c in causes]
-        lines.append(f"Way out: {way_out}.")
+        lines.append("Way out: load it on the model that it was made for")
         return "\n".join(lines)
 
     def raise_for(self, where: object) -> None:
@@ -91,7 +93,8 @@ class LoadReport:
             LoadMismatchError: with :meth:`message`.
         """
         if not self.ok:
-            raise LoadMismatchError(self.message(where, f"{_WAY_OUT}; strict=False loads what fits"))
+            hint = Hint("strict", False, "; {} loads what fits")
+            raise LoadMismatchError(self._text(where), hint, ".")
 
 
 def _listing(what: str, items: Sequence[str]) -> list[str]:

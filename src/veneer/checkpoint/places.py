@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..errors import VeneerError
+from ..errors import Hint, VeneerError
 
 #: What a model in the directory that is written over would leave behind, to be read instead of the new one.
 _WEIGHTS = re.compile(r"(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?")
@@ -31,8 +31,8 @@ def check_replaceable(place: Path, overwrite: bool | None = None, what: str = "m
         raise VeneerError(f"{place} is a file; name a directory for the output")
     if place.is_dir() and not overwrite and any(place.iterdir()):
         raise VeneerError(
-            f"the directory {place} is not empty; name another one"
-            + f", or write over its {what} with --overwrite-output-dir" * (overwrite is not None)
+            f"the directory {place} is not empty; name another one",
+            *(() if overwrite is None else (f", or write over its {what} with ", Hint("overwrite", True))),
         )
     there = next(parent for parent in (place, *place.absolute().parents) if parent.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):

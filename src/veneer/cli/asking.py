@@ -6,8 +6,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..errors import VeneerError
+
 if TYPE_CHECKING:
     from ..training import Sampling
+    from ..training.adapters import Head
 
 Adapter = Annotated[str, typer.Argument(help="Directory of the adapter, or a hub id.")]
 Model = Annotated[str | None, typer.Option(help="Base model, instead of the one that the adapter names.")]
@@ -44,3 +47,15 @@ def sampling_of(
     from ..training.generation import Sampling
 
     return Sampling(max_new_tokens, do_sample, temperature, top_p, top_k, repetition_penalty)
+
+
+def require_language_model(head: Head) -> None:
+    """Raise unless an adapter belongs to a model that writes text.
+
+    Raises:
+        VeneerError: Says what it belongs to, and which command takes it.
+    """
+    if head.task != "CAUSAL_LM":
+        what = "a classifier, which names classes" if head.task == "SEQ_CLS" else f"the task {head.task}"
+        way = f": veneer eval {head.name} --data FILE measures it" if head.task == "SEQ_CLS" else ""
+        raise VeneerError(f"{head.name} is an adapter of {what}, and writes no text{way}")

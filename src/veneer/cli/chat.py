@@ -9,7 +9,19 @@ from typing import Annotated, Any
 
 import typer
 
-from .asking import Adapter, DoSample, Dtype, Model, Penalty, Seed, Temperature, TopK, TopP, sampling_of
+from .asking import (
+    Adapter,
+    DoSample,
+    Dtype,
+    Model,
+    Penalty,
+    Seed,
+    Temperature,
+    TopK,
+    TopP,
+    require_language_model,
+    sampling_of,
+)
 from .common import DONE, FAILED, app
 from .fields import check_dtype
 from .messages import say
@@ -50,7 +62,7 @@ def chat(
     import torch
 
     from ..training import Chat
-    from ..training.adapters import load_adapted, read_head, require_language_model
+    from ..training.adapters import load_adapted, read_head
 
     sampling = sampling_of(max_new_tokens, do_sample, temperature, top_p, top_k, repetition_penalty)
     head = read_head(adapter)

@@ -18,7 +18,7 @@ import typer
 
 from ..errors import ConfigError, VeneerError
 from . import messages
-from .messages import say
+from .messages import Flag, say
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -157,10 +157,10 @@ def _failed(error: Exception, words: list[str], verbose: bool) -> int:
             _drop_output(only_if_broken=True)
         message = system
     elif isinstance(error, VeneerError):
-        message = str(error) or type(error).__name__
+        message = messages.in_flags(error.message, flags_of(words[0]) if words else {})
     else:
         message = messages.unexpected(error)
-    say("error: " + messages.in_flags(message, flags_of(words[0]) if words else {}))
+    say("error: " + (message or type(error).__name__))
     if isinstance(error, ConfigError):
         # Adapter files have errors of their own; what is wrong here was asked for on the command line.
         say(f"See: veneer {words[0]} --help")
@@ -185,12 +185,18 @@ def _drop_output(only_if_broken: bool = False) -> None:
 
 
 @functools.cache
-def flags_of(command: str) -> dict[str, str]:
-    """Name of a parameter -> its flag, of a command; empty where there is no such command."""
+def flags_of(command: str) -> dict[str, Flag]:
+    """Name of an option, as its parameter or any of its flags spells it -> its flag; of no command, none."""
     group: Any = typer.main.get_command(app)
     found = group.commands.get(command)
-    pairs = ((p.name, [o for o in p.opts if o.startswith("--")]) for p in (found.params if found else ()))
-    return {name: options[0] for name, options in pairs if options}
+    flags: dict[str, Flag] = {}
+    for parameter in found.params if found else ():
+        names = [name for name in parameter.opts if name.startswith("--")]
+        if names:
+            flag = Flag(names[0], next(iter(parameter.secondary_opts), None), bool(parameter.is_flag))
+            flags |= {name.removeprefix("--").replace("-", "_"): flag for name in names}
+            flags[parameter.name] = flag
+    return flags
 
 
 def show_json(content: object) -> None:

@@ -28,9 +28,9 @@ def export(
         Path | None,
         typer.Argument(help="Directory for the files; it appears whole or not. Default: ADAPTER-TARGET."),
     ] = None,
-    model: Annotated[
+    base: Annotated[
         str | None,
-        typer.Option(help="Base model, where its weights are needed: its directory or hub id."),
+        typer.Option("--model", help="Base model, where its weights are needed: its directory or hub id."),
     ] = None,
     dtype: Annotated[
         str, typer.Option(help="Type of the factors: auto (as they are), float32, bfloat16 or float16.")
@@ -49,7 +49,7 @@ def export(
             help="Part of the pipeline, for diffusers: unet, transformer, text_encoder or text_encoder_2."
         ),
     ] = None,
-    overwrite_output_dir: Annotated[
+    overwrite: Annotated[
         bool,
         typer.Option("--overwrite-output-dir", help="Replace the adapter in a directory that holds files."),
     ] = False,
@@ -67,18 +67,18 @@ def export(
     place = adapter_place(adapter)
     if output is None:
         output = _beside(place if Path(adapter).expanduser().exists() else Path(adapter).name, target)
-    base = _base(place, model) if model is not None or dora_to_plain else None
+    base_model = _base(place, base) if base is not None or dora_to_plain else None
     with _progress(dora_to_plain) as tell:
         report = export_adapter(
             place,
             output,
             target,
-            base=base,
+            base=base_model,
             dtype=dtype,
             dora_to_plain=dora_to_plain,
             rank=rank,
             component=component,
-            overwrite=overwrite_output_dir,
+            overwrite=overwrite,
             tell=tell,
         )
     if as_json:
@@ -113,11 +113,11 @@ def _progress(wanted: bool) -> Iterator[Callable[[int, int], None] | None]:
         yield tell
 
 
-def _base(adapter: Path, model: str | None) -> Path:
+def _base(adapter: Path, base: str | None) -> Path:
     from ..training.merge_files import base_directory
 
-    place = Path(model or "").expanduser()
-    return place if model is not None and place.is_dir() else base_directory(adapter, model)
+    place = Path(base or "").expanduser()
+    return place if base is not None and place.is_dir() else base_directory(adapter, base)
 
 
 def _as_json(report: ExportReport) -> None:

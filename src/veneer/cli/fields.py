@@ -11,7 +11,7 @@ from typing import Annotated, Any, TypeVar, get_type_hints
 
 import typer
 
-from ..errors import ConfigError
+from ..errors import ConfigError, Hint
 from ..training.options import DTYPES, TrainOptions, plain_type, read_yaml
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -94,4 +94,4 @@ def check_dtype(dtype: str) -> None:
         ConfigError: Naming those that they are.
     """
     if dtype not in DTYPES:
-        raise ConfigError(f"dtype is one of {', '.join(DTYPES)}, not {dtype!r}")
+        raise ConfigError(Hint("dtype"), f" is one of {', '.join(DTYPES)}, not {dtype!r}")

@@ -20,6 +20,7 @@ from .asking import (
     Temperature,
     TopK,
     TopP,
+    require_language_model,
     sampling_of,
 )
 from .common import app, show_json
@@ -62,7 +63,7 @@ def generate(
     """Ask an adapted model: one prompt, or a file of them; answers go to standard output or --output."""
     check_dtype(dtype)
     prompt = _prompt(prompt, data, output, batch_size)
-    from ..training.adapters import load_adapted, read_head, require_language_model
+    from ..training.adapters import load_adapted, read_head
     from ..training.generation import check_answer_file
 
     sampling = sampling_of(max_new_tokens, do_sample, temperature, top_p, top_k, repetition_penalty)

@@ -15,14 +15,15 @@ from .common import app, show_json
 def import_(
     source: Annotated[Path, typer.Argument(help="The file, or the directory that holds it.")],
     output: Annotated[Path, typer.Argument(help="Directory for the adapter; it appears whole or not.")],
-    model: Annotated[
+    base: Annotated[
         str | None,
         typer.Option(
+            "--model",
             help="Base model that the adapter is to name. A directory of a model or a pipeline also says "
-            "where the dots of flattened names go."
+            "where the dots of flattened names go.",
         ),
     ] = None,
-    overwrite_output_dir: Annotated[
+    overwrite: Annotated[
         bool,
         typer.Option("--overwrite-output-dir", help="Replace the adapter in a directory that holds files."),
     ] = False,
@@ -35,9 +36,13 @@ def import_(
     """
     from ..integrations.imports import import_adapter
 
-    base = Path(model).expanduser() if model is not None and Path(model).expanduser().is_dir() else None
+    place = None if base is None else Path(base).expanduser()
     report = import_adapter(
-        source, output, base=base, base_model_name_or_path=model, overwrite=overwrite_output_dir
+        source,
+        output,
+        base=place if place is not None and place.is_dir() else None,
+        base_model_name_or_path=base,
+        overwrite=overwrite,
     )
     if as_json:
         show_json(

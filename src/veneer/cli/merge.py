@@ -22,8 +22,8 @@ WORTH_SAYING = 0.9
 def merge(
     adapter: Annotated[str, typer.Argument(help="Directory of the adapter, or a hub id.")],
     output: Annotated[Path, typer.Option(help="Directory for the merged model; it appears whole or not.")],
-    model: Annotated[
-        str | None, typer.Option(help="Base model, instead of the one that the adapter names.")
+    base: Annotated[
+        str | None, typer.Option("--model", help="Base model, instead of the one that the adapter names.")
     ] = None,
     dtype: Annotated[
         str,
@@ -38,7 +38,7 @@ def merge(
             "--untie", help="Give an adapted weight that two modules share to the adapted one alone."
         ),
     ] = False,
-    overwrite_output_dir: Annotated[
+    overwrite: Annotated[
         bool,
         typer.Option("--overwrite-output-dir", help="Replace the model in a directory that holds files."),
     ] = False,
@@ -65,14 +65,14 @@ def merge(
 
     progress = Terminal()
     check_not_a_source(output, adapter)
-    check_replaceable(output, overwrite_output_dir)
+    check_replaceable(output, overwrite)
     place = adapter_place(adapter)
     if low_memory:
         if untie:
             raise typer.BadParameter("--untie needs the model in memory: leave --low-memory out")
-        report, stored = _from_file_to_file(place, output, model, dtype, overwrite_output_dir, progress)
+        report, stored = _from_file_to_file(place, output, base, dtype, overwrite, progress)
     else:
-        report, stored = _in_memory(place, output, model, dtype, overwrite_output_dir, untie, progress)
+        report, stored = _in_memory(place, output, base, dtype, overwrite, untie, progress)
     weights = directory_bytes(output, "*.safetensors")
     if report.mean < WORTH_SAYING:
         progress.say(
@@ -90,7 +90,7 @@ def merge(
 def _in_memory(
     adapter: Path,
     output: Path,
-    model: str | None,
+    base: str | None,
     dtype: str,
     overwrite: bool,
     untie: bool,
@@ -99,7 +99,7 @@ def _in_memory(
     """What was kept, and the type of the merged weights."""
     from ..training.adapters import check_not_a_source, load_adapted, save_merged
 
-    adapted, tokenizer = load_adapted(adapter, model, dtype)
+    adapted, tokenizer = load_adapted(adapter, base, dtype)
     check_not_a_source(output, getattr(adapted.config, "_name_or_path", ""))
     progress.say(f"Merging {adapter} and writing {output}")
     stored = str(adapted.dtype).removeprefix("torch.")
@@ -107,15 +107,15 @@ def _in_memory(
 
 
 def _from_file_to_file(
-    adapter: Path, output: Path, model: str | None, dtype: str, overwrite: bool, progress: Progress
+    adapter: Path, output: Path, base: str | None, dtype: str, overwrite: bool, progress: Progress
 ) -> tuple[MergeReport, str]:
     """What was kept, and the type of the merged weights."""
     from ..training.adapters import check_not_a_source
     from ..training.merge_files import base_directory, merge_files
 
-    base = base_directory(adapter, model)
-    check_not_a_source(output, str(base))
-    progress.say(f"Merging {adapter} into the files of {base} and writing {output}")
+    found = base_directory(adapter, base)
+    check_not_a_source(output, str(found))
+    progress.say(f"Merging {adapter} into the files of {found} and writing {output}")
     with progress.bar("tensors", 100) as advance:
         done = 0
 
@@ -125,7 +125,7 @@ def _from_file_to_file(
             advance(share - done, "")
             done = share
 
-        report = merge_files(adapter, base, output, dtype, overwrite, tell)
+        report = merge_files(adapter, found, output, dtype, overwrite, tell)
     return report, "the stored types" if dtype == "auto" else dtype
 
 

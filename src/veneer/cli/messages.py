@@ -10,27 +10,10 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
-from ..errors import VeneerWarning
+from ..errors import Text, VeneerWarning
 
-#: Configuration fields whose flag has another name.
-FLAG_OF = {"r": "lora_r", "num_train_epochs": "epochs", "per_device_train_batch_size": "batch_size"}
-#: What the library says to those who write Python -> what the command line says instead.
-PHRASES = {
-    "; check_base=False loads it all the same": "",
-    "; strict=False loads what fits": "",
-    ", or read with strict=False": "",
-    "untie=True": "--untie",
-    "dora_to_plain=True, rank=N with the base model": "--dora-to-plain --rank N",
-    "rank=N": "--rank N",
-    "dtype='float32'": "--dtype float32",
-    "base=, the model's directory,": "--model, the base model,",
-    "the base model: base=": "the base model: --model",
-    "the base model (base=)": "the base model (--model)",
-    "component='": "--component '",
-    "Merge into float32 (model.float() before)": "Merge with --dtype float32",
-}
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FULL_WORDS = re.compile(
     r"no space left on device|disk quota exceeded|file too large|PytorchStreamWriter failed writing", re.I
@@ -38,21 +21,45 @@ _FULL_WORDS = re.compile(
 _MEMORY_WORDS = re.compile(r"out of memory|can't allocate memory|cannot allocate memory", re.I)
 
 
+class Flag(NamedTuple):
+    """How an option is given on the command line.
+
+    Attributes:
+        on: The flag.
+        off: The flag that says no, where there is one.
+        switch: Whether it stands alone, without a value.
+    """
+
+    on: str
+    off: str | None = None
+    switch: bool = False
+
+    def given(self, value: object) -> str | None:
+        """What to type for a value, the flag alone where there is none; None where it cannot be typed."""
+        if value is ...:
+            return self.on
+        if self.switch:
+            return self.on if value else self.off
+        return (
+            None if value is None else f"{self.on} {str(value).lower() if isinstance(value, bool) else value}"
+        )
+
+
 def say(line: str) -> None:
     """One message on standard error."""
     print(line, file=sys.stderr, flush=True)
 
 
-def quieten(flags: Callable[[], Mapping[str, str]]) -> None:
+def quieten(flags: Callable[[], Mapping[str, Flag]]) -> None:
     """Veneer's own warnings as one line each; other libraries' notices not at all.
 
     Args:
-        flags: Gives the flags of the command that runs, by the parameter's name.
+        flags: Gives the flags of the command that runs, by the option's name.
     """
 
     def show(message: Warning | str, category: type[Warning], *details: Any, **more: Any) -> None:
-        if issubclass(category, VeneerWarning):
-            say("warning: " + in_flags(str(message), flags()))
+        if isinstance(message, VeneerWarning):
+            say("warning: " + in_flags(message.message, flags()))
 
     warnings.showwarning = show
     # What torchao, bitsandbytes and others log when they are imported goes through this handler.
@@ -121,21 +128,13 @@ def unexpected(error: BaseException) -> str:
     return f"unexpected {kind}: {words}\n{whose} --verbose shows the traceback."
 
 
-def in_flags(message: str, flags: Mapping[str, str]) -> str:
-    """A message of the library with the options of the command in place of Python's names.
+def in_flags(message: Text, flags: Mapping[str, Flag]) -> str:
+    """A message of the library with the flags of the command in the place of Python's options.
 
     Args:
-        message: As the library says it.
-        flags: Name of a parameter -> flag, of the command that runs.
+        message: As the library makes it.
+        flags: Name of an option -> its flag, of the command that runs.
     """
-    for phrase, instead in PHRASES.items():
-        message = message.replace(phrase, instead)
-    for field, flag in FLAG_OF.items():
-        if flag in flags and field not in flags:
-            message = re.sub(rf"(?<![\w.\-'\"])({field})(?= must | is |=)", flags[flag], message)
-    names = sorted((n for n in flags if "_" in n), key=len, reverse=True)
-    if names:
-        # A word in quotes or in a path is a value, not an option.
-        pattern = rf"(?<![\w.\-'\"/])({'|'.join(map(re.escape, names))})(?![\w\-/'\"])(?!\.\w)"
-        message = re.sub(pattern, lambda found: flags[found[1]], message)
-    return message
+    return message.written(
+        lambda hint: None if (flag := flags.get(hint.option)) is None else flag.given(hint.value)
+    )

@@ -20,7 +20,7 @@ from veneer.config.kinds import PeftType, TaskType
 from veneer.config.spelling import names_unknown_options, unknown_option
 from veneer.config.values import looks_like_regex
 from veneer.doors import hub, is_local
-from veneer.errors import AdapterFileError, ConfigError, UnknownOptionError, VeneerWarning
+from veneer.errors import AdapterFileError, ConfigError, Hint, Text, UnknownOptionError, VeneerWarning
 
 KNOWN_PEFT_VERSION = (0, 21, 2)
 
@@ -98,19 +98,22 @@ class PeftConfig:
         if isinstance(base, os.PathLike):
             self.base_model_name_or_path = os.fspath(base)
 
-    def _problems(self) -> list[str]:
+    def _problems(self) -> list[Text]:
         found = []
         if self.task_type is not None and not isinstance(self.task_type, TaskType):
             found += check.choice("task_type", self.task_type, [t.value for t in TaskType])
         if self.peft_type is not None and not isinstance(self.peft_type, PeftType):
             near = check.did_you_mean(self.peft_type, [t.value for t in PeftType])
             found.append(
-                f"peft_type {check.show(self.peft_type)} is no known adapter method{near}; Veneer "
-                "implements LORA"
+                Text(
+                    Hint("peft_type"),
+                    f" {check.show(self.peft_type)} is no known adapter method{near}; Veneer implements LORA",
+                )
             )
         mapping: Any = self.auto_mapping
         if mapping is not None and not isinstance(mapping, dict):
-            found.append(f"auto_mapping must be a dictionary or None, got {check.show(mapping)}")
+            got = check.show(mapping)
+            found.append(Text(Hint("auto_mapping"), f" must be a dictionary or None, got {got}"))
         for name in ("peft_version", "base_model_name_or_path", "revision"):
             found += check.text(name, getattr(self, name))
         return found + check.flag("inference_mode", self.inference_mode)
@@ -123,10 +126,10 @@ class PeftConfig:
         """
         problems = self._problems()
         if len(problems) == 1:
-            raise ConfigError(f"{type(self).__name__}: {problems[0]}")
+            raise ConfigError(f"{type(self).__name__}: ", problems[0])
         if problems:
             raise ConfigError(
-                f"{type(self).__name__} has {len(problems)} problems:\n  - " + "\n  - ".join(problems)
+                Text.join("\n  - ", [f"{type(self).__name__} has {len(problems)} problems:", *problems])
             )
 
     @property
@@ -210,14 +213,15 @@ class PeftConfig:
             )
         if not refused or not strict:
             return target(**accepted)
-        message = (
+        message = Text(
             f"the adapter configuration switches on what Veneer does not know, and ignoring it could change "
-            f"the adapter's output: {unknown}. Remove the key if it has no effect, or read with strict=False"
+            f"the adapter's output: {unknown}. Remove the key if it has no effect",
+            Hint("strict", False, ", or read with {}"),
         )
         try:
             target(**accepted)
         except ConfigError as error:
-            message += f"\nBesides, {error}"
+            message = Text(message, "\nBesides, ", error.message)
         raise UnknownOptionError(message)
 
     @classmethod
@@ -253,7 +257,7 @@ class PeftConfig:
         try:
             return cls.from_dict(values)
         except ConfigError as error:
-            raise type(error)(f"{os.fspath(path)}: {error}") from error
+            raise type(error)(f"{os.fspath(path)}: ", error.message) from error
 
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], auto_mapping_dict: dict[str, Any] | None = None

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from veneer.config import values as check
-from veneer.errors import AdapterFileError, ConfigError
+from veneer.errors import AdapterFileError, ConfigError, Hint
 
 CONFIG_FILE = "adapter_config.json"
 
@@ -32,14 +32,10 @@ def config_path(directory: Path, subfolder: str | None) -> Path:
     if directory.is_file():
         raise AdapterFileError(f"{directory} is a file; pass the directory of the adapter instead")
     inside = sorted(p.parent.relative_to(directory).as_posix() for p in directory.glob(f"*/{CONFIG_FILE}"))
-    hint = (
-        f"; adapters lie in its sub-directories: pass subfolder={inside[0]!r}"
-        if inside and not subfolder
-        else ""
-    )
-    if inside and subfolder:
-        hint = f"; sub-directories with one: {', '.join(inside[:10])}"
-    raise AdapterFileError(f"{path} is missing{hint}")
+    if not inside:
+        raise AdapterFileError(f"{path} is missing")
+    way = [] if subfolder else [Hint("subfolder", inside[0], "; pass {}")]
+    raise AdapterFileError(f"{path} is missing; sub-directories with one: {', '.join(inside[:10])}", *way)
 
 
 def read_config_file(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from veneer.config.parts import (
     part_problem,
 )
 from veneer.config.spelling import names_unknown_options
+from veneer.errors import Hint, Text
 from veneer.registry import load_plugins
 
 _PISSA = "pissa_niter_<number>"
@@ -172,10 +173,12 @@ class LoraConfig(PeftConfig):
         if init == "corda" and self.corda_config is None:
             self.corda_config = CordaConfig()
 
-    def _problems(self) -> list[str]:
+    def _problems(self) -> list[Text]:
         found = super()._problems()
         if isinstance(self.peft_type, PeftType) and self.peft_type is not PeftType.LORA:
-            found.append(f"peft_type must be LORA in a LoraConfig, got {self.peft_type.value}")
+            found.append(
+                Text(Hint("peft_type"), f" must be LORA in a LoraConfig, got {self.peft_type.value}")
+            )
         found += check.count("r", self.r)
         found += check.positive("lora_alpha", self.lora_alpha)
         found += check.fraction("lora_dropout", self.lora_dropout)
@@ -184,36 +187,37 @@ class LoraConfig(PeftConfig):
             found += check.flag(name, getattr(self, name))
         return found + self._target_problems() + self._init_problems() + self._rare_problems()
 
-    def _target_problems(self) -> list[str]:
+    def _target_problems(self) -> list[Text]:
         found = check.patterns("target_modules", self.target_modules)
         found += check.patterns("exclude_modules", self.exclude_modules)
         found += check.patterns("layers_pattern", self.layers_pattern)
         if self.target_modules is not None and not self.target_modules and not self.target_parameters:
+            whole = Hint("modules_to_save")
             way_out = (
-                "full training of modules_to_save alone needs no adapter: set requires_grad on them instead"
+                Text("full training of ", whole, " alone needs no adapter: set requires_grad on them instead")
                 if self.modules_to_save
                 else 'name the modules to adapt, or pass "all-linear", or None for the model type\'s defaults'
             )
-            found = [f for f in found if not f.startswith("target_modules is an empty")]
-            found.append(f"target_modules is empty, so nothing would be adapted; {way_out}")
+            found = [f for f in found if not str(f).startswith("target_modules is an empty")]
+            empty = " is empty, so nothing would be adapted; "
+            found.append(Text(Hint("target_modules"), empty, way_out))
         if self.modules_to_save is not None and not (
             isinstance(self.modules_to_save, list) and check.is_names(self.modules_to_save)
         ):
-            found.append(
-                f"modules_to_save must be a list of non-empty strings, got {check.show(self.modules_to_save)}"
-            )
+            got = check.show(self.modules_to_save)
+            found.append(Text(Hint("modules_to_save"), f" must be a list of non-empty strings, got {got}"))
         layers = self.layers_to_transform
         if layers is not None:
             for index in layers if isinstance(layers, list) else [layers]:
                 found += check.count("layers_to_transform", index, least=0)
         elif self.layers_pattern:
             found.append(
-                "layers_pattern without layers_to_transform has no effect: pass the layers' numbers too"
+                Text("layers_pattern without layers_to_transform has no effect: pass the layers' numbers too")
             )
         found += check.pattern_values("rank_pattern", self.rank_pattern, check.count)
         return found + check.pattern_values("alpha_pattern", self.alpha_pattern, check.positive)
 
-    def _init_problems(self) -> list[str]:
+    def _init_problems(self) -> list[Text]:
         found = []
         init = init_name(self.init_lora_weights)
         if (
@@ -237,27 +241,29 @@ class LoraConfig(PeftConfig):
             found.append(part_problem("loftq_config", LoftQConfig, self.loftq_config))
         if self.lora_bias is True and not isinstance(init, bool):
             found.append(
-                f"lora_bias=True needs init_lora_weights True or False, got "
-                f"{check.show(self.init_lora_weights)}"
+                Text(
+                    Hint("lora_bias", True),
+                    " needs ",
+                    Hint("init_lora_weights"),
+                    f" True or False, got {check.show(self.init_lora_weights)}",
+                )
             )
         return found
 
-    def _rare_problems(self) -> list[str]:
+    def _rare_problems(self) -> list[Text]:
         found = check.text("megatron_core", self.megatron_core) + check.text("variant", self.variant)
         options: Any = self.variant_options
         if not isinstance(options, dict):
-            found.append(f"variant_options must be a dictionary, got {check.show(options)}")
+            found.append(Text(Hint("variant_options"), f" must be a dictionary, got {check.show(options)}"))
         elif self.variant_options and self.variant is None:
-            found.append("variant_options without a variant have no effect")
+            found.append(Text("variant_options without a variant have no effect"))
         for name in (*_VARIANT_DICTS, "megatron_config"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, dict):
-                found.append(f"{name} must be a dictionary or None, got {check.show(value)}")
+                found.append(Text(Hint(name), f" must be a dictionary or None, got {check.show(value)}"))
         if self.target_parameters is not None and not check.is_names(self.target_parameters):
-            found.append(
-                f"target_parameters must be a list of strings or None, got "
-                f"{check.show(self.target_parameters)}"
-            )
+            got = check.show(self.target_parameters)
+            found.append(Text(Hint("target_parameters"), f" must be a list of strings or None, got {got}"))
         for name, kinds in (
             ("trainable_token_indices", (list, dict)),
             ("alora_invocation_tokens", (list,)),
@@ -265,10 +271,8 @@ class LoraConfig(PeftConfig):
         ):
             value = getattr(self, name)
             if value is not None and not isinstance(value, kinds):
-                found.append(
-                    f"{name} must be a {' or '.join(k.__name__ for k in kinds)} or None, got "
-                    f"{check.show(value)}"
-                )
+                wanted = " or ".join(k.__name__ for k in kinds)
+                found.append(Text(Hint(name), f" must be a {wanted} or None, got {check.show(value)}"))
         return found + check.count("qalora_group_size", self.qalora_group_size)
 
     def advice(self) -> list[str]:
@@ -277,25 +281,33 @@ class LoraConfig(PeftConfig):
         Raises:
             ConfigError: If a value that cannot be right was assigned since construction.
         """
+        return [str(text) for text in self._advice()]
+
+    def _advice(self) -> list[Text]:
         self.validate()
         found = []
+        rank, alpha = Hint("r", self.r), Hint("lora_alpha", self.lora_alpha)
         scale = self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
         if scale < 0.25 and self.lora_alpha == 8:
+            default = Text(Hint("lora_alpha"), " is 8 (the default) with ", rank)
             found.append(
-                f"lora_alpha is 8 (the default) with r={self.r}, so the update is scaled by {scale:.4g} and "
-                f"learns slowly: pass lora_alpha={self.r} for a scale of 1, or use_rslora=True"
-                if not self.use_rslora
-                else f"lora_alpha is 8 (the default) with r={self.r} and use_rslora, a scale of {scale:.4g}"
+                Text(default, " and ", Hint("use_rslora"), f", a scale of {scale:.4g}")
+                if self.use_rslora
+                else Text(
+                    default,
+                    f", so the update is scaled by {scale:.4g} and learns slowly: pass ",
+                    Hint("lora_alpha", self.r),
+                    " for a scale of 1, or ",
+                    Hint("use_rslora", True),
+                )
             )
         elif scale > 32:
-            found.append(
-                f"lora_alpha={self.lora_alpha} with r={self.r} scales the update by {scale:.4g}: rarely meant"
-            )
+            found.append(Text(alpha, " with ", rank, f" scales the update by {scale:.4g}: rarely meant"))
         if self.lora_dropout == 1:
-            found.append("lora_dropout=1 drops every input of the branch: it never learns")
+            found.append(Text(Hint("lora_dropout", 1), " drops every input of the branch: it never learns"))
         for name, init in NEEDS_INIT.items():
             if getattr(self, name) and init_name(self.init_lora_weights) != init:
-                found.append(f"{name} has no effect without init_lora_weights={init!r}")
+                found.append(Text(Hint(name), " has no effect without ", Hint("init_lora_weights", init)))
         return found
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from veneer.config import values as check
 from veneer.config.spelling import unknown_option
+from veneer.errors import Hint, Text
 
 
 @dataclass
@@ -22,7 +23,7 @@ class LoftQConfig:
     loftq_bits: int = 4
     loftq_iter: int = 1
 
-    def _problems(self) -> list[str]:
+    def _problems(self) -> list[Text]:
         return [
             *check.choice("loftq_config.loftq_bits", self.loftq_bits, (2, 4, 8)),
             *check.count("loftq_config.loftq_iter", self.loftq_iter),
@@ -39,7 +40,7 @@ class LoraRuntimeConfig:
 
     ephemeral_gpu_offload: bool = False
 
-    def _problems(self) -> list[str]:
+    def _problems(self) -> list[Text]:
         return check.flag("runtime_config.ephemeral_gpu_offload", self.ephemeral_gpu_offload)
 
 
@@ -63,10 +64,11 @@ class EvaConfig:
     whiten: bool = False
     adjust_scaling_factors: bool = True
 
-    def _problems(self) -> list[str]:
+    def _problems(self) -> list[Text]:
         found = []
         if not check.is_number(self.rho) or self.rho < 1:
-            found.append(f"eva_config.rho must be a number of at least 1, got {check.show(self.rho)}")
+            got = check.show(self.rho)
+            found.append(Text(Hint("eva_config.rho"), f" must be a number of at least 1, got {got}"))
         found += check.fraction("eva_config.tau", self.tau)
         return found
 
@@ -82,7 +84,7 @@ class CordaConfig:
     use_float16_for_covariance: bool = False
     prune_temporary_fields: bool = True
 
-    def _problems(self) -> list[str]:
+    def _problems(self) -> list[Text]:
         return check.choice("corda_config.corda_method", self.corda_method, ("ipm", "kpm"))
 
 
@@ -94,7 +96,7 @@ class LoraGAConfig:
     scale: str = "stable"
     stable_gamma: int = 16
 
-    def _problems(self) -> list[str]:
+    def _problems(self) -> list[Text]:
         return [
             *check.choice("lora_ga_config.direction", self.direction, ("ArBr", "A2rBr", "ArB2r", "random")),
             *check.choice("lora_ga_config.scale", self.scale, ("stable", "weight_svd", "gd_scale", "unit")),
@@ -125,10 +127,10 @@ def part(kind: type[Any], value: Any) -> Any:
     return value
 
 
-def part_problem(name: str, kind: type[Any], value: object) -> str:
+def part_problem(name: str, kind: type[Any], value: object) -> Text:
     """Why a value is no such part."""
     known = [f.name for f in dataclasses.fields(kind)]
     if isinstance(value, dict):
         unknown = ", ".join(unknown_option(str(k), known) for k in value if k not in known)
-        return f"{name} has no option {unknown}"
-    return f"{name} must be a {kind.__name__} or its dictionary, got {check.show(value)}"
+        return Text(Hint(name), f" has no option {unknown}")
+    return Text(Hint(name), f" must be a {kind.__name__} or its dictionary, got {check.show(value)}")

@@ -8,6 +8,8 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from veneer.errors import Hint, Text
+
 LARGEST_RANK = 2**20  # above any weight matrix in use: a larger number in a file is damage or malice
 
 
@@ -30,40 +32,39 @@ def is_number(value: object) -> bool:
         return False
 
 
-def count(name: str, value: object, least: int = 1, most: int = LARGEST_RANK) -> list[str]:
+def count(name: str, value: object, least: int = 1, most: int = LARGEST_RANK) -> list[Text]:
     """Problems of an integer within bounds."""
     if isinstance(value, int) and not isinstance(value, bool) and least <= value <= most:
         return []
-    return [f"{name} must be an integer from {least} to {most}, got {show(value)}"]
+    return [Text(Hint(name), f" must be an integer from {least} to {most}, got {show(value)}")]
 
 
-def positive(name: str, value: Any) -> list[str]:
+def positive(name: str, value: Any) -> list[Text]:
     """Problems of a number above zero."""
     if is_number(value) and value > 0:
         return []
-    return [f"{name} must be a finite number above 0, got {show(value)}"]
+    return [Text(Hint(name), f" must be a finite number above 0, got {show(value)}")]
 
 
-def fraction(name: str, value: Any) -> list[str]:
+def fraction(name: str, value: Any) -> list[Text]:
     """Problems of a number from 0 to 1."""
     if is_number(value) and 0 <= value <= 1:
         return []
-    return [f"{name} must be a number from 0 to 1, got {show(value)}"]
+    return [Text(Hint(name), f" must be a number from 0 to 1, got {show(value)}")]
 
 
-def flag(name: str, value: object) -> list[str]:
+def flag(name: str, value: object) -> list[Text]:
     """Problems of a boolean."""
-    return [] if isinstance(value, bool) else [f"{name} must be True or False, got {show(value)}"]
+    return [] if isinstance(value, bool) else [Text(Hint(name), f" must be True or False, got {show(value)}")]
 
 
-def choice(name: str, value: object, known: Iterable[object]) -> list[str]:
+def choice(name: str, value: object, known: Iterable[object]) -> list[Text]:
     """Problems of a value out of a few."""
     known = tuple(known)
     if any(type(value) is type(k) and value == k for k in known):
         return []
-    return [
-        f"{name} must be one of {', '.join(map(str, known))}; got {show(value)}{did_you_mean(value, known)}"
-    ]
+    near = did_you_mean(value, known)
+    return [Text(Hint(name), f" must be one of {', '.join(map(str, known))}; got {show(value)}{near}")]
 
 
 def did_you_mean(value: object, known: Iterable[object]) -> str:
@@ -75,11 +76,11 @@ def did_you_mean(value: object, known: Iterable[object]) -> str:
     return f" (did you mean {spelling}?)" if spelling else ""
 
 
-def text(name: str, value: object) -> list[str]:
+def text(name: str, value: object) -> list[Text]:
     """Problems of a string that may be absent."""
     if value is None or isinstance(value, str):
         return []
-    return [f"{name} must be a string or None, got {show(value)}"]
+    return [Text(Hint(name), f" must be a string or None, got {show(value)}")]
 
 
 def is_names(value: object) -> bool:
@@ -92,36 +93,36 @@ def looks_like_regex(pattern: str) -> bool:
     return any(c in pattern for c in r"\^$*+?{}[]()|")
 
 
-def expression(name: str, pattern: str) -> list[str]:
+def expression(name: str, pattern: str) -> list[Text]:
     """Problems of a pattern that is a regular expression."""
     if not looks_like_regex(pattern):
         return []
     try:
         re.compile(pattern)
     except (re.error, RecursionError, OverflowError) as error:
-        return [f"{name}: {show(pattern)} is not a valid regular expression ({error})"]
+        return [Text(Hint(name), f": {show(pattern)} is not a valid regular expression ({error})")]
     return []
 
 
-def patterns(name: str, value: object) -> list[str]:
+def patterns(name: str, value: object) -> list[Text]:
     """Problems of ``target_modules``-like fields: None, a pattern, or several."""
     if value is None:
         return []
     if isinstance(value, str):
-        return expression(name, value) if value else [f"{name} is an empty string"]
+        return expression(name, value) if value else [Text(Hint(name), " is an empty string")]
     if not is_names(value):
-        return [f"{name} must be a string or a list of non-empty strings, got {show(value)}"]
+        return [Text(Hint(name), f" must be a string or a list of non-empty strings, got {show(value)}")]
     return [p for v in sorted(value) for p in expression(name, v)]  # type: ignore[call-overload]
 
 
-def pattern_values(name: str, value: object, check: Callable[[str, Any], list[str]]) -> list[str]:
+def pattern_values(name: str, value: object, check: Callable[[str, Any], list[Text]]) -> list[Text]:
     """Problems of a dictionary from patterns to numbers."""
     if not isinstance(value, Mapping):
-        return [f"{name} must be a dictionary from module patterns to numbers, got {show(value)}"]
+        return [Text(Hint(name), f" must be a dictionary from module patterns to numbers, got {show(value)}")]
     found = []
     for key, number in value.items():
         if not isinstance(key, str) or not key:
-            found.append(f"{name}: every key must be a non-empty string, got {show(key)}")
+            found.append(Text(Hint(name), f": every key must be a non-empty string, got {show(key)}"))
             continue
         found += expression(name, key)
         found += check(f"{name}[{show(key)}]", number)

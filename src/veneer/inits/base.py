@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.config import PLUGIN_INITS
-from veneer.errors import ConfigError
+from veneer.errors import ConfigError, Hint, Text
 from veneer.registry import load_plugins
 from veneer.spec import LoraSpec
 
@@ -123,7 +123,7 @@ class Init(abc.ABC):
     def __init_subclass__(cls) -> None:
         if taken := [n for init in _inits for n in init.names if n in cls.names]:
             raise ValueError(
-                f"init_lora_weights={taken[0]!r} is registered twice, the second time by {cls!r}"
+                f"the initialisation {taken[0]!r} is registered twice, the second time by {cls!r}"
             )
         _inits.append(cls())
         _claiming.cache_clear()
@@ -135,7 +135,7 @@ class Init(abc.ABC):
         """Whether this value of ``init_lora_weights`` asks for this initialisation."""
         return any(value is name or (isinstance(name, str) and value == name) for name in self.names)
 
-    def refuses(self, spec: LoraSpec, layer_type: str, as_matrix: bool) -> str | None:
+    def refuses(self, spec: LoraSpec, layer_type: str, as_matrix: bool) -> str | Text | None:
         """Why it cannot start such a layer, or None.
 
         Args:
@@ -165,8 +165,8 @@ def find(value: bool | str) -> Init:
         return found
     known = ", ".join(repr(name) for init in _inits for name in init.names)
     raise ConfigError(
-        f"init_lora_weights={value!r} is not an initialisation of this version of Veneer or of an "
-        f"imported plug-in; there are: {known}"
+        Hint("init_lora_weights", value),
+        f" is not an initialisation of this version of Veneer or of an imported plug-in; there are: {known}",
     )
 
 

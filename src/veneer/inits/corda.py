@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from veneer.errors import ConfigError
+from veneer.errors import ConfigError, Hint
 from veneer.inits.base import Init, InitRequest, InitResult, not_one_matrix, subtracted
 from veneer.spec import LoraSpec
 
@@ -103,7 +103,9 @@ class Corda(Init):
         if shapes != needed:
             raise ConfigError(
                 f"{request.spec.path}: the statistics of preprocess_corda have shapes {shapes}, and {needed} "
-                f"are needed for r={request.spec.r}: measure with the same model and configuration"
+                "are needed for ",
+                Hint("r", request.spec.r),
+                ": measure with the same model and configuration",
             )
         root = (found.s.float() / request.spec.scaling).sqrt()
         return subtracted(request, root[:, None] * found.v.float().T, found.u.float() * root)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from veneer.errors import ConfigError
+from veneer.errors import ConfigError, Hint
 from veneer.inits.base import Init, InitRequest, InitResult, filled, not_one_matrix, zero_bias
 from veneer.ops.normal_float import round_to_bits
 from veneer.spec import LoraSpec
@@ -40,7 +40,7 @@ class LoftQ(Init):
         """
         options = request.spec.init_config
         if options is None:
-            raise ConfigError("init_lora_weights='loftq' needs loftq_config=LoftQConfig(...)")
+            raise ConfigError(Hint("init_lora_weights", "loftq"), " needs loftq_config=LoftQConfig(...)")
         weight = request.matrix().float()
         scaling = request.spec.scaling
         rank = min(request.spec.r, *weight.shape)

@@ -6,6 +6,7 @@ import math
 
 import torch
 
+from veneer.errors import Hint, Text
 from veneer.inits.base import Init, InitRequest, InitResult, normal, not_one_matrix, zero_bias
 from veneer.spec import LoraSpec
 
@@ -23,10 +24,10 @@ class Orthogonal(Init):
     names = ("orthogonal",)
     exact = False
 
-    def refuses(self, spec: LoraSpec, layer_type: str, as_matrix: bool) -> str | None:
+    def refuses(self, spec: LoraSpec, layer_type: str, as_matrix: bool) -> str | Text | None:
         """One half of the rank goes to each factor, of one product."""
         if spec.r % 2:
-            return f"orthogonal factors need an even rank, got r={spec.r}"
+            return Text("orthogonal factors need an even rank, got ", Hint("r", spec.r))
         return None if as_matrix else not_one_matrix("an orthogonal start", layer_type)
 
     def __call__(self, request: InitRequest) -> InitResult:

@@ -10,6 +10,7 @@ from torch import nn
 from veneer import layers
 from veneer.adapters import AdapterSet
 from veneer.config import LoraConfig
+from veneer.errors import Text
 from veneer.inject.injection import Addition
 from veneer.inject.places import Site
 from veneer.layers import LoraLayer
@@ -20,10 +21,10 @@ from veneer.spec import LoraSpec
 
 def build(
     model: nn.Module, found: Mapping[str, Site], specs: Sequence[LoraSpec], config: LoraConfig
-) -> tuple[list[Addition], list[str]]:
+) -> tuple[list[Addition], list[str | Text]]:
     """A layer for each spec, new or the one that is there; and all reasons why one cannot be."""
     additions: list[Addition] = []
-    reasons: list[str] = []
+    reasons: list[str | Text] = []
     for spec in specs:
         if not spec.parameter:
             site = found[spec.path]
@@ -36,7 +37,7 @@ def build(
             if isinstance(site.module, LoraParameter):
                 reason = "a parameter of it is adapted (target_parameters): name the module or the parameter"
             if reason is not None:
-                reasons.append(f"{spec.path} ({type(site.base).__name__}): {reason}")
+                reasons.append(Text(f"{spec.path} ({type(site.base).__name__}): ", reason))
                 continue
             additions.append(Addition(site, layer, spec, spec.path, new=not known))
             additions += _inside(layer, site, spec)
@@ -84,10 +85,12 @@ def _by_module(specs: Iterable[LoraSpec]) -> dict[str, list[LoraSpec]]:
     return owners
 
 
-def _parameters(site: Site, specs: Sequence[LoraSpec], modules: set[str]) -> tuple[list[Addition], list[str]]:
+def _parameters(
+    site: Site, specs: Sequence[LoraSpec], modules: set[str]
+) -> tuple[list[Addition], list[str | Text]]:
     """Layers for parameters of one module, each around the one before, in the module's own order."""
     kind = type(site.base).__name__
-    reason = why_not_wrapped(site.module, [spec.parameter for spec in specs])
+    reason: str | Text | None = why_not_wrapped(site.module, [spec.parameter for spec in specs])
     if site.path in modules:
         reason = "both it and a parameter of it are named: name one of them"
     present = parameters_of(site.module)
@@ -97,13 +100,15 @@ def _parameters(site: Site, specs: Sequence[LoraSpec], modules: set[str]) -> tup
             "load or add this adapter first"
         )
     if reason is not None:
-        return [], [f"{specs[0].path} ({kind}): {reason}"]
+        return [], [Text(f"{specs[0].path} ({kind}): ", reason)]
     order = list(site.base._parameters)
-    additions, reasons, outer = [], [], site.module
+    additions: list[Addition] = []
+    reasons: list[str | Text] = []
+    outer = site.module
     for spec in sorted(specs, key=lambda s: order.index(s.parameter)):
         layer = present.get(spec.parameter) or LoraParameter(outer, spec.parameter)
         if (reason := why_not(layer, spec)) is not None:
-            reasons.append(f"{spec.path} ({kind}): {reason}")
+            reasons.append(Text(f"{spec.path} ({kind}): ", reason))
         additions.append(Addition(site, layer, spec, site.path, new=spec.parameter not in present))
         outer = layer
     return additions, reasons

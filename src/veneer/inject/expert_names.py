@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from veneer import layers, targets
 from veneer.config import LoraConfig
-from veneer.errors import LoadMismatchError, VeneerWarning
+from veneer.errors import Hint, LoadMismatchError, VeneerWarning
 from veneer.spec import resolve
 
 #: Names of an expert's projections, and the half of which stack each became.
@@ -94,9 +94,10 @@ def stacked(model: nn.Module, config: LoraConfig, shapes: Mapping[str, tuple[int
     own.target_parameters = sorted(parameters)
     if own.lora_dropout:
         warnings.warn(
-            f"lora_dropout={own.lora_dropout} is set to 0: the experts are bare parameters here, on which "
-            "dropout is not defined",
-            VeneerWarning,
+            VeneerWarning(
+                Hint("lora_dropout", own.lora_dropout),
+                " is set to 0: the experts are bare parameters here, on which dropout is not defined",
+            ),
             stacklevel=4,
         )
         own.lora_dropout = 0.0

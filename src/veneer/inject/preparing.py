@@ -11,7 +11,7 @@ from torch import nn
 from veneer import backends, inits, targets
 from veneer.adapters import AdapterModule, AdapterSet, check_adapter_name, walk
 from veneer.config import LoraConfig, looks_like_regex
-from veneer.errors import AdapterNameError, TargetError, VeneerWarning
+from veneer.errors import AdapterNameError, Hint, TargetError, Text, VeneerWarning
 from veneer.inject.building import build
 from veneer.inject.injection import Addition, Copy, Injection
 from veneer.inject.places import Site, model_type, plan_sites, sites
@@ -61,8 +61,8 @@ def prepare(
         )
     quiet = quiet or read_from_file
     if not quiet:
-        for sentence in config.advice():
-            warnings.warn(sentence, VeneerWarning, stacklevel=3)
+        for sentence in config._advice():
+            warnings.warn(VeneerWarning(sentence), stacklevel=3)
     if not config.inference_mode and is_sharded(model):
         warnings.warn(
             f"the model's parameters are sharded, and those of the new adapter {adapter_name!r} will be "
@@ -99,9 +99,7 @@ def _built(
     specs = [with_variant_options(spec, own_config) for spec in chosen.specs if spec.path not in ties]
     additions, reasons = build(model, found, specs, own_config)
     if reasons:
-        raise TargetError(
-            "these modules cannot be adapted as asked:\n" + "\n".join(f"  - {r}" for r in reasons)
-        )
+        raise TargetError(Text.join("\n  - ", ["these modules cannot be adapted as asked:", *reasons]))
     if reasons := [r for path in chosen.modules_to_save if (r := _not_to_copy(found[path])) is not None]:
         raise TargetError("these modules cannot be trained whole:\n" + "\n".join(f"  - {r}" for r in reasons))
     copies = [_copy_of(found[path]) for path in chosen.modules_to_save if path not in ties]
@@ -185,9 +183,11 @@ def _mention_replaced_bases(additions: list[Addition]) -> None:
     }
     if others:
         warnings.warn(
-            f"init_lora_weights={additions[0].spec.init!r} replaces base weights, and the adapters "
-            f"{', '.join(map(repr, sorted(others)))} work on the same ones: their outputs change",
-            VeneerWarning,
+            VeneerWarning(
+                Hint("init_lora_weights", additions[0].spec.init),
+                f" replaces base weights, and the adapters {', '.join(map(repr, sorted(others)))} work on "
+                "the same ones: their outputs change",
+            ),
             stacklevel=4,
         )
 

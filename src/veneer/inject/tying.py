@@ -11,7 +11,7 @@ from torch import nn
 from veneer import targets
 from veneer.adapters import AdapterModule
 from veneer.config import LoraConfig
-from veneer.errors import TargetError, VeneerWarning
+from veneer.errors import Hint, TargetError, Text, VeneerWarning
 from veneer.inject.embeddings import embedding_of
 from veneer.inject.injection import Addition, Copy
 from veneer.inject.places import Site
@@ -45,8 +45,11 @@ def tie(model: nn.Module, found: Mapping[str, Site], config: LoraConfig, *, quie
     adapted = _hits(config.target_modules, group)
     if whole and adapted:
         raise TargetError(
-            f"ensure_weight_tying=True: modules_to_save names {whole[0]} and target_modules {adapted[0]}, "
-            "which share one weight: name them in one of the two"
+            "ensure_weight_tying=True: ",
+            Hint("modules_to_save"),
+            f" names {whole[0]} and ",
+            Hint("target_modules"),
+            f" {adapted[0]}, which share one weight: name them in one of the two",
         )
     problem = ""
     if not heads:
@@ -106,7 +109,7 @@ def tied_additions(
             continue
         site, leader, spec = found[path], leads[lead].layer, resolve(config, adapter, path)
         present = site.module if isinstance(site.module, LoraTiedHead) else None
-        reason = None
+        reason: str | Text | None = None
         if not isinstance(leader, LoraEmbedding) or not isinstance(site.base, nn.Linear):
             reason = "only a linear head can follow, and only an embedding"
         elif getattr(leader.base_layer, "max_norm", None) is not None:
@@ -125,11 +128,12 @@ def tied_additions(
             reason = why_not(layer, spec)
             result.append(Addition(site, layer, spec, path, new=present is None))
         if reason is not None:
-            reasons.append(f"{path} ({type(site.base).__name__}): {reason}")
+            reasons.append(Text(f"{path} ({type(site.base).__name__}): ", reason))
     if reasons:
         raise TargetError(
-            "ensure_weight_tying=True: these modules cannot follow the embedding:\n"
-            + "\n".join(f"  - {reason}" for reason in reasons)
+            Text.join(
+                "\n  - ", ["ensure_weight_tying=True: these modules cannot follow the embedding:", *reasons]
+            )
         )
     return result
 

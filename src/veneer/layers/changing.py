@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from veneer import backends, inits, variants
 from veneer.adapters import as_names
-from veneer.errors import ConfigError, VeneerWarning
+from veneer.errors import ConfigError, Hint, VeneerWarning
 from veneer.inits import InitRequest, InitResult
 from veneer.layers.merging import Mergeable
 from veneer.layers.parts import RESIDUAL, Factor, Frozen, Prepared
@@ -38,8 +38,9 @@ class Changeable(Mergeable):
         request, init = self._init_request(spec, seed), inits.find(spec.init)
         if init.lacks(request.stats):
             raise ConfigError(
-                f"init_lora_weights={spec.init!r} starts from what was measured on data, and nothing was for "
-                f"{spec.path or 'this module'}: call {init.measured_by} on this very model first"
+                Hint("init_lora_weights", spec.init),
+                " starts from what was measured on data, and nothing was for "
+                f"{spec.path or 'this module'}: call {init.measured_by} on this very model first",
             )
         start = init(request)
         extra = self._start_of_extra(spec, start, request)

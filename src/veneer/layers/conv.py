@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from veneer import backends
+from veneer.errors import Hint, Text
 from veneer.layers.base import LoraLayer
 from veneer.layers.parts import stand_in, unwrapped
 from veneer.spec import LoraSpec
@@ -55,13 +56,14 @@ class LoraConv(LoraLayer):
         return (r, conv.in_channels, *conv.kernel_size), (conv.out_channels, r // conv.groups, *ones)
 
     @classmethod
-    def refuses(cls, base: nn.Module, spec: LoraSpec) -> str | None:
+    def refuses(cls, base: nn.Module, spec: LoraSpec) -> Text | None:
         """The rank is shared out among the groups."""
         conv: Any = base
         if spec.r % conv.groups:
-            return (
-                f"its {conv.groups} groups do not divide the rank r={spec.r}; choose a multiple "
-                "(rank_pattern)"
+            return Text(
+                f"its {conv.groups} groups do not divide the rank, ",
+                Hint("r", spec.r),
+                "; choose a multiple (rank_pattern)",
             )
         return None
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from veneer import backends
 from veneer.adapters import AdapterModule
-from veneer.errors import TargetError
+from veneer.errors import Hint, TargetError, Text
 from veneer.inits import folded
 from veneer.layers.parts import (
     NOTHING,
@@ -89,7 +89,7 @@ class Holder(AdapterModule):
         raise NotImplementedError
 
     @classmethod
-    def refuses(cls, base: nn.Module, spec: LoraSpec) -> str | None:
+    def refuses(cls, base: nn.Module, spec: LoraSpec) -> str | Text | None:
         """Why this module cannot get what ``spec`` asks for, or None."""
         return None
 
@@ -385,9 +385,11 @@ class Holder(AdapterModule):
         weight = gathered(backends.find(base, self.weight_name).read(base, self.weight_name))
         if weight.dim() < 2:
             raise TargetError(
-                "an adapter needs the base's weight (use_dora=True), which FSDP1 holds in pieces: the base "
+                "an adapter needs the base's weight (",
+                Hint("use_dora", True),
+                "), which FSDP1 holds in pieces: the base "
                 "layer is a unit of its own. Wrap whole adapted layers or blocks "
-                "(ModuleWrapPolicy({LoraLayer})), or use FSDP2 (fully_shard)"
+                "(ModuleWrapPolicy({LoraLayer})), or use FSDP2 (fully_shard)",
             )
         return self.to_matrix(self.before_merge(weight)[0])
 

@@ -12,7 +12,7 @@ from torch import nn
 from veneer import backends, inits, variants
 from veneer.adapters import check_adapter_name
 from veneer.config import LoraConfig, unsupported_options
-from veneer.errors import AdapterNameError, ConfigError, TargetError
+from veneer.errors import AdapterNameError, ConfigError, Hint, TargetError, Text
 from veneer.layers.base import LoraLayer, find
 from veneer.layers.refused import refusal
 from veneer.spec import LoraSpec, resolve
@@ -48,42 +48,46 @@ def check_config(config: Any) -> LoraConfig:
     return config
 
 
-def why_not(layer: LoraLayer, spec: LoraSpec) -> str | None:
+def why_not(layer: LoraLayer, spec: LoraSpec) -> str | Text | None:
     """Why a layer cannot get what ``spec`` asks for, or None."""
     kind = type(layer.base_layer).__name__
+    asked = Hint("init_lora_weights", spec.init)
     if layer.merged and inits.find(spec.init).replaces_base:
-        return (
-            f"init_lora_weights={spec.init!r} replaces the base weight, which holds the merged "
-            f"{', '.join(map(repr, layer.merged_adapters))}: unmerge first"
-        )
+        merged = ", ".join(map(repr, layer.merged_adapters))
+        return Text(asked, f" replaces the base weight, which holds the merged {merged}: unmerge first")
     if (reason := layer.refuses(layer.original_base(), spec)) is not None:
         return reason
     init = inits.find(spec.init)
     if init.replaces_base and layer.backend.quantization is not None:
         way_out = (
-            "use init_lora_weights=True, then replace_lora_weights_loftq(model, model_path)"
+            ", then replace_lora_weights_loftq(model, model_path)"
             if layer.backend.readable
-            else "start with init_lora_weights=True, or from the model's 16-bit weights"
+            else ", or from the model's 16-bit weights"
         )
-        return (
-            f"init_lora_weights={spec.init!r} needs the unquantised weight, and this one is quantised by "
-            f"{layer.backend.quantization}: {way_out}"
+        by = layer.backend.quantization
+        return Text(
+            asked,
+            f" needs the unquantised weight, and this one is quantised by {by}: start with ",
+            Hint("init_lora_weights", True),
+            way_out,
         )
     if (init.subtracts_start or not init.exact) and not layer.is_linear():
-        return (
-            f"init_lora_weights={spec.init!r} needs a branch that is linear in A, and the forward of this "
-            f"{kind} does more with its weight than multiply"
+        return Text(
+            asked,
+            f" needs a branch that is linear in A, and the forward of this {kind} does more with its weight "
+            "than multiply",
         )
     if init.measures_inputs and not layer.takes_rows:
-        return (
-            f"init_lora_weights={spec.init!r} starts from directions of the layer's inputs, and a {kind} has "
-            "none: it is given indices, several inputs, or looks after bare parameters"
+        return Text(
+            asked,
+            f" starts from directions of the layer's inputs, and a {kind} has none: it is given indices, "
+            "several inputs, or looks after bare parameters",
         )
     backend, variant = layer.backend, variants.get(spec.variant)
     reads = variant.reads_weight and not variant.additive
     if not backend.readable and (reads or init.subtracts_start or init.replaces_base):
-        asked = spec.variant if reads else spec.init
-        return f"{asked!r} needs the base weight, which cannot be read as {backend.quantization} stores it"
+        needing = spec.variant if reads else spec.init
+        return f"{needing!r} needs the base weight, which cannot be read as {backend.quantization} stores it"
     return inits.find(spec.init).refuses(spec, kind, layer.is_matrix()) or variants.get(spec.variant).refuses(
         spec, kind
     )
@@ -138,7 +142,7 @@ def wrap(
     check_adapter_name(adapter_name)
     check_config(config)
     cls = find(module)
-    reason: str | None
+    reason: str | Text | None
     if isinstance(module, LoraLayer):
         layer = module
     elif cls is None:
@@ -151,7 +155,7 @@ def wrap(
     config = copy.deepcopy(config)
     spec = with_variant_options(resolve(config, adapter_name, ""), config)
     if (reason := why_not(layer, spec)) is not None:
-        raise TargetError(f"this {type(layer.base_layer).__name__} cannot be adapted as asked: {reason}")
+        raise TargetError(f"this {type(layer.base_layer).__name__} cannot be adapted as asked: ", reason)
     start = layer.initialise(spec, draw_seed())
     for parameter in layer.base_layer.parameters():
         parameter.requires_grad_(False)

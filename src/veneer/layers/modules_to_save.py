@@ -131,8 +131,8 @@ class ModulesToSaveWrapper(AdapterModule):
                           **{k: _taken(v, rows, count) for k, v in kwargs.items()})  # fmt: skip
             if not isinstance(part, Tensor) or part.shape[:1] != rows.shape:
                 raise RoutingError(
-                    f"a {type(module).__name__} (modules_to_save) gives no tensor with one row for each row "
-                    "of the batch, so adapters cannot be mixed in one batch here"
+                    f"a {type(module).__name__} that is trained whole gives no tensor with one row for each "
+                    "row of the batch, so adapters cannot be mixed in one batch here"
                 )
             if whole is None:
                 whole = part.new_zeros(count, *part.shape[1:])

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer.errors import TargetError
+from veneer.errors import Hint, TargetError, Text
 from veneer.inits import InitResult, find
 from veneer.layers.embedding import LoraEmbedding
 from veneer.layers.linear import LoraLinear
@@ -42,7 +42,7 @@ class LoraTiedHead(LoraLinear):
         return self._tied_to[0]
 
     @classmethod
-    def refuses(cls, base: nn.Module, spec: LoraSpec) -> str | None:
+    def refuses(cls, base: nn.Module, spec: LoraSpec) -> str | Text | None:
         """What one weight and one pair of factors cannot do for both sides."""
         if type(base).forward is not nn.Linear.forward:
             return "the head has a forward of its own"
@@ -50,7 +50,9 @@ class LoraTiedHead(LoraLinear):
             return f"{spec.variant} changes an embedding and a head differently, and their weight is one"
         init = find(spec.init)
         if init.replaces_base or init.subtracts_start:
-            return f"init_lora_weights={spec.init!r} gives the embedding another start than the head"
+            return Text(
+                Hint("init_lora_weights", spec.init), " gives the embedding another start than the head"
+            )
         return super().refuses(base, spec)
 
     # -- what it holds: nothing of its own -------------------------------------------------------------

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from veneer.adapters import base_of, walk
 from veneer.checkpoint import to_disk
 from veneer.config import LoraConfig, PeftConfig
-from veneer.errors import AdapterNameError, ConfigError, LoadMismatchError, MergeError, VeneerWarning
+from veneer.errors import AdapterNameError, ConfigError, LoadMismatchError, MergeError, Text, VeneerWarning
 from veneer.layers import LoraLayer
 from veneer.model.state_dicts import load_peft_weights
 from veneer.spec import LoraSpec, resolve, restate
@@ -231,13 +231,13 @@ def prepare_model_for_compiled_hotswap(
         for spec in layer.specs.values():
             wide = _widened(spec, target_rank)
             if (reason := layer.refuses(layer.original_base(), wide)) is not None:
-                problems.append(f"{path}: {reason}")
+                problems.append(Text(f"{path}: ", reason))
             if layer.update(spec.adapter)[1].shape[0] != spec.r and layer.is_matrix():
                 problems.append(
-                    f"{path}: {spec.adapter!r} keeps its starting factors beside the trained ones"
+                    Text(f"{path}: {spec.adapter!r} keeps its starting factors beside the trained ones")
                 )
     if problems:
-        raise ConfigError("these layers cannot be padded:\n" + "\n".join(f"  - {p}" for p in problems[:6]))
+        raise ConfigError(Text.join("\n  - ", ["these layers cannot be padded:", *problems[:6]]))
     for layer in layers.values():
         for spec in list(layer.specs.values()):
             _pad(layer, spec, target_rank)

@@ -12,10 +12,7 @@ from torch import nn
 from veneer import arithmetic, targets
 from veneer.adapters import as_names, check_adapter_name
 from veneer.arithmetic import Combined, CombineReport
-from veneer.errors import (
-    AdapterNameError,
-    CombineError,
-)
+from veneer.errors import AdapterNameError, CombineError, Text
 from veneer.inject.places import sites
 from veneer.layers.modules_to_save import ModulesToSaveWrapper
 from veneer.layers.trainable_tokens import TrainableTokens
@@ -142,10 +139,10 @@ def _alike_in_bias(results: Sequence[Combined]) -> list[Combined]:
     for combined in results:
         spec, start = replace(combined.spec, lora_bias=True), combined.start
         if reason := combined.layer.refuses(combined.layer.original_base(), spec):
-            problems.append(f"{spec.path}: {reason}, and another of the layers has a lora_bias")
+            problems.append(Text(f"{spec.path}: ", reason, ", and another of the layers has a lora_bias"))
         elif start.bias is None:
             start = replace(start, bias=start.b.new_zeros(start.b.shape[0]))
         filled.append(replace(combined, spec=spec, start=start))
     if problems:
-        raise CombineError("these adapters cannot be combined:\n" + "\n".join(f"  - {p}" for p in problems))
+        raise CombineError(Text.join("\n  - ", ["these adapters cannot be combined:", *problems]))
     return filled

@@ -13,7 +13,9 @@ from torch import nn
 
 from veneer.adapters import adapter_modules, as_names, walk
 from veneer.errors import (
+    Hint,
     MergeError,
+    Text,
     VeneerWarning,
 )
 from veneer.inject import eject
@@ -128,7 +130,7 @@ class MergeVerbs(AdapterVerbs):
             way_out = (
                 "Merge into ordinary weights (merge_and_unload(dequantize=True))"
                 if report.requantised
-                else "Merge into float32 (model.float() before)"
+                else "Merge into float32"
             )
             warnings.warn(
                 f"only {report.mean:.0%} of the update survives rounding to the base weights' type (least in "
@@ -144,7 +146,7 @@ class MergeVerbs(AdapterVerbs):
     ) -> None:
         """Refuse before anything changes; untie what was asked to be untied."""
         reasons = [
-            f"{path}: {reason}"
+            Text(f"{path}: {reason}")
             for path, layer in layers.items()
             for reason in (
                 *layer.refuses_merge([n for n in names if n in layer.held_adapters]),
@@ -155,12 +157,16 @@ class MergeVerbs(AdapterVerbs):
         shared = shared_weights(self.model, layers)
         if shared and not untie:
             reasons += [
-                f"{path}: its weight is also the weight of {', '.join(others)}, which would change with it. "
-                "untie=True gives it a weight of its own"
+                Text(
+                    f"{path}: its weight is also the weight of {', '.join(others)}, which would change with "
+                    "it. ",
+                    Hint("untie", True),
+                    " gives it a weight of its own",
+                )
                 for path, others in shared.items()
             ]
         if reasons:
-            raise MergeError("these layers cannot be merged:\n" + "\n".join(f"  - {r}" for r in reasons))
+            raise MergeError("these layers cannot be merged:\n  - ", Text.join("\n  - ", reasons))
         for path in shared:
             layer = layers[path]
             base, name = layer.get_base_layer(), layer.weight_name

@@ -37,6 +37,7 @@ from veneer.errors import (
     AdapterNameError,
     CheckpointError,
     ConfigError,
+    Hint,
     LoadMismatchError,
     MergeError,
     VeneerWarning,
@@ -184,8 +185,10 @@ class Persistence(nn.Module):
         init = self._subtracted_start(name)
         if init is not None and not safe_serialization:
             raise CheckpointError(
-                f"the frozen term of {name!r} (init_lora_weights={init!r}) is marked in the metadata of "
-                "a safetensors file, and a .bin has none: save with safe_serialization=True"
+                f"the frozen term of {name!r} (",
+                Hint("init_lora_weights", init),
+                ") is marked in the metadata of a safetensors file, and a .bin has none: save with "
+                "safe_serialization=True",
             )
         config = self._config_to_save(name)
         self._mention_replaced_base(name)
@@ -235,11 +238,12 @@ class Persistence(nn.Module):
         init = resolve(self.peft_config[name], name, "").init
         if inits.find(init).replaces_base:
             warnings.warn(
-                f"init_lora_weights={init!r} replaced base weights, and the adapter {name!r} fits those "
-                "only: save "
-                "the base too (unload() gives it back, with its save_pretrained or state_dict) and load this "
-                "adapter onto that",
-                VeneerWarning,
+                VeneerWarning(
+                    Hint("init_lora_weights", init),
+                    f" replaced base weights, and the adapter {name!r} fits those only: save the base too "
+                    "(unload() gives it back, with its save_pretrained or state_dict) and load this adapter "
+                    "onto that",
+                ),
                 stacklevel=4,
             )
 
@@ -460,7 +464,7 @@ def check_save_embedding_layers(value: object) -> None:
 def _check_config(config: object) -> None:
     if config is not None and not isinstance(config, PeftConfig):
         raise ConfigError(
-            f"config: a LoraConfig is needed, got {type(config).__name__}; LoraConfig(r=…, …) makes one, and "
+            f"config: a LoraConfig is needed, got {type(config).__name__}; LoraConfig(...) makes one, and "
             "without the argument the file's own is used"
         )
 

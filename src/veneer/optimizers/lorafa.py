@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from veneer.adapters import AdapterSet
-from veneer.errors import ConfigError, VeneerWarning
+from veneer.errors import ConfigError, Hint, VeneerWarning
 from veneer.layers import LoraLayer
 
 #: Keeps A Aᵀ invertible.
@@ -167,7 +167,12 @@ def _check(
         raise ConfigError("LoRA-FA cannot train this model:\n" + "\n".join(f"  - {line}" for line in wrong))
     if not any((s.r, s.lora_alpha) == (r, lora_alpha) for s in specs):
         warnings.warn(
-            f"no active adapter has r={r} and lora_alpha={lora_alpha}; each layer's own values are used",
-            VeneerWarning,
+            VeneerWarning(
+                "no active adapter has ",
+                Hint("r", r),
+                " and ",
+                Hint("lora_alpha", lora_alpha),
+                "; each layer's own values are used",
+            ),
             stacklevel=3,
         )

@@ -16,7 +16,7 @@ from ..checkpoint.lora_files import blaming, factor_names, open_lora
 from ..checkpoint.places import check_replaceable, check_room, replacing
 from ..config import LoraConfig, PeftConfig
 from ..doors import adapter_directory
-from ..errors import AdapterFileError, ConfigError, VeneerError, VeneerWarning
+from ..errors import AdapterFileError, ConfigError, Hint, VeneerError, VeneerWarning
 from ..model import MergeReport, PeftModel
 from ..spec import variant_name
 from .models import load_base, looks_local, quiet_transformers
@@ -95,7 +95,7 @@ def read_head(adapter: str | os.PathLike[str]) -> Head:
 
 def load_adapted(
     adapter: str | os.PathLike[str] | Head,
-    base: str | None = None,
+    model: str | None = None,
     dtype: str = "auto",
     others: Mapping[str, str] | None = None,
 ) -> tuple[Any, Any]:
@@ -105,7 +105,7 @@ def load_adapted(
 
     Args:
         adapter: Directory of the adapter, or a hub id; or what `read_head` found there.
-        base: Base model; the one that the adapter names when None.
+        model: Base model; the one that the adapter names when None.
         dtype: Type of the base, see `load_base`.
         others: More adapters of the same base by the names that they get; the first stays active.
 
@@ -122,30 +122,18 @@ def load_adapted(
             raise ConfigError(
                 f"{other.name} is an adapter for {other.task}, {first.name} one for {first.task}"
             )
-    named = base or first.config.base_model_name_or_path
+    named = model or first.config.base_model_name_or_path
     if not named:
         raise AdapterFileError(
-            f"the adapter {first.name} does not name its base model: say which with --model"
+            f"the adapter {first.name} does not name its base model: say which with ", Hint("model")
         )
     classes = first.classes()
     head: dict[str, Any] = {} if classes is None else {"label_names": classes}
-    model, tokenizer = load_base(named, dtype, **head)
-    adapted = PeftModel.from_pretrained(model, first.directory, config=first.config)
+    base, tokenizer = load_base(named, dtype, **head)
+    adapted = PeftModel.from_pretrained(base, first.directory, config=first.config)
     for name, other in more.items():
         adapted.load_adapter(other.directory, name)
     return adapted, _own_tokenizer(first.directory) or tokenizer
-
-
-def require_language_model(head: Head) -> None:
-    """Raise unless an adapter belongs to a model that writes text.
-
-    Raises:
-        VeneerError: Says what it belongs to, and which command takes it.
-    """
-    if head.task != "CAUSAL_LM":
-        what = "a classifier, which names classes" if head.task == "SEQ_CLS" else f"the task {head.task}"
-        way = f": veneer eval {head.name} --data FILE measures it" if head.task == "SEQ_CLS" else ""
-        raise VeneerError(f"{head.name} is an adapter of {what}, and writes no text{way}")
 
 
 def _own_tokenizer(adapter: str | os.PathLike[str]) -> Any:

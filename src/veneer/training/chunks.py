@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..errors import TrainingError
+from ..errors import Hint, TrainingError
 from ..inject.embeddings import embedding_of
 from .data import IGNORED, bare, without_cache
 
@@ -80,7 +80,8 @@ def check_chunks(model: Any) -> None:
     if len(told) != 1 or not torch.equal(logits.float(), told[0].float()):
         raise TrainingError(
             f"{type(bare(model)).__name__} does not give the logits that its head makes as they are, so "
-            "its loss cannot be computed in chunks: leave out --loss-chunk-size"
+            "its loss cannot be computed in chunks: leave out ",
+            Hint("loss_chunk_size"),
         )
 
 
@@ -88,8 +89,8 @@ def _head(model: Any) -> nn.Module:
     head = embedding_of(bare(model), "output")
     if head is None:
         raise TrainingError(
-            f"{type(bare(model)).__name__} has no head that makes logits of hidden states: leave out "
-            "--loss-chunk-size"
+            f"{type(bare(model)).__name__} has no head that makes logits of hidden states: leave out ",
+            Hint("loss_chunk_size"),
         )
     return head
 

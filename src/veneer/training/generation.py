@@ -15,7 +15,7 @@ from typing import IO, Any
 import torch
 
 from ..atomic import atomic_file
-from ..errors import ConfigError, VeneerError
+from ..errors import ConfigError, Hint, Text, VeneerError
 from .data import Records, pad_token
 from .progress import Progress, Silent
 
@@ -46,7 +46,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         wrong = [
-            f"{name} must be {what}, not {value}"
+            Text(Hint(name), f" must be {what}, not {value}")
             for name, value, good, what in (
                 ("max_new_tokens", self.max_new_tokens, self.max_new_tokens > 0, "above 0"),
                 ("temperature", self.temperature, not (self.temperature or 0) < 0, "0 or more"),
@@ -61,13 +61,15 @@ class Sampling:
             )
             if not good
         ]
-        drawn = [n for n in ("temperature", "top_p", "top_k") if getattr(self, n)]
+        drawn = [Hint(n) for n in ("temperature", "top_p", "top_k") if getattr(self, n)]
         if self.do_sample is False and drawn:
-            wrong.append(f"{' and '.join(drawn)} say how to draw tokens, but do_sample is off")
+            named = Text.join(" and ", drawn)
+            wrong.append(Text(named, " say how to draw tokens, but ", Hint("do_sample"), " is off"))
         if self.temperature == 0 and (self.do_sample or len(drawn) > 0):
-            wrong.append("temperature 0 takes the likeliest token, so there is nothing to draw from")
+            zero = Hint("temperature", 0)
+            wrong.append(Text(zero, " takes the likeliest token, so there is nothing to draw from"))
         if wrong:
-            raise ConfigError("; ".join(wrong))
+            raise ConfigError(Text.join("; ", wrong))
 
     @property
     def draws(self) -> bool:

@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from ..errors import TrainingError
+from ..errors import Hint, TrainingError
 from .chunks import check_chunks
 from .data import Collator, pad_token
 from .models import quiet_transformers, require
@@ -224,9 +224,13 @@ def _write(setup: Setup, metrics: dict[str, Any]) -> None:
         write_json(setup.output / RUN_NAME, setup.record)
     except OSError as error:
         last = checkpoints(setup.output)
-        way = f"make room and --resume goes on from {last[-1]}" if last else "what was learned is lost"
+        way = (
+            ["make room and ", Hint("resume", True), f" goes on from {last[-1]}"]
+            if last
+            else ["what was learned is lost"]
+        )
         raise TrainingError(
-            f"the result cannot be written to {setup.output}: {reason(error)}; {way}"
+            f"the result cannot be written to {setup.output}: {reason(error)}; ", *way
         ) from error
     if not setup.options.save_steps:
         for place in checkpoints(setup.output):

@@ -21,7 +21,7 @@ from ..checkpoint import AdapterFile, compare_fingerprints, fingerprint
 from ..checkpoint.lora_files import factor_names, open_lora
 from ..checkpoint.places import check_room, replacing
 from ..config import LoraConfig
-from ..errors import AdapterFileError, BaseMismatchError, MergeError, TrainingError
+from ..errors import AdapterFileError, BaseMismatchError, Hint, MergeError, Text, TrainingError
 from ..model import MergeReport
 from ..ops.merging import merge_into_, shared_buffers
 from ..spec import LoraSpec, variant_name
@@ -34,7 +34,9 @@ NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch
 TYPES = {name: dtype for dtype, name in NAMES.items()}
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack", ".index.json")
 _TOKENIZER = ("tokenizer", "special_tokens", "vocab", "merges", "chat_template", "added_tokens")
-WAY_OUT = "Merge it with the whole model in memory instead (without --low-memory)."
+WAY_OUT = Text(
+    "Merge it with the whole model in memory instead", Hint("low_memory", ..., " (without {})"), "."
+)
 
 
 @dataclass(frozen=True)
@@ -109,24 +111,28 @@ def merge_files(
     return MergeReport({path: kept[path] for path in specs})
 
 
-def base_directory(adapter: str | os.PathLike[str], base: str | None = None) -> Path:
+def base_directory(adapter: str | os.PathLike[str], model: str | None = None) -> Path:
     """The directory of an adapter's base model; one of the hub is fetched, weights as safetensors.
 
     Args:
         adapter: Directory of the adapter.
-        base: Directory or hub id; what the adapter names when None.
+        model: Directory or hub id of the base; what the adapter names when None.
 
     Raises:
         AdapterFileError: The adapter names no base, and none is given.
         TrainingError: The base is not there, or cannot be fetched.
     """
-    named = base or open_lora(adapter)[0].base_model_name_or_path
+    named = model or open_lora(adapter)[0].base_model_name_or_path
     if not named:
-        raise AdapterFileError(f"the adapter {adapter} does not name its base model: say which with --model")
+        raise AdapterFileError(
+            f"the adapter {adapter} does not name its base model: say which with ", Hint("model")
+        )
     if (Path(named) / "config.json").is_file():
         return Path(named)
     if looks_local(named):
-        raise TrainingError(f"no model at {named}: there is no config.json. Say where it is with --model.")
+        raise TrainingError(
+            f"no model at {named}: there is no config.json. Say where it is with ", Hint("model")
+        )
     require("huggingface_hub", "hf", "fetching a model")
     from huggingface_hub import snapshot_download
 
@@ -154,7 +160,7 @@ def _shards(base: Path) -> list[str]:
     if (base / ONE).is_file():
         return [ONE]
     if not (base / INDEX).is_file():
-        raise MergeError(f"{base} holds neither {ONE} nor {INDEX}; merging file to file needs one. {WAY_OUT}")
+        raise MergeError(f"{base} holds neither {ONE} nor {INDEX}; merging file to file needs one. ", WAY_OUT)
     try:
         names = set(json.loads((base / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
     except (ValueError, LookupError, AttributeError) as error:
@@ -220,7 +226,7 @@ def _updates(
     if problems:
         more = [f"and {len(problems) - 5} more"] if len(problems) > 5 else []
         lines = "".join(f"\n  - {line}" for line in [*problems[:5], *more])
-        raise MergeError(f"{file.path.parent} cannot be merged file to file:{lines}\n{WAY_OUT}")
+        raise MergeError(f"{file.path.parent} cannot be merged file to file:{lines}\n", WAY_OUT)
     return found
 
 

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import MissingExtraError, TrainingError, VeneerError
+from ..errors import Hint, MissingExtraError, TrainingError, VeneerError
 from .progress import Progress, Silent
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -250,12 +250,14 @@ def quantization(name: str, dtype: str = "auto") -> dict[str, Any]:
     """
     import torch
 
+    asked = Hint("quantize", name)
     if name == "int4" and not torch.cuda.is_available():
         raise TrainingError(
-            "--quantize int4 needs a GPU: torchao packs 4-bit integers for its kernels there only. "
-            "nf4, fp4 and int8 run on the CPU too"
+            asked,
+            " needs a GPU: torchao packs 4-bit integers for its kernels there only. "
+            "nf4, fp4 and int8 run on the CPU too",
         )
-    require("torchao" if name == "int4" else "bitsandbytes", "quant", f"--quantize {name}")
+    require("torchao" if name == "int4" else "bitsandbytes", "quant", asked)
     if name == "int4":
         from torchao.quantization import Int4WeightOnlyConfig
         from transformers import TorchAoConfig
@@ -307,7 +309,7 @@ def quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def require(library: str, extra: str, purpose: str) -> None:
+def require(library: str, extra: str, purpose: str | Hint) -> None:
     """Raise unless an optional library is installed.
 
     Raises:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
 from ..config import LoraConfig
-from ..errors import ConfigError, UnknownOptionError
+from ..errors import ConfigError, Hint, Text, UnknownOptionError
 from .data.forms import Purpose
 
 T = TypeVar("T")
@@ -36,7 +36,7 @@ def option(default: T, group: str, text: str, *names: str, free: bool = False, c
 
     Args:
         default: Its value where nothing is given.
-        group: Heading that it stands under in ``--help``.
+        group: Heading that it stands under in the help of the command line.
         text: What it does.
         names: Further names, as other libraries call it.
         free: It may change between a checkpoint and its resumption: the losses do not depend on it.
@@ -86,7 +86,7 @@ class TrainOptions:
     eval_steps: int = option(
         0, "Evaluation", "Steps between evaluations; 0 evaluates before the first and after the last."
     )
-    logging_steps: int = option(1, "Output", "Steps between two reports to --report-to.", free=True)
+    logging_steps: int = option(1, "Output", "Steps between reports to a tracker.", free=True)
     report_to: str = option(
         "none", "Output", "Where losses are reported too: tensorboard, wandb, mlflow, …", free=True
     )
@@ -95,22 +95,22 @@ class TrainOptions:
     resume: bool = option(
         False,
         "Output",
-        "Go on from the last checkpoint in --output; a finished run stays as it is.",
+        "Go on from the last checkpoint of the output; a finished run stays as it is.",
         free=True,
     )
     overwrite_output_dir: bool = option(
-        False, "Output", "Remove the checkpoints of an earlier run in --output.", free=True
+        False, "Output", "Remove the checkpoints of an earlier run from the output.", free=True
     )
 
     def __post_init__(self) -> None:
         wrong = self.problems()
         if wrong:
-            raise ConfigError("; ".join(wrong))
+            raise ConfigError(Text.join("; ", wrong))
 
-    def problems(self) -> list[str]:
+    def problems(self) -> list[Text]:
         """What cannot be right, a sentence each."""
         wrong = [
-            f"{name} must be above 0, not {getattr(self, name)}"
+            Text(Hint(name), f" must be above 0, not {getattr(self, name)}")
             for name in (
                 "learning_rate",
                 "epochs",
@@ -123,7 +123,7 @@ class TrainOptions:
             if getattr(self, name) is not None and not getattr(self, name) > 0
         ]
         wrong += [
-            f"{name} must be 0 or more, not {getattr(self, name)}"
+            Text(Hint(name), f" must be 0 or more, not {getattr(self, name)}")
             for name in (
                 "warmup_steps",
                 "weight_decay",
@@ -135,9 +135,11 @@ class TrainOptions:
             if not getattr(self, name) >= 0
         ]
         if not 0 <= self.warmup_ratio < 1:
-            wrong.append(f"warmup_ratio must be at least 0 and below 1, not {self.warmup_ratio}")
+            got = self.warmup_ratio
+            wrong.append(Text(Hint("warmup_ratio"), f" must be at least 0 and below 1, not {got}"))
         if self.warmup_steps and self.warmup_ratio:
-            wrong.append("warmup_steps and warmup_ratio say the same in two ways: give one of them")
+            both = Text(Hint("warmup_steps"), " and ", Hint("warmup_ratio"))
+            wrong.append(Text(both, " say the same in two ways: give one of them"))
         return wrong + _not_among(self)
 
 
@@ -158,11 +160,11 @@ class RunOptions(TrainOptions):
     )
     method: str = option("sft", "Run", "sft learns the answers, dpo from preferences:", choices=METHODS)
     task: str = option("causal-lm", "Run", "What the model does:", choices=tuple(TASKS))
-    eval_data: str | None = option(None, "Evaluation", "Held-out examples, given as --data is.")
+    eval_data: str | None = option(None, "Evaluation", "Held-out examples, given as the data are.")
     max_length: int = option(1024, "Data", "Longest example, in tokens; longer ones are cut.")
     packing: bool = option(False, "Data", "Lay several short examples into one row, apart from one another.")
     beta: float = option(0.1, "Data", "dpo: how much straying from the base model costs.")
-    lora_r: int = option(16, "Adapter", "Rank.")
+    lora_r: int = option(16, "Adapter", "Rank.", "r")
     lora_alpha: float = option(16.0, "Adapter", "Numerator of the scaling alpha / r.")
     lora_dropout: float = option(0.0, "Adapter", "Dropout before the factors.")
     lora_target_modules: str = option(
@@ -179,39 +181,29 @@ class RunOptions(TrainOptions):
     dtype: str = option("auto", "Memory", "Type of the base's weights:", choices=DTYPES)
     quantize: str | None = option(None, "Memory", "Keep the base quantised:", choices=QUANTIZATIONS)
 
-    def problems(self) -> list[str]:
+    def problems(self) -> list[Text]:
         """What cannot be right, a sentence each."""
         wrong = [
-            f"{name} is missing: give --{name}, or {name} in the YAML file"
+            Text(Hint(name), " is missing: give it, or name it in a YAML file")
             for name in ("model", "data", "output")
             if not getattr(self, name)
         ]
         wrong += [
-            f"{name} must be above 0, not {getattr(self, name)}"
+            Text(Hint(name), f" must be above 0, not {getattr(self, name)}")
             for name in ("max_length", "beta")
             if not getattr(self, name) > 0
         ]
-        if self.method == "dpo":
-            wrong += [
-                f"{name} does not go with method dpo"
-                for name, given in (
-                    ("packing", self.packing),
-                    ("loss_chunk_size", self.loss_chunk_size),
-                    ("task seq-cls", self.task == "seq-cls"),
-                )
-                if given
-            ]
-        elif self.task == "seq-cls":
-            wrong += [
-                f"{name} does not go with task seq-cls"
-                for name, given in (("packing", self.packing), ("loss_chunk_size", self.loss_chunk_size))
-                if given
-            ]
+        if self.method == "dpo" or self.task == "seq-cls":
+            other = Hint("method", "dpo") if self.method == "dpo" else Hint("task", "seq-cls")
+            given = [Hint(name) for name in ("packing", "loss_chunk_size") if getattr(self, name)]
+            if self.method == "dpo" and self.task == "seq-cls":
+                given.append(Hint("task", "seq-cls"))
+            wrong += [Text(hint, " does not go with ", other) for hint in given]
         wrong += super().problems()
         try:
             self.lora_config()
         except ConfigError as error:
-            wrong.append(str(error))
+            wrong.append(error.message)
         return wrong
 
     @property
@@ -242,14 +234,14 @@ class RunOptions(TrainOptions):
         )
 
 
-def _not_among(options: TrainOptions) -> list[str]:
+def _not_among(options: TrainOptions) -> list[Text]:
     wrong = []
     for part in dataclasses.fields(options):
         choices, value = part.metadata["choices"], getattr(options, part.name)
         if choices and value is not None and value not in choices:
             near = difflib.get_close_matches(str(value), choices, n=1)
             hint = f" (do you mean {near[0]}?)" if near else ""
-            wrong.append(f"{part.name} is one of {', '.join(choices)}, not {value!r}{hint}")
+            wrong.append(Text(Hint(part.name), f" is one of {', '.join(choices)}, not {value!r}{hint}"))
     return wrong
 
 
@@ -306,7 +298,7 @@ def from_mapping(
         name = str(key).replace("-", "_")
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
-            unknown.append(f"{key!r}" + (f" (do you mean {near[0]}?)" if near else ""))
+            unknown.append(f"{key!r}" + (f" (do you mean {near[0]!r}?)" if near else ""))
             continue
         if known[name] in found:
             wrong.append(f"{known[name]} is given twice")
@@ -319,7 +311,7 @@ def from_mapping(
         more = f"; {'; '.join(wrong)}" if wrong else ""
         raise UnknownOptionError(
             f"{where}: unknown option{'s' * (len(unknown) > 1)} {', '.join(unknown)}{more}. "
-            "The options are the flags of `veneer train --help`."
+            "The options are those of `veneer train`."
         )
     if wrong:
         raise ConfigError(f"{where}: {'; '.join(wrong)}")

@@ -17,7 +17,7 @@ from typing import Any
 
 from ..atomic import atomic_file
 from ..checkpoint import open_adapter
-from ..errors import AdapterFileError, TrainingError
+from ..errors import AdapterFileError, Blank, Hint, Text, TrainingError
 from .options import TrainOptions
 
 #: Says which run wrote a directory; written last.
@@ -26,6 +26,7 @@ METRICS_NAME = "metrics.json"
 #: Options that say how long a run is. It may become longer.
 _LENGTH = {"epochs", "max_steps"}
 _RECORD = {"steps", "options", "adapters", "data", "evaluation data", "processes"}
+RESUME, OVERWRITE = Hint("resume", True), Hint("overwrite_output_dir", True)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -88,12 +89,18 @@ def last_checkpoint(output: Path, processes: int = 1) -> Path:
         raise TrainingError(
             f"nothing to resume: {output} holds no complete checkpoint (of {processes} "
             f"process{'es' * (processes > 1)}), only what was cut off or was not written by veneer train. "
-            "Start without --resume and with --overwrite-output-dir."
+            "Start without ",
+            RESUME,
+            " and with ",
+            OVERWRITE,
         )
     done = "; the run that it holds went to its end" if (output / METRICS_NAME).is_file() else ""
     raise TrainingError(
-        f"nothing to resume: {output} holds no checkpoint{done}. Start without --resume; "
-        "Ctrl-C writes one, and --save-steps N one every N steps."
+        f"nothing to resume: {output} holds no checkpoint{done}. Start without ",
+        RESUME,
+        "; Ctrl-C writes one, and ",
+        Hint("save_steps", Blank("N")),
+        " one every N steps",
     )
 
 
@@ -156,8 +163,12 @@ def check_same_run(checkpoint: Path, now: Mapping[str, Any]) -> tuple[float, int
     then = _json(checkpoint / RUN_NAME)
     if differences := _differences(then, now):
         raise TrainingError(
-            f"{checkpoint} belongs to another run: {'; '.join(differences)}. --resume goes on with the same "
-            "run: give the same options and data, or start a new run in another --output."
+            f"{checkpoint} belongs to another run: ",
+            Text.join("; ", differences),
+            ". ",
+            RESUME,
+            " goes on with the same run: give the same options and data, or start a new run in another ",
+            Hint("output"),
         )
     return float(then["seconds"]), int(then["steps"])
 
@@ -177,10 +188,10 @@ def finished_run(output: Path, now: Mapping[str, Any]) -> dict[str, Any] | None:
     return metrics
 
 
-def _differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+def _differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[Text]:
     """How a run differs from the one that would go on from it; that it is longer is no difference alone."""
     options = {
-        name: f"{name} was {_told(was)} and is {_told(now['options'].get(name))}"
+        name: Text(Hint(name), f" was {_told(was)} and is {_told(now['options'].get(name))}")
         for name, was in then["options"].items()
         if was != _plain(now["options"]).get(name)
     }
@@ -189,9 +200,12 @@ def _differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         keys = {
             k for n, c in then["adapters"].items() for k in c if now["adapters"].get(n, {}).get(k) != c[k]
         }
-        others.append(f"the adapter has another {', '.join(sorted(keys)) or 'name'}")
+        what = Text.join(", ", map(Hint, sorted(keys))) if keys else "name"
+        others.append(Text("the adapter has another ", what))
     others += [
-        f"the {name} {'have other rows' if 'data' in name else f'were {then[name]} and are {now[name]}'}"
+        Text(
+            f"the {name} {'have other rows' if 'data' in name else f'were {then[name]} and are {now[name]}'}"
+        )
         for name in ("data", "evaluation data", "processes")
         if then[name] != now[name]
     ]
@@ -214,8 +228,14 @@ def begin_afresh(output: Path, overwrite: bool) -> None:
     if found and not overwrite:
         raise TrainingError(
             f"{output} holds checkpoints of an earlier run ({', '.join(one.name for one in found[-3:])}), "
-            "which a later --resume could not tell from those of this one. Go on with --resume, name another "
-            "--output, or remove them with --overwrite-output-dir."
+            "which a later ",
+            RESUME,
+            " could not tell from those of this one. Go on with ",
+            RESUME,
+            ", name another ",
+            Hint("output"),
+            ", or remove them with ",
+            OVERWRITE,
         )
     for place in found:
         remove_checkpoint(place)

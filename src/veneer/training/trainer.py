@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..errors import ConfigError, TrainingError
+from ..errors import ConfigError, Hint, TrainingError
 from ..integrations.transformers import enable_trainer
 from .objectives import Objective, evaluate
 from .options import TrainOptions
@@ -121,8 +121,9 @@ def _integrations(report_to: str) -> list[str]:
     missing = [name for name in names if name not in there]
     if missing:
         raise ConfigError(
-            f"report_to: {', '.join(missing)} is not installed or unknown to transformers; installed: "
-            f"{', '.join(there) or 'none of those that it knows'}"
+            Hint("report_to"),
+            f": {', '.join(missing)} is not installed or unknown to transformers; installed: "
+            f"{', '.join(there) or 'none of those that it knows'}",
         )
     return names
 
@@ -276,8 +277,9 @@ def keeping(base: type) -> type:
                     raise
                 raise TrainingError(
                     f"the checkpoint {place} cannot be written: {reason(error)}. The run stopped after step "
-                    f"{self.state.global_step}; earlier checkpoints are whole, and --resume goes on from the "
-                    "last one."
+                    f"{self.state.global_step}; earlier checkpoints are whole, and ",
+                    Hint("resume", True),
+                    " goes on from the last one",
                 ) from error
 
         def _remove_old(self) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from veneer.config import LoraConfig
-from veneer.errors import ConfigError
+from veneer.errors import ConfigError, Text
 from veneer.registry import NameRegistry
 from veneer.spec import LoraSpec
 
@@ -137,7 +137,7 @@ class Variant(abc.ABC):
         """
         return config.variant_options
 
-    def refuses(self, spec: LoraSpec, layer_type: str) -> str | None:
+    def refuses(self, spec: LoraSpec, layer_type: str) -> str | Text | None:
         """Why this variant cannot serve the spec on that type of layer, or None."""
         return None
 

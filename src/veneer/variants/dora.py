@@ -9,6 +9,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from veneer.errors import Hint, Text
 from veneer.ops.dropout import wants_plain_torch
 from veneer.ops.row_norms import State, squared_row_norms, updated_row_norms
 from veneer.spec import LoraSpec
@@ -34,9 +35,10 @@ class Dora(Variant):
 
     name = "dora"
 
-    def refuses(self, spec: LoraSpec, layer_type: str) -> str | None:
+    def refuses(self, spec: LoraSpec, layer_type: str) -> Text | None:
         """A bias of B: what would be scaled by what is not defined."""
-        return "use_dora and lora_bias exclude one another: choose one" if spec.lora_bias else None
+        both = Text(Hint("use_dora"), " and ", Hint("lora_bias"), " exclude one another: choose one")
+        return both if spec.lora_bias else None
 
     def shapes(self, request: ParameterRequest) -> Mapping[str, tuple[int, ...]]:
         """One magnitude for each output feature."""

@@ -2,13 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
+from tests.architecture.message_rules import spelt_in_python
 from tests.unit.cli.words import train_words
 from tests.unit.training.tiny import saved_records, saved_tiny
-from veneer.cli import main
+from veneer.cli import common, main, messages
+
+
+@pytest.fixture(autouse=True)
+def _no_option_as_in_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail where a command shows a message that spells one of its options as Python does."""
+    running: list[str] = []
+    run, show = common.main, print
+
+    def main_of(arguments: Sequence[str] | None = None) -> int:
+        running[:] = [next((word for word in arguments or () if not word.startswith("-")), "")]
+        return run(arguments)
+
+    def shown(line: str, **where: object) -> None:
+        if running:
+            assert not spelt_in_python(line, common.flags_of(running[0])), line
+        show(line, **where)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(common, "main", main_of)
+    monkeypatch.setattr(messages, "print", shown, raising=False)
 
 
 @pytest.fixture(scope="module")

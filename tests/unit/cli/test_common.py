@@ -87,6 +87,30 @@ def test_wrong_usage_is_2_and_names_the_word(
     assert "--help" in captured.err and "Traceback" not in captured.err
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *((name, "0") for name in ("epochs", "max_steps", "batch_size", "gradient_accumulation_steps")),
+        *((name, "0") for name in ("logging_steps", "save_total_limit", "max_length", "beta", "lora_alpha")),
+        *((name, "-1") for name in ("warmup_steps", "weight_decay", "max_grad_norm", "loss_chunk_size")),
+        *((name, "-1") for name in ("eval_steps", "save_steps", "learning_rate", "lora_r", "warmup_ratio")),
+        *((name, "odd") for name in ("lr_scheduler_type", "method", "task", "init_lora_weights", "dtype")),
+        ("quantize", "odd"),
+        ("lora_dropout", "2"),
+        ("lora_target_modules", "["),
+        ("lora_modules_to_save", ","),
+    ],
+    ids=lambda value: value,
+)
+def test_a_value_that_cannot_be_right_is_refused_by_its_flag(
+    name: str, value: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flag = f"--{name.replace('_', '-')}"
+    assert main([*TRAIN, flag, value]) == 2
+    error = capsys.readouterr().err
+    assert f"{flag} " in error or f"{flag}: " in error
+
+
 def test_underscores_are_dashes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--model", "m", "--data", str(tmp_path / "my_data.jsonl"), "--output", "o"]
     assert main(["train", *words, "--learning_rate", "1e-3", "--lora_r=4"]) == 1

@@ -86,7 +86,9 @@ def test_dora_is_refused_with_the_flags_that_help(
     words = ["export", str(dora), str(tmp_path / "out"), "--target", "vllm"]
     assert main(words) == 1
     error = capsys.readouterr().err
-    assert "magnitudes of DoRA" in error and "--dora-to-plain --rank N" in error and "veneer merge" in error
+    assert (
+        "magnitudes of DoRA" in error and "--dora-to-plain and --rank N" in error and "veneer merge" in error
+    )
     assert "dora_to_plain" not in error and list(tmp_path.iterdir()) == []
     assert main([*words, "--dora-to-plain", "--rank", "8"]) == 0
     captured = capsys.readouterr()
@@ -106,7 +108,7 @@ def test_dora_is_refused_with_the_flags_that_help(
         (["ADAPTER", "--target", "vllm", "--rank", "0", "--dora-to-plain"], 2, "--rank"),
         (["ADAPTER", "--target", "vllm", "--dtype", "int8"], 2, "bfloat16"),
         (["ADAPTER", "--target", "vllm", "--component", "unet"], 2, "no such parts"),
-        (["ADAPTER", "--target", "diffusers"], 2, "--component 'unet'"),
+        (["ADAPTER", "--target", "diffusers"], 2, "--component unet"),
         (["NOWHERE", "--target", "vllm"], 1, "there is no directory"),
         (["BROKEN", "--target", "vllm"], 1, "truncated"),
         (["ADAPTER", "FULL", "--target", "vllm"], 1, "--overwrite-output-dir"),

@@ -26,13 +26,13 @@ def test_wrong_options_are_named_together() -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"model": ""}, "model is missing: give --model"),
+        ({"model": ""}, "model is missing: give it"),
         ({"lora_r": 0}, "r must be"),
         ({"lr_scheduler_type": "cosin"}, "do you mean cosine"),
         ({"dtype": "bf16"}, "dtype is one of auto, float32, bfloat16, float16"),
         ({"quantize": "nf5"}, "do you mean nf4"),
-        ({"method": "dpo", "packing": True}, "packing does not go with method dpo"),
-        ({"task": "seq-cls", "loss_chunk_size": 8}, "loss_chunk_size does not go with task seq-cls"),
+        ({"method": "dpo", "packing": True}, "packing does not go with method='dpo'"),
+        ({"task": "seq-cls", "loss_chunk_size": 8}, "loss_chunk_size does not go with task='seq-cls'"),
         ({"warmup_steps": 2, "warmup_ratio": 0.1}, "give one of them"),
         ({"warmup_ratio": 1.0}, "below 1"),
         ({"learning_rate": float("nan")}, "learning_rate must be above 0"),
@@ -79,8 +79,8 @@ def test_unknown_keys_are_all_named_with_suggestions() -> None:
     with pytest.raises(UnknownOptionError) as refused:
         from_mapping(content, "c.yaml")
     said = str(refused.value)
-    assert "'lerning_rate' (do you mean learning_rate?)" in said
-    assert "'bathc-size' (do you mean batch_size?)" in said
+    assert "'lerning_rate' (do you mean 'learning_rate'?)" in said
+    assert "'bathc-size' (do you mean 'batch_size'?)" in said
     assert "'zzz'" in said and "lora_r must be a whole number, not 'many'" in said
 
 

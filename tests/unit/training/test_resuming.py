@@ -87,7 +87,7 @@ def test_of_several_processes_each_must_have_saved_its_state(tmp_path: Path) -> 
 
 
 def test_no_checkpoint_says_how_to_get_one(tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match="--save-steps"):
+    with pytest.raises(TrainingError, match=r"Start without resume=True; Ctrl-C .* save_steps=N one"):
         last_checkpoint(tmp_path / "none")
 
 

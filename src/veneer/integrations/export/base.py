@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ...errors import ConfigError, ExportError
+from ...errors import Blank, ConfigError, ExportError, Hint, Text
 from ...registry import NameRegistry
 from .folding import Folded, Rules
 from .source import FEATURES, Source, Update, listed, variant_problem
@@ -20,11 +20,13 @@ from .source import FEATURES, Source, Update, listed, variant_problem
 FOLDED = ("use_rslora", "rank_pattern", "alpha_pattern")
 MERGE = "`veneer merge` makes a plain model of the adapter and its base, which every reader takes"
 _WAYS = {
-    "dora": (
-        "dora_to_plain=True, rank=N with the base model makes plain LoRA of DoRA by a truncated SVD, and "
-        "reports its error"
+    "dora": Text(
+        Hint("dora_to_plain", True),
+        " and ",
+        Hint("rank", Blank("N")),
+        " with the base model make plain LoRA of DoRA by a truncated SVD, and report its error",
     ),
-    "lora_bias": "the target plain, given the base model, adds it to the layers' own biases",
+    "lora_bias": Text("the target plain, given the base model, adds it to the layers' own biases"),
 }
 
 
@@ -34,11 +36,11 @@ class Problem:
 
     Attributes:
         reason: What, and where.
-        way: Another way out than merging, or empty.
+        way: Another way out than merging, if there is one.
     """
 
     reason: str
-    way: str = ""
+    way: Text | None = None
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ class Target(ABC):
             found.append(
                 Problem(
                     f"{FEATURES[feature]}: {listed(names)}",
-                    "" if self.name == "plain" and feature == "lora_bias" else _WAYS.get(feature, ""),
+                    None if self.name == "plain" and feature == "lora_bias" else _WAYS.get(feature),
                 )
             )
         return found + self.more_problems(source)
@@ -111,7 +113,7 @@ class Target(ABC):
         """
         if given is not None:
             raise ConfigError(
-                f"component={given!r} is for the target diffusers; {self.name} has no such parts"
+                Hint("component", given), f" is for the target diffusers; {self.name} has no such parts"
             )
         return ""
 
@@ -167,11 +169,11 @@ def refuse(problems: Mapping[str, list[Problem]], target: Target, directory: Pat
     if not lines:
         return
     ways = list(dict.fromkeys(p.way for found in problems.values() for p in found if p.way))
-    out = "\n".join(f"  - {way}" for way in [*ways, MERGE])
     raise ExportError(
-        f"{directory} cannot be written for {target.name} ({target.reader}), which has no room for:\n"
-        + "\n".join(lines)
-        + f"\nWays out:\n{out}"
+        f"{directory} cannot be written for {target.name} ({target.reader}), which has no room for:\n",
+        "\n".join(lines),
+        "\nWays out:\n  - ",
+        Text.join("\n  - ", [*ways, MERGE]),
     )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ...errors import ConfigError
+from ...errors import ConfigError, Hint
 from .base import Part, Target
 from .folding import Rules
 from .peft_files import factors
@@ -41,15 +41,16 @@ class Diffusers(Target):
         """The one named, else the one whose modules have such paths."""
         if given is not None:
             if given not in COMPONENTS:
-                raise ConfigError(f"component={given!r} is none of {', '.join(COMPONENTS)}")
+                raise ConfigError(Hint("component", given), f" is none of {', '.join(COMPONENTS)}")
             return given
         for name, pattern in _PATHS.items():
             if any(pattern.fullmatch(path) for path in source.updates):
                 return name
         raise ConfigError(
             f"which part of a pipeline {source.directory} belongs to does not show from paths such as "
-            f"{next(iter(source.updates))}: say component={COMPONENTS[0]!r} or another "
-            f"of {', '.join(COMPONENTS)}"
+            f"{next(iter(source.updates))}: say ",
+            Hint("component", COMPONENTS[0]),
+            f" or another of {', '.join(COMPONENTS)}",
         )
 
     def write(self, parts: list[Part], place: Path) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ...checkpoint import CONFIG_NAME
 from ...checkpoint.places import check_replaceable, replacing
-from ...errors import ConfigError, ExportError
+from ...errors import Blank, ConfigError, ExportError, Hint, Text
 from .base import Part, Problem, Target, find, refuse, targets
 from .base_model import BaseModel
 from .diffusers import COMPONENTS
@@ -122,7 +122,8 @@ def export_adapter(
             errors |= lost
         if not errors:
             raise ExportError(
-                f"{directory} is no DoRA, so there is nothing to make plain: leave dora_to_plain out"
+                f"{directory} is no DoRA, so there is nothing to make plain: leave out ",
+                Hint("dora_to_plain"),
             )
     biases: dict[str, dict[str, Tensor]] = {}
     problems: dict[str, list[Problem]] = {}
@@ -156,16 +157,17 @@ def export_adapter(
 
 def _check_options(dtype: str, convert: bool, rank: int | None, base: object) -> None:
     found = []
+    plain = Hint("dora_to_plain")
     if dtype != "auto" and dtype not in DTYPES:
-        found.append(f"dtype is auto, {', '.join(DTYPES)}, not {dtype!r}")
+        found.append(Text(Hint("dtype"), f" is auto, {', '.join(DTYPES)}, not {dtype!r}"))
     if convert and rank is None:
-        found.append("dora_to_plain needs the rank of the result: rank=N")
+        found.append(Text(plain, " needs the rank of the result: ", Hint("rank", Blank("N"))))
     if convert and base is None:
-        found.append("dora_to_plain needs the base model: base=")
+        found.append(Text(plain, " needs the base model: ", Hint("base", Blank("DIRECTORY"))))
     if rank is not None and not convert:
-        found.append("rank is that of the result of dora_to_plain, which was not asked for")
+        found.append(Text(Hint("rank"), " is that of the result of ", plain, ", which was not asked for"))
     if found:
-        raise ConfigError("; ".join(found))
+        raise ConfigError(Text.join("; ", found))
 
 
 def _sources(directory: Path, target: Target, component: str | None) -> dict[str, Source]:
@@ -195,7 +197,7 @@ def _with_biases(source: Source, base: BaseModel | None) -> tuple[Source, dict[s
             else:
                 found[path] = (own.double() + update.scaling * update.bias.double()).to(update.bias.dtype)
     if base is None and lacking:
-        way = "base=, the model's directory, to add it to the layers' own biases"
+        way = Text(Hint("base"), ", the model's directory, to add it to the layers' own biases")
         return source, {}, [Problem("a bias of B (lora_bias) without the base model", way)]
     if lacking:
         return source, {}, [Problem(f"a bias of B (lora_bias) on layers without a bias: {listed(lacking)}")]

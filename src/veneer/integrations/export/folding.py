@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ...errors import ExportError
+from ...errors import ExportError, Hint
 from .source import Update, listed
 
 #: What a reader's T can be: a whole number, one of 32 bits, any number, or nothing but r.
@@ -92,7 +92,8 @@ def fold(updates: Mapping[str, Update], rules: Rules, dtype: torch.dtype | None 
     if broken:
         raise ExportError(
             f"the factors of {len(broken)} modules do not fit into {done[broken[0]].b.dtype}: "
-            f"{listed(broken)}. Write them with dtype='float32'"
+            f"{listed(broken)}. Write them with ",
+            Hint("dtype", "float32"),
         )
     return Folded(done, r, alpha, root, tuple(scaled), tuple(padded))
 

@@ -6,7 +6,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from ...checkpoint import CONFIG_NAME, write_adapter
 from ...checkpoint.places import check_replaceable, replacing
 from ...checkpoint.reading import AdapterFile, open_tensors
 from ...config import LoraConfig, PeftConfig
-from ...errors import AdapterFileError, ConfigError, ExportError
+from ...errors import AdapterFileError, ConfigError, ExportError, Hint, Text
 from ...spec import resolve
 from ..export.base_model import BaseModel
 from ..export.diffusers import FILE
@@ -159,9 +159,10 @@ def _sorted(file: AdapterFile, base: Any) -> tuple[dict[str, _Part], str]:
     return parts, " and ".join(sorted(spellings))
 
 
-def _unexplained(name: str) -> str:
+def _unexplained(name: str) -> str | Text:
     if re.match(r"lora_(unet|te1?|te2)_[^.]+\.(lora_down|lora_up|alpha)", name):
-        return f"{name}: where the dots of this path go is not known; the base model (base=) would say"
+        where = f"{name}: where the dots of this path go is not known; the base model ("
+        return Text(where, Hint("base"), ") would say")
     if re.search(r"\.(hada_|lokr_|lora_mid|oft_|diff)", name):
         return f"{name}: of another method than LoRA"
     return f"{name}: no known name of a tensor of LoRA"
@@ -283,8 +284,10 @@ def _whole(alpha: float) -> int | float:
     return int(alpha) if alpha.is_integer() else alpha
 
 
-def _refuse(path: Path, problems: list[str]) -> None:
+def _refuse(path: Path, problems: Sequence[str | Text]) -> None:
     if problems:
-        more = f"\n  - and {len(problems) - _MOST} more" if len(problems) > _MOST else ""
-        lines = "".join(f"\n  - {line}" for line in problems[:_MOST])
-        raise ExportError(f"{path} cannot be imported whole, so nothing is:{lines}{more}")
+        more = [f"and {len(problems) - _MOST} more"] if len(problems) > _MOST else []
+        lines = Text.join(
+            "\n  - ", [f"{path} cannot be imported whole, so nothing is:", *problems[:_MOST], *more]
+        )
+        raise ExportError(lines)

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from ...errors import DataError
 from .batch import IGNORED, Row
-from .forms import Form, Message, Purpose, Record, Unfit, form_of, problem_list, read_as
+from .forms import Form, Message, Problem, Purpose, Record, Unfit, form_of, problem_list, read_as
 from .sources import Records
 
 T = TypeVar("T")
@@ -112,12 +112,13 @@ def each(
     """
     known = records if isinstance(records, Records) and records.form.purpose == purpose else None
     form = form_of(records, purpose) if known is None else known.form
-    made, problems = [], []
+    made: list[T] = []
+    problems: list[Problem] = []
     for number, record in enumerate(records):
         try:
             made.append(make(read_as(form, record), form))
         except Unfit as error:
-            problems.append((known.where(number) if known else f"record {number + 1}", str(error)))
+            problems.append((known.where(number) if known else f"record {number + 1}", error.message))
     if problems:
         raise DataError(problem_list(problems, len(records), known.source if known else "the data"))
     return iter(made)

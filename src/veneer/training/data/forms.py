@@ -12,11 +12,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ...errors import DataError
+from ...errors import DataError, Hint, Text
 
 Record = Mapping[str, Any]
 Message = dict[str, Any]
 Purpose = Literal["sft", "dpo", "classification", "prompt"]
+#: (place, what is wrong) of a bad record.
+Problem = tuple[str, "str | Text"]
 PURPOSES: tuple[Purpose, ...] = ("sft", "dpo", "classification", "prompt")
 SHOWN = 3
 
@@ -311,9 +313,9 @@ FORMS: tuple[Form, ...] = (
 )  # fmt: skip
 
 #: Where data of one purpose is given for another: what to do about it.
-ELSEWHERE: dict[Purpose, str] = {
+ELSEWHERE: dict[Purpose, str | Text] = {
     "sft": "that is data for fine-tuning on answers, not for this",
-    "dpo": "that is preference data: train on it with --method dpo",
+    "dpo": Text("that is preference data", Hint("method", "dpo", ": train on it with {}")),
     "classification": "that is data for a classifier, not for this",
     "prompt": "there are prompts, but no answers to learn from",
 }
@@ -331,7 +333,9 @@ def form_of(records: Sequence[object], purpose: Purpose = "sft") -> Form:
     """
     form = most_common_form(records, purpose)
     if form is None:
-        problems = [(f"record {n}", lacking(record, purpose)) for n, record in enumerate(records, start=1)]
+        problems: list[Problem] = [
+            (f"record {n}", lacking(r, purpose)) for n, r in enumerate(records, start=1)
+        ]
         raise DataError(problem_list(problems, len(records), "the data", understood(purpose)))
     return form
 
@@ -368,16 +372,17 @@ def _first_fit(record: object, purpose: Purpose) -> Form | None:
     return next((form for form in FORMS if form.purpose == purpose and form.fits(record)), None)
 
 
-def lacking(record: object, purpose: Purpose) -> str:
+def lacking(record: object, purpose: Purpose) -> str | Text:
     """What is wrong with the columns of a record that has no form of a purpose."""
     if not isinstance(record, Mapping):
         return f"it is no object but {kind_of(record)}"
     found = ", ".join(repr(name) for name in record) or "no column"
     hints = _hints(record, purpose)
-    return f"it lacks columns that are needed: it has {found}" + (f" ({'; '.join(hints)})" if hints else "")
+    more = (" (", Text.join("; ", hints), ")") if hints else ()
+    return Text(f"it lacks columns that are needed: it has {found}", *more)
 
 
-def _hints(record: Record, purpose: Purpose) -> list[str]:
+def _hints(record: Record, purpose: Purpose) -> list[str | Text]:
     columns = {column for form in FORMS if form.purpose == purpose for column in form.columns}
     null = [f"{name!r} is null" for name in record if name in columns and record[name] is None]
     others = (other for other in PURPOSES if other != purpose and _first_fit(record, other) is not None)
@@ -402,25 +407,25 @@ def understood(purpose: Purpose) -> str:
     return "Understood: " + ", ".join(form.example for form in FORMS if form.purpose == purpose)
 
 
-def problem_list(problems: Sequence[tuple[str, str]], total: int, source: str, way_out: str = "") -> str:
+def problem_list(problems: Sequence[Problem], total: int, source: str, way_out: str = "") -> Text:
     """One message for all bad records: how many, the first few with their places, what to do.
 
     Args:
-        problems: (place, what is wrong) of each bad record.
+        problems: Of each bad record.
         total: How many records there are, bad ones included.
         source: What the user named.
         way_out: A last line.
     """
-    alike: dict[str, list[str]] = {}
+    alike: dict[str | Text, list[str]] = {}
     for place, words in problems:
         alike.setdefault(words, []).append(place)
-    lines = [
+    lines: list[str | Text] = [
         f"{len(problems)} of {total} {'record' if total == 1 else 'records'} of {source} cannot be used:"
     ]
     for words, places in list(alike.items())[:SHOWN]:
         others = f" (and {len(places) - 1} more like it)" if len(places) > 1 else ""
-        lines.append(f"  {places[0]}: {words}{others}")
+        lines.append(Text(f"  {places[0]}: ", words, others))
     if len(alike) > SHOWN:
         rest = sum(len(places) for places in list(alike.values())[SHOWN:])
         lines.append(f"  … and {rest} more")
-    return "\n".join([*lines, *([way_out] if way_out else [])])
+    return Text.join("\n", [*lines, *([way_out] if way_out else [])])

@@ -18,6 +18,7 @@ from ...errors import DataError
 from ..models import looks_local, quiet_transformers, require
 from .forms import (
     Form,
+    Problem,
     Purpose,
     Unfit,
     lacking,
@@ -99,7 +100,7 @@ class Raw:
 
     records: list[Any] = field(default_factory=list)
     places: list[str] = field(default_factory=list)
-    problems: list[tuple[str, str]] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
     label_names: list[str] | None = None
 
     def add(self, place: str, record: object) -> None:
@@ -131,12 +132,12 @@ def read_records(source: str | os.PathLike[str], purpose: Purpose = "sft") -> Re
                 raise Unfit(lacking(record, purpose))
             read_as(form, record)
         except Unfit as error:
-            problems.append((place, str(error)))
+            problems.append((place, error.message))
     total = len(raw.records) + len(raw.problems)
     if problems:
         order = {place: number for number, place in enumerate(raw.places)}
         problems.sort(key=lambda problem: (_number(problem[0]), order.get(problem[0], 0)))
-        columns = any("lacks columns" in words for _, words in problems)
+        columns = any("lacks columns" in str(words) for _, words in problems)
         raise DataError(problem_list(problems, total, name, understood(purpose) if columns else ""))
     if form is None:
         raise DataError(f"{name} holds no records")

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from ...config import LoraConfig
-from ...errors import ConfigError, TrainingError
+from ...errors import ConfigError, Hint, Text, TrainingError
 from ...targets import DEFAULT_TARGETS
 from .memory import MemoryEstimate, adapt_shadow, base_bytes, estimate_memory
 
@@ -136,19 +136,24 @@ def _within_memory(
         estimate = estimate_memory(model, adapter, **chosen)
         if estimate.peak <= room:
             return Proposal(adapter, chosen, estimate, given_up)
-    held = f" Kept as given: {', '.join(sorted(fixed))}." if fixed else ""
+    held = Text(" Kept as given: ", Text.join(", ", map(Hint, sorted(fixed))), ".") if fixed else ""
     if least is None:
         raise TrainingError(
             f"nothing fits into {budget.text}: the base alone takes {_gigabytes(smallest or 0)}"
-            f"{'' if 'quantize' in fixed else ' even in 4 bits'}.{held} Take a smaller model, or more memory"
+            f"{'' if 'quantize' in fixed else ' even in 4 bits'}.",
+            held,
+            " Take a smaller model, or more memory",
         )
     peak, adapter, chosen = least
     raise TrainingError(
         f"nothing fits into {budget.text}, of which 5 % are to stay free: the least found takes "
         f"{_gigabytes(peak)}, of which {_gigabytes(sizes.base(chosen['quantize']))} are the base, with rank "
-        f"{adapter.r}, batch_size {chosen['batch_size']}, quantize {chosen['quantize'] or 'none'}.{held} "
-        f"Shorter examples (max_length {options.get('sequence_length', 1024)} now), a smaller model or more "
-        "memory would help"
+        f"{adapter.r}, ",
+        Hint("batch_size", chosen["batch_size"]),
+        f", {chosen['quantize'] or 'no'} quantisation.",
+        held,
+        f" Shorter examples (of {options.get('sequence_length', 1024)} tokens now), a smaller model or more "
+        "memory would help",
     )
 
 
@@ -310,7 +315,8 @@ def _within_share(
         )
     raise TrainingError(
         f"nothing keeps to {budget.text} of {total:,} parameters, which are {room:,}: the smallest adapter "
-        f"found has {least:,} ({(least or 0) / max(1, total):.3%}). Name fewer target_modules"
+        f"found has {least:,} ({(least or 0) / max(1, total):.3%}). Name fewer ",
+        Hint("target_modules"),
     )
 
 

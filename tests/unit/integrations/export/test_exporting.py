@@ -321,7 +321,7 @@ def test_dora_over_a_base_of_codes_is_not_made_plain(
 def test_an_output_that_holds_files(saved: Callable[[str], Saved], tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     place = saved("linear").place
-    with pytest.raises(VeneerError, match="--overwrite-output-dir"):
+    with pytest.raises(VeneerError, match="or write over its adapter with overwrite=True"):
         export_adapter(place, tmp_path, "mlx")
     export_adapter(place, tmp_path, "mlx", overwrite=True)
     export_adapter(place, tmp_path, "vllm", overwrite=True)

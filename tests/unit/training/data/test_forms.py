@@ -132,7 +132,7 @@ def test_what_is_wrong_with_a_record(purpose: Purpose, record: dict[str, Any], w
         ("sft", {"mesages": []}, "'mesages' should perhaps be 'messages'"),
         ("sft", {"instruction": "a", "ouput": "b"}, "'ouput' should perhaps be 'output'"),
         ("sft", {"prompt": "a", "completion": None}, "'completion' is null"),
-        ("sft", {"prompt": "a", "chosen": "b", "rejected": "c"}, "--method dpo"),
+        ("sft", {"prompt": "a", "chosen": "b", "rejected": "c"}, "method='dpo'"),
         ("dpo", PLAIN, "data for fine-tuning on answers"),
         ("classification", {"text": "a", "lable": 1}, "'lable' should perhaps be 'label'"),
         ("sft", {"sentence": "a", "label": 1}, "data for a classifier"),
