@@ -1,16 +1,28 @@
-"""Directories for results: checked before the long work, and whole or not there at all after it."""
+"""Directories for results: checked before the long work, and whole or not there at all after it.
+
+A directory is made beside its place, in a hidden one, and renamed when it is done. If files lie at the place,
+their directory is renamed aside first: no portable call exchanges two directories. A run that is killed
+between these two renames leaves nothing at the place, and both directories whole in the hidden one, as
+``.NAME.<16 digits>/old`` and ``/new``. The next run that checks the place moves the new one there and removes
+what is left over.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import re
+import secrets
 import shutil
-import tempfile
+import stat
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import Hint, VeneerError
+
+if sys.platform != "win32":
+    import fcntl
 
 #: What a model in the directory that is written over would leave behind, to be read instead of the new one.
 _WEIGHTS = re.compile(r"(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?")
@@ -19,14 +31,18 @@ _WEIGHTS = re.compile(r"(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bi
 def check_replaceable(place: Path, overwrite: bool | None = None, what: str = "model") -> None:
     """Raise unless a directory of this name can be made; nothing is made yet.
 
+    What a run that was killed has left of the same directory is tidied first.
+
     Args:
         place: The directory to write.
         overwrite: Whether one that holds files already may be written into; None where nobody can choose.
         what: What would be written over there.
 
     Raises:
-        VeneerError: It is a file, holds files, or cannot be written.
+        VeneerError: It is a file, holds files, is or holds a mount point, or cannot be written.
     """
+    real = Path(os.path.realpath(place))
+    _tidy(real)
     if place.is_file():
         raise VeneerError(f"{place} is a file; name a directory for the output")
     if place.is_dir() and not overwrite and any(place.iterdir()):
@@ -34,9 +50,16 @@ def check_replaceable(place: Path, overwrite: bool | None = None, what: str = "m
             f"the directory {place} is not empty; name another one",
             *(() if overwrite is None else (f", or write over its {what} with ", Hint("overwrite", True))),
         )
-    there = next(parent for parent in (place, *place.absolute().parents) if parent.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise VeneerError(f"cannot write {place}: {there} is no directory that can be written to")
+    for folder, _, _ in os.walk(real):
+        if os.path.ismount(folder):
+            raise VeneerError(
+                f"{place} cannot be replaced: {folder} is a mount point, which cannot be renamed. "
+                "Name a directory inside it"
+            )
+    there = next(parent for parent in real.parents if parent.exists())
+    for needed in [there, *([real] if real.is_dir() else [])]:
+        if not needed.is_dir() or not os.access(needed, os.W_OK | os.X_OK):
+            raise VeneerError(f"cannot write {place}: {needed} is no directory that can be written to")
 
 
 def check_room(place: Path, needed: int) -> None:
@@ -63,7 +86,9 @@ def replacing(
 ) -> Iterator[Path]:
     """A directory to write into that becomes ``place`` at the end; a failure leaves ``place`` as it was.
 
-    Where ``place`` holds files already, its model is replaced and its other files stay.
+    Where ``place`` holds files already, its model is replaced and its other files stay. What lies at
+    ``place`` is the old directory or the new one, never a part of each, also after a kill at any moment;
+    between two renames there is none. Files get the permissions that the umask gives.
 
     Args:
         place: The directory to write.
@@ -75,35 +100,124 @@ def replacing(
         VeneerError: See `check_replaceable`.
     """
     check_replaceable(place, overwrite, what)
-    new = [parent for parent in place.absolute().parents if not parent.exists()]
-    place.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(dir=place.parent, prefix=f".{place.name}-"))
+    real = Path(os.path.realpath(place))
+    new = [parent for parent in real.parents if not parent.exists()]
+    real.parent.mkdir(parents=True, exist_ok=True)
     try:
-        made = folder / "made"
-        made.mkdir()
-        yield made
-        _move(made, place, stale)
+        with _beside(real) as folder:
+            made = folder / _NEW
+            made.mkdir()
+            yield made
+            check_replaceable(place, overwrite, what)  # somebody may have put files there meanwhile
+            _set_permissions(made)
+            _move(made, real, folder / _OLD, stale)
     except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
         for parent in new:
             with contextlib.suppress(OSError):
                 parent.rmdir()
         raise
-    shutil.rmtree(folder, ignore_errors=True)
 
 
-def _move(made: Path, place: Path, stale: re.Pattern[str]) -> None:
-    if place.is_dir() and not any(place.iterdir()):
-        place.rmdir()
+_NEW, _OLD = "new", "old"
+
+
+def _set_permissions(made: Path) -> None:
+    """Those of new files: safetensors makes its own readable to their owner alone."""
+    mode = stat.S_IMODE(made.stat().st_mode) & 0o666
+    for file in made.rglob("*"):
+        found = file.lstat()
+        if stat.S_ISREG(found.st_mode) and found.st_nlink == 1 and stat.S_IMODE(found.st_mode) != mode:
+            file.chmod(mode)
+
+
+def _move(made: Path, place: Path, aside: Path, stale: re.Pattern[str]) -> None:
     if not place.exists():
-        made.rename(place)
+        os.rename(made, place)
         return
-    names = {file.name for file in made.iterdir()}
-    for file in sorted(made.iterdir()):
-        if file.is_dir() and (place / file.name).is_dir():
-            _move(file, place / file.name, stale)
+    _keep_others(place, made, stale)
+    made.chmod(stat.S_IMODE(place.stat().st_mode))
+    try:
+        os.rename(place, aside)
+        os.rename(made, place)
+    except BaseException:
+        if aside.exists() and not place.exists():
+            os.rename(aside, place)
+        raise
+
+
+def _keep_others(old: Path, new: Path, stale: re.Pattern[str]) -> None:
+    """Bring what is neither replaced nor stale into the new directory; it stays in the old one, too."""
+    for file in old.iterdir():
+        target = new / file.name
+        folder = file.is_dir() and not file.is_symlink()
+        if folder and target.is_dir():
+            _keep_others(file, target, stale)
+        elif target.exists() or stale.fullmatch(file.name):
+            continue
+        elif folder:
+            shutil.copytree(file, target, symlinks=True, copy_function=link_or_copy)
         else:
-            file.replace(place / file.name)
-    for old in place.iterdir():
-        if stale.fullmatch(old.name) and old.name not in names:
-            old.unlink()
+            link_or_copy(file, target)
+
+
+def link_or_copy(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
+    """The same file under another name where the disk allows it, else a copy; a link stays a link."""
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except (OSError, NotImplementedError):
+        shutil.copy2(source, target, follow_symlinks=False)
+
+
+@contextlib.contextmanager
+def _beside(place: Path) -> Iterator[Path]:
+    """A hidden directory beside a place, which is removed at the end; it is locked while its run is alive."""
+    while True:
+        folder = place.with_name(f".{place.name}.{secrets.token_hex(8)}")
+        folder.mkdir(mode=0o700)
+        lock = _lock(folder, wait=True)
+        if folder.exists():
+            break
+        _unlock(lock)  # another run took it for one without an owner, in the moment before the lock
+    try:
+        yield folder
+    finally:
+        if place.exists() or not (folder / _OLD).exists():
+            shutil.rmtree(folder, ignore_errors=True)
+        _unlock(lock)
+
+
+def _tidy(place: Path) -> None:
+    """Finish what killed runs began: a new directory goes to its place, what else they left is removed."""
+    if not place.parent.is_dir():
+        return
+    name = re.compile(re.escape(f".{place.name}.") + "[0-9a-f]{16}")
+    left = [p for p in place.parent.iterdir() if name.fullmatch(p.name) and p.is_dir() and not p.is_symlink()]
+    for folder in left:
+        lock = _lock(folder, wait=False)
+        if lock is None:
+            continue
+        try:
+            if not place.exists() and (folder / _OLD).is_dir() and (folder / _NEW).is_dir():
+                os.rename(folder / _NEW, place)
+            shutil.rmtree(folder, ignore_errors=True)
+        finally:
+            _unlock(lock)
+
+
+def _lock(folder: Path, wait: bool) -> int | None:
+    """What holds a directory until it is given to `_unlock`; None where it is held, or cannot be."""
+    if sys.platform == "win32":
+        return None
+    handle = None
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:
+        _unlock(handle)
+        return None
+    return handle
+
+
+def _unlock(handle: int | None) -> None:
+    if handle is not None:
+        os.close(handle)

@@ -15,7 +15,7 @@ import torch
 
 from .. import LoraConfig, PeftModel, get_peft_model
 from ..checkpoint import SAFETENSORS_NAME
-from ..checkpoint.places import check_replaceable, replacing
+from ..checkpoint.places import check_replaceable, link_or_copy, replacing
 from .adapters import merge, save_merged
 from .data import Collator, Row, encode, pad_token, prompt_ids
 from .evaluate import answer_loss, exact_match, valid_json
@@ -123,10 +123,7 @@ def export_demo(place: Path, progress: Progress | None = None) -> dict[str, Path
 
 
 def _linked(source: str, target: str) -> str:
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
+    link_or_copy(os.path.realpath(source), target)
     return target
 
 

@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.places import replacing
 from ..errors import Hint, MissingExtraError, TrainingError, VeneerError
 from .progress import Progress, Silent
 
@@ -100,16 +101,13 @@ OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 @contextlib.contextmanager
 def appearing(place: Path) -> Iterator[Path]:
     """A directory to write into that becomes ``place`` at the end, whole or not at all."""
-    with tempfile.TemporaryDirectory(dir=place.parent, prefix=f".{place.name}-") as folder:
-        made = Path(folder) / "made"
-        made.mkdir()
-        yield made
-        try:
-            made.rename(place)
-        except OSError:
-            # Another process was faster; what it made is the same.
-            if not (place / "config.json").is_file():
-                raise
+    try:
+        with replacing(place) as made:
+            yield made
+    except VeneerError:
+        # Another process was faster; what it made is the same.
+        if not (place / "config.json").is_file():
+            raise
 
 
 def _from_hub(place: Path) -> None:

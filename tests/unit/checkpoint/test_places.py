@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import os
 from pathlib import Path
 
 import pytest
 
+from tests.processes import run_python
+
 from veneer import VeneerError
 from veneer.checkpoint.places import check_replaceable, check_room, replacing
+
+ROOT = Path(__file__).parents[3]
 
 
 def test_it_appears_whole(tmp_path: Path) -> None:
@@ -49,6 +55,160 @@ def test_the_weights_of_another_layout_do_not_stay(tmp_path: Path) -> None:
     with replacing(tmp_path, overwrite=True) as made:
         (made / "model.safetensors").write_text("new")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["model.safetensors", "notes.txt"]
+
+
+def made_by(place: Path) -> dict[str, str]:
+    return {
+        path.relative_to(place).as_posix(): path.read_text() for path in place.rglob("*") if path.is_file()
+    }
+
+
+OTHERS = {"notes.txt": "mine", "logs/today.txt": "mine", "sub/mine.txt": "mine"}
+OLD = {
+    **{f"model-0000{n}-of-00003.safetensors": "old" for n in (1, 2, 3)},
+    "model.safetensors.index.json": "old",
+    "config.json": "old",
+    "sub/config.json": "old",
+}
+NEW = {
+    **{f"model-0000{n}-of-00003.safetensors": "new" for n in (1, 2, 3)},
+    "model.safetensors.index.json": "new",
+    "config.json": "new",
+    "tokenizer.json": "new",
+    "sub/config.json": "new",
+}
+
+KILLING = """
+import json, sys
+from functools import partial
+from pathlib import Path
+from tests.kills import killed_at, steps_of
+from veneer.checkpoint.places import replacing
+
+root, old, new = Path(sys.argv[1]), *map(json.loads, sys.argv[2:])
+
+
+def write(place, files):
+    for name, text in files.items():
+        (place / name).parent.mkdir(parents=True, exist_ok=True)
+        (place / name).write_text(text)
+
+
+def replace(place):
+    with replacing(place, overwrite=True) as made:
+        write(made, new)
+
+
+write(root / "0" / "out", old)
+count = steps_of(partial(replace, root / "0" / "out"), root / "0")
+for step in range(1, count + 1):
+    write(root / str(step) / "out", old)
+    killed_at(step, partial(replace, root / str(step) / "out"), root / str(step))
+print(count)
+"""
+
+
+def test_killed_at_any_step_it_leaves_the_old_model_or_the_new_one(tmp_path: Path) -> None:
+    old = {**OLD, **OTHERS}
+    done = run_python(KILLING, tmp_path, json.dumps(old), json.dumps(NEW), cwd=ROOT)
+    whole = [old, {**NEW, **OTHERS}]
+    assert made_by(tmp_path / "0" / "out") == whole[1]
+    count, gone = int(done.stdout), 0
+    assert count > 20
+    for step in range(1, count + 1):
+        out = tmp_path / str(step) / "out"
+        if out.exists():
+            assert made_by(out) in whole, step
+        else:
+            gone += 1
+            (left,) = (path for path in out.parent.iterdir())
+            assert left.name.startswith(".out.") and [made_by(left / n) for n in ("old", "new")] == whole
+        check_replaceable(out, overwrite=True)
+        assert list(out.parent.iterdir()) == [out], "the next run tidies"
+        assert made_by(out) in whole
+        with replacing(out, overwrite=True) as made:
+            (made / "model.safetensors").write_text("third")
+        assert made_by(out).keys() >= {"model.safetensors", *OTHERS} and list(out.parent.iterdir()) == [out]
+    assert gone == 1, "between the two renames"
+
+
+def test_a_run_that_is_at_work_is_not_tidied_away(tmp_path: Path) -> None:
+    with replacing(tmp_path / "out") as made:
+        (made / "model.safetensors").write_text("first")
+        check_replaceable(tmp_path / "out")
+        assert (made / "model.safetensors").read_text() == "first"
+        with replacing(tmp_path / "out-2") as other:
+            (other / "model.safetensors").write_text("second")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out-2"]
+
+
+def test_what_appeared_meanwhile_is_not_written_over(tmp_path: Path) -> None:
+    with pytest.raises(VeneerError, match="not empty"), replacing(tmp_path / "out") as made:
+        (made / "model.safetensors").write_text("new")
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "model.safetensors").write_text("somebody's")
+    assert made_by(tmp_path) == {"out/model.safetensors": "somebody's"}
+
+
+def test_a_rename_that_fails_brings_the_old_model_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "model.safetensors").write_text("old")
+    rename = os.rename
+
+    def refuse(source: Path, target: Path) -> None:
+        if Path(source).name == "new":
+            raise OSError(13, "Permission denied")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", refuse)
+    with pytest.raises(OSError, match="Permission denied"), replacing(tmp_path / "out", True) as made:
+        (made / "model.safetensors").write_text("new")
+    assert made_by(tmp_path) == {"out/model.safetensors": "old"}
+
+
+def test_files_have_the_permissions_of_the_umask_and_others_keep_theirs(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine.txt").write_text("mine")
+    (out / "mine.txt").chmod(0o600)
+    out.chmod(0o750)
+    (tmp_path / "ordinary").touch()
+    with replacing(out, overwrite=True) as made:
+        (made / "sub").mkdir()
+        for name in ("model.safetensors", "sub/config.json"):
+            (made / name).write_text("new")
+            (made / name).chmod(0o600)  # as safetensors does
+    modes = {p.relative_to(out).as_posix(): p.stat().st_mode & 0o777 for p in out.rglob("*") if p.is_file()}
+    ordinary = (tmp_path / "ordinary").stat().st_mode & 0o777
+    assert modes == {"model.safetensors": ordinary, "sub/config.json": ordinary, "mine.txt": 0o600}
+    assert out.stat().st_mode & 0o777 == 0o750
+
+
+def test_links_stay_links(tmp_path: Path) -> None:
+    real = tmp_path / "real"
+    real.mkdir()
+    (tmp_path / "elsewhere").write_text("precious")
+    (real / "link").symlink_to("../elsewhere")
+    (tmp_path / "out").symlink_to(real)
+    with replacing(tmp_path / "out", overwrite=True) as made:
+        (made / "model.safetensors").write_text("new")
+    assert (tmp_path / "out").is_symlink() and (real / "model.safetensors").read_text() == "new"
+    assert (real / "link").is_symlink() and (real / "link").read_text() == "precious"
+
+
+def test_what_cannot_be_replaced_as_a_whole_is_refused_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path).name == "mounted")
+    (tmp_path / "mounted").mkdir()
+    with pytest.raises(VeneerError, match="mount point"):
+        check_replaceable(tmp_path / "mounted")
+    monkeypatch.setattr(os, "access", lambda path, how: Path(path) != tmp_path)
+    (tmp_path / "inside").mkdir()
+    with pytest.raises(VeneerError, match=f"{tmp_path} is no directory that can be written to"):
+        check_replaceable(tmp_path / "inside")
 
 
 def test_what_is_refused(tmp_path: Path) -> None:
