@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import struct
 from collections.abc import Callable, Mapping
@@ -32,8 +33,17 @@ ONE, INDEX = "model.safetensors", "model.safetensors.index.json"
 #: Names of the types in a safetensors header; only these can take an update.
 NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 TYPES = {name: dtype for dtype, name in NAMES.items()}
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack", ".index.json")
-_TOKENIZER = ("tokenizer", "special_tokens", "vocab", "merges", "chat_template", "added_tokens")
+#: Names of files that go with a model's weights. No others are taken along, whatever lies in the directories.
+_OF_MODEL = re.compile(
+    r"(config|generation_config|(image_|video_)?(pre)?processor_config)\.json"
+    r"|(configuration|modeling|tokenization|processing|image_processing)_\w+\.py"
+    r"|(LICENSE|LICENCE|NOTICE|USE_POLICY)(\.txt|\.md)?"
+)
+_OF_TOKENIZER = re.compile(
+    r"(tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|normalizer|tekken|chat_template)\.json"
+    r"|(vocab|merges)\.(txt|bpe)|[\w.-]+\.(tiktoken|spm)|(tokenizer|spiece|sentencepiece(\.bpe)?)\.model(\.v\d+)?"
+    r"|(additional_chat_templates/[\w.-]+|chat_template)\.jinja"
+)
 WAY_OUT = Text(
     "Merge it with the whole model in memory instead", Hint("low_memory", ..., " (without {})"), "."
 )
@@ -61,7 +71,8 @@ def merge_files(
     """Merge an adapter into a base model's safetensors files, shard by shard, into a new directory.
 
     No model is made: for each tensor ``W`` of a shard that has an update, ``W + s·B A`` is formed in float32,
-    rounded once and written. The largest tensor is what has to fit into memory.
+    rounded once and written. The largest tensor is what has to fit into memory. Configuration, tokenizer,
+    chat templates and licence of known names go along; links to files elsewhere are not followed.
 
     Args:
         adapter: Directory of the adapter.
@@ -77,7 +88,8 @@ def merge_files(
     Raises:
         AdapterFileError: The adapter is missing, broken, or no LoRA.
         MergeError: What can only be merged in a model: other variants than the plain one, modules saved
-            whole, biases, convolutions, quantised bases, shared weights, names that the files do not have.
+            whole, biases, convolutions, quantised bases, shared weights, names that the files do not have;
+            or files that go along and are links to another directory.
         BaseMismatchError: The adapter was made on another base model.
     """
     base = Path(base)
@@ -90,6 +102,7 @@ def merge_files(
     layouts = {shard: _layout(header, target) for shard, header in headers.items()}
     total = sum(size for _, size in layouts.values())
     _check_base(base, file, updates, where)
+    companions = _companions(base, Path(adapter))
     check_room(place, total)
     kept: dict[str, float] = {}
     written = 0
@@ -107,7 +120,7 @@ def merge_files(
                     written += 1
                     if tell is not None:
                         tell(written, len(where))
-        _others(base, Path(adapter), made, target, total if (base / INDEX).is_file() else None)
+        _write_companions(companions, base, made, target, total if (base / INDEX).is_file() else None)
     return MergeReport({path: kept[path] for path in specs})
 
 
@@ -284,16 +297,38 @@ def _packed(layout: Mapping[str, Any]) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def _others(base: Path, adapter: Path, made: Path, target: torch.dtype | None, total: int | None) -> None:
-    """Configuration, tokenizer and the like; the adapter's own tokenizer goes before the base's."""
+def _companions(base: Path, adapter: Path) -> dict[str, Path]:
+    """Name -> file of what goes with the weights; the adapter's own tokenizer goes before the base's.
+
+    Raises:
+        MergeError: One of them is a link to a file elsewhere, which nobody asked to have in the model.
+    """
     own = (adapter / "tokenizer_config.json").is_file()
-    for source in (base, adapter):
-        for file in source.iterdir():
-            tokenizer = file.name.startswith(_TOKENIZER)
-            wanted = tokenizer and own == (source == adapter) if tokenizer else source == base
-            skipped = file.name.startswith((".", "README", "adapter_")) or file.name.endswith(_WEIGHTS)
-            if file.is_file() and wanted and not skipped:
-                shutil.copy2(file, made / file.name)
+    kinds = {base: [_OF_MODEL], adapter: [_OF_TOKENIZER]} if own else {base: [_OF_MODEL, _OF_TOKENIZER]}
+    found, outside = {}, []
+    for source, patterns in kinds.items():
+        root = source.resolve()
+        # A snapshot in the hub's cache is links to the blobs beside the snapshots.
+        inside = [root, *([root.parents[1] / "blobs"] if root.parent.name == "snapshots" else [])]
+        for file in (*source.iterdir(), *source.glob("additional_chat_templates/*")):
+            name = file.relative_to(source).as_posix()
+            if not file.is_file() or not any(pattern.fullmatch(name) for pattern in patterns):
+                continue
+            if any(file.resolve().is_relative_to(place) for place in inside):
+                found[name] = file
+            else:
+                outside.append(f"\n  - {file} leads out of {source}, to {file.resolve()}")
+    if outside:
+        raise MergeError(f"links are not followed into other directories:{''.join(outside)}\n", WAY_OUT)
+    return found
+
+
+def _write_companions(
+    companions: Mapping[str, Path], base: Path, made: Path, target: torch.dtype | None, total: int | None
+) -> None:
+    for name, file in companions.items():
+        (made / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, made / name)
     if target is not None:
         config = json.loads((made / "config.json").read_text(encoding="utf-8"))
         config.pop("torch_dtype", None)

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from tests.processes import run_python
-
 from veneer import VeneerError
 from veneer.checkpoint.places import check_replaceable, check_room, replacing
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -156,3 +158,96 @@ def test_a_broken_index(tmp_path: Path) -> None:
     (base / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(MergeError, match="lacks"):
         merge_files(adapter, base, tmp_path / "out")
+
+
+def in_a_hub_cache(base: Path, place: Path) -> Path:
+    """The same files as huggingface_hub lays them out: links to blobs beside the snapshots."""
+    snapshot = place / "models--somebody--tiny" / "snapshots" / "0123abc"
+    snapshot.mkdir(parents=True)
+    (snapshot.parents[1] / "blobs").mkdir()
+    for number, file in enumerate(sorted(base.iterdir())):
+        blob = snapshot.parents[1] / "blobs" / f"{number:040x}"
+        shutil.copy(file, blob)
+        (snapshot / file.name).symlink_to(f"../../blobs/{blob.name}")
+    return snapshot
+
+
+def names_in(place: Path) -> set[str]:
+    return {file.name for file in place.iterdir()}
+
+
+def test_files_of_unknown_names_are_not_taken_along(tmp_path: Path) -> None:
+    base = base_of(tmp_path / "base")
+    adapter = adapter_of(base, tmp_path / "adapter")
+    merge_files(adapter, base, tmp_path / "plain")
+    (tmp_path / "secret").write_text("secret")
+    for place in (base, adapter):
+        (place / "notes.txt").symlink_to(tmp_path / "secret")
+        (place / "tokenizer_secrets.txt").write_text("secret")
+    for name in ("LICENSE", "modeling_tiny.py", "chat_template.jinja", "vocab.json"):
+        (base / name).write_text(name)
+    merge_files(adapter, base, tmp_path / "out")
+    assert names_in(tmp_path / "out") == names_in(tmp_path / "plain") | {
+        "LICENSE",
+        "modeling_tiny.py",
+        "vocab.json",
+    }
+
+
+def test_links_that_lead_out_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    base = base_of(tmp_path / "base")
+    adapter = adapter_of(base, tmp_path / "adapter")
+    (tmp_path / "secret").write_text("secret")
+    tiny_tokenizer().save_pretrained(adapter)
+    for link in (
+        adapter / "vocab.json",
+        adapter / "additional_chat_templates" / "tool.jinja",
+        base / "LICENSE",
+    ):
+        link.parent.mkdir(exist_ok=True)
+        link.symlink_to(os.path.relpath(tmp_path / "secret", link.parent))
+    with pytest.raises(MergeError) as refused:
+        merge_files(adapter, base, tmp_path / "out")
+    for name in ("vocab.json", "tool.jinja", "LICENSE"):
+        assert name in str(refused.value)
+    assert "leads out of" in str(refused.value) and not (tmp_path / "out").exists()
+
+
+def test_links_of_a_hub_cache_are_followed(tmp_path: Path) -> None:
+    base = base_of(tmp_path / "base")
+    (base / "additional_chat_templates").mkdir()
+    (base / "additional_chat_templates" / "tool.jinja").write_text("{{ messages }}")
+    adapter = adapter_of(base, tmp_path / "adapter")
+    (base / "inner").mkdir()
+    (base / "inner" / "LICENSE").write_text("free")
+    (base / "LICENSE").symlink_to("inner/LICENSE")
+    merge_files(adapter, base, tmp_path / "plain")
+    assert (tmp_path / "plain" / "additional_chat_templates" / "tool.jinja").read_text() == "{{ messages }}"
+    assert (tmp_path / "plain" / "LICENSE").read_text() == "free"
+    shutil.rmtree(base / "inner")
+    (base / "LICENSE").unlink()
+    shutil.rmtree(base / "additional_chat_templates")
+    snapshot = in_a_hub_cache(base, tmp_path / "hub")
+    merge_files(adapter, snapshot, tmp_path / "out")
+    files = [file for file in (tmp_path / "out").iterdir() if file.is_file()]
+    assert {file.name for file in files} == names_in(tmp_path / "plain") - {
+        "LICENSE",
+        "additional_chat_templates",
+    }
+    for file in files:
+        assert not file.is_symlink() and file.read_bytes() == (tmp_path / "plain" / file.name).read_bytes()
+
+
+@pytest.mark.parametrize("low_memory", [True, False])
+def test_all_files_have_the_permissions_of_the_umask(low_memory: bool, tmp_path: Path) -> None:
+    base = base_of(tmp_path / "base")
+    adapter = adapter_of(base, tmp_path / "adapter")
+    for file in base.iterdir():
+        file.chmod(0o600)
+    if low_memory:
+        merge_files(adapter, base, tmp_path / "out")
+    else:
+        save_merged(*load_adapted(adapter), tmp_path / "out")
+    (tmp_path / "ordinary").touch()
+    modes = {file.stat().st_mode for file in (tmp_path / "out").iterdir()}
+    assert modes == {(tmp_path / "ordinary").stat().st_mode}
