@@ -100,6 +100,7 @@ FIRST, SECOND = "m.0.lora_A.weight", "m.0.lora_B.weight"
         (lambda h: h.pop(FIRST), "leaves a gap|file holds 384"),
         (lambda h: h.__setitem__("", h.pop(FIRST)), "non-empty string"),
         (lambda h: h.__setitem__("x\0", h.pop(FIRST)), "control character"),
+        (lambda h: h.__setitem__("__metadata__", {"a": "\ud800"}), "is damaged: .*hex escape"),
         (lambda h: h.__setitem__("__metadata__", {"a": 1}), "not a table of strings"),
         (lambda h: h.__setitem__("__metadata__", "pt"), "not a table of strings"),
     ],
@@ -198,4 +199,16 @@ def test_compressed_archives_are_refused(tmp_path: Path) -> None:
         for entry in plain.namelist():
             packed.writestr(entry, plain.read(entry))
     with pytest.raises(AdapterFileError, match=r"not an archive that torch.save writes"):
+        open_adapter(tmp_path)
+
+
+def test_archives_of_something_else_are_refused(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / BIN_NAME, "w") as archive:
+        archive.writestr("letter.txt", "no tensors")
+    with pytest.raises(AdapterFileError, match="is damaged: RuntimeError"):
+        open_adapter(tmp_path)
+    raw = bytearray((tmp_path / BIN_NAME).read_bytes())
+    raw[raw.rindex(b"PK\x01\x02")] = 0
+    (tmp_path / BIN_NAME).write_bytes(raw)
+    with pytest.raises(AdapterFileError, match=r"is damaged: .*central directory"):
         open_adapter(tmp_path)

@@ -679,6 +679,13 @@ def test_a_huge_file_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         read_config_file(tmp_path / CONFIG_FILE)
 
 
+def test_what_is_no_file_and_what_is_no_table_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(AdapterFileError, match="cannot read"):
+        PeftConfig.from_file(tmp_path)
+    with pytest.raises(ConfigError, match="dictionary, not a list"):
+        PeftConfig.from_dict([])
+
+
 json_values = st.recursive(
     st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8)),
     lambda inner: st.one_of(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from veneer.errors import ConfigError, Hint
 from veneer.inits.base import Init, InitRequest, InitResult, filled, not_one_matrix, zero_bias
 from veneer.ops.normal_float import round_to_bits
 from veneer.spec import LoraSpec
@@ -33,14 +32,8 @@ class LoftQ(Init):
 
     @torch.no_grad()
     def __call__(self, request: InitRequest) -> InitResult:
-        """The rounded weight and its correction.
-
-        Raises:
-            ConfigError: Without a `LoftQConfig`.
-        """
+        """The rounded weight and its correction."""
         options = request.spec.init_config
-        if options is None:
-            raise ConfigError(Hint("init_lora_weights", "loftq"), " needs loftq_config=LoftQConfig(...)")
         weight = request.matrix().float()
         scaling = request.spec.scaling
         rank = min(request.spec.r, *weight.shape)

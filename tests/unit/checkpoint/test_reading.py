@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,8 +15,10 @@ from veneer.checkpoint import (
     SAFETENSORS_NAME,
     open_adapter,
     read_config,
+    reading,
     write_adapter,
 )
+from veneer.checkpoint.header import read_header
 from veneer.errors import AdapterFileError, VeneerWarning
 
 TENSORS = {
@@ -54,6 +57,29 @@ def test_a_file_that_disappears_between_opening_and_reading(adapter: Path) -> No
     file.path.unlink()
     with pytest.raises(AdapterFileError, match="cannot be read"):
         file.tensors()
+
+
+def test_a_file_that_changes_between_opening_and_reading(adapter: Path, tmp_path: Path) -> None:
+    file = open_adapter(adapter)
+    write_adapter(tmp_path / "other", {"m.lora_A.weight": torch.ones(2, 4)}, CONFIG)
+    file.path.write_bytes((tmp_path / "other" / SAFETENSORS_NAME).read_bytes())
+    with pytest.raises(AdapterFileError, match="changed since it was opened"):
+        file.tensors()
+
+
+def test_a_file_that_changes_while_it_is_opened(
+    adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_adapter(tmp_path / "other", {"m.lora_A.weight": torch.ones(2, 4)}, CONFIG)
+
+    def read_and_exchange(path: Path) -> Any:
+        header = read_header(path)
+        path.write_bytes((tmp_path / "other" / SAFETENSORS_NAME).read_bytes())
+        return header
+
+    monkeypatch.setattr(reading, "read_header", read_and_exchange)
+    with pytest.raises(AdapterFileError, match="two readings of its header differ"):
+        open_adapter(adapter)
 
 
 def test_tensors_stay_what_they_were_when_the_adapter_is_saved_again(adapter: Path) -> None:

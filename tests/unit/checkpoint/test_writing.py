@@ -23,6 +23,7 @@ from veneer.checkpoint import (
     write_adapter,
     writing,
 )
+from veneer.checkpoint.layout import temporary_name
 from veneer.errors import CheckpointError, VeneerWarning
 
 OLD = {"m.lora_A.weight": torch.zeros(4, 8), "m.lora_B.weight": torch.zeros(8, 4)}
@@ -237,6 +238,31 @@ def test_a_failure_after_the_tensors_moved_is_said_and_read_correctly(
         write_adapter(tmp_path, {}, {})
     write_adapter(tmp_path, OLD, NEW_CONFIG)
     assert names(tmp_path) == {CONFIG_NAME, SAFETENSORS_NAME}
+
+
+def test_what_another_save_left_and_cannot_be_removed_stops_the_next(tmp_path: Path) -> None:
+    write_adapter(tmp_path, OLD, OLD_CONFIG)
+    left = tmp_path / temporary_name("0" * 16, "safetensors", "tensors")
+    left.mkdir()  # no save of ours makes one, and none removes it
+    with pytest.raises(CheckpointError, match="cannot be removed"):
+        write_adapter(tmp_path, NEW, NEW_CONFIG)
+    left.rmdir()
+    assert content(tmp_path) == (OLD_CONFIG, lists(OLD)) and len(names(tmp_path)) == 2
+
+
+def test_a_card_that_cannot_be_read_is_not_written_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_adapter(tmp_path, OLD, OLD_CONFIG, card="# Ours\n")
+
+    def fails(self: Path) -> bytes:
+        raise PermissionError(errno.EACCES, "no")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", fails)
+        with pytest.raises(CheckpointError, match="cannot be read, and would be written over"):
+            write_adapter(tmp_path, NEW, NEW_CONFIG, card="# Theirs\n")
+    assert content(tmp_path) == (OLD_CONFIG, lists(OLD)) and (tmp_path / CARD_NAME).read_text() == "# Ours\n"
 
 
 class Killed(BaseException):
