@@ -319,6 +319,11 @@ def test_row_12_wrapping_twice_is_an_error_that_names_the_call() -> None:
         get_peft_model(model, config())
     with pytest.raises(TargetError, match="add_adapter"):
         get_peft_model(model.get_base_model(), config())
+    for whole in (model, model.base_model):
+        with pytest.raises(TargetError, match=r"a PeftModel already.*add_adapter"):
+            inject_adapter_in_model(config(), whole, "second")
+    with pytest.raises(AdapterNameError, match="'default' already"):
+        inject_adapter_in_model(config(), model.get_base_model())
     assert sum(1 for m in model.modules() if type(m).__name__ == "LoraLinear") == 4
 
 

@@ -224,9 +224,8 @@ def _refuse_foreign_layers(model: nn.Module) -> None:
                 f"the model already holds layers of the peft library (at {path or 'its root'}): "
                 "merge or unload them there first, or load their adapter here with PeftModel.from_pretrained"
             )
-        if path == "" and hasattr(type(module), "merge_and_unload"):
+        if path == "" and hasattr(module, "merge_and_unload"):
             raise TargetError(
                 "the model is a PeftModel already: use model.add_adapter(name, config) for another adapter, "
-                "or "
-                "model.get_base_model() / model.unload() to start anew"
+                "or model.get_base_model() / model.unload() to start anew"
             )
