@@ -500,3 +500,50 @@ def test_a_mixed_model_is_one_whose_adapters_work_together() -> None:
     assert list(model.peft_config) == ["a", "b", "c", "d"]
     model.delete_adapter(["c", "d"])
     assert list(model.peft_config) == ["a", "b"]
+
+
+def test_what_no_adapter_can_do_is_refused(tmp_path: Path) -> None:
+    model = get_peft_model(net(), config(bias="lora_only"))
+    with pytest.raises(ConfigError, match="LoraConfig is needed, got dict"):
+        get_peft_model(net(), {"r": 2})
+    with pytest.raises(AdapterNameError, match="'default' exists already"):
+        model.copy_adapter("default", "default")
+    with pytest.raises(ConfigError, match="biases of the base"):
+        model.copy_adapter("default", "second")
+    with pytest.raises(CheckpointError, match="no adapter to save"):
+        model.save_pretrained(tmp_path, selected_adapters=[])
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match="is a file"):
+        model.save_pretrained(tmp_path / "file")
+    with pytest.raises(AdapterNameError, match="no module of the model holds the adapter 'other'"):
+        set_peft_model_state_dict(model, get_peft_model_state_dict(model), adapter_name="other")
+    assert list(model.peft_config) == ["default"] and [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_without_an_active_adapter_none_has_a_configuration_to_show() -> None:
+    model = get_peft_model(net(), config())
+    model.add_adapter("second", config())
+    with pytest.warns(VeneerWarning, match="no adapter is active now"):
+        model.delete_adapter("default")
+    with pytest.raises(AdapterNameError, match=r"no adapter is active; .*second"):
+        model.active_peft_config  # noqa: B018
+
+
+def test_what_was_merged_for_good_cannot_be_unmerged() -> None:
+    model = get_peft_model(net(), config())
+    train(model, "default")
+    model.merge_adapter(undo=None)
+    merged = model(X)
+    with pytest.raises(MergeError, match=r"cannot be unmerged:\n  - first.*\n  - second"):
+        model.unmerge_adapter()
+    assert torch.equal(model(X), merged)
+
+
+def test_a_merge_that_is_not_finite_is_refused_where_the_weight_is_written_anew() -> None:
+    model = get_peft_model(net(), config(use_dora=True))
+    with torch.no_grad():
+        model.get_base_model().second.lora_A["default"].weight.fill_(float("nan"))
+    weight = model.get_base_model().first.base_layer.weight.clone()
+    with pytest.raises(MergeError, match=r"second: .*infinite or undefined"):
+        model.merge_adapter(safe_merge=True)
+    assert torch.equal(model.get_base_model().first.base_layer.weight, weight)

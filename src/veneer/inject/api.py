@@ -9,15 +9,13 @@ from torch import Tensor, nn
 
 from veneer.adapters import AdapterModule
 from veneer.config import LoraConfig
-from veneer.errors import TargetError, VeneerError
+from veneer.errors import TargetError
 from veneer.inject.encoder import give_back_fused_kernels
 from veneer.inject.places import sites
 from veneer.inject.preparing import prepare
 from veneer.inject.replication import restore
-from veneer.layers import LoraLayer
 from veneer.layers.making import draw_seed
 from veneer.layers.modules_to_save import ModulesToSaveWrapper
-from veneer.layers.trainable_tokens import TrainableTokens
 
 
 def inject_adapter_in_model(
@@ -91,12 +89,10 @@ def eject(model: nn.Module, *, trained_copies: bool = False) -> nn.Module:
     """
     found = [site for site in sites(model).values() if isinstance(site.module, AdapterModule)]
     for site in found:
-        if isinstance(site.module, LoraLayer | TrainableTokens):
-            site.replace(site.base)
-        elif isinstance(site.module, ModulesToSaveWrapper):
-            site.replace(site.module.current if trained_copies else site.module.original_module)
+        if trained_copies and isinstance(site.module, ModulesToSaveWrapper):
+            site.replace(site.module.current)
         else:
-            raise VeneerError(f"cannot take a {type(site.module).__name__} out of the model")
+            site.replace(site.base)
     restore(model, merged=trained_copies)
     give_back_fused_kernels(model)
     model.__dict__.pop("peft_config", None)

@@ -181,8 +181,6 @@ def hotswap_adapter(
         have = ", ".join(map(repr, model.peft_config)) or "none"
         raise AdapterNameError(f"this model has no adapter {adapter_name!r} to swap; it has: {have}")
     check_hotswap_configs_compatible(model.peft_config[adapter_name], config)
-    if not isinstance(config, LoraConfig):
-        raise ConfigError(f"only LoRA adapters can be swapped, not {config.peft_type}")
     weights = load_peft_weights(model_name_or_path, device=torch_device or "cpu", **kwargs)
     places = _places(_holding(model, [adapter_name]), adapter_name)
     names = {to_disk(name, adapter_name): name for name in places}

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from veneer import LoftQConfig, LoraConfig, get_peft_model
+from veneer import AdapterNameError, ConfigError, LoftQConfig, LoraConfig, PeftConfig, get_peft_model
+from veneer.layers import wrap
 
 STARTS: list[dict[str, Any]] = [
     {},
@@ -31,3 +32,14 @@ def test_a_default_device_changes_no_factor(options: dict[str, Any]) -> None:
     state = found.state_dict()
     for name, tensor in expected.state_dict().items():
         assert torch.equal(state[name], tensor), name
+
+
+def test_a_layer_by_itself_is_wrapped_with_a_lora_config_and_once_for_a_name() -> None:
+    layer = wrap(nn.Linear(4, 3), LoraConfig(r=2))
+    with pytest.raises(ConfigError, match="LoraConfig is needed, got dict"):
+        wrap(layer, {"r": 2}, "second")
+    with pytest.raises(ConfigError, match="LoraConfig is needed, got PeftConfig"):
+        get_peft_model(nn.Sequential(nn.Linear(4, 3)), PeftConfig(peft_type="LORA"))
+    with pytest.raises(AdapterNameError, match="'default' already"):
+        wrap(layer, LoraConfig(r=2))
+    assert wrap(layer, LoraConfig(r=2), "second").held_adapters == ("default", "second")

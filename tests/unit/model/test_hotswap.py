@@ -65,6 +65,8 @@ def test_what_cannot_be_swapped_is_refused_and_nothing_changes() -> None:
 def test_swapping_from_a_directory(tmp_path: Any) -> None:
     model, other = adapted(seed=1), adapted(alpha=9, seed=2)
     other.save_pretrained(tmp_path)
+    with pytest.raises(AdapterNameError, match="no adapter 'other' to swap; it has: 'default'"):
+        hotswap_adapter(model, str(tmp_path), "other")
     hotswap_adapter(model, str(tmp_path), "default")
     assert torch.equal(model(IDS), other(IDS))
 
@@ -140,6 +142,11 @@ def test_configurations_kept_elsewhere_say_the_new_rank() -> None:
 
 def test_what_cannot_be_prepared_is_refused() -> None:
     model = adapted(rank=4)
+    with pytest.raises(ConfigError, match="check_compiled is 'error', 'warn' or 'ignore', got 'no'"):
+        prepare_model_for_compiled_hotswap(model, target_rank=8, check_compiled="no")
+    started = get_peft_model(Net(), LoraConfig(r=2, target_modules=["first"], init_lora_weights="pissa"))
+    with pytest.raises(ConfigError, match="first: 'default' keeps its starting factors"):
+        prepare_model_for_compiled_hotswap(started, target_rank=8)
     with pytest.raises(ConfigError, match="below the rank of 3 layers"):
         prepare_model_for_compiled_hotswap(model, target_rank=2)
     with pytest.raises(ConfigError, match=r"before torch\.compile"):

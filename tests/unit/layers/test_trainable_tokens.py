@@ -1,0 +1,60 @@
+"""Rows of an embedding that adapters train: two adapters' rows for one token never meet."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from veneer import AdapterNameError, LoraConfig, MergeError, PeftModel, TargetError, get_peft_model
+from veneer.layers.trainable_tokens import TrainableTokens
+
+
+class Net(nn.Module):
+    """An embedding and a linear."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb, self.lin = nn.Embedding(6, 4), nn.Linear(4, 4)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.emb
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.lin(self.emb(ids))
+
+
+def config(*tokens: int, target: str = "lin") -> LoraConfig:
+    return LoraConfig(r=2, target_modules=[target], trainable_token_indices={"emb": list(tokens)})
+
+
+def two() -> tuple[PeftModel, TrainableTokens]:
+    model = get_peft_model(Net(), config(1))
+    model.add_adapter("second", config(1, 2))
+    return model, model.get_base_model().emb
+
+
+def test_two_rows_for_one_token_are_neither_active_nor_merged_together() -> None:
+    _, layer = two()
+    before = layer.get_base_layer().weight.clone()
+    with pytest.raises(AdapterNameError, match="both train the row of token 1"):
+        layer.set_adapter(["default", "second"])
+    with pytest.raises(MergeError, match="both train the row of token 1"):
+        layer.merge(adapter_names=["default", "second"])
+    assert list(layer.active_adapters) == ["default"] and torch.equal(layer.get_base_layer().weight, before)
+
+
+def test_rows_that_are_not_finite_are_not_merged_safely() -> None:
+    model, layer = two()
+    before = layer.get_base_layer().weight.clone()
+    with torch.no_grad():
+        layer.rows("default").fill_(float("nan"))
+    for merge in (layer.merge, model.merge_adapter):
+        with pytest.raises(MergeError, match="infinite or undefined"):
+            merge(safe_merge=True)
+    assert torch.equal(layer.get_base_layer().weight, before)
+
+
+def test_an_embedding_is_adapted_in_one_way() -> None:
+    with pytest.raises(TargetError, match=r"emb \(Embedding\): target_modules names it too"):
+        get_peft_model(Net(), config(1, target="emb"))
