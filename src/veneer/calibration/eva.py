@@ -27,12 +27,11 @@ from veneer.calibration.eva_inputs import (
 from veneer.calibration.measuring import Hook, hooked, in_mode, planned
 from veneer.config import EvaConfig, LoraConfig
 from veneer.errors import AdapterNameError, ConfigError, Hint, LoadMismatchError, MergeError, VeneerWarning
-from veneer.inits import InitResult
 from veneer.inject.places import sites
 from veneer.layers import LoraLayer
+from veneer.layers.parts import Prepared
 from veneer.model import PeftModel
 from veneer.ops.svd import Components, update_components
-from veneer.spec import LoraSpec
 
 logger = logging.getLogger("veneer")
 
@@ -368,39 +367,40 @@ def _check_directions(layers: Mapping[str, LoraLayer], given: Mapping[str, Tenso
         )
 
 
-def _start(
-    layer: LoraLayer, rows: Tensor, adapter: str, config: LoraConfig
-) -> tuple[LoraSpec, InitResult, torch.dtype]:
+def _start(layer: LoraLayer, rows: Tensor, adapter: str, config: LoraConfig) -> Prepared:
     spec = layer.specs[adapter]
     rank = rows.shape[0]
     alpha = spec.lora_alpha
     if rank != spec.r and (config.eva_config or EvaConfig()).adjust_scaling_factors:
         alpha *= rank / spec.r
-    new = replace(spec, r=rank, lora_alpha=alpha)
+    new = replace(spec, r=rank, lora_alpha=alpha, init="eva")
     inits.note_statistics(layer.get_base_layer(), rows)
     try:
         start = layer.initialise(new, 0)
     finally:
         inits.forget_statistics(layer.get_base_layer())
-    return new, start, layer.factors(adapter)[0].dtype
+    return layer.prepared(
+        new,
+        start,
+        dtype=layer.factors(adapter)[0].dtype,
+        strength=new.scaling * layer.scaling[adapter] / spec.scaling,
+        training=layer.lora_dropout[adapter].training,
+    )
 
 
 def _commit(
     model: PeftModel,
     layers: Mapping[str, LoraLayer],
     given: Mapping[str, Tensor],
-    changes: Mapping[str, tuple[LoraSpec, InitResult, torch.dtype]],
+    changes: Mapping[str, Prepared],
     adapter: str,
 ) -> None:
-    for path, rows in given.items():
+    for path in given:
         layer = layers[path]
         trains = any(p.requires_grad for p in layer.adapter_parameters(adapter))
-        factor = layer.scaling[adapter] / layer.specs[adapter].scaling
         layer.drop_adapter(adapter)
-        if rows.shape[0]:
-            spec, start, dtype = changes[path]
-            layer.add_adapter(spec, start, dtype=dtype)
-            layer.set_strength(adapter, factor)
+        if path in changes:
+            layer.put_adapter(changes[path])
             for parameter in layer.adapter_parameters(adapter):
                 parameter.requires_grad_(trains)
         layer.adapters_changed()

@@ -71,6 +71,7 @@ class InitResult:
         extra: What the variant has beside the factors; the layer asks it, an initialisation leaves it empty.
         residual: ``(A₀, B₀)``, frozen: the update is ``s·(BA − B₀A₀)``; None where it is ``s·BA``.
         fresh: Nobody else holds A, B and the bias, so a layer may keep these very tensors instead of copies.
+        unmeasured: It is the default start, and stands in until what was asked for is measured.
     """
 
     a: Tensor
@@ -80,6 +81,7 @@ class InitResult:
     extra: Mapping[str, Tensor] = field(default_factory=dict)
     residual: tuple[Tensor, Tensor] | None = None
     fresh: bool = False
+    unmeasured: bool = False
 
     def update(self) -> tuple[Tensor, Tensor]:
         """Factors whose product is the whole update, unscaled."""
@@ -119,6 +121,8 @@ class Init(abc.ABC):
     measures_inputs: ClassVar[bool] = False
     #: How to measure what it needs to know from data, or "" if it needs nothing.
     measured_by: ClassVar[str] = ""
+    #: Whether that is done once the adapter is in place, which starts as by default until then.
+    measured_in_place: ClassVar[bool] = False
 
     def __init_subclass__(cls) -> None:
         if taken := [n for init in _inits for n in init.names if n in cls.names]:
@@ -147,7 +151,7 @@ class Init(abc.ABC):
 
     def lacks(self, stats: Any) -> bool:
         """Whether it cannot start without what `measured_by` gives."""
-        return bool(self.measured_by) and stats is None
+        return bool(self.measured_by) and not self.measured_in_place and stats is None
 
     @abc.abstractmethod
     def __call__(self, request: InitRequest) -> InitResult:

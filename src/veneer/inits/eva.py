@@ -20,13 +20,16 @@ class Eva(Init):
 
     names = ("eva",)
     measures_inputs = True
+    measured_by = "initialize_lora_eva_weights(model, dataloader)"
+    measured_in_place = True
 
     @torch.no_grad()
     def __call__(self, request: InitRequest) -> InitResult:
         """A from the statistics, B zero."""
         if request.stats is None:
             a = kaiming(request, "lora_A", request.shape_a)
-            return InitResult(a, torch.zeros(request.shape_b, device="cpu"), zero_bias(request))
+            b = torch.zeros(request.shape_b, device="cpu")
+            return InitResult(a, b, zero_bias(request), unmeasured=True)
         rows: Tensor = request.stats[: request.spec.r].float()
         start = filled(request, rows, rows.new_zeros(request.shape_b[0], rows.shape[0]))
         return InitResult(*start, zero_bias(request))

@@ -195,6 +195,8 @@ class Changeable(Mergeable):
         held.update({key: Factor(place(tensor)) for key, tensor in start.extra.items()})
         for part in held.values():
             part.requires_grad_(False)
+        if start.unmeasured:
+            spec = replace(spec, init=True)  # what a layer says of its start is what it is
         strength = spec.scaling if strength is None else strength
         dropout = nn.Dropout(p=spec.lora_dropout)
         dropout.training = training or self.get_base_layer().training
@@ -223,6 +225,10 @@ class Changeable(Mergeable):
         base, backend = self.get_base_layer(), self.backend
         weight = backend.read(base, self.weight_name)
         return backend.writing(base, self.from_matrix(matrix, weight).to(weight), self.weight_name)
+
+    def note_start(self, name: str, init: bool | str) -> None:
+        """Note that the factors of an adapter began, or went on, from another start."""
+        self._specs[name] = replace(self._specs[name], init=init)
 
     def respecify(self, spec: LoraSpec) -> None:
         """Let an adapter that is held here have another rank or strength on paper; its tensors stay."""

@@ -227,6 +227,8 @@ class PeftModel(Persistence):
                 VeneerWarning,
                 stacklevel=2,
             )
+        if mode:
+            self.base_model.mention_unmeasured(self.active_adapters, stacklevel=3)
         return self
 
     # -- adapters ----------------------------------------------------------------------------------------

@@ -116,6 +116,7 @@ class MergeVerbs(AdapterVerbs):
     ) -> MergeReport:
         names = self.active_adapters if adapter_names is None else as_names(adapter_names)
         self.index.check(names, known=self.peft_config)
+        self.mention_unmeasured(names)
         layers = {
             path: layer
             for path, layer in self.mergeable().items()

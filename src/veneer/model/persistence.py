@@ -192,6 +192,7 @@ class Persistence(nn.Module):
             )
         config = self._config_to_save(name)
         self._mention_replaced_base(name)
+        self.base_model.mention_unmeasured([name], ". Its file says True")
         count = sum(t.numel() for t in tensors.values())
         write_adapter(
             self._directory_of(save_directory, name),
@@ -251,12 +252,16 @@ class Persistence(nn.Module):
         """The content of an adapter's configuration file.
 
         Without a task it names the base's class. An initialisation that replaced the base is not named in it:
-        other readers would run it again, on a base that has been replaced already.
+        other readers would run it again, on a base that has been replaced already. Nor is one that was to be
+        measured on data and never was.
         """
         config, kind = self.peft_config[name], type(self.get_base_model())
         if inits.find(resolve(config, name, "").init).replaces_base:
             config = copy.copy(config)
             config.init_lora_weights = True
+        if name in self.base_model.unmeasured():
+            config = copy.copy(config)
+            config.init_lora_weights, config.eva_config = True, None
         if self._subtracted_start(name) is not None:
             config = plain_config(config)
         values = config.to_json()
@@ -353,6 +358,7 @@ class Persistence(nn.Module):
             report = state.set_adapter_state_dict(
                 self, take(shapes), adapter_name, strict=strict, where=directory
             )
+            self.base_model.note_start(adapter_name, config)  # type: ignore[arg-type]
             if not is_trainable:
                 self._leave_training()
             return report

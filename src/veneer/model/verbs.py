@@ -6,12 +6,13 @@ import copy
 import logging
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from veneer import inits
 from veneer.adapters import AdapterSet, as_names, check_adapter_name, walk
 from veneer.config import LoraConfig
 from veneer.errors import (
@@ -28,6 +29,7 @@ from veneer.layers.making import draw_seed
 from veneer.layers.sharded import settle
 from veneer.layers.trainable_tokens import TrainableTokens
 from veneer.routing import BASE
+from veneer.spec import resolve
 
 #: What is merged into base weights.
 Mergeable: TypeAlias = LoraLayer | TrainableTokens
@@ -160,6 +162,33 @@ class AdapterVerbs(nn.Module):
             len(injection.additions),
             " … ".join(f"{s:.4g}" for s in dict.fromkeys((scalings[0], scalings[-1]))),
         )
+
+    def unmeasured(self) -> dict[str, str]:
+        """Adapters whose start was to be measured on data and never was, with what to say of them."""
+        found = {}
+        for name, config in self.peft_config.items():
+            init = _init_of(config)
+            starts = [x.specs[name].init for x in self.layers().values() if name in x.held_adapters]
+            if init.measured_in_place and starts and not any(inits.find(start) is init for start in starts):
+                found[name] = (
+                    f"the adapter {name!r} has init_lora_weights={config.init_lora_weights!r}, but its start "
+                    f"was never measured and is the default one: call {init.measured_by} before training, or "
+                    "use init_lora_weights=True"
+                )
+        return found
+
+    def note_start(self, adapter_name: str, config: LoraConfig) -> None:
+        """Note from which start the factors came that an adapter goes on from."""
+        if _init_of(self.peft_config[adapter_name]).measured_in_place:
+            for layer in self.layers().values():
+                if adapter_name in layer.held_adapters:
+                    layer.note_start(adapter_name, resolve(config, adapter_name, "").init)
+
+    def mention_unmeasured(self, names: Iterable[str], more: str = "", stacklevel: int = 4) -> None:
+        """Warn of those of these adapters whose start was to be measured on data and never was."""
+        found = self.unmeasured()
+        for name in [name for name in names if name in found]:
+            warnings.warn(found[name] + more, VeneerWarning, stacklevel=stacklevel)
 
     @property
     def active_adapters(self) -> list[str]:
@@ -340,6 +369,10 @@ def mention_biases(configs: Mapping[str, LoraConfig], stacklevel: int = 3) -> No
             VeneerWarning,
             stacklevel=stacklevel,
         )
+
+
+def _init_of(config: LoraConfig) -> inits.Init:
+    return inits.find(resolve(config, "", "").init)
 
 
 def _check_factor(factor: object) -> None:

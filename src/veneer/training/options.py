@@ -29,6 +29,12 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 QUANTIZATIONS = ("nf4", "fp4", "int8", "int4")
 METHODS = ("sft", "dpo")
 TASKS = {"causal-lm": "CAUSAL_LM", "seq-cls": "SEQ_CLS"}
+#: Starts that are measured on data, with the function that does it.
+MEASURED = {
+    "eva": "initialize_lora_eva_weights",
+    "corda": "preprocess_corda",
+    "lora_ga": "preprocess_loraga",
+}
 
 
 def option(default: T, group: str, text: str, *names: str, free: bool = False, choices: Any = ()) -> T:
@@ -176,7 +182,10 @@ class RunOptions(TrainOptions):
     use_dora: bool = option(False, "Adapter", "Train the norm of each weight's rows apart (DoRA).")
     use_rslora: bool = option(False, "Adapter", "Scale by alpha / sqrt(r).")
     init_lora_weights: str = option(
-        "true", "Adapter", "Start of the factors: true, gaussian, pissa, olora, orthogonal, …"
+        "true",
+        "Adapter",
+        "Start of the factors: true, gaussian, orthogonal, pissa, olora, …; eva, corda and lora_ga are "
+        "measured on the data.",
     )
     dtype: str = option("auto", "Memory", "Type of the base's weights:", choices=DTYPES)
     quantize: str | None = option(None, "Memory", "Keep the base quantised:", choices=QUANTIZATIONS)
@@ -199,6 +208,19 @@ class RunOptions(TrainOptions):
             if self.method == "dpo" and self.task == "seq-cls":
                 given.append(Hint("task", "seq-cls"))
             wrong += [Text(hint, " does not go with ", other) for hint in given]
+        start = Hint("init_lora_weights", init := self.init_lora_weights.lower())
+        if init in MEASURED and self.method == "dpo":
+            pairs = (" is measured on answers or classes, and ", Hint("method", "dpo"), " has pairs: ")
+            way = f"measure it in Python with {MEASURED[init]} beside get_peft_model, or start another way"
+            wrong.append(Text(start, *pairs, way))
+        elif init == "loftq":
+            wrong.append(
+                Text(
+                    start,
+                    " replaces weights of the base, which are not saved with the adapter. In Python, "
+                    "replace_lora_weights_loftq(model, model_path) starts an adapter on a quantised base",
+                )
+            )
         wrong += super().problems()
         try:
             self.lora_config()

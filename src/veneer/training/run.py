@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from .. import get_peft_model
 from ..errors import TrainingError, VeneerError
 from .data import (
     Collator,
@@ -33,6 +32,7 @@ from .options import TASKS, RunOptions
 from .planning import empty_model, estimate_memory, seconds_per_step
 from .plots import can_plot, loss_picture
 from .progress import Progress, Silent
+from .starting import adapted
 from .stopping import stop_on_signals
 from .trainer import check_names, total_steps
 
@@ -96,14 +96,22 @@ def fine_tune(options: RunOptions, progress: Progress | None = None) -> dict[str
     if first:
         progress.say(_estimate(options, lesson, base))
     torch.manual_seed(options.seed)
-    adapted: Any = get_peft_model(base, options.lora_config())
-    trainable, total = adapted.get_nb_trainable_parameters()
+    objective = None if lesson.objective is None else lesson.objective(base)
+    model = adapted(
+        base,
+        options.lora_config(),
+        lesson.rows,
+        objective,
+        batch_size=options.batch_size,
+        seed=options.seed,
+        progress=progress,
+    )
+    trainable, total = model.get_nb_trainable_parameters()
     progress.say(f"Training {trainable:,} of {total:,} parameters ({trainable / total:.2%})")
-    objective = None if lesson.objective is None else lesson.objective(adapted)
     check_output(output)
     with stop_on_signals(progress.say) as stop:
         metrics = train(
-            adapted,
+            model,
             tokenizer,
             lesson.rows,
             output,

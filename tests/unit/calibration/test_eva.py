@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import functools
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.laws.snapshots import Snapshot
+from tests.laws.test_out_of_memory import times_out_of_memory
 from tests.tolerances import assert_close
 from veneer import (
     AdapterNameError,
@@ -17,6 +23,7 @@ from veneer import (
     LoadMismatchError,
     LoraConfig,
     MergeError,
+    PeftModel,
     VeneerWarning,
     get_eva_state_dict,
     get_peft_model,
@@ -196,7 +203,8 @@ def test_memory_is_that_of_the_directions_and_one_batch() -> None:
 
 def test_what_cannot_be_measured_is_said_and_nothing_has_changed() -> None:
     model = get_peft_model(net(), config())
-    model.train()
+    with pytest.warns(VeneerWarning, match="never measured"):
+        model.train()
     before = {n: p.clone() for n, p in model.named_parameters()}
     with pytest.raises(ConfigError, match="empty"):
         initialize_lora_eva_weights(model, [], **PLAIN)
@@ -220,7 +228,8 @@ def test_what_cannot_be_measured_is_said_and_nothing_has_changed() -> None:
         initialize_lora_eva_weights(model, batches(), **{**PLAIN, "forward_fn": fails})
     assert model.training and all(torch.equal(before[n], p) for n, p in model.named_parameters())
     assert not any(m._forward_pre_hooks for m in model.modules())
-    model.merge_adapter()
+    with pytest.warns(VeneerWarning, match="never measured"):
+        model.merge_adapter()
     with pytest.raises(MergeError, match="unmerge"):
         initialize_lora_eva_weights(model, batches(), **PLAIN)
 
@@ -262,3 +271,68 @@ def test_inputs_that_are_not_those_of_a_language_model_are_refused() -> None:
         get_eva_state_dict(model, batches(), config(), **by_name)
     with pytest.raises(ConfigError, match="dictionaries, got Tensor"):
         get_eva_state_dict(model, batches(), config())
+
+
+# -- a start that was never measured -------------------------------------------------------------------
+
+
+NEVER = r"(?i)'default' has init_lora_weights='eva', but .* never measured.*initialize_lora_eva_weights"
+
+
+def saved_init(model: Any, place: Path) -> Any:
+    model.save_pretrained(place)
+    values = json.loads((place / "adapter_config.json").read_text())
+    assert (values.get("eva_config") is None) is (values["init_lora_weights"] is True)
+    return values["init_lora_weights"]
+
+
+@pytest.mark.parametrize("lower", ["eva", "EVA"])
+def test_a_start_that_was_never_measured_is_said_and_no_file_claims_it(lower: str, tmp_path: Path) -> None:
+    model = get_peft_model(net(), dataclasses.replace(config(), init_lora_weights=lower))
+    model.copy_adapter("default", "twin")
+    with pytest.warns(VeneerWarning, match=NEVER):
+        model.train()
+    with pytest.warns(VeneerWarning, match=NEVER):
+        model.merge_adapter()
+    model.unmerge_adapter()
+    assert set(model.base_model.unmeasured()) == {"default", "twin"}
+    model.delete_adapter("twin")
+    with pytest.warns(VeneerWarning, match=NEVER):
+        assert saved_init(model, tmp_path) is True
+    model.eval()
+    initialize_lora_eva_weights(model, batches(), **PLAIN)
+    model.train()
+    model.merge_adapter()
+    model.unmerge_adapter()
+    assert saved_init(model, tmp_path / "measured") == lower
+    PeftModel.from_pretrained(net(), tmp_path / "measured", is_trainable=True).train()
+
+
+def test_a_measured_adapter_loaded_into_a_fresh_one_is_measured(tmp_path: Path) -> None:
+    model = get_peft_model(net(), config())
+    initialize_lora_eva_weights(model, batches(), **PLAIN)
+    model.save_pretrained(tmp_path)
+    again = get_peft_model(net(), model.peft_config["default"])
+    again.load_adapter(tmp_path, "default", is_trainable=True)
+    again.train()
+    assert saved_init(again, tmp_path / "again") == "eva"
+    fresh = get_peft_model(net(), model.peft_config["default"])
+    with pytest.warns(VeneerWarning, match=NEVER):
+        fresh.save_pretrained(tmp_path / "fresh")
+    again.load_adapter(tmp_path / "fresh", "default", is_trainable=True)
+    with pytest.warns(VeneerWarning, match=NEVER):
+        assert saved_init(again, tmp_path / "again") is True
+
+
+def test_a_failed_start_leaves_the_adapter_as_it_was() -> None:
+    model = get_peft_model(net(), config(eva={"rho": 2.0}))
+    directions = get_eva_state_dict(model, batches(), **PLAIN)
+    before = Snapshot(model)
+
+    def unchanged() -> None:
+        before.assert_same(model)
+        assert set(model.base_model.unmeasured()) == {"default"}
+
+    start = functools.partial(initialize_lora_eva_weights, model, eva_state_dict=directions)
+    assert times_out_of_memory(start, unchanged) > 3
+    assert not model.base_model.unmeasured()

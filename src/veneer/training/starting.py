@@ -1,0 +1,99 @@
+"""Starts of an adapter that are measured on the examples that it will learn from."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import LoraConfig, get_peft_model, initialize_lora_eva_weights, preprocess_corda, preprocess_loraga
+from .data import IGNORED
+from .objectives import Objective
+from .options import MEASURED
+from .progress import Progress
+
+#: Examples that are looked at: about a hundred show what the layers are given.
+SAMPLES = 128
+
+
+def adapted(
+    base: Any,
+    config: LoraConfig,
+    rows: Sequence[Mapping[str, Any]],
+    objective: Objective | None,
+    *,
+    batch_size: int,
+    seed: int,
+    progress: Progress,
+) -> Any:
+    """`get_peft_model`, with a start that is measured on rows where the configuration asks for one.
+
+    Args:
+        base: The base model.
+        config: Configuration of the adapter.
+        rows: What it will learn from; some are drawn.
+        objective: What a row is trained for.
+        batch_size: Rows at a time.
+        seed: Of the draw.
+        progress: Where to say so.
+
+    Raises:
+        ConfigError, TargetError: As `get_peft_model` and the measuring functions do.
+    """
+    init = str(config.init_lora_weights).lower()
+    if init not in MEASURED or objective is None:
+        return get_peft_model(base, config)
+    chosen = random.Random(seed).sample(range(len(rows)), min(SAMPLES, len(rows)))
+    chosen.sort(key=lambda i: len(rows[i]["input_ids"]))
+    progress.say(f"Measuring the start of the adapter ({init}) on {len(chosen)} examples")
+    device = _placed(base)
+    collate = objective.collator
+    batches = [
+        {name: value.to(device) for name, value in collate([rows[i] for i in part]).items()}
+        for part in (chosen[at : at + batch_size] for at in range(0, len(chosen), batch_size))
+    ]
+    if init == "corda":
+        preprocess_corda(base, config, lambda: _forward(base, batches, objective))
+    elif init == "lora_ga":
+        preprocess_loraga(base, config, lambda: _backward(base, batches, objective))
+    model = get_peft_model(base, config)
+    if init == "eva":
+        initialize_lora_eva_weights(
+            model,
+            batches,
+            forward_fn=objective.sums,
+            prepare_model_inputs_fn=_positions,
+            show_progress_bar=False,
+        )
+    return model
+
+
+def _placed(base: Any) -> torch.device:
+    """Where the base is; one that lies on the CPU goes where it will be trained."""
+    device: torch.device = next(base.parameters()).device
+    if device.type == "cpu" and torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        base.to(device)
+    return device
+
+
+def _forward(base: Any, batches: Sequence[Mapping[str, Tensor]], objective: Objective) -> None:
+    for batch in batches:
+        objective.sums(base, batch)
+
+
+def _backward(base: Any, batches: Sequence[Mapping[str, Tensor]], objective: Objective) -> None:
+    for batch in batches:
+        loss = objective.sums(base, batch)["loss"] / objective.count(batch).clamp(min=1)
+        loss.backward()  # type: ignore[no-untyped-call]
+
+
+def _positions(batch: Mapping[str, Tensor], config: LoraConfig) -> Tensor:
+    """The positions (n, 2) of the tokens that count: those of answers, or all that are no padding."""
+    labels = batch["labels"]
+    counts = labels != IGNORED if labels.dim() == 2 else batch["attention_mask"].bool()
+    return counts.nonzero()

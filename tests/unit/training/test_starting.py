@@ -1,0 +1,97 @@
+"""Starts that are measured on the examples that an adapter will learn from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.tolerances import assert_close
+from tests.unit.training.tiny import saved_records, saved_tiny, tiny_model
+from veneer import ConfigError, PeftModel, TargetError
+from veneer.training import RunOptions, Silent
+from veneer.training.run import fine_tune
+
+#: No step moves anything: what is saved is the start.
+STILL = {"epochs": 1, "learning_rate": 1e-30, "batch_size": 16, "lora_r": 4, "lora_alpha": 4}
+
+
+class Told(Silent):
+    """Keeps what is said."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, line: str) -> None:
+        self.lines.append(line)
+
+
+def run(place: Path, init: str, **more: Any) -> tuple[dict[str, Any], dict[str, torch.Tensor], list[str]]:
+    """The configuration and the tensors of a run that learns nothing, and what it said."""
+    base, data, told = saved_tiny(place / "base"), saved_records(place / "data.jsonl"), Told()
+    given = {"model": str(base), "data": str(data), "output": str(place / init), **STILL, **more}
+    fine_tune(RunOptions(init_lora_weights=init, **given), told)
+    values = json.loads((place / init / "adapter_config.json").read_text())
+    return values, load_file(place / init / "adapter_model.safetensors"), told.lines
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_eva_is_measured_on_the_examples(packing: bool, tmp_path: Path) -> None:
+    values, tensors, said = run(tmp_path, "eva", packing=packing, max_length=64)
+    _, default, _ = run(tmp_path, "true", packing=packing, max_length=64)
+    assert values["init_lora_weights"] == "eva" and values["rank_pattern"]
+    for name, a in tensors.items():
+        if "lora_A" in name and a.shape == default[name].shape:
+            assert not torch.allclose(a, default[name])
+    rows = tensors["base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"]
+    assert_close(rows @ rows.T, torch.eye(len(rows)))
+    (tmp_path / "again").mkdir()
+    _, again, _ = run(tmp_path / "again", "eva", packing=packing, max_length=64)  # as a run that is resumed
+    assert again.keys() == tensors.keys() and all(torch.equal(again[n], t) for n, t in tensors.items())
+    assert packing or "Measuring the start of the adapter (eva) on 16 examples" in said
+
+
+@pytest.mark.parametrize("init", ["corda", "lora_ga"])
+def test_others_are_measured_before_the_adapter_is_in_place(init: str, tmp_path: Path) -> None:
+    values, tensors, said = run(tmp_path, init)
+    assert any(line.startswith("Estimate: ") for line in said)
+    _, default, _ = run(tmp_path, "true")
+    assert values["r"] == 8 and values["init_lora_weights"] is True  # a plain adapter of twice the rank
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"
+    assert tensors[name].abs().max() > 1e-3 and not default[name].half().any()
+    loaded = PeftModel.from_pretrained(tiny_model(), tmp_path / init)
+    assert loaded.peft_config["default"].init_lora_weights == init
+    ids = torch.arange(12).view(2, 6)
+    assert_close(loaded(ids).logits, tiny_model()(ids).logits)
+
+
+def test_a_classifier_is_measured_on_all_its_tokens(tmp_path: Path) -> None:
+    data = tmp_path / "classes.jsonl"
+    records = [{"text": f"number {n}", "label": "odd" if n % 2 else "even"} for n in range(16)]
+    data.write_text("".join(json.dumps(record) + "\n" for record in records))
+    values, _, _ = run(tmp_path, "eva", task="seq-cls", data=str(data))
+    assert values["init_lora_weights"] == "eva"
+
+
+def test_what_a_run_cannot_start_from_is_refused_with_the_way_out() -> None:
+    given = {"model": "m", "data": "d.jsonl", "output": "out"}
+    with pytest.raises(ConfigError, match=r"'loftq' replaces weights.*replace_lora_weights_loftq"):
+        RunOptions(**given, init_lora_weights="loftq")
+    with pytest.raises(ConfigError, match=r"'eva' is measured on answers or classes.*get_peft_model"):
+        RunOptions(**given, init_lora_weights="Eva", method="dpo")
+    assert RunOptions(**given, init_lora_weights="pissa", method="dpo")
+
+
+def test_too_few_tokens_are_an_error_and_leave_nothing(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no batch has as many rows"):
+        run(tmp_path, "eva", batch_size=1, lora_r=16, lora_alpha=16)
+    assert not (tmp_path / "eva").exists()
+
+
+def test_a_target_that_cannot_start_so_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(TargetError, match="starts from directions of the layer's inputs"):
+        run(tmp_path, "eva", lora_target_modules="embed_tokens,q_proj")
