@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 import math
-import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from veneer.config import LoraConfig, init_options, looks_like_regex, variants_of
-from veneer.errors import ConfigError
+from veneer.config import LoraConfig, init_options, variants_of
+from veneer.config.expressions import Paths, TooManySteps
+from veneer.config.values import LARGEST_NUMBER, name_in, show
+from veneer.errors import ConfigError, Hint
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,15 @@ class LoraSpec:
             raise ConfigError(
                 f"the rank of adapter {self.adapter!r} on {self.path!r} must be at least 1, got {self.r}"
             )
+        if not abs(self.scaling) <= LARGEST_NUMBER:
+            raise ConfigError(
+                f"the strength of adapter {self.adapter!r} on {self.path!r} is {self.scaling:.4g}, which "
+                "float32 cannot hold: ",
+                Hint("lora_alpha"),
+                f" is {self.lora_alpha:.4g}, ",
+                Hint("r"),
+                f" is {self.r}",
+            )
 
     @property
     def scaling(self) -> float:
@@ -70,62 +79,87 @@ class LoraSpec:
         """
         return self.times * self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
-    def under(self, config: LoraConfig) -> LoraSpec:
-        """What the same module would get from another configuration."""
-        spec = resolve(config, self.adapter, self.owner or self.path, self.parameter)
-        return replace(spec, path=self.path, owner=self.owner, times=self.times)
-
 
 class PatternSet:
     """Patterns in order, and which of them match a path: names by lookup, only expressions are tried.
 
     Args:
         patterns: Names, ends of dotted paths, full paths, or regular expressions.
-        anywhere: Let an expression match the end of a path after any dot, as the field does for
-            ``rank_pattern``; otherwise it must match the whole path, as for ``target_modules``.
+        option: The option of the configuration that holds them, for errors.
+        anywhere: Let an expression match the end of a path after any dot, as PEFT does for ``rank_pattern``;
+            otherwise it must match the whole path, as for ``target_modules``.
+        inside: Let a name match the end of a path without a dot before it too, as PEFT does for
+            ``modules_to_save``.
     """
 
-    def __init__(self, patterns: Sequence[str], *, anywhere: bool = False) -> None:
+    def __init__(
+        self, patterns: Iterable[str], option: str, *, anywhere: bool = False, inside: bool = False
+    ) -> None:
         self.patterns = tuple(patterns)
-        self._ends: dict[str, int] = {}
+        self.option, self._anywhere, self._inside = option, anywhere, inside
+        self._ends: dict[str, list[int]] = {}
         self._paths: dict[str, list[int]] = {}
-        self._expressions: list[tuple[int, re.Pattern[str]]] = []
+        self._expressions: list[tuple[int, str]] = []
         for index, pattern in enumerate(self.patterns):
-            self._ends.setdefault(pattern, index)
-            whole = pattern.removeprefix("^").removesuffix("$")
-            if not looks_like_regex(pattern):
-                continue
-            if pattern.startswith("^") and not looks_like_regex(whole):
-                self._paths.setdefault(whole, []).append(index)
-            else:
-                source = rf"(?:.*\.)?(?:{pattern})" if anywhere else pattern
-                self._expressions.append((index, re.compile(source)))
+            self._ends.setdefault(pattern, []).append(index)
+            name = name_in(pattern)
+            if name is None:
+                self._expressions.append((index, pattern))
+            elif name != pattern:
+                table = self._ends if anywhere and not pattern.startswith("^") else self._paths
+                table.setdefault(name, []).append(index)
+        self._lengths = sorted({len(end) for end in self._ends})
 
     def hits(self, path: str) -> list[int]:
-        """The indices of all patterns that match, in the order of the patterns."""
+        """The indices of all patterns that match one path, in the order of the patterns."""
+        return self.over(Paths([path]))[path]
+
+    def over(self, paths: Paths) -> dict[str, list[int]]:
+        """The same for many paths.
+
+        Raises:
+            ConfigError: If the expressions take too many steps.
+        """
         if not self.patterns:
-            return []
-        found = set(self._paths.get(path, ()))
-        end = path
-        while True:
-            if (index := self._ends.get(end)) is not None:
-                found.add(index)
+            return {path: [] for path in paths.paths}
+        found = {path: self._by_name(path) for path in paths.paths}
+        for index, expression in self._expressions:
+            try:
+                matching = paths.matching(expression, anywhere=self._anywhere)
+            except TooManySteps:
+                raise ConfigError(
+                    Hint(self.option),
+                    f": {show(expression)} has too many ways to match, alone or with the other "
+                    "expressions of the configuration: name the modules instead, or write it without a "
+                    "repetition inside another",
+                ) from None
+            for path in matching:
+                found[path].append(index)
+        return {path: sorted(set(hits)) if hits else hits for path, hits in found.items()}
+
+    def _by_name(self, path: str) -> list[int]:
+        found = list(self._paths.get(path, ()))
+        if self._inside:
+            for length in self._lengths:
+                found += self._ends.get(path[-length:], ()) if length <= len(path) else ()
+            return found
+        end, dot = path, "."
+        while dot:
+            if end in self._ends:
+                found += self._ends[end]
             _, dot, end = end.partition(".")
-            if not dot:
-                break
-        found.update(index for index, expression in self._expressions if expression.fullmatch(path))
-        return sorted(found)
-
-    def first(self, path: str) -> str | None:
-        """The first pattern that matches, or None."""
-        hits = self.hits(path)
-        return self.patterns[hits[0]] if hits else None
+        return found
 
 
-@functools.lru_cache(maxsize=64)
-def module_patterns(patterns: tuple[str, ...]) -> PatternSet:
-    """Patterns of ``rank_pattern`` and ``alpha_pattern``: for the end of a path, by name or expression."""
-    return PatternSet(patterns, anywhere=True)
+def specs_under(config: LoraConfig, specs: Iterable[LoraSpec]) -> list[LoraSpec]:
+    """What the modules of one adapter would get from another configuration."""
+    specs = list(specs)
+    parameters = {spec.owner or spec.path: spec.parameter for spec in specs}
+    new = resolve_all(config, specs[0].adapter if specs else "", parameters)
+    return [
+        replace(new[spec.owner or spec.path], path=spec.path, owner=spec.owner, times=spec.times)
+        for spec in specs
+    ]
 
 
 def variant_name(config: LoraConfig) -> str:
@@ -154,25 +188,48 @@ def restate(config: LoraConfig, specs: Iterable[LoraSpec]) -> None:
 
 
 def resolve(config: LoraConfig, adapter: str, path: str, parameter: str = "") -> LoraSpec:
-    """What the module at ``path`` gets: rank and strength of the first pattern that matches, or the default.
+    """What the module at ``path`` gets; see :func:`resolve_all`."""
+    return resolve_all(config, adapter, {path: parameter})[path]
+
+
+def resolve_all(
+    config: LoraConfig, adapter: str, parameters: Mapping[str, str], paths: Paths | None = None
+) -> dict[str, LoraSpec]:
+    """What modules get: rank and strength of the first pattern that matches, or the default.
+
+    Args:
+        config: The configuration.
+        adapter: The adapter's name.
+        parameters: Paths of the modules, with the name of the parameter for a bare one.
+        paths: These and perhaps others, where patterns have been tried on them before.
 
     Raises:
-        ConfigError: If the configuration asks for several variants.
+        ConfigError: If the configuration asks for several variants, or its expressions take too many steps.
     """
-    rank_key = module_patterns(tuple(config.rank_pattern)).first(path)
-    alpha_key = module_patterns(tuple(config.alpha_pattern)).first(path)
+    paths = paths or Paths(list(parameters))
+    ranks = PatternSet(config.rank_pattern, "rank_pattern", anywhere=True).over(paths)
+    alphas = PatternSet(config.alpha_pattern, "alpha_pattern", anywhere=True).over(paths)
+    rank_of, alpha_of = list(config.rank_pattern.values()), list(config.alpha_pattern.values())
     init = config.init_lora_weights
-    init = init if isinstance(init, bool) else init.lower()
-    return LoraSpec(
-        path=path,
-        parameter=parameter,
+    default = LoraSpec(
+        path="",
         adapter=adapter,
-        r=config.r if rank_key is None else config.rank_pattern[rank_key],
-        lora_alpha=config.lora_alpha if alpha_key is None else config.alpha_pattern[alpha_key],
+        r=config.r,
+        lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
-        init=init,
+        init=init if isinstance(init, bool) else init.lower(),
         variant=variant_name(config),
         use_rslora=config.use_rslora,
         lora_bias=config.lora_bias,
         init_config=init_options(config),
     )
+    return {
+        path: replace(
+            default,
+            path=path,
+            parameter=parameter,
+            r=rank_of[ranks[path][0]] if ranks[path] else config.r,
+            lora_alpha=alpha_of[alphas[path][0]] if alphas[path] else config.lora_alpha,
+        )
+        for path, parameter in parameters.items()
+    }

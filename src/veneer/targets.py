@@ -13,11 +13,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from veneer.config import LoraConfig, TaskType, looks_like_regex
+from veneer.config.expressions import Paths
+from veneer.config.values import show, some
 from veneer.errors import Hint, TargetError, Text, VeneerWarning
-from veneer.spec import LoraSpec, PatternSet, module_patterns, resolve
+from veneer.spec import LoraSpec, PatternSet, resolve_all
 
 ALL_LINEAR = "all-linear"
 SHOWN = 10  # names listed in a message before "and N more"
+LONGEST = 100  # characters of a name for which similar ones are looked up
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ class Unmatched:
     def message(self) -> Text:
         """All of it in one sentence."""
         near = f"; nearest names: {', '.join(self.suggestions)}" if self.suggestions else ""
-        return Text(Hint(self.field), f" {self.pattern!r} {self.note or 'matches nothing'}{near}")
+        return Text(Hint(self.field), f" {show(self.pattern)} {self.note or 'matches nothing'}{near}")
 
     def __str__(self) -> str:
         return str(self.message)
@@ -108,19 +111,12 @@ class Plan:
         ]
         if self.modules_to_save:
             lines.append(f"trained in full: {_listed(self.modules_to_save)}")
-        lines += [str(entry) for entry in self.unmatched]
+        lines += some([str(entry) for entry in self.unmatched])
         reasons: dict[str, list[str]] = {}
         for entry in self.skipped:
             reasons.setdefault(entry.reason, []).append(entry.path)
         lines += [f"left out ({reason}): {_listed(paths, 3)}" for reason, paths in reasons.items()]
         return "\n".join(lines)
-
-
-def matches(pattern: str, path: str) -> bool:
-    """The one rule: whether a pattern is the path, its end after a dot, or an expression for all of it."""
-    if pattern == path or path.endswith("." + pattern):
-        return True
-    return looks_like_regex(pattern) and re.fullmatch(pattern, path) is not None
 
 
 def head_names(task_type: TaskType | str | None) -> tuple[str, ...]:
@@ -165,8 +161,10 @@ def plan(
     planner.choose_targets()
     planner.filter_layers()
     planner.choose_parameters()
-    specs = tuple(resolve(config, adapter, path, planner.paths[path].parameter) for path in planner.chosen)
-    planner.check_number_patterns()
+    parameters = {path: planner.paths[path].parameter for path in planner.chosen}
+    specs = tuple(resolve_all(config, adapter, parameters, planner.all_paths).values())
+    if not loading:
+        planner.check_number_patterns()
     if loading:
         planner.conflicts.clear()
     if planner.conflicts or planner.refused or not specs or (strict_targets and planner.unmatched):
@@ -190,6 +188,7 @@ class _Planner:
         self.parameters = [c for c in candidates if c.parameter]
         self.candidates = [c for c in candidates if c.path and not c.parameter]
         self.paths = {c.path: c for c in [*self.parameters, *self.candidates]}
+        self.all_paths = Paths(list(self.paths))
         self.config = config
         self.unmatched: list[Unmatched] = []
         self.refused: list[Candidate] = []
@@ -226,12 +225,11 @@ class _Planner:
         """Find the modules of ``modules_to_save`` and the heads of the task."""
         heads = head_names(self.config.task_type)
         wanted = list(dict.fromkeys([*(self.config.modules_to_save or ()), *heads]))
-        patterns = PatternSet(wanted)
+        hits = PatternSet(wanted, "modules_to_save").over(self.all_paths)
         used: set[int] = set()
         for c in self.candidates:
-            hits = patterns.hits(c.path)
-            used.update(hits)
-            if not hits:
+            used.update(hits[c.path])
+            if not hits[c.path]:
                 continue
             if outer := self._saved_around(c.path):
                 self.skipped[c.path] = f"inside {outer}, which trains in full"
@@ -254,25 +252,27 @@ class _Planner:
         """Match the target patterns, less exclusions, modules that train in full, and what has no adapter."""
         names = [p for p in self.patterns if p.lower() != ALL_LINEAR]
         wildcard = next((p for p in self.patterns if p.lower() == ALL_LINEAR), None)
-        targets, excluded = PatternSet(names), PatternSet(_as_patterns(self.config.exclude_modules))
+        excluded = _as_patterns(self.config.exclude_modules)
+        hits = PatternSet(names, "target_modules").over(self.all_paths)
+        barred = PatternSet(excluded, "exclude_modules").over(self.all_paths)
         self.matched = {p: [] for p in self.patterns}
         reached: dict[str, list[Candidate]] = {p: [] for p in self.patterns}
         exclusions: set[int] = set()
         for c in self.candidates:
-            found = [names[i] for i in targets.hits(c.path)]
+            found = [names[i] for i in hits[c.path]]
             if wildcard and c.linear and not c.output_head and not c.router:
                 found.append(wildcard)
-            outs = excluded.hits(c.path)
+            outs = barred[c.path]
             exclusions.update(outs)
             for pattern in found:
                 reached[pattern].append(c)
             if found and outs:
-                self.skipped[c.path] = f"excluded by {excluded.patterns[outs[0]]!r}"
+                self.skipped[c.path] = f"excluded by {show(excluded[outs[0]])}"
             elif found and self._is_open(c, found):
                 self.chosen[c.path] = found
                 for pattern in found:
                     self.matched[pattern].append(c.path)
-        for index, pattern in enumerate(excluded.patterns):
+        for index, pattern in enumerate(excluded):
             if index not in exclusions:
                 self._idle("exclude_modules", pattern)
         self._report_idle_targets(reached)
@@ -290,7 +290,7 @@ class _Planner:
                         Hint("target_modules"),
                         " and ",
                         Hint("modules_to_save"),
-                        f" ({both.pop()!r}): it can get factors or train in full, not both",
+                        f" ({show(both.pop())}): it can get factors or train in full, not both",
                     )
                 )
             return False
@@ -345,17 +345,19 @@ class _Planner:
             return
         wanted = set(layers if isinstance(layers, list) else [layers])
         before = _as_patterns(self.config.layers_pattern, ordered=True)
-        expressions = [re.compile(rf"(?:^|.*?\.)(?:{p})\.(\d+)\.") for p in before]
+        lists = {path: _numbered(path) for path in self.chosen} if before else {}
+        owners = Paths(list(dict.fromkeys(owner for found in lists.values() for owner in found)))
+        hits = PatternSet(before, "layers_pattern", anywhere=True).over(owners)
         present: set[int] = set()
         for path, found in list(self.chosen.items()):
             if path in found:
                 continue
-            index = layer_index(path) if not expressions else _first_index(expressions, path)
+            index = layer_index(path) if not before else _first_index(lists[path], hits)
             if index is not None:
                 present.add(index)
             if index not in wanted:
                 del self.chosen[path]
-        if expressions and not present:
+        if before and not present:
             near = _near(before, {m for path in self.paths for m in re.findall(r"([^.]+)\.\d+\.", path)})
             self.unmatched.append(
                 Unmatched("layers_pattern", " or ".join(before), near, "precedes no numbered layer")
@@ -374,40 +376,50 @@ class _Planner:
 
     def choose_parameters(self) -> None:
         """Match ``target_parameters``, each the path of a parameter or the end of one."""
-        for pattern in sorted(set(self.config.target_parameters or ())):
-            hits = [c for c in self.parameters if c.path == pattern or c.path.endswith(f".{pattern}")]
+        reached: dict[str, list[Candidate]] = {
+            p: [] for p in sorted(set(self.config.target_parameters or ()))
+        }
+        for c in self.parameters:
+            for end in _path_ends(c.path):
+                reached.get(end, []).append(c)
+        for pattern, hits in reached.items():
             usable = [c for c in hits if c.supported]
             self.matched[pattern] = [c.path for c in usable]
             for c in usable:
                 self.chosen.setdefault(c.path, []).append(pattern)
             self.refused += [c for c in hits if not c.supported]
             if not hits:
-                ends = _ends([c.path for c in self.parameters if c.supported])
-                self.unmatched.append(Unmatched("target_parameters", pattern, _near(_words(pattern), ends)))
+                self._idle("target_parameters", pattern)
 
     # --- numbers for some modules
 
     def check_number_patterns(self) -> None:
         """Name the keys of ``rank_pattern`` and ``alpha_pattern`` that match no target."""
         for name in ("rank_pattern", "alpha_pattern"):
-            keys = module_patterns(tuple(getattr(self.config, name)))
-            used = {i for path in self.chosen for i in keys.hits(path)}
-            for index, key in enumerate(keys.patterns):
+            keys = list(getattr(self.config, name))
+            hits = PatternSet(keys, name, anywhere=True).over(self.all_paths)
+            used = {index for path in self.chosen for index in hits[path]}
+            there = {index: path for path, found in reversed(hits.items()) for index in found}
+            for index, key in enumerate(keys):
                 if index in used:
                     continue
-                if there := next((path for path in self.paths if index in keys.hits(path)), None):
-                    self._idle(
-                        name, key, f"matches modules, such as {there}, but none that is adapted", near=False
-                    )
+                if index in there:
+                    note = f"matches modules, such as {there[index]}, but none that is adapted"
+                    self._idle(name, key, note, near=False)
                 else:
-                    near = _near(_words(key), _ends(self.chosen))
-                    self.unmatched.append(Unmatched(name, key, near, "matches no adapted module"))
+                    self._idle(name, key, "matches no adapted module")
 
     # --- words
 
     def _idle(self, name: str, pattern: str, note: str = "", near: bool = True) -> None:
-        usable = [c.path for c in self.candidates if c.supported or name != "target_modules"]
-        suggestions = _near(_words(pattern), _ends(usable)) if near else ()
+        suggestions: tuple[str, ...] = ()
+        if near and len(self.unmatched) < SHOWN:
+            if name in ("rank_pattern", "alpha_pattern"):
+                usable = list(self.chosen)
+            else:
+                every = self.parameters if name == "target_parameters" else self.candidates
+                usable = [c.path for c in every if c.supported or not name.startswith("target_")]
+            suggestions = _near(_words(pattern), _ends(usable))
         self.unmatched.append(Unmatched(name, pattern, suggestions, note))
 
     def complaint(self, adapter: str, *, nothing: bool) -> Text:
@@ -423,7 +435,7 @@ class _Planner:
             head += (
                 f"{len(lines)} pattern{'s' if len(lines) > 1 else ''} without the effect that was asked for"
             )
-        return Text.join("\n  - ", [head, *lines])
+        return Text.join("\n  - ", [head, *some(lines)])
 
 
 # --- names ---
@@ -438,8 +450,16 @@ def layer_index(path: str) -> int | None:
 _LAYER = re.compile(r"(?:.*?\.)??(?!\d+\.)[^.]+\.(\d+)\.")
 
 
-def _first_index(expressions: Iterable[re.Pattern[str]], path: str) -> int | None:
-    return next((int(found.group(1)) for e in expressions if (found := e.match(path))), None)
+def _numbered(path: str) -> dict[str, int]:
+    """What stands before each number that lies inside a path, with that number."""
+    parts = path.split(".")
+    return {".".join(parts[:i]): int(part) for i, part in enumerate(parts[:-1]) if i and part.isdecimal()}
+
+
+def _first_index(numbered: Mapping[str, int], hits: Mapping[str, Sequence[int]]) -> int | None:
+    """The number after the first place that the earliest pattern matches."""
+    found = [(hits[owner][0], number) for owner, number in numbered.items() if hits[owner]]
+    return min(found, key=lambda entry: entry[0])[1] if found else None
 
 
 def linear_names(candidates: Iterable[Candidate], limit: int = 24) -> dict[str, int]:
@@ -528,14 +548,14 @@ def _words(pattern: str) -> list[str]:
     """What is looked up for a pattern: itself, or the names in an expression."""
     if not looks_like_regex(pattern):
         return [pattern.replace(" ", "_")]
-    return [word for word in re.findall(r"[A-Za-z_]\w{2,}", re.sub(r"\\[A-Za-z]", " ", pattern))]
+    return re.findall(r"[A-Za-z_]\w{2,}", re.sub(r"\\[A-Za-z]", " ", pattern))
 
 
 def _near(words: Iterable[str], names: Mapping[str, str] | set[str]) -> tuple[str, ...]:
     """The names most like any of the words; those clearly less like a word than its best are left out."""
     table = names if isinstance(names, Mapping) else {name.lower(): name for name in names}
     found: dict[str, None] = {}
-    for word in words:
+    for word in [word for word in words if len(word) <= LONGEST][:SHOWN]:
         key = word.lower()
         close = difflib.get_close_matches(key, table, n=3, cutoff=0.6)
         scores = [difflib.SequenceMatcher(None, name, key).ratio() for name in close]

@@ -119,7 +119,9 @@ def test_lookup_agrees_with_trying_every_pattern(patterns: list[str], path: str)
     def anywhere(pattern: str) -> bool:
         return path.endswith("." + pattern) or re.match(rf"(.*\.)?({pattern})$", path) is not None
 
-    assert PatternSet(patterns).hits(path) == [i for i, p in enumerate(patterns) if whole(p)]
-    assert PatternSet(patterns, anywhere=True).hits(path) == [
+    assert PatternSet(patterns, "target_modules").hits(path) == [
+        i for i, p in enumerate(patterns) if whole(p)
+    ]
+    assert PatternSet(patterns, "rank_pattern", anywhere=True).hits(path) == [
         i for i, p in enumerate(patterns) if anywhere(p)
     ]

@@ -11,13 +11,13 @@ import pytest
 
 from veneer.config import LoraConfig
 from veneer.errors import ConfigError, TargetError, VeneerWarning
+from veneer.spec import PatternSet
 from veneer.targets import (
     DEFAULT_TARGETS,
     Candidate,
     Plan,
     head_names,
     layer_index,
-    matches,
     plan,
     portable_targets,
     shortest_names,
@@ -80,7 +80,7 @@ def refused(candidates: list[Candidate] | None = None, **options: Any) -> str:
     ],
 )
 def test_matches(pattern: str, path: str, expected: bool) -> None:
-    assert matches(pattern, path) is expected
+    assert bool(PatternSet([pattern], "target_modules").hits(path)) is expected
     others = [Candidate("other", "Linear", True, linear=True), Candidate(path, "Linear", True, linear=True)]
     made = plan(others, LoraConfig(target_modules=["other", pattern]), loading=True)
     assert (path in [spec.path for spec in made.specs]) is expected
@@ -467,9 +467,8 @@ def test_portable_targets_match_the_targets_and_nothing_else(targets: list[str],
     paths = [*targets, *others]
     if isinstance(written, str):
         assert [p for p in paths if re.fullmatch(written, p)] == targets  # as the field reads a lone string
-        assert [p for p in paths if matches(written, p)] == targets
-    else:
-        assert [p for p in paths if any(matches(name, p) for name in written)] == targets
+    patterns = PatternSet([written] if isinstance(written, str) else written, "target_modules")
+    assert [p for p in paths if patterns.hits(p)] == targets
 
 
 def test_portable_targets_are_names_where_names_can_tell() -> None:

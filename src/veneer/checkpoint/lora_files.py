@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from ..config import LoraConfig, PeftConfig
 from ..errors import AdapterFileError, ConfigError
-from ..spec import LoraSpec, resolve, variant_name
+from ..spec import LoraSpec, resolve_all, variant_name
 from .layout import CONFIG_NAME, read_config
 from .reading import AdapterFile, open_adapter
 
@@ -33,10 +33,14 @@ def open_lora(
         assert isinstance(config, LoraConfig)  # `from_dict` refuses other methods
         variant_name(config)
     file = open_adapter(adapter)
-    specs, wrong = {}, []
-    for path, roles in factor_names(file)[0].items():
-        # What is adapted inside a wrapper takes the wrapper's rank and strength.
-        spec = specs[path] = resolve(config, "default", _WRAPPED.split(path, maxsplit=1)[0])
+    factors = factor_names(file)[0]
+    # What is adapted inside a wrapper takes the wrapper's rank and strength.
+    outer = {path: _WRAPPED.split(path, maxsplit=1)[0] for path in factors}
+    with blaming(adapter):
+        resolved = resolve_all(config, "default", dict.fromkeys(outer.values(), ""))
+    specs, wrong = {path: resolved[outer[path]] for path in factors}, []
+    for path, roles in factors.items():
+        spec = specs[path]
         a, b = file.shapes[roles["A"]], file.shapes[roles["B"]]
         if len(a) < 2 or len(b) < 2 or a[0] != b[1]:
             wrong.append(f"{path}: factors of shapes {a} and {b} have no product")

@@ -129,7 +129,10 @@ class PeftConfig:
             raise ConfigError(f"{type(self).__name__}: ", problems[0])
         if problems:
             raise ConfigError(
-                Text.join("\n  - ", [f"{type(self).__name__} has {len(problems)} problems:", *problems])
+                Text.join(
+                    "\n  - ",
+                    [f"{type(self).__name__} has {len(problems)} problems:", *check.some(problems)],
+                )
             )
 
     @property

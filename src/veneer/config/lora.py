@@ -35,6 +35,17 @@ _INITS = ("gaussian", "loftq", "pissa", "olora", "eva", "corda", "orthogonal", "
 PLUGIN_INITS: dict[str, bool] = {}
 
 
+#: The options that hold patterns of modules.
+_PATTERNS = (
+    "target_modules",
+    "exclude_modules",
+    "modules_to_save",
+    "layers_pattern",
+    "rank_pattern",
+    "alpha_pattern",
+    "trainable_token_indices",
+    "target_parameters",
+)
 _VARIANT_DICTS = ("velora_config", "monteclora_config", "use_bdlora", "arrow_config", "kasa_config")
 
 
@@ -185,6 +196,8 @@ class LoraConfig(PeftConfig):
         found += check.choice("bias", self.bias, ("none", "all", "lora_only"))
         for name in FLAGS:
             found += check.flag(name, getattr(self, name))
+        if many := check.too_many_patterns({name: getattr(self, name) for name in _PATTERNS}):
+            return found + many
         return found + self._target_problems() + self._init_problems() + self._rare_problems()
 
     def _target_problems(self) -> list[Text]:
@@ -201,10 +214,11 @@ class LoraConfig(PeftConfig):
             found = [f for f in found if not str(f).startswith("target_modules is an empty")]
             empty = " is empty, so nothing would be adapted; "
             found.append(Text(Hint("target_modules"), empty, way_out))
-        if self.modules_to_save is not None and not (
-            isinstance(self.modules_to_save, list) and check.is_names(self.modules_to_save)
-        ):
-            got = check.show(self.modules_to_save)
+        saved: Any = self.modules_to_save
+        if saved is None or (isinstance(saved, list) and check.is_names(saved)):
+            found += check.patterns("modules_to_save", saved)
+        else:
+            got = check.show(saved)
             found.append(Text(Hint("modules_to_save"), f" must be a list of non-empty strings, got {got}"))
         layers = self.layers_to_transform
         if layers is not None:
@@ -264,16 +278,26 @@ class LoraConfig(PeftConfig):
         if self.target_parameters is not None and not check.is_names(self.target_parameters):
             got = check.show(self.target_parameters)
             found.append(Text(Hint("target_parameters"), f" must be a list of strings or None, got {got}"))
-        for name, kinds in (
-            ("trainable_token_indices", (list, dict)),
-            ("alora_invocation_tokens", (list,)),
-            ("layer_replication", (list,)),
-        ):
-            value = getattr(self, name)
-            if value is not None and not isinstance(value, kinds):
-                wanted = " or ".join(k.__name__ for k in kinds)
-                found.append(Text(Hint(name), f" must be a {wanted} or None, got {check.show(value)}"))
-        return found + check.count("qalora_group_size", self.qalora_group_size)
+        return (
+            found
+            + self._token_problems()
+            + check.ranges("layer_replication", self.layer_replication)
+            + check.count("qalora_group_size", self.qalora_group_size)
+        )
+
+    def _token_problems(self) -> list[Text]:
+        found = []
+        if self.alora_invocation_tokens is not None:
+            found += check.indices("alora_invocation_tokens", self.alora_invocation_tokens)
+        tokens: Any = self.trainable_token_indices
+        if isinstance(tokens, dict):
+            found += check.pattern_values("trainable_token_indices", tokens, check.indices)
+        elif isinstance(tokens, list):
+            found += check.indices("trainable_token_indices", tokens)
+        elif tokens is not None:
+            got = check.show(tokens)
+            found.append(Text(Hint("trainable_token_indices"), f" must be a list or dict or None, got {got}"))
+        return found
 
     def advice(self) -> list[str]:
         """Sentences about values that are legal but rarely meant, for whoever makes an adapter from them.

@@ -66,9 +66,9 @@ class EvaConfig:
 
     def _problems(self) -> list[Text]:
         found = []
-        if not check.is_number(self.rho) or self.rho < 1:
-            got = check.show(self.rho)
-            found.append(Text(Hint("eva_config.rho"), f" must be a number of at least 1, got {got}"))
+        if not check.is_number(self.rho) or not 1 <= self.rho <= check.LARGEST_RANK:
+            got = f"{check.LARGEST_RANK}, got {check.show(self.rho)}"
+            found.append(Text(Hint("eva_config.rho"), f" must be a number from 1 to {got}"))
         found += check.fraction("eva_config.tau", self.tau)
         return found
 

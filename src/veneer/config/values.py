@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import difflib
 import math
-import re
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
+from veneer.config.expressions import parsed
 from veneer.errors import Hint, Text
 
+LARGEST_NUMBER = (2 - 2**-23) * 2.0**127  # of float32, in which strengths are computed
+SMALLEST_NUMBER = 2.0**-126
 LARGEST_RANK = 2**20  # above any weight matrix in use: a larger number in a file is damage or malice
+PATTERNS = 250_000  # in one configuration: a name for each module of the largest models, in three options
+EXPRESSIONS = 1_000  # in one configuration, and their characters together: reading them takes a second
+CHARACTERS = 100_000
+_SPECIAL = frozenset(r"\^$*+?{}[]()|")
+COLLECTIONS = (list, tuple, set, frozenset, Mapping)
+
+
+_Line = TypeVar("_Line")
 
 
 def show(value: object) -> str:
@@ -20,6 +30,12 @@ def show(value: object) -> str:
     except (ValueError, RecursionError):  # an integer of thousands of digits has no repr
         text = f"a {type(value).__name__}"
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+def some(lines: Sequence[_Line], most: int = 20) -> list[_Line | str]:
+    """The first of many lines, and how many more there are."""
+    rest = len(lines) - most
+    return [*lines[:most], f"and {rest:,} more"] if rest > 0 else list(lines)
 
 
 def is_number(value: object) -> bool:
@@ -41,9 +57,9 @@ def count(name: str, value: object, least: int = 1, most: int = LARGEST_RANK) ->
 
 def positive(name: str, value: Any) -> list[Text]:
     """Problems of a number above zero."""
-    if is_number(value) and value > 0:
+    if is_number(value) and SMALLEST_NUMBER <= value <= LARGEST_NUMBER:
         return []
-    return [Text(Hint(name), f" must be a finite number above 0, got {show(value)}")]
+    return [Text(Hint(name), f" must be a finite number above 0 in float32, got {show(value)}")]
 
 
 def fraction(name: str, value: Any) -> list[Text]:
@@ -51,6 +67,26 @@ def fraction(name: str, value: Any) -> list[Text]:
     if is_number(value) and 0 <= value <= 1:
         return []
     return [Text(Hint(name), f" must be a number from 0 to 1, got {show(value)}")]
+
+
+def indices(name: str, value: Any) -> list[Text]:
+    """Problems of a list of whole numbers from 0 on."""
+    if isinstance(value, (list, tuple)) and all(type(index) is int and 0 <= index < 2**31 for index in value):
+        return []
+    return [Text(Hint(name), f" must be a list of whole numbers from 0 on, got {show(value)}")]
+
+
+def ranges(name: str, value: Any) -> list[Text]:
+    """Problems of a list of pairs ``[start, end]``, or None."""
+    if value is None or (
+        isinstance(value, (list, tuple))
+        and all(
+            isinstance(pair, (list, tuple)) and len(pair) == 2 and all(type(n) is int for n in pair)
+            for pair in value
+        )
+    ):
+        return []
+    return [Text(Hint(name), f" must be a list of pairs [start, end] or None, got {show(value)}")]
 
 
 def flag(name: str, value: object) -> list[Text]:
@@ -90,17 +126,59 @@ def is_names(value: object) -> bool:
 
 def looks_like_regex(pattern: str) -> bool:
     """Whether a pattern is a regular expression: it holds a special character other than a path's dot."""
-    return any(c in pattern for c in r"\^$*+?{}[]()|")
+    return not _SPECIAL.isdisjoint(pattern)
+
+
+def name_in(pattern: str) -> str | None:
+    r"""The name that a pattern is, anchored or with its dots escaped (``^a\.b$``); None for an expression."""
+    if not looks_like_regex(pattern):
+        return pattern
+    name = pattern.removeprefix("^").removesuffix("$").replace("\\.", ".")
+    return None if looks_like_regex(name) else name
+
+
+def too_many_patterns(options: Mapping[str, object]) -> list[Text]:
+    """Problems of more patterns than a configuration may have, given its options that hold patterns."""
+    given = {
+        name: [value] if isinstance(value, str) else [p for p in value if isinstance(p, str)]
+        for name, value in options.items()
+        if isinstance(value, (str, *COLLECTIONS))
+    }
+    total = sum(map(len, given.values()))
+    if total > PATTERNS:
+        name = max(given, key=lambda name: len(given[name]))
+        return [
+            Text(
+                Hint(name),
+                f" holds {len(given[name]):,} patterns, such as {show(given[name][0])}: all in all there are "
+                f"{total:,}, and a configuration may have {PATTERNS:,}",
+            )
+        ]
+    found = {name: [p for p in patterns if name_in(p) is None] for name, patterns in given.items()}
+    number = sum(map(len, found.values()))
+    length = sum(len(p) for patterns in found.values() for p in patterns)
+    if number <= EXPRESSIONS and length <= CHARACTERS:
+        return []
+    name = max(found, key=lambda name: sum(map(len, found[name])))
+    such = f"{len(found[name]):,}, such as {show(max(found[name], key=len))}"
+    return [
+        Text(
+            Hint(name),
+            f" holds regular expressions ({such}), which with those of other options are {number:,} of "
+            f"{length:,} characters; a configuration may have {EXPRESSIONS:,} of {CHARACTERS:,} characters. "
+            "List the modules by name, which costs nothing",
+        )
+    ]
 
 
 def expression(name: str, pattern: str) -> list[Text]:
     """Problems of a pattern that is a regular expression."""
-    if not looks_like_regex(pattern):
+    if name_in(pattern) is not None:
         return []
     try:
-        re.compile(pattern)
-    except (re.error, RecursionError, OverflowError) as error:
-        return [Text(Hint(name), f": {show(pattern)} is not a valid regular expression ({error})")]
+        parsed(pattern)
+    except ValueError as error:
+        return [Text(Hint(name), f": {show(pattern)} {error}")]
     return []
 
 
@@ -125,5 +203,6 @@ def pattern_values(name: str, value: object, check: Callable[[str, Any], list[Te
             found.append(Text(Hint(name), f": every key must be a non-empty string, got {show(key)}"))
             continue
         found += expression(name, key)
-        found += check(f"{name}[{show(key)}]", number)
+        if check(name, number):
+            found += check(f"{name}[{show(key)}]", number)
     return found

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from veneer import layers, targets
 from veneer.config import LoraConfig
 from veneer.errors import Hint, LoadMismatchError, VeneerWarning
-from veneer.spec import resolve
+from veneer.spec import LoraSpec, resolve_all
 
 #: Names of an expert's projections, and the half of which stack each became.
 _PARTS = {
@@ -72,8 +72,10 @@ def stacked(model: nn.Module, config: LoraConfig, shapes: Mapping[str, tuple[int
     result = Stacked(own, {}, {})
     own.rank_pattern, own.alpha_pattern = dict(own.rank_pattern), dict(own.alpha_pattern)
     parameters: set[str] = set(own.target_parameters or ())
+    first = [k for place in places for k in old[place] if (m := _EXPERT.fullmatch(k)) and int(m[2]) == 0]
+    specs = resolve_all(config, "", {_module_of(key): "" for key in first})
     for place, where in places.items():
-        parameters.update(_stack_one(result, config, model, where, old[place], shapes))
+        parameters.update(_stack_one(result, specs, model, where, old[place], shapes))
     taken = {key for place in places for key in old[place]}
     modules = set()
     for key, shape in shapes.items():
@@ -104,6 +106,10 @@ def stacked(model: nn.Module, config: LoraConfig, shapes: Mapping[str, tuple[int
     return result
 
 
+def _module_of(key: str) -> str:
+    return key.removeprefix(_PREFIX).rpartition(".lora_")[0]
+
+
 def _stack(model: nn.Module, place: str) -> str | None:
     """Where the model holds the stacks of the experts of an old path; None if it does not."""
     for old, new in (("", ""), (".block_sparse_moe.", ".mlp.")):
@@ -125,7 +131,7 @@ def _beside(places: Mapping[str, str]) -> dict[str, str]:
 
 def _stack_one(
     result: Stacked,
-    given: LoraConfig,
+    specs: Mapping[str, LoraSpec],
     model: nn.Module,
     where: str,
     keys: list[str],
@@ -166,9 +172,9 @@ def _stack_one(
         result.sources[f"{outer}.lora_A.weight"] = (flat["A"], _joined_a(names["A"]))
         offsets = [h * parts for h in halves]
         result.sources[f"{outer}.lora_B.weight"] = (flat["B"], _joined_b(names["B"], size_out, offsets))
-        old = names["A"][0][0].removeprefix(_PREFIX).removesuffix(".lora_A.weight")
-        strength = resolve(given, "", old).scaling
-        root = math.sqrt(whole) if given.use_rslora else whole
+        spec = specs[_module_of(names["A"][0][0])]
+        strength = spec.scaling
+        root = math.sqrt(whole) if spec.use_rslora else whole
         result.config.rank_pattern[f"^{path}.{stack}$"] = whole
         result.config.alpha_pattern[f"^{path}.{stack}$"] = strength * root
     return [f"{path}.{stack}" for stack in present]

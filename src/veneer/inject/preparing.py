@@ -11,6 +11,8 @@ from torch import nn
 from veneer import backends, inits, targets
 from veneer.adapters import AdapterModule, AdapterSet, check_adapter_name, walk
 from veneer.config import LoraConfig, looks_like_regex
+from veneer.config.expressions import Paths
+from veneer.config.values import some
 from veneer.errors import AdapterNameError, Hint, TargetError, Text, VeneerWarning
 from veneer.inject.building import build
 from veneer.inject.injection import Addition, Copy, Injection
@@ -21,7 +23,7 @@ from veneer.inject.tying import check_tied, tie, tied_additions, tied_copies
 from veneer.layers.making import check_config, with_variant_options
 from veneer.layers.modules_to_save import ModulesToSaveWrapper
 from veneer.layers.sharded import is_sharded
-from veneer.spec import LoraSpec
+from veneer.spec import LoraSpec, PatternSet
 
 
 def prepare(
@@ -99,9 +101,9 @@ def _built(
     specs = [with_variant_options(spec, own_config) for spec in chosen.specs if spec.path not in ties]
     additions, reasons = build(model, found, specs, own_config)
     if reasons:
-        raise TargetError(Text.join("\n  - ", ["these modules cannot be adapted as asked:", *reasons]))
+        raise TargetError(Text.join("\n  - ", ["these modules cannot be adapted as asked:", *some(reasons)]))
     if reasons := [r for path in chosen.modules_to_save if (r := _not_to_copy(found[path])) is not None]:
-        raise TargetError("these modules cannot be trained whole:\n" + "\n".join(f"  - {r}" for r in reasons))
+        raise TargetError("\n  - ".join(["these modules cannot be trained whole:", *some(reasons)]))
     copies = [_copy_of(found[path]) for path in chosen.modules_to_save if path not in ties]
     check_tied(found, additions, copies, ties)
     additions += tied_additions(found, additions, ties, own_config, adapter_name)
@@ -170,8 +172,8 @@ def _complete(
             config.layers_to_transform = config.layers_pattern = None
     heads = {c.site.path for c in copies if c.follows is None}
     named = list(config.modules_to_save or [])
-    for path in sorted(heads):
-        if not any(targets.matches(pattern, path) for pattern in named):
+    for path, hits in PatternSet(named, "modules_to_save").over(Paths(sorted(heads))).items():
+        if not hits:
             named.append(path.rpartition(".")[2])
     config.modules_to_save = named or None
 

@@ -11,8 +11,12 @@ from typing import Any
 from torch import nn
 
 from veneer.config import LoraConfig
+from veneer.config.values import show
 from veneer.errors import ConfigError, TargetError
 
+#: A model becomes at most so many times as long, or this long where it is short.
+TIMES = 10
+FEWEST = 100
 #: Where a model keeps what its layers were before.
 _KEPT = "_layers_before_replication"
 
@@ -81,7 +85,8 @@ def replication(model: nn.Module, config: LoraConfig) -> Replication | None:
     if kept is not None:
         if kept.ranges != ranges:
             raise TargetError(
-                f"the layers were replicated as {kept.ranges} for another adapter, not as {ranges}"
+                f"the layers were replicated as {show(kept.ranges)} for another adapter, not as "
+                f"{show(ranges)}"
             )
         return None
     if config.bias != "none":
@@ -122,17 +127,20 @@ def restore(model: nn.Module, *, merged: bool) -> None:
         change.remove()
 
 
-def _order(ranges: Sequence[Any], count: int) -> list[int]:
-    order: list[int] = []
+def _order(ranges: Sequence[Sequence[int]], count: int) -> list[int]:
     for pair in ranges:
-        whole = len(pair) == 2 and all(type(n) is int for n in pair)
-        if not whole or not 0 <= pair[0] < pair[1] <= count:
+        if not 0 <= pair[0] < pair[1] <= count:
             raise ConfigError(
-                f"layer_replication: {pair} is not [start, end] with 0 <= start < end <= {count}, the number "
-                "of layers here"
+                f"layer_replication: {show(pair)} is not [start, end] with 0 <= start < end <= {count}, the "
+                "number of layers here"
             )
-        order += range(*pair)
-    return order
+    total, most = sum(end - start for start, end in ranges), max(FEWEST, TIMES * count)
+    if total > most:
+        raise ConfigError(
+            f"layer_replication: {show(ranges)} makes {total:,} layers of the {count} here; at most {most} "
+            "are built: give fewer or shorter ranges"
+        )
+    return [index for start, end in ranges for index in range(start, end)]
 
 
 def _layers_of(model: nn.Module) -> tuple[nn.Module, str]:

@@ -8,13 +8,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from veneer import backends, targets
+from veneer import backends
 from veneer.adapters import AdapterModule
 from veneer.config import LoraConfig
+from veneer.config.expressions import Paths
+from veneer.config.values import show, some
 from veneer.errors import TargetError
 from veneer.inject.embeddings import embedding_of
 from veneer.inject.places import Site
 from veneer.layers.trainable_tokens import PreparedRows, TrainableTokens, indices_by_module
+from veneer.spec import PatternSet
 
 _KEY = "token_adapter.trainable_tokens_delta"
 
@@ -104,7 +107,7 @@ def token_rows(
             )
             result.append(Rows(site, follower, indices, result[-1].rows))
     if reasons:
-        raise TargetError("these tokens cannot be trained:\n" + "\n".join(f"  - {r}" for r in reasons))
+        raise TargetError("\n  - ".join(["these tokens cannot be trained:", *some(reasons)]))
     return result
 
 
@@ -120,11 +123,15 @@ def _named(
     named: dict[str, list[int]] = {}
     reasons = []
     assert config.trainable_token_indices is not None
-    for name, indices in indices_by_module(config.trainable_token_indices, default).items():
-        hits = [path for path in found if targets.matches(name, path)]
-        named.update(dict.fromkeys(hits, indices))
-        if not hits:
-            reasons.append(f"no module is called {name!r}")
+    wanted = indices_by_module(config.trainable_token_indices, default)
+    reached: dict[int, list[str]] = {}
+    for path, hits in PatternSet(wanted, "trainable_token_indices").over(Paths(list(found))).items():
+        for index in hits:
+            reached.setdefault(index, []).append(path)
+    for index, (name, indices) in enumerate(wanted.items()):
+        named.update(dict.fromkeys(reached.get(index, ()), indices))
+        if index not in reached:
+            reasons.append(f"no module is called {show(name)}")
     return named, reasons
 
 

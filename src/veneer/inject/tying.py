@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 
-from veneer import targets
 from veneer.adapters import AdapterModule
 from veneer.config import LoraConfig
+from veneer.config.expressions import Paths
 from veneer.errors import Hint, TargetError, Text, VeneerWarning
 from veneer.inject.embeddings import embedding_of
 from veneer.inject.injection import Addition, Copy
@@ -19,7 +19,7 @@ from veneer.layers.embedding import LoraEmbedding
 from veneer.layers.making import why_not
 from veneer.layers.modules_to_save import ModulesToSaveWrapper
 from veneer.layers.tied import LoraTiedHead
-from veneer.spec import resolve
+from veneer.spec import PatternSet, resolve
 
 
 def tie(model: nn.Module, found: Mapping[str, Site], config: LoraConfig, *, quiet: bool) -> dict[str, str]:
@@ -41,24 +41,26 @@ def tie(model: nn.Module, found: Mapping[str, Site], config: LoraConfig, *, quie
         return {}
     lead, heads = tied_modules(model, found)
     group = [lead, *heads]
-    whole = _hits(config.modules_to_save, group)
-    adapted = _hits(config.target_modules, group)
+    whole = _hits(config.modules_to_save, "modules_to_save", group)
+    adapted = _hits(config.target_modules, "target_modules", group)
     if whole and adapted:
         raise TargetError(
             "ensure_weight_tying=True: ",
             Hint("modules_to_save"),
-            f" names {whole[0]} and ",
+            f" names {next(iter(whole))} and ",
             Hint("target_modules"),
-            f" {adapted[0]}, which share one weight: name them in one of the two",
+            f" {next(iter(adapted))}, which share one weight: name them in one of the two",
         )
     problem = ""
     if not heads:
         problem = "no module shares the weight of the input embedding"
     elif whole:
-        named = [n for n in config.modules_to_save or () if not any(targets.matches(n, h) for h in heads)]
-        config.modules_to_save = named if _hits(named, [lead]) else [*named, lead]
+        of_heads = {name for head in heads for name in whole.get(head, ())}
+        named = [name for name in config.modules_to_save or () if name not in of_heads]
+        kept = whole.get(lead, set()) - of_heads
+        config.modules_to_save = named if kept else [*named, lead]
     elif adapted:
-        config.target_modules = _naming(config.target_modules, lead, heads)
+        config.target_modules = _naming(config.target_modules, adapted, lead)
     elif not config.trainable_token_indices:
         problem = f"neither target_modules nor modules_to_save names any of {', '.join(group)}"
     if problem and not quiet:
@@ -77,17 +79,20 @@ def tied_modules(model: nn.Module, found: Mapping[str, Site]) -> tuple[str, list
     return lead, [path for path in same if path != lead]
 
 
-def _hits(named: object, paths: Sequence[str]) -> list[str]:
-    patterns = [named] if isinstance(named, str) else list(named or ())  # type: ignore[call-overload]
-    return [path for path in paths if path and any(targets.matches(pattern, path) for pattern in patterns)]
+def _hits(named: Iterable[str] | str | None, option: str, paths: Sequence[str]) -> dict[str, set[str]]:
+    """The paths that patterns match, and which patterns match each."""
+    patterns = [named] if isinstance(named, str) else list(named or ())
+    hits = PatternSet(patterns, option).over(Paths([path for path in paths if path]))
+    return {path: {patterns[i] for i in indices} for path, indices in hits.items() if indices}
 
 
-def _naming(named: object, lead: str, heads: Sequence[str]) -> str | set[str]:
+def _naming(named: Iterable[str] | str | None, hits: Mapping[str, set[str]], lead: str) -> str | set[str]:
     """Targets that name the embedding."""
+    of_lead = hits.get(lead, set())
     if isinstance(named, str):
-        return named if _hits(named, [lead]) else f"(?:{named}|^{re.escape(lead)}$)"
-    rest = {pattern for pattern in named or () if not _hits(pattern, heads) or _hits(pattern, [lead])}  # type: ignore[attr-defined]
-    return rest if _hits(rest, [lead]) else {*rest, lead}
+        return named if of_lead else f"(?:{named}|^{re.escape(lead)}$)"
+    rest = {p for p in named or () if p in of_lead or not any(p in found for found in hits.values())}
+    return rest if of_lead else {*rest, lead}
 
 
 def tied_additions(

@@ -16,7 +16,7 @@ from veneer.config import LoraConfig, PeftConfig
 from veneer.errors import AdapterNameError, ConfigError, LoadMismatchError, MergeError, Text, VeneerWarning
 from veneer.layers import LoraLayer
 from veneer.model.state_dicts import load_peft_weights
-from veneer.spec import LoraSpec, resolve, restate
+from veneer.spec import LoraSpec, resolve_all, restate
 
 _PREFIX = "base_model.model."
 _RANK_AXIS = {
@@ -85,9 +85,9 @@ def hotswap_adapter_from_state_dict(
                "enable_peft_hotswap(target_rank=…) of transformers, enable_lora_hotswap(…) of diffusers"
                if room else "")
         )  # fmt: skip
-    new = {
-        path: resolve(config, adapter_name, layer.specs[adapter_name].path) for path, layer in layers.items()
-    }
+    paths = {path: layer.specs[adapter_name].path for path, layer in layers.items()}
+    resolved = resolve_all(config, adapter_name, dict.fromkeys(paths.values(), ""))
+    new = {path: resolved[own] for path, own in paths.items()}
     with torch.no_grad():
         for path, layer in layers.items():
             strength = new[path].scaling if layer.specs[adapter_name].constant_scaling else 1.0

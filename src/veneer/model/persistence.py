@@ -45,7 +45,7 @@ from veneer.errors import (
 from veneer.inject import stacked
 from veneer.layers import sharded
 from veneer.model.lora_model import LoraModel
-from veneer.spec import resolve
+from veneer.spec import resolve, specs_under
 
 if TYPE_CHECKING:
     from veneer.model.face import PeftModel
@@ -398,12 +398,11 @@ class Persistence(nn.Module):
             raise MergeError(
                 f"the adapter {adapter_name!r} is merged: unmerge_adapter() before loading into it"
             )
+        held = [layer.specs[adapter_name] for layer in layers.values()]
         differing = [
-            f"{path}: {layer.specs[adapter_name].scaling:g} here, {wanted.scaling:g} in the file"
-            for path, layer in layers.items()
-            for wanted in [layer.specs[adapter_name].under(config)]
-            if (wanted.scaling, wanted.variant)
-            != (layer.specs[adapter_name].scaling, layer.specs[adapter_name].variant)
+            f"{path}: {here.scaling:g} here, {wanted.scaling:g} in the file"
+            for path, here, wanted in zip(layers, held, specs_under(config, held), strict=True)
+            if (wanted.scaling, wanted.variant) != (here.scaling, here.variant)
         ]
         if differing:
             raise LoadMismatchError(

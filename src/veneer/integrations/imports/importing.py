@@ -18,7 +18,7 @@ from ...checkpoint.places import check_replaceable, replacing
 from ...checkpoint.reading import AdapterFile, open_tensors
 from ...config import LoraConfig, PeftConfig
 from ...errors import AdapterFileError, ConfigError, ExportError, Hint, Text
-from ...spec import resolve
+from ...spec import LoraSpec, resolve_all
 from ..export.base_model import BaseModel
 from ..export.diffusers import FILE
 from ..export.peft_files import factors
@@ -201,8 +201,9 @@ def _adapter(
     """The updates of a part of the pipeline, and the configuration that gives them their strengths."""
     tensors = file.tensors(name for roles in part.modules.values() for name in roles.values())
     updates, alphas, problems = {}, {}, []
+    specs = resolve_all(part.config, "default", dict.fromkeys(part.modules, "")) if part.config else {}
     for path, roles in part.modules.items():
-        made = _update(path, {role: tensors[name] for role, name in roles.items()}, part.config)
+        made = _update(path, {role: tensors[name] for role, name in roles.items()}, specs.get(path))
         if isinstance(made, str):
             problems.append(f"{component}: {path}: {made}")
         else:
@@ -214,7 +215,7 @@ def _adapter(
     return updates, _config(updates, alphas, part.config, base)
 
 
-def _update(path: str, parts: Mapping[str, Tensor], config: LoraConfig | None) -> tuple[Update, float] | str:
+def _update(path: str, parts: Mapping[str, Tensor], spec: LoraSpec | None) -> tuple[Update, float] | str:
     """An update and its alpha, or what is wrong with it."""
     if not {"A", "B"} <= parts.keys():
         return f"only {', '.join(sorted(parts))} of its factors are there"
@@ -228,8 +229,7 @@ def _update(path: str, parts: Mapping[str, Tensor], config: LoraConfig | None) -
         if magnitude.numel() != b.shape[0] or magnitude.shape[0] != b.shape[0]:
             return f"a dora_scale of shape {tuple(magnitude.shape)}, not one number for each of {len(b)} rows"
         magnitude = magnitude.reshape(-1) if a.dim() == 2 else magnitude.reshape(1, -1, *[1] * (a.dim() - 2))
-    if config is not None:
-        spec = resolve(config, "default", path)
+    if spec is not None:
         if "alpha" in parts:
             return "it has an alpha, and the file's metadata give another account of it"
         if spec.r != r:
