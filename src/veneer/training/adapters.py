@@ -80,15 +80,12 @@ def read_head(adapter: str | os.PathLike[str]) -> Head:
     """Configuration and header of an adapter; no model is loaded, and no tensor.
 
     Raises:
-        AdapterFileError: It is missing or broken.
-        ConfigError: It is no LoRA.
+        AdapterFileError: It is missing or broken, or no LoRA.
     """
     if looks_local(adapter) or "/" not in os.fspath(adapter):
         read_config(adapter)
     with blaming(adapter):
         config = PeftConfig.from_pretrained(adapter)
-        if not isinstance(config, LoraConfig):
-            raise ConfigError(f"{adapter} is no LoRA adapter but {_word(config.peft_type)}")
     directory = adapter_directory(adapter)
     return Head(os.fspath(adapter), directory, config, open_adapter(directory))
 

@@ -73,6 +73,7 @@ def test_no_command_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
         ([*TRAIN, "--dtype", "int4"], "bfloat16"),
         (["generate", "x", "hello", "--temperature", "-1"], "--temperature"),
         (["generate", "x", "hello", "--max-new-tokens", "0"], "--max-new-tokens"),
+        (["generate", "x", "hello", "--dtype", "int4"], "--dtype is one of"),
         (["generate", "x", ""], "empty"),
     ],
     ids=" ".join,

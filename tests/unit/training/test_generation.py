@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -179,7 +180,7 @@ def test_answers_are_not_written_through_links(tmp_path: Path) -> None:
     assert len(out.read_text().splitlines()) == 1 and not (tmp_path / ".out.jsonl.part").is_symlink()
 
 
-def test_where_answers_cannot_go(tmp_path: Path) -> None:
+def test_where_answers_cannot_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "there.jsonl").write_text("")
     for place, words in (
         (tmp_path, "is a directory"),
@@ -189,3 +190,6 @@ def test_where_answers_cannot_go(tmp_path: Path) -> None:
         with pytest.raises(VeneerError, match=words):
             check_answer_file(place)
     check_answer_file(tmp_path / "new.jsonl")
+    monkeypatch.setattr(os, "access", lambda place, mode: mode != os.W_OK)
+    with pytest.raises(VeneerError, match="cannot write to the directory"):
+        check_answer_file(tmp_path / "new.jsonl")

@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from tests.tolerances import TRAINING, assert_close
 from tests.unit.training.tiny import RECORDS, tiny_model, tiny_tokenizer
-from veneer import LoraConfig, PeftModel, TrainingError, get_peft_model
+from veneer import ConfigError, LoraConfig, PeftModel, TrainingError, get_peft_model
 from veneer.training import TrainOptions, encode, train
 from veneer.training.stopping import Interrupted, Stop
 
@@ -221,7 +222,7 @@ def test_other_data_are_not_resumed(tmp_path: Path) -> None:
 
 def test_a_new_run_does_not_mix_with_old_checkpoints(tmp_path: Path) -> None:
     run(tmp_path, max_steps=4, save_steps=2)
-    with pytest.raises(TrainingError, match=r"checkpoint-2, checkpoint-4.*--overwrite-output-dir"):
+    with pytest.raises(TrainingError, match=r"checkpoint-2, checkpoint-4.*overwrite_output_dir"):
         run(tmp_path, max_steps=4)
     run(tmp_path, max_steps=3, save_steps=3, overwrite_output_dir=True)
     assert [place.name for place in tmp_path.glob("checkpoint-*")] == ["checkpoint-3"]
@@ -237,6 +238,61 @@ def test_a_checkpoint_that_cannot_be_written_is_not_left(
     with pytest.raises(TrainingError, match=r"checkpoint-2 cannot be written: No space left on device"):
         run(tmp_path / "out", max_steps=4, save_steps=2)
     assert not list((tmp_path / "out").rglob("*"))
+
+
+def test_a_result_that_cannot_be_written_is_said_with_the_way_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(type(TOKENIZER), "save_pretrained", full)
+    with pytest.raises(TrainingError, match=r"the result cannot be written .*: No space left .* is lost"):
+        run(tmp_path / "out", max_steps=1)
+    with pytest.raises(TrainingError, match=r"make room and resume.* goes on from .*checkpoint-2"):
+        run(tmp_path / "kept", max_steps=2, save_steps=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"optim": "adamw_torhc"}, "optim 'adamw_torhc' is unknown; near it: adamw_torch"),
+        ({"report_to": "nothing_like_it"}, "report_to: nothing_like_it is not installed or unknown"),
+    ],
+)
+def test_what_transformers_does_not_know_is_refused_before_anything_is_made(
+    options: dict[str, Any], says: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=says):
+        run(tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+class Bounded(nn.Module):
+    """A model of transformers that bounds the logits, as Gemma 2 does."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model, self.config = model, model.config
+
+    def get_output_embeddings(self) -> Any:
+        return self.model.get_output_embeddings()
+
+    def forward(self, **inputs: Any) -> Any:
+        made = self.model(**inputs)
+        made.logits = 30.0 * torch.tanh(made.logits / 30.0)
+        return made
+
+
+def test_a_loss_in_chunks_is_refused_where_the_head_does_not_make_the_logits(tmp_path: Path) -> None:
+    config = LoraConfig(r=2, target_modules=["q_proj"])
+    options = TrainOptions(loss_chunk_size=5, max_steps=1)
+    for base, says in (
+        (Bounded(tiny_model()), "Bounded does not give the logits that its head makes.*loss_chunk_size"),
+        (tiny_model().model, "LlamaModel has no head that makes logits.*loss_chunk_size"),
+    ):
+        with pytest.raises(TrainingError, match=says):
+            train(get_peft_model(base, config), TOKENIZER, ROWS, tmp_path / "out", options)
 
 
 def test_evaluation_leaves_the_losses_alone(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.tolerances import assert_close
 from tests.unit.training.tiny import tiny_model, tiny_tokenizer
-from veneer import BaseMismatchError, LoraConfig, MergeError, get_peft_model
+from veneer import AdapterFileError, BaseMismatchError, LoraConfig, MergeError, TrainingError, get_peft_model
 from veneer.training.adapters import load_adapted, save_merged
 from veneer.training.merge_files import base_directory, merge_files
 
@@ -158,6 +158,25 @@ def test_a_broken_index(tmp_path: Path) -> None:
     (base / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(MergeError, match="lacks"):
         merge_files(adapter, base, tmp_path / "out")
+    (base / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(MergeError, match=r"index\.json is damaged"):
+        merge_files(adapter, base, tmp_path / "out")
+    (base / "model.safetensors.index.json").unlink()
+    with pytest.raises(MergeError, match=r"holds neither model\.safetensors nor"):
+        merge_files(adapter, base, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_base_that_is_not_there(tmp_path: Path) -> None:
+    adapter = adapter_of(base_of(tmp_path / "base"), tmp_path / "adapter")
+    with pytest.raises(TrainingError, match=r"no model at .*nowhere: there is no config\.json"):
+        base_directory(adapter, str(tmp_path / "nowhere"))
+    with pytest.raises(TrainingError, match="'someone/something' cannot be fetched"):
+        base_directory(adapter, "someone/something")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": None}))
+    with pytest.raises(AdapterFileError, match="does not name its base model"):
+        base_directory(adapter)
 
 
 def in_a_hub_cache(base: Path, place: Path) -> Path:

@@ -168,6 +168,8 @@ def test_what_counts_as_a_path(tmp_path: Path) -> None:
 
 def test_an_output_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
+    with pytest.raises(VeneerError, match="is a file; name a directory"):
+        models.check_output(tmp_path / "file")
     with pytest.raises(VeneerError, match="cannot write to the directory"):
         models.check_output(tmp_path / "file" / "out")
     models.check_output(tmp_path / "new" / "out")

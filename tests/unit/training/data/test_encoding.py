@@ -61,6 +61,13 @@ def test_without_a_chat_template_texts_are_joined() -> None:
         )
 
 
+def test_messages_are_no_prompt_without_a_chat_template() -> None:
+    plain = tiny_tokenizer(template=None)
+    assert plain.decode(prompt_ids("1 + 1 = ", plain)) == "1 + 1 = "
+    with pytest.raises(DataError, match="no chat template, so the prompt must be a text"):
+        prompt_ids([{"role": "user", "content": "1 + 1?"}], plain)
+
+
 def test_long_examples_are_cut_and_counted() -> None:
     records = [{"prompt": "p", "completion": "abcdefgh"}, {"prompt": "p" * 50, "completion": "a"}]
     encoded = encode(records, TOKENIZER, max_length=9)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,17 @@ def test_files_that_are_no_text(tmp_path: Path) -> None:
     (tmp_path / "deep.jsonl").write_text("[" * 200_000 + "]" * 200_000)
     with pytest.raises(DataError, match="nested too deeply"):
         read_records(tmp_path / "deep.jsonl")
+
+
+def test_files_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "data.jsonl").write_text("{}")
+
+    def fails(self: Path) -> bytes:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_bytes", fails)
+    with pytest.raises(DataError, match=r"cannot read the data file .*data\.jsonl: Permission denied"):
+        read_records(tmp_path / "data.jsonl")
 
 
 def test_separators_inside_strings_and_a_byte_order_mark_are_data(tmp_path: Path) -> None:
@@ -193,6 +205,9 @@ def test_saved_data_sets_have_splits(tmp_path: Path) -> None:
     assert read_records(f"{tmp_path / 'saved'}:test") == [{"text": "test"}]
     with pytest.raises(DataError, match="no split 'dev' but train, test"):
         read_records(f"{tmp_path / 'saved'}:dev")
+    shutil.rmtree(tmp_path / "saved" / "train")
+    with pytest.raises(DataError, match=r"the data set in .*saved cannot be read"):
+        read_records(tmp_path / "saved")
 
 
 @pytest.mark.parametrize(

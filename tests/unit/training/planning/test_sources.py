@@ -66,6 +66,8 @@ def test_places_without_a_model_are_refused(tmp_path: Path) -> None:
         empty_model(tmp_path)
     with pytest.raises(TrainingError, match="no model class for the task 'POETRY'"):
         empty_model(saved_tiny(tmp_path / "model"), "POETRY")
+    with pytest.raises(TrainingError, match="'someone/something', and as a hub id it cannot be had"):
+        empty_model("someone/something")
 
 
 def test_a_shadow_is_the_model_without_values() -> None:
