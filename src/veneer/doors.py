@@ -35,6 +35,11 @@ def hub() -> ModuleType:
     return importlib.import_module("veneer.integrations.hub")
 
 
+def adapter_files() -> ModuleType:
+    """What tells which files of a directory are an adapter; a configuration belongs to tensors."""
+    return importlib.import_module("veneer.checkpoint.layout")
+
+
 def public_names(package: str) -> Callable[[str], Any]:
     """The ``__getattr__`` (PEP 562) of a package whose public names stand in its module ``public``.
 

@@ -50,6 +50,7 @@ DOORS = {
     ("__init__.py", "__getattr__"),
     ("public.py", "__getattr__"),
     ("doors.py", "hub"),
+    ("doors.py", "adapter_files"),
     ("ops/gpu.py", "_checked_step"),
 }
 #: Modules of kernels, and the optional library that each may import.

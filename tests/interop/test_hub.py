@@ -9,10 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from tests.interop.hub_server import TOKEN, Hub, Repository, serve
 from tests.processes import run_python
+from veneer.checkpoint import write_adapter
+from veneer.errors import AdapterFileError
+from veneer.integrations.hub import push_to_hub
 
 TINY = """
 import torch
@@ -293,6 +297,16 @@ def test_a_wrong_token_is_refused_and_said(hub: Hub, tmp_path: Path) -> None:
     )
     assert "AdapterFileError" in answer["kinds"]
     assert "token" in answer["message"]
+
+
+def test_half_a_save_is_not_published(tmp_path: Path) -> None:
+    tensors = {"m.lora_A.weight": torch.ones(2, 4)}
+    write_adapter(tmp_path, tensors, {"peft_type": "LORA", "r": 2})
+    before = (tmp_path / "adapter_config.json").read_bytes()
+    write_adapter(tmp_path, tensors, {"peft_type": "LORA", "r": 2, "lora_alpha": 64})
+    (tmp_path / "adapter_config.json").write_bytes(before)
+    with pytest.raises(AdapterFileError, match=r"was cut short.*save it again first"):
+        push_to_hub(tmp_path, "me/published")
 
 
 def test_without_huggingface_hub_the_install_line_is_named() -> None:

@@ -325,3 +325,55 @@ def test_the_life_of_adapters_is_that_with_the_reference(nopeft_python: Path, tm
         files = [load_file(place / name / "adapter_model.safetensors") for place in (theirs, ours)]
         assert files[0].keys() == files[1].keys()
         assert all(torch.equal(files[0][key], files[1][key]) for key in files[0])
+
+
+def test_tensors_and_configuration_are_of_one_save(nopeft_python: Path, tmp_path: Path) -> None:
+    """A save that was cut short, and one that ends while transformers is between the two files."""
+    run_python(
+        REGISTER
+        + START
+        + """
+import os, warnings
+import peft
+from veneer import VeneerWarning
+from veneer.checkpoint import CONFIG_NAME
+
+def save(strength):
+    model = get_peft_model(llama(), LoraConfig(r=3, lora_alpha=strength, target_modules=["q_proj"]))
+    fill(model, "default", strength)
+    model.save_pretrained(place)
+    return model.eval()(X).logits
+
+old, before = save(4), (place / CONFIG_NAME).read_bytes()
+new = save(40)
+
+# Cut short between the two moves: transformers finds the file of before.
+(place / CONFIG_NAME).write_bytes(before)
+with warnings.catch_warnings(record=True) as said:
+    warnings.simplefilter("always")
+    model = llama()
+    model.load_adapter(str(place))
+    assert torch.equal(model(X).logits, new)
+    model.load_adapter(str(place), "default", hotswap=True)
+    assert torch.equal(model(X).logits, new)
+assert len([w for w in said if issubclass(w.category, VeneerWarning) and "cut short" in str(w.message)]) == 2
+
+# Another save, after the configuration was read and before the tensors are.
+save(4)
+inject, saves = peft.inject_adapter_in_model, []
+def between(*args, **kwargs):
+    if not saves:
+        saves.append(save(40))
+    return inject(*args, **kwargs)
+peft.inject_adapter_in_model = between
+model = llama()
+parameters = list(model.parameters())
+model.load_adapter(str(place))
+assert saves and torch.equal(model(X).logits, new)
+assert model.peft_config["default"].lora_alpha == 40
+assert all(any(p is q for q in model.parameters()) for p in parameters)
+""",
+        HERE,
+        tmp_path,
+        python=nopeft_python,
+    )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +13,8 @@ import torch
 from safetensors.torch import save_file
 
 from tests.processes import run_python
-from veneer.atomic import atomic_file
+from veneer import atomic
+from veneer.atomic import HalfMovedError, atomic_file, atomic_files, locked
 from veneer.calibration.measuring import store
 from veneer.training.heat_map import heat_map
 from veneer.training.plots import loss_picture
@@ -75,18 +78,66 @@ def test_the_permissions_are_those_of_the_umask(tmp_path: Path) -> None:
     assert mode(tmp_path / "b") == 0o640
 
 
-def test_of_two_nested_files_the_inner_one_is_moved_first(
+def test_several_files_are_moved_in_order_with_nothing_between(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    moved: list[str] = []
+    done: list[str] = []
+    replace, sync, unlink = os.replace, os.fsync, Path.unlink
+    monkeypatch.setattr(os, "replace", lambda a, b: (done.append(Path(b).name), replace(a, b)))
+    monkeypatch.setattr(os, "fsync", lambda handle: (done.append("sync"), sync(handle)))
+    monkeypatch.setattr(
+        Path, "unlink", lambda path, **how: (done.append(f"no {path.name}"), unlink(path, **how))
+    )
+    (tmp_path / "old").touch()
+    with atomic_files(tmp_path / "b", tmp_path / "a", instead_of=tmp_path / "old") as waiting:
+        for number, path in enumerate(waiting):
+            path.write_text(str(number))
+        assert names(tmp_path) == sorted(["old", *(path.name for path in waiting)])
+    assert done == ["sync", "sync", "b", "no old", "a", "sync"]
+    assert [(tmp_path / name).read_text() for name in "ba"] == ["0", "1"]
+
+
+def test_a_failure_between_two_moves_is_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     replace = os.replace
-    monkeypatch.setattr(os, "replace", lambda a, b: (moved.append(Path(b).name), replace(a, b)))
-    with atomic_file(tmp_path / "outer") as outer:
-        outer.write_text("1")
-        with atomic_file(tmp_path / "inner") as inner:
-            inner.write_text("2")
-            assert names(tmp_path) == sorted([outer.name, inner.name])
-    assert moved == ["inner", "outer"]
+
+    def only_b(source: Path, target: Path) -> None:
+        if target.name == "a":
+            raise PermissionError(1, "no", str(source))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", only_b)
+    with pytest.raises(HalfMovedError) as error, atomic_files(tmp_path / "b", tmp_path / "a"):
+        pass
+    assert error.value.filename == str(tmp_path / "a") and names(tmp_path) == ["b"]
+    with pytest.raises(PermissionError), atomic_files(tmp_path / "a", tmp_path / "b"):
+        pass
+    assert names(tmp_path) == ["b"]
+
+
+LOCKING = """
+import sys, time
+from veneer.atomic import locked
+with locked(sys.argv[1]):
+    print("in", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_one_at_a_time_is_in_a_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(atomic, "PATIENCE", 0.02)
+    with locked(tmp_path):
+        with pytest.raises(TimeoutError, match="another process"), locked(tmp_path):
+            pass
+        with locked(tmp_path.parent):
+            pass
+    other = subprocess.Popen([sys.executable, "-c", LOCKING, tmp_path], stdout=subprocess.PIPE, text=True)
+    assert other.stdout is not None and other.stdout.readline() == "in\n"
+    with pytest.raises(TimeoutError), locked(tmp_path):
+        pass
+    other.kill()
+    other.communicate()
+    with locked(tmp_path):  # the lock goes with the process
+        pass
 
 
 def write_cache(place: Path) -> None:

@@ -481,7 +481,7 @@ def test_the_files_layout(tmp_path: Path) -> None:
 def test_a_save_that_dies_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     LoraConfig(r=3).save_pretrained(tmp_path)
     monkeypatch.setattr(os, "replace", lambda *a: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(AdapterFileError, match="could not be saved: disk full"):
         LoraConfig(r=4).save_pretrained(tmp_path)
     assert os.listdir(tmp_path) == [CONFIG_FILE]
     assert PeftConfig.from_pretrained(tmp_path).r == 3
@@ -612,10 +612,10 @@ def test_a_repository_id_is_downloaded(tmp_path: Path, monkeypatch: pytest.Monke
 def test_missing_files_are_explained(tmp_path: Path) -> None:
     LoraConfig().save_pretrained(tmp_path / "mine")
     for where, subfolder, words in (
-        (tmp_path, None, "is missing; sub-directories with one: mine; pass subfolder='mine'"),
-        (tmp_path, "yours", "is missing; sub-directories with one: mine$"),
-        (tmp_path / "none", None, "does not exist"),
-        ("./none", None, "does not exist"),
+        (tmp_path, None, rf"no {CONFIG_FILE} in .* Sub-directories hold one: '.*mine'"),
+        (tmp_path, "yours", "no directory .*yours'; adapters there: '.*mine'"),
+        (tmp_path / "none", None, "no directory"),
+        ("./none", None, "no directory"),
         (tmp_path / "mine" / CONFIG_FILE, None, "is a file; pass the directory"),
     ):
         with pytest.raises(AdapterFileError, match=words):

@@ -140,6 +140,9 @@ def test_no_file_names_code(tmp_path: Path) -> None:
     text = json.loads(path.read_text())
     (tmp_path / "evil.py").write_text("raise SystemExit('imported')")
     path.write_text(json.dumps({**text, "variant": "evil", "peft_type": "LORA:evil"}))
-    with pytest.raises(ConfigError, match="'evil' belongs to a plug-in"):
+    with (
+        pytest.warns(VeneerWarning, match="was edited after it was saved.*variant: None -> 'evil'"),
+        pytest.raises(ConfigError, match="'evil' belongs to a plug-in"),
+    ):
         PeftModel.from_pretrained(model(), tmp_path)
     assert "evil" not in sys.modules

@@ -5,15 +5,20 @@ from __future__ import annotations
 import json
 import math
 import struct
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from ..config import no_duplicates
 from ..errors import AdapterFileError
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format itself
 MAX_NAME = 1024
+
+#: Where in the archive of a ``.bin`` Veneer writes its metadata; other readers pass over it.
+BIN_METADATA = "veneer_metadata.json"
 
 #: dtypes by their names in a file: their names in torch, and bytes an element.
 DTYPES: dict[str, tuple[str, int]] = {
@@ -76,9 +81,7 @@ def read_header(path: Path, memo: HeaderMemo | None = None) -> Header:
 
 def _understood(path: Path, raw: bytes, room: int) -> Header:
     header = _parsed_header(path, raw)
-    metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise AdapterFileError(f"{path} is damaged: its metadata is not a table of strings")
+    metadata = _checked_metadata(path, header.pop("__metadata__", {}))
     _check_entries(path, header, room)
     first = 8 + len(raw)
     return Header(
@@ -86,8 +89,43 @@ def _understood(path: Path, raw: bytes, room: int) -> Header:
         {name: tuple(entry["shape"]) for name, entry in header.items()},
         {name: DTYPES[entry["dtype"]][0] for name, entry in header.items()},
         {name: _moved(entry["data_offsets"], first) for name, entry in header.items()},
-        cast(dict[str, str], metadata),
+        metadata,
     )
+
+
+def _checked_metadata(path: Path, metadata: Any) -> dict[str, str]:
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise AdapterFileError(f"{path} is damaged: its metadata is not a table of strings")
+    return cast(dict[str, str], metadata)
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The metadata of a file of tensors of either format, from the part of it that holds them.
+
+    Raises:
+        AdapterFileError: the file is truncated, damaged or hostile; says which.
+    """
+    return bin_metadata(path) if path.suffix == ".bin" else read_header(path).metadata
+
+
+def bin_metadata(path: Path) -> dict[str, str]:
+    """The metadata in an archive of torch.save; empty where another library wrote it.
+
+    Raises:
+        AdapterFileError: the archive or its metadata are damaged.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = [e for e in archive.infolist() if e.filename.rpartition("/")[2] == BIN_METADATA]
+            if not entries:
+                return {}
+            if len(entries) > 1 or entries[0].file_size > MAX_HEADER_BYTES:
+                raise ValueError("more of it than belongs to one adapter")
+            raw = archive.read(entries[0])
+        metadata = json.loads(raw.decode("utf-8"), object_pairs_hook=no_duplicates)
+    except Exception as exc:  # a damaged archive can fail anywhere in zipfile
+        raise AdapterFileError(f"{path} is damaged: {type(exc).__name__}: {exc}") from exc
+    return _checked_metadata(path, metadata)
 
 
 def raw_header(path: Path) -> bytes:
@@ -109,19 +147,12 @@ def raw_header(path: Path) -> bytes:
 
 def _parsed_header(path: Path, raw: bytes) -> dict[str, Any]:
     try:
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_no_duplicates)
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=no_duplicates)
     except (ValueError, RecursionError) as exc:
         raise AdapterFileError(f"{path} is damaged: its header is not valid JSON ({exc})") from exc
     if not isinstance(header, dict):
         raise AdapterFileError(f"{path} is damaged: its header is not a table of tensors")
     return header
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    table = dict(pairs)
-    if len(table) != len(pairs):
-        raise ValueError("a name occurs twice")
-    return table
 
 
 def _moved(offsets: list[int], by: int) -> tuple[int, int]:

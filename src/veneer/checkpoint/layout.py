@@ -1,29 +1,52 @@
-"""Which files of a directory are the adapter, and which one wins, also after a save that was killed.
+"""Which files of a directory are the adapter, and which configuration belongs to its tensors.
 
-A save writes temporary siblings first, then moves the tensors and the configuration into place. Between
-these two moves lies the only moment at which the directory's named files do not belong together. It can be
-recognised: the configuration's temporary file is there, complete, and the tensors' is not any more. The
-reader then takes the temporary configuration, so that Veneer sees either the old adapter or the new one.
+The metadata of the tensors carry the configuration that they were saved with, and a digest of the
+``adapter_config.json`` that the save replaces. A save moves the tensors into place first, the configuration
+second. So a reader can tell what lies beside the tensors:
+
+- the configuration that was saved with them;
+- the one that was to be replaced, or none: the save was cut short, and the metadata's is used;
+- another one: somebody edited it, and it is used.
+
+Writers take turns. While the same tensors are in place, no other save touches the configuration beside
+them. So a reader opens the tensors, reads the configuration, and begins again if the tensors were replaced.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import os
 import re
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
-from ..config import read_config_file
-from ..errors import AdapterFileError
+from ..config import LoraConfig, parse_config, read_config_bytes
+from ..config.values import show
+from ..errors import AdapterFileError, VeneerWarning
+from .header import read_metadata
 
 CONFIG_NAME = "adapter_config.json"
 SAFETENSORS_NAME = "adapter_model.safetensors"
 BIN_NAME = "adapter_model.bin"
 CARD_NAME = "README.md"
 
-_TEMPORARY = re.compile(
-    r"\.veneer-(?P<id>[0-9a-f]{16})-(?P<format>safetensors|bin)-(?P<file>config|tensors|card)\.tmp"
+#: Keys of the tensors' metadata: the configuration as it was saved, and the digest of the one it replaces.
+SAVED_CONFIG = "veneer_config"
+REPLACED_CONFIG = "veneer_replaces"
+
+#: How often a reader begins again where the tensors are replaced under its hands.
+ATTEMPTS = 100
+
+#: What a save that was killed leaves; the second form is that of Veneer 0.1.
+_LEFT_OVER = re.compile(
+    r"\.veneer-(?P<id>[0-9a-f]{16})(-(?P<format>safetensors|bin)-(?P<file>config|tensors|card))?\.tmp"
+)
+#: Options that change nothing of what an adapter computes.
+_WITHOUT_EFFECT = frozenset(
+    "auto_mapping base_model_name_or_path inference_mode lora_dropout peft_version revision task_type".split()
 )
 _FULL_MODEL = (
     "model.safetensors",
@@ -32,64 +55,130 @@ _FULL_MODEL = (
     "pytorch_model.bin.index.json",
 )
 
-
-def temporary_name(save_id: str, format: str, file: str) -> str:
-    """Name of the temporary sibling of one file of one save."""
-    return f".veneer-{save_id}-{format}-{file}.tmp"
+_File = TypeVar("_File")
 
 
-def tensors_name(format: str) -> str:
-    """File name of the tensors in a format, ``"safetensors"`` or ``"bin"``."""
-    return SAFETENSORS_NAME if format == "safetensors" else BIN_NAME
+def saved_metadata(root: Path, text: str) -> dict[str, str]:
+    """What the metadata of tensors say of the configuration `text` that is to be saved beside them."""
+    beside, saved = _beside(root), {SAVED_CONFIG: text}
+    return saved if beside in (None, text.encode()) else {**saved, REPLACED_CONFIG: _digest(beside or b"")}
 
 
-def temporaries(directory: Path) -> list[Path]:
-    """What saves that did not finish left in the directory."""
-    return sorted(p for p in directory.iterdir() if _TEMPORARY.fullmatch(p.name))
+class BelongingConfig(NamedTuple):
+    """The configuration of tensors, what is to be said of it, and whether their save was cut short."""
+
+    values: dict[str, Any]
+    remark: str | None = None
+    cut_short: bool = False
 
 
-@dataclass(frozen=True)
-class Unfinished:
-    """A save that was killed after its tensors were in place and before its configuration was."""
+def belonging_config(root: Path, metadata: Mapping[str, str], beside: bytes | None) -> BelongingConfig:
+    """The configuration that belongs to tensors.
 
-    config: Path
-    format: str
-
-
-def unfinished_save(directory: Path) -> Unfinished | None:
-    """The save to roll forward, if there is one."""
-    found = {p.name: p for p in temporaries(directory)}
-    for name, path in found.items():
-        parts = _TEMPORARY.fullmatch(name)
-        if parts is None or parts["file"] != "config":
-            continue
-        waiting = temporary_name(parts["id"], parts["format"], "tensors")
-        if waiting not in found and (directory / tensors_name(parts["format"])).is_file():
-            return Unfinished(path, parts["format"])
-    return None
-
-
-def locate_config(directory: str | Path) -> Path:
-    """The configuration file that belongs to the directory's tensors.
+    Args:
+        root: The directory.
+        metadata: That of its tensors.
+        beside: The content of its ``adapter_config.json``; None where there is none.
 
     Raises:
-        AdapterFileError: with what the directory holds instead.
+        AdapterFileError: There is no configuration, or it is no JSON object.
     """
-    root = check_directory(directory)
-    unfinished = unfinished_save(root)
-    path = unfinished.config if unfinished else root / CONFIG_NAME
-    if not path.is_file():
-        raise AdapterFileError(f"no {CONFIG_NAME} in {root}.{_what_is_there(root)}")
-    return path
+    path = root / CONFIG_NAME
+    if SAVED_CONFIG not in metadata:
+        if older := _older_save(root):
+            remark = f"a save into {root} was cut short; its configuration is read from {older[0].name}"
+            return BelongingConfig(parse_config(read_config_bytes(older[0]), str(older[0])), remark, True)
+        if beside is None:
+            raise AdapterFileError(f"no {CONFIG_NAME} in {root}.{_what_is_there(root)}")
+        return BelongingConfig(parse_config(beside, str(path)))
+    raw = metadata[SAVED_CONFIG].encode("utf-8", "surrogatepass")
+    if beside == raw:
+        return BelongingConfig(parse_config(raw, str(path)))
+    saved = parse_config(raw, f"the configuration in the metadata of the tensors in {root}")
+    if beside is None or _digest(beside) == metadata.get(REPLACED_CONFIG):
+        lag = "is missing" if beside is None else "is the one before"
+        remark = (
+            f"a save into {root} was cut short: its tensors are in place, its {CONFIG_NAME} {lag}. The "
+            "configuration that was saved with the tensors is used; save again for other readers"
+        )
+        return BelongingConfig(saved, remark, True)
+    values = parse_config(beside, str(path))
+    changes = _changes(saved, values)
+    remark = f"{path} was edited after it was saved, and is used as it is: {'; '.join(changes)}"
+    return BelongingConfig(values, remark if changes else None)
+
+
+def together(root: Path, read: Callable[[Path], _File]) -> tuple[_File, bytes | None]:
+    """The tensors of a directory as `read` gives them, and what its ``adapter_config.json`` held beside them.
+
+    Tensors that are replaced meanwhile are read again, so that both are of one moment.
+
+    Raises:
+        AdapterFileError: There are no tensors, or `read` refuses them; or they are replaced again and again.
+    """
+    for _ in range(ATTEMPTS):
+        path = locate_tensors(root)
+        refused = None
+        with contextlib.suppress(FileNotFoundError), watched(path) as unchanged:
+            try:
+                file = read(path)
+            except AdapterFileError as error:
+                refused = error
+            beside = _beside(root)
+            if not unchanged():
+                continue
+            if refused is not None:
+                raise refused
+            return file, beside
+    raise AdapterFileError(f"{root} cannot be read: its tensors are replaced again and again")
+
+
+@contextlib.contextmanager
+def watched(path: Path) -> Iterator[Callable[[], bool]]:
+    """Tell whether a path still is the file that it was at the beginning, with the content that it had.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+    """
+    try:
+        held = path.open("rb")  # while it is open, no other file gets its number
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise AdapterFileError(f"cannot read {path}: {error.strerror or error}") from error
+    with held:
+        before = identity(os.fstat(held.fileno()))
+
+        def unchanged() -> bool:
+            try:
+                return identity(path.stat()) == before
+            except FileNotFoundError:
+                return False
+
+        yield unchanged
+
+
+def identity(status: os.stat_result) -> tuple[int, ...]:
+    """What differs after a file was replaced, or written to."""
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
-    """The content of the ``adapter_config.json`` that belongs to the directory's tensors, as it is.
+    """The configuration that belongs to the tensors of a directory; where there are none, the one in it.
 
     Raises:
         AdapterFileError: missing, too large, or not a JSON object.
     """
-    return read_config_file(locate_config(Path(directory)))
+    found = find_config(check_directory(Path(directory)))
+    if found.remark is not None:
+        warnings.warn(found.remark, VeneerWarning, stacklevel=2)
+    return found.values
+
+
+def find_config(root: Path) -> BelongingConfig:
+    """As `read_config`; what there is to say is for the caller to say."""
+    metadata, beside = together(root, _metadata) if _tensors(root) else ({}, _beside(root))
+    return belonging_config(root, metadata, beside)
 
 
 def locate_tensors(directory: str | Path) -> Path:
@@ -99,13 +188,17 @@ def locate_tensors(directory: str | Path) -> Path:
         AdapterFileError: with what the directory holds instead.
     """
     root = check_directory(directory)
-    unfinished = unfinished_save(root)
-    if unfinished:
-        return root / tensors_name(unfinished.format)
-    for name in (SAFETENSORS_NAME, BIN_NAME):
-        if (root / name).is_file():
-            return root / name
-    raise AdapterFileError(f"neither {SAFETENSORS_NAME} nor {BIN_NAME} in {root}.{_what_is_there(root)}")
+    found = _tensors(root)
+    if len(found) > 1 and (older := _older_save(root)) and older[1] == BIN_NAME:
+        return root / BIN_NAME
+    if found:
+        return found[0]
+    lacks = (
+        f"neither {SAFETENSORS_NAME} nor {BIN_NAME}"
+        if (root / CONFIG_NAME).is_file()
+        else f"no {CONFIG_NAME}"
+    )
+    raise AdapterFileError(f"{lacks} in {root}.{_what_is_there(root)}")
 
 
 def check_directory(directory: str | Path) -> Path:
@@ -119,21 +212,101 @@ def check_directory(directory: str | Path) -> Path:
         return root
     if root.exists():
         raise AdapterFileError(f"{root} is a file; pass the directory that holds it: {str(root.parent)!r}")
-    raise AdapterFileError(f"there is no directory {str(root)!r}")
+    near = _adapters_in(root.parent) if root.parent.is_dir() else ""
+    more = f"; adapters there: {near}" if near else ""
+    raise AdapterFileError(f"there is no directory {str(root)!r}{more}")
+
+
+def left_over(root: Path) -> list[Path]:
+    """What saves that were killed left in a directory.
+
+    Configurations come before tensors: without the tensors beside it, one of Veneer 0.1 would be believed.
+    """
+    found = [path for path in root.iterdir() if _LEFT_OVER.fullmatch(path.name)]
+    return sorted(found, key=lambda path: "-tensors." in path.name)
+
+
+def finish_older_save(root: Path) -> None:
+    """Finish a save by Veneer 0.1 that was killed between its moves, as its own next save would have."""
+    if older := _older_save(root):
+        if older[1] == BIN_NAME:
+            (root / SAFETENSORS_NAME).unlink(missing_ok=True)
+        os.replace(older[0], root / CONFIG_NAME)
+
+
+def _older_save(root: Path) -> tuple[Path, str] | None:
+    """(configuration, name of the tensors) of a save by Veneer 0.1 that was killed after it moved these."""
+    found = {path.name: parts for path in root.iterdir() if (parts := _LEFT_OVER.fullmatch(path.name))}
+    for name, parts in found.items():
+        if parts["file"] != "config" or name.replace("-config.", "-tensors.") in found:
+            continue
+        tensors = BIN_NAME if parts["format"] == "bin" else SAFETENSORS_NAME
+        # Tensors that say which configuration is theirs were saved since.
+        if (root / tensors).is_file() and SAVED_CONFIG not in _metadata(root / tensors):
+            return root / name, tensors
+    return None
+
+
+def _tensors(root: Path) -> list[Path]:
+    return [root / name for name in (SAFETENSORS_NAME, BIN_NAME) if (root / name).is_file()]
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    try:
+        return read_metadata(path)
+    except AdapterFileError:  # whoever reads the tensors says what is wrong with them
+        return {}
+
+
+def _beside(root: Path) -> bytes | None:
+    """The content of ``adapter_config.json``; None where there is none."""
+    try:
+        return read_config_bytes(root / CONFIG_NAME)
+    except AdapterFileError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            return None
+        raise
+
+
+def _digest(raw: bytes) -> str:
+    return hashlib.sha256(raw).hexdigest()
+
+
+def _changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The options that differ in what an adapter computes, as ``name: before -> now``."""
+    usual = LoraConfig().to_dict()
+
+    def value(values: Mapping[str, Any], name: str) -> Any:
+        found = values.get(name, usual.get(name))
+        if isinstance(found, list) and all(isinstance(entry, str) for entry in found):
+            found = sorted(found)
+        return found or None  # what is empty or off is written in several ways
+
+    def differ(before: Any, after: Any) -> bool:
+        # Of patterns the first that matches wins.
+        return bool(before != after or (isinstance(before, dict) and list(before) != list(after)))
+
+    names = sorted((saved.keys() | now.keys()) - _WITHOUT_EFFECT)
+    pairs = [(name, value(saved, name), value(now, name)) for name in names]
+    return [f"{name}: {show(b)} -> {show(a)}" for name, b, a in pairs if differ(b, a)]
+
+
+def _adapters_in(root: Path) -> str:
+    """The sub-directories that hold an adapter, listed; empty where none does."""
+    inside = [
+        path.name
+        for path in sorted(root.iterdir(), key=lambda p: p.name)
+        if path.is_dir() and any((path / n).is_file() for n in (SAFETENSORS_NAME, BIN_NAME, CONFIG_NAME))
+    ]
+    more = f" (and {len(inside) - 3} more)" if len(inside) > 3 else ""
+    return ", ".join(repr(str(root / name)) for name in inside[:3]) + more
 
 
 def _what_is_there(root: Path) -> str:
     """One or two sentences on what a directory without an adapter does hold."""
+    if inside := _adapters_in(root):
+        return f" Sub-directories hold one: {inside}; pass one of these."
     entries = sorted(root.iterdir(), key=lambda p: p.name)
-    inside = [
-        p.name
-        for p in entries
-        if p.is_dir() and any((p / n).is_file() for n in (SAFETENSORS_NAME, BIN_NAME, CONFIG_NAME))
-    ]
-    if inside:
-        more = f" (and {len(inside) - 3} more)" if len(inside) > 3 else ""
-        paths = ", ".join(repr(str(root / n)) for n in inside[:3])
-        return f" Sub-directories hold one: {paths}{more}; pass one of these."
     names = [p.name + ("/" if p.is_dir() else "") for p in entries]
     if any(n in _FULL_MODEL for n in names) or any(
         re.fullmatch(r"model-\d+-of-\d+\.safetensors", n) for n in names

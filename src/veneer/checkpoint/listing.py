@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import os
@@ -14,8 +15,18 @@ from typing import Any
 
 from ..config import LoraConfig, PeftConfig
 from ..errors import AdapterFileError, VeneerError
-from .header import HeaderMemo, read_header
-from .layout import BIN_NAME, CONFIG_NAME, SAFETENSORS_NAME, locate_tensors, read_config, unfinished_save
+from .header import HeaderMemo, bin_metadata, read_header
+from .layout import (
+    BIN_NAME,
+    CONFIG_NAME,
+    SAFETENSORS_NAME,
+    belonging_config,
+    find_config,
+    locate_tensors,
+    together,
+)
+
+Shapes = dict[str, tuple[int, ...]]
 
 _FACTOR = re.compile(r"(?P<path>.+)\.lora_(?P<embedding>embedding_)?(?P<role>[AB])(\.weight)?")
 
@@ -84,16 +95,31 @@ def _places(root: Path) -> Iterator[Path]:
 def _entry(place: Path, root: Path, headers: HeaderMemo) -> AdapterEntry:
     found: dict[str, Any] = {}
     problems: list[str] = []
-    for read in (_of_config, functools.partial(_of_tensors, headers=headers)):
-        try:
-            more = read(place)
-        except (VeneerError, OSError) as error:
-            problems.append(str(error))
-        else:
-            problems += more.pop("problems", ())
-            found |= more
+    config = functools.partial(find_config, place)
+    shapes: Shapes | None = None
+    with _noting(problems):
+        found |= _of_file(locate_tensors(place))
+        (metadata, shapes), beside = together(place, functools.partial(_opened, headers=headers))
+        config = functools.partial(belonging_config, place, metadata, beside)
+    with _noting(problems):
+        belonging = config()
+        if belonging.cut_short:
+            problems.append("a save was cut short; Veneer reads its new state, other libraries a mixture")
+        found |= _of_config(belonging.values)
+    if shapes is not None:
+        found["parameters"], found["ranks"], wrong = _of_shapes(tuple(shapes.items()))
+        problems += wrong
+    problems += found.pop("problems", ())
     name = place.relative_to(root).as_posix()
     return AdapterEntry(path=name, problems=tuple(_short(p, place) for p in problems), **found)
+
+
+@contextlib.contextmanager
+def _noting(problems: list[str]) -> Iterator[None]:
+    try:
+        yield
+    except (VeneerError, OSError) as error:
+        problems.append(str(error))
 
 
 def _short(problem: str, place: Path) -> str:
@@ -101,8 +127,7 @@ def _short(problem: str, place: Path) -> str:
     return problem.replace(f"{place}{os.sep}", "").replace(str(place), "the directory")
 
 
-def _of_config(place: Path) -> dict[str, Any]:
-    values = read_config(place)
+def _of_config(values: dict[str, Any]) -> dict[str, Any]:
     base, kind = values.get("base_model_name_or_path"), values.get("peft_type")
     found: dict[str, Any] = {
         "base": base if isinstance(base, str) and base else None,
@@ -121,22 +146,18 @@ def _of_config(place: Path) -> dict[str, Any]:
     return found
 
 
-def _of_tensors(place: Path, headers: HeaderMemo) -> dict[str, Any]:
-    path = locate_tensors(place)
+def _of_file(path: Path) -> dict[str, Any]:
     status = path.stat()
     when = datetime.fromtimestamp(status.st_mtime, tz=timezone.utc).isoformat(timespec="seconds")
-    found: dict[str, Any] = {"bytes": status.st_size, "modified": when}
-    if unfinished_save(place) is not None:
-        found["problems"] = ["a save was broken off; Veneer reads its new state, other libraries a mixture"]
-    if path.name != SAFETENSORS_NAME:
-        return found  # a pickle, which has no header to look at
-    try:
-        shapes = read_header(path, headers).shapes
-    except AdapterFileError as error:
-        return {**found, "problems": [*found.get("problems", ()), str(error)]}
-    parameters, ranks, wrong = _of_shapes(tuple(shapes.items()))
-    found |= {"parameters": parameters, "ranks": ranks}
-    return {**found, "problems": [*found.get("problems", ()), *wrong]}
+    return {"bytes": status.st_size, "modified": when}
+
+
+def _opened(path: Path, headers: HeaderMemo) -> tuple[dict[str, str], Shapes | None]:
+    """The metadata and the shapes of tensors; a pickle has no header that says its shapes."""
+    if path.name == BIN_NAME:
+        return bin_metadata(path), None
+    header = read_header(path, headers)
+    return header.metadata, header.shapes
 
 
 @functools.lru_cache(maxsize=64)

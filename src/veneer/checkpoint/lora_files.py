@@ -6,11 +6,12 @@ import contextlib
 import os
 import re
 from collections.abc import Iterator
+from typing import NamedTuple
 
-from ..config import LoraConfig, PeftConfig
+from ..config import LoraConfig
 from ..errors import AdapterFileError, ConfigError
 from ..spec import LoraSpec, resolve_all, variant_name
-from .layout import CONFIG_NAME, read_config
+from .layout import CONFIG_NAME
 from .reading import AdapterFile, open_adapter
 
 _FACTOR = re.compile(
@@ -20,19 +21,26 @@ _FACTOR = re.compile(
 _WRAPPED = re.compile(r"\.base_layer(?=\.|$)")
 
 
-def open_lora(
-    adapter: str | os.PathLike[str],
-) -> tuple[LoraConfig, AdapterFile, dict[str, LoraSpec]]:
-    """(configuration, tensors not read yet, what each module got) of a LoRA on disk.
+class OpenLora(NamedTuple):
+    """A LoRA on disk: its configuration, its tensors, not read yet, and what each module got."""
+
+    config: LoraConfig
+    file: AdapterFile
+    specs: dict[str, LoraSpec]
+
+
+def open_lora(adapter: str | os.PathLike[str] | OpenLora) -> OpenLora:
+    """Open a LoRA, unless it is open already.
 
     Raises:
         AdapterFileError: It is missing or broken, is no LoRA, or its two files disagree; names the modules.
     """
-    with blaming(adapter):
-        config = PeftConfig.from_dict(read_config(adapter))
-        assert isinstance(config, LoraConfig)  # `from_dict` refuses other methods
-        variant_name(config)
+    if isinstance(adapter, OpenLora):
+        return adapter
     file = open_adapter(adapter)
+    with blaming(adapter):
+        config = file.config()
+        variant_name(config)
     factors = factor_names(file)[0]
     # What is adapted inside a wrapper takes the wrapper's rank and strength.
     outer = {path: _WRAPPED.split(path, maxsplit=1)[0] for path in factors}
@@ -55,7 +63,7 @@ def open_lora(
         raise AdapterFileError(
             f"{file.path} does not fit its {CONFIG_NAME}:\n  " + "\n  ".join(wrong[:5]) + more
         )
-    return config, file, specs
+    return OpenLora(config, file, specs)
 
 
 def factor_names(file: AdapterFile) -> tuple[dict[str, dict[str, str]], list[str]]:

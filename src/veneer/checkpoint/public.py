@@ -6,7 +6,7 @@ from ..adapters import check_adapter_name
 from .card import hub_id, merge_card, model_card
 from .fingerprints import BaseComparison, compare_fingerprints, fingerprint
 from .keys import to_disk
-from .layout import BIN_NAME, CARD_NAME, CONFIG_NAME, SAFETENSORS_NAME, locate_config, read_config
+from .layout import BIN_NAME, CARD_NAME, CONFIG_NAME, SAFETENSORS_NAME, read_config
 from .listing import AdapterEntry, find_adapters
 from .matching import LoadReport, match
 from .reading import AdapterFile, open_adapter
@@ -35,7 +35,6 @@ __all__ = [
     "find_adapters",
     "fingerprint",
     "hub_id",
-    "locate_config",
     "match",
     "merge_card",
     "model_card",

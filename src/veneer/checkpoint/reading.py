@@ -2,78 +2,99 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import warnings
 import zipfile
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ..errors import AdapterFileError, VeneerWarning
-from .header import Header, name_problem, raw_header, read_header
-from .layout import locate_tensors
+from ..config import LoraConfig, PeftConfig
+from ..errors import AdapterFileError, ConfigError, VeneerWarning
+from .header import Header, bin_metadata, name_problem, read_header
+from .layout import CONFIG_NAME, belonging_config, check_directory, identity, together
+
+
+@dataclass(frozen=True)
+class _Mapped:
+    """Tensors that lie in a file, which is mapped once for all of them."""
+
+    header: Header
+    memory: Any  # torch.UntypedStorage, of which mypy knows no slices
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        begin, end = self.header.places[name]
+        tensor = torch.empty(0, dtype=getattr(torch, self.header.dtypes[name]))
+        return tensor.set_(self.memory[begin:end]).view(self.header.shapes[name])
 
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """The tensors of an adapter on disk, not read yet.
+    """The tensors of an adapter on disk, not read yet, and the configuration that belongs to them.
 
     Attributes:
         path: the file.
         shapes: shape of each tensor, by its name on disk.
         dtypes: dtype of each tensor.
-        metadata: the file's own metadata (empty for a ``.bin``).
+        metadata: the file's own metadata (empty for a ``.bin`` of another library).
     """
 
     path: Path
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, torch.dtype]
     metadata: dict[str, str]
-    _header: Header | None = field(default=None, repr=False, compare=False)
-    _loaded: dict[str, torch.Tensor] | None = field(default=None, repr=False, compare=False)
+    _content: dict[str, torch.Tensor] | _Mapped = field(repr=False, compare=False)
+    _identity: tuple[int, ...] = field(repr=False, compare=False)
+    _beside: bytes | None = field(default=None, repr=False, compare=False)
+
+    def config(self) -> LoraConfig:
+        """The configuration that belongs to the tensors; a save that was cut short, or an edit, is said.
+
+        Raises:
+            AdapterFileError: there is none, or it is no JSON object.
+            ConfigError: for another adapter method, or listing every value that cannot be right.
+        """
+        root = self.path.parent
+        found = belonging_config(root, self.metadata, self._beside)
+        try:
+            config = PeftConfig.from_dict(found.values)
+        except ConfigError as error:
+            raise type(error)(f"{root / CONFIG_NAME}: ", error.message) from error
+        assert isinstance(config, LoraConfig)  # `from_dict` refuses other methods
+        if found.remark is not None:
+            warnings.warn(found.remark, VeneerWarning, stacklevel=3)
+        return config
 
     def tensors(
         self, keys: Iterable[str] | None = None, device: str | torch.device = "cpu"
     ) -> dict[str, torch.Tensor]:
         """Read tensors, memory-mapped where the format allows it.
 
+        They are those of the file as it was opened, whatever has taken its place since.
+
         Args:
             keys: names on disk; all of them when None.
             device: where to put them.
 
         Raises:
-            AdapterFileError: a name that the file does not hold, or a file that changed since it was opened.
+            AdapterFileError: a name that the file does not hold, or a file that was changed in place since
+                it was opened.
         """
         wanted = list(self.shapes if keys is None else keys)
         unknown = [k for k in wanted if k not in self.shapes]
         if unknown:
             raise AdapterFileError(f"{self.path} holds no tensor {', '.join(map(repr, unknown[:3]))}")
-        if self._loaded is not None:
-            return {k: self._loaded[k].to(device) for k in wanted}
-        return {k: tensor.to(device) for k, tensor in self._mapped(wanted).items()}
-
-    def _mapped(self, keys: Iterable[str]) -> dict[str, torch.Tensor]:
-        """Tensors that lie in the file itself, which is mapped once for all of them."""
-        header = self._header
-        assert header is not None
-        try:
-            if raw_header(self.path) != header.raw:
+        with contextlib.suppress(FileNotFoundError):
+            now = identity(self.path.stat())
+            if now[:2] == self._identity[:2] and now != self._identity:
                 raise AdapterFileError(f"{self.path} cannot be read: it was changed since it was opened")
-            size = max((end for _, end in header.places.values()), default=0)
-            memory = torch.UntypedStorage.from_file(str(self.path), False, size)
-        except (RuntimeError, OSError) as exc:
-            raise AdapterFileError(f"{self.path} cannot be read: {exc}") from exc
-        found = {}
-        for key in keys:
-            begin, end = header.places[key]
-            tensor = torch.empty(0, dtype=self.dtypes[key])
-            found[key] = tensor.set_(memory[begin:end]).view(self.shapes[key])
-        return found
+        return {key: self._content[key].to(device) for key in wanted}
 
 
 def open_adapter(directory: str | os.PathLike[str]) -> AdapterFile:
@@ -85,7 +106,8 @@ def open_adapter(directory: str | os.PathLike[str]) -> AdapterFile:
     Raises:
         AdapterFileError: the file is missing, truncated, damaged, hostile, or no adapter at all; says which.
     """
-    return open_tensors(locate_tensors(Path(directory)))
+    file, beside = together(check_directory(Path(directory)), open_tensors)
+    return replace(file, _beside=beside)
 
 
 def open_tensors(path: Path) -> AdapterFile:
@@ -102,17 +124,20 @@ def _open_safetensors(path: Path) -> AdapterFile:
     try:
         with safe_open(path, framework="pt") as file:
             names = set(file.keys())
-    except (SafetensorError, OSError) as exc:
-        raise AdapterFileError(f"{path} is damaged: {exc}") from exc
+        status = path.stat()
+        memory = torch.UntypedStorage.from_file(str(path), False, status.st_size)
+    except (SafetensorError, RuntimeError, OSError) as exc:
+        raise AdapterFileError(f"{path} is damaged, or cannot be mapped into memory: {exc}") from exc
     if names != set(header.shapes):
         raise AdapterFileError(f"{path} is damaged: two readings of its header differ")
     dtypes = {name: getattr(torch, dtype) for name, dtype in header.dtypes.items()}
-    return AdapterFile(path, header.shapes, dtypes, header.metadata, header)
+    content = _Mapped(header, memory)
+    return AdapterFile(path, header.shapes, dtypes, header.metadata, content, identity(status))
 
 
 def _open_bin(path: Path) -> AdapterFile:
-    size = path.stat().st_size
-    _check_zip(path, size)
+    status = path.stat()
+    _check_zip(path, status.st_size)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as exc:
@@ -124,28 +149,31 @@ def _open_bin(path: Path) -> AdapterFile:
         raise AdapterFileError(
             f"{path} is damaged: {type(exc).__name__}: {str(exc).splitlines()[0]}"
         ) from exc
-    tensors = _check_content(path, content, size)
+    tensors = _check_content(path, content, status.st_size)
     warnings.warn(
         f"{path} is a pickle; it was read as tensors only. Save the adapter again to get a safetensors file.",
         VeneerWarning,
-        stacklevel=4,
+        stacklevel=5,
     )
     shapes = {k: tuple(t.shape) for k, t in tensors.items()}
-    return AdapterFile(path, shapes, {k: t.dtype for k, t in tensors.items()}, {}, None, tensors)
+    dtypes = {k: t.dtype for k, t in tensors.items()}
+    return AdapterFile(path, shapes, dtypes, bin_metadata(path), tensors, identity(status))
 
 
 def _check_zip(path: Path, size: int) -> None:
     """Refuse what is no plain archive of torch.save; a compressed entry could unfold to any size."""
-    if not zipfile.is_zipfile(path):
+    try:
+        entries = []
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                entries = archive.infolist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as exc:
+        raise AdapterFileError(f"{path} is damaged: {exc}") from exc
+    if not entries:
         raise AdapterFileError(
             f"{path} is truncated, or a pickle from before torch 1.6, of which sizes cannot be checked "
             f"before allocation. If you trust it: torch.save(torch.load(path, weights_only=True), path)"
         )
-    try:
-        with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as exc:
-        raise AdapterFileError(f"{path} is damaged: {exc}") from exc
     packed = any(e.compress_type != zipfile.ZIP_STORED for e in entries)
     if packed or sum(e.file_size for e in entries) > size:
         raise AdapterFileError(

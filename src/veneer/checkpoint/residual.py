@@ -102,11 +102,11 @@ def marked_config(config: LoraConfig, metadata: Mapping[str, str], where: object
         for name in _FIELDS:
             setattr(restored, name, values[name])
         restored.validate()
-    except (ValueError, LookupError, TypeError, AttributeError, ConfigError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, ConfigError) as error:
         raise AdapterFileError(
             f"{where}: the mark of its frozen term is damaged ({error}); without the metadata "
             f"{RESIDUAL_MARK!r} the file is a plain adapter of twice the rank"
         ) from error
     plain = plain_config(restored)
-    fits = plain.r == config.r and plain.rank_pattern == config.rank_pattern
-    return restored if fits and config.init_lora_weights is True else config
+    fits = all(getattr(plain, name) == getattr(config, name) for name in _FIELDS)
+    return restored if fits else config

@@ -1,4 +1,4 @@
-"""Writing an adapter's directory: everything beside the old files first, then two moves."""
+"""Writing an adapter's directory: everything beside the old files first, then moved into place."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ import contextlib
 import json
 import math
 import os
-import secrets
-import shutil
 import struct
 import warnings
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,18 +17,18 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from ..atomic import HalfMovedError, atomic_files, locked
 from ..errors import CheckpointError, VeneerWarning
 from .card import merge_card
-from .header import name_problem
+from .header import BIN_METADATA, name_problem
 from .layout import (
     BIN_NAME,
     CARD_NAME,
     CONFIG_NAME,
     SAFETENSORS_NAME,
-    temporaries,
-    temporary_name,
-    tensors_name,
-    unfinished_save,
+    finish_older_save,
+    left_over,
+    saved_metadata,
 )
 
 
@@ -44,16 +43,15 @@ def write_adapter(
 ) -> None:
     """Write ``adapter_config.json`` and the tensors, all or nothing.
 
-    A save that fails or is killed leaves the old adapter whole, or the new one. Where the configuration is
-    the same as before, other libraries see that too; where it changed, they could meet the new tensors with
-    the old configuration in the moment between two renames (Veneer's reader recognises it). One writer at a
-    time.
+    A save that fails or is killed leaves the old adapter or the new one, for whoever reads it with Veneer.
+    Another library that reads between the move of the tensors and that of the configuration, or after a kill
+    there, meets the new tensors with the old configuration. Writers into one directory take turns.
 
     Args:
         directory: made if it does not exist; other files in it are left alone.
         tensors: names on disk (see :func:`to_disk`) to tensors, on any device; shared storage is fine.
         config: content of the configuration file, JSON values only.
-        metadata: strings for the safetensors header, beside ``{"format": "pt"}``.
+        metadata: strings to keep in the file of tensors, beside the configuration.
         card: text of ``README.md``. Of a README that exists already only the front matter is updated.
         safe_serialization: False writes a pickled ``.bin`` instead of safetensors.
 
@@ -64,30 +62,26 @@ def write_adapter(
     check_tensors(tensors)
     root = Path(directory)
     text = _config_text(config)
-    format = "safetensors" if safe_serialization else "bin"
-    with _directory(root):
-        _tidy(root)
-        card = _with_existing(root / CARD_NAME, card)
-        save_id = secrets.token_hex(8)
-        temps = {f: root / temporary_name(save_id, format, f) for f in ("tensors", "config", "card")}
-        try:
-            _write_tensors(temps["tensors"], _plain(tensors), dict(metadata or {}), format)
-            # The order matters: while the tensors' temporary file exists, the configuration's is ignored.
-            _write_text(temps["config"], text)
-            # safetensors makes files that only their owner may read; this one is as the others are.
-            shutil.copymode(temps["config"], temps["tensors"])
-            if card is not None:
-                _write_text(temps["card"], card)
-            os.replace(temps["tensors"], root / tensors_name(format))
-        except (OSError, SafetensorError, RuntimeError) as exc:
-            raise CheckpointError(
-                f"the adapter could not be written to {root}, nothing has changed: {exc}"
-            ) from exc
-        finally:
-            if temps["tensors"].exists():  # not moved: this save did not happen
-                for file in ("config", "card", "tensors"):
-                    temps[file].unlink(missing_ok=True)
-        _finish(root, temps, format)
+    new, old = (SAFETENSORS_NAME, BIN_NAME) if safe_serialization else (BIN_NAME, SAFETENSORS_NAME)
+    places = [root / new, root / CONFIG_NAME, *([] if card is None else [root / CARD_NAME])]
+    try:
+        with _directory(root), locked(root):
+            _tidy(root)
+            metadata = {**(metadata or {}), **saved_metadata(root, text)}
+            with atomic_files(*places, instead_of=root / old) as waiting:
+                _write_tensors(waiting[0], _plain(tensors), metadata, safe_serialization)
+                _write_text(waiting[1], text)
+                if card is not None:
+                    _write_text(waiting[2], _with_existing(root / CARD_NAME, card))
+    except HalfMovedError as exc:
+        raise CheckpointError(
+            f"the adapter's tensors are in {root}, but not all other files could be moved into place: {exc}. "
+            f"Veneer reads the directory correctly; save again for other readers."
+        ) from exc
+    except (OSError, SafetensorError, RuntimeError) as exc:
+        raise CheckpointError(
+            f"the adapter could not be written to {root}, nothing has changed: {exc}"
+        ) from exc
 
 
 def check_tensors(tensors: Mapping[str, torch.Tensor]) -> None:
@@ -171,15 +165,17 @@ def _config_text(config: Mapping[str, Any]) -> str:
 
 
 def _write_tensors(
-    path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str], format: str
+    path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str], safetensors: bool
 ) -> None:
-    if format == "safetensors":
+    if safetensors:
         save_file(tensors, path, metadata={**metadata, "format": "pt"})
         _sort_metadata(path)
-    else:
-        torch.save(tensors, path)
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
+        return
+    with path.open("wb") as file:
+        torch.save(tensors, file)
+    with zipfile.ZipFile(path, "a") as archive:
+        inside = archive.namelist()[0].partition("/")[0]
+        archive.writestr(f"{inside}/{BIN_METADATA}", json.dumps(metadata, sort_keys=True))
 
 
 def _sort_metadata(path: Path) -> None:
@@ -194,8 +190,8 @@ def _sort_metadata(path: Path) -> None:
             file.write(text.ljust(length))
 
 
-def _with_existing(path: Path, card: str | None) -> str | None:
-    if card is None or not path.is_file():
+def _with_existing(path: Path, card: str) -> str:
+    if not path.is_file():
         return card
     try:
         return merge_card(path.read_bytes().decode("utf-8", "surrogateescape"), card)
@@ -204,10 +200,7 @@ def _with_existing(path: Path, card: str | None) -> str | None:
 
 
 def _write_text(path: Path, text: str) -> None:
-    with path.open("x", encoding="utf-8", errors="surrogateescape", newline="") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    path.write_bytes(text.encode("utf-8", "surrogateescape"))
 
 
 @contextlib.contextmanager
@@ -228,45 +221,7 @@ def _directory(root: Path) -> Iterator[None]:
 
 
 def _tidy(root: Path) -> None:
-    """Finish or remove what a killed save left."""
-    try:
-        unfinished = unfinished_save(root)
-        if unfinished:
-            _place(root, unfinished.config, unfinished.format)
-        # Configurations go first: one without its tensors beside it would be believed.
-        for path in sorted(temporaries(root), key=lambda p: "-tensors." in p.name):
-            path.unlink(missing_ok=True)
-    except OSError as exc:
-        raise CheckpointError(f"what an earlier save left in {root} cannot be removed: {exc}") from exc
-
-
-def _finish(root: Path, temps: dict[str, Path], format: str) -> None:
-    try:
-        _sync_directory(root)
-        _place(root, temps["config"], format)
-        if temps["card"].exists():
-            os.replace(temps["card"], root / CARD_NAME)
-        _sync_directory(root)
-    except OSError as exc:
-        raise CheckpointError(
-            f"the adapter's tensors are in {root}, but not all other files could be moved into place: {exc}. "
-            f"Veneer reads the directory correctly; save again for other readers."
-        ) from exc
-
-
-def _place(root: Path, config: Path, format: str) -> None:
-    if format == "bin":
-        (root / SAFETENSORS_NAME).unlink(missing_ok=True)  # it would win over the new file
-    os.replace(config, root / CONFIG_NAME)
-    if format == "safetensors":
-        (root / BIN_NAME).unlink(missing_ok=True)
-
-
-def _sync_directory(root: Path) -> None:
-    if os.name != "posix":
-        return
-    handle = os.open(root, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    """Remove what a killed save left; where it is one of Veneer 0.1, finish it first."""
+    finish_older_save(root)
+    for path in left_over(root):
+        path.unlink(missing_ok=True)

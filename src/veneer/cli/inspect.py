@@ -14,6 +14,7 @@ from .common import console as stdout
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from ..checkpoint.lora_files import OpenLora
     from ..training.spectra import UpdateSpectrum
 
 
@@ -38,13 +39,15 @@ def inspect(
     Reads the adapter's files and loads no model. Norms are Frobenius norms of the scaled update;
     the effective rank is the exponential of the entropy of its singular values.
     """
+    from ..checkpoint.lora_files import open_lora
     from ..training.adapters import describe
 
     if plot is not None:
         _check_plot(plot)
     directory = adapter_place(adapter)
-    found = describe(directory)
-    updates = _spectra(directory) if spectrum or modules or plot is not None else []
+    lora = open_lora(directory)
+    found = describe(lora)
+    updates = _spectra(lora) if spectrum or modules or plot is not None else []
     if plot is not None:
         from ..training.heat_map import heat_map
 
@@ -71,15 +74,15 @@ def _check_plot(plot: Path) -> None:
         raise typer.BadParameter(f"--plot: there is no directory {plot.parent}")
 
 
-def _spectra(directory: Path) -> list[UpdateSpectrum]:
+def _spectra(lora: OpenLora) -> list[UpdateSpectrum]:
     from ..training import Terminal
     from ..training.spectra import spectra
 
     progress = Terminal()
     if not progress.console.is_terminal:
-        return spectra(directory)
+        return spectra(lora)
     with progress.console.status("computing spectra …") as status:
-        return spectra(directory, lambda done, total: status.update(f"computing spectra {done}/{total}"))
+        return spectra(lora, lambda done, total: status.update(f"computing spectra {done}/{total}"))
 
 
 def _show(found: dict[str, Any], updates: list[UpdateSpectrum], first: int, modules: bool) -> None:

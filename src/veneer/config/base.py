@@ -6,7 +6,6 @@ import dataclasses
 import json
 import os
 import re
-import uuid
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -14,12 +13,13 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, TypeVar
 
+from veneer.atomic import atomic_file
 from veneer.config import values as check
-from veneer.config.files import CONFIG_FILE, check_nesting, config_path, read_config_file
+from veneer.config.files import CONFIG_FILE, check_nesting, read_config_file
 from veneer.config.kinds import PeftType, TaskType
 from veneer.config.spelling import names_unknown_options, unknown_option
 from veneer.config.values import looks_like_regex
-from veneer.doors import hub, is_local
+from veneer.doors import adapter_files, hub, is_local
 from veneer.errors import AdapterFileError, ConfigError, Hint, Text, UnknownOptionError, VeneerWarning
 
 KNOWN_PEFT_VERSION = (0, 21, 2)
@@ -250,13 +250,24 @@ class PeftConfig:
         """
         where = os.path.expanduser(os.fspath(pretrained_model_name_or_path))
         if is_local(where):
-            return cls.from_file(config_path(Path(where), subfolder))
-        return cls.from_file(Path(hub().download_file(where, CONFIG_FILE, subfolder=subfolder, **kwargs)))
+            directory = Path(where) / (subfolder or "")
+        else:
+            directory = Path(hub().download_file(where, CONFIG_FILE, subfolder=subfolder, **kwargs)).parent
+        files = adapter_files()
+        found = files.find_config(files.check_directory(directory))
+        config = cls._named(directory / CONFIG_FILE, found.values)
+        if found.remark is not None:
+            warnings.warn(found.remark, VeneerWarning, stacklevel=2)
+        return config
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> Any:
-        """Read one ``adapter_config.json``; see :meth:`from_pretrained`."""
-        values = read_config_file(path)
+        """Read one ``adapter_config.json``, whatever lies beside it; see :meth:`from_pretrained`."""
+        return cls._named(path, read_config_file(path))
+
+    @classmethod
+    def _named(cls, path: str | os.PathLike[str], values: Mapping[str, Any]) -> Any:
+        """The configuration in a file's content, with the file's name in errors."""
         try:
             return cls.from_dict(values)
         except ConfigError as error:
@@ -268,12 +279,12 @@ class PeftConfig:
         """Write ``adapter_config.json`` into a directory: whole, or not at all.
 
         Raises:
-            AdapterFileError: If the directory is a file.
+            AdapterFileError: If the directory is a file, or cannot be written to.
+            ConfigError: If the configuration holds what JSON cannot.
         """
         directory = Path(save_directory)
         if directory.is_file():
             raise AdapterFileError(f"cannot save into {directory}: it is a file, not a directory")
-        directory.mkdir(parents=True, exist_ok=True)
         values = self.to_json(inference_mode=None)
         if auto_mapping_dict is not None:
             values = dict(sorted({**values, "auto_mapping": auto_mapping_dict}.items()))
@@ -281,16 +292,12 @@ class PeftConfig:
             text = json.dumps(values, indent=2, allow_nan=False) + "\n"
         except (TypeError, ValueError) as error:
             raise ConfigError(f"the configuration holds what JSON cannot: {error}") from error
-        temporary = directory / f".{CONFIG_FILE}.{uuid.uuid4().hex}.tmp"
         try:
-            with open(temporary, "x", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, directory / CONFIG_FILE)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+            directory.mkdir(parents=True, exist_ok=True)
+            with atomic_file(directory / CONFIG_FILE) as waiting:
+                waiting.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise AdapterFileError(f"the configuration could not be saved: {error}") from error
 
 
 def _member(kind: type[_E], value: Any) -> Any:

@@ -4,45 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from veneer.config import values as check
-from veneer.errors import AdapterFileError, ConfigError, Hint
+from veneer.errors import AdapterFileError, ConfigError
 
 CONFIG_FILE = "adapter_config.json"
-
-
 LARGEST_FILE = 16 * 2**20
-
-
 DEEPEST_NESTING = 32
 
 
-def config_path(directory: Path, subfolder: str | None) -> Path:
-    """The configuration file in a directory, or an error that says where one is."""
-    path = (directory / subfolder if subfolder else directory) / CONFIG_FILE
-    if path.is_file():
-        return path
-    if not directory.exists():
-        raise AdapterFileError(
-            f"{directory} does not exist; a local adapter is a directory with {CONFIG_FILE}"
-        )
-    if directory.is_file():
-        raise AdapterFileError(f"{directory} is a file; pass the directory of the adapter instead")
-    inside = sorted(p.parent.relative_to(directory).as_posix() for p in directory.glob(f"*/{CONFIG_FILE}"))
-    if not inside:
-        raise AdapterFileError(f"{path} is missing")
-    way = [] if subfolder else [Hint("subfolder", inside[0], "; pass {}")]
-    raise AdapterFileError(f"{path} is missing; sub-directories with one: {', '.join(inside[:10])}", *way)
-
-
-def read_config_file(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The JSON object in an ``adapter_config.json``.
+def read_config_bytes(path: str | os.PathLike[str]) -> bytes:
+    """The content of an ``adapter_config.json``, not looked at.
 
     Raises:
-        AdapterFileError: If the file is missing, too large, not UTF-8, no JSON, or not an object.
+        AdapterFileError: If the file is missing or too large.
     """
     name = os.fspath(path)
     try:
@@ -54,8 +32,21 @@ def read_config_file(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise AdapterFileError(
             f"{name} is larger than {LARGEST_FILE >> 20} MiB: not an adapter configuration"
         )
+    return raw
+
+
+def parse_config(raw: bytes, name: str) -> dict[str, Any]:
+    """The JSON object that an ``adapter_config.json`` holds.
+
+    Args:
+        raw: Its content.
+        name: What to call it in messages.
+
+    Raises:
+        AdapterFileError: If it is not UTF-8, no JSON, not an object, or has a key twice.
+    """
     try:
-        values = json.loads(raw.decode("utf-8-sig"))
+        values = json.loads(raw.decode("utf-8-sig"), object_pairs_hook=no_duplicates)
     except (ValueError, RecursionError) as error:
         kind = (
             "nested too deeply"
@@ -68,6 +59,25 @@ def read_config_file(path: str | os.PathLike[str]) -> dict[str, Any]:
             f"{name} holds a JSON {type(values).__name__}, not an object with the adapter's options"
         )
     return values
+
+
+def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object as a dictionary, for ``object_pairs_hook``; of a key twice readers take either value."""
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        ((twice, _),) = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"the key {twice[:100]!r} occurs twice")
+    return table
+
+
+def read_config_file(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The JSON object in an ``adapter_config.json``, whatever lies beside it.
+
+    Raises:
+        AdapterFileError: If the file is missing, too large, not UTF-8, no JSON, not an object, or has a key
+            twice.
+    """
+    return parse_config(read_config_bytes(path), os.fspath(path))
 
 
 def check_nesting(values: Any) -> None:

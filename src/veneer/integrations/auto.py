@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from veneer.checkpoint import locate_config
 from veneer.config import PeftConfig, TaskType
 from veneer.doors import adapter_directory
 from veneer.errors import AdapterFileError, ConfigError, MissingExtraError, VeneerWarning
@@ -88,9 +87,8 @@ class AutoPeftModel:
         directory = adapter_directory(
             pretrained_model_name_or_path, subfolder=subfolder, revision=revision, **shared
         )
-        if config is None:
-            config = PeftConfig.from_file(locate_config(directory))
-        base = cls._load_base(config, directory, kwargs, import_allowlist)
+        said = PeftConfig.from_pretrained(directory) if config is None else config
+        base = cls._load_base(said, directory, kwargs, import_allowlist)
         _fit_vocabulary(base, directory)
         return cls.peft_class.from_pretrained(
             base, directory, adapter_name, is_trainable=is_trainable, config=config, **options

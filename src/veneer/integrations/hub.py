@@ -9,11 +9,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.layout import BIN_NAME, CONFIG_NAME, SAFETENSORS_NAME, find_config
 from ..errors import AdapterFileError, MissingExtraError
 
-CONFIG_NAME = "adapter_config.json"
-SAFETENSORS_NAME = "adapter_model.safetensors"
-BIN_NAME = "adapter_model.bin"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -170,8 +168,15 @@ def push_to_hub(
         from huggingface_hub import HfApi
     except ModuleNotFoundError as error:
         raise MissingExtraError("huggingface_hub", "hf", f"uploading to {repo_id!r}") from error
-    if not any(found for pattern in ("", "*/") for found in Path(directory).glob(f"{pattern}{CONFIG_NAME}")):
+    found = [path for pattern in ("", "*/") for path in Path(directory).glob(f"{pattern}{CONFIG_NAME}")]
+    if not found:
         raise AdapterFileError(f"no {CONFIG_NAME} in {os.fspath(directory)!r}: save the adapter there first")
+    for path in found:
+        if find_config(path.parent).cut_short:
+            raise AdapterFileError(
+                f"a save into {path.parent} was cut short, and others would read its tensors with the "
+                "configuration of another adapter: save it again first"
+            )
     api = HfApi(token=token, library_name="veneer")
     try:
         repository = str(api.create_repo(repo_id, private=private, exist_ok=True).repo_id)

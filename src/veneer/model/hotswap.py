@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from veneer.adapters import base_of, walk
-from veneer.checkpoint import to_disk
+from veneer.checkpoint import open_adapter, to_disk
 from veneer.config import LoraConfig, PeftConfig
+from veneer.doors import adapter_directory
 from veneer.errors import AdapterNameError, ConfigError, LoadMismatchError, MergeError, Text, VeneerWarning
 from veneer.layers import LoraLayer
-from veneer.model.state_dicts import load_peft_weights
 from veneer.spec import LoraSpec, resolve_all, restate
 
 _PREFIX = "base_model.model."
@@ -176,12 +176,13 @@ def hotswap_adapter(
         ConfigError: The configurations cannot be exchanged.
         LoadMismatchError: The tensors do not fit. Nothing has changed then.
     """
-    config = PeftConfig.from_pretrained(model_name_or_path, **kwargs)
+    file = open_adapter(adapter_directory(model_name_or_path, **kwargs))
+    config = file.config()
     if adapter_name not in model.peft_config:
         have = ", ".join(map(repr, model.peft_config)) or "none"
         raise AdapterNameError(f"this model has no adapter {adapter_name!r} to swap; it has: {have}")
     check_hotswap_configs_compatible(model.peft_config[adapter_name], config)
-    weights = load_peft_weights(model_name_or_path, device=torch_device or "cpu", **kwargs)
+    weights = file.tensors(device=torch_device or "cpu")
     places = _places(_holding(model, [adapter_name]), adapter_name)
     names = {to_disk(name, adapter_name): name for name in places}
     named = {names.get(key, key): value for key, value in weights.items()}

@@ -21,8 +21,8 @@ from veneer.adapters import as_names, check_adapter_name, walk
 from veneer.checkpoint import (
     CARD_NAME,
     RESIDUAL_MARK,
+    AdapterFile,
     LoadReport,
-    locate_config,
     mark,
     marked_config,
     merge_card,
@@ -183,13 +183,6 @@ class Persistence(nn.Module):
     ) -> None:
         """Write one adapter into its directory."""
         init = self._subtracted_start(name)
-        if init is not None and not safe_serialization:
-            raise CheckpointError(
-                f"the frozen term of {name!r} (",
-                Hint("init_lora_weights", init),
-                ") is marked in the metadata of a safetensors file, and a .bin has none: save with "
-                "safe_serialization=True",
-            )
         config = self._config_to_save(name)
         self._mention_replaced_base(name)
         self.base_model.mention_unmeasured([name], ". Its file says True")
@@ -329,12 +322,34 @@ class Persistence(nn.Module):
         refuse_unknown("load_adapter", kwargs, _LOADING, _parameters(Persistence.load_adapter))
         rename = renamer(key_mapping)
         _check_config(config)
-        directory = adapter_directory(model_id, **_for_the_hub(kwargs))
-        if config is None:
-            config = PeftConfig.from_file(locate_config(directory))
+        file = open_adapter(adapter_directory(model_id, **_for_the_hub(kwargs)))
+        return self._load(
+            file,
+            file.config() if config is None else config,
+            adapter_name,
+            is_trainable=is_trainable,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+            rename=rename,
+            strict=strict,
+            check_base=check_base,
+        )
+
+    def _load(
+        self,
+        file: AdapterFile,
+        config: PeftConfig,
+        adapter_name: str,
+        *,
+        is_trainable: bool,
+        autocast_adapter_dtype: bool,
+        rename: Callable[[str], str],
+        strict: bool,
+        check_base: bool,
+    ) -> LoadReport:
+        """Load an adapter whose file is open; see `load_adapter`."""
+        directory = file.path.parent
         config = copy.deepcopy(config)
         config.inference_mode = not is_trainable
-        file = open_adapter(directory)
         if isinstance(config, LoraConfig):
             config = marked_config(config, file.metadata, directory)
         names = {rename(key): key for key in file.shapes}
@@ -437,21 +452,21 @@ class Persistence(nn.Module):
         """
         known = _parameters(Persistence.from_pretrained) | {"strict", "check_base"}
         refuse_unknown("from_pretrained", kwargs, _LOADING | {"strict", "check_base"}, known)
+        rename = renamer(key_mapping)
         _check_config(config)
-        directory = adapter_directory(model_id, **_for_the_hub(kwargs))
-        options = {k: kwargs[k] for k in ("strict", "check_base") if k in kwargs}
+        file = open_adapter(adapter_directory(model_id, **_for_the_hub(kwargs)))
         if config is None:
-            config = PeftConfig.from_file(locate_config(directory))
-        kind = cls.class_for(config.task_type)
-        result = kind(model)
-        result.load_adapter(
-            directory,
+            config = file.config()
+        result = cls.class_for(config.task_type)(model)
+        result._load(
+            file,
+            config,
             adapter_name,
             is_trainable=is_trainable,
             autocast_adapter_dtype=autocast_adapter_dtype,
-            key_mapping=key_mapping,
-            config=config,
-            **options,
+            rename=rename,
+            strict=kwargs.get("strict", True),
+            check_base=kwargs.get("check_base", True),
         )
         return result
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import CONFIG_NAME, AdapterFile, check_adapter_name, open_adapter, read_config
-from ..checkpoint.lora_files import blaming, factor_names, open_lora
+from ..checkpoint import CONFIG_NAME, AdapterFile, check_adapter_name, open_adapter
+from ..checkpoint.lora_files import OpenLora, blaming, factor_names, open_lora
 from ..checkpoint.places import check_replaceable, check_room, replacing
-from ..config import LoraConfig, PeftConfig
+from ..config import LoraConfig
 from ..doors import adapter_directory
 from ..errors import AdapterFileError, ConfigError, Hint, VeneerError, VeneerWarning
 from ..model import MergeReport, PeftModel
@@ -82,12 +82,12 @@ def read_head(adapter: str | os.PathLike[str]) -> Head:
     Raises:
         AdapterFileError: It is missing or broken, or no LoRA.
     """
-    if looks_local(adapter) or "/" not in os.fspath(adapter):
-        read_config(adapter)
+    local = looks_local(adapter) or "/" not in os.fspath(adapter)
+    directory = Path(adapter).expanduser() if local else adapter_directory(adapter)
+    file = open_adapter(directory)
     with blaming(adapter):
-        config = PeftConfig.from_pretrained(adapter)
-    directory = adapter_directory(adapter)
-    return Head(os.fspath(adapter), directory, config, open_adapter(directory))
+        config = file.config()
+    return Head(os.fspath(adapter), directory, config, file)
 
 
 def load_adapted(
@@ -127,7 +127,7 @@ def load_adapted(
     classes = first.classes()
     head: dict[str, Any] = {} if classes is None else {"label_names": classes}
     base, tokenizer = load_base(named, dtype, **head)
-    adapted = PeftModel.from_pretrained(base, first.directory, config=first.config)
+    adapted = PeftModel.from_pretrained(base, first.directory)
     for name, other in more.items():
         adapted.load_adapter(other.directory, name)
     return adapted, _own_tokenizer(first.directory) or tokenizer
@@ -202,8 +202,11 @@ def merge(model: Any, *, untie: bool = False) -> tuple[Any, MergeReport]:
     return plain, report
 
 
-def describe(adapter: str | os.PathLike[str]) -> dict[str, Any]:
+def describe(adapter: str | os.PathLike[str] | OpenLora) -> dict[str, Any]:
     """What an adapter is, from its configuration and the header of its tensors.
+
+    Args:
+        adapter: Its directory, or what `open_lora` gave for it.
 
     Raises:
         AdapterFileError: It is missing or broken, or its configuration is not that of a LoRA.
@@ -215,7 +218,7 @@ def describe(adapter: str | os.PathLike[str]) -> dict[str, Any]:
     for path, f in layers.items():
         kinds.setdefault((path.rpartition(".")[2], f["A"], f["B"]), []).append(path)
     return {
-        "path": str(adapter),
+        "path": str(file.path.parent),
         "base": config.base_model_name_or_path,
         "task_type": _word(config.task_type),
         "peft_type": _word(config.peft_type),

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoint.lora_files import factor_names, open_lora
+from ..checkpoint.lora_files import OpenLora, factor_names, open_lora
 from ..errors import AdapterFileError, CombineError
 from ..ops import low_rank
 
@@ -87,14 +87,14 @@ class UpdateSpectrum:
 
 
 def spectra(
-    adapter: str | os.PathLike[str], tell: Callable[[int, int], None] | None = None
+    adapter: str | os.PathLike[str] | OpenLora, tell: Callable[[int, int], None] | None = None
 ) -> list[UpdateSpectrum]:
     """The spectrum of every update of an adapter, from its files alone.
 
     Of a DoRA it is that of the low-rank part, before its magnitudes.
 
     Args:
-        adapter: Directory of the adapter.
+        adapter: Directory of the adapter, or what `open_lora` gave for it.
         tell: Called with (how many are done, how many there are).
 
     Raises:

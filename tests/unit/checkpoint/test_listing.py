@@ -80,12 +80,22 @@ def test_what_is_wrong_is_said(tmp_path: Path) -> None:
     assert not any(str(tmp_path) in text for text in words.values())
 
 
+class Explosive:
+    """What may not be unpickled."""
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return pytest.fail, ("it was unpickled",)
+
+
 def test_a_pickle_is_listed_and_not_opened(tmp_path: Path) -> None:
     place = adapter(tmp_path / "old")
     (place / "adapter_model.safetensors").unlink()
+    torch.save({"a": Explosive()}, place / "adapter_model.bin")
+    (entry,) = find_adapters(tmp_path)
+    assert entry.bytes and entry.parameters is None and not entry.problems
     (place / "adapter_model.bin").write_bytes(b"x" * 10)
     (entry,) = find_adapters(tmp_path)
-    assert entry.bytes == 10 and entry.parameters is None and not entry.problems
+    assert entry.bytes == 10 and "not a zip file" in entry.problems[0]
 
 
 def test_a_place_that_is_none_is_refused(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from veneer.checkpoint import (
     write_adapter,
 )
 from veneer.checkpoint.header import read_header
+from veneer.checkpoint.layout import SAVED_CONFIG
 from veneer.errors import AdapterFileError, VeneerWarning
 
 TENSORS = {
@@ -39,7 +40,11 @@ def test_shapes_dtypes_and_metadata_without_reading_tensors(adapter: Path) -> No
     assert file.path == adapter / SAFETENSORS_NAME
     assert file.shapes == {k: tuple(t.shape) for k, t in TENSORS.items()}
     assert file.dtypes == {k: t.dtype for k, t in TENSORS.items()}
-    assert file.metadata == {"format": "pt", "veneer": "{}"}
+    assert file.metadata == {
+        "format": "pt",
+        "veneer": "{}",
+        SAVED_CONFIG: (adapter / CONFIG_NAME).read_text(),
+    }
 
 
 def test_tensors_all_some_none(adapter: Path) -> None:
@@ -52,11 +57,13 @@ def test_tensors_all_some_none(adapter: Path) -> None:
         file.tensors(["m.lora_A.weight", "m.lora_C.weight"])
 
 
-def test_a_file_that_disappears_between_opening_and_reading(adapter: Path) -> None:
-    file = open_adapter(adapter)
+def test_tensors_are_those_of_the_file_that_was_opened(adapter: Path) -> None:
+    file, other = open_adapter(adapter), {k: t * 0 for k, t in TENSORS.items()}
+    write_adapter(adapter, other, {**CONFIG, "lora_alpha": 5})
+    assert {k: t.tolist() for k, t in file.tensors().items()} == {k: t.tolist() for k, t in TENSORS.items()}
+    assert file.config().lora_alpha == 8
     file.path.unlink()
-    with pytest.raises(AdapterFileError, match="cannot be read"):
-        file.tensors()
+    assert file.tensors().keys() == TENSORS.keys()
 
 
 def test_a_file_that_changes_between_opening_and_reading(adapter: Path, tmp_path: Path) -> None:
@@ -79,6 +86,8 @@ def test_a_file_that_changes_while_it_is_opened(
 
     monkeypatch.setattr(reading, "read_header", read_and_exchange)
     with pytest.raises(AdapterFileError, match="two readings of its header differ"):
+        reading.open_tensors(adapter / SAFETENSORS_NAME)
+    with pytest.raises(AdapterFileError, match="its tensors are replaced again and again"):
         open_adapter(adapter)
 
 

@@ -219,11 +219,26 @@ def test_loading_into_the_adapter_that_is_there_as_trainers_do(tmp_path: Path) -
     assert all(torch.equal(fresh.state_dict()[n], t) for n, t in expected.items())
 
 
-def test_a_bin_cannot_be_marked_and_nothing_is_written(tmp_path: Path) -> None:
+def test_a_bin_is_marked_as_well(tmp_path: Path) -> None:
     model = get_peft_model(net(), config())
-    with pytest.raises(CheckpointError, match="safe_serialization=True"):
-        model.save_pretrained(tmp_path / "new", safe_serialization=False)
-    assert not (tmp_path / "new").exists()
+    steps(model, 2)
+    model.save_pretrained(tmp_path, safe_serialization=False)
+    with pytest.warns(VeneerWarning, match="is a pickle"):
+        loaded = PeftModel.from_pretrained(net(), tmp_path)
+    assert all(torch.equal(loaded.state_dict()[n], t) for n, t in model.state_dict().items())
+
+
+def test_an_edited_strength_is_used(tmp_path: Path) -> None:
+    model = get_peft_model(net(), config(target_modules=["conv"]))
+    steps(model, 2)
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    values = json.loads(file.read_text())
+    file.write_text(json.dumps({**values, "lora_alpha": 3 * values["lora_alpha"]}))
+    with pytest.warns(VeneerWarning, match="lora_alpha"):
+        loaded = PeftModel.from_pretrained(net(), tmp_path)
+    base = net()(X)
+    assert_close(loaded(X) - base, 3 * (model(X) - base))
 
 
 def test_conversion_is_not_needed(tmp_path: Path) -> None:
@@ -243,7 +258,13 @@ def test_a_damaged_mark_is_said(tmp_path: Path) -> None:
         metadata = opened.metadata()
     tensors = load_file(file)
     good = json.loads(metadata["veneer_residual"])
-    for text in ("{", "[]", json.dumps({**good, "r": -1}), json.dumps({**good, "rank_pattern": 3})):
+    for text in (
+        "{",
+        "[]",
+        "[" * 100_000,
+        json.dumps({**good, "r": -1}),
+        json.dumps({**good, "rank_pattern": 3}),
+    ):
         save_file(tensors, file, {**metadata, "veneer_residual": text})
         with pytest.raises(AdapterFileError, match="mark of its frozen term is damaged"):
             PeftModel.from_pretrained(net(), tmp_path)

@@ -5,8 +5,8 @@ import json
 import os
 import resource
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,8 @@ from veneer.checkpoint import (
     open_adapter,
     read_config,
     write_adapter,
-    writing,
 )
-from veneer.checkpoint.layout import temporary_name
+from veneer.checkpoint.layout import SAVED_CONFIG
 from veneer.errors import CheckpointError, VeneerWarning
 
 OLD = {"m.lora_A.weight": torch.zeros(4, 8), "m.lora_B.weight": torch.zeros(8, 4)}
@@ -60,13 +59,13 @@ def test_what_is_written(tmp_path: Path) -> None:
     text = (place / CONFIG_NAME).read_text()
     assert text == json.dumps({"lora_alpha": 8, "r": 4, "target_modules": ["q"]}, indent=2) + "\n"
     assert (place / CARD_NAME).read_text() == "# Card\n"
-    assert open_adapter(place).metadata == {"format": "pt", "veneer": "{}"}
+    assert open_adapter(place).metadata == {"format": "pt", "veneer": "{}", SAVED_CONFIG: text}
     assert content(place) == ({"target_modules": ["q"], **OLD_CONFIG}, lists(OLD))
 
 
 def test_the_format_is_always_in_the_metadata(tmp_path: Path) -> None:
     write_adapter(tmp_path, OLD, {}, metadata={"format": "np"})
-    assert open_adapter(tmp_path).metadata == {"format": "pt"}
+    assert open_adapter(tmp_path).metadata == {"format": "pt", SAVED_CONFIG: "{}\n"}
 
 
 def test_the_same_adapter_gives_the_same_bytes(tmp_path: Path) -> None:
@@ -232,7 +231,8 @@ def test_a_failure_after_the_tensors_moved_is_said_and_read_correctly(
         patch.setattr(os, "replace", only_tensors)
         with pytest.raises(CheckpointError, match="not all other files could be moved"):
             write_adapter(tmp_path, NEW, NEW_CONFIG)
-    assert content(tmp_path) == (NEW_CONFIG, lists(NEW))
+    with pytest.warns(VeneerWarning, match=r"cut short.*adapter_config\.json is the one before"):
+        assert content(tmp_path) == (NEW_CONFIG, lists(NEW))
     assert json.loads((tmp_path / CONFIG_NAME).read_text()) == OLD_CONFIG
     with pytest.raises(CheckpointError, match="there are no tensors"):
         write_adapter(tmp_path, {}, {})
@@ -242,9 +242,9 @@ def test_a_failure_after_the_tensors_moved_is_said_and_read_correctly(
 
 def test_what_another_save_left_and_cannot_be_removed_stops_the_next(tmp_path: Path) -> None:
     write_adapter(tmp_path, OLD, OLD_CONFIG)
-    left = tmp_path / temporary_name("0" * 16, "safetensors", "tensors")
+    left = tmp_path / f".veneer-{'0' * 16}.tmp"
     left.mkdir()  # no save of ours makes one, and none removes it
-    with pytest.raises(CheckpointError, match="cannot be removed"):
+    with pytest.raises(CheckpointError, match=rf"nothing has changed: .*{left.name}"):
         write_adapter(tmp_path, NEW, NEW_CONFIG)
     left.rmdir()
     assert content(tmp_path) == (OLD_CONFIG, lists(OLD)) and len(names(tmp_path)) == 2
@@ -263,75 +263,6 @@ def test_a_card_that_cannot_be_read_is_not_written_over(
         with pytest.raises(CheckpointError, match="cannot be read, and would be written over"):
             write_adapter(tmp_path, NEW, NEW_CONFIG, card="# Theirs\n")
     assert content(tmp_path) == (OLD_CONFIG, lists(OLD)) and (tmp_path / CARD_NAME).read_text() == "# Ours\n"
-
-
-class Killed(BaseException):
-    """Stands for a process that is no more: from then on nothing of it touches the disk."""
-
-
-@contextmanager
-def killed_at(step: int, patch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """Let the writer die at its `step`-th operation on the disk, half-way through where it has a half."""
-    steps = [0]
-
-    def mortal(function: Callable[..., Any], half: Callable[..., None] | None = None) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            steps[0] += 1
-            if steps[0] == step and half:
-                half(*args)
-            if steps[0] >= step:
-                raise Killed
-            return function(*args, **kwargs)
-
-        return call
-
-    def half_file(tensors: dict[str, torch.Tensor], path: Path, **_: Any) -> None:
-        path.write_bytes(b"\x10\0\0\0\0\0\0\0{half")
-
-    def half_text(path: Path, text: str) -> None:
-        path.write_text(text[: len(text) // 2])
-
-    with patch.context() as p:
-        p.setattr(os, "replace", mortal(os.replace))
-        p.setattr(os, "fsync", mortal(os.fsync))
-        p.setattr(Path, "unlink", mortal(Path.unlink))
-        p.setattr(Path, "mkdir", mortal(Path.mkdir))
-        p.setattr(Path, "rmdir", mortal(Path.rmdir))
-        p.setattr(writing, "save_file", mortal(writing.save_file, half_file))
-        p.setattr(torch, "save", mortal(torch.save, half_file))
-        p.setattr(writing, "_write_text", mortal(writing._write_text, half_text))
-        yield steps
-
-
-@pytest.mark.parametrize("before", ["safetensors", "bin", "nothing"])
-@pytest.mark.parametrize("safe", [True, False])
-def test_a_save_that_is_killed_leaves_the_old_adapter_or_the_new_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str, safe: bool
-) -> None:
-    seen = []
-    for step in range(1, 100):
-        place = tmp_path / str(step)
-        if before != "nothing":
-            write_adapter(place, OLD, OLD_CONFIG, safe_serialization=before == "safetensors")
-        with killed_at(step, monkeypatch) as steps, suppress(Killed):
-            write_adapter(place, NEW, NEW_CONFIG, card="# Card", safe_serialization=safe)
-        if steps[0] < step:  # it came to its end
-            break
-        try:
-            seen.append("new" if content(place) == (NEW_CONFIG, lists(NEW)) else "old")
-            assert seen[-1] == "new" or content(place) == (OLD_CONFIG, lists(OLD))
-        except CheckpointError:
-            assert before == "nothing"
-            seen.append("none")
-        write_adapter(place, OLD, NEW_CONFIG, safe_serialization=safe)
-        assert content(place) == (NEW_CONFIG, lists(OLD))
-        assert names(place) - {CARD_NAME} == {CONFIG_NAME, SAFETENSORS_NAME if safe else BIN_NAME}
-    turn = seen.index("new")
-    assert (
-        turn > 2
-        and set(seen[:turn]) == {"none" if before == "nothing" else "old"}
-        and set(seen[turn:]) == {"new"}
-    )
 
 
 def test_a_readme_that_was_edited_keeps_its_body(tmp_path: Path) -> None:

@@ -86,6 +86,7 @@ def test_broken_adapters_are_refused(
         (broken / name).write_bytes((adapter / name).read_bytes())
     (broken / "adapter_model.safetensors").write_bytes(b"\0" * 64)
     assert "adapter_model.safetensors" in refused("broken")
+    (broken / "adapter_model.safetensors").write_bytes((adapter / "adapter_model.safetensors").read_bytes())
     (broken / "adapter_config.json").write_text("{")
     assert "adapter_config.json" in refused("broken")
     assert not (tmp_path / "out").exists()

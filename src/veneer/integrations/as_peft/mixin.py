@@ -13,10 +13,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ...adapters import AdapterSet, as_names
-from ...config import LoraConfig, PeftConfig
+from ...checkpoint import open_adapter
+from ...config import LoraConfig
+from ...doors import adapter_directory
 from ...errors import ConfigError
 from ...model.hotswap import check_hotswap_configs_compatible, hotswap_adapter_from_state_dict
-from ...model.state_dicts import load_peft_weights
 from ...model.verbs import mention_biases
 from . import strict
 
@@ -51,10 +52,12 @@ def _hotswap(model: Any, given: dict[str, Any]) -> Any:
     hub = {**(given.get("adapter_kwargs") or {})}
     if given.get("local_files_only"):
         hub["local_files_only"] = True
-    config = PeftConfig.from_pretrained(given["peft_model_id"], **hub) if config is None else config
+    if config is None or tensors is None:
+        file = open_adapter(adapter_directory(given["peft_model_id"], **hub))
+        config = file.config() if config is None else config
+        tensors = file.tensors() if tensors is None else tensors
     if not isinstance(config, LoraConfig):
         raise ConfigError(f"a hot swap needs a LoraConfig, got {type(config).__name__}")
-    tensors = load_peft_weights(given["peft_model_id"], **hub) if tensors is None else tensors
     check_hotswap_configs_compatible(model.peft_config[name], config)
     named = {to_memory(key, name): value for key, value in tensors.items()}
     hotswap_adapter_from_state_dict(model, named, name, config)

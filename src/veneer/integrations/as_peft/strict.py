@@ -10,12 +10,15 @@ import inspect
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from ...adapters import AdapterModule, AdapterSet
-from ...errors import LoadMismatchError
+from ...checkpoint import BIN_NAME, SAFETENSORS_NAME
+from ...checkpoint.layout import ATTEMPTS, watched
+from ...errors import AdapterFileError, LoadMismatchError
 from ...inject import bias_parameters, sites
 from ...model.hotswap import prepare_model_for_compiled_hotswap
 
@@ -52,15 +55,48 @@ def load_adapter(original: Callable[..., Any], model: Any, *args: Any, **kwargs:
         LoadMismatchError: Keys of the file that the model has no place for, places that the file does not
             fill, or other shapes. The model is as it was before.
         ConfigError: There is no room for it under the rank given to `enable_peft_hotswap`; the same.
+        AdapterFileError: Another process replaces the tensors again and again; the same.
     """
     given = inspect.signature(original).bind(model, *args, **kwargs).arguments
     name = given.get("adapter_name") or "default"
+    for _ in range(ATTEMPTS):
+        before = Before(model, name)
+        with _unchanged_tensors(given) as unchanged:
+            try:
+                report = _load(before, original, given, *args, **kwargs)
+            except Exception:
+                if unchanged():
+                    raise
+                continue
+            # transformers reads the configuration and the tensors at two moments.
+            if unchanged():
+                return report
+            before.restore()
+    raise AdapterFileError(f"{_source(given)} cannot be read: its tensors are replaced again and again")
+
+
+@contextmanager
+def _unchanged_tensors(given: dict[str, Any]) -> Iterator[Callable[[], bool]]:
+    """Tells whether the tensors in a directory are still those of the beginning; True for other sources."""
+    directory = Path(_source(given), (given.get("adapter_kwargs") or {}).get("subfolder") or "")
+    held = [directory / name for name in (SAFETENSORS_NAME, BIN_NAME) if (directory / name).is_file()]
+    if given.get("adapter_state_dict") is not None or not held:
+        yield lambda: True
+        return
+    with watched(held[0]) as unchanged:
+        yield unchanged
+
+
+def _load(
+    before: Before, original: Callable[..., Any], given: dict[str, Any], *args: Any, **kwargs: Any
+) -> Any:
+    """Load once; see `load_adapter`."""
+    model, name = before.model, before.name
     config = given.get("load_config")
     tolerant = bool(kwargs.get("ignore_mismatched_sizes", getattr(config, "ignore_mismatched_sizes", False)))
     if "load_config" in inspect.signature(original).parameters:
         # transformers raises at a wrong shape without saying which; its report does say.
         kwargs["ignore_mismatched_sizes"] = True
-    before = Before(model, name)
     try:
         with _factors_in_memory(model):
             report = original(model, *args, **kwargs)

@@ -24,7 +24,7 @@ from tests.golden.make import DATA
 from tests.tolerances import BY_DTYPE, assert_close
 from tests.unit.integrations.export.adapters import CASES, Saved, save
 from veneer import PeftModel, export_adapter
-from veneer.errors import AdapterFileError, ConfigError, ExportError, VeneerError
+from veneer.errors import AdapterFileError, ConfigError, ExportError, VeneerError, VeneerWarning
 from veneer.integrations.export import ExportReport, targets
 from veneer.integrations.export.base import FOLDED
 from veneer.integrations.export.source import FEATURES, read_source
@@ -249,7 +249,8 @@ def test_a_start_that_changed_the_base_is_refused(saved: Callable[[str], Saved],
     for init in ("pissa", "olora", "corda", "PiSSA_niter_4"):
         (place / "adapter_config.json").write_text(json.dumps({**config, "init_lora_weights": init}))
         for target in targets.names():
-            with pytest.raises(ExportError, match="changed the base"):
+            edited = pytest.warns(VeneerWarning, match="was edited after it was saved")
+            with edited, pytest.raises(ExportError, match="changed the base"):
                 export_adapter(place, tmp_path / "out", target, **options_for(target, ""))
 
 
