@@ -105,3 +105,16 @@ def test_dropout_is_said_and_a_missing_expert_refused(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "less" / "adapter_model.safetensors", {"format": "pt"})
     with pytest.raises(LoadMismatchError, match="expert 3"):
         veneer.PeftModel.from_pretrained(mixtral(), tmp_path / "less")
+
+
+def test_experts_of_different_ranks_make_no_stack(tmp_path: Path) -> None:
+    tensors = write(tmp_path / "old", "mixtral", ["w2"])
+    for name in [n for n in tensors if ".experts.2." in n]:
+        tensors[name] = tensors[name][:2] if "lora_A" in name else tensors[name][:, :2]
+    save_file(
+        {n: t.contiguous() for n, t in tensors.items()},
+        tmp_path / "old" / "adapter_model.safetensors",
+        {"format": "pt"},
+    )
+    with pytest.raises(LoadMismatchError, match=r"ranks differ between experts \(\[2, 3\]\)"):
+        veneer.PeftModel.from_pretrained(mixtral(), tmp_path / "old")

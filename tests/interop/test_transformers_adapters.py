@@ -171,7 +171,7 @@ def test_hot_swapping_takes_over_tensors_strength_and_rank(nopeft_python: Path, 
         REGISTER
         + START
         + """
-from veneer import ConfigError, LoadMismatchError, VeneerError
+from veneer import ConfigError, LoadMismatchError, PeftConfig, VeneerError
 from veneer.testing.tolerances import assert_close
 
 def adapter(name, r, alpha, seed, **options):
@@ -222,6 +222,9 @@ for why, call in {
     "no adapter yet": lambda: llama().load_adapter(str(place / "a"), "x", hotswap=True),
     "taken": lambda: model.load_adapter(str(place / "a"), "x"),
     "nothing given": lambda: model.load_adapter(adapter_name="x", hotswap=True),
+    "no LoRA": lambda: model.load_adapter(
+        adapter_name="x", hotswap=True, peft_config=PeftConfig(), adapter_state_dict={}
+    ),
 }.items():
     try:
         call()

@@ -86,6 +86,19 @@ def test_a_file_with_the_same_embeddings_loads_beside_a_merged_one(tmp_path: Pat
     assert torch.equal(model(IDS), merged)
 
 
+def test_a_state_dict_with_embeddings_never_overwrites_merged_ones() -> None:
+    model = get_peft_model(Net(), config("emb"))
+    model.add_adapter("b", config("body.0"))
+    tensors = get_peft_model_state_dict(model, adapter_name="b", save_embedding_layers=True)
+    tensors["base_model.model.emb.base_layer.weight"] = torch.ones(12, 8)
+    model.merge_adapter(["default"])
+    merged, weight = model(IDS), model.get_base_model().emb.base_layer.weight.clone()
+    with pytest.raises(MergeError, match=r"another adapter is merged into .*emb"):
+        set_peft_model_state_dict(model, tensors, adapter_name="b")
+    assert torch.equal(model(IDS), merged)
+    assert torch.equal(model.get_base_model().emb.base_layer.weight, weight)
+
+
 def test_biases_are_not_trained_over_a_merged_one() -> None:
     model = get_peft_model(Net(), config("body.0", lora_bias=True))
     model.merge_adapter()

@@ -235,3 +235,45 @@ def test_compiled_models_follow_the_rows() -> None:
     for _ in range(2):
         assert_close(model(ids(), adapter_names=NAMES).logits, expected)
         assert_close(model(ids()).logits, plain)
+
+
+class Around(nn.Module):
+    """A model of a text whose layers see other rows or positions than the text has."""
+
+    def __init__(self, change: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.embed, self.linear, self.change = nn.Embedding(9, 4), nn.Linear(4, 4), change
+
+    def forward(self, input_ids: Tensor | None = None, inputs: Tensor | None = None) -> Tensor:
+        return self.linear(self.change(self.embed(inputs if input_ids is None else input_ids)))
+
+
+def invoked(change: Callable[[Tensor], Tensor]) -> PeftModel:
+    torch.manual_seed(0)
+    config = LoraConfig(r=2, target_modules=["linear"], alora_invocation_tokens=[1], init_lora_weights=False)
+    return get_peft_model(Around(change), config).eval()
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda x: torch.cat([x[:, :1], x], 1), "3 positions and that of .* 4: .* alora_offsets"),
+        (
+            lambda x: torch.cat([x, x, x])[:5],
+            r"2 rows for the aLoRA 'default', and the input of .* \(5, 3, 4\)",
+        ),
+        (lambda x: x[:, None], r"2 rows for the aLoRA 'default', and the input of .* \(2, 1, 3, 4\)"),
+    ],
+)
+def test_where_an_invoked_adapter_acts_is_never_guessed(
+    change: Callable[[Tensor], Tensor], says: str
+) -> None:
+    text = torch.tensor([[1, 2, 3], [4, 1, 2]])
+    invoked(lambda x: x)(text)
+    with pytest.raises(RoutingError, match=says):
+        invoked(change)(text)
+
+
+def test_an_invoked_adapter_needs_a_text() -> None:
+    with pytest.raises(RoutingError, match="needs input_ids, or alora_offsets"):
+        invoked(lambda x: x)(inputs=torch.tensor([[1, 2]]))

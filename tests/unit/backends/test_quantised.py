@@ -169,7 +169,12 @@ def test_delegated_modules_refuse_to_merge_and_say_the_way_out(kind: str) -> Non
     with pytest.raises(MergeError, match="cannot be dequantised"):
         model.merge_and_unload(dequantize=True)
     assert torch.equal(model(x), before)
-    stored = find(model.model.up.base_layer).quantization
+    base = model.model.up.base_layer
+    with pytest.raises(TargetError, match="can be computed with, not read"):
+        find(base).read(base)
+    with pytest.raises(MergeError, match=UNMERGEABLE[kind]):
+        find(base).write(base, torch.zeros(64, 64))
+    stored = find(base).quantization
     with pytest.raises(TargetError, match=f"as {stored} stores it"):
         model.add_adapter("b", LoraConfig(**CONFIG, target_modules=["up"], use_dora=True))
     model.add_adapter("c", LoraConfig(**CONFIG, target_modules=["up"], alora_invocation_tokens=[1]))
@@ -255,3 +260,14 @@ def test_bytes_count_codes_and_scales() -> None:
     nf4 = stored_bytes(four_bits(linear(), nested=False).weight)
     assert nf4 == 32 * 64 // 2 + 32 * 4 + 16 * 4  # codes, a scale for each 64 values, the code book
     assert stored_bytes(eight_bits(linear()).weight) == 32 * 64 + 32 * 4
+
+
+def test_a_weight_that_torchao_cannot_dequantise_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = torchao(linear())
+
+    def fails(self: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError("no kernel")
+
+    monkeypatch.setattr(type(base.weight), "dequantize", fails)
+    with pytest.raises(MergeError, match=r"torchao cannot dequantise a .*: no kernel"):
+        find(base).read(base)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.processes import run_python
 from veneer.errors import ConfigError
 from veneer.inits import Init, InitResult
 from veneer.inits.random import Default
@@ -96,3 +97,12 @@ def test_what_is_registered_for_now_is_forgotten() -> None:
 def test_cases_of_ones_own() -> None:
     case = LayerCase("wide", lambda: nn.Linear(3, 7), lambda: torch.randn(2, 3), {"r": 2})
     assert {name for _, name, _ in check(Plain, cases=[case]).tried} == {"wide"}
+
+
+def test_without_assertions_nothing_would_be_tried() -> None:
+    code = (
+        "from veneer.errors import ConfigError\nfrom veneer.testing import check\n"
+        "from veneer.variants.plain import Plain\n"
+        "try:\n    check(Plain)\nexcept ConfigError as error:\n    print(error)"
+    )
+    assert "run without python -O" in run_python(code, env={"PYTHONOPTIMIZE": "1"}).stdout

@@ -42,8 +42,6 @@ def dora_to_plain(
 
     Source: Eckart and Young, Psychometrika 1 (1936).
     """
-    if rank < 1:
-        raise ExportError(f"rank must be at least 1, got {rank}")
     mine = {path: update for path, update in source.updates.items() if update.magnitude is not None}
     wrong = [
         problem

@@ -164,6 +164,8 @@ def _check_options(dtype: str, convert: bool, rank: int | None, base: object) ->
         found.append(Text(plain, " needs the rank of the result: ", Hint("rank", Blank("N"))))
     if convert and base is None:
         found.append(Text(plain, " needs the base model: ", Hint("base", Blank("DIRECTORY"))))
+    if rank is not None and rank < 1:
+        found.append(Text(Hint("rank"), f" must be at least 1, got {rank}"))
     if rank is not None and not convert:
         found.append(Text(Hint("rank"), " is that of the result of ", plain, ", which was not asked for"))
     if found:

@@ -283,6 +283,8 @@ def test_dora_needs_its_base_and_a_rank(saved: Callable[[str], Saved], tmp_path:
     place, out = saved("dora").place, tmp_path / "out"
     with pytest.raises(ConfigError, match=r"rank=N; .*base="):
         export_adapter(place, out, "vllm", dora_to_plain=True)
+    with pytest.raises(ConfigError, match=r"base=.*; rank must be at least 1, got 0"):
+        export_adapter(place, tmp_path / "out", "plain", dora_to_plain=True, rank=0)
     with pytest.raises(ConfigError, match="was not asked for"):
         export_adapter(place, out, "vllm", rank=4)
     with pytest.raises(ExportError, match="the base has no"):
@@ -368,6 +370,28 @@ def test_a_writer_that_is_wrong_is_found_out(
                 with pytest.raises((ExportError, AdapterFileError, KeyError)):
                     export_adapter(saved("linear").place, tmp_path / "out", target)
             assert list(tmp_path.iterdir()) == []
+
+
+def test_a_writer_that_loses_a_part_or_another_tensor_is_found_out(
+    saved: Callable[[str], Saved], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = targets.get("plain")
+    assert chosen is not None
+    write, file = type(chosen).write, "adapter_model.safetensors"
+    with monkeypatch.context() as patch:
+        more = _spoilt(write, file, lambda tensors: {**tensors, "classifier.weight": torch.ones(1)})
+        patch.setattr(type(chosen), "write", more)
+        with pytest.raises(ExportError, match=r"does not read back: classifier\.weight"):
+            export_adapter(saved("linear").place, tmp_path / "out", "plain")
+    with monkeypatch.context() as patch:
+        patch.setattr(type(chosen), "read", lambda self, place: {"elsewhere": {}})
+        with pytest.raises(ExportError, match="reads back as elsewhere"):
+            export_adapter(saved("linear").place, tmp_path / "out", "plain")
+    with monkeypatch.context() as patch:
+        patch.setattr(type(chosen), "config", lambda self, part: {"r": 2, "rank_pattern": {"up": 4}})
+        with pytest.raises(ExportError, match="patterns of ranks"):
+            export_adapter(saved("linear").place, tmp_path / "out", "plain")
+    assert list(tmp_path.iterdir()) == []
 
 
 def _spoilt(write: Any, file: str, spoil: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> Any:
