@@ -10,10 +10,12 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -115,20 +117,64 @@ class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.seen[key] = weakref.ref(storage, freed)
 
 
-@contextmanager
-def _kernels_of_attention(device: str, count: Callable[[int], None]) -> Iterator[None]:
+def _unasked(function: Any) -> Any:
+    """The function without the question whether a mode overrides it, with which it begins.
+
+    torch leaves a mode to run what the mode was asked about, and with it all that this calls in its turn.
+    """
+    names = {**function.__globals__, "has_torch_function": lambda tensors: False}
+    copy = FunctionType(function.__code__, names, function.__name__, function.__defaults__)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
+
+
+_multi_head = _unasked(nn.functional.multi_head_attention_forward)
+_backward = _unasked(torch.autograd.backward)
+
+
+class _KernelsOfAttention(TorchFunctionMode):
     """On meta tensors, attention that keeps queries, keys, values and sums instead of the scores.
 
     That is what the devices' kernels do. torch chooses the kernel by the device of the tensors and has none
-    for meta, where it would keep every score. With dropout a CPU has none either.
+    for meta, where it would keep every score. With dropout a CPU has none either. Other threads do not see
+    any of this.
 
     Args:
         device: ``cpu`` or ``cuda``.
         count: Told the FLOPs of each forward product.
     """
-    usual = nn.functional.scaled_dot_product_attention
 
-    def attend(
+    def __init__(self, device: str, count: Callable[[int], None]) -> None:
+        super().__init__()
+        self.device, self.count = device, count
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        given = kwargs or {}
+        if func is nn.functional.scaled_dot_product_attention and self._fits(*args, **given):
+            return self._attend(*args, **given)
+        if func is nn.functional.multi_head_attention_forward:
+            with self:
+                return _multi_head(*args, **given)
+        return func(*args, **given)
+
+    def _fits(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        *rest: Any,
+        **more: Any,
+    ) -> bool:
+        fits = query.is_meta and query.dim() == 4 and query.shape[-1] == key.shape[-1] == value.shape[-1]
+        learned = attn_mask is not None and attn_mask.requires_grad
+        return fits and not learned and not (dropout_p and self.device == "cpu")
+
+    def _attend(
+        self,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -138,27 +184,16 @@ def _kernels_of_attention(device: str, count: Callable[[int], None]) -> Iterator
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        fits = query.is_meta and query.dim() == 4 and query.shape[-1] == key.shape[-1] == value.shape[-1]
-        if not fits or (dropout_p and device == "cpu") or (attn_mask is not None and attn_mask.requires_grad):
-            return usual(
-                query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-            )
         if attn_mask is not None and attn_mask.dtype == torch.bool:
             attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype)
         out: Tensor = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             query, key, value, 0.0, is_causal, attn_mask=attn_mask, scale=scale
         )[0]
         scores = 2 * out.numel() * key.shape[-2] // (2 if is_causal else 1)
-        count(2 * scores)
+        self.count(2 * scores)
         if out.requires_grad:  # the scores once more, and the gradients of the three inputs and of the scores
-            out.register_hook(lambda _: count(5 * scores))  # type: ignore[no-untyped-call]
+            out.register_hook(lambda _: self.count(5 * scores))  # type: ignore[no-untyped-call]
         return out
-
-    nn.functional.scaled_dot_product_attention = attend
-    try:
-        yield
-    finally:
-        nn.functional.scaled_dot_product_attention = usual
 
 
 def trace_step(
@@ -192,13 +227,13 @@ def trace_step(
         if not before:
             before.append((ledger.live, ledger.restart()))
 
-    with ledger, _kernels_of_attention(device, ledger.count), _watching_head(model, at_head):
+    with ledger, _KernelsOfAttention(device, ledger.count), _watching_head(model, at_head):
         loss = _loss(model, inputs, loss_chunk_size)
         # Heads that are no output projection make scores of no size worth telling apart.
         kept, most = before[0] if before else (ledger.live, ledger.restart())
         logits = max(0, ledger.peak - kept)
         forward = ledger.flops
-        loss.backward()  # type: ignore[no-untyped-call]
+        _backward(loss)
         del loss
     return Trace(kept, logits, max(most, ledger.peak), ledger.live, forward, ledger.flops)
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.checkpoint import checkpoint
 
 from benchmarks.plan_memory import MARK, allocated
 from tests.unit.training.tiny import tiny_model
@@ -96,7 +100,7 @@ def test_flops_are_those_of_the_products() -> None:
 
 
 def test_attention_counts_half_of_the_scores_where_later_tokens_are_hidden() -> None:
-    class Attends(nn.Module):
+    class Causal(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.shift = nn.Parameter(torch.zeros(8, device="meta"))
@@ -106,21 +110,98 @@ def test_attention_counts_half_of_the_scores_where_later_tokens_are_hidden() -> 
             return {"logits": nn.functional.scaled_dot_product_attention(q, q, q, is_causal=causal)}
 
     x = torch.empty(2, 3, 10, 8, device="meta")
-    whole, half = (trace_step(Attends(), {"x": x, "causal": c}) for c in (False, True))  # type: ignore[dict-item]
+    whole, half = (trace_step(Causal(), {"x": x, "causal": c}) for c in (False, True))  # type: ignore[dict-item]
     assert whole.forward_flops == 4 * 2 * 3 * 10 * 10 * 8 == 2 * half.forward_flops
     assert whole.flops == 14 * 2 * 3 * 10 * 10 * 8
 
 
-def test_torchs_attention_is_itself_again_afterwards() -> None:
+class Attends(nn.Module):
+    """Attention whose scores are 3 × 2 × 10 × 10, with something done in the midst of the forward."""
+
+    def __init__(self, midst: Callable[[], object] = bool) -> None:
+        super().__init__()
+        self.shift = nn.Parameter(torch.zeros(8, device="meta"))
+        self.midst = midst
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        self.midst()
+        q = x + self.shift
+        return {"logits": nn.functional.scaled_dot_product_attention(q, q, q)}
+
+
+HEADS = {"x": torch.empty(2, 3, 10, 8, device="meta")}
+
+
+def test_torchs_attention_is_not_replaced() -> None:
     usual = nn.functional.scaled_dot_product_attention
+    seen = []
+    trace_step(Attends(lambda: seen.append(nn.functional.scaled_dot_product_attention)), HEADS)
+    assert seen == [usual]
 
-    class Breaks(nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            assert nn.functional.scaled_dot_product_attention is not usual
-            q = torch.ones(1, 1, 2, 4)
-            assert torch.equal(nn.functional.scaled_dot_product_attention(q, q, q), usual(q, q, q))
-            raise RuntimeError("no values")
 
-    with pytest.raises(RuntimeError, match="no values"):
-        trace_step(Breaks(), {"x": torch.empty(1, device="meta")})
-    assert nn.functional.scaled_dot_product_attention is usual
+def test_other_tensors_get_torchs_attention() -> None:
+    q = torch.randn(1, 1, 2, 4)
+    expected = nn.functional.scaled_dot_product_attention(q, q, q)
+    seen = []
+    trace_step(Attends(lambda: seen.append(nn.functional.scaled_dot_product_attention(q, q, q))), HEADS)
+    assert torch.equal(seen[0], expected)
+
+
+def test_a_trace_inside_another_ends_alone() -> None:
+    alone = trace_step(Attends(), HEADS)
+    inner = []
+
+    def fails() -> None:
+        raise RuntimeError("no values")
+
+    def midst() -> None:
+        inner.append(trace_step(Attends(), HEADS))
+        with pytest.raises(RuntimeError, match="no values"):
+            trace_step(Attends(fails), HEADS)
+
+    outer = trace_step(Attends(midst), HEADS)
+    assert inner == [alone] and outer.forward_flops == alone.forward_flops
+    assert trace_step(Attends(), HEADS) == alone
+
+
+def test_threads_do_not_see_one_anothers_traces() -> None:
+    """Two traces overlap, each ending after the other has begun; a third thread only computes."""
+    alone = trace_step(Attends(), HEADS)
+    met, computed = threading.Barrier(3, timeout=60), threading.Event()
+    q = torch.zeros(1, 1, 2, 4, device="meta")
+
+    def midst() -> None:
+        met.wait()
+        assert computed.wait(60)
+
+    with ThreadPoolExecutor(2) as pool:
+        traces = [pool.submit(trace_step, Attends(midst), HEADS) for _ in range(2)]
+        met.wait()
+        plain = nn.functional.scaled_dot_product_attention(q, q, q)
+        computed.set()
+        assert [trace.result() for trace in traces] == [alone, alone]
+    assert plain.shape == q.shape
+    assert trace_step(Attends(), HEADS) == alone
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_attention_inside_torchs_own_modules_and_in_the_backward_pass_is_met(checkpointing: bool) -> None:
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+        def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+            def attend(x: torch.Tensor) -> torch.Tensor:
+                return self.attention(x, x, x, need_weights=False)[0]
+
+            return {"logits": checkpoint(attend, x, use_reentrant=False) if checkpointing else attend(x)}
+
+    x = torch.empty(3, 50, 8, device="meta", requires_grad=True)
+    trace = trace_step(Layer().to("meta").train(), {"x": x})
+    products, scores = 3 * 50 * 8 * (24 + 8), 3 * 50 * 50 * 8
+    assert trace.forward_flops == 2 * products + 4 * scores
+    # The last product is not computed again: nothing of it was kept that is needed.
+    again = trace.forward_flops - 2 * 3 * 50 * 8 * 8
+    assert trace.flops == 6 * products + 14 * scores + checkpointing * again
+    assert trace.activations < 3 * 2 * 50 * 50 * 4, "the scores are not kept"
