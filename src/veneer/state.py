@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer import backends
-from veneer.adapters import AdapterSet, walk
+from veneer.adapters import AdapterSet, base_names, walk
 from veneer.backends import stored_elsewhere
 from veneer.checkpoint import (
     LoadReport,
@@ -50,6 +50,10 @@ from veneer.layers.trainable_tokens import TrainableTokens
 PREFIX = "base_model.model."
 #: Key of the base's fingerprint in the metadata of a safetensors file.
 FINGERPRINT = "veneer_base"
+#: Sizes of an architecture, as transformers' configurations call them.
+SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers")
+#: A path into one of several blocks that are alike.
+_BLOCK = re.compile(r"(^|\.)\d+\.")
 
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
@@ -525,12 +529,18 @@ def _materialised(
     return made
 
 
-def base_fingerprint(model: nn.Module, targets: Mapping[str, LoraLayer] | None = None) -> dict[str, Any]:
+def base_fingerprint(
+    model: nn.Module,
+    targets: Mapping[str, LoraLayer] | None = None,
+    others: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
     """What tells the base model of an adapter from another one of the same shape.
 
     Args:
         model: The base model, adapted or about to be.
         targets: The adapted layers by path; None looks them up.
+        others: Samples of weights that are not adapted, of a fingerprint that this one is compared with: the
+            same weights are taken here. None takes some of the present model's.
     """
     if targets is None:
         targets = {path: m for path, m in walk(model) if isinstance(m, LoraLayer)}
@@ -550,13 +560,60 @@ def base_fingerprint(model: nn.Module, targets: Mapping[str, LoraLayer] | None =
             if layer.merged and type(weight) in (Tensor, nn.Parameter) and not weight.is_meta:
                 weights[_clean(path)] = partial(_original_weight, layer)  # only a few of them are sampled
     config = getattr(model, "config", None)
-    size = config.get("vocab_size") if isinstance(config, Mapping) else getattr(config, "vocab_size", None)
-    return fingerprint(
-        type(model).__name__,
-        size if isinstance(size, int) else None,
-        weights,
-        storages,
+    found = {
+        name: config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
+        for name in ("vocab_size", *SIZES)
+    }
+    sizes = {
+        name: size for name, size in found.items() if isinstance(size, int) and not isinstance(size, bool)
+    }
+    size = sizes.pop("vocab_size", None)
+    if _repeats_layers(model):
+        sizes.pop("num_hidden_layers", None)
+    beside = _other_weights(model, {_clean(path) for path in targets}, others)
+    return fingerprint(type(model).__name__, size, weights, storages, others=beside, sizes=sizes)
+
+
+def _repeats_layers(model: nn.Module) -> bool:
+    """Whether a layer stands in several places, as ``layer_replication`` lets it."""
+    seen: dict[int, str] = {}
+    return any(
+        seen.setdefault(id(p), name) != name and _BLOCK.search(name) is not None
+        for name, p in model.named_parameters(remove_duplicate=False)
+        if "lora_" not in name
     )
+
+
+def _other_weights(
+    model: nn.Module, adapted: Container[str], samples: Mapping[str, Any] | None
+) -> dict[str, Tensor | Callable[[], Tensor]]:
+    """Matrices in the base's repeated blocks: those that are not adapted, or those that ``samples`` names.
+
+    Heads and embeddings are left out: they are made anew for a task, or resized.
+    """
+    found: dict[str, Tensor | Callable[[], Tensor]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, place in base_names(model).items():
+        path, _, attribute = name.rpartition(".")
+        path = _clean(path)
+        if attribute != "weight" or _BLOCK.search(path) is None:
+            continue
+        if samples is None and (path in adapted or place.holder is not None):
+            continue
+        layer = place.holder if isinstance(place.holder, LoraLayer) else None
+        weight = model.get_submodule(place.name.rpartition(".")[0])._parameters.get("weight")
+        if weight is None or weight.dim() < 2:
+            continue
+        merged = layer is not None and layer.merged and not weight.is_meta
+        found[path] = partial(_original_weight, layer) if merged and layer is not None else weight.detach()
+        shapes[path] = tuple(weight.shape)
+    if samples is None:
+        return found
+    try:
+        wanted = {path: tuple(sample["shape"]) for path, sample in samples.items()}
+        return {path: found[path] for path in match(shapes, wanted).renamed.values()}
+    except (LookupError, TypeError, AttributeError):  # the comparison says that it is unreadable
+        return {}
 
 
 def _original_weight(layer: LoraLayer) -> Tensor:
@@ -591,9 +648,10 @@ def check_base(
         saved = json.loads(text)
         kept = {k: v for k, v in saved["samples"].items() if f"{PREFIX}{k}.base_layer.weight" not in carried}
         saved = {**saved, "samples": kept}
+        others = saved.get("others", {})
     except (ValueError, LookupError, TypeError, AttributeError):  # the comparison says that it is unreadable
-        saved = {}
-    result = compare_fingerprints(saved, base_fingerprint(model, targets))
+        saved = others = {}
+    result = compare_fingerprints(saved, base_fingerprint(model, targets, others))
     if result.severity == "none":
         return
     said = "; ".join(result.problems)

@@ -239,6 +239,47 @@ def test_row_8_another_base_of_the_same_shape_is_noticed(tmp_path: Path) -> None
     PeftModel.from_pretrained(lm(), tmp_path)
 
 
+class SayingLm(Lm):
+    """One that says where its embedding is, so that an adapter of it takes the embedding along."""
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed
+
+
+def saying_lm(seed: int = 0, layers: int = 2) -> SayingLm:
+    model = SayingLm(layers)
+    model.load_state_dict(lm(seed, layers=layers).state_dict())
+    return model.eval()
+
+
+def save_with_embedding(base: nn.Module, place: Path) -> None:
+    model = get_peft_model(base, LoraConfig(target_modules=["embed"]))
+    model.save_pretrained(place, save_embedding_layers=True)
+    assert any(".embed.base_layer." in key for key in load_file(place / "adapter_model.safetensors"))
+
+
+def test_row_8_another_base_is_noticed_by_weights_that_are_not_adapted(tmp_path: Path) -> None:
+    save_with_embedding(saying_lm(), tmp_path / "embed")
+    adapted().save_pretrained(tmp_path / "q_proj")
+    other = saying_lm(seed=1)
+    other.embed.load_state_dict(lm().embed.state_dict())
+    for block, own in zip(other.layers, lm().layers, strict=True):
+        block.q_proj.load_state_dict(own.q_proj.state_dict())
+    for place in ("embed", "q_proj"):  # the file brings the one weight along, the base shares the other
+        with pytest.raises(BaseMismatchError, match="another base"):
+            PeftModel.from_pretrained(copy.deepcopy(other), tmp_path / place)
+        PeftModel.from_pretrained(saying_lm(), tmp_path / place)
+
+
+def test_row_8_an_architecture_of_other_sizes_is_noticed(tmp_path: Path) -> None:
+    base, deeper = saying_lm(), saying_lm(layers=4)
+    deeper.load_state_dict(base.state_dict(), strict=False)
+    base.config, deeper.config = ({"num_hidden_layers": n, "vocab_size": 13} for n in (2, 4))
+    save_with_embedding(base, tmp_path)
+    with pytest.raises(BaseMismatchError, match="num_hidden_layers was 2 and is 4"):
+        PeftModel.from_pretrained(deeper, tmp_path)
+
+
 def test_row_8_the_fingerprint_is_the_unmerged_base(tmp_path: Path) -> None:
     model = adapted()
     model.merge_adapter()

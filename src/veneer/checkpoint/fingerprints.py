@@ -13,6 +13,8 @@ import torch
 from .matching import match
 
 WEIGHTS = 16
+#: Weights that are not adapted: where an adapter brings its own embedding along, only they tell.
+OTHERS = 4
 POSITIONS = 16
 MAX_BYTES = 4000
 NOTE_ABOVE = 0.02
@@ -45,12 +47,15 @@ def fingerprint(
     vocab_size: int | None,
     weights: Mapping[str, torch.Tensor | Callable[[], torch.Tensor]],
     storages: Collection[str] = (),
+    *,
+    others: Mapping[str, torch.Tensor | Callable[[], torch.Tensor]] | None = None,
+    sizes: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
     """Describe a base model in less than 4 KB of JSON.
 
-    Of up to 16 weights, spread over the mapping, 16 values each at positions that depend on the shape only,
-    to three digits: the same for fp32, fp16 and bf16 copies. Integer, sharded and meta weights are passed
-    over.
+    Of up to 16 adapted weights and 4 others, spread over their mappings, 16 values each at positions that
+    depend on the shape only, to three digits: the same for fp32, fp16 and bf16 copies. Integer, sharded and
+    meta weights are passed over.
 
     Args:
         architecture: class name of the base model.
@@ -58,11 +63,10 @@ def fingerprint(
         weights: module path -> base weight, of the adapted modules, in model order; of a quantised one, what
             reads it.
         storages: names of the quantised storages among them.
+        others: module path -> base weight, of modules that are not adapted.
+        sizes: of the architecture, such as the number of its layers.
     """
-    usable = [k for k, w in weights.items() if _readable(w)]
-    count = min(WEIGHTS, len(usable))
-    chosen = [usable[i * len(usable) // count] for i in range(count)]
-    samples = {k: _described(weights[k]) for k in chosen}
+    samples, beside = _samples(weights, WEIGHTS), _samples(others or {}, OTHERS)
     result: dict[str, Any] = {
         "version": 1,
         "architecture": architecture,
@@ -72,9 +76,21 @@ def fingerprint(
     }
     if storages:
         result["quantised"] = sorted(storages)
-    while len(json.dumps(result)) > MAX_BYTES and samples:  # very long names
-        samples.popitem()
+    if sizes:
+        result["sizes"] = dict(sizes)
+    if beside:
+        result["others"] = beside
+    while len(json.dumps(result)) > MAX_BYTES and (samples or beside):  # very long names
+        (samples or beside).popitem()
     return result
+
+
+def _samples(
+    weights: Mapping[str, torch.Tensor | Callable[[], torch.Tensor]], most: int
+) -> dict[str, dict[str, Any]]:
+    usable = [k for k, w in weights.items() if _readable(w)]
+    count = min(most, len(usable))
+    return {k: _described(weights[k]) for k in (usable[i * len(usable) // count] for i in range(count))}
 
 
 def _described(weight: torch.Tensor | Callable[[], torch.Tensor]) -> dict[str, Any]:
@@ -122,11 +138,19 @@ def compare_fingerprints(saved: Mapping[str, Any], present: Mapping[str, Any]) -
 
 
 def _compare(saved: Mapping[str, Any], present: Mapping[str, Any]) -> BaseComparison:
-    theirs, ours = saved["samples"], present["samples"]
+    beside: Mapping[str, Any] = saved.get("others", {})
+    theirs = {**saved["samples"], **beside}
+    ours = {**present["samples"], **present.get("others", {})}
     pairs = match({k: v["shape"] for k, v in ours.items()}, {k: v["shape"] for k, v in theirs.items()})
     vocabularies = saved.get("vocab_size"), present.get("vocab_size")
     problems: list[str] = []
     severity: Severity = "none"
+    now_of = present.get("sizes", {})
+    sizes = [(k, n, now_of[k]) for k, n in saved.get("sizes", {}).items() if k in now_of and now_of[k] != n]
+    if sizes:
+        words = ", ".join(f"{k} was {n} and is {now}" for k, n, now in sizes)
+        problems.append(f"the architecture has other sizes: {words}{_classes(saved, present)}")
+        severity = "wrong"
     shapes = [(k, e, f) for k, e, f in pairs.mismatched if not _resized(e, f, vocabularies)]
     if shapes:
         k, e, f = shapes[0]
@@ -134,13 +158,18 @@ def _compare(saved: Mapping[str, Any], present: Mapping[str, Any]) -> BaseCompar
             f"{len(shapes)} weights have another shape: {k} had {f}, has {e} here{_classes(saved, present)}"
         )
         severity = "wrong"
-    values = [
-        (a, b)
-        for key, mine in pairs.renamed.items()
-        for a, b in zip(theirs[key]["values"], ours[mine]["values"], strict=True)
-        if a is not None and b is not None
-    ]
-    difference = _difference(values)
+    # Apart from one another: a base may share the adapted weights with the right one, and nothing else.
+    found: list[float] = []
+    for group in (saved["samples"], beside):
+        values = [
+            (a, b)
+            for key, mine in pairs.renamed.items()
+            if key in group
+            for a, b in zip(theirs[key]["values"], ours[mine]["values"], strict=True)
+            if a is not None and b is not None
+        ]
+        found += [] if (of_group := _difference(values)) is None else [of_group]
+    difference = max(found, default=None)
     if difference is not None and difference > WRONG_ABOVE:
         problems.append(
             f"sampled weights differ by {difference:.0%}: another base model{_classes(saved, present)}"
