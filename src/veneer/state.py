@@ -21,6 +21,7 @@ from veneer.adapters import AdapterSet, base_names, walk
 from veneer.backends import stored_elsewhere
 from veneer.checkpoint import (
     LoadReport,
+    check_values,
     compare_fingerprints,
     fingerprint,
     joined,
@@ -329,6 +330,7 @@ def fill_injection(
     *,
     where: object,
     strict: bool = True,
+    check_finite: bool = True,
     prefix: str = PREFIX,
 ) -> LoadReport:
     """Give a prepared adapter the values of a file, after accounting for all of them.
@@ -339,6 +341,7 @@ def fill_injection(
         read: Reads tensors by their names in the file.
         where: What to call the file in messages.
         strict: Raise unless every tensor of the file is used and every expected one is there.
+        check_finite: Raise for NaN and infinity; False warns.
         prefix: What the names begin with.
 
     Raises:
@@ -358,6 +361,7 @@ def fill_injection(
     if report.notice:
         warnings.warn(f"{where}: {report.notice}", VeneerWarning, stacklevel=4)
     values = read(list(report.renamed))
+    check_values(values, where, check_finite=check_finite)
     injection.fill({report.renamed[k].removeprefix(prefix): t for k, t in values.items()})
     if changed := injection.changed_embeddings():
         if under := [name for name in changed if merged_over(injection.model, name)]:
@@ -430,6 +434,7 @@ def set_adapter_state_dict(
     *,
     ignore_mismatched_sizes: bool = False,
     strict: bool = False,
+    check_finite: bool = True,
     where: object = "the state dict",
 ) -> LoadReport:
     """Write tensors with names on disk into an adapter that the model has already, in place.
@@ -440,6 +445,7 @@ def set_adapter_state_dict(
         adapter: The adapter's name.
         ignore_mismatched_sizes: Pass over tensors of another shape instead of raising.
         strict: Raise also where tensors are missing or left over.
+        check_finite: Raise for NaN and infinity; False warns.
         where: What to call the tensors in messages.
 
     Returns:
@@ -469,6 +475,7 @@ def set_adapter_state_dict(
     )
     if strict or not report.renamed or (report.mismatched and not ignore_mismatched_sizes):
         report.raise_for(where)
+    check_values({key: tensors[key] for key in report.renamed}, where, check_finite=check_finite)
     merged = [p for p, m in walk(root) if isinstance(m, LoraLayer) and adapter in m.merged_adapters]
     if merged:
         raise MergeError(

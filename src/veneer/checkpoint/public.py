@@ -11,6 +11,7 @@ from .listing import AdapterEntry, find_adapters
 from .matching import LoadReport, match
 from .reading import AdapterFile, open_adapter
 from .residual import RESIDUAL_MARK, joined, layers_of, mark, marked_config, parted, plain_config
+from .values import check_values
 from .writing import check_tensors, write_adapter
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "LoadReport",
     "check_adapter_name",
     "check_tensors",
+    "check_values",
     "compare_fingerprints",
     "find_adapters",
     "fingerprint",

@@ -30,6 +30,7 @@ from .layout import (
     left_over,
     saved_metadata,
 )
+from .values import extent
 
 
 def write_adapter(
@@ -104,22 +105,13 @@ def check_tensors(tensors: Mapping[str, torch.Tensor]) -> None:
     if problems:
         lines = [f"  {len(names)} x {what}; e.g. {', '.join(names[:3])}" for what, names in problems.items()]
         raise CheckpointError("these tensors cannot be saved:\n" + "\n".join(lines))
-    broken = [n for n, t in tensors.items() if t.is_floating_point() and not math.isfinite(_extent(t))]
+    broken = [n for n, t in tensors.items() if t.is_floating_point() and not math.isfinite(extent(t))]
     if broken:
         warnings.warn(
             f"{len(broken)} of {len(tensors)} tensors to save hold NaN or infinity: {', '.join(broken[:3])}",
             VeneerWarning,
             stacklevel=3,
         )
-
-
-def _extent(tensor: torch.Tensor) -> float:
-    """A number that is finite if and only if all of the tensor is."""
-    values = tensor.detach()
-    if values.element_size() == 1:
-        values = values.to(torch.float16)
-    low, high = torch.aminmax(values)
-    return float(high.double()) + abs(float(low.double()))
 
 
 def _tensor_problem(name: str, tensor: object) -> str | None:

@@ -59,7 +59,7 @@ def _show(found: list[AdapterEntry], broken: list[AdapterEntry]) -> None:
             Text(_short_targets(entry.target_modules)),
             "" if entry.bytes is None else size(entry.bytes),
             (entry.modified or "")[:10],
-            "broken" if entry.problems else "ok",
+            "broken" if entry.problems else "",  # the values were not read
         )
     console.print(table)
     for entry in broken:

@@ -23,7 +23,7 @@ from veneer.model import (
 )
 
 #: Options of `PeftModel.from_pretrained`; the others belong to the base model.
-_ADAPTER_OPTIONS = ("autocast_adapter_dtype", "key_mapping", "strict", "check_base")
+_ADAPTER_OPTIONS = ("autocast_adapter_dtype", "key_mapping", "strict", "check_base", "check_finite")
 #: Options that say where on the hub things lie. The base has a revision of its own, in the configuration.
 _HUB_OPTIONS = ("token", "cache_dir", "local_files_only", "force_download", "proxies")
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.adapters import base_of, walk
-from veneer.checkpoint import open_adapter, to_disk
+from veneer.checkpoint import check_values, open_adapter, to_disk
 from veneer.config import LoraConfig, PeftConfig
 from veneer.doors import adapter_directory
 from veneer.errors import AdapterNameError, ConfigError, LoadMismatchError, MergeError, Text, VeneerWarning
@@ -65,6 +65,7 @@ def hotswap_adapter_from_state_dict(
         AdapterNameError: The model has no such adapter.
         MergeError: It is merged.
         LoadMismatchError: Names or shapes do not fit. Nothing has changed then.
+        AdapterFileError: A tensor holds NaN or infinity, or is no floating-point number; the same.
     """
     layers = _holding(model, [adapter_name])
     own = {key.removeprefix(_PREFIX): parameter for key, parameter in _places(layers, adapter_name).items()}
@@ -85,6 +86,7 @@ def hotswap_adapter_from_state_dict(
                "enable_peft_hotswap(target_rank=…) of transformers, enable_lora_hotswap(…) of diffusers"
                if room else "")
         )  # fmt: skip
+    check_values(given, "the tensors")
     paths = {path: layer.specs[adapter_name].path for path, layer in layers.items()}
     resolved = resolve_all(config, adapter_name, dict.fromkeys(paths.values(), ""))
     new = {path: resolved[own] for path, own in paths.items()}

@@ -291,6 +291,7 @@ class Persistence(nn.Module):
         *,
         strict: bool = True,
         check_base: bool = True,
+        check_finite: bool = True,
         config: PeftConfig | None = None,
         **kwargs: Any,
     ) -> LoadReport:
@@ -309,6 +310,7 @@ class Persistence(nn.Module):
             key_mapping: Renames keys of the file: regular expressions to replacements, or a function.
             strict: Raise unless every tensor of the file is used and every expected one is there.
             check_base: Raise if the adapter was made on a plainly different base model.
+            check_finite: Raise if a tensor holds NaN or infinity; False warns.
             config: Use this configuration instead of the file's.
             **kwargs: ``subfolder``, ``revision``, ``token``, ``cache_dir`` and the like.
 
@@ -332,6 +334,7 @@ class Persistence(nn.Module):
             rename=rename,
             strict=strict,
             check_base=check_base,
+            check_finite=check_finite,
         )
 
     def _load(
@@ -345,6 +348,7 @@ class Persistence(nn.Module):
         rename: Callable[[str], str],
         strict: bool,
         check_base: bool,
+        check_finite: bool,
     ) -> LoadReport:
         """Load an adapter whose file is open; see `load_adapter`."""
         directory = file.path.parent
@@ -371,7 +375,7 @@ class Persistence(nn.Module):
             if check_base:
                 state.check_base(self.get_base_model(), file.metadata, directory, carried=file.shapes)
             report = state.set_adapter_state_dict(
-                self, take(shapes), adapter_name, strict=strict, where=directory
+                self, take(shapes), adapter_name, strict=strict, check_finite=check_finite, where=directory
             )
             self.base_model.note_start(adapter_name, config)  # type: ignore[arg-type]
             if not is_trainable:
@@ -383,7 +387,9 @@ class Persistence(nn.Module):
             autocast_adapter_dtype=autocast_adapter_dtype,
             read_from_file=True,
         )
-        report = state.fill_injection(injection, shapes, take, where=directory, strict=strict)
+        report = state.fill_injection(
+            injection, shapes, take, where=directory, strict=strict, check_finite=check_finite
+        )
         # After the account of tensors: where names or shapes differ, that says more.
         if check_base:
             state.check_base(
@@ -450,8 +456,9 @@ class Persistence(nn.Module):
             ConfigError: If the configuration or a renaming is none; for unknown keywords.
             AdapterFileError, LoadMismatchError, BaseMismatchError, TargetError: The model is then as it was.
         """
-        known = _parameters(Persistence.from_pretrained) | {"strict", "check_base"}
-        refuse_unknown("from_pretrained", kwargs, _LOADING | {"strict", "check_base"}, known)
+        checks = {"strict", "check_base", "check_finite"}
+        known = _parameters(Persistence.from_pretrained) | checks
+        refuse_unknown("from_pretrained", kwargs, _LOADING | checks, known)
         rename = renamer(key_mapping)
         _check_config(config)
         file = open_adapter(adapter_directory(model_id, **_for_the_hub(kwargs)))
@@ -467,6 +474,7 @@ class Persistence(nn.Module):
             rename=rename,
             strict=kwargs.get("strict", True),
             check_base=kwargs.get("check_base", True),
+            check_finite=kwargs.get("check_finite", True),
         )
         return result
 

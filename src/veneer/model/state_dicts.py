@@ -61,14 +61,19 @@ def set_peft_model_state_dict(
     adapter_name: str = "default",
     ignore_mismatched_sizes: bool = False,
     low_cpu_mem_usage: bool = False,
+    *,
+    check_finite: bool = True,
 ) -> LoadResult:
     """Write tensors with names on disk into an adapter that the model has.
+
+    NaN and infinity are refused, unless ``check_finite=False``, which warns.
 
     Returns:
         The keys that were missing or unexpected; each kind is warned of too.
 
     Raises:
         LoadMismatchError: If no tensor fits, or shapes differ. Nothing has been written then.
+        AdapterFileError: If a tensor holds NaN or infinity, or a factor is no floating-point number.
         CheckpointError: If it is no mapping of names to tensors.
     """
     if not isinstance(peft_model_state_dict, Mapping):
@@ -77,7 +82,11 @@ def set_peft_model_state_dict(
             f"{type(peft_model_state_dict).__name__}"
         )
     report = state.set_adapter_state_dict(
-        model, peft_model_state_dict, adapter_name, ignore_mismatched_sizes=ignore_mismatched_sizes
+        model,
+        peft_model_state_dict,
+        adapter_name,
+        ignore_mismatched_sizes=ignore_mismatched_sizes,
+        check_finite=check_finite,
     )
     if not report.ok:
         warnings.warn(report.message("the state dict"), VeneerWarning, stacklevel=2)

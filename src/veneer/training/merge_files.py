@@ -18,7 +18,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ..backends import FileCodes
-from ..checkpoint import AdapterFile, compare_fingerprints, fingerprint
+from ..checkpoint import AdapterFile, check_values, compare_fingerprints, fingerprint
 from ..checkpoint.lora_files import factor_names, open_lora
 from ..checkpoint.places import check_room, replacing
 from ..config import LoraConfig
@@ -98,6 +98,7 @@ def merge_files(
     headers = {shard: _header(base / shard) for shard in shards}
     where = {name: shard for shard, header in headers.items() for name in header}
     updates = _updates(base, config, file, specs, {n: headers[s][n] for n, s in where.items()})
+    check_values(file.tensors(n for u in updates.values() for n in (u.a, u.b)), file.path)
     target = None if dtype == "auto" else getattr(torch, dtype)
     layouts = {shard: _layout(header, target) for shard, header in headers.items()}
     total = sum(size for _, size in layouts.values())

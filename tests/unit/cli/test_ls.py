@@ -19,7 +19,13 @@ def test_ls(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     shutil.copytree(adapter, tmp_path / "bad")
     assert main(["ls", str(tmp_path), "--check"]) == 0
     out = capsys.readouterr().out
-    assert "good" in out and " ok" in out and "2 adapters, " in out and "down_proj" in out
+    assert (
+        "good" in out
+        and " ok" not in out
+        and "broken" not in out
+        and "2 adapters, " in out
+        and "down_proj" in out
+    )
     (tmp_path / "bad" / "adapter_model.safetensors").write_bytes(b"\0" * 64)
     assert main(["ls", str(tmp_path)]) == 0
     out = capsys.readouterr().out

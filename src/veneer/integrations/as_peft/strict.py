@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...adapters import AdapterModule, AdapterSet
-from ...checkpoint import BIN_NAME, SAFETENSORS_NAME
+from ...checkpoint import BIN_NAME, SAFETENSORS_NAME, check_values
 from ...checkpoint.layout import ATTEMPTS, watched
 from ...errors import AdapterFileError, LoadMismatchError
 from ...inject import bias_parameters, sites
@@ -117,6 +117,11 @@ def _load(
         raise LoadMismatchError(
             _message(type(model).__name__, name, _source(given), missing, unexpected, shapes, total)
         )
+    try:
+        check_values(_tensors(model, name), _source(given))
+    except AdapterFileError:
+        before.restore()
+        raise
     _settle(model, name)
     before.freeze_replaced(model.peft_config[name])
     if not given.get("is_trainable", False):

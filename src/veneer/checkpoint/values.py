@@ -1,0 +1,68 @@
+"""What tensors may hold that are loaded as an adapter's."""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from collections.abc import Mapping
+
+import torch
+
+from ..errors import AdapterFileError, Hint, VeneerWarning
+
+_OF_THE_ADAPTER = re.compile(r"(^|\.)(lora_\w+|trainable_tokens_delta)(\.|$)")
+_TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def extent(tensor: torch.Tensor) -> float:
+    """A number that is finite if and only if all of the tensor is."""
+    values = tensor.detach()
+    if values.element_size() == 1:
+        values = values.to(torch.float16)
+    low, high = torch.aminmax(values)
+    return float(high.double()) + abs(float(low.double()))
+
+
+def check_values(tensors: Mapping[str, torch.Tensor], where: object, *, check_finite: bool = True) -> None:
+    """Refuse tensors that no adapter holds: NaN, infinity, and factors that are no floating-point numbers.
+
+    Args:
+        tensors: By their names on disk or in memory.
+        where: What to call them in messages.
+        check_finite: False warns of NaN and infinity instead.
+
+    Raises:
+        AdapterFileError: Naming them.
+    """
+    wrong = [
+        f"{name} ({str(tensor.dtype).removeprefix('torch.')})"
+        for name, tensor in tensors.items()
+        if tensor.dtype not in _TYPES and _OF_THE_ADAPTER.search(name)
+    ]
+    if wrong:
+        raise AdapterFileError(
+            f"{where}: {len(wrong)} of {len(tensors)} tensors are no factors, which are floating-point "
+            f"numbers of 16 bits or more: {_listed(wrong)}. The file is damaged, or was quantised"
+        )
+    broken = [name for name, tensor in tensors.items() if not _finite(tensor)]
+    if not broken:
+        return
+    said = f"{where}: {len(broken)} of {len(tensors)} tensors hold NaN or infinity: {_listed(broken)}"
+    if check_finite:
+        raise AdapterFileError(
+            f"{said}. Training diverged, or the file is damaged",
+            Hint("check_finite", False, "; {} loads it all the same"),
+        )
+    warnings.warn(said, VeneerWarning, stacklevel=4)
+
+
+def _finite(tensor: torch.Tensor) -> bool:
+    local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    if local.is_meta or local.numel() == 0 or not local.is_floating_point():
+        return True
+    return math.isfinite(extent(local))
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
