@@ -110,12 +110,8 @@ class PatternSet:
                 table.setdefault(name, []).append(index)
         self._lengths = sorted({len(end) for end in self._ends})
 
-    def hits(self, path: str) -> list[int]:
-        """The indices of all patterns that match one path, in the order of the patterns."""
-        return self.over(Paths([path]))[path]
-
     def over(self, paths: Paths) -> dict[str, list[int]]:
-        """The same for many paths.
+        """The indices of all patterns that match each path, in the order of the patterns.
 
         Raises:
             ConfigError: If the expressions take too many steps.

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import strategies as st
 
 from veneer.config import LoftQConfig, LoraConfig
+from veneer.config.expressions import Paths
 from veneer.errors import ConfigError
 from veneer.spec import LoraSpec, PatternSet, resolve, variant_name
 
@@ -119,9 +120,9 @@ def test_lookup_agrees_with_trying_every_pattern(patterns: list[str], path: str)
     def anywhere(pattern: str) -> bool:
         return path.endswith("." + pattern) or re.match(rf"(.*\.)?({pattern})$", path) is not None
 
-    assert PatternSet(patterns, "target_modules").hits(path) == [
+    assert PatternSet(patterns, "target_modules").over(Paths([path]))[path] == [
         i for i, p in enumerate(patterns) if whole(p)
     ]
-    assert PatternSet(patterns, "rank_pattern", anywhere=True).hits(path) == [
+    assert PatternSet(patterns, "rank_pattern", anywhere=True).over(Paths([path]))[path] == [
         i for i, p in enumerate(patterns) if anywhere(p)
     ]

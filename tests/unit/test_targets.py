@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from veneer.config import LoraConfig
+from veneer.config.expressions import Paths
 from veneer.errors import ConfigError, TargetError, VeneerWarning
 from veneer.spec import PatternSet
 from veneer.targets import (
@@ -80,7 +81,7 @@ def refused(candidates: list[Candidate] | None = None, **options: Any) -> str:
     ],
 )
 def test_matches(pattern: str, path: str, expected: bool) -> None:
-    assert bool(PatternSet([pattern], "target_modules").hits(path)) is expected
+    assert bool(PatternSet([pattern], "target_modules").over(Paths([path]))[path]) is expected
     others = [Candidate("other", "Linear", True, linear=True), Candidate(path, "Linear", True, linear=True)]
     made = plan(others, LoraConfig(target_modules=["other", pattern]), loading=True)
     assert (path in [spec.path for spec in made.specs]) is expected
@@ -468,7 +469,8 @@ def test_portable_targets_match_the_targets_and_nothing_else(targets: list[str],
     if isinstance(written, str):
         assert [p for p in paths if re.fullmatch(written, p)] == targets  # as the field reads a lone string
     patterns = PatternSet([written] if isinstance(written, str) else written, "target_modules")
-    assert [p for p in paths if patterns.hits(p)] == targets
+    hits = patterns.over(Paths(paths))
+    assert [p for p in paths if hits[p]] == targets
 
 
 def test_portable_targets_are_names_where_names_can_tell() -> None:
