@@ -60,11 +60,16 @@ def public_names(package: str) -> Callable[[str], Any]:
 
 
 def is_local(where: str | os.PathLike[str]) -> bool:
-    """Whether this is a path here, existing or not, rather than a repository id such as ``org/name``."""
+    """Whether this is a path here, existing or not, rather than a repository id such as ``org/name``.
+
+    A name whose directory is here is a path, perhaps a mistyped one: ``out/checkpoint-4`` beside ``out``.
+    """
     text = os.fspath(where)
     if not isinstance(where, str) or os.path.exists(os.path.expanduser(text)):
         return True
-    return text.startswith((".", "/", "~")) or "\\" in text or text.count("/") > 1 or not text
+    if text.startswith((".", "/", "~")) or "\\" in text or text.count("/") > 1 or not text:
+        return True
+    return os.path.isabs(text) or ("/" in text and os.path.isdir(text.partition("/")[0]))
 
 
 def refuse_unknown(

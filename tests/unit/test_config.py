@@ -639,6 +639,15 @@ def test_paths_and_repository_ids(name: str, local: bool) -> None:
     assert is_local(name) is local
 
 
+def test_a_mistyped_path_is_no_repository_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert not is_local("out/checkpoint-4")
+    LoraConfig().save_pretrained(tmp_path / "out" / "checkpoint-40")
+    assert is_local("out/checkpoint-4")
+    with pytest.raises(AdapterFileError, match=r"no directory 'out/checkpoint-4'.*checkpoint-40"):
+        PeftConfig.from_pretrained("out/checkpoint-4")
+
+
 HOSTILE: list[tuple[str | bytes, str]] = [
     ("", "not valid JSON"),
     ('{"r": 8', "not valid JSON"),
@@ -746,3 +755,18 @@ def test_get_peft_config() -> None:
         with pytest.raises(ConfigError, match=words):
             get_peft_config(values)
     assert {PeftType.LORA: LoraConfig} == PEFT_TYPE_TO_CONFIG_MAPPING
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"x" * 10_000: 1},
+        {f"option_{n}": 1 for n in range(100_000)},
+        {"corda_config": {"a" * 10_000: 1}},
+        {"corda_config": {f"option_{n}": 1 for n in range(100_000)}},
+    ],
+)
+def test_messages_about_unknown_options_are_short(values: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError) as refused:
+        PeftConfig.from_dict({"peft_type": "LORA", **values})
+    assert len(str(refused.value)) < 4000

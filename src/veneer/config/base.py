@@ -17,7 +17,7 @@ from veneer.atomic import atomic_file
 from veneer.config import values as check
 from veneer.config.files import CONFIG_FILE, check_nesting, read_config_file
 from veneer.config.kinds import PeftType, TaskType
-from veneer.config.spelling import names_unknown_options, unknown_option
+from veneer.config.spelling import names_unknown_options, unknown_options
 from veneer.config.values import looks_like_regex
 from veneer.doors import adapter_files, hub, is_local
 from veneer.errors import AdapterFileError, ConfigError, Hint, Text, UnknownOptionError, VeneerWarning
@@ -209,7 +209,7 @@ class PeftConfig:
             accepted["peft_type"] = str(accepted["peft_type"]).removesuffix(f":{values['variant']}")
         accepted = {k: v for k, v in accepted.items() if v is not None or k not in (*FLAGS, "inference_mode")}
         refused = [k for k, v in values.items() if k not in known and not _is_harmless(k, v)]
-        unknown = ", ".join(unknown_option(str(k), known) + f" = {check.show(values[k])}" for k in refused)
+        unknown = unknown_options([str(k) for k in refused], known, {str(k): values[k] for k in refused})
         if refused and not strict:
             warnings.warn(
                 f"unknown options in an adapter configuration are ignored: {unknown}", VeneerWarning, 2

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from veneer.config import values as check
-from veneer.config.spelling import unknown_option
+from veneer.config.spelling import unknown_options
 from veneer.errors import Hint, Text
 
 
@@ -131,6 +131,6 @@ def part_problem(name: str, kind: type[Any], value: object) -> Text:
     """Why a value is no such part."""
     known = [f.name for f in dataclasses.fields(kind)]
     if isinstance(value, dict):
-        unknown = ", ".join(unknown_option(str(k), known) for k in value if k not in known)
-        return Text(Hint(name), f" has no option {unknown}")
+        unknown = [str(key) for key in value if key not in known]
+        return Text(Hint(name), f" has no option {unknown_options(unknown, known)}")
     return Text(Hint(name), f" must be a {kind.__name__} or its dictionary, got {check.show(value)}")

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
+from veneer.config.values import show
 from veneer.errors import UnknownOptionError
 
 _SPELLINGS = {
@@ -42,13 +43,18 @@ _SPELLINGS = {
 _C = TypeVar("_C")
 
 
-def unknown_option(name: str, known: Iterable[str]) -> str:
-    """An unknown name, with the known one that was probably meant."""
+def unknown_options(names: Sequence[str], known: Iterable[str], values: Mapping[str, Any] = {}) -> str:
+    """Unknown names, each with the known one that was probably meant and its value; the first 20 of many."""
     known = list(known)
-    near = (
-        [_SPELLINGS[name]] if _SPELLINGS.get(name) in known else difflib.get_close_matches(name, known, n=1)
-    )
-    return f"{name!r}" + (f" (did you mean {near[0]!r}?)" if near else "")
+
+    def described(name: str) -> str:
+        meant = _SPELLINGS.get(name)
+        near = [meant] if meant in known else difflib.get_close_matches(name[:80], known, n=1)
+        value = f" = {show(values[name])}" if name in values else ""
+        return show(name) + (f" (did you mean {near[0]!r}?)" if near else "") + value
+
+    rest = len(names) - 20
+    return ", ".join(map(described, names[:20])) + (f" and {rest:,} more" if rest > 0 else "")
 
 
 def names_unknown_options(cls: type[_C]) -> type[_C]:
@@ -58,9 +64,8 @@ def names_unknown_options(cls: type[_C]) -> type[_C]:
 
     @functools.wraps(original)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        unknown = [unknown_option(k, known) for k in kwargs if k not in known]
-        if unknown:
-            raise UnknownOptionError(f"{cls.__name__} has no option {', '.join(unknown)}")
+        if unknown := [name for name in kwargs if name not in known]:
+            raise UnknownOptionError(f"{cls.__name__} has no option {unknown_options(unknown, known)}")
         original(self, *args, **kwargs)
 
     cls.__init__ = __init__  # type: ignore[method-assign]

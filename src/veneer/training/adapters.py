@@ -15,11 +15,11 @@ from ..checkpoint import CONFIG_NAME, AdapterFile, check_adapter_name, open_adap
 from ..checkpoint.lora_files import OpenLora, blaming, factor_names, open_lora
 from ..checkpoint.places import check_replaceable, check_room, replacing
 from ..config import LoraConfig
-from ..doors import adapter_directory
+from ..doors import adapter_directory, is_local
 from ..errors import AdapterFileError, ConfigError, Hint, VeneerError, VeneerWarning
 from ..model import MergeReport, PeftModel
 from ..spec import variant_name
-from .models import load_base, looks_local, quiet_transformers
+from .models import load_base, quiet_transformers
 
 #: The last layer of a classifier's head, which has a row for each class.
 _CLASSES = re.compile(r"(^|\.)(score|classifier|classifier\.out_proj|classification_head\.out_proj)\.weight$")
@@ -82,7 +82,7 @@ def read_head(adapter: str | os.PathLike[str]) -> Head:
     Raises:
         AdapterFileError: It is missing or broken, or no LoRA.
     """
-    local = looks_local(adapter) or "/" not in os.fspath(adapter)
+    local = is_local(adapter) or "/" not in os.fspath(adapter)
     directory = Path(adapter).expanduser() if local else adapter_directory(adapter)
     file = open_adapter(directory)
     with blaming(adapter):

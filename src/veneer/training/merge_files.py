@@ -22,12 +22,13 @@ from ..checkpoint import AdapterFile, check_values, compare_fingerprints, finger
 from ..checkpoint.lora_files import factor_names, open_lora
 from ..checkpoint.places import check_room, replacing
 from ..config import LoraConfig
+from ..doors import is_local
 from ..errors import AdapterFileError, BaseMismatchError, Hint, MergeError, Text, TrainingError
 from ..model import MergeReport
 from ..ops.merging import merge_into_, shared_buffers
 from ..spec import LoraSpec, variant_name
 from ..state import FINGERPRINT
-from .models import looks_local, require
+from .models import require
 
 ONE, INDEX = "model.safetensors", "model.safetensors.index.json"
 #: Names of the types in a safetensors header; only these can take an update.
@@ -143,7 +144,7 @@ def base_directory(adapter: str | os.PathLike[str], model: str | None = None) ->
         )
     if (Path(named) / "config.json").is_file():
         return Path(named)
-    if looks_local(named):
+    if is_local(named):
         raise TrainingError(
             f"no model at {named}: there is no config.json. Say where it is with ", Hint("model")
         )

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.places import replacing
+from ..doors import is_local
 from ..errors import Hint, MissingExtraError, TrainingError, VeneerError
 from .progress import Progress, Silent
 
@@ -178,7 +179,7 @@ def load_tokenizer(source: str | os.PathLike[str]) -> Any:
     require("transformers", "hf", "loading a language model")
     from transformers import AutoTokenizer
 
-    if looks_local(source) and not (Path(source) / "config.json").is_file():
+    if is_local(source) and not (Path(source) / "config.json").is_file():
         what = "has no config.json" if Path(source).is_dir() else "is no directory"
         raise TrainingError(
             f"no model at {source}: it {what}. Give a directory that transformers saved, or a hub id."
@@ -277,18 +278,6 @@ def quantization(name: str, dtype: str = "auto") -> dict[str, Any]:
         )
     place = int(os.environ.get("LOCAL_RANK", "0")) if torch.cuda.is_available() else "cpu"
     return {"quantization_config": config, "device_map": {"": place}}
-
-
-def looks_local(source: str | os.PathLike[str]) -> bool:
-    """Whether a model's name is a path rather than a hub id."""
-    name = os.fspath(source)
-    return (
-        Path(name).exists()
-        or Path(name).is_absolute()
-        or name.startswith((".", "~"))
-        or name.count("/") > 1
-        or "\\" in name
-    )
 
 
 @contextlib.contextmanager

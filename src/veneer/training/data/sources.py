@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, SupportsIndex
 
+from ...doors import is_local
 from ...errors import DataError
-from ..models import looks_local, quiet_transformers, require
+from ..models import quiet_transformers, require
 from .forms import (
     Form,
     Problem,
@@ -158,7 +159,7 @@ def _raw(name: str) -> Raw:
     stem, _, split = name.partition(":")
     if split and Path(stem).expanduser().is_dir():
         return _directory(Path(stem).expanduser(), split)
-    if (looks_local(stem) and not _hub_like(stem)) or place.suffix.lower() in READERS:
+    if (is_local(stem) and not _hub_like(stem)) or place.suffix.lower() in READERS:
         raise DataError(f"cannot read the data file {name}: No such file or directory")
     return _hub(stem, split or "train")
 

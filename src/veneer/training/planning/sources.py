@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...doors import is_local
 from ...errors import TrainingError
-from ..models import looks_local, quiet_transformers, require
+from ..models import quiet_transformers, require
 
 #: The task of an adapter -> transformers' class for it.
 CLASSES = {
@@ -91,7 +92,7 @@ def _read(source: str | os.PathLike[str]) -> Any:
     place = Path(source)
     if place.is_file():
         return _from_file(place)
-    if looks_local(source) and not (place / "config.json").is_file():
+    if is_local(source) and not (place / "config.json").is_file():
         what = "has no config.json" if place.is_dir() else "is neither a directory nor a file"
         adapter = (
             " It holds an adapter: plan with its base model." * (place / "adapter_config.json").is_file()
