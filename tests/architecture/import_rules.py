@@ -1,6 +1,6 @@
 """Who may import whom, read from the syntax trees.
 
-    errors -> registry · doors · atomic -> config -> spec
+    errors -> wording -> registry · doors · atomic -> config -> spec
            -> ops · targets · adapters · inits · variants · backends
            -> routing -> layers -> inject · checkpoint · arithmetic -> state -> model -> calibration
            -> integrations -> training -> as_peft -> cli
@@ -25,6 +25,7 @@ from pathlib import Path
 PACKAGE = "veneer"
 RANKS: tuple[tuple[str, ...], ...] = (
     ("errors", "version"),
+    ("wording",),
     ("registry", "doors", "atomic"),
     ("config",),
     ("spec",),
@@ -56,7 +57,7 @@ DOORS = {
 #: Modules of kernels, and the optional library that each may import.
 KERNELS = {"ops/triton_kernels.py": "triton", "ops/triton_lora.py": "triton"}
 USES_PUBLIC_FACE = {"training", "as_peft", "cli"}
-STDLIB_ONLY = {"errors", "version", "registry", "doors", "atomic", "config", "spec", "targets"}
+STDLIB_ONLY = {"errors", "version", "wording", "registry", "doors", "atomic", "config", "spec", "targets"}
 CORE_LIBRARIES = {"torch", "safetensors"}
 OPTIONAL_ALLOWED = {"backends", "integrations", "training", "as_peft", "cli"}
 

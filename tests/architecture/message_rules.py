@@ -2,6 +2,8 @@
 
 1. No flag of the command line stands in a string outside ``cli/``; docstrings are for readers of the code.
 2. No option that a command has a flag for stands in the text of an error or a warning as Python spells it.
+3. A command prints by the functions of `cli.common` and `cli.messages` alone: they let no terminal obey what
+   a file names.
 """
 
 from __future__ import annotations
@@ -68,3 +70,10 @@ def sources(package: Path) -> Iterator[tuple[str, ast.Module]]:
         where = file.relative_to(package)
         if where.parts[0] != "cli":
             yield where.as_posix(), ast.parse(file.read_text())
+
+
+def prints_in(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """(line, name) of everything that writes to a terminal by itself: ``print``, and what is rich's own."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("print", "Console", "Text"):
+            yield node.lineno, node.func.id  # type: ignore[attr-defined]

@@ -70,3 +70,19 @@ def test_flags_are_found(text: str, found: list[str]) -> None:
 def test_options_are_found(text: str, found: list[str]) -> None:
     named = message_rules.options_in(ast.parse(text), {"lora_alpha", "r", "untie"})
     assert sorted({name for _, name in named}) == found
+
+
+def test_commands_print_by_what_is_shared() -> None:
+    shared = {"__init__.py", "common.py", "messages.py"}
+    found = [
+        f"{file.name}:{line}: {name}"
+        for file in sorted((PACKAGE / "cli").glob("*.py"))
+        if file.name not in shared
+        for line, name in message_rules.prints_in(ast.parse(file.read_text()))
+    ]
+    assert not found, "\n".join(found)
+
+
+def test_prints_are_found() -> None:
+    tree = ast.parse("print(1)\nconsole.print(2)\nshow(3)\nConsole().print(4)\nt.add_row(Text('x'))")
+    assert sorted(name for _, name in message_rules.prints_in(tree)) == ["Console", "Text", "print"]

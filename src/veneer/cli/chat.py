@@ -22,7 +22,7 @@ from .asking import (
     require_language_model,
     sampling_of,
 )
-from .common import DONE, FAILED, app
+from .common import DONE, FAILED, app, show, show_text
 from .fields import check_dtype
 from .messages import say
 
@@ -117,7 +117,7 @@ def _talk(talk: Any, alone: bool) -> int:
                     break
             else:
                 talk.ask(line, _write)
-                print(flush=True)
+                show()
         except VeneerError as error:
             say(f"error: {error}")
             code = DONE if alone else FAILED
@@ -131,13 +131,13 @@ def _line(talk: Any, alone: bool) -> str | None:
             return input(f"{talk.adapter or 'base'}> ").strip()
         line = sys.stdin.readline()
     except EOFError:
-        print()
+        show()
         return None
     return line.strip() if line else None
 
 
 def _write(text: str) -> None:
-    print(text, end="", flush=True)
+    show_text(text, end="")
 
 
 def _command(talk: Any, line: str) -> bool:
@@ -166,7 +166,7 @@ def _command(talk: Any, line: str) -> bool:
         say(f"  {' ' if talk.adapter else '*'} base model (/base)")
     elif word == "/again":
         talk.again(_write)
-        print(flush=True)
+        show()
     else:
         close = difflib.get_close_matches(word, COMMANDS, n=1)
         hint = f"perhaps {close[0]}" if close else f"there are {', '.join(COMMANDS)}"

@@ -17,12 +17,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import ConfigError, VeneerError
+from ..wording import visible
 from . import messages
 from .messages import Flag, say
 
 if TYPE_CHECKING:
-    from rich.console import Console
     from rich.table import Table
+
+    from ..training.console import PlainConsole
 
 DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
@@ -218,21 +220,35 @@ def adapter_place(adapter: str) -> Path:
     return adapter_directory(adapter)
 
 
-def console() -> Console:
-    """Standard output as rich writes it: no colour and no folding of tables where there is no terminal."""
-    from rich.console import Console
+def show(line: str = "") -> None:
+    """One line on standard output."""
+    print(visible(line), flush=True)
 
-    made = Console(highlight=False)
-    return made if made.is_terminal else Console(highlight=False, width=1000)
+
+def show_text(text: str, end: str = "\n") -> None:
+    """A text of several lines: byte for byte into a file or a pipe, and only shown on a terminal."""
+    print(visible(text, lines=True) if sys.stdout.isatty() else text, end=end, flush=True)
+
+
+def console(piped: int = 1000) -> PlainConsole:
+    """Standard output for tables, so wide where there is no terminal: nobody folds what a program reads."""
+    from ..training.console import PlainConsole
+
+    made = PlainConsole()
+    return made if made.is_terminal else PlainConsole(width=piped)
 
 
 def table(*columns: str) -> Table:
     """An empty table without rules: the first column to the left, numbers to the right."""
     from rich.table import Table
 
+    from ..training.console import paragraphs
+
     made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for number, column in enumerate(columns):
-        made.add_column(column, justify="right" if number else "left", overflow="fold", no_wrap=number == 0)
+        made.add_column(
+            paragraphs(column), justify="right" if number else "left", overflow="fold", no_wrap=number == 0
+        )
     return made
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .common import DONE, FAILED, app, show_json, size
+from .common import DONE, FAILED, app, show, show_json, size
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -46,7 +46,7 @@ def demo(
             show_json({name: str(place) for name, place in made.items()})
         else:
             for name, place in made.items():
-                print(f"{name:<8} {place}")
+                show(f"{name:<8} {place}")
         return DONE
     result = run_demo(output, seed, Terminal())
     if as_json:
@@ -57,15 +57,16 @@ def demo(
 
 
 def _show(result: DemoResult) -> None:
-    from rich.console import Console
+    from ..training.console import PlainConsole
 
-    console = Console(highlight=False)
+    console = PlainConsole()
     console.print()
     for place in _telling(result):
         _side_by_side(console, result, place)
     console.print(f"{len(result.mails)} held-out mails, whose senders and threads it was not trained on:")
     console.print(_scores(result))
-    console.print("\nWhat had to be reached:")
+    console.print()
+    console.print("What had to be reached:")
     console.print(_bars(result))
     share = result.trainable / result.parameters
     adapter, base = result.sizes["adapter"], result.sizes["base"]
@@ -84,13 +85,12 @@ def _show(result: DemoResult) -> None:
     )
     console.print()
     for name, place_of in result.places.items():
-        console.print(f"  {name:<13} {place_of}", soft_wrap=True, markup=False)
+        console.print(f"  {name:<13} {place_of}", soft_wrap=True)
     console.print()
-    console.print(f"Try: veneer inspect {result.places['adapter']}", soft_wrap=True, markup=False)
+    console.print(f"Try: veneer inspect {result.places['adapter']}", soft_wrap=True)
     failed = [bar.what for bar in result.bars if not bar.passed]
-    console.print(
-        f"\nNOT REACHED: {', '.join(failed)}" if failed else "\nEvery bar was reached.", style="bold"
-    )
+    console.print()
+    console.print(f"NOT REACHED: {', '.join(failed)}" if failed else "Every bar was reached.", style="bold")
 
 
 def _telling(result: DemoResult) -> list[int]:
@@ -106,19 +106,18 @@ def _telling(result: DemoResult) -> list[int]:
 
 def _side_by_side(console: Console, result: DemoResult, place: int) -> None:
     from rich.table import Table
-    from rich.text import Text
 
     from ..training import exact_match
+    from ..training.console import paragraphs
 
     mail = result.mails[place]
-    table = Table(
-        title=Text(mail["header"], justify="left"), title_justify="left", title_style="", expand=True
-    )
+    table = Table(title=paragraphs(mail["header"]), title_justify="left", title_style="", expand=True)
     exact = "right" if exact_match(result.after.answers[place], mail["answer"]) else "wrong"
     table.add_column("before", ratio=1)
     table.add_column(f"after ({exact})", ratio=1)
     before = result.before.answers[place].strip()
-    table.add_row(Text(before[:200] + " …" * (len(before) > 200)), Text(result.after.answers[place].strip()))
+    after = result.after.answers[place].strip()
+    table.add_row(paragraphs(before[:200] + " …" * (len(before) > 200)), paragraphs(after))
     console.print(table)
     console.print()
 

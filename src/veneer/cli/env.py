@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from .common import app, show_json, size
+from .common import app, show, show_json, size
 
 
 @app.command()
@@ -35,4 +35,4 @@ def env(
     }
     width = max(map(len, lines))
     for name, value in lines.items():
-        print(f"{name:<{width}}  {value}")
+        show(f"{name:<{width}}  {value}")

@@ -70,8 +70,9 @@ def evaluate(
 
 
 def _table(found: Comparison) -> None:
-    from rich.console import Console
     from rich.table import Table
+
+    from ..training.console import PlainConsole
 
     table = Table()
     table.add_column("")
@@ -79,4 +80,4 @@ def _table(found: Comparison) -> None:
         table.add_column(column, justify="right")
     for row in found.table():
         table.add_row(*row)
-    Console(highlight=False).print(table)
+    PlainConsole().print(table)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .common import adapter_place, app, show_json, size
+from .common import adapter_place, app, show, show_json, size
 
 if TYPE_CHECKING:
     from ..integrations.export import ExportReport
@@ -142,21 +142,21 @@ def _as_json(report: ExportReport) -> None:
 
 def _show(report: ExportReport, reader: str) -> None:
     count = len(report.modules)
-    print(f"{count} module{'s' * (count != 1)} for {reader}: {report.directory}")
+    show(f"{count} module{'s' * (count != 1)} for {reader}: {report.directory}")
     for name in report.files:
-        print(f"  {name} ({size((report.directory / name).stat().st_size)})")
+        show(f"  {name} ({size((report.directory / name).stat().st_size)})")
     for label, lines in (("folded", report.folded), ("left out", report.left_out), ("note", report.notes)):
         for line in lines:
-            print(f"{label}: {line}")
+            show(f"{label}: {line}")
     if report.dora_errors:
         errors = sorted(report.dora_errors.items(), key=lambda pair: -pair[1])
         mean = sum(report.dora_errors.values()) / len(errors)
-        print(
+        show(
             f"DoRA made plain: {mean:.2%} of an update is missed on average, at most {errors[0][1]:.2%} "
             f"({errors[0][0]}); a higher --rank misses less"
         )
-    print(f"read back: {_verdict(report)}")
-    print(f"use it: {report.usage}")
+    show(f"read back: {_verdict(report)}")
+    show(f"use it: {report.usage}")
 
 
 def _verdict(report: ExportReport) -> str:

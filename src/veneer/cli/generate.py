@@ -23,7 +23,7 @@ from .asking import (
     require_language_model,
     sampling_of,
 )
-from .common import app, show_json
+from .common import app, show, show_json, show_text
 from .fields import check_dtype
 
 
@@ -87,7 +87,7 @@ def generate(
     if as_json:
         show_json({"prompt": prompt, "generated_text": answer})
     else:
-        print(answer)
+        show_text(answer)
 
 
 def _prompt(prompt: str | None, data: str | None, output: Path | None, batch_size: int) -> str | None:
@@ -151,7 +151,7 @@ def _file(
                 adapted, tokenizer, prompts, sampling=sampling, batch_size=batch_size, progress=progress
             )
         for record, answer in zip(records, answers, strict=True):
-            print(json.dumps({**record, ANSWER: answer}, ensure_ascii=False, default=str))
+            show_text(json.dumps({**record, ANSWER: answer}, ensure_ascii=False, default=str))
         return
     try:
         with evaluating(adapted, base):
@@ -169,4 +169,4 @@ def _file(
     except KeyboardInterrupt:
         progress.say("Stopped; the same command goes on from here")
         raise
-    print(f"{len(records)} answers: {output}")
+    show(f"{len(records)} answers: {output}")

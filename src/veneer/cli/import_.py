@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .common import app, show_json
+from .common import app, show, show_json
 
 
 @app.command("import")
@@ -56,8 +56,8 @@ def import_(
             }
         )
         return
-    print(f"{report.source} (as {report.spelling} writes them)")
+    show(f"{report.source} (as {report.spelling} writes them)")
     for name, place in report.directories.items():
         ranks = Counter(report.modules[name].values())
         words = ", ".join(f"{count} of rank {r}" for r, count in sorted(ranks.items()))
-        print(f"{name}: {sum(ranks.values())} modules ({words}): {place}")
+        show(f"{name}: {sum(ranks.values())} modules ({words}): {place}")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .common import adapter_place, app, show_json, size, table
+from .common import adapter_place, app, show, show_json, size, table
 from .common import console as stdout
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def inspect(
         return
     _show(found, updates, first, modules)
     if plot is not None:
-        print(f"picture: {plot}")
+        show(f"picture: {plot}")
 
 
 def _check_plot(plot: Path) -> None:
@@ -105,7 +105,7 @@ def _show(found: dict[str, Any], updates: list[UpdateSpectrum], first: int, modu
     if found["modules_to_save"]:
         lines["saved whole"] = ", ".join(found["modules_to_save"])
     for name, value in lines.items():
-        console.print(f"{name:<11} {value}", markup=False, soft_wrap=True)
+        console.print(f"{name:<11} {value}", soft_wrap=True)
     console.print()
     _kinds(console, found, updates, first)
     if modules:
@@ -136,7 +136,7 @@ def _kinds(console: Console, found: dict[str, Any], updates: list[UpdateSpectrum
         shown.add_row(row["module"], count, "×".join(map(str, own[0].shape)), parameters, *numbers)
     console.print(shown)
     if found["others"]:
-        console.print(f"and {len(found['others'])} more tensors, e.g. {found['others'][0]}", markup=False)
+        console.print(f"and {len(found['others'])} more tensors, e.g. {found['others'][0]}")
     console.print()
 
 
@@ -165,7 +165,6 @@ def _in_words(console: Console, updates: list[UpdateSpectrum], first: int) -> No
         silent = [u.path for u in updates if not u.norm]
         console.print(
             f"{len(silent)} of {len(updates)} updates are zero and change nothing, e.g. {silent[0]}",
-            markup=False,
             soft_wrap=True,
         )
     if not alive:
@@ -176,10 +175,12 @@ def _in_words(console: Console, updates: list[UpdateSpectrum], first: int) -> No
     share = f"{_mean([u.energy(first) for u in alive]):.0%}"
     hold = f"{first} directions hold" if first > 1 else "direction holds"
     console.print(
-        f"Norms from {min(u.norm for u in alive):.3g} to {strongest.norm:.3g} ({strongest.path}).\n"
+        f"Norms from {min(u.norm for u in alive):.3g} to {strongest.norm:.3g} ({strongest.path}).",
+        soft_wrap=True,
+    )
+    console.print(
         f"The first {hold} {share} of the energy of "
         f"an update on average; 99% of it takes {least} to {most}, in the median {median(needed):g}.",
-        markup=False,
         soft_wrap=True,
     )
 

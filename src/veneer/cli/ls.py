@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .common import DONE, FAILED, app, show_json, size
+from .common import DONE, FAILED, app, show, show_json, size
+from .common import console as stdout
+from .messages import say
 
 if TYPE_CHECKING:
     from ..checkpoint.listing import AdapterEntry
@@ -33,16 +34,14 @@ def ls(
     elif found:
         _show(found, broken)
     else:
-        print(f"no adapter in {directory} or below", file=sys.stderr)
+        say(f"no adapter in {directory} or below")
     return FAILED if check and broken else DONE
 
 
 def _show(found: list[AdapterEntry], broken: list[AdapterEntry]) -> None:
-    from rich.console import Console
     from rich.table import Table
-    from rich.text import Text
 
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else PIPED)
+    console = stdout(PIPED)
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("adapter", "base", "r", "targets", "size", "date", ""):
         table.add_column(
@@ -53,10 +52,10 @@ def _show(found: list[AdapterEntry], broken: list[AdapterEntry]) -> None:
         )
     for entry in found:
         table.add_row(
-            Text(entry.path),
-            Text(_short_base(entry.base)),
+            entry.path,
+            _short_base(entry.base),
             ",".join(map(str, entry.ranks)),
-            Text(_short_targets(entry.target_modules)),
+            _short_targets(entry.target_modules),
             "" if entry.bytes is None else size(entry.bytes),
             (entry.modified or "")[:10],
             "broken" if entry.problems else "",  # the values were not read
@@ -64,10 +63,10 @@ def _show(found: list[AdapterEntry], broken: list[AdapterEntry]) -> None:
     console.print(table)
     for entry in broken:
         for problem in entry.problems:
-            console.print(f"{entry.path}: {problem}", markup=False, soft_wrap=True)
+            show(f"{entry.path}: {problem}")
     total = sum(entry.bytes or 0 for entry in found)
     end = f", {len(broken)} of them broken" if broken else ""
-    console.print(f"{len(found)} adapter{'s' * (len(found) != 1)}, {size(total)}{end}")
+    show(f"{len(found)} adapter{'s' * (len(found) != 1)}, {size(total)}{end}")
 
 
 def _short_base(base: str | None) -> str:

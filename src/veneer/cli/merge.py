@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .common import adapter_place, app, console, show_json, size, table
+from .common import adapter_place, app, console, show, show_json, size, table
 from .fields import check_dtype
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def merge(
         show_json({"output": str(output), "bytes": weights, "dtype": stored, "kept": kept})
         return
     _show(report, stored)
-    print(f"model ({size(weights)}): {output}")
+    show(f"model ({size(weights)}): {output}")
 
 
 def _in_memory(
@@ -141,7 +141,8 @@ def _show(report: MergeReport, stored: str) -> None:
         shown.add_row(kind, str(len(shares)), f"{mean:.1%}", f"{least:.1%}", path)
     console().print(shown)
     least, path = min((share, path) for path, share in report.kept.items())
-    print(
-        f"\n{len(report.kept)} modules merged into {stored}; {report.mean:.1%} of the update kept, "
+    show()
+    show(
+        f"{len(report.kept)} modules merged into {stored}; {report.mean:.1%} of the update kept, "
         f"least {least:.1%} in {path}"
     )

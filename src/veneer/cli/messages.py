@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from ..errors import Text, VeneerWarning
+from ..wording import visible
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FULL_WORDS = re.compile(
@@ -47,7 +48,7 @@ class Flag(NamedTuple):
 
 def say(line: str) -> None:
     """One message on standard error."""
-    print(line, file=sys.stderr, flush=True)
+    print(visible(line, lines=True), file=sys.stderr, flush=True)
 
 
 def quieten(flags: Callable[[], Mapping[str, Flag]]) -> None:

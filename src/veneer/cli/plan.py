@@ -12,8 +12,9 @@ import typer
 from ..errors import ConfigError
 from ..targets import ranges
 from ..training.options import RunOptions, option
-from .common import app, show_json, size
+from .common import app, flags_of, show_json, size
 from .fields import options_of, with_flags
+from .messages import in_flags
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -102,9 +103,9 @@ def plan(
     if as_json:
         show_json(found.to_dict())
         return
-    from rich.console import Console
+    from ..training.console import PlainConsole
 
-    _show(Console(highlight=False), found, options)
+    _show(PlainConsole(), found, options)
 
 
 def _show(console: Console, found: PlanReport, options: RunOptions) -> None:
@@ -113,7 +114,6 @@ def _show(console: Console, found: PlanReport, options: RunOptions) -> None:
         f"{found.model}: {found.architecture}, {said.parameters - said.trainable:,} parameters "
         f"in {found.dtype}",
         soft_wrap=True,
-        markup=False,
     )
     console.print()
     _targets(console, found)
@@ -141,24 +141,24 @@ def _targets(console: Console, found: PlanReport) -> None:
             ranks = sorted({specs[path].r for path in inside})
             scales = sorted({specs[path].scaling for path in inside})
             table.add_row(
-                _escaped(pattern) if not place else "",
+                pattern if not place else "",
                 str(len(inside)),
                 ranges(layers(inside)),
                 ranges(ranks),
                 ", ".join(f"{scale:.3g}" for scale in scales),
-                _escaped(name if len(kinds) > 1 else inside[0] if inside else ""),
+                name if len(kinds) > 1 else inside[0] if inside else "",
             )
     console.print(table)
     if found.plan.modules_to_save:
-        console.print(f"trained in full: {', '.join(found.plan.modules_to_save)}", markup=False)
+        console.print(f"trained in full: {', '.join(found.plan.modules_to_save)}")
     for entry in found.plan.unmatched:
-        console.print(f"warning: {entry}", markup=False, soft_wrap=True)
+        console.print("warning: " + in_flags(entry.message, flags_of("plan")), soft_wrap=True)
     reasons: dict[str, list[str]] = {}
     for skipped in found.plan.skipped:
         reasons.setdefault(skipped.reason, []).append(skipped.path)
     for reason, left in reasons.items():
         more = f" and {len(left) - 3} more" if len(left) > 3 else ""
-        console.print(f"left out ({reason}): {', '.join(left[:3])}{more}", markup=False, soft_wrap=True)
+        console.print(f"left out ({reason}): {', '.join(left[:3])}{more}", soft_wrap=True)
 
 
 def _needs(console: Console, found: PlanReport) -> None:
@@ -193,7 +193,7 @@ def _needs(console: Console, found: PlanReport) -> None:
     console.print(table)
     console.print("The peak is less than the sum: gradients come while activations go.")
     for note in said.notes:
-        console.print(f"note: {note}", markup=False, soft_wrap=True)
+        console.print(f"note: {note}", soft_wrap=True)
 
 
 def _proposal(console: Console, found: PlanReport, options: RunOptions) -> None:
@@ -201,7 +201,6 @@ def _proposal(console: Console, found: PlanReport, options: RunOptions) -> None:
     given_up = found.proposal.given_up
     console.print(
         f"Keeps to the budget: {'; '.join(given_up)}" if given_up else "Keeps to the budget as it is.",
-        markup=False,
         soft_wrap=True,
     )
     targets = found.config.target_modules
@@ -222,13 +221,7 @@ def _proposal(console: Console, found: PlanReport, options: RunOptions) -> None:
             words.append(flag)
         elif value:
             words += [flag, str(value)]
-    console.print(f"Train so: {shlex.join(words)}", markup=False, soft_wrap=True)
-
-
-def _escaped(text: str) -> Any:
-    from rich.text import Text
-
-    return Text(text)
+    console.print(f"Train so: {shlex.join(words)}", soft_wrap=True)
 
 
 def _flops(count: int) -> str:

@@ -11,7 +11,7 @@ import typer
 
 from ..errors import VeneerError
 from ..training.options import RunOptions
-from .common import FAILED, INTERRUPTED, app, show_json, size
+from .common import FAILED, INTERRUPTED, app, show, show_json, show_text, size
 from .fields import command_line, options_of, with_flags
 from .messages import say
 
@@ -62,18 +62,18 @@ def train(
         return None
     output = Path(options.output)
     losses = [entry["loss"] for entry in metrics["losses"]]
-    print(f"{metrics['steps']} steps in {metrics['seconds']:.0f} s, loss {losses[0]:.3f} -> {losses[-1]:.3f}")
+    show(f"{metrics['steps']} steps in {metrics['seconds']:.0f} s, loss {losses[0]:.3f} -> {losses[-1]:.3f}")
     if held_out := [entry["loss"] for entry in metrics["evaluations"]]:
-        print(f"held-out loss {held_out[0]:.3f} -> {held_out[-1]:.3f}")
+        show(f"held-out loss {held_out[0]:.3f} -> {held_out[-1]:.3f}")
     weights = (output / "adapter_model.safetensors").stat().st_size
-    print(f"adapter ({size(weights)}): {output}")
+    show(f"adapter ({size(weights)}): {output}")
     return None
 
 
 def _print(options: RunOptions) -> None:
     import yaml
 
-    print(yaml.safe_dump(dataclasses.asdict(options), sort_keys=False), end="")
+    show_text(yaml.safe_dump(dataclasses.asdict(options), sort_keys=False), end="")
 
 
 def _say_how_to_go_on(left: Any, config: Path | None, given: dict[str, Any]) -> None:

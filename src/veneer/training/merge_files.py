@@ -146,7 +146,7 @@ def base_directory(adapter: str | os.PathLike[str], model: str | None = None) ->
         return Path(named)
     if is_local(named):
         raise TrainingError(
-            f"no model at {named}: there is no config.json. Say where it is with ", Hint("model")
+            f"no model at {named!r}: there is no config.json. Say where it is with ", Hint("model")
         )
     require("huggingface_hub", "hf", "fetching a model")
     from huggingface_hub import snapshot_download

@@ -182,7 +182,7 @@ def load_tokenizer(source: str | os.PathLike[str]) -> Any:
     if is_local(source) and not (Path(source) / "config.json").is_file():
         what = "has no config.json" if Path(source).is_dir() else "is no directory"
         raise TrainingError(
-            f"no model at {source}: it {what}. Give a directory that transformers saved, or a hub id."
+            f"no model at {str(source)!r}: it {what}. Give a directory that transformers saved, or a hub id."
         )
     with _loading(source):
         return AutoTokenizer.from_pretrained(source)

@@ -36,13 +36,13 @@ class Terminal:
     """Reports on standard error: a live bar on a terminal, a few plain lines anywhere else."""
 
     def __init__(self) -> None:
-        from rich.console import Console
+        from .console import PlainConsole
 
-        self.console = Console(stderr=True, highlight=False)
+        self.console = PlainConsole(stderr=True)
 
     def say(self, line: str) -> None:
         """Print one line."""
-        self.console.print(line, markup=False, soft_wrap=True)
+        self.console.print(line, soft_wrap=True)
 
     @contextmanager
     def bar(self, title: str, total: int) -> Iterator[Advance]:

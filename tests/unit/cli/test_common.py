@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -10,6 +11,8 @@ import warnings
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from veneer import VeneerError, VeneerWarning
 from veneer.cli import common, main
@@ -161,6 +164,71 @@ def test_warnings_are_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     captured = capsys.readouterr()
     assert captured.err == "warning: look here\n"
     assert json.loads(captured.out)["a"] == "b"
+
+
+HOSTILE = "\x1b]0;title\x07\n[red]\u202e:smile:"
+#: Names of tensors with such characters are refused.
+TENSOR = "[red]:smile:"
+
+
+@pytest.fixture
+def hostile(adapter: Path, tmp_path: Path) -> Path:
+    """An adapter whose file names, configuration and tensors hold what a terminal would act upon."""
+    place = tmp_path / HOSTILE
+    place.mkdir()
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    config |= {"base_model_name_or_path": HOSTILE, "target_modules": [HOSTILE], "modules_to_save": [HOSTILE]}
+    (place / "adapter_config.json").write_text(json.dumps(config))
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    named = {key.replace("layers.1.mlp.down_proj", f"layers.1.{TENSOR}"): t for key, t in tensors.items()}
+    named[f"base_model.model.{TENSOR}.weight"] = torch.ones(2)
+    save_file(named, place / "adapter_model.safetensors")
+    return place
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "titles", "tensors"),
+    [
+        (["ls", "."], 0, 3, 0),
+        (["inspect", "ADAPTER"], 0, 4, 2),
+        (["inspect", "ADAPTER", "--modules"], 0, 4, 3),
+        (["inspect", "ADAPTER", "--no-spectrum"], 0, 4, 2),
+        (["merge", "ADAPTER", "--output", "out"], 1, 1, 0),
+        (["export", "ADAPTER", "out", "--target", "vllm"], 1, 1, 1),
+        (["eval", "ADAPTER", "--data", HOSTILE + ".jsonl"], 1, 1, 0),
+        (["generate", "ADAPTER", "hello"], 1, 1, 0),
+        (["plan", "ADAPTER"], 1, 1, 0),
+        ([HOSTILE], 2, 1, 0),
+    ],
+    ids=lambda value: "-".join(value[::2]).lower() if isinstance(value, list) and value[1:] else "",
+)
+def test_what_a_file_names_is_shown_and_not_obeyed(
+    words: list[str],
+    code: int,
+    titles: int,
+    tensors: int,
+    hostile: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(hostile.parent)
+    assert main([hostile.name if word == "ADAPTER" else word for word in words]) == code
+    captured = capsys.readouterr()
+    said = captured.out + captured.err
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", said)
+    assert (said.count("\\x1b]0;title\\x07"), said.count("[red]:smile:")) == (titles, tensors)
+    assert "\n[red]\\u202e" not in captured.out
+
+
+@pytest.mark.parametrize("words", [["ls", "."], ["inspect", "ADAPTER"]], ids=lambda words: words[0])
+def test_json_has_names_as_they_are(
+    words: list[str], hostile: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(hostile.parent)
+    assert main([*(hostile.name if word == "ADAPTER" else word for word in words), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    found = told[0] if isinstance(told, list) else told
+    assert found["path"] == HOSTILE and found["base"] == HOSTILE and found["target_modules"] == [HOSTILE]
 
 
 def test_sizes() -> None:

@@ -98,7 +98,7 @@ def _read(source: str | os.PathLike[str]) -> Any:
             " It holds an adapter: plan with its base model." * (place / "adapter_config.json").is_file()
         )
         raise TrainingError(
-            f"no model at {source}: it {what}.{adapter} "
+            f"no model at {str(source)!r}: it {what}.{adapter} "
             "Give a directory that transformers saved, a config.json, or a hub id."
         )
     if place.is_dir():
