@@ -25,6 +25,7 @@ from veneer import (
     VeneerWarning,
     get_peft_model,
     get_peft_model_state_dict,
+    load_peft_weights,
     set_peft_model_state_dict,
 )
 from veneer.errors import AdapterNameError, CheckpointError, MergeError, UnknownOptionError, VeneerError
@@ -473,6 +474,19 @@ def test_an_impossible_renaming_is_refused(mapping: Any, message: str, tmp_path:
     model.save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=message):
         model.load_adapter(tmp_path, "other", key_mapping=mapping)
+    assert list(model.peft_config) == ["default"]
+
+
+def test_a_renaming_that_would_lose_a_tensor_is_refused(tmp_path: Path) -> None:
+    model = get_peft_model(net(), config())
+    model.save_pretrained(tmp_path)
+    for mapping in ({r".*lora_([AB]).*": r"same.lora_\1.weight"}, lambda key: "same"):
+        with pytest.raises(
+            ConfigError, match=r"key_mapping gives several keys of the file one name: .* and .* -> "
+        ):
+            model.load_adapter(tmp_path, "other", key_mapping=mapping)
+        with pytest.raises(ConfigError, match="key_mapping gives several keys"):
+            load_peft_weights(tmp_path, key_mapping=mapping)
     assert list(model.peft_config) == ["default"]
 
 

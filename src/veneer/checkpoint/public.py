@@ -12,7 +12,7 @@ from .matching import LoadReport, match
 from .reading import AdapterFile, open_adapter
 from .residual import RESIDUAL_MARK, joined, layers_of, mark, marked_config, parted, plain_config
 from .values import check_values
-from .writing import check_tensors, write_adapter
+from .writing import check_tensors, write_adapter, write_card
 
 __all__ = [
     "RESIDUAL_MARK",
@@ -44,4 +44,5 @@ __all__ = [
     "read_config",
     "to_disk",
     "write_adapter",
+    "write_card",
 ]

@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from ..atomic import HalfMovedError, atomic_files, locked
+from ..atomic import HalfMovedError, atomic_file, atomic_files, locked
 from ..errors import CheckpointError, VeneerWarning
 from .card import merge_card
 from .header import BIN_METADATA, name_problem
@@ -83,6 +83,21 @@ def write_adapter(
         raise CheckpointError(
             f"the adapter could not be written to {root}, nothing has changed: {exc}"
         ) from exc
+
+
+def write_card(directory: str | os.PathLike[str], card: str) -> None:
+    """Write ``README.md``, whole or not at all; of one that exists only the front matter is updated.
+
+    Raises:
+        CheckpointError: the directory cannot be made, or the card not be read or written.
+    """
+    root = Path(directory)
+    with _directory(root):
+        try:
+            with atomic_file(root / CARD_NAME) as waiting:
+                _write_text(waiting, _with_existing(root / CARD_NAME, card))
+        except OSError as exc:
+            raise CheckpointError(f"the card could not be written: {exc}") from exc
 
 
 def check_tensors(tensors: Mapping[str, torch.Tensor]) -> None:

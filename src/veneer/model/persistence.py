@@ -19,17 +19,16 @@ from torch import Tensor, nn
 from veneer import inits, state
 from veneer.adapters import as_names, check_adapter_name, walk
 from veneer.checkpoint import (
-    CARD_NAME,
     RESIDUAL_MARK,
     AdapterFile,
     LoadReport,
     mark,
     marked_config,
-    merge_card,
     model_card,
     open_adapter,
     plain_config,
     write_adapter,
+    write_card,
 )
 from veneer.config import LoraConfig, PeftConfig, TaskType
 from veneer.doors import HUB_OPTIONS, adapter_directory, hub, refuse_unknown
@@ -269,10 +268,18 @@ class Persistence(nn.Module):
         return Path(save_directory) if name == "default" else Path(save_directory) / name
 
     def create_or_update_model_card(self, output_dir: str | os.PathLike[str]) -> None:
-        """Write the card of the active adapter, keeping the body of an existing one."""
-        from_config = self.active_peft_config.to_json()
-        Path(output_dir).mkdir(parents=True, exist_ok=True)
-        write_card(Path(output_dir), from_config, hasattr(self.get_base_model(), "save_pretrained"))
+        """Write the card of the active adapter, keeping the body of an existing one.
+
+        Raises:
+            CheckpointError: If it cannot be written; the existing one is as it was.
+        """
+        write_card(
+            output_dir,
+            model_card(
+                self.active_peft_config.to_json(),
+                transformers_model=hasattr(self.get_base_model(), "save_pretrained"),
+            ),
+        )
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
         """Save into a temporary directory and upload it with huggingface_hub."""
@@ -356,7 +363,7 @@ class Persistence(nn.Module):
         config.inference_mode = not is_trainable
         if isinstance(config, LoraConfig):
             config = marked_config(config, file.metadata, directory)
-        names = {rename(key): key for key in file.shapes}
+        names = renamed(file.shapes, rename)
         shapes = {new: file.shapes[old] for new, old in names.items()}
 
         def take(keys: Iterable[str]) -> dict[str, Tensor]:
@@ -548,10 +555,22 @@ def renamer(mapping: Mapping[str, str] | Callable[[str], str] | None) -> Callabl
     return rename
 
 
-def write_card(directory: Path, config: Mapping[str, Any], transformers_model: bool) -> None:
-    """Write or update ``README.md`` of an adapter directory."""
-    path = directory / CARD_NAME
-    card = model_card(config, transformers_model=transformers_model)
-    if path.exists():
-        card = merge_card(path.read_text(encoding="utf-8", errors="replace"), card)
-    path.write_text(card, encoding="utf-8")
+def renamed(keys: Iterable[str], rename: Callable[[str], str]) -> dict[str, str]:
+    """New key -> key of the file.
+
+    Raises:
+        ConfigError: Two keys would get one name, and one tensor would be lost.
+    """
+    names: dict[str, str] = {}
+    met = []
+    for key in keys:
+        new = rename(key)
+        if new in names:
+            met.append(f"{names[new]} and {key} -> {new}")
+        names.setdefault(new, key)
+    if met:
+        more = f"; and {len(met) - 3} more" if len(met) > 3 else ""
+        raise ConfigError(
+            Hint("key_mapping"), f" gives several keys of the file one name: {'; '.join(met[:3])}{more}"
+        )
+    return names

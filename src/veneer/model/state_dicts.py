@@ -22,7 +22,7 @@ from veneer.errors import (
     VeneerWarning,
 )
 from veneer.layers import LoraLayer
-from veneer.model.persistence import check_save_embedding_layers, renamer
+from veneer.model.persistence import check_save_embedding_layers, renamed, renamer
 
 
 class LoadResult(NamedTuple):
@@ -164,5 +164,6 @@ def load_peft_weights(
         **hf_hub_download_kwargs: ``subfolder``, ``revision``, ``token`` and the like.
     """
     file = open_adapter(adapter_directory(model_id, **hf_hub_download_kwargs))
-    rename = renamer(key_mapping)
-    return {rename(name): tensor for name, tensor in file.tensors(device=device or "cpu").items()}
+    names = renamed(file.shapes, renamer(key_mapping))
+    tensors = file.tensors(device=device or "cpu")
+    return {new: tensors[name] for new, name in names.items()}

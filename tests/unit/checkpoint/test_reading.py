@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import struct
 import warnings
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,22 @@ def test_a_file_that_changes_while_it_is_opened(
         open_adapter(adapter)
 
 
+def test_a_file_that_cannot_be_mapped(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("unable to mmap 100000000000 bytes: Cannot allocate memory (12)")
+
+    monkeypatch.setattr(reading, "safe_open", fails)
+    with pytest.raises(AdapterFileError, match="cannot be mapped into memory: unable to mmap"):
+        open_adapter(adapter)
+
+
+def test_an_archive_of_several_disks(tmp_path: Path) -> None:
+    locator = b"PK\6\7" + struct.pack("<LQL", 0, 0, 2)
+    (tmp_path / BIN_NAME).write_bytes(bytes(64) + locator + b"PK\5\6" + bytes(18))
+    with pytest.raises(AdapterFileError, match="multiple disks"):
+        open_adapter(tmp_path)
+
+
 def test_tensors_stay_what_they_were_when_the_adapter_is_saved_again(adapter: Path) -> None:
     before = open_adapter(adapter).tensors()
     write_adapter(adapter, {k: t * 0 for k, t in TENSORS.items()}, CONFIG)
@@ -133,13 +150,14 @@ def test_config_as_it_is(adapter: Path) -> None:
     ("content", "says"),
     [
         (b"", "not valid JSON"),
+        (b'{"lora_alpha": 3, "lora_alpha": 300}', "the key 'lora_alpha' occurs twice"),
         (b'{"r": 8', "not valid JSON"),
         (b"\xff\xfe\x00", "not valid JSON"),
         (b"[" * 200_000, "nested too deeply"),
         (b"[1]", "holds a JSON list"),
         (b" " * (2**25), "is larger than"),
     ],
-    ids=["empty", "truncated", "binary", "nested", "list", "huge"],
+    ids=["empty", "twice", "truncated", "binary", "nested", "list", "huge"],
 )
 def test_config_that_is_none(adapter: Path, content: bytes, says: str) -> None:
     (adapter / CONFIG_NAME).write_bytes(content)

@@ -21,6 +21,7 @@ from veneer.checkpoint import (
     open_adapter,
     read_config,
     write_adapter,
+    write_card,
 )
 from veneer.checkpoint.layout import SAVED_CONFIG
 from veneer.errors import CheckpointError, VeneerWarning
@@ -275,6 +276,30 @@ def test_a_readme_that_was_edited_keeps_its_body(tmp_path: Path) -> None:
     )
     write_adapter(tmp_path, OLD, {})
     assert (tmp_path / CARD_NAME).read_bytes() == kept
+
+
+def test_a_card_by_itself_keeps_every_byte_of_a_body(tmp_path: Path) -> None:
+    card = "---\ntags:\n- lora\n---\n\n# Made\n"
+    write_card(tmp_path / "new", card)
+    assert (tmp_path / "new" / CARD_NAME).read_text() == card
+    (tmp_path / CARD_NAME).write_bytes(b"---\r\nlicense: mit\r\n---\r\n\r\nMy text \xff\r\n")
+    write_card(tmp_path, card)
+    kept = (tmp_path / CARD_NAME).read_bytes()
+    assert kept == b"---\r\nlicense: mit\r\ntags:\r\n- lora\r\n---\r\n\r\nMy text \xff\r\n"
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match="cannot be made"):
+        write_card(tmp_path / "file", card)
+
+
+def test_a_card_that_cannot_be_written_leaves_the_one_that_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_card(tmp_path, "# Ours\n")
+    before = (tmp_path / CARD_NAME).read_bytes()
+    monkeypatch.setattr(os, "fsync", lambda handle: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+    with pytest.raises(CheckpointError, match=r"could not be written.*full"):
+        write_card(tmp_path, "---\ntags:\n- new\n---\n")
+    assert (tmp_path / CARD_NAME).read_bytes() == before and names(tmp_path) == {CARD_NAME}
 
 
 def test_all_files_are_readable_alike(tmp_path: Path) -> None:
