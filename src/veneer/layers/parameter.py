@@ -135,9 +135,26 @@ class LoraParameter(LoraLayer):
 
     # -- forward -------------------------------------------------------------------------------------
 
+    def refuses_rows(self, names: Sequence[str]) -> str | None:
+        """Rows meet inside the module's forward, where none has a parameter of its own."""
+        mine = ", ".join(repr(name) for name in names if name in self._specs)
+        if not mine:
+            return None
+        return (
+            f"{mine}: {self._where()} is a bare parameter, which all rows of a batch share. Call the model "
+            "once for each adapter"
+        )
+
     def _adapted(self) -> Tensor | AdaptedWeight | None:
-        """What stands for the parameter in a forward; None where the module's own is right."""
-        if self._disabled or current(self) is not None:
+        """What stands for the parameter in a forward; None where the module's own is right.
+
+        Raises:
+            RoutingError: The call names rows for an adapter of the parameter.
+        """
+        routing = current(self)
+        if routing is not None and not self._disabled and (reason := self.refuses_rows(routing.used)):
+            raise RoutingError(reason)
+        if self._disabled or routing is not None:
             return self.before_merging().get(self.weight_name) if self._merged else None
         if not self._live:
             return None
@@ -145,15 +162,6 @@ class LoraParameter(LoraLayer):
         terms = [(a.to(weight), b.to(weight), s) for a, b, s in map(self.term, self._live)]
         adapted = AdaptedWeight(weight, terms)
         return adapted.dense() if torch.compiler.is_compiling() else adapted
-
-    def _refuse_rows(self) -> None:
-        """Rows of a batch meet inside the module's forward, where no row has an adapter of its own."""
-        routing = current(self)
-        if routing is not None and any(name in self._specs for name in routing.used):
-            raise RoutingError(
-                f"adapter_names: {self.parameter_name} is a bare parameter, which all rows of a batch "
-                "share; call the model once for each adapter"
-            )
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the module computes with the parameters of all layers of the chain adapted."""

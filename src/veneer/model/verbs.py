@@ -240,7 +240,8 @@ class AdapterVerbs(nn.Module):
         if unknown := [name for name in used if name not in self.peft_config]:
             have = ", ".join(map(repr, [*self.peft_config, BASE]))
             problems.append(f"no adapter named {', '.join(map(repr, unknown))}; there are: {have}")
-        if merged := sorted({n for module in self.index.modules() for n in module.merged_adapters}):
+        modules = self.index.modules()
+        if merged := sorted({n for module in modules for n in module.merged_adapters}):
             problems.append(
                 f"{', '.join(map(repr, merged))} is merged into the weights, so no row would be without it: "
                 "unmerge_adapter() first"
@@ -248,6 +249,8 @@ class AdapterVerbs(nn.Module):
         if biased := [n for n in self.peft_config if self.peft_config[n].bias != "none"]:
             bias = self.peft_config[biased[0]].bias
             problems.append(f"{biased[0]!r} trains biases of the base itself (bias={bias!r}), for all rows")
+        refused = [reason for module in modules if (reason := module.refuses_rows(used)) is not None]
+        problems += refused[:3] + ([f"… and {len(refused) - 3} more like these"] if len(refused) > 3 else [])
         if problems:
             raise RoutingError("this batch cannot be mixed:\n" + "\n".join(f"  - {p}" for p in problems))
 
