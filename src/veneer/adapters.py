@@ -9,6 +9,7 @@ says so instead of correcting them.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator, Reversible, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -64,6 +65,55 @@ def begin(module: nn.Module) -> None:
         state[name] = value.copy() if isinstance(value, dict | set) else value
 
 
+class Contexts(threading.local):
+    """The contexts in which the present thread has a model's adapters disabled; one for all its modules.
+
+    A copy of the model begins without any.
+    """
+
+    def __init__(self) -> None:
+        #: A list of its own for each thread. Compilers guard on its length.
+        self.open: list[_Context] = []
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Contexts:
+        return Contexts()
+
+    def __reduce__(self) -> tuple[type[Contexts], tuple[()]]:
+        return Contexts, ()
+
+    def hold(self) -> bool:
+        """Whether adapters are disabled in what is computed now.
+
+        A backward computes parts of earlier calls again, so in one only contexts count that it opened itself.
+        """
+        if not self.open:
+            return False
+        return torch.compiler.is_compiling() or any(c.backward == _backward() for c in self.open)
+
+
+class _Context:
+    def __init__(self) -> None:
+        self.backward = _backward()
+
+
+#: A number for the backward that this thread is in, -1 for none.
+_backward = torch._C._current_graph_task_id
+
+
+@contextmanager
+def opened(everywhere: Iterable[Contexts]) -> Iterator[None]:
+    """A context of the thread that opens it. Contexts may end in any order, and in another thread."""
+    context = _Context()
+    lists = [contexts.open for contexts in everywhere]
+    for here in lists:
+        here.append(context)
+    try:
+        yield
+    finally:
+        for here in lists:
+            here.remove(context)
+
+
 class AdapterModule(nn.Module):
     """A module that holds a part of one or more adapters.
 
@@ -75,12 +125,14 @@ class AdapterModule(nn.Module):
     """
 
     _active: list[str]
+    #: Switched off for every thread, until switched on again.
     _disabled: bool
+    _contexts: Contexts
 
     def __init__(self, **state: Any) -> None:
         begin(self)
         # Past `nn.Module.__setattr__`, which looks for tensors and modules: models have hundreds of these.
-        self.__dict__.update(_active=[], _disabled=False, **state)
+        self.__dict__.update(_active=[], _disabled=False, _contexts=Contexts(), **state)
 
     # -- what a subclass says ------------------------------------------------------------------
 
@@ -145,8 +197,8 @@ class AdapterModule(nn.Module):
 
     @property
     def disable_adapters(self) -> bool:
-        """True while the module computes what the base model computes."""
-        return self._disabled
+        """True while the module computes what the base model computes, for the thread that asks."""
+        return self._disabled or self._contexts.hold()
 
     def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make these adapters the active ones, trainable unless ``inference_mode``; freeze those that were.
@@ -194,6 +246,13 @@ class AdapterModule(nn.Module):
         """Switch all adapters of this module on or off; what is active stays noted."""
         self._disabled = not enabled
         self.adapters_changed()
+
+    def _replicate_for_data_parallel(self) -> AdapterModule:
+        """A copy that is called in a thread of its own: it sees what this one does."""
+        replica: AdapterModule = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        if self.disable_adapters:
+            replica.enable_adapters(False)
+        return replica
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Forget an adapter; no other one becomes active in its place."""
@@ -344,22 +403,6 @@ class AdapterSet:
         """Switch adapters on or off everywhere."""
         for module in self.modules():
             module.enable_adapters(enabled)
-
-    @contextmanager
-    def disabled(self) -> Iterator[None]:
-        """A context in which the model computes what its base computes; the state before returns after it."""
-        before = [(m, m.disable_adapters) for m in self.modules()]
-        self.enable(False)
-        try:
-            yield
-        finally:
-            known = {id(module) for module, _ in before}
-            for module, was_disabled in before:
-                module.enable_adapters(not was_disabled)
-            if not all(was_disabled for _, was_disabled in before):
-                for module in self.modules():
-                    if id(module) not in known:  # came while the others were disabled
-                        module.enable_adapters(True)
 
     def delete(self, name: str) -> None:
         """Forget an adapter everywhere."""

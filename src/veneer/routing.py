@@ -1,24 +1,27 @@
-"""Which row of a batch goes through which adapter, for the length of one call.
+"""What one call asks of a model's adapters: one for each row of the batch, or none while they are disabled.
 
-A `Routing` belongs to one forward, or to one `generate`; layers find it while that call runs. It is neither
-state of a module nor does it outlive the call, but for one case: gradient checkpointing runs a part of the
-forward once more in the backward. transformers' checkpointing is given the routing along; a recomputation
-by other means, which would silently take the active adapters, is refused.
+A `Routing` belongs to one forward, or to one `generate`, and to the thread that makes it: layers find it
+while the call runs. Contexts in which a thread has adapters disabled belong to that thread in the same way.
+Neither is state of a module.
+
+Neither outlives the call, with one exception: gradient checkpointing runs a part of the forward once more in
+the backward, perhaps in another thread. transformers' checkpointing hands on what the call asked for. Under
+any other checkpointing the second run would silently use the active adapters, so it is refused.
 """
 
 from __future__ import annotations
 
-import functools
 import threading
 import weakref
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from veneer.adapters import AdapterModule, Contexts, adapter_modules, opened
 from veneer.errors import RoutingError
 from veneer.ops.mixed_batch import Run, groups_of, runs_of
 
@@ -78,6 +81,8 @@ class Routing:
         device: torch.device | str = "cpu",
     ) -> None:
         self.names = tuple(names)
+        #: The adapters of the batch, without the base, in order of appearance.
+        self.used = tuple(dict.fromkeys(name for name in self.names if name != BASE))
         #: Of the names; a compiler that asked for the names would compile once for each of them.
         self.count = len(self.names)
         #: Whether each row is an adapter's, by adapter: (rows,) of bool.
@@ -89,18 +94,11 @@ class Routing:
             self.mine = dict(zip(slots, rows, strict=True))
         self.activation = activation
         self.expand = expand
-        self.thread = threading.get_ident()
         #: Layers that ran inside a checkpoint that does not know of this routing.
         self.recomputed: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-        self._carried = False
         self._rows: dict[Any, Any] = {}
         #: What layers computed for this call, by layer; they are held, so a key cannot be taken again.
         self.memo: dict[nn.Module, Any] = {}
-
-    @functools.cached_property
-    def used(self) -> tuple[str, ...]:
-        """The adapters of the batch, without the base, in order of appearance."""
-        return tuple(dict.fromkeys(name for name in self.names if name != BASE))
 
     def concerns(self, held: Container[str]) -> bool:
         """Whether any adapter of the batch is among these."""
@@ -195,7 +193,7 @@ class Routing:
 
     def note(self, layer: nn.Module) -> None:
         """Remember a layer that a checkpoint will run again without this routing."""
-        if self._carried or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or _here.carried:
             return
         saved: object = torch._C._autograd._top_saved_tensors_default_hooks(True)
         if saved is not None or (self.with_grad and not torch.is_grad_enabled()):
@@ -204,33 +202,43 @@ class Routing:
     with_grad = False
 
 
-class _Current:
-    """Holds the routing of the call that runs now. A plain object: compilers guard on its attribute."""
+class _Here(threading.local):
+    """What the thread's present call asks for. Compilers guard on the attributes."""
 
-    routing: Routing | None = None
+    def __init__(self) -> None:
+        self.routing: Routing | None = None
+        #: The checkpoint around it can run again with the same.
+        self.carried = False
 
 
-_current = _Current()
-_turn = threading.RLock()
+_here = _Here()
+#: Around what threads share: `_alive`, and the checkpointing functions of a model. A collected generator may
+#: close its context anywhere, so it is one that its holder can take again.
+_lock = threading.RLock()
 _alive: weakref.WeakSet[Routing] = weakref.WeakSet()
+#: What layers get whose adapters are disabled in this thread: no row goes through any.
+_NO_ROWS = Routing(())
 
 
-def current(layer: nn.Module) -> Routing | None:
-    """The routing of the call that runs, for a layer that is being called.
+def current(layer: AdapterModule) -> Routing | None:
+    """The routing of the call that runs, for a layer that is being called; None if active adapters act.
+
+    While this thread has the layer's adapters disabled, it is one in which no row has an adapter.
 
     Raises:
         RoutingError: The layer is called by a recomputation in a backward, whose routing is gone.
     """
-    routing = _current.routing
-    if routing is None:
-        # In a backward, of which compilers know nothing; this is asked at every call of every layer.
-        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
-            _refuse_recomputation(layer)
-        return None
-    if not torch.compiler.is_compiling() and routing.thread != threading.get_ident():
-        return None
-    routing.note(layer)
-    return routing if routing.count else None
+    routing, contexts = _here.routing, layer._contexts
+    if routing is not None:
+        routing.note(layer)
+    if contexts.open and contexts.hold():
+        return _NO_ROWS
+    if routing is not None:
+        return routing if routing.count else None
+    # In a backward, of which compilers know nothing; this is asked at every call of every layer.
+    if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+        _refuse_recomputation(layer)
+    return None
 
 
 def acting(layer: nn.Module, name: str, where: str, x: Tensor) -> Tensor:
@@ -245,7 +253,7 @@ def acting(layer: nn.Module, name: str, where: str, x: Tensor) -> Tensor:
     Raises:
         RoutingError: The call does not say, or not for rows like these.
     """
-    routing = _current.routing
+    routing = _here.routing
     activation = None if routing is None else routing.activation
     if routing is None or activation is None:
         raise RoutingError(
@@ -284,11 +292,16 @@ def last_invocations(input_ids: Tensor, tokens: Sequence[int]) -> list[int | Non
 
 
 def _refuse_recomputation(layer: nn.Module) -> None:
-    if any(layer in routing.recomputed for routing in _alive):
+    if not _alive:
+        return
+    with _lock:
+        known = any(layer in routing.recomputed for routing in _alive)
+    if known:
         raise RoutingError(
-            "a part of the model is computed again in the backward (gradient checkpointing), and which row "
-            "belongs to which adapter is not known any more. Use the model's own checkpointing "
-            "(gradient_checkpointing_enable of a transformers model), or none, with adapter_names"
+            "a part of the model is computed again in the backward (gradient checkpointing), and its call "
+            "named adapters for rows or had them disabled, which is not known any more. With adapter_names "
+            "and under disable_adapter use the model's own checkpointing (gradient_checkpointing_enable of "
+            "a transformers model), or none"
         )
 
 
@@ -313,18 +326,33 @@ def routed(
     device = "cpu" if first is None or first.is_meta else first.device
     routing = Routing(names, expand, activation, adapters, device)
     routing.with_grad = torch.is_grad_enabled()
-    with _turn, _checkpoints_carry(model, routing), _as_current(routing):
+    # Without a graph nothing is computed again.
+    carried = _checkpoints_carry(model) if routing.with_grad else nullcontext()
+    with carried, _as_current(routing):
         yield routing
 
 
 @contextmanager
-def _as_current(routing: Routing) -> Iterator[None]:
-    before, _current.routing = _current.routing, routing
-    thread, routing.thread = routing.thread, threading.get_ident()
+def disabled(model: nn.Module, *more: Contexts) -> Iterator[None]:
+    """A context in which a model computes what its base computes, for the thread that opens it.
+
+    Args:
+        model: The model.
+        *more: Those of adapter modules that will come into the model meanwhile.
+    """
+    everywhere = dict.fromkeys((*more, *(module._contexts for module in adapter_modules(model))))
+    with _checkpoints_carry(model), opened(everywhere):
+        yield
+
+
+@contextmanager
+def _as_current(routing: Routing | None, carried: bool = False) -> Iterator[None]:
+    before = _here.routing, _here.carried
+    _here.routing, _here.carried = routing, carried
     try:
         yield
     finally:
-        _current.routing, routing.thread = before, thread
+        _here.routing, _here.carried = before
 
 
 def keep_for_backward(output: Any, routing: Routing) -> None:
@@ -336,7 +364,8 @@ def keep_for_backward(output: Any, routing: Routing) -> None:
         if tensor.grad_fn is not None:
             kept: dict[str, object] = tensor.grad_fn.metadata  # type: ignore[assignment]
             kept["veneer.routing"] = routing
-            _alive.add(routing)
+            with _lock:
+                _alive.add(routing)
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:
@@ -351,36 +380,61 @@ def _tensors(output: Any) -> Iterator[Tensor]:
 
 
 class _Carried:
-    """A function that runs under a routing whenever it is called: in the forward, again in the backward."""
+    """A part of a call, which asks for the same when it runs again in the backward."""
 
-    def __init__(self, function: Callable[..., Any], routing: Routing) -> None:
-        self.function, self.routing = function, routing
+    def __init__(self, function: Callable[..., Any], contexts: Sequence[Contexts]) -> None:
+        self.function, self.routing, self.contexts = function, _here.routing, contexts
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the function."""
-        before, self.routing._carried = self.routing._carried, True
-        try:
-            with _turn, _as_current(self.routing):
-                return self.function(*args, **kwargs)
-        finally:
-            self.routing._carried = before
+        with _as_current(self.routing, carried=True), opened(self.contexts):
+            return self.function(*args, **kwargs)
+
+
+class _Carrying:
+    """A checkpointing function that hands on what the calling thread asks for.
+
+    Args:
+        checkpoint: The function itself.
+        contexts: Those of the model's adapter modules.
+    """
+
+    users = 0
+
+    def __init__(self, checkpoint: Callable[..., Any], contexts: Sequence[Contexts]) -> None:
+        self.checkpoint, self.contexts = checkpoint, contexts
+
+    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Checkpoint a part of this thread's call."""
+        contexts = [each for each in self.contexts if each.hold()]
+        if contexts or _here.routing is not None:
+            function = _Carried(function, contexts)
+        return self.checkpoint(function, *args, **kwargs)
 
 
 @contextmanager
-def _checkpoints_carry(model: nn.Module, routing: Routing) -> Iterator[None]:
-    """Let transformers' checkpointing give the routing to its recomputations."""
+def _checkpoints_carry(model: nn.Module) -> Iterator[None]:
+    """Let transformers' checkpointing hand on what calls ask for, as long as any thread needs it."""
     name = "_gradient_checkpointing_func"
-    modules = model.modules() if torch.is_grad_enabled() else ()  # nothing is computed again without a graph
-    places = [m for m in modules if getattr(m, "gradient_checkpointing", False) and name in m.__dict__]
-    before = [m.__dict__[name] for m in places]
-    for module, checkpoint in zip(places, before, strict=True):
-        module.__dict__[name] = functools.partial(_carrying, checkpoint, routing)
+    places = [
+        m.__dict__
+        for m in model.modules()
+        if name in m.__dict__ and getattr(m, "gradient_checkpointing", False)
+    ]
+    contexts = list(dict.fromkeys(m._contexts for m in adapter_modules(model))) if places else []
+    mine: list[_Carrying] = []
+    with _lock:
+        for place in places:
+            found = place[name]
+            carrying = found if isinstance(found, _Carrying) else _Carrying(found, contexts)
+            carrying.users += 1
+            place[name] = carrying
+            mine.append(carrying)
     try:
         yield
     finally:
-        for module, checkpoint in zip(places, before, strict=True):
-            module.__dict__[name] = checkpoint
-
-
-def _carrying(checkpoint: Callable[..., Any], routing: Routing, function: Any, *args: Any, **kw: Any) -> Any:
-    return checkpoint(_Carried(function, routing), *args, **kw)
+        with _lock:
+            for place, carrying in zip(places, mine, strict=True):
+                carrying.users -= 1
+                if not carrying.users and place.get(name) is carrying:
+                    place[name] = carrying.checkpoint

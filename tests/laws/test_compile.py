@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -152,6 +153,40 @@ def test_another_strength_compiles_nothing() -> None:
         assert_close(seen[-1], model(x))
     assert counter.graphs == 1
     assert not torch.equal(seen[0], seen[1]) and not torch.equal(seen[-2], seen[-1])
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_contexts_cost_one_graph_and_other_threads_none(merged: bool) -> None:
+    model, x, counter = two_adapters(), torch.randint(0, 11, (2, 5)), Counter()
+    model.set_adapter(["a", "b"])
+    if merged:
+        model.merge_adapter()
+    expected = model(x)
+    with model.disable_adapter():
+        plain = model(x)
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+
+    def elsewhere() -> torch.Tensor:
+        found: list[torch.Tensor] = []
+        thread = threading.Thread(target=lambda: found.append(compiled(x)))
+        thread.start()
+        thread.join()
+        return found[0]
+
+    assert_close(compiled(x), expected)
+    for number in range(3):
+        with model.disable_adapter():
+            assert_close(compiled(x), plain)
+            seen = counter.graphs
+            assert_close(elsewhere(), expected)
+            assert_close(compiled(x), plain)
+        with model.disable_adapter(), torch.no_grad():
+            assert_close(compiled(x), plain)
+        assert_close(compiled(x), expected)
+        if number == 0:
+            assert seen == 2
+            first = counter.graphs
+    assert counter.graphs == first == 3  # without gradients it is another graph
 
 
 #: Ten batches of four rows.

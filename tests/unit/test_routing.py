@@ -218,6 +218,23 @@ def test_another_thread_is_not_affected() -> None:
     assert torch.equal(seen[0], expected)
 
 
+def test_another_thread_names_rows_of_its_own() -> None:
+    model, seen = llama(), []
+    expected, others = model(ids(), adapter_names=NAMES).logits, NAMES[::-1]
+    inside = model.get_base_model().model.layers[0].mlp
+
+    def elsewhere(*_: Any) -> None:
+        handle.remove()
+        thread = threading.Thread(target=lambda: seen.append(model(ids(), adapter_names=others).logits))
+        thread.start()
+        thread.join(timeout=60)
+        assert not thread.is_alive(), "it waits for the call of this one"
+
+    handle = inside.register_forward_pre_hook(elsewhere)
+    assert torch.equal(model(ids(), adapter_names=NAMES).logits, expected)
+    assert torch.equal(seen[0], model(ids(), adapter_names=others).logits)
+
+
 def test_adapters_that_are_disabled_stay_so() -> None:
     model = llama()
     with model.disable_adapter():

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from veneer import inits, targets
-from veneer.adapters import AdapterSet
 from veneer.calibration.eva_inputs import (
     first_tensor,
     forward_fn_dict,
@@ -32,6 +31,7 @@ from veneer.layers import LoraLayer
 from veneer.layers.parts import Prepared
 from veneer.model import PeftModel
 from veneer.ops.svd import Components, update_components
+from veneer.routing import disabled
 
 logger = logging.getLogger("veneer")
 
@@ -151,7 +151,7 @@ def get_eva_state_dict(
         own = by_name.get(name) if by_name is not None else prepare_layer_inputs_fn
         watches[name] = _Watch(target, most[name], options.tau, own, gather_distributed_inputs)  # type: ignore[arg-type]
     run = _Run(model, dataloader, config, forward_fn, prepare_model_inputs_fn)
-    resting: AbstractContextManager[None] = AdapterSet(model).disabled() if is_adapted else nullcontext()
+    resting: AbstractContextManager[None] = disabled(model) if is_adapted else nullcontext()
     with resting, in_mode(model, False):
         sharing = _sharing(run, watches)
         ranks = _measure(run, watches, sharing, show_progress_bar)

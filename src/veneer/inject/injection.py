@@ -253,7 +253,7 @@ class Injection:
         """Put what was made in its place. No tensor is made here: it only swaps modules and sets flags."""
         if self.change is not None:
             keep(self.model, self.change)
-        disabled = bool(made.modules) and all(m.disable_adapters for m in made.modules)
+        disabled = bool(made.modules) and all(m._disabled for m in made.modules)
         if made.first:
             # The first adapter freezes the base; what trains beside an adapter later on is meant to.
             own = set(map(id, made.biases))

@@ -109,8 +109,11 @@ class LoraMultiheadAttention(LoraLayer):
         """As of torch's module."""
         out = self.output_projection
         routing = current(self)
-        live = self._live or (isinstance(out, LoraLayer) and out._live)
-        if not live and (routing is None or not set(routing.used).intersection(self._specs)):
+        if routing is None:
+            adapted = bool(self._live or (isinstance(out, LoraLayer) and out._live))
+        else:
+            adapted = not self._disabled and routing.concerns(self._specs)
+        if not adapted:
             base = self._as_before() if self._disabled or routing is not None else self.base_layer
             return base(  # type: ignore[no-any-return]
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
@@ -142,8 +145,6 @@ class LoraMultiheadAttention(LoraLayer):
         routing = current(self)
         if routing is None:
             return [(name, None) for name in self._live]
-        if self._disabled:
-            return []
         names = routing.rows(batch, self.held_adapters, self._where)
         return [(name, rows) for name, rows in routing.indices(names, device).items() if name is not None]
 

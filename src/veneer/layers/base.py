@@ -85,7 +85,7 @@ class LoraLayer(Changeable):
     def _forward_rows(self, routing: Routing, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base's output plus, for each row, the branch of the row's own adapter."""
         result: Tensor = self.original_base()(x, *args, **kwargs)
-        if self._disabled or not self._specs:
+        if self._disabled or not self._specs or not routing.count:
             return result
         if torch.compiler.is_compiling():
             return self.add_slots(routing, x, result)

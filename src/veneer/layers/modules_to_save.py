@@ -104,7 +104,7 @@ class ModulesToSaveWrapper(AdapterModule):
     @property
     def current(self) -> nn.Module:
         """The module that answers now."""
-        if not self._disabled:
+        if not self.disable_adapters:
             for name in self._active:
                 if name in self.modules_to_save:
                     return self.modules_to_save[name]

@@ -98,7 +98,7 @@ class LoraTiedHead(LoraLinear):
         Raises:
             TargetError: FSDP has them in pieces now: the embedding is a unit of its own.
         """
-        if self._live and not torch.compiler.is_compiling():
+        if self._live and not torch.compiler.is_compiling() and not self.disable_adapters:
             factor = self.tied_adapter.factors(self._live[0])[0]
             if factor.dim() < 2 or is_distributed(factor):
                 raise TargetError(

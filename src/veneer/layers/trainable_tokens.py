@@ -230,7 +230,8 @@ class TrainableTokens(AdapterModule):
     @property
     def _live(self) -> list[str]:
         merged = self.merged_adapters
-        return [n for n in self._active if n in self.token_indices and n not in merged and not self._disabled]
+        names = () if self.disable_adapters else self._active
+        return [name for name in names if name in self.token_indices and name not in merged]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base's output with the rows of the active adapters in place."""

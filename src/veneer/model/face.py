@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from veneer.adapters import walk
@@ -27,7 +28,7 @@ from veneer.model.status import (
     get_layer_status,
     get_model_status,
 )
-from veneer.routing import Activation, Routing, keep_for_backward, last_invocations, routed
+from veneer.routing import Activation, Routing, disabled, keep_for_backward, last_invocations, routed
 
 #: Ways of generating in which a call of the model has neither all positions nor the last one.
 _NOT_ONE_BY_ONE = ("assistant_model", "prompt_lookup_num_tokens", "prefill_chunk_size")
@@ -146,12 +147,17 @@ class PeftModel(Persistence):
             RoutingError: For adapters that cannot be mixed, or names that do not fit the rows.
         """
         activation = self._activation(adapter_names, False, args, kwargs)
-        if adapter_names is None and activation is None:
+        if adapter_names is None and activation is None and not self._may_be_computed_again_disabled():
             return self.get_base_model()(*args, **kwargs)
         with self._routed(adapter_names, activation=activation) as routing:
             output = self.get_base_model()(*args, **kwargs)
         keep_for_backward(output, routing)
         return output
+
+    def _may_be_computed_again_disabled(self) -> bool:
+        """Whether this call is one of a context, and has a graph that outlives it."""
+        opened = self.base_model._contexts.open
+        return bool(opened) and torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """As `torch.nn.Module.compile`, for the base model with its adapters.
@@ -276,9 +282,13 @@ class PeftModel(Persistence):
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """A context in which the model computes what its base computes."""
+        """A context in which the model computes what its base computes, for the thread that opens it.
+
+        Contexts may overlap and end in any order. Other threads, also those that are started inside, see the
+        model as it is; `disable_adapter_layers` of its ``base_model`` is for all of them.
+        """
         self.base_model._mention_biases()
-        with self.base_model.index.disabled():
+        with disabled(self.get_base_model(), self.base_model._contexts):
             yield
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:

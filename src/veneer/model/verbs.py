@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer import inits
-from veneer.adapters import AdapterSet, as_names, check_adapter_name, walk
+from veneer.adapters import AdapterSet, Contexts, as_names, check_adapter_name, walk
 from veneer.config import LoraConfig
 from veneer.errors import (
     AdapterNameError,
@@ -74,6 +74,8 @@ class AdapterVerbs(nn.Module):
         self.training = model.training or (peft_config is not None and not peft_config.inference_mode)
         self.peft_config: dict[str, LoraConfig] = {}
         self._biases: dict[str, Tensor] = {}
+        #: Given to the adapter modules that come, so that those who come in a context are in it too.
+        self._contexts = Contexts()
         #: Whether an adapter ever came that is invoked by tokens (aLoRA): asked at every call.
         self.invocable = False
         if peft_config is not None:
@@ -149,9 +151,12 @@ class AdapterVerbs(nn.Module):
 
     def commit(self, injection: Injection, *, activate: bool, trainable: bool = True) -> None:
         """Put a prepared adapter in."""
-        active = self.index.active()
+        active, before = self.index.active(), set(self.index.modules())
         biases = {name: parameter.detach().clone() for name, parameter in injection.biases()}
         injection.commit(active=None if activate else active, trainable=trainable)
+        for module in self.index.modules():
+            if module not in before:
+                module._contexts = self._contexts
         self._biases.update(biases)
         self.peft_config[injection.adapter] = injection.config
         self.invocable = self.invocable or bool(injection.config.alora_invocation_tokens)

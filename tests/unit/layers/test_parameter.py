@@ -92,7 +92,10 @@ def test_rows_that_need_no_bare_parameter_are_served() -> None:
 def test_layers_that_are_called_by_themselves_refuse_rows_too() -> None:
     experts = adapted(SPECIAL["parameters"].build()).get_base_model().experts
     x, chosen = torch.randn(2, 8), torch.tensor([0, 1])
-    with routed(experts, ["default", "default"]), pytest.raises(RoutingError, match=r"experts\.down is a bare parameter"):
+    with (
+        routed(experts, ["default", "default"]),
+        pytest.raises(RoutingError, match=r"experts\.down is a bare parameter"),
+    ):
         experts(x, chosen)
     with routed(experts, ["__base__", "__base__"]):
         assert torch.equal(experts(x, chosen), experts.get_base_layer()(x, chosen))

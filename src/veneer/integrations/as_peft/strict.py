@@ -198,9 +198,7 @@ class Before:
         ]
         self.training = [(m, m.training) for m in model.modules()]
         self.states = [
-            (m, m.active_adapters, m.disable_adapters)
-            for m in model.modules()
-            if isinstance(m, AdapterModule)
+            (m, m.active_adapters, m._disabled) for m in model.modules() if isinstance(m, AdapterModule)
         ]
 
     def put_back(self, key: str) -> None:
