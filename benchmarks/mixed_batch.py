@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -216,43 +217,42 @@ def _ways(dtype: Any, rows: int, adapters: int, length: int) -> list[tuple[Any, 
         )
         for i, o in shapes * 16
     ]
-    names = [str(row % adapters) for row in range(rows)]
-    runs = ops.runs_of(names)
-    groups = ops.groups_of(runs)
-    mask = torch.tensor([[float(n == str(o)) for o in range(adapters) for _ in range(16)] for n in names]).to(
-        dtype
-    )
+    ranks = dict.fromkeys(map(str, range(adapters)), 16)
     found = []
-    for kept in (True, False):
-        batch = len(runs), len(groups), rows * length, [16] * adapters, 16
-        sums = [ops.amounts(*batch, i + o, kept) for i, o in shapes]
-        for way in ("groups", "mask", "runs"):
+    for layout, kept in product(ops.layouts([str(row % adapters) for row in range(rows)]), (True, False)):
+        sums = [ops.amounts(layout, length, ranks, i + o, kept) for i, o in shapes]
+        order = None if layout.order is None else torch.tensor(layout.order)
+        for way in ("groups", "runs"):
             if way == "runs" and not kept:
                 continue
 
-            def made(terms: Any, way: str = way) -> Any:
-                if way == "groups":
-                    return ops.stacked([terms[n] for n in groups], dtype)
-                return ops.side_by_side(list(terms.values()), dtype) if way == "mask" else (terms, runs)
+            def made(terms: Any, way: str = way, layout: Any = layout, order: Any = order) -> Any:
+                if way == "runs":
+                    whole = partial(ops.by_runs, terms=terms, runs=layout.runs)
+                else:
+                    a, b, scales = ops.stacked([terms[n] for n in layout.groups], dtype)
+                    whole = partial(ops.by_groups, a=a, b=b, scales=scales)
+                return whole if order is None else partial(ops.laid_together, way=whole, order=order)
 
             ready = [made(terms) for _, _, terms in layers] if kept else [None] * len(layers)
 
-            def run(way: str = way, ready: Any = ready) -> float:
+            def run(made: Any = made, ready: Any = ready) -> float:
                 start = time.perf_counter()
                 for (x, y, terms), one in zip(layers, ready, strict=True):
-                    pair = made(terms, way) if one is None else one
-                    if way == "groups":
-                        ops.by_groups(x, y, *pair)
-                    elif way == "mask":
-                        ops.by_mask(x, y, *pair, mask)
-                    else:
-                        ops.by_runs(x, y, *pair)
+                    (made(terms) if one is None else one)(x, y)
                 return (time.perf_counter() - start) / len(layers)
 
             seconds = statistics.median(run() for _ in range(5))
             mean = ops.Amounts(*(statistics.mean(s[way][k] for s in sums) for k in range(4)))
+            what = way if order is None else f"{way} together"
             print(
-                str(dtype), rows, adapters, length, way, "kept" if kept else "made", f"{seconds * 1e6:.0f} µs"
+                str(dtype),
+                rows,
+                adapters,
+                length,
+                what,
+                "kept" if kept else "made",
+                f"{seconds * 1e6:.0f} µs",
             )
             found.append((mean, seconds))
     return found

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from veneer.adapters import AdapterModule, Contexts, adapter_modules, opened
 from veneer.errors import RoutingError
-from veneer.ops.mixed_batch import Run, groups_of, runs_of
+from veneer.ops.mixed_batch import Layout, layouts
 
 #: The name that stands for the base model without an adapter.
 BASE = "__base__"
@@ -56,8 +56,8 @@ class Activation:
                 f"the input of the model has {self.length} positions and that of {where} {tokens}: from "
                 f"which of them on {name!r} acts is unknown. Pass alora_offsets, counted from the end"
             )
-        given = self.offsets[name]
-        return [tokens if (n := given[row]) is None else max(tokens - beyond - n, 0) for row in rows]
+        counts = [self.offsets[name][row] for row in rows]
+        return [tokens if count is None else max(tokens - beyond - count, 0) for count in counts]
 
 
 class Routing:
@@ -125,7 +125,7 @@ class Routing:
 
     def _times(self, count: int, where: Callable[[], str]) -> int:
         """How many rows of a layer's input each row of the batch has become."""
-        times, rest = divmod(count, self.count)
+        times, rest = count // self.count, count % self.count  # no divmod, which compilers do not know
         if rest or times not in (1, self.expand):
             raise RoutingError(
                 f"adapter_names has {self.count} names, but the input of {where()} has {count} rows: "
@@ -150,12 +150,19 @@ class Routing:
                 mine = self.mine[name].to(x.device)
                 yield name, mine if times == 1 else mine.repeat_interleave(times)
 
-    def runs(self, names: tuple[str | None, ...]) -> tuple[list[Run], tuple[str | None, ...]]:
-        """`runs_of` and `groups_of`, computed once."""
+    def layouts(self, names: tuple[str | None, ...]) -> list[Layout]:
+        """`veneer.ops.mixed_batch.layouts`, computed once."""
         if names not in self._rows:
-            runs = runs_of(names)
-            self._rows[names] = runs, groups_of(runs)
-        found: tuple[list[Run], tuple[str | None, ...]] = self._rows[names]
+            self._rows[names] = layouts(names)
+        found: list[Layout] = self._rows[names]
+        return found
+
+    def order(self, rows: tuple[int, ...], device: torch.device) -> Tensor:
+        """Numbers of rows as an index tensor."""
+        key = (rows, device)
+        if key not in self._rows:
+            self._rows[key] = torch.tensor(rows, device=device)
+        found: Tensor = self._rows[key]
         return found
 
     def indices(self, names: tuple[str | None, ...], device: torch.device) -> dict[str | None, Tensor]:
@@ -167,28 +174,6 @@ class Routing:
                 for name in dict.fromkeys(names)
             }
         found: dict[str | None, Tensor] = self._rows[key]
-        return found
-
-    def mask(
-        self, names: tuple[str | None, ...], blocks: tuple[tuple[str, int, float], ...], like: Tensor
-    ) -> Tensor:
-        """The strength of each row's own adapter in that adapter's columns, zero elsewhere.
-
-        Args:
-            names: The adapter of each row.
-            blocks: Adapter, number of columns and strength, in the order of the columns.
-            like: Of the device and type wanted.
-
-        Returns:
-            (rows, columns).
-        """
-        key = (names, blocks, like.device, like.dtype)
-        if key not in self._rows:
-            owners = [name for name, columns, _ in blocks for _ in range(columns)]
-            scales = torch.tensor([s for _, columns, s in blocks for _ in range(columns)])
-            mine = torch.tensor([[owner == name for owner in owners] for name in names])
-            self._rows[key] = (mine * scales).to(like)
-        found: Tensor = self._rows[key]
         return found
 
     def note(self, layer: nn.Module) -> None:
@@ -264,9 +249,11 @@ def acting(layer: nn.Module, name: str, where: str, x: Tensor) -> Tensor:
     if name not in activation.offsets:
         return torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)
     count = len(activation.offsets[name])
-    mine = [row for row in range(count) if not routing.names or routing.names[row] == name]
+    # A compiled layer gives every row to every adapter, and keeps what is the row's own.
+    every = not routing.names or torch.compiler.is_compiling()
+    mine = [row for row in range(count) if every or routing.names[row] == name]
     tokens = x.shape[1] if x.dim() == 3 else 1
-    times, rest = divmod(x.shape[0], max(1, len(mine)))
+    times, rest = x.shape[0] // max(1, len(mine)), x.shape[0] % max(1, len(mine))
     if x.dim() not in (2, 3) or rest or times not in (1, routing.expand):
         raise RoutingError(
             f"the batch has {len(mine)} rows for the aLoRA {name!r}, and the input of {where} is "

@@ -215,6 +215,18 @@ def test_another_mixed_batch_compiles_nothing(backend: str) -> None:
     assert counter.graphs == (backend == "counted")
 
 
+def test_mixed_batches_of_other_sizes_are_one_graph_each() -> None:
+    model, plain, counter = two_adapters(), two_adapters(), Counter()
+    model.base_model.model = Whole(model.get_base_model())
+    model.compile(backend=counter, fullgraph=True)
+    sizes = (4, 6, 3, 6)
+    with torch.no_grad():
+        for size in sizes:
+            x, names = torch.arange(size * 5).view(size, 5) % 11, (["a", BASE, "b"] * 2)[:size]
+            assert_close(model(x, adapter_names=names), plain(x, adapter_names=names))
+    assert counter.graphs <= len(set(sizes))
+
+
 class Whole(nn.Module):
     """A model with one forward."""
 

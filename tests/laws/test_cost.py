@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from veneer import LoraConfig
 from veneer.layers.making import wrap
+from veneer.routing import routed
 
 TOKENS, SIZE_IN, SIZE_OUT, RANK = 512, 64, 96, 8
 #: Operations that only look at a tensor in another way.
@@ -82,6 +83,36 @@ def test_dropout_copies_the_input_once_each_way() -> None:
     assert forward["clone"] == 1 and backward["clone"] <= 3  # two of these are layouts of thin gradients
     assert forward["rand"] == 1 and "rand" not in backward
     assert forward.total() <= 22 and backward.total() <= 20
+
+
+def of_rows(names: list[str], size: int, *, grad: bool = False) -> Counter[str]:
+    """Operations of a token of each row, once what many tokens share has been put together."""
+    torch.manual_seed(0)
+    layer: nn.Module = nn.Linear(size, size)
+    for name in dict.fromkeys(names):
+        layer = wrap(layer, LoraConfig(r=16, init_lora_weights=False), name)
+    x = torch.randn(len(names), 1, size)
+    with torch.set_grad_enabled(grad), routed(layer, names):
+        for _ in range(3):
+            with Count() as seen:
+                layer(x)
+    return seen.calls
+
+
+def test_a_token_of_many_adapters_takes_three_calls_beside_the_base() -> None:
+    for count in (2, 8, 32):
+        calls = of_rows([str(row) for row in range(count)], 64)
+        assert calls == {"addmm": 1, "bmm": 1, "mul": 1, "baddbmm_": 1}
+
+
+def test_scattered_rows_are_copied_once_each_way() -> None:
+    calls = of_rows(["a", "b"] * 64, 576)
+    assert calls == {"addmm": 1, "index": 2, "bmm": 1, "mul": 1, "baddbmm_": 1, "index_copy_": 1}
+
+
+def test_in_training_a_mixed_batch_adds_once() -> None:
+    calls = of_rows(["a", "b", "c"], 64, grad=True)
+    assert calls["bmm"] == 2 and calls["add"] == 1 and calls.total() <= 10
 
 
 def test_the_counter_sees_what_it_should() -> None:

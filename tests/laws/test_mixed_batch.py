@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tests.laws.cases import ALL, Combination, acting_everywhere, train
+from veneer import LoraConfig, get_peft_model
 from veneer.layers import LoraLayer, wrap
+from veneer.ops import mixed_batch
 from veneer.routing import BASE, Activation, routed
 from veneer.testing.laws import close
 
@@ -104,3 +107,167 @@ def rows_by_themselves_with_grad(layer: LoraLayer, names: list[str], x: Tensor) 
             with acting_everywhere():
                 whole[name] = layer(x)
     return torch.stack([whole[name][row] for row, name in enumerate(names)])
+
+
+#: Those whose updates are mere products.
+FEW = ("Linear-3-D-Default-plain-dense-float32", "Conv1D-plain-Default-plain-dense-bfloat16")
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """What a tensor is compared by: a zero has a sign, and a NaN equals itself."""
+    return tensor.detach().contiguous().view(torch.uint8)
+
+
+#: Two adapters with scattered rows, which can be laid together, one with one row, and the base.
+OWNERS = ["default", "second", BASE, "second", "third", "default"]
+
+
+def several_rows(made: Combination) -> Tensor:
+    """The case's input, as often as it takes for a row of each owner."""
+    x = made.x()
+    return torch.cat([x] * -(-len(OWNERS) // x.shape[0]))[: len(OWNERS)].clone()
+
+
+def everything(layer: LoraLayer, x: Tensor, spoilt: str, value: float) -> dict[str, Tensor]:
+    """Outputs and gradients but for those of "second", of which ``spoilt`` says what has the value."""
+    mine = torch.tensor([owner == "second" for owner in OWNERS])
+    others = (~mine).nonzero().flatten()
+    own = list(layer.adapter_parameters("second"))
+    kept = [parameter.detach().clone() for parameter in own]
+    x = x.clone()
+    with torch.no_grad():
+        if "factors" in spoilt:
+            for parameter in own:
+                parameter.fill_(value)
+        if "rows" in spoilt:
+            x[mine] = value if x.is_floating_point() else x[mine].flip(0)
+    for name in layer.held_adapters:
+        for parameter in layer.adapter_parameters(name):
+            parameter.requires_grad_(True)
+    if x.is_floating_point():
+        x.requires_grad_()
+    with mixed(layer, OWNERS):
+        y = layer(x)
+        with torch.no_grad():
+            inferred = layer(x)
+    outward = torch.linspace(-1, 1, y.numel()).view_as(y).to(y)
+    if "gradients" in spoilt:
+        outward[mine] = value
+    leaves = {f"{n} {i}": p for n in ("default", "third") for i, p in enumerate(layer.adapter_parameters(n))}
+    if x.requires_grad:
+        leaves["x"] = x
+    given = list(layer.adapter_parameters("second"))
+    found = torch.autograd.grad(y, [*leaves.values(), *given], outward, allow_unused=True)
+    gradients = {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(leaves.items(), found)}  # noqa: B905
+    if "x" in gradients:
+        gradients["x"] = gradients["x"][others]
+    with torch.no_grad():
+        for parameter, before in zip(own, kept, strict=True):
+            parameter.copy_(before)
+    return {"y": y[others], "inferred": inferred[others], **gradients}
+
+
+def assert_apart(layer: LoraLayer, x: Tensor) -> None:
+    expected = everything(layer, x, "", 0.0)
+    nan, inf = float("nan"), float("inf")
+    for spoilt, value in (
+        ("factors", nan), ("rows", nan), ("gradients", nan), ("rows", inf),
+        ("factors rows gradients", inf), ("factors rows gradients", -4.0),
+    ):  # fmt: skip
+        for name, tensor in everything(layer, x, spoilt, value).items():
+            assert torch.equal(bits(tensor), bits(expected[name])), (name, spoilt, value)
+
+
+@each
+def test_one_adapters_values_change_no_bit_of_anothers(made: Combination) -> None:
+    assert_apart(layer_with_three(made), several_rows(made))
+
+
+@pytest.mark.parametrize("made", [p for p in BATCHED if p.values[0].dtype == torch.float32])
+def test_nor_do_they_where_a_compiler_looks(made: Combination, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`test_compile.py` has that what is computed then is the same as what is compiled."""
+    layer, x = layer_with_three(made), several_rows(made)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert_apart(layer, x)
+
+
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("way", ["groups", "runs"])
+@pytest.mark.parametrize("made", [p for p in BATCHED if p.id in FEW])
+def test_nor_in_any_way_of_a_product(
+    made: Combination, way: str, together: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used = []
+
+    def chosen(layouts: list[mixed_batch.Layout], **_: object) -> tuple[mixed_batch.Layout, str]:
+        used.append(way)
+        return layouts[together], way
+
+    monkeypatch.setattr(mixed_batch, "cheapest", chosen)
+    assert_apart(layer_with_three(made), several_rows(made))
+    assert used
+
+
+class Special(nn.Module):
+    """Rows of an embedding, an attention, and a norm that adapters train whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 8)
+        self.attn = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.norm = nn.LayerNorm(8)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids: (n, length) -> (n, length, 5)."""
+        x = self.embed(ids)
+        return self.head(self.norm(self.attn(x, x, x, need_weights=False)[0]))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -4.0])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["attn"]},
+        {"target_modules": ["head"], "trainable_token_indices": {"embed": [1, 3, 4]}},
+        {"target_modules": ["head"], "modules_to_save": ["norm"]},
+        {"target_modules": ["embed", "head"], "use_dora": True},
+        {"target_modules": ["embed", "head"], "lora_dropout": 0.2},
+    ],
+    ids=["attention", "tokens", "modules_to_save", "dora", "dropout"],
+)
+def test_nor_in_layers_that_are_no_product(options: dict[str, Any], value: float) -> None:
+    owners = ["a", "b", BASE, "b", "a"]
+    mine, others = [1, 3], [0, 2, 4]
+    ids = torch.arange(20).view(5, 4) % 11
+
+    def computed(factors: bool, outward: float) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        model = get_peft_model(Special(), LoraConfig(r=2, lora_alpha=3, **options), "a").train()
+        model.add_adapter("b", LoraConfig(r=3, lora_alpha=4, **options))
+        index = model.base_model.index
+        own = {name: list(index.parameters(name)) for name in "ab"}
+        with torch.no_grad():
+            for name in "ab":
+                for parameter in own[name]:
+                    parameter.copy_(torch.randn(parameter.shape) * 0.3)
+                    if name == "b" and factors:
+                        parameter.fill_(value)
+        for parameter in (*own["a"], *own["b"]):
+            parameter.requires_grad_(True)
+        torch.manual_seed(1)
+        y = model(ids, adapter_names=owners)
+        with torch.no_grad():
+            inferred = model.eval()(ids, adapter_names=owners)
+        given = torch.linspace(-1, 1, y.numel()).view_as(y)
+        if outward:
+            given[mine] = value
+        gradients = torch.autograd.grad(y, [*own["a"], *own["b"]], given, allow_unused=True)[: len(own["a"])]
+        assert all(gradient is not None and gradient.any() for gradient in gradients)
+        found = {str(number): gradient for number, gradient in enumerate(gradients)}
+        return {"y": y[others], "inferred": inferred[others], **found}
+
+    expected = computed(False, 0.0)
+    for factors, outward in ((True, 0.0), (False, value), (True, value)):
+        for name, tensor in computed(factors, outward).items():
+            assert torch.equal(bits(tensor), bits(expected[name])), (name, factors, outward)

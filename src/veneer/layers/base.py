@@ -18,6 +18,7 @@ from veneer import backends, variants
 from veneer.layers.changing import Changeable
 from veneer.layers.refused import refusal
 from veneer.layers.sharded import gathered
+from veneer.ops.mixed_batch import along_rows, own_rows
 from veneer.registry import TypeRegistry
 from veneer.routing import Routing, acting, current
 
@@ -105,8 +106,9 @@ class LoraLayer(Changeable):
         """
         base = result
         for name, mine in routing.slots(tuple(self._specs), x, self._where):
-            own = self.apply_adapter(name, x, base, lambda: base).to(result)
-            result = torch.where(mine.view(-1, *(1,) * (result.dim() - 1)), own, result)
+            before = own_rows(base, mine)
+            own = self.apply_adapter(name, own_rows(x, mine), before, lambda before=before: before)  # type: ignore[misc]
+            result = torch.where(along_rows(mine, result), own.to(result), result)
         return result
 
     def add_rows(self, routing: Routing, names: tuple[str | None, ...], x: Tensor, result: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -164,36 +165,33 @@ class LoraLinear(LoraLayer):
         kept: bool,
     ) -> Callable[..., Tensor]:
         """How to add the rows' updates, called with x and the result."""
-        ranks = {n: a.shape[0] for n, (a, _, _) in terms.items()}
-        runs, groups = routing.runs(names)
         dtype = mixed_batch.working_dtype(x)
-        ways = mixed_batch.amounts(
-            runs=sum(name is not None for name, _, _ in runs),
-            groups=len(groups),
-            tokens=x.numel() // x.shape[-1],
-            ranks=list(ranks.values()),
-            rank=sum(0 if n is None else ranks[n] for n in names) / len(names),
+        layout, chosen = mixed_batch.cheapest(
+            routing.layouts(names),
+            tokens=math.prod(x.shape[1:-1]),
+            ranks={name: a.shape[0] for name, (a, _, _) in terms.items()},
             size=x.shape[-1] + size_out,
             kept=kept,
+            width=dtype.itemsize,
         )
-        way = mixed_batch.cheapest(ways, dtype.itemsize)
-        if way == "runs":
-            return partial(mixed_batch.by_runs, terms=terms, runs=runs)
-        if way == "groups":
-            a, b, scales = mixed_batch.stacked([terms.get(n) for n in groups], dtype)  # type: ignore[arg-type]
-            return partial(mixed_batch.by_groups, a=a, b=b, scales=scales)
-        a, b = mixed_batch.side_by_side(list(terms.values()), dtype)
-        mask = routing.mask(names, tuple((n, ranks[n], terms[n][2]) for n in terms), a)
-        return partial(mixed_batch.by_mask, a=a, b=b, mask=mask)
+        way: Callable[..., Tensor]
+        if chosen == "runs":
+            way = partial(mixed_batch.by_runs, terms=terms, runs=layout.runs)
+        else:
+            a, b, scales = mixed_batch.stacked([terms.get(n) for n in layout.groups], dtype)  # type: ignore[arg-type]
+            way = partial(mixed_batch.by_groups, a=a, b=b, scales=scales)
+        if layout.order is None:
+            return way
+        order = routing.order(layout.order, x.device)
+        return partial(mixed_batch.laid_together, way=way, order=order)
 
     def add_slots(self, routing: Routing, x: Tensor, result: Tensor) -> Tensor:
-        """The rows times what each adapter counts there, where an update is only a product."""
+        """Each row's own adapter's update, where that is only a product."""
         slots = list(routing.slots(tuple(self._specs), x, self._where))
         terms = self._products([name for name, _ in slots], x, result)
         if terms is None:
             return super().add_slots(routing, x, result)
-        weighed = [(*terms[name][:2], mine * terms[name][2]) for name, mine in slots]
-        return mixed_batch.by_slots(x, result, weighed)
+        return mixed_batch.by_slots(x, result, [(*terms[name], mine) for name, mine in slots])
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Base and first branch in one step where the base is a plain linear; else base, then branches."""

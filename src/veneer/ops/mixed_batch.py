@@ -1,27 +1,25 @@
 """Rows of one batch through different adapters.
 
-Ways to add ``s · (x Aᵀ) Bᵀ`` with the factors of each row's own adapter:
+Ways to add ``s · (x Aᵀ) Bᵀ`` with the factors of each row's own adapter. In none of them does a row meet the
+factors or the values of another one, so that an infinity stays where it is:
 
-* `by_mask`: the factors of all adapters side by side, ``H = X [A₁; …; A_U]ᵀ``, ``H`` times a mask that holds
-  the row's own strength and zeros elsewhere, ``Y + H [B₁ | … | B_U]ᵀ``: three calls for any number of
-  adapters, and products that the mask throws away.
 * `by_groups`: groups of neighbouring rows, all of one size, each with its own adapter's factors: two batched
   products and no wasted one, but factors are copied once for each group, and smaller ranks are filled up.
 * `by_runs`: neighbouring rows of one adapter together, each run with its own two products: nothing is copied
   and nothing wasted, but there are some calls a run.
-* `by_slots`: every row through every adapter, one after the other, and times what it counts there: what a
-  compiler sees, since nothing but values depends on which row is whose.
+* `by_slots`: every row through every adapter, one after the other, and only its own is kept: what a compiler
+  sees, since nothing but values depends on which row is whose.
 
-`cheapest` says which of the first three is the fastest. `reference` is the plain twin that tests compare all
-with.
+Where rows of one adapter are scattered over the batch, they can be laid together first (`laid_together`):
+fewer and larger groups and runs, for three calls that copy rows. `cheapest` says which is fastest.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from operator import mul
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,6 +31,32 @@ from veneer.ops.lora_linear import few_rows
 Run = tuple[str | None, int, int]
 #: The factors of an adapter, A (r, in) and B (out, r), and its strength.
 Term = tuple[Tensor, Tensor, float]
+
+
+class Layout(NamedTuple):
+    """Rows of a batch that lie in some order.
+
+    Attributes:
+        order: The rows, those with an adapter only; None for all rows as they come.
+        runs: Neighbours of one adapter.
+        groups: The adapter of each group; see `groups_of`.
+    """
+
+    order: tuple[int, ...] | None
+    runs: list[Run]
+    groups: tuple[str | None, ...]
+
+
+def layouts(names: Sequence[str | None]) -> list[Layout]:
+    """The rows as they come, and with those of one adapter together where that makes fewer runs."""
+    runs = runs_of(names)
+    found = [Layout(None, runs, groups_of(runs))]
+    used = list(dict.fromkeys(name for name in names if name is not None))
+    if len(used) < sum(name is not None for name, _, _ in runs):
+        order = tuple(row for own in used for row, name in enumerate(names) if name == own)
+        together = runs_of([names[row] for row in order])
+        found.append(Layout(order, together, groups_of(together)))
+    return found
 
 
 def runs_of(names: Sequence[str | None]) -> list[Run]:
@@ -80,40 +104,49 @@ PRICES = {4: Amounts(9.2, 16.0, 190.0, 390.0), 2: Amounts(34.0, 5.2, 370.0, 350.
 
 
 def amounts(
-    runs: int, groups: int, tokens: int, ranks: Sequence[int], rank: float, size: int, kept: bool
+    layout: Layout, tokens: int, ranks: Mapping[str, int], size: int, kept: bool
 ) -> dict[str, Amounts]:
-    """What each way takes, by its name: ``"groups"``, ``"mask"`` and ``"runs"``.
+    """What each way takes, by its name: ``"groups"`` and ``"runs"``.
 
     Args:
-        runs: Number of runs that have an adapter.
-        groups: Number of groups.
-        tokens: Rows times positions.
-        ranks: Of the adapters of the batch.
-        rank: Mean over the rows.
+        layout: The rows; there is at least one.
+        tokens: Positions of each row.
+        ranks: By adapter.
         size: in + out.
-        kept: Whether what is copied serves many calls.
+        kept: Whether what is copied of the factors serves many calls.
     """
-    total, largest, each = sum(ranks), max(ranks), size / 1e6
-    copies = 0.0 if kept else each
-    grouped = groups * largest
-    return {
-        "groups": Amounts(2, each * tokens * largest, each * grouped, copies * grouped),
-        "mask": Amounts(3, each * tokens * total, each * total, copies * total),
-        "runs": Amounts(2 * runs, each * tokens * rank, each * runs * largest, 0),
+    each, largest = size / 1e6, max(ranks.values())
+    runs = [(name, stop - start) for name, start, stop in layout.runs if name is not None]
+    rows = layout.runs[-1][2]
+    grouped = each * len(layout.groups) * largest
+    found = {
+        "groups": Amounts(2, each * rows * tokens * largest, grouped, 0.0 if kept else grouped),
+        "runs": Amounts(
+            2 * len(runs),
+            each * tokens * sum(ranks[name] * length for name, length in runs),
+            each * sum(ranks[name] for name, _ in runs),
+            0.0,
+        ),
     }
+    if layout.order is None:
+        return found
+    # x and the result are read once more, and what is added goes back.
+    moved = 2 * each * rows * tokens
+    return {way: took._replace(calls=took.calls + 3, read=took.read + moved) for way, took in found.items()}
 
 
-def cheapest(ways: Mapping[str, Amounts], width: int) -> str:
-    """The way that takes the least time, for elements of so many bytes."""
+def cheapest(
+    choices: Sequence[Layout], tokens: int, ranks: Mapping[str, int], size: int, kept: bool, width: int
+) -> tuple[Layout, str]:
+    """The layout and the way that take the least time, for elements of ``width`` bytes; see `amounts`."""
     prices = PRICES[min(width, 4)]
-    costs = {name: sum(map(mul, found, prices)) for name, found in ways.items()}
-    return min(costs, key=costs.__getitem__)
-
-
-def side_by_side(terms: Sequence[Term], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The factors of all adapters for `by_mask`: A one below the other (R, in), B side by side (out, R)."""
-    a = torch.cat([a.to(dtype) for a, _, _ in terms])
-    return a, torch.cat([b.to(dtype) for _, b, _ in terms], dim=1)
+    costs = [
+        (sum(map(mul, took, prices)), number, way)
+        for number, layout in enumerate(choices)
+        for way, took in amounts(layout, tokens, ranks, size, kept).items()
+    ]
+    _, number, way = min(costs)
+    return choices[number], way
 
 
 def stacked(terms: Sequence[Term | None], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -136,25 +169,6 @@ def _padded(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """A (r, in) and B (out, r) with zeros up to a larger rank."""
     short = rank - a.shape[0]
     return (F.pad(a, (0, 0, 0, short)), F.pad(b, (0, short))) if short else (a, b)
-
-
-def by_mask(x: Tensor, result: Tensor, a: Tensor, b: Tensor, mask: Tensor, fresh: bool = True) -> Tensor:
-    """``result + ((x Aᵀ) · mask) Bᵀ``.
-
-    Args:
-        x: (rows, ..., in).
-        result: (rows, ..., out); where it is fresh and no gradient is recorded, it is written.
-        a: The factors A of all adapters, one below the other: (R, in).
-        b: The factors B side by side: (out, R).
-        mask: (rows, R): the row's own adapter's strength, else 0.
-        fresh: Whether nobody else holds the result.
-
-    Returns:
-        (rows, ..., out).
-    """
-    h = F.linear(x.to(a.dtype), a)
-    h = h * mask.to(h.dtype).view(mask.shape[0], *(1,) * (h.dim() - 2), mask.shape[1])
-    return _plus(result, h.flatten(0, -2), b.t(), fresh)
 
 
 def by_groups(x: Tensor, result: Tensor, a: Tensor, b: Tensor, scales: Tensor, fresh: bool = True) -> Tensor:
@@ -204,22 +218,59 @@ def by_runs(
     return result if in_place else torch.cat(parts)
 
 
-def by_slots(x: Tensor, result: Tensor, slots: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
-    """``result + Σ ((x Aᵀ) · w) Bᵀ`` over all slots.
+def laid_together(
+    x: Tensor, result: Tensor, way: Callable[..., Tensor], order: Tensor, fresh: bool = True
+) -> Tensor:
+    """Another way on some rows, in their order.
 
     Args:
         x: (rows, ..., in).
-        result: (rows, ..., out); not written.
-        slots: A (r, in), B (out, r) and the rows' weights w (rows,), the strength or 0.
+        result: (rows, ..., out); where it is fresh and no gradient is recorded, it is written.
+        way: Called with these rows of both, and ``fresh``.
+        order: The rows, each once.
+        fresh: Whether nobody else holds the result.
 
     Returns:
         (rows, ..., out).
     """
-    for a, b, weights in slots:
-        h = F.linear(x, a.to(x.dtype))
-        h = h * weights.to(h.dtype).view(-1, *(1,) * (h.dim() - 1))
-        result = result + F.linear(h, b.to(h.dtype)).to(result.dtype)
+    own = way(x[order], result[order], fresh=True)
+    if torch.is_grad_enabled() or not fresh:
+        return result.index_copy(0, order, own)
+    return result.index_copy_(0, order, own)
+
+
+def by_slots(x: Tensor, result: Tensor, slots: Sequence[tuple[Tensor, Tensor, Any, Tensor]]) -> Tensor:
+    """``result + s · (x Aᵀ) Bᵀ`` in the rows of each slot.
+
+    Args:
+        x: (rows, ..., in).
+        result: (rows, ..., out); not written.
+        slots: A (r, in), B (out, r), the strength s, and whether each row is the slot's: (rows,) of bool.
+
+    Returns:
+        (rows, ..., out).
+    """
+    for a, b, scaling, mine in slots:
+        h = F.linear(own_rows(x, mine), a.to(x.dtype)) * scaling
+        update = F.linear(h, b.to(h.dtype)).to(result.dtype)
+        result = torch.where(along_rows(mine, result), result + update, result)
     return result
+
+
+def along_rows(mine: Tensor, like: Tensor) -> Tensor:
+    """One value for each row, shaped so that it chooses among the rows of a tensor (rows, ...)."""
+    return mine.view(-1, *(1,) * (like.dim() - 1))
+
+
+def own_rows(x: Tensor, mine: Tensor) -> Tensor:
+    """``x`` without the values of other rows, where gradients are sums over all rows.
+
+    Zeros stand for them; beside indices, which are looked up, the first of the own rows.
+    """
+    if not torch.is_grad_enabled():
+        return x
+    other = x.new_zeros(()) if x.is_floating_point() else x[mine.to(torch.uint8).argmax()]
+    return torch.where(along_rows(mine, x), x, other)
 
 
 def _plus(result: Tensor, h: Tensor, b: Tensor, fresh: bool, scaling: float = 1.0) -> Tensor:

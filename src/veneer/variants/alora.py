@@ -40,8 +40,10 @@ class ALora(Variant):
         self, layer: Branch, name: str, x: Tensor, result: Tensor, base: Callable[[], Tensor]
     ) -> Tensor:
         """``result + s·BA x`` where the adapter acts, ``result`` elsewhere."""
-        where = layer.acting(name, x).to(result.device).unsqueeze(-1)
-        return torch.where(where, layer.add_branch(name, x, result), result)
+        where = layer.acting(name, x).unsqueeze(-1)
+        if torch.is_grad_enabled():  # gradients of the factors are sums over all positions
+            x = torch.where(where.to(x.device), x, x.new_zeros(()))
+        return torch.where(where.to(result.device), layer.add_branch(name, x, result), result)
 
     def merged(self, weight: Tensor, delta: Tensor, extra: Mapping[str, Tensor]) -> Tensor:
         """The weight of the positions on which it acts; `refuses_merge` keeps it from being written."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
@@ -19,27 +22,36 @@ def case(dtype: torch.dtype, *middle: int) -> tuple[Tensor, Tensor, dict[str, mi
     return x.to(dtype), result.to(dtype), terms
 
 
-def by_mask(x: Tensor, result: Tensor, terms: dict[str, mixed_batch.Term]) -> Tensor:
-    a, b = mixed_batch.side_by_side(list(terms.values()), mixed_batch.working_dtype(x))
-    owners = [n for n, t in terms.items() for _ in range(t[0].shape[0])]
-    mask = torch.tensor([[terms[o][2] * (o == n) for o in owners] for n in NAMES])
-    return mixed_batch.by_mask(x, result, a, b, mask)
+def groups_in(
+    layout: mixed_batch.Layout, x: Tensor, terms: dict[str, mixed_batch.Term]
+) -> Callable[..., Tensor]:
+    a, b, scales = mixed_batch.stacked(
+        [None if n is None else terms[n] for n in layout.groups], mixed_batch.working_dtype(x)
+    )
+    return partial(mixed_batch.by_groups, a=a, b=b, scales=scales)
 
 
 def by_groups(x: Tensor, result: Tensor, terms: dict[str, mixed_batch.Term]) -> Tensor:
-    groups = mixed_batch.groups_of(mixed_batch.runs_of(NAMES))
-    a, b, scales = mixed_batch.stacked(
-        [None if n is None else terms[n] for n in groups], mixed_batch.working_dtype(x)
-    )
-    return mixed_batch.by_groups(x, result, a, b, scales)
+    return groups_in(mixed_batch.layouts(NAMES)[0], x, terms)(x, result)
 
 
 def by_runs(x: Tensor, result: Tensor, terms: dict[str, mixed_batch.Term]) -> Tensor:
-    return mixed_batch.by_runs(x, result, terms, mixed_batch.runs_of(NAMES))
+    return mixed_batch.by_runs(x, result, terms, mixed_batch.layouts(NAMES)[0].runs)
+
+
+def runs_together(x: Tensor, result: Tensor, terms: dict[str, mixed_batch.Term]) -> Tensor:
+    layout = mixed_batch.layouts(NAMES)[1]
+    way = partial(mixed_batch.by_runs, terms=terms, runs=layout.runs)
+    return mixed_batch.laid_together(x, result, way, torch.tensor(layout.order))
+
+
+def groups_together(x: Tensor, result: Tensor, terms: dict[str, mixed_batch.Term]) -> Tensor:
+    layout = mixed_batch.layouts(NAMES)[1]
+    return mixed_batch.laid_together(x, result, groups_in(layout, x, terms), torch.tensor(layout.order))
 
 
 def by_slots(x: Tensor, result: Tensor, terms: dict[str, mixed_batch.Term]) -> Tensor:
-    slots = [(a, b, s * torch.tensor([n == name for n in NAMES])) for name, (a, b, s) in terms.items()]
+    slots = [(*term, torch.tensor([n == name for n in NAMES])) for name, term in terms.items()]
     return mixed_batch.by_slots(x, result, slots)
 
 
@@ -55,7 +67,7 @@ def twin(x: Tensor, result: Tensor, terms: dict[str, mixed_batch.Term]) -> Tenso
     return torch.stack(rows)
 
 
-WAYS = [by_mask, by_groups, by_runs]
+WAYS = [by_groups, by_runs, groups_together, runs_together]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -96,6 +108,42 @@ def test_gradients_are_the_twins(way: object) -> None:
         assert_close(mine, expected)
 
 
+#: What a row, a factor or the gradient of a row may hold that spreads.
+SPREADING = [float("nan"), float("inf"), -3.0e38]
+
+
+@pytest.mark.parametrize("value", SPREADING)
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("way", [*WAYS, by_slots])
+def test_one_adapters_values_change_no_bit_of_anothers(way: object, grad: bool, value: float) -> None:
+    assert callable(way)
+    mine, others = [row for row, n in enumerate(NAMES) if n == "b"], [0, 1, 2, 4, 5, 6]
+
+    def computed(spoilt: str) -> list[Tensor]:
+        x, result, terms = case(torch.float32, 3)
+        outward = torch.ones(7, 3, 5)
+        for name, tensor in {"x": x, "gradient": outward}.items():
+            if name in spoilt:
+                tensor[mine] = value
+        for number, name in enumerate(("A", "B")):
+            if name in spoilt:
+                terms["b"][number][:] = value
+        leaves = [x, result, *terms["a"][:2]]
+        if not grad:
+            with torch.no_grad():
+                return [way(x, result.clone(), terms)[others]]
+        for leaf in (*leaves, *terms["b"][:2]):
+            leaf.requires_grad_()
+        y = way(x, result, terms)
+        dx, dresult, *factors = torch.autograd.grad(y, leaves, outward)
+        return [y[others].detach(), dx[others], dresult[others], *factors]
+
+    expected = computed("")
+    for spoilt in ("x", "A", "B", "gradient", "x A B gradient"):
+        for actual, tensor in zip(computed(spoilt), expected, strict=True):
+            assert torch.equal(actual.view(torch.int32), tensor.view(torch.int32)), spoilt
+
+
 def test_neighbours_of_one_adapter_are_one_run() -> None:
     assert mixed_batch.runs_of(NAMES) == [
         ("a", 0, 2), (None, 2, 3), ("b", 3, 4), ("a", 4, 5), (None, 5, 7),
@@ -117,12 +165,25 @@ def test_one_batch_of_one_adapter_is_one_group() -> None:
     assert float(one[2]) == 0.5
 
 
+def test_scattered_rows_of_one_adapter_are_laid_together() -> None:
+    as_they_come, together = mixed_batch.layouts(NAMES)
+    assert as_they_come.order is None and len(as_they_come.runs) == 5
+    assert together.order == (0, 1, 4, 3), "rows without an adapter are left where they are"
+    assert together.runs == [("a", 0, 3), ("b", 3, 4)]
+    for names in (["a", "a", None, "b"], ["a"], [None, "b"]):
+        assert len(mixed_batch.layouts(names)) == 1, "nothing is gained"
+
+
 @pytest.mark.parametrize("width", [2, 4])
 def test_what_is_cheapest_depends_on_the_batch(width: int) -> None:
-    def cheapest(runs: int, groups: int, tokens: int, adapters: int, kept: bool) -> str:
-        ways = mixed_batch.amounts(runs, groups, tokens, [16] * adapters, 16, 1152, kept)
-        return mixed_batch.cheapest(ways, width)
+    def cheapest(names: list[str | None], tokens: int, kept: bool) -> tuple[bool, str]:
+        ranks = dict.fromkeys(filter(None, names), 16)
+        layout, way = mixed_batch.cheapest(mixed_batch.layouts(names), tokens, ranks, 1152, kept, width)
+        return layout.order is not None, way
 
-    assert cheapest(8, 8, 8, 8, True) == "groups", "a token of eight adapters"
-    assert cheapest(64, 64, 64, 2, True) == "mask", "many rows of two adapters, by turns"
-    assert cheapest(2, 64, 64 * 1024, 2, False) == "runs", "much to compute, and two runs of uneven length"
+    eight = [str(row) for row in range(8)]
+    assert cheapest(eight, 1, True) == (False, "groups"), "a token of eight adapters"
+    by_turns = ["a", "b"] * 32
+    assert cheapest(by_turns, 1, True)[0], "many rows of two adapters, by turns"
+    uneven: list[str | None] = ["a"] * 21 + ["b"] * 43
+    assert cheapest(uneven, 1024, False) == (False, "runs"), "much to compute, and two runs of uneven length"
