@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -118,7 +118,7 @@ class PatternSet:
         """
         if not self.patterns:
             return {path: [] for path in paths.paths}
-        found = {path: self._by_name(path) for path in paths.paths}
+        found = {path: self._by_name(path, ends) for path, ends in paths.ends.items()}
         for index, expression in self._expressions:
             try:
                 matching = paths.matching(expression, anywhere=self._anywhere)
@@ -133,17 +133,15 @@ class PatternSet:
                 found[path].append(index)
         return {path: sorted(set(hits)) if hits else hits for path, hits in found.items()}
 
-    def _by_name(self, path: str) -> list[int]:
+    def _by_name(self, path: str, ends: Sequence[str]) -> list[int]:
         found = list(self._paths.get(path, ()))
         if self._inside:
             for length in self._lengths:
                 found += self._ends.get(path[-length:], ()) if length <= len(path) else ()
             return found
-        end, dot = path, "."
-        while dot:
+        for end in ends:
             if end in self._ends:
                 found += self._ends[end]
-            _, dot, end = end.partition(".")
         return found
 
 
@@ -207,23 +205,19 @@ def resolve_all(
     alphas = PatternSet(config.alpha_pattern, "alpha_pattern", anywhere=True).over(paths)
     rank_of, alpha_of = list(config.rank_pattern.values()), list(config.alpha_pattern.values())
     init = config.init_lora_weights
-    default = LoraSpec(
-        path="",
-        adapter=adapter,
-        r=config.r,
-        lora_alpha=config.lora_alpha,
-        lora_dropout=config.lora_dropout,
-        init=init if isinstance(init, bool) else init.lower(),
-        variant=variant_name(config),
-        use_rslora=config.use_rslora,
-        lora_bias=config.lora_bias,
-        init_config=init_options(config),
-    )
+    init = init if isinstance(init, bool) else init.lower()
+    variant, init_config = variant_name(config), init_options(config)
     return {
-        path: replace(
-            default,
+        path: LoraSpec(
             path=path,
             parameter=parameter,
+            adapter=adapter,
+            lora_dropout=config.lora_dropout,
+            init=init,
+            variant=variant,
+            use_rslora=config.use_rslora,
+            lora_bias=config.lora_bias,
+            init_config=init_config,
             r=rank_of[ranks[path][0]] if ranks[path] else config.r,
             lora_alpha=alpha_of[alphas[path][0]] if alphas[path] else config.lora_alpha,
         )

@@ -9,12 +9,12 @@ from __future__ import annotations
 import difflib
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from veneer.config import LoraConfig, TaskType, looks_like_regex
-from veneer.config.expressions import Paths
-from veneer.config.values import show, some
+from veneer.config.expressions import Paths, path_ends
+from veneer.config.values import name_in, show, some
 from veneer.errors import Hint, TargetError, Text, VeneerWarning
 from veneer.spec import LoraSpec, PatternSet, resolve_all
 
@@ -134,6 +134,7 @@ def plan(
     model_type: str | None = None,
     strict_targets: bool = False,
     loading: bool = False,
+    stored: Collection[str] | None = None,
 ) -> Plan:
     """Decide what every module of a model gets from an adapter.
 
@@ -146,6 +147,9 @@ def plan(
         loading: The adapter comes from a file, whose tensors will be accounted for one by one: say nothing
             about idle patterns, and let a module that is both targeted and in ``modules_to_save`` train in
             full, as the field does.
+        stored: Names of the tensors in that file. A module whose path merely ends in a name of
+            ``modules_to_save`` is left out where the file has a tensor of none of these: it was written when
+            Veneer took names for whole ones.
 
     Returns:
         The plan. Its ``unmatched`` patterns have been warned about.
@@ -157,7 +161,7 @@ def plan(
     """
     config.validate()
     planner = _Planner(candidates, config, model_type)
-    planner.choose_saved()
+    planner.choose_saved(stored)
     planner.choose_targets()
     planner.filter_layers()
     planner.choose_parameters()
@@ -171,6 +175,8 @@ def plan(
         raise TargetError(planner.complaint(adapter, nothing=not specs))
     if planner.unmatched and not loading:
         warnings.warn(VeneerWarning(planner.complaint(adapter, nothing=False)), stacklevel=2)
+    for sentence in () if loading else planner.remarks:
+        warnings.warn(VeneerWarning(sentence), stacklevel=2)
     return Plan(
         adapter=adapter,
         specs=specs,
@@ -193,9 +199,10 @@ class _Planner:
         self.unmatched: list[Unmatched] = []
         self.refused: list[Candidate] = []
         self.conflicts: list[Text] = []
+        self.remarks: list[Text] = []
         self.parents = {end for c in self.candidates if (end := c.path.rpartition(".")[0])}
         self.skipped: dict[str, str] = {}
-        self.saved: list[str] = []
+        self.saved: dict[str, None] = {}
         self.chosen: dict[str, list[str]] = {}  # path -> the target patterns that matched it
         self.matched: dict[str, list[str]] = {}  # target pattern -> paths
         self.by_default = config.target_modules is None
@@ -221,11 +228,24 @@ class _Planner:
 
     # --- modules that train in full
 
-    def choose_saved(self) -> None:
+    def choose_saved(self, stored: Collection[str] | None) -> None:
         """Find the modules of ``modules_to_save`` and the heads of the task."""
         heads = head_names(self.config.task_type)
-        wanted = list(dict.fromkeys([*(self.config.modules_to_save or ()), *heads]))
-        hits = PatternSet(wanted, "modules_to_save").over(self.all_paths)
+        asked = list(dict.fromkeys(self.config.modules_to_save or ()))
+        wanted = list(dict.fromkeys([*asked, *heads]))
+        whole = PatternSet(wanted, "modules_to_save").over(self.all_paths)
+        hits = saved_modules(wanted).over(self.all_paths)
+        more: dict[int, list[str]] = {}
+        for c in self.candidates:
+            for index in hits[c.path]:
+                if index not in whole[c.path]:
+                    more.setdefault(index, []).append(c.path)
+        for index, paths in more.items():
+            if stored is not None and not _any_stored(paths, stored):
+                for path in paths:
+                    hits[path].remove(index)
+            elif index < len(asked):
+                self._remark_on_ends(wanted[index], paths, [p for p in self.paths if index in whole[p]])
         used: set[int] = set()
         for c in self.candidates:
             used.update(hits[c.path])
@@ -234,7 +254,7 @@ class _Planner:
             if outer := self._saved_around(c.path):
                 self.skipped[c.path] = f"inside {outer}, which trains in full"
             else:
-                self.saved.append(c.path)
+                self.saved[c.path] = None
         for index, name in enumerate(wanted):
             if index not in used and name not in heads:
                 self._idle("modules_to_save", name)
@@ -244,7 +264,17 @@ class _Planner:
             self._idle("modules_to_save", " or ".join(heads), note)
 
     def _saved_around(self, path: str) -> str | None:
-        return next((s for s in self.saved if path == s or path.startswith(s + ".")), None)
+        return next((end for end in (path, *parents(path)) if end in self.saved), None)
+
+    def _remark_on_ends(self, name: str, paths: Sequence[str], whole: Sequence[str]) -> None:
+        also = f"{_listed(paths, 1)} too. For {_listed(whole, 1)} alone give the whole path"
+        self.remarks.append(
+            Text(
+                Hint("modules_to_save"),
+                f" {show(name)} takes every module whose path ends in it, as in PEFT: ",
+                also if whole else _listed(paths, 3),
+            )
+        )
 
     # --- modules that get factors
 
@@ -380,7 +410,7 @@ class _Planner:
             p: [] for p in sorted(set(self.config.target_parameters or ()))
         }
         for c in self.parameters:
-            for end in _path_ends(c.path):
+            for end in path_ends(c.path):
                 reached.get(end, []).append(c)
         for pattern, hits in reached.items():
             usable = [c for c in hits if c.supported]
@@ -483,12 +513,49 @@ def shortest_names(targets: Iterable[str], others: Iterable[str]) -> list[str]:
         Sorted names. A target whose own path is the end of another module's path is listed with that path,
         though names cannot tell the two apart.
     """
-    forbidden = {end for path in others for end in _path_ends(path)}
+    forbidden = {end for path in others for end in path_ends(path)}
     names = set()
     for path in targets:
-        free = [end for end in _path_ends(path) if end not in forbidden]
+        free = [end for end in path_ends(path) if end not in forbidden]
         names.add(free[-1] if free else path)
     return sorted(names)
+
+
+def saved_modules(names: Iterable[str]) -> PatternSet:
+    """The patterns of ``modules_to_save``: a name is the end of a path, with a dot before it or not."""
+    return PatternSet(names, "modules_to_save", inside=True)
+
+
+def portable_saved(named: Iterable[str], saved: Collection[str], paths: Iterable[str]) -> list[str]:
+    """Names that mean in a file exactly the modules that train in full, to PEFT too.
+
+    Args:
+        named: The names and expressions that they were asked for with; those that do are kept.
+        saved: Paths of the modules that train in full.
+        paths: Paths of all modules.
+    """
+    named = [name for name in dict.fromkeys(named) if name_in(name) == name]
+    ends = [path.rpartition(".")[2] for path in saved]
+    candidates = list(dict.fromkeys([*named, *ends]))
+    if not candidates:
+        return []
+    wrong: set[int] = set()
+    for path, hits in saved_modules(candidates).over(Paths(list(paths))).items():
+        if hits and not any(end in saved for end in (path, *parents(path))):
+            wrong.update(hits)
+    clean = {name for index, name in enumerate(candidates) if index not in wrong}
+    result = [name for name in named if name in clean]
+    for path, hits in saved_modules(result).over(Paths(sorted(saved))).items():
+        if not hits:
+            end = path.rpartition(".")[2]
+            result.append(end if end in clean else path)
+    return list(dict.fromkeys(result))
+
+
+def _any_stored(paths: Iterable[str], stored: Iterable[str]) -> bool:
+    """Whether a file has a tensor of one of some modules itself."""
+    names = "\n".join(f".{name}" for name in stored if ".lora_" not in name)
+    return any(f".{path}." in names for path in paths)
 
 
 def portable_targets(targets: Iterable[str], others: Iterable[str]) -> set[str] | str:
@@ -506,7 +573,7 @@ def portable_targets(targets: Iterable[str], others: Iterable[str]) -> set[str] 
     """
     paths, others = list(targets), set(others)
     names = set(shortest_names(paths, others))
-    covered = {end for path in others for end in _path_ends(path)}
+    covered = {end for path in others for end in path_ends(path)}
     exact = sorted(names & covered)
     if not exact:
         return names
@@ -515,13 +582,13 @@ def portable_targets(targets: Iterable[str], others: Iterable[str]) -> set[str] 
     return f"^(?:{'|'.join([*parts, *map(re.escape, exact)])})$"
 
 
-def _path_ends(path: str) -> list[str]:
-    """A path and its ends after each dot, the longest first."""
-    ends = [path]
+def parents(path: str) -> list[str]:
+    """The paths of the modules around one, the nearest first."""
+    found = []
     while "." in path:
-        path = path.partition(".")[2]
-        ends.append(path)
-    return ends
+        path = path.rpartition(".")[0]
+        found.append(path)
+    return found
 
 
 def _as_patterns(value: Iterable[str] | str | None, ordered: bool = False) -> list[str]:

@@ -31,6 +31,11 @@ def test_rank_zero_is_impossible() -> None:
         LoraSpec("m", "a", r=0, lora_alpha=8)
 
 
+def test_a_strength_that_float32_cannot_hold_is_impossible() -> None:
+    with pytest.raises(ConfigError, match=r"lora_alpha is 3e\+38, r is 1"):
+        LoraSpec("m", "a", r=1, lora_alpha=3e38, times=2)
+
+
 def test_a_spec_is_frozen_and_hashable() -> None:
     spec = LoraSpec("m", "a", r=2, lora_alpha=8)
     with pytest.raises(dataclasses.FrozenInstanceError):

@@ -75,6 +75,15 @@ def _parts(op: Any, argument: Any) -> Sequence[Any]:
     return ()
 
 
+def path_ends(path: str) -> list[str]:
+    """A path and its ends after each dot, the longest first."""
+    ends = [path]
+    while "." in path:
+        path = path.partition(".")[2]
+        ends.append(path)
+    return ends
+
+
 class TooManySteps(ValueError):
     """The expressions tried on the same paths take more steps than they may."""
 
@@ -102,6 +111,11 @@ class Paths:
         self._masks: dict[Any, int] = {}
         self._price = 1 + at // _POSITIONS_A_STEP
         self._left = STEPS
+
+    @functools.cached_property
+    def ends(self) -> dict[str, list[str]]:
+        """For each path itself and its ends after each dot."""
+        return {path: path_ends(path) for path in self.paths}
 
     def matching(self, pattern: str, *, anywhere: bool = False) -> list[str]:
         """The paths that an expression matches from end to end.

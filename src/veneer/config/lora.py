@@ -67,7 +67,8 @@ class LoraConfig(PeftConfig):
         fan_in_fan_out: The weight lies as (in, out), as in transformers' Conv1D.
         bias: Which biases train: ``"none"``, ``"all"``, or ``"lora_only"`` for those of adapted layers.
         use_rslora: Scale by the square root of the rank (https://arxiv.org/abs/2312.03732).
-        modules_to_save: Modules that train in full and are saved with the adapter, as names or ends of paths.
+        modules_to_save: Modules that train in full and are saved with the adapter. As in PEFT, a name takes
+            every module whose path ends in it, with a dot before it or not.
         init_lora_weights: True (A Kaiming-uniform, B zero), False (both random), ``"gaussian"``, ``"loftq"``,
             or another initialisation by name.
         layers_to_transform: Numbers of the layers to adapt; others are left out.

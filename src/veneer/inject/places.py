@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -199,6 +199,7 @@ def plan_sites(
     strict: bool = False,
     loading: bool = False,
     unread: bool = False,
+    stored: Collection[str] | None = None,
 ) -> Plan:
     """The plan for the sites that were found; see `targets.plan` and `candidates`."""
     modules = candidates(model, found, unread)
@@ -209,4 +210,5 @@ def plan_sites(
         model_type=model_type(model),
         strict_targets=strict,
         loading=loading,
+        stored=stored,
     )

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from torch import nn
 
 from veneer import backends, inits, targets
 from veneer.adapters import AdapterModule, AdapterSet, check_adapter_name, walk
 from veneer.config import LoraConfig, looks_like_regex
-from veneer.config.expressions import Paths
 from veneer.config.values import some
 from veneer.errors import AdapterNameError, Hint, TargetError, Text, VeneerWarning
 from veneer.inject.building import build
@@ -23,7 +22,7 @@ from veneer.inject.tying import check_tied, tie, tied_additions, tied_copies
 from veneer.layers.making import check_config, with_variant_options
 from veneer.layers.modules_to_save import ModulesToSaveWrapper
 from veneer.layers.sharded import is_sharded
-from veneer.spec import LoraSpec, PatternSet
+from veneer.spec import LoraSpec
 
 
 def prepare(
@@ -33,7 +32,7 @@ def prepare(
     *,
     autocast_adapter_dtype: bool = True,
     strict_targets: bool = False,
-    read_from_file: bool = False,
+    stored: Collection[str] | None = None,
     quiet: bool = False,
 ) -> Injection:
     """Work out and build an adapter beside the model, without touching it.
@@ -44,8 +43,8 @@ def prepare(
         adapter_name: The adapter's name.
         autocast_adapter_dtype: Keep the factors beside 16-bit weights in float32.
         strict_targets: Raise where part of the configuration matches nothing.
-        read_from_file: The configuration was saved: say nothing of options without an effect, and take what
-            another library would have adapted.
+        stored: For an adapter from a file, the names of its tensors: say nothing of options without an
+            effect, and take what another library would have adapted.
         quiet: Say nothing of options without an effect.
 
     Raises:
@@ -61,7 +60,7 @@ def prepare(
             f"the model has an adapter named {adapter_name!r} already; choose another name or "
             "delete_adapter first"
         )
-    quiet = quiet or read_from_file
+    quiet = quiet or stored is not None
     if not quiet:
         for sentence in config._advice():
             warnings.warn(VeneerWarning(sentence), stacklevel=3)
@@ -76,7 +75,7 @@ def prepare(
     own_config = copy.deepcopy(config)
     change = replication(model, own_config)
     with planning(change):
-        injection = _built(model, own_config, adapter_name, strict_targets, read_from_file, quiet)
+        injection = _built(model, own_config, adapter_name, strict_targets, stored, quiet)
     injection.change, injection.autocast_adapter_dtype = change, autocast_adapter_dtype
     return injection
 
@@ -86,15 +85,22 @@ def _built(
     own_config: LoraConfig,
     adapter_name: str,
     strict_targets: bool,
-    read_from_file: bool,
+    stored: Collection[str] | None,
     quiet: bool,
 ) -> Injection:
     """The parts of an adapter for a model that has its final layers."""
     found = sites(model)
     ties = tie(model, found, own_config, quiet=quiet)
-    given = read_from_file or own_config.inference_mode  # made elsewhere, perhaps with what never acts
+    given = stored is not None or own_config.inference_mode  # made elsewhere, perhaps with what never acts
     chosen = plan_sites(
-        model, found, own_config, adapter_name, strict=strict_targets, loading=quiet, unread=given
+        model,
+        found,
+        own_config,
+        adapter_name,
+        strict=strict_targets,
+        loading=quiet,
+        unread=given,
+        stored=stored,
     )
     if given:
         _mention_unread(found, chosen.specs)
@@ -171,11 +177,7 @@ def _complete(
         if config.layers_to_transform is not None:
             config.layers_to_transform = config.layers_pattern = None
     heads = {c.site.path for c in copies if c.follows is None}
-    named = list(config.modules_to_save or [])
-    for path, hits in PatternSet(named, "modules_to_save").over(Paths(sorted(heads))).items():
-        if not hits:
-            named.append(path.rpartition(".")[2])
-    config.modules_to_save = named or None
+    config.modules_to_save = targets.portable_saved(config.modules_to_save or (), heads, found) or None
 
 
 def _mention_replaced_bases(additions: list[Addition]) -> None:

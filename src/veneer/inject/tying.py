@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 
+from veneer import targets
 from veneer.adapters import AdapterModule
 from veneer.config import LoraConfig
 from veneer.config.expressions import Paths
@@ -41,8 +42,10 @@ def tie(model: nn.Module, found: Mapping[str, Site], config: LoraConfig, *, quie
         return {}
     lead, heads = tied_modules(model, found)
     group = [lead, *heads]
-    whole = _hits(config.modules_to_save, "modules_to_save", group)
-    adapted = _hits(config.target_modules, "target_modules", group)
+    named_targets = config.target_modules
+    named_targets = [named_targets] if isinstance(named_targets, str) else named_targets
+    whole = _hits(targets.saved_modules(config.modules_to_save or ()), group)
+    adapted = _hits(PatternSet(named_targets or (), "target_modules"), group)
     if whole and adapted:
         raise TargetError(
             "ensure_weight_tying=True: ",
@@ -79,11 +82,10 @@ def tied_modules(model: nn.Module, found: Mapping[str, Site]) -> tuple[str, list
     return lead, [path for path in same if path != lead]
 
 
-def _hits(named: Iterable[str] | str | None, option: str, paths: Sequence[str]) -> dict[str, set[str]]:
+def _hits(patterns: PatternSet, paths: Sequence[str]) -> dict[str, set[str]]:
     """The paths that patterns match, and which patterns match each."""
-    patterns = [named] if isinstance(named, str) else list(named or ())
-    hits = PatternSet(patterns, option).over(Paths([path for path in paths if path]))
-    return {path: {patterns[i] for i in indices} for path, indices in hits.items() if indices}
+    hits = patterns.over(Paths([path for path in paths if path]))
+    return {path: {patterns.patterns[i] for i in indices} for path, indices in hits.items() if indices}
 
 
 def _naming(named: Iterable[str] | str | None, hits: Mapping[str, set[str]], lead: str) -> str | set[str]:

@@ -392,7 +392,7 @@ class Persistence(nn.Module):
             config,  # type: ignore[arg-type]
             adapter_name,
             autocast_adapter_dtype=autocast_adapter_dtype,
-            read_from_file=True,
+            stored=shapes,
         )
         report = state.fill_injection(
             injection, shapes, take, where=directory, strict=strict, check_finite=check_finite

@@ -14,8 +14,10 @@ from torch import Tensor
 
 from ...checkpoint.lora_files import factor_names, open_lora
 from ...config import LoraConfig
+from ...config.expressions import Paths
 from ...errors import AdapterFileError
 from ...spec import variant_name
+from ...targets import parents, saved_modules
 
 PREFIX = "base_model.model."
 #: Initialisations under whose name a file's factors count from a base that the initialisation changed.
@@ -148,8 +150,11 @@ def read_source(directory: str | os.PathLike[str]) -> Source:
     copies: dict[str, Tensor] = {}
     others: dict[str, dict[str, Tensor]] = {}
     unknown = []
+    around = {name: parents(name.removeprefix(PREFIX)) for name in rest}
+    modules = Paths(list({path for paths in around.values() for path in paths}))
+    saved = {path for path, hits in saved_modules(config.modules_to_save or ()).over(modules).items() if hits}
     for name in rest:
-        kind = _kind(name, config)
+        kind = _kind(name, config, not saved.isdisjoint(around[name]))
         if kind == "copy":
             path = name.removeprefix(PREFIX).removesuffix(".weight").removesuffix(".base_layer")
             copies[path] = tensors[name]
@@ -168,7 +173,7 @@ def _pop(rest: list[str], tensors: dict[str, Tensor], name: str) -> Tensor | Non
     return tensors[name]
 
 
-def _kind(name: str, config: LoraConfig) -> str | None:
+def _kind(name: str, config: LoraConfig, saved: bool) -> str | None:
     path = name.removeprefix(PREFIX)
     if path == name or ".lora_" in path:
         return None
@@ -176,8 +181,7 @@ def _kind(name: str, config: LoraConfig) -> str | None:
         return "tokens"
     if path.endswith(".base_layer.weight"):
         return "copy"
-    whole = config.modules_to_save or ()
-    if any(f".{path}".find(f".{module}.") >= 0 for module in whole):
+    if saved:
         return "modules_to_save"
     if path.endswith(".bias") and config.bias != "none":
         return "bias"
