@@ -61,13 +61,13 @@ def chat(
     others = _named(more or [])
     import torch
 
-    from ..training import Chat
+    from ..training import Chat, Terminal
     from ..training.adapters import load_adapted, read_head
 
     sampling = sampling_of(max_new_tokens, do_sample, temperature, top_p, top_k, repetition_penalty)
     head = read_head(adapter)
     require_language_model(head)
-    adapted, tokenizer = load_adapted(head, model, dtype, others)
+    adapted, tokenizer = load_adapted(head, model, dtype, others, Terminal())
     torch.manual_seed(seed)
     talk = Chat(adapted, tokenizer, sampling, system)
     alone = sys.stdin.isatty()

@@ -55,7 +55,7 @@ def evaluate(
     if max_samples is not None and max_samples < len(records):
         records = records.first(max_samples)
         progress.say(f"Measuring the first {max_samples} of them")
-    adapted, tokenizer = load_adapted(head, model, dtype)
+    adapted, tokenizer = load_adapted(head, model, dtype, progress=progress)
     common: dict[str, Any] = {"max_length": max_length, "batch_size": batch_size, "progress": progress}
     if names is None:
         found = compare(adapted, tokenizer, records, exact_match=exact_match, **common)

@@ -114,10 +114,11 @@ def _progress(wanted: bool) -> Iterator[Callable[[int, int], None] | None]:
 
 
 def _base(adapter: Path, base: str | None) -> Path:
+    from ..training import Terminal
     from ..training.merge_files import base_directory
 
     place = Path(base or "").expanduser()
-    return place if base is not None and place.is_dir() else base_directory(adapter, base)
+    return place if base is not None and place.is_dir() else base_directory(adapter, base, Terminal())
 
 
 def _as_json(report: ExportReport) -> None:

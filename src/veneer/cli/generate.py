@@ -63,26 +63,25 @@ def generate(
     """Ask an adapted model: one prompt, or a file of them; answers go to standard output or --output."""
     check_dtype(dtype)
     prompt = _prompt(prompt, data, output, batch_size)
+    from ..training import Terminal, read_records
     from ..training.adapters import load_adapted, read_head
     from ..training.generation import check_answer_file
 
     sampling = sampling_of(max_new_tokens, do_sample, temperature, top_p, top_k, repetition_penalty)
     head = read_head(adapter)
     require_language_model(head)
+    progress = Terminal()
     if prompt is None and data is not None:
-        from ..training import Terminal, read_records
-
         if output is not None:
             check_answer_file(output)
-        progress = Terminal()
         records = read_records(data, "prompt")
         progress.say(records.line())
-        adapted, tokenizer = load_adapted(head, model, dtype)
+        adapted, tokenizer = load_adapted(head, model, dtype, progress=progress)
         made_by = {"adapter": str(head.directory.resolve()), "bytes": _stamp(head.file.path), "base": base,
                    "model": model, "dtype": dtype}  # fmt: skip
         _file(adapted, tokenizer, records, output, sampling, seed, batch_size, made_by, base, progress)
         return
-    adapted, tokenizer = load_adapted(head, model, dtype)
+    adapted, tokenizer = load_adapted(head, model, dtype, progress=progress)
     answer = _one(adapted, tokenizer, str(prompt), sampling, seed, base)
     if as_json:
         show_json({"prompt": prompt, "generated_text": answer})

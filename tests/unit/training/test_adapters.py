@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from tests.tolerances import assert_close
-from tests.unit.training.tiny import saved_tiny
+from tests.unit.training.tiny import saved_tiny, tiny_model
 from veneer import AdapterFileError, AdapterNameError, ConfigError, LoraConfig, VeneerError, get_peft_model
-from veneer.training import load_base
+from veneer.training import adapters, load_base
 from veneer.training.adapters import (
     Head,
     check_not_a_source,
@@ -193,3 +194,45 @@ def lm_beside(adapter: Path) -> Path:
             (place / file.name).write_bytes(file.read_bytes())
     as_task(place, "CAUSAL_LM")
     return place
+
+
+class Said:
+    """Remembers the lines that were said."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, line: str) -> None:
+        self.lines.append(line)
+
+    def bar(self, title: str, total: int) -> Any:
+        raise AssertionError("nothing long is done")
+
+
+@pytest.mark.parametrize("way", ["in memory", "files"])
+@pytest.mark.parametrize("given", [None, "somebody/other"])
+def test_a_base_of_the_hub_is_said_before_it_is_fetched(
+    way: str, given: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    from veneer.training.merge_files import base_directory
+
+    model: Any = get_peft_model(tiny_model(), LoraConfig(r=2, target_modules=["q_proj"]))
+    model.peft_config["default"].base_model_name_or_path = "somebody/tiny"
+    model.save_pretrained(tmp_path / "adapter")
+    said = Said()
+
+    def fetch(name: str, *args: Any, **kwargs: Any) -> None:
+        assert len(said.lines) == 1 and name in said.lines[0]
+        raise OSError("no network")
+
+    monkeypatch.setattr(adapters, "load_base", fetch)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    with pytest.raises((OSError, VeneerError), match="no network"):
+        if way == "in memory":
+            adapters.load_adapted(tmp_path / "adapter", given, progress=said)
+        else:
+            base_directory(tmp_path / "adapter", given, said)
+    named = "which" in said.lines[0] and str(tmp_path / "adapter") in said.lines[0]
+    assert named == (given is None)

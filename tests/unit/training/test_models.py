@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import http.server
+import json
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,19 @@ import pytest
 import torch
 
 from tests.unit.training.tiny import saved_tiny, tiny_model
-from veneer import MissingExtraError, TrainingError, VeneerError
+from veneer import (
+    AutoPeftModelForCausalLM,
+    LoraConfig,
+    MissingExtraError,
+    TrainingError,
+    VeneerError,
+    get_peft_model,
+)
 from veneer.training import cache_dir, demo_model, load_base, models
+from veneer.training.adapters import load_adapted
+from veneer.training.planning import empty_model
+
+COMMIT = "0123456789abcdef" * 2 + "01234567"
 
 
 @pytest.fixture
@@ -24,9 +36,12 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
+    answer: bytes
+
     def do_GET(self) -> None:
         self.send_response(200)
         self.end_headers()
+        self.wfile.write(self.answer)
 
     def log_message(self, *words: Any) -> None:
         pass
@@ -56,32 +71,40 @@ def test_a_model_in_the_cache_is_taken_as_it_is(cache: Path, monkeypatch: pytest
     place = cache / models.DIRECTORY
     place.mkdir(parents=True)
     (place / "config.json").write_text("{}")
-    monkeypatch.setattr(models, "hub_answers", lambda: pytest.fail("asked the hub"))
+    monkeypatch.setattr(models, "hub_commit", lambda: pytest.fail("asked the hub"))
     assert demo_model() == place
 
 
 @pytest.mark.usefixtures("hub")
 def test_the_hub_is_asked_unless_offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert models.hub_answers()
+    for answer, commit in (
+        (json.dumps({"sha": COMMIT}), COMMIT),
+        (json.dumps({"sha": "main; rm"}), None),
+        ("[]", None),
+        ("<html>", None),
+    ):
+        monkeypatch.setattr(Hub, "answer", answer.encode(), raising=False)
+        assert models.hub_commit() == commit
+    monkeypatch.setattr(Hub, "answer", json.dumps({"sha": COMMIT}).encode())
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert not models.hub_answers()
+    assert models.hub_commit() is None
 
 
 def test_a_hub_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in models.OFFLINE:
         monkeypatch.delenv(name)
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    assert not models.hub_answers()
+    assert models.hub_commit() is None
 
 
 def test_the_hub_goes_first(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
 
-    def download(name: str, local_dir: Path, allow_patterns: list[str]) -> None:
-        assert name == models.HUB_ID
+    def download(name: str, revision: str, local_dir: Path, allow_patterns: list[str]) -> None:
+        assert (name, revision) == (models.HUB_ID, COMMIT)
         (local_dir / "config.json").write_text("{}")
 
-    monkeypatch.setattr(models, "hub_answers", lambda: True)
+    monkeypatch.setattr(models, "hub_commit", lambda: COMMIT)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert (demo_model() / "config.json").is_file()
     assert [path.name for path in cache.iterdir()] == [models.DIRECTORY]
@@ -90,11 +113,11 @@ def test_the_hub_goes_first(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_download_that_breaks_off_leaves_nothing(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
 
-    def download(name: str, local_dir: Path, allow_patterns: list[str]) -> None:
+    def download(name: str, revision: str, local_dir: Path, allow_patterns: list[str]) -> None:
         (local_dir / "config.json").write_text("{}")
         raise ConnectionError("gone")
 
-    monkeypatch.setattr(models, "hub_answers", lambda: True)
+    monkeypatch.setattr(models, "hub_commit", lambda: COMMIT)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     with pytest.raises(TrainingError, match="broke off: gone"):
         demo_model()
@@ -140,6 +163,70 @@ def test_another_process_that_was_faster_wins(tmp_path: Path) -> None:
 def test_a_missing_library_is_named_with_its_extra() -> None:
     with pytest.raises(MissingExtraError, match=r"pip install 'veneer\[train\]'"):
         models.require("a_library_that_nobody_has", "train", "reading a GGUF file")
+
+
+@pytest.fixture
+def own_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A model that brings code of its own, in front of a user who would answer yes."""
+    place = saved_tiny(tmp_path / "own")
+    marker = tmp_path / "ran"
+    for name, key, classes in (
+        ("config.json", "model_type", {"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M"}),
+        ("tokenizer_config.json", "tokenizer_class", {"AutoTokenizer": ["code.T", None]}),
+    ):
+        content = json.loads((place / name).read_text())
+        content |= {key: "own", "auto_map": classes}
+        (place / name).write_text(json.dumps(content))
+    (place / "code.py").write_text(
+        f"import pathlib\npathlib.Path({str(marker)!r}).touch()\nraise OSError('ran')\n"
+    )
+    monkeypatch.setattr("builtins.input", lambda *words: "y")
+    return place
+
+
+LOADERS: dict[str, Callable[[Path], object]] = {
+    "base": load_base,
+    "tokenizer": models.load_tokenizer,
+    "plan": empty_model,
+    "task class": lambda place: AutoPeftModelForCausalLM.from_pretrained(adapter_on(place)),
+}
+
+
+def adapter_on(place: Path) -> Path:
+    adapted: Any = get_peft_model(
+        tiny_model(), LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    )
+    adapted.peft_config["default"].base_model_name_or_path = str(place)
+    adapted.save_pretrained(place.parent / "adapter")
+    return place.parent / "adapter"
+
+
+@pytest.mark.parametrize("load", LOADERS.values(), ids=LOADERS)
+def test_code_that_a_model_brings_is_neither_run_nor_asked_about(
+    load: Callable[[Path], object], own_code: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("builtins.input", lambda *words: pytest.fail("asked"))
+    with pytest.raises((TrainingError, ValueError)):
+        load(own_code)
+    assert not (own_code.parent / "ran").exists()
+
+
+def test_the_tokenizer_beside_an_adapter_runs_no_code(own_code: Path) -> None:
+    base = saved_tiny(own_code.parent / "base")
+    adapter = adapter_on(base)
+    for name in ("tokenizer_config.json", "tokenizer.json", "code.py"):
+        (adapter / name).write_bytes((own_code / name).read_bytes())
+    with pytest.raises((TrainingError, ValueError)):
+        load_adapted(adapter, str(base))
+    with pytest.raises((TrainingError, ValueError)):
+        AutoPeftModelForCausalLM.from_pretrained(adapter)
+    assert not (own_code.parent / "ran").exists()
+
+
+def test_a_base_with_code_of_its_own_may_be_asked_for_in_python(own_code: Path) -> None:
+    with pytest.raises(OSError, match="ran"):
+        AutoPeftModelForCausalLM.from_pretrained(adapter_on(own_code), trust_remote_code=True)
+    assert (own_code.parent / "ran").exists()
 
 
 def test_loading_a_base(tmp_path: Path) -> None:

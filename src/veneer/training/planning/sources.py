@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ...doors import is_local
 from ...errors import TrainingError
-from ..models import quiet_transformers, require
+from ..models import NO_CODE, quiet_transformers, require
 
 #: The task of an adapter -> transformers' class for it.
 CLASSES = {
@@ -105,7 +105,7 @@ def _read(source: str | os.PathLike[str]) -> Any:
         return _from_file(place / "config.json")
     with quiet_transformers():
         try:
-            return AutoConfig.from_pretrained(source)
+            return AutoConfig.from_pretrained(source, **NO_CODE)
         except (OSError, ValueError, KeyError) as error:
             reason = next(iter(str(error).strip().splitlines()), "") or repr(error)
             raise TrainingError(
