@@ -9,6 +9,7 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _global_forward_hooks
 
 from veneer.errors import MergeError
 from veneer.registry import load_plugins
@@ -191,7 +192,7 @@ def _fresh(name: str) -> bool:
 def gives_fresh_output(module: nn.Module) -> bool:
     """Whether nobody else holds what the module returns, so that it may be added to in place."""
     cls = type(module)
-    hooked = module._forward_hooks or "forward" in module.__dict__
+    hooked = module._forward_hooks or _global_forward_hooks or "forward" in module.__dict__
     return not hooked and _fresh(f"{cls.__module__}.{cls.__qualname__}")
 
 

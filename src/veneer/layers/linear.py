@@ -9,6 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import (
+    _global_backward_hooks,
+    _global_backward_pre_hooks,
+    _global_forward_hooks,
+    _global_forward_pre_hooks,
+)
 
 from veneer import backends, variants
 from veneer.layers.base import LoraLayer
@@ -28,15 +34,22 @@ _NO_PRODUCT = (
 def _is_plain(base: nn.Module) -> bool:
     """Whether ``base(x)`` is exactly ``x Wᵀ + b`` with the tensors that it holds.
 
-    A subclass, a hook (offloaded weights have one), a parametrization or a tensor subclass may each compute
-    something else, so those run their own forward.
+    A subclass, a hook (offloaded weights have one, and some are for all modules), a parametrization or a
+    tensor subclass may each compute something else, so those run their own forward.
     """
     return (
         type(base) is nn.Linear
         and type(base._parameters.get("weight")) is nn.Parameter
         and "forward" not in base.__dict__
         and not (
-            base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
+            base._forward_hooks
+            or base._forward_pre_hooks
+            or base._backward_hooks
+            or base._backward_pre_hooks
+            or _global_forward_hooks
+            or _global_forward_pre_hooks
+            or _global_backward_hooks
+            or _global_backward_pre_hooks
         )
     )
 

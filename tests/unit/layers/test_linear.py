@@ -7,12 +7,14 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn.modules import module
 from transformers.pytorch_utils import Conv1D
 
 from tests.laws.cases import train
 from tests.tolerances import assert_close
 from veneer import LoraConfig
 from veneer.layers import linear, wrap
+from veneer.routing import routed
 
 
 def wrapped(base: nn.Module, r: int = 4, **more: Any) -> Any:
@@ -95,6 +97,62 @@ def test_a_base_that_is_plain_is_multiplied_with_and_another_is_called(state: st
 
     base.__class__ = Doubled
     assert torch.equal(layer(x), base(x))
+
+
+GLOBAL_HOOKS = {
+    "forward": module.register_module_forward_hook,
+    "forward pre": module.register_module_forward_pre_hook,
+    "backward": module.register_module_full_backward_hook,
+    "backward pre": module.register_module_full_backward_pre_hook,
+}
+
+
+@pytest.mark.parametrize("kind", GLOBAL_HOOKS)
+@pytest.mark.parametrize("state", ["active", "two", "dora", "merged", "nothing active", "rows"])
+def test_hooks_of_all_modules_see_the_base(kind: str, state: str) -> None:
+    layer = wrapped(nn.Linear(6, 5), use_dora=state == "dora").eval()
+    if state in ("two", "rows"):
+        wrap(layer, LoraConfig(r=2), "second")
+        train(layer, "second", seed=7)
+        layer.set_adapter(["default", "second"])
+    elif state == "merged":
+        layer.merge()
+    elif state == "nothing active":
+        layer.set_adapter([])
+    x = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
+    seen: list[nn.Module] = []
+
+    def outputs() -> list[torch.Tensor]:
+        names = ["default", "second", "__base__"] if state == "rows" else []
+        with routed(layer, names):
+            y = layer(x)
+            (gradient,) = torch.autograd.grad(y.square().sum(), x)
+            with torch.no_grad():
+                return [y.detach(), gradient, layer(x)]
+
+    expected = outputs()
+    with GLOBAL_HOOKS[kind](lambda called, *_: seen.append(called)):  # type: ignore[operator, func-returns-value]
+        for actual, wanted in zip(outputs(), expected, strict=True):
+            assert_close(actual, wanted)
+    assert seen.count(layer.base_layer) == (1 if kind.startswith("backward") else 2)
+    seen.clear()
+    outputs()
+    assert not seen
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rows", [[], ["default", "default", "default"]])
+def test_what_a_hook_of_all_modules_keeps_is_not_written(rows: list[str]) -> None:
+    layer, x = wrapped(nn.Linear(6, 5)).eval(), torch.randn(3, 6, dtype=torch.float64)
+    kept: list[torch.Tensor] = []
+    with (
+        module.register_module_forward_hook(
+            lambda called, _, y: kept.append(y) if called is layer.base_layer else None
+        ),
+        routed(layer, rows),
+    ):
+        y = layer(x)
+    assert torch.equal(kept[0], layer.base_layer(x)) and not torch.equal(kept[0], y)
 
 
 @torch.no_grad()
