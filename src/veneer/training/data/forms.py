@@ -326,7 +326,7 @@ def form_of(records: Sequence[object], purpose: Purpose = "sft") -> Form:
 
     Args:
         records: At least one.
-        purpose: ``sft``, ``dpo`` or ``classification``.
+        purpose: ``sft``, ``dpo``, ``classification`` or ``prompt``.
 
     Raises:
         DataError: No record has a form of that purpose; names the columns found and the nearest right ones.

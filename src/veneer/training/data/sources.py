@@ -117,7 +117,7 @@ def read_records(source: str | os.PathLike[str], purpose: Purpose = "sft") -> Re
         source: A ``.jsonl``, ``.json``, ``.csv``, ``.tsv`` or ``.parquet`` file, a directory of such files,
             or an id of the hub: ``name``, ``owner/name`` or ``owner/name/config``; directories and ids take
             ``:split`` if it is not ``train``. Any other file is read as JSONL.
-        purpose: ``sft``, ``dpo`` or ``classification``: which forms are looked for.
+        purpose: ``sft``, ``dpo``, ``classification`` or ``prompt``: which forms are looked for.
 
     Raises:
         DataError: It is missing, empty or cannot be read, or some of its records cannot be used: one error.
