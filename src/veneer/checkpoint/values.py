@@ -24,13 +24,15 @@ def extent(tensor: torch.Tensor) -> float:
     return float(high.double()) + abs(float(low.double()))
 
 
-def check_values(tensors: Mapping[str, torch.Tensor], where: object, *, check_finite: bool = True) -> None:
+def check_values(
+    tensors: Mapping[str, torch.Tensor], where: object, *, check_finite: bool | None = None
+) -> None:
     """Refuse tensors that no adapter holds: NaN, infinity, and factors that are no floating-point numbers.
 
     Args:
         tensors: By their names on disk or in memory.
         where: What to call them in messages.
-        check_finite: False warns of NaN and infinity instead.
+        check_finite: False warns of NaN and infinity instead; None refuses them and offers no option.
 
     Raises:
         AdapterFileError: Naming them.
@@ -49,11 +51,9 @@ def check_values(tensors: Mapping[str, torch.Tensor], where: object, *, check_fi
     if not broken:
         return
     said = f"{where}: {len(broken)} of {len(tensors)} tensors hold NaN or infinity: {_listed(broken)}"
-    if check_finite:
-        raise AdapterFileError(
-            f"{said}. Training diverged, or the file is damaged",
-            Hint("check_finite", False, "; {} loads it all the same"),
-        )
+    if check_finite is not False:
+        way_out = () if check_finite is None else (Hint("check_finite", False, "; {} loads it all the same"),)
+        raise AdapterFileError(f"{said}. Training diverged, or the file is damaged", *way_out)
     warnings.warn(said, VeneerWarning, stacklevel=4)
 
 
