@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.laws.snapshots import Snapshot
 from tests.laws.special_models import Attending, Mixture, Tied
 from veneer import EvaConfig, LoftQConfig, LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
-from veneer.layers import LoraLayer
+from veneer.layers import LoraLayer, wrap
 
 
 class OutOfMemory(TorchDispatchMode):
@@ -184,6 +184,18 @@ def test_memory_that_runs_out_anywhere_leaves_the_model_as_it_was(
             assert now == held
 
         assert times_out_of_memory(put_in, unchanged) > 3
+
+
+def test_memory_that_runs_out_while_a_module_is_wrapped_leaves_it_as_it_was() -> None:
+    alone = nn.Linear(6, 8, dtype=torch.bfloat16)
+    before = Snapshot(alone)
+    layers: list[nn.Module] = []
+    start = lambda: layers.append(wrap(alone, config({"use_dora": True})))  # noqa: E731
+    assert times_out_of_memory(start, lambda: before.assert_same(alone)) > 3
+    layer = layers[0]
+    before = Snapshot(layer)
+    again = lambda: wrap(layer, config({}), "second")  # noqa: E731
+    assert times_out_of_memory(again, lambda: before.assert_same(layer)) > 3
 
 
 def test_memory_that_runs_out_while_adapters_are_combined_leaves_the_model_as_it_was() -> None:

@@ -156,12 +156,12 @@ def wrap(
     spec = with_variant_options(resolve(config, adapter_name, ""), config)
     if (reason := why_not(layer, spec)) is not None:
         raise TargetError(f"this {type(layer.base_layer).__name__} cannot be adapted as asked: ", reason)
-    start = layer.initialise(spec, draw_seed())
+    start, dtype = layer.initialise(spec, draw_seed()), factor_dtype(layer, autocast_adapter_dtype)
+    adapter = layer.prepared(spec, start, dtype=dtype, training=not config.inference_mode)
+    backends.settle(layer.base_layer)
     for parameter in layer.base_layer.parameters():
         parameter.requires_grad_(False)
-    backends.settle(layer.base_layer)
-    dtype = factor_dtype(layer, autocast_adapter_dtype)
-    layer.add_adapter(spec, start, dtype=dtype, training=not config.inference_mode)
+    layer.put_adapter(adapter)
     inits.forget_statistics(layer.get_base_layer())
     layer.set_adapter(adapter_name)
     return layer
