@@ -164,7 +164,7 @@ def test_groups_that_do_not_divide_the_rank_are_refused_by_both() -> None:
     base = nn.Sequential(nn.Conv2d(4, 8, 3, groups=4))
     with pytest.raises(ValueError, match="groups"), quiet():
         peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=6, target_modules=["0"]))
-    with pytest.raises(ValueError, match="4 groups do not divide the rank r=6"):
+    with pytest.raises(ValueError, match="4 groups do not divide the rank, r=6"):
         get_peft_model(base, LoraConfig(r=6, target_modules=["0"]))
 
 
