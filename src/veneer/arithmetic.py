@@ -293,7 +293,7 @@ def _concatenated(
     layer: LoraLayer, parts: Mapping[str, tuple[Any, ...]], strengths: Mapping[str, float]
 ) -> tuple[Tensor, Tensor]:
     """Stack the factors along the rank, group by group where the layer has groups."""
-    groups = int(getattr(layer.original_base(), "groups", 1))
+    groups = int(getattr(layer.geometry(), "groups", 1))
     a_chunks = [[chunk for chunk in part[0].chunk(groups)] for part in parts.values()]
     a = torch.cat([chunks[g] for g in range(groups) for chunks in a_chunks])
     b = torch.cat([strengths[n] * part[1] for n, part in parts.items()], dim=1)
@@ -335,7 +335,7 @@ def _trimmed_updates(
 def _as_stored(
     layer: LoraLayer, b2: Tensor, a2: Tensor, error: float, rank: int
 ) -> tuple[Tensor, Tensor, float]:
-    shape_a, shape_b = layer.shapes(layer.original_base(), rank)
+    shape_a, shape_b = layer.shapes(layer.geometry(), rank)
     # Fewer singular values than the rank that was asked for: the rest of the factors is zero.
     a, b = a2.new_zeros(rank, a2.shape[1]), b2.new_zeros(b2.shape[0], rank)
     a[: a2.shape[0]], b[:, : b2.shape[1]] = a2, b2

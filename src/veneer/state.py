@@ -559,12 +559,12 @@ def base_fingerprint(
         weight = getattr(base, layer.weight_name, None)
         if backend is not None and layer.weight_name == "weight":
             storages.add(str(backend.quantization))
-            if backend.readable:
+            if backend.readable and not layer.merged_for_good:
                 weights[_clean(path)] = partial(_original_weight, layer)
         elif isinstance(weight, Tensor):
-            in_pieces = sharded.in_pieces(weight)  # counted all the same
-            weights[_clean(path)] = torch.empty(0, device="meta") if in_pieces else weight.detach()
-            if layer.merged and type(weight) in (Tensor, nn.Parameter) and not weight.is_meta:
+            unknown = sharded.in_pieces(weight) or layer.merged_for_good  # counted all the same
+            weights[_clean(path)] = torch.empty(0, device="meta") if unknown else weight.detach()
+            if layer.merged and not unknown and type(weight) in (Tensor, nn.Parameter) and not weight.is_meta:
                 weights[_clean(path)] = partial(_original_weight, layer)  # only a few of them are sampled
     config = getattr(model, "config", None)
     found = {

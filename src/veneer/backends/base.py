@@ -118,7 +118,7 @@ class Backend(abc.ABC):
 
     def refuses_to_write(self, module: nn.Module, name: str) -> str | None:
         """Why the tensor of that name cannot be written, or None."""
-        return self.refuses_merge(module) if name == "weight" else None
+        return self.refuses_merge(module) if name == "weight" else computed_anew(module, name)
 
     def keep(self, module: nn.Module, name: str = "weight") -> dict[str, Tensor]:
         """The stored tensor of that name, to be put back bit for bit; a later `write` does not reach it.
@@ -144,6 +144,16 @@ class Backend(abc.ABC):
     def dense(self, module: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         """An ordinary module that computes the same from a dense weight; the module itself if it has one."""
         return module
+
+
+def computed_anew(module: nn.Module, name: str) -> str | None:
+    """Why a tensor cannot be written that is computed for each call, or None."""
+    if module._parameters.get(name) is not None:
+        return None
+    return (
+        f"its {name} is computed from other tensors (a parametrization or weight norm), so an update written "
+        "into it would be lost; remove the parametrization first"
+    )
 
 
 def find(module: nn.Module, name: str = "weight") -> Backend:

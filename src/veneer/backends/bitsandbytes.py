@@ -214,7 +214,7 @@ class EightBits(_Quantised):
     def _put(self, module: nn.Module, weight: Any) -> None:
         layer: Any = module
         layer.weight = weight
-        layer.state.reset_grads()
+        layer.state = _fresh(layer.state)
 
     def keep(self, module: nn.Module, name: str = "weight") -> dict[str, Tensor]:
         """The codes, and the bits of the scales: a cast of the model must not round them."""
@@ -224,24 +224,29 @@ class EightBits(_Quantised):
         return {"weight": weight.data, "scale_bits": self._scale(module).view(torch.int32)}
 
     def put_back(self, module: nn.Module, kept: Mapping[str, Tensor], name: str = "weight") -> None:
-        """A parameter with these codes."""
+        """A parameter with these codes. The present one and its state are left as they are."""
         self._put(module, self.parts(module, kept)[0]["weight"])
 
     def parts(
         self, module: nn.Module, kept: Mapping[str, Tensor]
     ) -> tuple[dict[str, Tensor | None], dict[str, Any]]:
         """A parameter of its own, since a forward takes codes and scales out of it; and an empty state."""
-        state = copy.copy(module.state)
-        state.reset_grads()  # type: ignore[union-attr,operator]
         weight = kept["weight"]
         if "scale_bits" in kept:
             scale = kept["scale_bits"].view(torch.float32)
             weight = _library().nn.Int8Params(weight, requires_grad=False, CB=weight, SCB=scale)
-        return {"weight": weight}, {"state": state}
+        return {"weight": weight}, {"state": _fresh(module.state)}
 
     def dense(self, module: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         """An ``nn.Linear``."""
         return plain_linear(module, self.read(module).to(dtype or self.dtype(module)))
+
+
+def _fresh(state: Any) -> Any:
+    """A state of a layer of 8 bits in which no codes are kept from a call."""
+    fresh = copy.copy(state)
+    fresh.reset_grads()
+    return fresh
 
 
 def _quantise_rows(tensor: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from veneer.backends.base import Backend
+from veneer.backends.base import Backend, computed_anew
 
 
 class Dense(Backend):
@@ -43,14 +43,5 @@ class Dense(Backend):
         return True
 
     def refuses_merge(self, module: nn.Module) -> str | None:
-        """A weight that is computed anew for each call (weight norm, a parametrization) cannot be written."""
-        return self.refuses_to_write(module, "weight")
-
-    def refuses_to_write(self, module: nn.Module, name: str) -> str | None:
-        """The same of a tensor of any name."""
-        if module._parameters.get(name) is None:
-            return (
-                f"its {name} is computed from other tensors (a parametrization or weight norm), so an update "
-                "written into it would be lost; remove the parametrization first"
-            )
-        return None
+        """A weight that is computed anew for each call."""
+        return computed_anew(module, "weight")

@@ -173,6 +173,8 @@ class ScaledCodes(_Codes):
 
     def holds(self, module: nn.Module, name: str) -> bool:
         """A matrix, or a stack of them, beside a tensor whose name says that it is a scale of it."""
+        if not any("scale" in own.lower() for own in (*module._parameters, *module._buffers)):
+            return False  # nearly all modules are asked
         tensor = _tensor(module, name)
         return tensor is not None and tensor.dim() > 1 and scale_of(name, _names(module)) is not None
 

@@ -166,7 +166,7 @@ def get_eva_state_dict(
 
 
 def _width(target: _Target) -> int:
-    shape_a, _ = target.layer.shapes(target.layer.original_base(), 1)
+    shape_a, _ = target.layer.shapes(target.layer.geometry(), 1)
     return torch.Size(shape_a).numel()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -74,13 +75,16 @@ def merge(
     else:
         report, stored = _in_memory(place, output, base, dtype, overwrite, untie, progress)
     weights = directory_bytes(output, "*.safetensors")
-    if report.mean < WORTH_SAYING:
+    if report.undefined:
+        progress.say(f"warning: {report}, as the base did")
+    elif report.mean < WORTH_SAYING:
         progress.say(
             f"warning: only {report.mean:.0%} of the update survived rounding to {stored}, so the merged "
             "model answers differently from the adapter; --dtype float32 keeps all of it"
         )
     if as_json:
-        kept = {"mean": report.mean, "worst": report.worst, "modules": dict(report.kept)}
+        modules = {path: _defined(share) for path, share in report.kept.items()}
+        kept = {"mean": _defined(report.mean), "worst": _defined(report.worst), "modules": modules}
         show_json({"output": str(output), "bytes": weights, "dtype": stored, "kept": kept})
         return
     _show(report, stored)
@@ -136,13 +140,25 @@ def _show(report: MergeReport, stored: str) -> None:
     shown = table("module", "count", "kept", "least", "in")
     shown.columns[-1].justify = "left"
     for kind, shares in kinds.items():
-        least, path = min(shares)
+        least, path = min(shares, key=_least_first)
         mean = sum(share for share, _ in shares) / len(shares)
-        shown.add_row(kind, str(len(shares)), f"{mean:.1%}", f"{least:.1%}", path)
+        shown.add_row(kind, str(len(shares)), _percent(mean), _percent(least), path)
     console().print(shown)
-    least, path = min((share, path) for path, share in report.kept.items())
+    _, path = min(((share, path) for path, share in report.kept.items()), key=_least_first)
+    kept = "not all of them are finite"
+    if not report.undefined:
+        kept = f"{report.mean:.1%} of the update kept, least {report.worst:.1%} in {path}"
     show()
-    show(
-        f"{len(report.kept)} modules merged into {stored}; {report.mean:.1%} of the update kept, "
-        f"least {least:.1%} in {path}"
-    )
+    show(f"{len(report.kept)} modules merged into {stored}; {kept}")
+
+
+def _least_first(found: tuple[float, str]) -> tuple[bool, float]:
+    return (not math.isnan(found[0]), found[0])
+
+
+def _percent(share: float) -> str:
+    return "undefined" if math.isnan(share) else f"{share:.1%}"
+
+
+def _defined(share: float) -> float | None:
+    return None if math.isnan(share) else share

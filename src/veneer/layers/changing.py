@@ -47,18 +47,21 @@ class Changeable(Mergeable):
         return replace(start, extra=extra) if extra else start
 
     def _init_request(self, spec: LoraSpec, seed: int) -> InitRequest:
-        base = self.original_base()
-        shape_a, shape_b = self.shapes(base, spec.r)
+        shape_a, shape_b = self.shapes(self.geometry(), spec.r)
         return InitRequest(
             spec=spec,
             shape_a=shape_a,
             shape_b=shape_b,
             bias=spec.lora_bias,
             lookup=self.lookup,
-            matrix=lambda: self.to_matrix(backends.find(base, self.weight_name).read(base, self.weight_name)),
+            matrix=self._matrix_of_weight,
             seed=seed,
             stats=inits.statistics_of(self.get_base_layer(), self.weight_name),
         )
+
+    def _matrix_of_weight(self) -> Tensor:
+        base = self.original_base()
+        return self.to_matrix(backends.find(base, self.weight_name).read(base, self.weight_name))
 
     def _parameter_request(
         self, spec: LoraSpec, start: InitResult | None, request: InitRequest
@@ -255,6 +258,9 @@ class Changeable(Mergeable):
         self._specs[new] = replace(self._specs.pop(old), adapter=new)
         self.scaling[new] = self.scaling.pop(old)
         self._merged = [new if name == old else name for name in self._merged]
+        if self._undo is not None:
+            updates = self._undo.updates
+            self._undo.updates = {new if name == old else name: u for name, u in updates.items()}
 
     def copying(self, old: str, new: str) -> Callable[[], None]:
         """A call that stores copies of an adapter's factors under another name, with the same strength."""

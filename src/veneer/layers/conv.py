@@ -77,7 +77,7 @@ class LoraConv(LoraLayer):
     @torch.no_grad()
     def is_linear(self) -> bool:
         """Whether a subclass's forward gives twice the output for twice the weight."""
-        base: Any = unwrapped(self.original_base())
+        base: Any = unwrapped(self.geometry())
         backend = backends.find(self.base_layer)
         like: dict[str, Any] = {"device": backend.device(self.base_layer), "dtype": base.weight.dtype}
         if not _has_own_forward(base) or like["device"].type == "meta":
@@ -92,12 +92,12 @@ class LoraConv(LoraLayer):
 
     def is_matrix(self) -> bool:
         """With groups, B is block-diagonal."""
-        base: Any = self.original_base()
+        base: Any = self.geometry()
         return int(base.groups) == 1
 
     def low_rank(self, name: str, x: Tensor) -> Tensor:
         """x: (batch, in, d…) -> (batch, out, d'…)."""
-        base: Any = unwrapped(self.original_base())
+        base: Any = unwrapped(self.geometry())
         pointwise = partial(_CONVOLVE[len(base.kernel_size)], groups=base.groups)
         a, b = self.operators(name)
         return b(a(x, partial(self._convolve_as_base, base)), pointwise)
@@ -118,7 +118,7 @@ class LoraConv(LoraLayer):
 
     def rows(self, x: Tensor) -> Tensor:
         """The patches: what filters that are one at one place give. x: (batch, in, d…) -> (n, in·k…)."""
-        base: Any = unwrapped(self.original_base())
+        base: Any = unwrapped(self.geometry())
         size = base.in_channels * math.prod(base.kernel_size)
         each = torch.eye(size, dtype=x.dtype, device=x.device)
         patches = self._convolve_as_base(base, x, each.view(size, base.in_channels, *base.kernel_size))
@@ -126,7 +126,7 @@ class LoraConv(LoraLayer):
 
     def matrices(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         """B (out, r), block-diagonal over the groups, and A (r, in·k…)."""
-        base: Any = self.original_base()
+        base: Any = self.geometry()
         b2 = b.flatten(1)
         if base.groups > 1:
             b2 = torch.block_diag(*b2.chunk(base.groups))  # type: ignore[no-untyped-call]
@@ -135,17 +135,17 @@ class LoraConv(LoraLayer):
     @property
     def out_axis(self) -> int:
         """The channels stand before the image."""
-        base: Any = self.original_base()
+        base: Any = self.geometry()
         return -len(base.kernel_size) - 1
 
     def vector_shape(self) -> tuple[int, ...]:
         """(1, out, 1…)."""
-        base: Any = self.original_base()
+        base: Any = self.geometry()
         return (1, base.out_channels, *(1,) * len(base.kernel_size))
 
     def before_merge(self, weight: Tensor) -> tuple[Tensor, dict[str, Any]]:
         """With groups, the same convolution without them: (out, in, k…), zero across groups."""
-        base: Any = self.original_base()
+        base: Any = self.geometry()
         groups = base.groups
         if groups == 1:
             return weight, {}

@@ -82,7 +82,7 @@ class LoraEmbedding(LoraLayer):
         return rows @ (b - residual[1]).T + (rows - self._look_up(x, residual[0])) @ residual[1].T
 
     def _look_up(self, x: Tensor, a: Tensor) -> Tensor:
-        base: Any = unwrapped(self.original_base())
+        base: Any = unwrapped(self.geometry())
         if type(base).forward is nn.Embedding.forward or self._codes:
             return F.embedding(
                 x, a.T, padding_idx=base.padding_idx, scale_grad_by_freq=base.scale_grad_by_freq
@@ -101,7 +101,7 @@ class LoraEmbedding(LoraLayer):
 
     def before_merge(self, weight: Tensor) -> tuple[Tensor, dict[str, Any]]:
         """With a ``max_norm`` the rows as looked up: renormalised once and for all, before the update."""
-        base: Any = self.original_base()
+        base: Any = self.geometry()
         limit = base.max_norm
         if limit is None:
             return weight, {}

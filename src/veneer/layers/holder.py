@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Reversible
+from collections.abc import Callable, Iterator, Mapping, Reversible, Sequence
 from functools import partial
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from veneer import backends
 from veneer.adapters import AdapterModule
-from veneer.errors import Hint, TargetError, Text
+from veneer.errors import Hint, MergeError, TargetError, Text
 from veneer.inits import folded
 from veneer.layers.parts import (
     NOTHING,
@@ -27,6 +27,14 @@ from veneer.layers.parts import (
 from veneer.layers.sharded import gathered
 from veneer.ops.row_norms import State
 from veneer.spec import LoraSpec
+
+
+def original_is_gone(merged: Sequence[str]) -> str:
+    """Why a weight cannot be had as it was before these adapters were merged."""
+    return (
+        f"{', '.join(map(repr, merged))} was merged without an undo (merge_and_unload, or undo=None), so the "
+        "weight before that is gone: load the base again"
+    )
 
 
 class Holder(AdapterModule):
@@ -120,7 +128,7 @@ class Holder(AdapterModule):
 
     def vector_shape(self) -> tuple[int, ...]:
         """How one number for each output feature is stored."""
-        return self.shapes(self.original_base(), 1)[1][:1]
+        return self.shapes(self.geometry(), 1)[1][:1]
 
     def along_output(self, vector: Tensor) -> Tensor:
         """One number for each output feature, shaped so that it multiplies an output."""
@@ -309,9 +317,19 @@ class Holder(AdapterModule):
         """The floating type that the base computes in."""
         return self.backend.tensor_dtype(self.get_base_layer(), self.weight_name)
 
+    def geometry(self) -> nn.Module:
+        """The base layer with the attributes that it has without adapters; its values may be merged ones."""
+        return self.get_base_layer() if self._modules["_undo"] is None else self.original_base()
+
     def original_base(self) -> nn.Module:
-        """The base layer as it is without any adapter, also while some are merged."""
+        """The base layer as it is without any adapter, also while some are merged.
+
+        Raises:
+            MergeError: Adapters were merged without an undo.
+        """
         if self._modules["_undo"] is None:
+            if self._merged:
+                raise MergeError(original_is_gone(self._merged))
             return self.get_base_layer()
         assert self._undo is not None
         base, tensors = self.get_base_layer(), self.before_merging()
@@ -326,14 +344,16 @@ class Holder(AdapterModule):
         return stand_in(base, {**parts, **own}, {**more, **attributes})
 
     def before_merging(self) -> dict[str, Tensor]:
-        """The base's tensors that merging has changed, as they were, by name. Empty if there is no undo.
+        """The base's tensors that merging has changed, as they were, by name. Empty if none is merged.
 
         From a residual the weight is made anew at each call.
 
         Raises:
-            MergeError: From a residual, if the merged weight has changed since.
+            MergeError: From a residual, if the merged weight has changed since; without an undo.
         """
         if self._undo is None:
+            if self._merged:
+                raise MergeError(original_is_gone(self._merged))
             return {}
         tensors, residual = self._undo.tensors(), self._undo.residual
         if residual is not None:
@@ -397,6 +417,11 @@ class Holder(AdapterModule):
         """Something that compares equal as long as `matrix` gives the same; None where that is unknown."""
         weight = self.original_base()._parameters.get(self.weight_name)
         return None if weight is None else State.of(weight)
+
+    def product(self, a: Tensor, b: Tensor) -> Tensor:
+        """The update of factors as a matrix (out, in·k…), unscaled."""
+        b2, a2 = self.matrices(a, b)
+        return b2 @ a2
 
     def update(self, name: str) -> tuple[Tensor, Tensor]:
         """The update as matrices B (out, r) and A (r, in·k…): what `low_rank` multiplies with, unscaled."""

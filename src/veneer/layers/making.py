@@ -55,7 +55,7 @@ def why_not(layer: LoraLayer, spec: LoraSpec) -> str | Text | None:
     if layer.merged and inits.find(spec.init).replaces_base:
         merged = ", ".join(map(repr, layer.merged_adapters))
         return Text(asked, f" replaces the base weight, which holds the merged {merged}: unmerge first")
-    if (reason := layer.refuses(layer.original_base(), spec)) is not None:
+    if (reason := layer.refuses(layer.geometry(), spec)) is not None:
         return reason
     init = inits.find(spec.init)
     if init.replaces_base and layer.backend.quantization is not None:

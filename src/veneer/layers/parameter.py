@@ -115,23 +115,27 @@ class LoraParameter(LoraLayer):
     def term(self, name: str) -> Term:
         """``Δ`` of an adapter as (left, right, s), in the layout of the parameter."""
         a, b, _ = self.update_factors(name)
+        return (*self._sides(a, b), self.scaling[name])
+
+    def _sides(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """Two factors of Δ in the layout of the parameter."""
         count, size_in, size_out = self._sizes()
         if self.is_matrix():
-            return b, a, self.scaling[name]
+            return b, a
         left = b.view(size_out, -1, count).permute(2, 0, 1)
         right = a.view(count, -1, size_in)
         if self._lies_turned():
             left, right = right.transpose(-2, -1), left.transpose(-2, -1)
-        return left, right, self.scaling[name]
+        return left, right
 
     def to_matrix(self, weight: Tensor) -> Tensor:
         """The matrices of a stack one below the other."""
         return weight.flatten(0, -2)
 
-    def _dense_update(self, name: str) -> Tensor:
-        """The scaled update, laid out as `to_matrix` does."""
-        left, right, scale = self.term(name)
-        return self.to_matrix(left.detach() @ right.detach()) * scale
+    def product(self, a: Tensor, b: Tensor) -> Tensor:
+        """The update, laid out as `to_matrix` does."""
+        left, right = self._sides(a, b)
+        return self.to_matrix(left @ right)
 
     # -- forward -------------------------------------------------------------------------------------
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping, MutableMapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,9 @@ from torch.nn import functional as F
 
 from veneer.adapters import begin
 from veneer.errors import MergeError
+from veneer.layers.sharded import gathered
 from veneer.ops import bit_residual
+from veneer.ops.merging import is_finite
 from veneer.spec import LoraSpec
 
 NOTHING: Mapping[str, Any] = MappingProxyType({})
@@ -273,10 +276,50 @@ class Residual(nn.Module):
         return bit_residual.applied(merged.to(self.dtype), self.apart()).to(merged.dtype)
 
 
-class Undo(nn.Module):
-    """The base's tensors as they were before merging.
+class Update(NamedTuple):
+    """What merging an adapter into a layer adds, however its factors change later.
 
-    `coded` says that they are as a quantised storage keeps them, and not the weight itself.
+    Attributes:
+        a: A, as stored.
+        b: B, as stored.
+        bias: The bias of B, or None.
+        extra: What the variant has beside them.
+        scaling: s.
+        variant: Name of the variant.
+    """
+
+    a: Tensor
+    b: Tensor
+    bias: Tensor | None
+    extra: Mapping[str, Tensor]
+    scaling: float
+    variant: str
+
+    def size(self) -> float:
+        """A bound for its elements; infinite or undefined where one of them may be."""
+        return abs(self.scaling) * math.prod(
+            float(torch.linalg.vector_norm(gathered(factor).float())) for factor in (self.a, self.b)
+        )
+
+    def is_finite(self, size: float) -> bool:
+        """Whether all of it is, given its `size`."""
+        tensors = [*self.extra.values(), *(() if self.bias is None else (self.bias,))]
+        if not math.isfinite(size):  # finite factors may have a norm that is not
+            tensors += [self.a, self.b]
+        return math.isfinite(self.scaling) and all(is_finite(gathered(tensor)) for tensor in tensors)
+
+    def copied(self) -> Update:
+        """The same with tensors of its own."""
+        bias = None if self.bias is None else self.bias.clone()
+        extra = {key: tensor.clone() for key, tensor in self.extra.items()}
+        return self._replace(a=self.a.clone(), b=self.b.clone(), bias=bias, extra=extra)
+
+
+class Undo(nn.Module):
+    """The base's tensors as they were before merging, and what was merged.
+
+    `coded` says that they are as a quantised storage keeps them, and not the weight itself. `updates` are
+    what was merged, by adapter name, in the types that they had.
 
     They are buffers that are not saved: they follow the layer to another device or dtype, into a
     deepcopy and a pickle, and stay out of every state dict.
@@ -285,13 +328,14 @@ class Undo(nn.Module):
     residual: Residual | None
     attributes: dict[str, Any]
     coded: bool
+    updates: dict[str, Update]
 
     def __init__(
         self, tensors: Mapping[str, Tensor], attributes: Mapping[str, Any], coded: bool = False
     ) -> None:
         begin(self)
         # Past `nn.Module.__setattr__`, which is slow: a model that is merged gets hundreds of these.
-        self.__dict__.update(coded=coded, attributes=dict(attributes))
+        self.__dict__.update(coded=coded, attributes=dict(attributes), updates={})
         self._buffers.update(tensors)
         self._non_persistent_buffers_set.update(tensors)
         self._modules["residual"] = None  # a place from the start, as compiled code looks for it

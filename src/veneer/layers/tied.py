@@ -133,6 +133,11 @@ class LoraTiedHead(LoraLinear):
         return self.tied_adapter.merge(safe_merge, names, undo=undo)
 
     @property
+    def merged_for_good(self) -> bool:
+        """Whether the embedding's weight before merging was not kept."""
+        return self.tied_adapter.merged_for_good
+
+    @property
     def undo_kind(self) -> UndoKind | None:
         """How the embedding's weight before merging is kept."""
         return self.tied_adapter.undo_kind

@@ -14,7 +14,9 @@ from veneer import backends
 from veneer.adapters import AdapterModule, as_names
 from veneer.errors import AdapterNameError, MergeError
 from veneer.layers.parts import Undo, UndoKind, stand_in
+from veneer.layers.rollback import Rollback
 from veneer.layers.sharded import UNMERGEABLE, in_pieces, is_distributed
+from veneer.ops.merging import is_finite
 from veneer.routing import current
 
 
@@ -347,47 +349,84 @@ class TrainableTokens(AdapterModule):
         Raises:
             MergeError: If that would be wrong. Nothing has changed then.
         """
-        names = self._to_merge(self._active if adapter_names is None else as_names(adapter_names))
+        names = self.to_merge(self._active if adapter_names is None else as_names(adapter_names))
         if self.tied_adapter is not None or not names:
             return 1.0
         if reasons := self.refuses_merge(names):
             raise MergeError("; ".join(reasons))
-        return self.merge_unasked(names, safe_merge, undo)
+        updates = {name: self.update_of(name) for name in names}
+        if (reason := self.refuses_values(updates, safe_merge)) is not None:
+            raise MergeError(reason)
+        with Rollback() as back:
+            return self.merge_updates(updates, undo, back)
 
-    def _to_merge(self, names: Sequence[str]) -> list[str]:
+    def to_merge(self, names: Sequence[str]) -> list[str]:
+        """Those of the adapters that are held here and not merged yet."""
         return [n for n in names if n in self.token_indices and n not in self.merged_adapters]
 
+    def update_of(self, name: str) -> Tensor:
+        """What merging an adapter now would write: its rows, detached."""
+        return self.rows(name).detach()
+
+    def merged_updates(self) -> dict[str, Tensor]:
+        """The rows that were merged, as they are in the weight now, by adapter name."""
+        weight = backends.find(self.get_base_layer()).read(self.get_base_layer())
+        return {name: weight[self._index_of(name)] for name in self.merged_adapters}
+
+    def keeps_old(self, undo: UndoKind | None) -> bool:
+        """Whether what puts a merge back costs no memory beside what is kept anyway."""
+        return True
+
+    def refuses_values(self, updates: Mapping[str, Tensor], safe_merge: bool) -> str | None:
+        """Why the merged rows would not be finite, or None."""
+        dtype = self.base_dtype()
+        broken = [repr(name) for name, rows in updates.items() if not is_finite(rows.to(dtype))]
+        return f"the rows of {', '.join(broken)} would be NaN or infinite in {dtype}" if broken else None
+
     @torch.no_grad()
-    def merge_unasked(self, names: Sequence[str], safe_merge: bool, kind: UndoKind | None) -> float:
-        """`merge` for a caller that has asked `refuses_merge`, of all its layers first."""
-        names = self._to_merge(names)
-        if safe_merge and not all(bool(self.rows(name).isfinite().all()) for name in names):
-            raise MergeError("the merged weight would hold infinite or undefined values")
+    def merge_updates(self, updates: Mapping[str, Tensor], kind: UndoKind | None, back: Rollback) -> float:
+        """Merge rows, for a caller that has asked all that `refuses_…`.
+
+        Args:
+            updates: Rows by the names of their adapters, none of which is merged.
+            kind: As ``undo`` of `merge`.
+            back: Is given what puts this layer back.
+
+        Returns:
+            The share of the update that was kept: all of it.
+        """
         base = self.get_base_layer()
-        backend = backends.find(base)
-        for name in names:
-            weight, index = backend.read(base), self._index[name].tensors()["index"]  # type: ignore[operator]
-            self._undo[name] = Undo({"index": index.clone(), "rows": weight[index].clone()}, {})
-            self._write(weight, index, self.rows(name).detach())
+        back.hold(self._undo, base)
+        for name, rows in updates.items():
+            weight, index = backends.find(base).read(base), self._index_of(name)
+            old = weight[index].clone()
+            back.on_failure(self._write, index, old)
+            self._undo[name] = Undo({"index": index.clone(), "rows": old}, {})
+            self._write(index, rows)
         return 1.0
 
-    def _write(self, weight: Tensor, index: Tensor, rows: Tensor) -> None:
+    def _index_of(self, name: str) -> Tensor:
+        index: Tensor = self._index[name].tensors()["index"]  # type: ignore[operator]
+        return index
+
+    @torch.no_grad()
+    def _write(self, index: Tensor, rows: Tensor) -> None:
         base = self.get_base_layer()
         backend = backends.find(base)
+        weight = backend.read(base)
         if backend.writable_in_place(base):
             weight.index_copy_(0, index, rows.to(weight))
         else:
             backend.write(base, weight.index_copy(0, index, rows.to(weight)))
 
-    @torch.no_grad()
     def unmerge(self, adapter_names: Sequence[str] | None = None) -> None:
         """Give the rows of the base weight back, bit for bit."""
         if self.tied_adapter is not None:
             return
         for name in self.merged_adapters if adapter_names is None else as_names(adapter_names):
             if name in self._undo:
-                base, kept = self.get_base_layer(), self._undo[name].tensors()  # type: ignore[operator]
-                self._write(backends.find(base).read(base), kept["index"], kept["rows"])
+                kept = self._undo[name].tensors()  # type: ignore[operator]
+                self._write(kept["index"], kept["rows"])
                 del self._undo[name]
 
 

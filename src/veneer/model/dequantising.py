@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import nn
 
 from veneer import backends
+from veneer.layers.rollback import Rollback
 
 
-def dequantise(model: nn.Module, dtype: torch.dtype | None = None) -> Callable[[], None]:
+def dequantise(model: nn.Module, back: Rollback, dtype: torch.dtype | None = None) -> None:
     """Replace every quantised module of a model by one that computes the same from a dense weight.
 
     Args:
         model: The model, adapted or not; changed in place.
+        back: Is given what puts the quantised modules back.
         dtype: Type of the dense weights; None takes that of the model's configuration, or else the one that
             was quantised.
 
-    Returns:
-        What puts the quantised modules back.
-
     Raises:
-        MergeError: If one cannot be read. The model is then as it was.
+        MergeError: If one cannot be read. Nothing has changed then.
     """
     if dtype is None:
         given = getattr(getattr(model, "config", None), "dtype", None)
@@ -35,15 +32,10 @@ def dequantise(model: nn.Module, dtype: torch.dtype | None = None) -> Callable[[
             if child is not None and backend is not None:
                 if id(child) not in twins:
                     twins[id(child)] = backend.dense(child, dtype)
-                places.append((parent, name, child))
-    for parent, name, child in places:
-        parent._modules[name] = twins[id(child)]
-
-    def take_back() -> None:
-        for parent, name, child in places:
-            parent._modules[name] = child
-
-    return take_back
+                places.append((parent, name, twins[id(child)]))
+    for parent, name, twin in places:
+        back.hold(parent)
+        parent._modules[name] = twin
 
 
 def forget_quantisation(model: nn.Module) -> None:

@@ -98,7 +98,7 @@ def hotswap_adapter_from_state_dict(
                 scaled = strength if "_B." in key else 1.0
                 parameter.zero_()
                 # With groups, each group has its own share of the rank.
-                groups = int(getattr(layer.original_base(), "groups", 1)) if "_A." in key else 1
+                groups = int(getattr(layer.geometry(), "groups", 1)) if "_A." in key else 1
                 for part, of_group in zip(parameter.chunk(groups), value.chunk(groups), strict=True):
                     place = part[tuple(slice(0, size) for size in of_group.shape)]
                     place.copy_(of_group if scaled == 1.0 else of_group * scaled)
@@ -231,7 +231,7 @@ def prepare_model_for_compiled_hotswap(
     for path, layer in layers.items():
         for spec in layer.specs.values():
             wide = _widened(spec, target_rank)
-            if (reason := layer.refuses(layer.original_base(), wide)) is not None:
+            if (reason := layer.refuses(layer.geometry(), wide)) is not None:
                 problems.append(Text(f"{path}: ", reason))
             if layer.update(spec.adapter)[1].shape[0] != spec.r and layer.is_matrix():
                 problems.append(
@@ -275,9 +275,9 @@ def _pad(layer: LoraLayer, spec: LoraSpec, target_rank: int | None) -> None:
         return
     wide = _widened(spec, target_rank)
     a, b, bias = layer.factors(spec.adapter)
-    shape_a, shape_b = layer.shapes(layer.original_base(), wide.r)
+    shape_a, shape_b = layer.shapes(layer.geometry(), wide.r)
     strength = layer.scaling[spec.adapter]
-    groups = int(getattr(layer.original_base(), "groups", 1))
+    groups = int(getattr(layer.geometry(), "groups", 1))
     new_a, new_b = a.new_zeros(shape_a), b.new_zeros(shape_b)
     for part, held in zip(new_a.chunk(groups), a.chunk(groups), strict=True):
         part[: held.shape[0]] = held

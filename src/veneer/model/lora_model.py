@@ -138,7 +138,7 @@ def _alike_in_bias(results: Sequence[Combined]) -> list[Combined]:
     filled, problems = [], []
     for combined in results:
         spec, start = replace(combined.spec, lora_bias=True), combined.start
-        if reason := combined.layer.refuses(combined.layer.original_base(), spec):
+        if reason := combined.layer.refuses(combined.layer.geometry(), spec):
             problems.append(Text(f"{spec.path}: ", reason, ", and another of the layers has a lora_bias"))
         elif start.bias is None:
             start = replace(start, bias=start.b.new_zeros(start.b.shape[0]))

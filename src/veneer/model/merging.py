@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,17 +13,13 @@ import torch
 from torch import nn
 
 from veneer.adapters import adapter_modules, as_names, walk
-from veneer.errors import (
-    Hint,
-    MergeError,
-    Text,
-    VeneerWarning,
-)
+from veneer.errors import Hint, MergeError, Text, VeneerWarning
 from veneer.inject import eject
 from veneer.inject.embeddings import embedding_of
 from veneer.layers import LoraLayer
 from veneer.layers.modules_to_save import ModulesToSaveWrapper
 from veneer.layers.parts import UndoKind
+from veneer.layers.rollback import Rollback
 from veneer.layers.sharded import settle
 from veneer.layers.trainable_tokens import TrainableTokens
 from veneer.model.dequantising import dequantise, forget_quantisation
@@ -40,12 +37,17 @@ class MergeReport:
     Attributes:
         kept: Share of the update kept, ``1 − ‖error‖ / ‖update‖``, by module path. It is in [0, 1] for
             floating-point weights; quantising a weight again may change it by more than the update does, and
-            the share is then below 0.
+            the share is then below 0. It is NaN where the merged weight is not finite.
         requantised: Paths of the modules whose weight was quantised again.
     """
 
     kept: Mapping[str, float]
     requantised: tuple[str, ...] = ()
+
+    @property
+    def undefined(self) -> list[str]:
+        """Paths of the modules whose merged weight is not finite, so that nothing can be said of it."""
+        return [path for path, share in self.kept.items() if math.isnan(share)]
 
     @property
     def error(self) -> Mapping[str, float]:
@@ -54,8 +56,8 @@ class MergeReport:
 
     @property
     def worst(self) -> float:
-        """The smallest share of a module."""
-        return min(self.kept.values(), default=1.0)
+        """The smallest share of a module; NaN where one is."""
+        return math.nan if self.undefined else min(self.kept.values(), default=1.0)
 
     @property
     def mean(self) -> float:
@@ -63,6 +65,11 @@ class MergeReport:
         return sum(self.kept.values()) / len(self.kept) if self.kept else 1.0
 
     def __str__(self) -> str:
+        if lost := self.undefined:
+            return (
+                f"merged {len(self.kept)} modules; {len(lost)} of them hold NaN or infinity now, for example "
+                f"{lost[0]}"
+            )
         said = (
             f"merged {len(self.kept)} modules; {self.mean:.1%} of the update kept (least: {self.worst:.1%})"
         )
@@ -88,9 +95,12 @@ class MergeVerbs(AdapterVerbs):
     ) -> MergeReport:
         """Add adapters into the base weights, to be taken out again by `unmerge_adapter`.
 
+        An adapter that is merged already stays as it was merged, whatever became of it since.
+
         Args:
             adapter_names: The adapters; None means the active ones.
-            safe_merge: Refuse, before anything changes, if a weight would not be finite.
+            safe_merge: Refuse a base too that holds NaN or infinity. An adapter that does, and one that would
+                leave the range of a weight's type, is refused in any case.
             untie: Give an adapted layer whose weight is shared with another module a weight of its own.
             undo: What is kept of each weight: "copy", all of it; "residual", for 16-bit weights, a byte for
                 each element, from which and the merged weight the original is computed when it is needed:
@@ -101,61 +111,42 @@ class MergeVerbs(AdapterVerbs):
             The share of the update that each layer kept.
 
         Raises:
-            MergeError: Naming every layer that cannot be merged. The model is then as it was.
+            MergeError: Naming every layer that cannot be merged.
+
+        Whatever is raised, the model is then as it was, bit for bit.
         """
-        return self._merge(adapter_names, safe_merge, untie, undo=undo, progressbar=False)
+        with Rollback() as back:
+            report = self._merge(adapter_names, safe_merge, untie, undo, back)
+        self.merge_report = report
+        _mention(report, stacklevel=3)
+        return report
 
     def _merge(
         self,
         adapter_names: Sequence[str] | None,
         safe_merge: bool,
         untie: bool,
-        *,
         undo: UndoKind | None,
-        progressbar: bool,
+        back: Rollback,
+        progressbar: bool = False,
     ) -> MergeReport:
+        """Ask everything that can be known, then write; ``back`` is given what takes it back."""
         names = self.active_adapters if adapter_names is None else as_names(adapter_names)
         self.index.check(names, known=self.peft_config)
         self.mention_unmeasured(names)
-        layers = {
-            path: layer
-            for path, layer in self.mergeable().items()
-            if layer.tied_adapter is None and any(name in layer.held_adapters for name in names)
-        }
         settle(self)
-        self._check_merge(layers, names, untie, undo)
-        with shared_buffers():
-            report = self.merge_report = _merge_all(layers, names, safe_merge, undo, progressbar)
-        if report.mean < KEPT_WARNING:
-            worst = min(report.kept, key=lambda p: report.kept[p])
-            way_out = (
-                "Merge into ordinary weights (merge_and_unload(dequantize=True))"
-                if report.requantised
-                else "Merge into float32"
-            )
-            warnings.warn(
-                f"only {report.mean:.0%} of the update survives rounding to the base weights' type (least in "
-                f"{worst}: {report.worst:.0%}): merged and unmerged outputs will differ. {way_out}, or keep "
-                "the adapter unmerged",
-                VeneerWarning,
-                stacklevel=4,
-            )
-        return report
-
-    def _check_merge(
-        self, layers: Mapping[str, Mergeable], names: Sequence[str], untie: bool, undo: UndoKind | None
-    ) -> None:
-        """Refuse before anything changes; untie what was asked to be untied."""
-        reasons = [
-            Text(f"{path}: {reason}")
-            for path, layer in layers.items()
-            for reason in (
-                *layer.refuses_merge([n for n in names if n in layer.held_adapters]),
-                layer.refuses_undo(undo),
-            )
-            if reason is not None
-        ]
-        shared = shared_weights(self.model, layers)
+        chosen: dict[str, tuple[Mergeable, dict[str, Any]]] = {}
+        before = {} if self.merge_report is None else self.merge_report.kept
+        kept: dict[str, float] = {}
+        for path, layer in self.mergeable().items():
+            if layer.tied_adapter is not None:
+                continue
+            if wanted := layer.to_merge(names):
+                chosen[path] = layer, {name: layer.update_of(name) for name in wanted}
+            elif layer.merged and path in before:
+                kept[path] = before[path]
+        shared = shared_weights(self.model, {path: layer for path, (layer, _) in chosen.items()})
+        reasons = _refusals(chosen, safe_merge, undo)
         if shared and not untie:
             reasons += [
                 Text(
@@ -168,13 +159,20 @@ class MergeVerbs(AdapterVerbs):
             ]
         if reasons:
             raise MergeError("these layers cannot be merged:\n  - ", Text.join("\n  - ", reasons))
-        for path in shared:
-            layer = layers[path]
+        self._untie([chosen[path][0] for path in shared], back)
+        with shared_buffers():
+            return _write(chosen, undo, back, kept, progressbar)
+
+    def _untie(self, layers: Sequence[Mergeable], back: Rollback) -> None:
+        """Give layers weights of their own."""
+        for layer in layers:
             base, name = layer.get_base_layer(), layer.weight_name
+            back.hold(base)
             weight: nn.Parameter = getattr(base, name)
             setattr(base, name, nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad))
         config = getattr(self.model, "config", None)
-        if shared and getattr(config, "tie_word_embeddings", False):
+        if layers and getattr(config, "tie_word_embeddings", False):
+            back.hold(config)
             config.tie_word_embeddings = False  # type: ignore[union-attr]
 
     def merge_and_unload(
@@ -188,11 +186,15 @@ class MergeVerbs(AdapterVerbs):
     ) -> nn.Module:
         """Merge adapters into the base and return it without any trace of them.
 
-        What was kept of the update stands in `merge_report` afterwards.
+        What was kept of the update stands in `merge_report` afterwards. No copy of the base is made: should
+        memory run out between two layers, or somebody interrupt, then the layers that are written stay
+        merged, and the error names them. The model computes the same as before then, and calling this again
+        goes on. For all or nothing call `merge_adapter` before, which keeps copies.
 
         Args:
             progressbar: Show progress on standard error.
-            safe_merge: Refuse, before anything changes, if a weight would not be finite.
+            safe_merge: Refuse a base too that holds NaN or infinity. An adapter that does, and one that would
+                leave the range of a weight's type, is refused in any case.
             adapter_names: The adapters; None means the active ones.
             untie: Give an adapted layer whose weight is shared with another module a weight of its own.
             dequantize: First replace every quantised module of the model, adapted or not, by an ordinary one,
@@ -200,7 +202,8 @@ class MergeVerbs(AdapterVerbs):
                 model's configuration, or else the one that was quantised.
 
         Raises:
-            MergeError: Naming every layer that cannot be merged. The model is then as it was.
+            MergeError: Naming every layer that cannot be merged; the model is then as it was. Or naming the
+                layers that stay merged, with what stopped the others as its cause.
         """
         names = self.active_adapters if adapter_names is None else as_names(adapter_names)
         if self.peft_config and not names:
@@ -211,20 +214,19 @@ class MergeVerbs(AdapterVerbs):
             )
         if reasons := {r for m in self.index.modules() if (r := m.refuses_active(names)) is not None}:
             raise MergeError("; ".join(sorted(reasons)))
-        take_back = self._dequantise(dequantize) if dequantize else None
+        before = {path: layer.merged_adapters for path, layer in self.mergeable().items()}
         try:
-            self._merge(names, safe_merge, untie, undo=None, progressbar=progressbar)
-        except Exception:
-            if take_back is not None:
-                take_back()
+            with Rollback() as back:
+                if dequantize:
+                    self._dequantise(dequantize, back)
+                report = self._merge(names, safe_merge, untie, None, back, progressbar)
+        except BaseException as error:
+            self._name_what_stays(before, error)
             raise
-        if take_back is not None:
+        self.merge_report = report
+        if dequantize:
             forget_quantisation(self.model)
         extra = [n for layer in self.mergeable().values() for n in layer.merged_adapters if n not in names]
-        if extra:
-            warnings.warn(
-                f"the adapter {extra[0]!r} was merged before and stays merged", VeneerWarning, stacklevel=2
-            )
         for module in self.index.modules():
             if isinstance(module, ModulesToSaveWrapper):
                 module.set_adapter(names, inference_mode=True)
@@ -232,16 +234,37 @@ class MergeVerbs(AdapterVerbs):
         eject(self.model, trained_copies=True)
         _note_untied(self.model)
         self.peft_config = {}
+        _mention(report, stacklevel=3)
+        if extra:
+            warnings.warn(
+                f"the adapter {extra[0]!r} was merged before and stays merged", VeneerWarning, stacklevel=2
+            )
         return self.model
 
-    def _dequantise(self, dtype: bool | torch.dtype) -> Callable[[], None]:
-        """Replace quantised modules; what is returned puts them back."""
+    def _name_what_stays(self, before: Mapping[str, list[str]], error: BaseException) -> None:
+        """After a failure: the layers that could not be put back, since no copy was kept of their weight."""
+        layers = self.mergeable().items()
+        paths = [path for path, layer in layers if layer.merged_adapters != before.get(path)]
+        if not paths:
+            return
+        named = ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
+        text = (
+            f"merging stopped: {type(error).__name__}: {error}. {len(paths)} of {len(before)} layers are "
+            f"merged by now ({named}) and stay so, as merge_and_unload keeps no copies. The model computes "
+            "the same as before; calling merge_and_unload again goes on with the others"
+        )
+        if isinstance(error, Exception):
+            raise MergeError(text) from error
+        warnings.warn(text, VeneerWarning, stacklevel=3)
+
+    def _dequantise(self, dtype: bool | torch.dtype, back: Rollback) -> None:
+        """Replace quantised modules."""
         if merged := [path for path, layer in self.layers().items() if layer.merged]:
             raise MergeError(
                 f"adapters are merged into {merged[0]} and {len(merged) - 1} more layers as they are "
                 "quantised: unmerge_adapter() first"
             )
-        return dequantise(self.model, dtype if isinstance(dtype, torch.dtype) else None)
+        dequantise(self.model, back, dtype if isinstance(dtype, torch.dtype) else None)
 
     def unload(self) -> nn.Module:
         """The base model without adapters, its weights and biases bit for bit as they were."""
@@ -252,40 +275,65 @@ class MergeVerbs(AdapterVerbs):
         return self.model
 
 
-def _merge_all(
-    layers: Mapping[str, Mergeable],
-    names: Sequence[str],
-    safe_merge: bool,
+def _refusals(
+    chosen: Mapping[str, tuple[Mergeable, dict[str, Any]]], safe_merge: bool, undo: UndoKind | None
+) -> list[Text]:
+    """Why layers cannot be merged, with their paths."""
+    reasons = []
+    for path, (layer, updates) in chosen.items():
+        own = [*layer.refuses_merge(list(updates)), layer.refuses_undo(undo)]
+        if not any(own):  # else there may be no values to look at
+            own.append(layer.refuses_values(updates, safe_merge))
+        reasons += [Text(f"{path}: {reason}") for reason in own if reason is not None]
+    return reasons
+
+
+def _write(
+    chosen: Mapping[str, tuple[Mergeable, dict[str, Any]]],
     undo: UndoKind | None,
+    back: Rollback,
+    kept: dict[str, float],
     progressbar: bool,
 ) -> MergeReport:
-    """Merge into every layer, or into none."""
-    kept: dict[str, float] = {}
-    requantised: list[str] = []
-    done: list[tuple[Mergeable, list[str]]] = []
+    """Merge into all layers. Those whose weight is not kept anyway are merged for good, one by one."""
     try:
-        for number, (path, layer) in enumerate(layers.items(), 1):
+        for number, (path, (layer, updates)) in enumerate(chosen.items(), 1):
             if progressbar:
-                print(f"\rmerging {number}/{len(layers)}", end="", file=sys.stderr, flush=True)
-            before = layer.merged_adapters
-            coded = layer.backend.quantization is not None
-            requantised += [path] if coded else []
-            # Without an undo a failure half-way could not be taken back; only these can fail.
-            if undo is None and (safe_merge or coded or layer.base_dtype() == torch.float16):
-                kept[path] = layer.merge_unasked(names, safe_merge, "copy")
-            else:
-                kept[path] = layer.merge_unasked(names, safe_merge, undo)
-            done.append((layer, [n for n in layer.merged_adapters if n not in before]))
-    except Exception as error:
-        for layer, merged in done:
-            layer.unmerge(merged)
-        if isinstance(error, MergeError):
-            raise MergeError(f"{path}: {error}. Nothing has been merged.") from error
-        raise
+                print(f"\rmerging {number}/{len(chosen)}", end="", file=sys.stderr, flush=True)
+            with Rollback() as own:
+                kept[path] = layer.merge_updates(updates, undo, own)
+                if layer.keeps_old(undo):
+                    back.take_over(own)
     finally:
         if progressbar:
             print(file=sys.stderr)
+    requantised = [p for p, (layer, _) in chosen.items() if layer.backend.quantization is not None]
     return MergeReport(kept, tuple(requantised))
+
+
+def _mention(report: MergeReport, stacklevel: int) -> None:
+    """Warn of what merging lost."""
+    if lost := report.undefined:
+        warnings.warn(
+            f"the merged weights of {', '.join(lost[:3])} hold NaN or infinity, as the base's do"
+            + (f"; so do those of {len(lost) - 3} more" if len(lost) > 3 else ""),
+            VeneerWarning,
+            stacklevel=stacklevel + 1,
+        )
+    elif report.mean < KEPT_WARNING:
+        worst = min(report.kept, key=lambda p: report.kept[p])
+        way_out = (
+            "Merge into ordinary weights (merge_and_unload(dequantize=True))"
+            if report.requantised
+            else "Merge into float32"
+        )
+        warnings.warn(
+            f"only {report.mean:.0%} of the update survives rounding to the base weights' type (least in "
+            f"{worst}: {report.worst:.0%}): merged and unmerged outputs will differ. {way_out}, or keep "
+            "the adapter unmerged",
+            VeneerWarning,
+            stacklevel=stacklevel + 1,
+        )
 
 
 def _note_untied(model: nn.Module) -> None:

@@ -26,6 +26,8 @@ from veneer.errors import (
 from veneer.inject import Injection, bias_parameters, prepare
 from veneer.layers import LoraLayer
 from veneer.layers.making import draw_seed
+from veneer.layers.parts import UndoKind
+from veneer.layers.rollback import Rollback
 from veneer.layers.sharded import settle
 from veneer.layers.trainable_tokens import TrainableTokens
 from veneer.routing import BASE
@@ -296,16 +298,21 @@ class AdapterVerbs(nn.Module):
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter. If it was active, it leaves nothing active in its place."""
         self.index.check([adapter_name], known=self.peft_config)
-        merged = {}
+        merged: dict[Mergeable, tuple[dict[str, Any], UndoKind | None]] = {}
         if self.peft_config[adapter_name].bias != "none":
             # What is merged may have a bias among it, so it is taken out before biases are given back.
-            merged = {m: (m.merged_adapters, m.undo_kind) for m in self.mergeable().values() if m.merged}
+            for layer in self.mergeable().values():
+                if layer.merged:
+                    merged[layer] = (dict(layer.merged_updates()), layer.undo_kind)
             self.unmerge_adapter()
             self._restore_biases()
         was_active = adapter_name in self.active_adapters
         self.index.delete(adapter_name)
-        for layer, (names, undo) in merged.items():
-            layer.merge(adapter_names=[n for n in names if n != adapter_name], undo=undo)
+        with Rollback() as back:
+            for layer, (updates, undo) in merged.items():
+                updates.pop(adapter_name, None)
+                if updates:
+                    layer.merge_updates(updates, undo, back)
         del self.peft_config[adapter_name]
         if was_active and not self.active_adapters:
             rest = ", ".join(map(repr, self.peft_config)) or "none is left"

@@ -12,18 +12,21 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from veneer.errors import MergeError
 
 #: Elements of a chunk. Smaller ones stay in a nearer cache; starting threads for them costs more than that.
 CHUNK_ELEMENTS = 1 << 20
 
+#: Nothing that a type wider than float16 holds is brought to an end of its range by less than this.
+SMALL = 1e30
+
 #: One summand ``scaling · B A``: ``(B: (out, r), A: (r, in), scaling)``.
 Term = tuple[Tensor, Tensor, float]
 
-#: By dtype and device; None outside of `shared_buffers`.
-_buffers: ContextVar[dict[tuple[torch.dtype, torch.device], Tensor] | None]
+#: By purpose, dtype and device; None outside of `shared_buffers`.
+_buffers: ContextVar[dict[tuple[str, torch.dtype, torch.device], Tensor] | None]
 _buffers = ContextVar("buffers", default=None)
 
 
@@ -44,6 +47,7 @@ def merge_into_(
     *,
     transpose: bool = False,
     check_finite: bool = False,
+    checked: bool = False,
 ) -> float:
     """``W += Σ sᵢ Bᵢ Aᵢ`` in place; says which share of the update the stored weight took up.
 
@@ -55,8 +59,8 @@ def merge_into_(
             requires grad does not matter; autograd is told that it changed.
         terms: ``(B: (out, r), A: (r, in), s)`` for each update; any floating dtype and device.
         transpose: the weight is stored as ``(in, out)``.
-        check_finite: refuse, before anything is written, when any element of the merged weight would be
-            NaN or infinite. Without it only an overflow in float16 is looked for.
+        check_finite: see `check_merge`.
+        checked: `check_merge` was asked before.
 
     Returns:
         ``kept = 1 - ||(W_new - W) - D|| / ||D||`` for the whole update D, in float32; 1.0 when D is 0. For
@@ -65,19 +69,58 @@ def merge_into_(
 
     Raises:
         MergeError: shapes do not fit, the weight is not of a floating dtype, or the merged weight would
-            not be finite (see `check_finite`). The weight is then as it was.
+            not be finite (see `check_merge`). The weight is then as it was.
     """
     weight = weight.detach()
     _check_shapes(weight, terms, transpose)
-    work = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    work = _work(weight)
     oriented = [_oriented(term, weight.device, work, transpose) for term in terms]
-    if check_finite or weight.dtype == torch.float16:
+    if not checked:
         _refuse_non_finite(weight, oriented, base_too=check_finite)
     if weight.dtype == work:
         for left, right, scaling in oriented:
             weight.addmm_(left, right, alpha=scaling)
         return 1.0
     return _merge_rounded_(weight, oriented)
+
+
+@torch.no_grad()
+def check_merge(
+    weight: Tensor, terms: Sequence[Term], *, transpose: bool = False, check_finite: bool = False
+) -> None:
+    """Refuse what `merge_into_` would refuse; nothing is written.
+
+    Args:
+        weight: as for `merge_into_`.
+        terms: as for `merge_into_`.
+        transpose: the weight is stored as ``(in, out)``.
+        check_finite: refuse also where an element of the weight is NaN or infinite already. An update that
+            makes a finite one so is refused without it.
+
+    Raises:
+        MergeError: see `merge_into_`.
+    """
+    weight = weight.detach()
+    _check_shapes(weight, terms, transpose)
+    oriented = [_oriented(term, weight.device, _work(weight), transpose) for term in terms]
+    _refuse_non_finite(weight, oriented, base_too=check_finite)
+
+
+def written_at_once(weight: Tensor, terms: Sequence[Term]) -> bool:
+    """Whether `merge_into_` writes in one operation, which is done or not, and never by half."""
+    return weight.dtype == _work(weight) and len(terms) == 1
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no element is NaN or infinite."""
+    if tensor.numel() == 0:
+        return True
+    low, high = torch.aminmax(tensor.detach())  # NaN where there is one; no copy of the tensor's size
+    return math.isfinite(float(low)) and math.isfinite(float(high))
+
+
+def _work(weight: Tensor) -> torch.dtype:
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32
 
 
 @torch.no_grad()
@@ -99,11 +142,11 @@ def merge_dense(weight: Tensor, delta: Tensor) -> tuple[Tensor, float]:
             f"cannot add an update of shape {tuple(delta.shape)} to a weight of shape {tuple(weight.shape)} "
             f"and dtype {weight.dtype}"
         )
-    work = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    work = _work(weight)
     delta = delta.detach().to(device=weight.device, dtype=work)
     total = delta + weight.detach().to(work)
     if weight.dtype == work:
-        return total, 1.0
+        return total, 1.0 if is_finite(total) else math.nan
     merged = total.to(weight.dtype)
     return merged, _kept(float(total.sub_(merged.to(work)).norm()), float(delta.norm()))
 
@@ -146,12 +189,25 @@ def _oriented(term: Term, device: torch.device, dtype: torch.dtype, transpose: b
 
 def _pair_of_buffers(elements: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Two rows of so many elements, or more."""
-    held = _buffers.get()
-    found = None if held is None else held.get((dtype, device))
+    return _buffer("sums", 2, elements, dtype, device)
+
+
+def spare_copy(tensor: Tensor) -> Tensor:
+    """A copy of a tensor, in memory that the next such copy takes inside `shared_buffers`."""
+    if type(tensor) not in (Tensor, nn.Parameter):
+        return tensor.clone()
+    memory = _buffer("copy", 1, tensor.numel(), tensor.dtype, tensor.device)
+    return memory[0, : tensor.numel()].view(tensor.shape).copy_(tensor)
+
+
+def _buffer(purpose: str, rows: int, elements: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Rows of so many elements, or more."""
+    held, key = _buffers.get(), (purpose, dtype, device)
+    found = None if held is None else held.get(key)
     if found is None or found.shape[1] < elements:
-        found = torch.empty(2, elements, dtype=dtype, device=device)
+        found = torch.empty(rows, elements, dtype=dtype, device=device)
         if held is not None:
-            held[dtype, device] = found
+            held[key] = found
     return found
 
 
@@ -162,7 +218,7 @@ def _sums(weight: Tensor, terms: Sequence[Term]) -> Iterator[tuple[Tensor, Tenso
     """
     rows, columns = weight.shape
     step = max(1, min(rows, CHUNK_ELEMENTS // max(1, columns)))
-    work = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    work = _work(weight)
     buffers = _pair_of_buffers(step * columns, work, weight.device)
     for start in range(0, rows, step):
         part = weight[start : start + step]
@@ -206,7 +262,10 @@ def _kept(lost: float, wanted: float) -> float:
 
 
 def _refuse_non_finite(weight: Tensor, terms: Sequence[Term], *, base_too: bool) -> None:
-    if weight.numel() == 0 or _surely_finite(weight, terms):
+    norm = torch.linalg.vector_norm
+    size = sum(abs(scaling) * float(norm(left)) * float(norm(right)) for left, right, scaling in terms)
+    wide = torch.finfo(weight.dtype).max > SMALL
+    if weight.numel() == 0 or (wide and not base_too and size < SMALL) or _surely_finite(weight, size):
         return
     broken = before = 0
     for part, total, _ in _sums(weight, terms):
@@ -217,10 +276,7 @@ def _refuse_non_finite(weight: Tensor, terms: Sequence[Term], *, base_too: bool)
     if not broken and not (base_too and before):
         return
     causes = [f"{before} elements of the base weight are NaN or infinite already"] if before else []
-    if not all(
-        bool(left.isfinite().all() and right.isfinite().all()) and math.isfinite(scaling)
-        for left, right, scaling in terms
-    ):
+    if not all(is_finite(left) and is_finite(right) and math.isfinite(s) for left, right, s in terms):
         causes.append("the adapter's factors or its scaling are not finite (a diverged training run?)")
     elif broken:
         causes.append(f"the sum leaves the range of {weight.dtype} (merge in float32 or bfloat16)")
@@ -231,11 +287,8 @@ def _refuse_non_finite(weight: Tensor, terms: Sequence[Term], *, base_too: bool)
     )
 
 
-def _surely_finite(weight: Tensor, terms: Sequence[Term]) -> bool:
-    """A bound that costs one reading of the weight: max|W| + Σ |s| max‖row of L‖ · max‖column of R‖."""
+def _surely_finite(weight: Tensor, size: float) -> bool:
+    """A bound that costs one reading of the weight: max|W| + Σ |s| ‖L‖ ‖R‖."""
     low, high = torch.aminmax(weight)
-    bound = max(abs(float(low)), abs(float(high)))
-    for left, right, scaling in terms:
-        rows = torch.linalg.vector_norm(left, dim=1).amax()
-        bound += abs(scaling) * float(rows) * float(torch.linalg.vector_norm(right, dim=0).amax())
+    bound = max(abs(float(low)), abs(float(high))) + size
     return bound < 0.99 * torch.finfo(weight.dtype).max  # False also where the bound is NaN

@@ -305,6 +305,29 @@ def merging_one_of_two_keeps_the_other(made: Made) -> None:
         assert_same_tensors(weight_of(layer.base_layer), before)
 
 
+@law(mergeable=True)
+def what_is_merged_stays_as_it_was_merged(made: Made) -> None:
+    """Neither another strength nor other factors reach a merged adapter, until it is merged again."""
+    layer, x = made.layer(), made.x()
+    wrap(layer, made.config(init_lora_weights=False), "second")
+    train(layer, "second", seed=5)
+    before = weight_of(layer.base_layer)
+    layer.set_adapter(["default", "second"])
+    expected = layer(x)
+    layer.merge(adapter_names=["second"])
+    alone = weight_of(layer.base_layer)
+    layer.set_strength("second", 0.0)
+    with torch.no_grad():
+        for parameter in layer.adapter_parameters("second"):
+            parameter.zero_()
+    layer.merge()
+    close_once_merged(layer(x), expected, made)
+    layer.unmerge(["default"])
+    assert_same_tensors(weight_of(layer.base_layer), alone)
+    layer.unmerge()
+    assert_same_tensors(weight_of(layer.base_layer), before)
+
+
 @law()
 def disabled_equals_the_base_bit_for_bit(made: Made) -> None:
     """With adapters disabled the layer is its base, merged or not."""

@@ -208,7 +208,9 @@ def merge(model: Any, *, untie: bool = False) -> tuple[Any, MergeReport]:
     """
     tuner = model.base_model
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*survives rounding", category=VeneerWarning)
+        warnings.filterwarnings(
+            "ignore", message=".*(survives rounding|NaN or infinity)", category=VeneerWarning
+        )
         plain = model.merge_and_unload(untie=untie)
     report: MergeReport = tuner.merge_report
     return plain, report

@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from ..config import LoraConfig
 from ..doors import is_local
 from ..errors import AdapterFileError, BaseMismatchError, Hint, MergeError, Text, TrainingError
 from ..model import MergeReport
-from ..ops.merging import merge_into_, shared_buffers
+from ..ops.merging import is_finite, merge_into_, shared_buffers
 from ..spec import LoraSpec, variant_name
 from ..state import FINGERPRINT
 from .adapters import say_base
@@ -91,8 +91,9 @@ def merge_files(
     Raises:
         AdapterFileError: The adapter is missing, broken, or no LoRA.
         MergeError: What can only be merged in a model: other variants than the plain one, modules saved
-            whole, biases, convolutions, quantised bases, shared weights, names that the files do not have;
-            or files that go along and are links to another directory.
+            whole, biases, convolutions, bases stored as codes, shared weights, names that the files do not
+            have; an adapter that is not finite, or would leave the range of a weight's type; or files that go
+            along and are links to another directory.
         BaseMismatchError: The adapter was made on another base model.
     """
     base = Path(base)
@@ -107,6 +108,7 @@ def merge_files(
     total = sum(size for _, size in layouts.values())
     _check_base(base, file, updates, where)
     companions = _companions(base, Path(adapter))
+    _check_finite(file, updates.values())
     check_room(place, total)
     kept: dict[str, float] = {}
     written = 0
@@ -175,7 +177,24 @@ def _merged(
     # A copy: what safetensors gives may be the file itself.
     weight = tensor.to(target or tensor.dtype, copy=True)
     terms = [(factors[update.b], factors[update.a], update.scaling)]
-    return weight, merge_into_(weight, terms, transpose=update.transpose)
+    try:
+        return weight, merge_into_(weight, terms, transpose=update.transpose)
+    except MergeError as error:
+        raise MergeError(f"{update.path}: {error}") from error
+
+
+def _check_finite(file: AdapterFile, updates: Iterable[_Update]) -> None:
+    """Refuse an adapter that holds NaN or infinity."""
+    wrong = [
+        update.path
+        for update in updates
+        if not all(map(is_finite, file.tensors([update.a, update.b]).values()))
+    ]
+    if wrong:
+        raise MergeError(
+            f"{file.path.parent} holds values that are NaN or infinite (a diverged training run?) in "
+            f"{len(wrong)} of its modules: {', '.join(wrong[:3])}. Nothing has been written"
+        )
 
 
 def _shards(base: Path) -> list[str]:

@@ -13,6 +13,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from tests.unit.cli.words import train_words
+from tests.unit.training.test_merge_files import adapter_of, base_of
 from tests.unit.training.tiny import saved_records
 from veneer.cli import main
 
@@ -131,3 +132,21 @@ def test_from_file_to_file(adapter: Path, tmp_path: Path, capsys: pytest.Capture
     assert (tmp_path / "merged" / "tokenizer.json").is_file()
     assert main([*words, "--untie", "--overwrite-output-dir"]) == 2
     assert "--untie" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("way", [[], ["--low-memory"]])
+def test_nothing_is_said_to_be_kept_of_a_base_that_is_not_finite(
+    way: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, adapter = base_of(tmp_path / "base"), tmp_path / "adapter"
+    adapter_of(base, adapter)
+    weights = load_file(base / "model.safetensors")
+    weights["model.layers.0.self_attn.q_proj.weight"][0, 0] = float("nan")
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    assert main(["merge", str(adapter), "--output", str(tmp_path / "out"), *way]) == 0
+    captured = capsys.readouterr()
+    assert "5 modules merged" in captured.out and "not all of them are finite" in captured.out
+    assert "undefined" in captured.out and "NaN or infinity" in captured.err
+    assert main(["merge", str(adapter), "--output", str(tmp_path / "json"), "--json", *way]) == 0
+    kept = json.loads(capsys.readouterr().out)["kept"]
+    assert kept["mean"] is kept["worst"] is kept["modules"]["model.layers.0.self_attn.q_proj"] is None

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from tests.tolerances import assert_close
@@ -17,6 +19,8 @@ from tests.unit.training.tiny import tiny_model, tiny_tokenizer
 from veneer import AdapterFileError, BaseMismatchError, LoraConfig, MergeError, TrainingError, get_peft_model
 from veneer.training.adapters import load_adapted, save_merged
 from veneer.training.merge_files import base_directory, merge_files
+
+DOWN = "model.layers.1.mlp.down_proj"
 
 
 def base_of(place: Path, dtype: torch.dtype = torch.bfloat16, seed: int = 0, **saving: Any) -> Path:
@@ -112,8 +116,36 @@ def test_names_and_shapes_that_do_not_fit_are_listed(tmp_path: Path) -> None:
     )
 
 
+def change(adapter: Path, name: str, by: Callable[[torch.Tensor], Any]) -> None:
+    file = adapter / "adapter_model.safetensors"
+    tensors = load_file(file)
+    with safe_open(file, framework="pt") as opened:
+        metadata = opened.metadata()
+    by(tensors[f"base_model.model.{name}"])
+    save_file(tensors, file, metadata)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("dtype", ["auto", "float32", "float16"])
+def test_an_adapter_that_is_not_finite_is_refused(value: float, dtype: str, tmp_path: Path) -> None:
+    base = base_of(tmp_path / "base")
+    adapter = adapter_of(base, tmp_path / "adapter")
+    change(adapter, f"{DOWN}.lora_A.weight", lambda tensor: tensor[0].fill_(value))
+    with pytest.raises(MergeError, match=rf"NaN or infinite.* 1 of its modules: {DOWN}\. Nothing"):
+        merge_files(adapter, base, tmp_path / "out", dtype)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_sum_that_leaves_the_range_is_refused_with_its_module(tmp_path: Path) -> None:
+    base = base_of(tmp_path / "base")
+    adapter = adapter_of(base, tmp_path / "adapter")
+    change(adapter, f"{DOWN}.lora_B.weight", lambda tensor: tensor.mul_(1e7))
+    with pytest.raises(MergeError, match=rf"{DOWN}: .*leaves the range of torch\.float16"):
+        merge_files(adapter, base, tmp_path / "out", "float16")
+    assert not (tmp_path / "out").exists()
+
+
 FP8 = torch.float8_e4m3fn
-DOWN = "model.layers.1.mlp.down_proj"
 
 
 @pytest.mark.parametrize(
