@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 
 from veneer.config import LoraConfig, TaskType, looks_like_regex
 from veneer.config.expressions import Paths, path_ends
-from veneer.config.values import name_in, show, some
+from veneer.config.values import name_in, show
 from veneer.errors import Hint, TargetError, Text, VeneerWarning
 from veneer.spec import LoraSpec, PatternSet, resolve_all
+from veneer.wording import listed, some
 
 ALL_LINEAR = "all-linear"
 SHOWN = 10  # names listed in a message before "and N more"
@@ -110,12 +111,12 @@ class Plan:
             "  " + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows
         ]
         if self.modules_to_save:
-            lines.append(f"trained in full: {_listed(self.modules_to_save)}")
+            lines.append(f"trained in full: {listed(self.modules_to_save, SHOWN)}")
         lines += some([str(entry) for entry in self.unmatched])
         reasons: dict[str, list[str]] = {}
         for entry in self.skipped:
             reasons.setdefault(entry.reason, []).append(entry.path)
-        lines += [f"left out ({reason}): {_listed(paths, 3)}" for reason, paths in reasons.items()]
+        lines += [f"left out ({reason}): {listed(paths)}" for reason, paths in reasons.items()]
         return "\n".join(lines)
 
 
@@ -267,12 +268,12 @@ class _Planner:
         return next((end for end in (path, *parents(path)) if end in self.saved), None)
 
     def _remark_on_ends(self, name: str, paths: Sequence[str], whole: Sequence[str]) -> None:
-        also = f"{_listed(paths, 1)} too. For {_listed(whole, 1)} alone give the whole path"
+        also = f"{listed(paths, 1)} too. For {listed(whole, 1)} alone give the whole path"
         self.remarks.append(
             Text(
                 Hint("modules_to_save"),
                 f" {show(name)} takes every module whose path ends in it, as in PEFT: ",
-                also if whole else _listed(paths, 3),
+                also if whole else listed(paths),
             )
         )
 
@@ -350,7 +351,7 @@ class _Planner:
                 self._suggest_inside(pattern, hits)
             else:
                 reasons = list(dict.fromkeys(self.skipped[c.path] for c in hits))
-                note = f"matches only what is left out ({_listed(reasons, 3)})"
+                note = f"matches only what is left out ({listed(reasons)})"
                 self._idle("target_modules", pattern, note, near=False)
 
     def _suggest_inside(self, pattern: str, hits: list[Candidate]) -> None:
@@ -363,7 +364,7 @@ class _Planner:
             note += f" and {len(hits) - 1} more like it"
         note += ", which cannot be adapted"
         if inside:
-            note += f"; name the modules inside instead: {_listed(list(inside))}"
+            note += f"; name the modules inside instead: {listed(inside, SHOWN)}"
         self._idle("target_modules", pattern, note, near=False)
 
     # --- layers
@@ -637,12 +638,7 @@ def _by_reason(refused: Iterable[Candidate]) -> list[str]:
     groups: dict[tuple[str, str], list[str]] = {}
     for c in refused:
         groups.setdefault((c.type_name, c.reason), []).append(c.path)
-    return [f"{_listed(paths, 3)} ({kind}): {reason}" for (kind, reason), paths in groups.items()]
-
-
-def _listed(names: Sequence[str], shown: int = SHOWN) -> str:
-    rest = len(names) - shown
-    return ", ".join(names[:shown]) + (f" and {rest} more" if rest > 0 else "")
+    return [f"{listed(paths)} ({kind}): {reason}" for (kind, reason), paths in groups.items()]
 
 
 def ranges(numbers: Sequence[int]) -> str:

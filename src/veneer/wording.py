@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Sequence
+from typing import TypeVar
+
+_Line = TypeVar("_Line")
 
 #: What a terminal acts upon instead of showing it: control characters, separators of lines, marks of
 #: direction, halves of surrogate pairs.
@@ -25,3 +29,16 @@ def visible(text: str, *, lines: bool = False) -> str:
         return found[0].encode("unicode_escape").decode("ascii")
 
     return _ACTED_UPON.sub(escape, text)
+
+
+def some(lines: Sequence[_Line], most: int = 20) -> list[_Line | str]:
+    """The first of many lines, and how many more there are."""
+    rest = len(lines) - most
+    return [*lines[:most], f"and {rest:,} more"] if rest > 0 else list(lines)
+
+
+def listed(names: Iterable[str], most: int = 3) -> str:
+    """The first of many names in a sentence, and how many more there are: ``a, b, c and 4 more``."""
+    each = list(names)
+    rest = len(each) - most
+    return ", ".join(each[:most]) + (f" and {rest:,} more" if rest > 0 else "")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from veneer.wording import visible
+from veneer.wording import listed, some, visible
 
 
 @pytest.mark.parametrize(
@@ -24,3 +24,9 @@ def test_what_a_terminal_would_act_upon_is_shown_as_an_escape(text: str, shown: 
 
 def test_a_text_of_several_lines_keeps_them() -> None:
     assert visible("a\n\tb\x1b\r", lines=True) == "a\n\tb\\x1b\\r"
+
+
+def test_the_first_of_many_and_how_many_more() -> None:
+    assert listed([]) == "" and listed("ab") == "a, b" and listed(iter("abc")) == "a, b, c"
+    assert listed("abcde") == "a, b, c and 2 more" and listed("abc", 1) == "a and 2 more"
+    assert some(["a", "b"], 2) == ["a", "b"] and some(["x"] * 1003, 2) == ["x", "x", "and 1,001 more"]

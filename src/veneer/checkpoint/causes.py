@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from ..wording import listed
 from .keys import MAGNITUDE, TOKENS_DELTA
 
 if TYPE_CHECKING:
@@ -224,5 +225,4 @@ def _targets(keys: Iterable[str]) -> set[str]:
 
 
 def _names(names: set[str]) -> str:
-    ordered = sorted(names)
-    return ", ".join(ordered[:4]) + (f" and {len(ordered) - 4} more" if len(ordered) > 4 else "")
+    return listed(sorted(names), 4)

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple, TypeVar
 from ..config import LoraConfig, parse_config, read_config_bytes
 from ..config.values import show
 from ..errors import AdapterFileError, VeneerWarning
+from ..wording import listed
 from .header import read_metadata
 
 CONFIG_NAME = "adapter_config.json"
@@ -298,8 +299,7 @@ def _adapters_in(root: Path) -> str:
         for path in sorted(root.iterdir(), key=lambda p: p.name)
         if path.is_dir() and any((path / n).is_file() for n in (SAFETENSORS_NAME, BIN_NAME, CONFIG_NAME))
     ]
-    more = f" (and {len(inside) - 3} more)" if len(inside) > 3 else ""
-    return ", ".join(repr(str(root / name)) for name in inside[:3]) + more
+    return listed(repr(str(root / name)) for name in inside)
 
 
 def _what_is_there(root: Path) -> str:
@@ -314,5 +314,4 @@ def _what_is_there(root: Path) -> str:
         return " This is a whole model, not an adapter: load it with its own library, such as transformers."
     if not names:
         return " The directory is empty."
-    more = f" and {len(names) - 10} more" if len(names) > 10 else ""
-    return f" The directory holds {', '.join(names[:10])}{more}."
+    return f" The directory holds {listed(names, 10)}."

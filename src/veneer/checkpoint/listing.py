@@ -15,6 +15,7 @@ from typing import Any
 
 from ..config import LoraConfig, PeftConfig
 from ..errors import AdapterFileError, VeneerError
+from ..wording import listed
 from .header import HeaderMemo, bin_metadata, read_header
 from .layout import (
     BIN_NAME,
@@ -182,11 +183,7 @@ def _wrong_factors(layers: dict[str, dict[str, tuple[int, ...]]]) -> list[str]:
     ]
     wrong = []
     if half:
-        wrong.append(f"only one of the two factors of {_listed(half)} is there")
+        wrong.append(f"only one of the two factors of {listed(half, 1)} is there")
     if apart:
-        wrong.append(f"the factors of {_listed(apart)} differ in rank")
+        wrong.append(f"the factors of {listed(apart, 1)} differ in rank")
     return wrong
-
-
-def _listed(paths: list[str]) -> str:
-    return paths[0] + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")

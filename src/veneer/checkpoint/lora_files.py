@@ -11,6 +11,7 @@ from typing import NamedTuple
 from ..config import LoraConfig
 from ..errors import AdapterFileError, ConfigError
 from ..spec import LoraSpec, resolve_all, variant_name
+from ..wording import some
 from .layout import CONFIG_NAME
 from .reading import AdapterFile, open_adapter
 
@@ -59,10 +60,7 @@ def open_lora(adapter: str | os.PathLike[str] | OpenLora) -> OpenLora:
             f"{file.path} holds no factors of a LoRA, only: {', '.join(file.shapes) or 'nothing'}"
         )
     if wrong:
-        more = f"\n  and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-        raise AdapterFileError(
-            f"{file.path} does not fit its {CONFIG_NAME}:\n  " + "\n  ".join(wrong[:5]) + more
-        )
+        raise AdapterFileError("\n  ".join([f"{file.path} does not fit its {CONFIG_NAME}:", *some(wrong, 5)]))
     return OpenLora(config, file, specs)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..errors import Hint, LoadMismatchError
+from ..wording import some
 from .causes import likely_causes
 from .keys import MAGNITUDE, to_disk
 
@@ -98,10 +99,7 @@ class LoadReport:
 
 
 def _listing(what: str, items: Sequence[str]) -> list[str]:
-    if not items:
-        return []
-    more = [f"      and {len(items) - 3} more"] if len(items) > 3 else []
-    return [f"  {len(items)} {what}:", *(f"      {item}" for item in items[:3]), *more]
+    return [f"  {len(items)} {what}:", *(f"      {item}" for item in some(items, 3))] if items else []
 
 
 def match(

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 import torch
 
 from ..errors import AdapterFileError, Hint, VeneerWarning
+from ..wording import listed
 
 _OF_THE_ADAPTER = re.compile(r"(^|\.)(lora_\w+|trainable_tokens_delta)(\.|$)")
 _TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -45,12 +46,12 @@ def check_values(
     if wrong:
         raise AdapterFileError(
             f"{where}: {len(wrong)} of {len(tensors)} tensors are no factors, which are floating-point "
-            f"numbers of 16 bits or more: {_listed(wrong)}. The file is damaged, or was quantised"
+            f"numbers of 16 bits or more: {listed(wrong)}. The file is damaged, or was quantised"
         )
     broken = [name for name, tensor in tensors.items() if not _finite(tensor)]
     if not broken:
         return
-    said = f"{where}: {len(broken)} of {len(tensors)} tensors hold NaN or infinity: {_listed(broken)}"
+    said = f"{where}: {len(broken)} of {len(tensors)} tensors hold NaN or infinity: {listed(broken)}"
     if check_finite is not False:
         way_out = () if check_finite is None else (Hint("check_finite", False, "; {} loads it all the same"),)
         raise AdapterFileError(f"{said}. Training diverged, or the file is damaged", *way_out)
@@ -62,7 +63,3 @@ def _finite(tensor: torch.Tensor) -> bool:
     if local.is_meta or local.numel() == 0 or not local.is_floating_point():
         return True
     return math.isfinite(extent(local))
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

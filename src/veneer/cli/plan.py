@@ -12,6 +12,7 @@ import typer
 from ..errors import ConfigError
 from ..targets import ranges
 from ..training.options import RunOptions, option
+from ..wording import listed
 from .common import app, flags_of, show_json, size
 from .fields import options_of, with_flags
 from .messages import in_flags
@@ -157,8 +158,7 @@ def _targets(console: Console, found: PlanReport) -> None:
     for skipped in found.plan.skipped:
         reasons.setdefault(skipped.reason, []).append(skipped.path)
     for reason, left in reasons.items():
-        more = f" and {len(left) - 3} more" if len(left) > 3 else ""
-        console.print(f"left out ({reason}): {', '.join(left[:3])}{more}", soft_wrap=True)
+        console.print(f"left out ({reason}): {listed(left)}", soft_wrap=True)
 
 
 def _needs(console: Console, found: PlanReport) -> None:

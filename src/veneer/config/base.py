@@ -21,6 +21,7 @@ from veneer.config.spelling import names_unknown_options, unknown_options
 from veneer.config.values import looks_like_regex
 from veneer.doors import adapter_files, hub, is_local
 from veneer.errors import AdapterFileError, ConfigError, Hint, Text, UnknownOptionError, VeneerWarning
+from veneer.wording import some
 
 KNOWN_PEFT_VERSION = (0, 21, 2)
 
@@ -131,7 +132,7 @@ class PeftConfig:
             raise ConfigError(
                 Text.join(
                     "\n  - ",
-                    [f"{type(self).__name__} has {len(problems)} problems:", *check.some(problems)],
+                    [f"{type(self).__name__} has {len(problems)} problems:", *some(problems)],
                 )
             )
 

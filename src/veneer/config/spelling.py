@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from veneer.config.values import show
 from veneer.errors import UnknownOptionError
+from veneer.wording import listed
 
 _SPELLINGS = {
     "alpha": "lora_alpha",
@@ -53,8 +54,7 @@ def unknown_options(names: Sequence[str], known: Iterable[str], values: Mapping[
         value = f" = {show(values[name])}" if name in values else ""
         return show(name) + (f" (did you mean {near[0]!r}?)" if near else "") + value
 
-    rest = len(names) - 20
-    return ", ".join(map(described, names[:20])) + (f" and {rest:,} more" if rest > 0 else "")
+    return listed(map(described, names), 20)
 
 
 def names_unknown_options(cls: type[_C]) -> type[_C]:

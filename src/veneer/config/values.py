@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 from veneer.config.expressions import parsed
 from veneer.errors import Hint, Text
@@ -20,9 +20,6 @@ _SPECIAL = frozenset(r"\^$*+?{}[]()|")
 COLLECTIONS = (list, tuple, set, frozenset, Mapping)
 
 
-_Line = TypeVar("_Line")
-
-
 def show(value: object) -> str:
     """A value for a message, short whatever it is."""
     try:
@@ -30,12 +27,6 @@ def show(value: object) -> str:
     except (ValueError, RecursionError):  # an integer of thousands of digits has no repr
         text = f"a {type(value).__name__}"
     return text if len(text) <= 80 else text[:77] + "..."
-
-
-def some(lines: Sequence[_Line], most: int = 20) -> list[_Line | str]:
-    """The first of many lines, and how many more there are."""
-    rest = len(lines) - most
-    return [*lines[:most], f"and {rest:,} more"] if rest > 0 else list(lines)
 
 
 def is_number(value: object) -> bool:

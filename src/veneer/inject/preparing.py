@@ -11,7 +11,6 @@ from torch import nn
 from veneer import backends, inits, targets
 from veneer.adapters import AdapterModule, AdapterSet, check_adapter_name, walk
 from veneer.config import LoraConfig, looks_like_regex
-from veneer.config.values import some
 from veneer.errors import AdapterNameError, Hint, TargetError, Text, VeneerWarning
 from veneer.inject.building import build
 from veneer.inject.injection import Addition, Copy, Injection
@@ -23,6 +22,7 @@ from veneer.layers.making import check_config, with_variant_options
 from veneer.layers.modules_to_save import ModulesToSaveWrapper
 from veneer.layers.sharded import is_sharded
 from veneer.spec import LoraSpec
+from veneer.wording import listed, some
 
 
 def prepare(
@@ -201,10 +201,10 @@ def _mention_unread(found: Mapping[str, Site], specs: Sequence[LoraSpec]) -> Non
     owners = {spec.path: spec.path.removesuffix(f".{spec.parameter}") for spec in specs}
     readers = {path: cls for path, own in owners.items() if (cls := found[own].reader) is not None}
     if readers:
-        names = ", ".join(list(readers)[:3]) + (f" and {len(readers) - 3} more" if len(readers) > 3 else "")
         warnings.warn(
-            f"{names}: {' and '.join(sorted(set(readers.values())))} reads the weight without calling the "
-            "module, so what the adapter has there gets no gradient and has no effect until it is merged",
+            f"{listed(readers)}: {' and '.join(sorted(set(readers.values())))} reads the weight without "
+            "calling the module, so what the adapter has there gets no gradient and has no effect until it "
+            "is merged",
             VeneerWarning,
             stacklevel=5,
         )

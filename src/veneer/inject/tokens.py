@@ -12,12 +12,13 @@ from veneer import backends
 from veneer.adapters import AdapterModule
 from veneer.config import LoraConfig
 from veneer.config.expressions import Paths
-from veneer.config.values import show, some
+from veneer.config.values import show
 from veneer.errors import TargetError
 from veneer.inject.embeddings import embedding_of
 from veneer.inject.places import Site
 from veneer.layers.trainable_tokens import PreparedRows, TrainableTokens, indices_by_module
 from veneer.spec import PatternSet
+from veneer.wording import some
 
 _KEY = "token_adapter.trainable_tokens_delta"
 

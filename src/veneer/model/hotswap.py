@@ -17,6 +17,7 @@ from veneer.doors import adapter_directory
 from veneer.errors import AdapterNameError, ConfigError, LoadMismatchError, MergeError, Text, VeneerWarning
 from veneer.layers import LoraLayer
 from veneer.spec import LoraSpec, resolve_all, restate
+from veneer.wording import some
 
 _PREFIX = "base_model.model."
 _RANK_AXIS = {
@@ -78,10 +79,9 @@ def hotswap_adapter_from_state_dict(
         if not _fits(key, given[key], own[key])
     ]
     if wrong:
-        more = f"; and {len(wrong) - 6} more" if len(wrong) > 6 else ""
         room = any("does not fit into" in line for line in wrong)
         raise LoadMismatchError(
-            f"the tensors cannot take the place of {adapter_name!r}: {'; '.join(wrong[:6])}{more}"
+            f"the tensors cannot take the place of {adapter_name!r}: {'; '.join(some(wrong, 6))}"
             + (". For a larger rank, make room: prepare_model_for_compiled_hotswap(…, target_rank=…), or "
                "enable_peft_hotswap(target_rank=…) of transformers, enable_lora_hotswap(…) of diffusers"
                if room else "")

@@ -45,6 +45,7 @@ from veneer.inject import stacked
 from veneer.layers import sharded
 from veneer.model.lora_model import LoraModel
 from veneer.spec import resolve, specs_under
+from veneer.wording import some
 
 if TYPE_CHECKING:
     from veneer.model.face import PeftModel
@@ -569,8 +570,7 @@ def renamed(keys: Iterable[str], rename: Callable[[str], str]) -> dict[str, str]
             met.append(f"{names[new]} and {key} -> {new}")
         names.setdefault(new, key)
     if met:
-        more = f"; and {len(met) - 3} more" if len(met) > 3 else ""
         raise ConfigError(
-            Hint("key_mapping"), f" gives several keys of the file one name: {'; '.join(met[:3])}{more}"
+            Hint("key_mapping"), f" gives several keys of the file one name: {'; '.join(some(met, 3))}"
         )
     return names

@@ -23,6 +23,7 @@ from veneer.errors import (
 )
 from veneer.layers import LoraLayer
 from veneer.model.persistence import check_save_embedding_layers, renamed, renamer
+from veneer.wording import some
 
 
 class LoadResult(NamedTuple):
@@ -143,8 +144,7 @@ def set_base_model_state_dict(
         if name in names and own[names[name]].shape != tensor.shape:
             wrong.append(f"{name} is {tuple(tensor.shape)}, here {tuple(own[names[name]].shape)}")
     if wrong:
-        more = f"; and {len(wrong) - 6} more" if len(wrong) > 6 else ""
-        raise LoadMismatchError(f"the base's state dict does not fit: {'; '.join(wrong[:6])}{more}")
+        raise LoadMismatchError(f"the base's state dict does not fit: {'; '.join(some(wrong, 6))}")
     base.load_state_dict({names[n]: t for n, t in state_dict.items() if n in names}, strict=False)
     return LoadResult(missing, unexpected)
 

@@ -28,6 +28,7 @@ from ..model import MergeReport
 from ..ops.merging import is_finite, merge_into_, shared_buffers
 from ..spec import LoraSpec, variant_name
 from ..state import FINGERPRINT
+from ..wording import some
 from .adapters import say_base
 from .models import require
 from .progress import Progress
@@ -265,8 +266,7 @@ def _updates(
         else:
             found[name] = _Update(path, roles["A"], roles["B"], specs[path].scaling, transpose)
     if problems:
-        more = [f"and {len(problems) - 5} more"] if len(problems) > 5 else []
-        lines = "".join(f"\n  - {line}" for line in [*problems[:5], *more])
+        lines = "".join(f"\n  - {line}" for line in some(problems, 5))
         raise MergeError(f"{file.path.parent} cannot be merged file to file:{lines}\n", WAY_OUT)
     return found
 

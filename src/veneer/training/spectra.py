@@ -19,6 +19,7 @@ from torch import Tensor
 from ..checkpoint.lora_files import OpenLora, factor_names, open_lora
 from ..errors import AdapterFileError, CombineError
 from ..ops import low_rank
+from ..wording import some
 
 #: "How many directions are needed" means: for this share of the energy.
 MOST = 0.99
@@ -117,11 +118,9 @@ def spectra(
         if tell is not None:
             tell(number, len(layers))
     if broken:
-        more = f"\n  and {len(broken) - 5} more" if len(broken) > 5 else ""
         raise AdapterFileError(
             f"{file.path}: {len(broken)} of {len(layers)} updates cannot be computed:"
-            + "".join(f"\n  {line}" for line in broken[:5])
-            + more
+            + "".join(f"\n  {line}" for line in some(broken, 5))
         )
     return found
 

@@ -21,6 +21,7 @@ from ...checkpoint.layout import ATTEMPTS, watched
 from ...errors import AdapterFileError, LoadMismatchError
 from ...inject import bias_parameters, sites
 from ...model.hotswap import prepare_model_for_compiled_hotswap
+from ...wording import listed
 
 _CONTAINERS = (
     "lora_A",
@@ -270,12 +271,6 @@ def _source(given: dict[str, Any]) -> str:
     return str(given.get("peft_model_id") or getattr(config, "pretrained_model_name_or_path", None))
 
 
-def _examples(keys: Iterable[str]) -> str:
-    listed = list(keys)
-    rest = f" and {len(listed) - 3} more" if len(listed) > 3 else ""
-    return ", ".join(listed[:3]) + rest
-
-
 def _message(
     model: str,
     name: str,
@@ -289,14 +284,12 @@ def _message(
         f"{source} does not fit this {model} as adapter {name!r}; nothing was loaded, the model is as before."
     ]
     if unexpected:
-        lines.append(f"  {len(unexpected)} keys match nothing in the model: {_examples(unexpected)}")
+        lines.append(f"  {len(unexpected)} keys match nothing in the model: {listed(unexpected)}")
     if missing:
-        lines.append(
-            f"  {len(missing)} of the adapter's {total} tensors were not given: {_examples(missing)}"
-        )
+        lines.append(f"  {len(missing)} of the adapter's {total} tensors were not given: {listed(missing)}")
     if shapes:
         said = [f"{key} is {tuple(given)}, expected {tuple(wanted)}" for key, given, wanted in shapes]
-        lines.append(f"  {len(shapes)} have another shape: {_examples(said)}")
+        lines.append(f"  {len(shapes)} have another shape: {listed(said)}")
     if len(missing) == total:
         lines.append(
             "  Not one tensor matched: the keys have another prefix than base_model.model.<path of the "

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from ...errors import Blank, ConfigError, ExportError, Hint, Text
 from ...registry import NameRegistry
+from ...wording import listed
 from .folding import Folded, Rules
-from .source import FEATURES, Source, Update, listed, variant_problem
+from .source import FEATURES, Source, Update, variant_problem
 
 #: What any target does with these by multiplying B and by padding with zeros.
 FOLDED = ("use_rslora", "rank_pattern", "alpha_pattern")

@@ -11,8 +11,9 @@ from torch import Tensor
 from ...errors import ExportError
 from ...ops.svd import randomised_svd
 from ...variants.dora import MAGNITUDE, Dora
+from ...wording import listed
 from .base_model import BaseModel
-from .source import Source, Update, listed
+from .source import Source, Update
 
 #: Above this many rows or columns the singular values come from random projections.
 _EXACT_UP_TO = 1024

@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from ...checkpoint import CONFIG_NAME
 from ...checkpoint.places import check_replaceable, replacing
 from ...errors import Blank, ConfigError, ExportError, Hint, Text
+from ...wording import listed
 from .base import Part, Problem, Target, find, refuse, targets
 from .base_model import BaseModel
 from .diffusers import COMPONENTS
 from .dora import dora_to_plain as make_plain
 from .folding import fold
 from .peft_files import PeftFiles
-from .source import Source, listed, read_source
+from .source import Source, read_source
 from .verifying import Compared, compare
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from ...errors import ExportError, Hint
-from .source import Update, listed
+from ...wording import listed
+from .source import Update
 
 #: What a reader's T can be: a whole number, one of 32 bits, any number, or nothing but r.
 Alpha = Literal["integer", "float32", "any", "rank"]

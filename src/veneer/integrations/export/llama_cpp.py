@@ -8,10 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
+from ...wording import listed
 from .base import Part, Problem
 from .folding import Rules
 from .peft_files import PeftFiles
-from .source import Source, listed
+from .source import Source
 
 #: Parts of names that the converter takes for norms, and keeps.
 NORMS = ("_layernorm", ".norm")

@@ -10,9 +10,10 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ...wording import listed
 from .base import Part, Problem, Target
 from .folding import Rules
-from .source import Source, Update, listed
+from .source import Source, Update
 
 CONFIG, TENSORS = "adapter_config.json", "adapters.safetensors"
 

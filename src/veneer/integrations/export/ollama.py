@@ -8,10 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
+from ...wording import listed
 from .base import Part, Problem
 from .folding import Rules
 from .peft_files import PeftFiles
-from .source import Source, listed
+from .source import Source
 
 #: The only modules whose names it knows.
 KNOWN = re.compile(r"(model\.)?model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)")

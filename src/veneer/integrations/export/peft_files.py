@@ -12,8 +12,9 @@ from torch import Tensor
 
 from ...checkpoint import CONFIG_NAME, RESIDUAL_MARK, SAFETENSORS_NAME, open_adapter, write_adapter
 from ...errors import ExportError
+from ...wording import listed
 from .base import Part, Target, plain_config
-from .source import PREFIX, Update, listed
+from .source import PREFIX, Update
 
 FILES = (CONFIG_NAME, SAFETENSORS_NAME)
 

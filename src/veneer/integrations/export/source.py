@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from ...config.expressions import Paths
 from ...errors import AdapterFileError
 from ...spec import variant_name
 from ...targets import parents, saved_modules
+from ...wording import some
 
 PREFIX = "base_model.model."
 #: Initialisations under whose name a file's factors count from a base that the initialisation changed.
@@ -209,9 +209,7 @@ def _check(where: Path, config: LoraConfig, updates: dict[str, Update], unknown:
     problems += [f"{path} holds NaN or infinity" for path in broken]
     if problems:
         raise AdapterFileError(
-            f"{where} does not fit its configuration:"
-            + "".join(f"\n  - {line}" for line in problems[:10])
-            + (f"\n  - and {len(problems) - 10} more" if len(problems) > 10 else "")
+            "\n  - ".join([f"{where} does not fit its configuration:", *some(problems, 10)])
         )
 
 
@@ -233,13 +231,6 @@ def variant_problem(source: Source) -> str | None:
         )
         return f"init_lora_weights={init!r} changed the base that its factors count from: {way}"
     return None
-
-
-def listed(names: Iterable[str], most: int = 3) -> str:
-    """The first of some names, and how many more there are."""
-    each = list(names)
-    more = f" and {len(each) - most} more" if len(each) > most else ""
-    return ", ".join(each[:most]) + more
 
 
 def _unlike(values: dict[str, Any]) -> list[str]:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ...errors import ExportError
 from ...ops import low_rank
-from .source import Update, listed
+from ...wording import listed
+from .source import Update
 
 #: Two products of 53 bits each, of the same numbers in another order.
 _SAME = 4 * torch.finfo(torch.float64).eps

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from types import MappingProxyType
 
+from ...wording import listed
 from .base import Part, Problem
 from .folding import Rules
 from .peft_files import PeftFiles
-from .source import Source, listed
+from .source import Source
 
 #: Heads of classifiers, the only modules that may be whole.
 HEADS = ("classifier", "score")

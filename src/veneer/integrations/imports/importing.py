@@ -19,6 +19,7 @@ from ...checkpoint.reading import AdapterFile, open_tensors
 from ...config import LoraConfig, PeftConfig
 from ...errors import AdapterFileError, ConfigError, ExportError, Hint, Text
 from ...spec import LoraSpec, resolve_all
+from ...wording import some
 from ..export.base_model import BaseModel
 from ..export.diffusers import FILE
 from ..export.peft_files import factors
@@ -286,8 +287,7 @@ def _whole(alpha: float) -> int | float:
 
 def _refuse(path: Path, problems: Sequence[str | Text]) -> None:
     if problems:
-        more = [f"and {len(problems) - _MOST} more"] if len(problems) > _MOST else []
         lines = Text.join(
-            "\n  - ", [f"{path} cannot be imported whole, so nothing is:", *problems[:_MOST], *more]
+            "\n  - ", [f"{path} cannot be imported whole, so nothing is:", *some(problems, _MOST)]
         )
         raise ExportError(lines)
