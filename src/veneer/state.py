@@ -42,6 +42,7 @@ from veneer.errors import (
     VeneerWarning,
 )
 from veneer.inject import Injection, bias_parameters, differs_from_base, embedding_weights, merged_over
+from veneer.inject.replication import is_replicated
 from veneer.layers import LoraLayer, sharded
 from veneer.layers.modules_to_save import ModulesToSaveWrapper
 from veneer.layers.parts import RESIDUAL
@@ -575,20 +576,10 @@ def base_fingerprint(
         name: size for name, size in found.items() if isinstance(size, int) and not isinstance(size, bool)
     }
     size = sizes.pop("vocab_size", None)
-    if _repeats_layers(model):
+    if is_replicated(model):
         sizes.pop("num_hidden_layers", None)
     beside = _other_weights(model, {_clean(path) for path in targets}, others)
     return fingerprint(type(model).__name__, size, weights, storages, others=beside, sizes=sizes)
-
-
-def _repeats_layers(model: nn.Module) -> bool:
-    """Whether a layer stands in several places, as ``layer_replication`` lets it."""
-    seen: dict[int, str] = {}
-    return any(
-        seen.setdefault(id(p), name) != name and _BLOCK.search(name) is not None
-        for name, p in model.named_parameters(remove_duplicate=False)
-        if "lora_" not in name
-    )
 
 
 def _other_weights(

@@ -120,6 +120,11 @@ def keep(model: nn.Module, change: Replication) -> None:
     model.__dict__[_KEPT] = change
 
 
+def is_replicated(model: nn.Module) -> bool:
+    """Whether the layers of a model are repeated for an adapter now."""
+    return _KEPT in model.__dict__
+
+
 def restore(model: nn.Module, *, merged: bool) -> None:
     """Give a model its layers back; one that was merged keeps them, with weights of their own."""
     change = model.__dict__.pop(_KEPT, None)
