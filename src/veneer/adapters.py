@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from veneer.errors import AdapterNameError
+from veneer.errors import AdapterNameError, show
 
 
 def check_adapter_name(name: str) -> None:
@@ -41,7 +41,7 @@ def check_adapter_name(name: str) -> None:
     ):
         reason = "torch's module containers have an attribute of that name"
     if reason:
-        raise AdapterNameError(f"{name!r} cannot be the name of an adapter: {reason}")
+        raise AdapterNameError(f"{show(name)} cannot be the name of an adapter: {reason}")
 
 
 def as_names(names: str | Sequence[str]) -> list[str]:
@@ -383,7 +383,7 @@ class AdapterSet:
         if unknown:
             have = ", ".join(repr(n) for n in present) or "none"
             raise AdapterNameError(
-                f"no adapter named {', '.join(repr(n) for n in unknown)}; this model has: {have}. "
+                f"no adapter named {', '.join(map(show, unknown))}; this model has: {have}. "
                 "Add one with add_adapter(name, config) or load_adapter(path, name)."
             )
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from veneer import variants
 from veneer.adapters import as_names
-from veneer.errors import CombineError
+from veneer.errors import CombineError, show
 from veneer.inits import InitResult
 from veneer.layers import LoraLayer
 from veneer.ops import low_rank, pruning
@@ -185,7 +185,7 @@ def _problems(
     for name in as_names(adapters):
         held = {path: layer for path, layer in layers.items() if name in layer.held_adapters}
         if not held:
-            found.append(f"no adapter named {name!r}")
+            found.append(f"no adapter named {show(name)}")
         kinds = {layer.specs[name].variant for layer in held.values()}
         for kind in kinds:
             if not variants.get(kind).additive:

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from veneer.errors import UnknownOptionError
+from veneer.errors import UnknownOptionError, show
 
 #: Keywords that say how to fetch from the hub, or that libraries pass along; a local path needs none of them.
 HUB_OPTIONS = frozenset(
@@ -91,8 +91,8 @@ def refuse_unknown(
     for name in given:
         if name in accepted:
             continue
-        likely = difflib.get_close_matches(name, known, n=1)
-        problems.append(repr(name) + (f" (did you mean {likely[0]!r}?)" if likely else ""))
+        likely = difflib.get_close_matches(name[:80], known, n=1)
+        problems.append(show(name) + (f" (did you mean {likely[0]!r}?)" if likely else ""))
     if problems:
         raise UnknownOptionError(f"{call} has no option {', '.join(problems)}")
 

@@ -98,6 +98,20 @@ class Text:
         raise TypeError("a Text in an f-string loses its hints: make it a part of another Text")
 
 
+def show(value: object) -> str:
+    """A value for a message, short whatever it is."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer of thousands of digits has no repr
+        text = f"a {type(value).__name__}"
+    return short(text, 80)
+
+
+def short(text: str, most: int = 300) -> str:
+    """Somebody else's text for a message, cut where it is long."""
+    return text if len(text) <= most else text[: most - 3] + "..."
+
+
 def _in_clause(hint: Hint, written: str | None) -> str:
     if hint.clause is None:
         return str(hint) if written is None else written

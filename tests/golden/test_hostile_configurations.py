@@ -13,9 +13,11 @@ import hypothesis
 import pytest
 import torch
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from torch import nn
 
-from veneer import LoraConfig, PeftModel, get_peft_model
+from veneer import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from veneer.checkpoint import SAFETENSORS_NAME
 from veneer.errors import ConfigError, VeneerError, VeneerWarning
 
 NESTED = "([a-z0-9._]+)+!"  # Python's own matcher needs years for it
@@ -64,6 +66,8 @@ def net() -> Net:
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("adapter")
     get_peft_model(net(), LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(path)
+    # As other libraries write it: without a second copy of the configuration beside the tensors.
+    save_file(load_file(path / SAFETENSORS_NAME), path / SAFETENSORS_NAME)
     return path
 
 
@@ -286,3 +290,55 @@ def test_whatever_a_file_holds(tmp_path: Path, content: Any) -> None:
 @hypothesis.settings(suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
 def test_whatever_a_good_adapter_is_given(load: Callable[[Any], Any], content: dict[str, Any]) -> None:
     attempt(lambda: load(content))
+
+
+# --- long texts ---
+
+LONG_TEXT = "y" * 10_000
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"variant": LONG_TEXT},
+        {"peft_version": f"9.9.9{LONG_TEXT}"},
+        {"peft_type": LONG_TEXT},
+        {"init_lora_weights": LONG_TEXT},
+        {LONG_TEXT: 1},
+        {"target_modules": LONG_TEXT},
+        {"modules_to_save": [LONG_TEXT]},
+        {"trainable_token_indices": {LONG_TEXT: [1]}},
+        {"alora_invocation_tokens": [1] * 10_000},
+    ],
+)
+def test_no_message_quotes_a_long_text_of_a_file(load: Callable[[Any], Any], options: dict[str, Any]) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        message = ""
+        try:
+            load(options)
+        except VeneerError as error:
+            message = str(error)
+    assert all(LONG_TEXT[:300] not in text for text in (message, *(str(w.message) for w in caught)))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: LoraConfig(**{LONG_TEXT: 1}),
+        lambda: get_peft_model(net(), LoraConfig(target_modules=["q_proj"]), LONG_TEXT),
+        lambda: get_peft_model(net(), LoraConfig(target_modules=["q_proj"])).set_adapter(LONG_TEXT),
+        lambda: get_peft_model(net(), LoraConfig(target_modules=["q_proj"])).delete_adapter(LONG_TEXT),
+        lambda: PeftModel.from_pretrained(net(), LONG_TEXT),
+        lambda: PeftModel.from_pretrained(net(), ".", **{LONG_TEXT: 1}),
+        lambda: PeftModel.from_pretrained(net(), f"./{LONG_TEXT}"),
+        lambda: PeftConfig.from_pretrained(f"./{LONG_TEXT}"),
+        lambda: LoraConfig.from_file(f"./{LONG_TEXT}"),
+        lambda: LoraConfig.from_file("a\0b"),
+    ],
+    ids="option new-adapter adapter deleted repository keyword path configuration file null-byte".split(),
+)
+def test_no_message_quotes_a_long_text_of_a_caller(call: Callable[[], Any]) -> None:
+    with pytest.raises(VeneerError) as caught:
+        call()
+    assert LONG_TEXT[:300] not in str(caught.value)

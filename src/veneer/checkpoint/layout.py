@@ -25,7 +25,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from ..config import LoraConfig, parse_config, read_config_bytes
 from ..config.values import show
-from ..errors import AdapterFileError, VeneerWarning
+from ..errors import AdapterFileError, VeneerWarning, short
 from ..wording import listed
 from .header import read_metadata
 
@@ -209,13 +209,13 @@ def check_directory(directory: str | Path) -> Path:
         AdapterFileError: it does not exist, or is a file (the message names the directory to pass).
     """
     root = Path(directory)
-    if root.is_dir():
+    if os.path.isdir(root):  # False too for a name that no file can have, where Path.is_dir raises
         return root
-    if root.exists():
+    if os.path.exists(root):
         raise AdapterFileError(f"{root} is a file; pass the directory that holds it: {str(root.parent)!r}")
-    near = _adapters_in(root.parent) if root.parent.is_dir() else ""
+    near = _adapters_in(root.parent) if os.path.isdir(root.parent) else ""
     more = f"; adapters there: {near}" if near else ""
-    raise AdapterFileError(f"there is no directory {str(root)!r}{more}")
+    raise AdapterFileError(f"there is no directory {short(str(root))!r}{more}")
 
 
 def left_over(root: Path) -> list[Path]:

@@ -20,7 +20,7 @@ from veneer.config.kinds import PeftType, TaskType
 from veneer.config.spelling import names_unknown_options, unknown_options
 from veneer.config.values import looks_like_regex
 from veneer.doors import adapter_files, hub, is_local
-from veneer.errors import AdapterFileError, ConfigError, Hint, Text, UnknownOptionError, VeneerWarning
+from veneer.errors import AdapterFileError, ConfigError, Hint, Text, UnknownOptionError, VeneerWarning, short
 from veneer.wording import some
 
 KNOWN_PEFT_VERSION = (0, 21, 2)
@@ -377,8 +377,8 @@ def _mention_newer_version(version: object) -> None:
     if match and tuple(int(part or 0) for part in match.groups()) > KNOWN_PEFT_VERSION:
         latest = ".".join(map(str, KNOWN_PEFT_VERSION))
         warnings.warn(
-            f"the adapter was written by peft {version}, newer than the {latest} that Veneer knows; "
-            "options that it does not know and that are switched on are refused",
+            f"the adapter was written by peft {short(str(version), 40)}, newer than the {latest} that Veneer "
+            "knows; options that it does not know and that are switched on are refused",
             VeneerWarning,
             stacklevel=3,
         )

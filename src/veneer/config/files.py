@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from veneer.config import values as check
-from veneer.errors import AdapterFileError, ConfigError
+from veneer.errors import AdapterFileError, ConfigError, short
 
 CONFIG_FILE = "adapter_config.json"
 LARGEST_FILE = 16 * 2**20
@@ -26,8 +26,9 @@ def read_config_bytes(path: str | os.PathLike[str]) -> bytes:
     try:
         with open(path, "rb") as file:
             raw = file.read(LARGEST_FILE + 1)
-    except OSError as error:
-        raise AdapterFileError(f"cannot read {name}: {error.strerror or error}") from error
+    except (OSError, ValueError) as error:  # ValueError: a name with a null byte
+        reason = getattr(error, "strerror", None) or error
+        raise AdapterFileError(f"cannot read {short(name)}: {reason}") from error
     if len(raw) > LARGEST_FILE:
         raise AdapterFileError(
             f"{name} is larger than {LARGEST_FILE >> 20} MiB: not an adapter configuration"

@@ -8,6 +8,7 @@ from typing import Any
 from veneer.config.base import NEEDS_INIT, init_name
 from veneer.config.lora import LoraConfig
 from veneer.config.parts import LoftQConfig, part
+from veneer.errors import show
 
 
 def init_options(config: LoraConfig) -> Any:
@@ -62,10 +63,10 @@ def unsupported_options(
     asked = variants_of(config)
     if config.variant in ("plain", *_VARIANT_OPTIONS):
         way_out = _VARIANT_OPTIONS.get(config.variant, "no option at all")
-        return [f"variant={config.variant!r} is asked for by {way_out}; variant names those of plug-ins"]
+        return [f"variant={show(config.variant)} is asked for by {way_out}; variant names those of plug-ins"]
     if config.variant and config.variant not in variants:
         return [
-            f"variant={config.variant!r} belongs to a plug-in that is not here: install its package, or "
+            f"variant={show(config.variant)} belongs to a plug-in that is not here: install its package, or "
             "import the module that defines it"
         ]
     found = [

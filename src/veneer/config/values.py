@@ -9,6 +9,7 @@ from typing import Any
 
 from veneer.config.expressions import parsed
 from veneer.errors import Hint, Text
+from veneer.errors import show as show
 
 LARGEST_NUMBER = (2 - 2**-23) * 2.0**127  # of float32, in which strengths are computed
 SMALLEST_NUMBER = 2.0**-126
@@ -18,15 +19,6 @@ EXPRESSIONS = 1_000  # in one configuration, and their characters together: read
 CHARACTERS = 100_000
 _SPECIAL = frozenset(r"\^$*+?{}[]()|")
 COLLECTIONS = (list, tuple, set, frozenset, Mapping)
-
-
-def show(value: object) -> str:
-    """A value for a message, short whatever it is."""
-    try:
-        text = repr(value)
-    except (ValueError, RecursionError):  # an integer of thousands of digits has no repr
-        text = f"a {type(value).__name__}"
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def is_number(value: object) -> bool:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from veneer.config import PeftConfig, TaskType
 from veneer.doors import adapter_directory
-from veneer.errors import AdapterFileError, ConfigError, MissingExtraError, VeneerWarning
+from veneer.errors import AdapterFileError, ConfigError, MissingExtraError, VeneerWarning, show
 from veneer.model import (
     PeftModel,
     PeftModelForCausalLM,
@@ -135,13 +135,13 @@ def _mapped_class(mapping: dict[str, Any], allowed: Sequence[str] | None) -> Any
     known = ("transformers",) if allowed is None else tuple(allowed)
     if not any(library == place or library.startswith(f"{place}.") for place in known):
         raise ConfigError(
-            f"auto_mapping names the library {library!r}, and only {', '.join(known) or 'none'} may be "
-            f"imported; if you trust it, pass import_allowlist=[{library.partition('.')[0]!r}]"
+            f"auto_mapping names the library {show(library)}, and only {', '.join(known) or 'none'} may be "
+            f"imported; if you trust it, pass import_allowlist=[{show(library.partition('.')[0])}]"
         )
     own = library.partition(".")[0] == "transformers"
     found = getattr(_transformers() if own else importlib.import_module(library), name, None)
     if found is None or not hasattr(found, "from_pretrained"):
-        raise ConfigError(f"auto_mapping names {name!r}, which {library} does not have")
+        raise ConfigError(f"auto_mapping names {show(name)}, which {library} does not have")
     return found
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.layout import BIN_NAME, CONFIG_NAME, SAFETENSORS_NAME, find_config
-from ..errors import AdapterFileError, MissingExtraError
+from ..errors import AdapterFileError, MissingExtraError, short, show
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -73,7 +73,8 @@ def download_file(
         return path
     except HFValidationError as error:
         raise AdapterFileError(
-            f'{repo_id!r} is neither a directory here nor the id of a repository ("owner/name"): {error}'
+            f'{show(repo_id)} is neither a directory here nor the id of a repository ("owner/name"): '
+            f"{short(str(error))}"
         ) from error
     except (OSError, ValueError) as error:
         where = _Place(repo_id, "/".join(filter(None, [subfolder, filename])), revision)
@@ -232,9 +233,9 @@ class _Place:
     """What was asked for, in words."""
 
     def __init__(self, repo_id: str, path: str | None, revision: str | None) -> None:
-        self.repo_id = repo_id
+        self.repo_id = short(repo_id)
         self.path = path
-        self.revision = revision
+        self.revision = revision and short(revision)
 
     def __str__(self) -> str:
         at = f" at revision {self.revision!r}" if self.revision else ""

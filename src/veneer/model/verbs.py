@@ -22,6 +22,7 @@ from veneer.errors import (
     RoutingError,
     TargetError,
     VeneerWarning,
+    show,
 )
 from veneer.inject import Injection, bias_parameters, prepare
 from veneer.layers import LoraLayer
@@ -246,7 +247,7 @@ class AdapterVerbs(nn.Module):
             problems.append("it is empty: one name for each row of the batch is needed")
         if unknown := [name for name in used if name not in self.peft_config]:
             have = ", ".join(map(repr, [*self.peft_config, BASE]))
-            problems.append(f"no adapter named {', '.join(map(repr, unknown))}; there are: {have}")
+            problems.append(f"no adapter named {', '.join(map(show, unknown))}; there are: {have}")
         modules = self.index.modules()
         if merged := sorted({n for module in modules for n in module.merged_adapters}):
             problems.append(
