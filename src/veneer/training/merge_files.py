@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import struct
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from ..config import LoraConfig
 from ..doors import is_local
 from ..errors import AdapterFileError, BaseMismatchError, Hint, MergeError, Text, TrainingError
 from ..model import MergeReport
-from ..ops.merging import is_finite, merge_into_, shared_buffers
+from ..ops.merging import merge_into_, shared_buffers
 from ..spec import LoraSpec, variant_name
 from ..state import FINGERPRINT
 from ..wording import some
@@ -109,7 +109,6 @@ def merge_files(
     total = sum(size for _, size in layouts.values())
     _check_base(base, file, updates, where)
     companions = _companions(base, Path(adapter))
-    _check_finite(file, updates.values())
     check_room(place, total)
     kept: dict[str, float] = {}
     written = 0
@@ -182,20 +181,6 @@ def _merged(
         return weight, merge_into_(weight, terms, transpose=update.transpose)
     except MergeError as error:
         raise MergeError(f"{update.path}: {error}") from error
-
-
-def _check_finite(file: AdapterFile, updates: Iterable[_Update]) -> None:
-    """Refuse an adapter that holds NaN or infinity."""
-    wrong = [
-        update.path
-        for update in updates
-        if not all(map(is_finite, file.tensors([update.a, update.b]).values()))
-    ]
-    if wrong:
-        raise MergeError(
-            f"{file.path.parent} holds values that are NaN or infinite (a diverged training run?) in "
-            f"{len(wrong)} of its modules: {', '.join(wrong[:3])}. Nothing has been written"
-        )
 
 
 def _shards(base: Path) -> list[str]:
@@ -277,7 +262,7 @@ def _check_base(
     """Refuse a base of the right shapes that is another model; the adapter carries samples of its own."""
     try:
         saved = json.loads(file.metadata[FINGERPRINT])
-        sampled = set(saved["samples"])
+        sampled, others = set(saved["samples"]), list(saved.get("others", {}))
     except (LookupError, ValueError, TypeError):  # an adapter of another library has none
         return
     weights = {}
@@ -285,8 +270,14 @@ def _check_base(
         if update.path in sampled:
             with safe_open(base / where[name], framework="pt") as source:
                 weights[update.path] = source.get_tensor(name)
-    compared = compare_fingerprints(saved, fingerprint(None, saved.get("vocab_size"), weights))
-    if weights and compared.severity == "wrong":
+    beside = {}
+    for path in others:
+        if (name := _stored_name(path, where)) is not None:
+            with safe_open(base / where[name], framework="pt") as source:
+                beside[path] = source.get_tensor(name)
+    present = fingerprint(None, saved.get("vocab_size"), weights, others=beside)
+    compared = compare_fingerprints(saved, present)
+    if (weights or beside) and compared.severity == "wrong":
         raise BaseMismatchError(
             f"{file.path.parent} was made on another base model than {base}: {'; '.join(compared.problems)}"
         )
