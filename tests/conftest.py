@@ -30,11 +30,19 @@ import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+from tests import refusals  # noqa: E402
+
 torch.set_num_threads(1)
 
 # Deadlines measure the machine; a derandomised run is one that can be repeated.
 hypothesis.settings.register_profile("veneer", deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.load_profile("veneer")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Watch which refusals are raised; workers inherit that from the process that starts them."""
+    if not hasattr(config, "workerinput"):
+        config.pluginmanager.register(refusals.Law(config))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
