@@ -272,9 +272,9 @@ def _check_base(
                 weights[update.path] = source.get_tensor(name)
     beside = {}
     for path in others:
-        if (name := _stored_name(path, where)) is not None:
-            with safe_open(base / where[name], framework="pt") as source:
-                beside[path] = source.get_tensor(name)
+        if (stored := _stored_name(path, where)) is not None:
+            with safe_open(base / where[stored], framework="pt") as source:
+                beside[path] = source.get_tensor(stored)
     present = fingerprint(None, saved.get("vocab_size"), weights, others=beside)
     compared = compare_fingerprints(saved, present)
     if (weights or beside) and compared.severity == "wrong":
