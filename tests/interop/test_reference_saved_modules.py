@@ -149,6 +149,7 @@ def earlier(place: Path, base: nn.Module) -> dict[str, torch.Tensor]:
     )
     file = place / CONFIG_NAME
     file.write_text(json.dumps({**json.loads(file.read_text()), "modules_to_save": ["norm"]}))
+    save_file(stored(place), place / SAFETENSORS_NAME)  # without the record of what was saved
     return stored(place)
 
 

@@ -113,7 +113,7 @@ class Made:
 
     def layer(self, *, trained: bool = True, **more: Any) -> LoraLayer:
         """The adapted layer, in evaluation; with factors as training might leave them."""
-        layer = wrap(self.base().eval(), self.config(**more))
+        layer: LoraLayer = wrap(self.base(), self.config(**more)).eval()
         if trained:
             train(layer, "default")
         return layer

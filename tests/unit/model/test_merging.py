@@ -89,7 +89,7 @@ def test_merging_another_leaves_what_is_merged_as_it_was_merged(what: str, undo:
     assert_close(logits(model), expected)
     model.unmerge_adapter()
     assert all(torch.equal(layer.base_layer.weight, before[path]) for path, layer in layers.items())
-    assert not torch.allclose(logits(model), expected, atol=1e-2)  # unmerged, the change counts
+    assert (logits(model) - expected).abs().max() > 0.01  # unmerged, the change counts
 
 
 @pytest.mark.parametrize("what", ["strength", "factors"])
