@@ -128,13 +128,6 @@ class Life(RuleBasedStateMachine):
     def free(self, data: st.DataObject) -> str:
         return data.draw(st.sampled_from([n for n in NAMES if n not in self.shadows]))
 
-    def forget_merged(self, names: list[str]) -> None:
-        """Take adapters out of what is merged: the rest is merged anew where they were, as it is now."""
-        touched = {p for n in names if n in self.merged for p in self.shadows[n].factors}
-        self.merged = [n for n in self.merged if n not in names]
-        for shadow in (self.shadows[n] for n in self.merged):
-            shadow.frozen = {p: shadow.factors[p] if p in touched else v for p, v in shadow.frozen.items()}
-
     def expected(self) -> Tensor:
         dense = fresh()
         counted = [] if self.disabled else list(dict.fromkeys([*self.active, *self.merged]))
@@ -190,7 +183,7 @@ class Life(RuleBasedStateMachine):
             warnings.filterwarnings("ignore", "unmerging")
             self.model.set_adapter(names[0] if single else names)
         self.active = names
-        self.forget_merged([n for n in self.merged if n not in names])
+        self.merged = [n for n in self.merged if n in names]
 
     @precondition(lambda self: self.loaded)
     @rule(disabled=st.booleans())
@@ -206,16 +199,11 @@ class Life(RuleBasedStateMachine):
     def merge(self, data: st.DataObject, all_active: bool) -> None:
         names = list(self.active) if all_active else self.some(data)
         self.model.merge_adapter(None if all_active else names)
-        # Merging computes the whole sum anew, so the adapters merged before count as they are now.
+        # What is merged already stays as it was merged, whatever became of its factors.
         new = [n for n in names if n not in self.merged]
-        if new:
-            touched = {p for n in new for p in self.shadows[n].factors}
-            for name in [*self.merged, *new]:
-                shadow = self.shadows[name]
-                shadow.frozen = {
-                    p: pair if p in touched else shadow.frozen[p] for p, pair in shadow.factors.items()
-                }
-            self.merged += new
+        for shadow in (self.shadows[n] for n in new):
+            shadow.frozen = dict(shadow.factors)
+        self.merged += new
 
     @precondition(lambda self: self.loaded)
     @rule()
@@ -230,7 +218,7 @@ class Life(RuleBasedStateMachine):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*was the active one.*")
             self.model.delete_adapter(name)
-        self.forget_merged([name])
+        self.merged = [n for n in self.merged if n != name]
         del self.shadows[name]
         self.active = [n for n in self.active if n != name]
 
