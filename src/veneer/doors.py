@@ -37,7 +37,7 @@ def hub() -> ModuleType:
 
 def adapter_files() -> ModuleType:
     """What tells which files of a directory are an adapter; a configuration belongs to tensors."""
-    return importlib.import_module("veneer.checkpoint.layout")
+    return importlib.import_module("veneer.files.layout")
 
 
 def public_names(package: str) -> Callable[[str], Any]:

@@ -19,17 +19,6 @@ from torch import Tensor, nn
 from veneer import backends
 from veneer.adapters import AdapterSet, base_names, walk
 from veneer.backends import stored_elsewhere
-from veneer.checkpoint import (
-    LoadReport,
-    check_values,
-    compare_fingerprints,
-    fingerprint,
-    joined,
-    layers_of,
-    match,
-    parted,
-    to_disk,
-)
 from veneer.config import LoraConfig
 from veneer.errors import (
     AdapterNameError,
@@ -41,6 +30,11 @@ from veneer.errors import (
     MergeError,
     VeneerWarning,
 )
+from veneer.files.fingerprint import compare_fingerprints, fingerprint
+from veneer.files.keys import to_disk
+from veneer.files.match import LoadReport, match
+from veneer.files.residual import joined, layers_of, parted
+from veneer.files.values import check_values
 from veneer.inject import Injection, bias_parameters, differs_from_base, embedding_weights, merged_over
 from veneer.inject.replication import is_replicated
 from veneer.layers import LoraLayer, sharded
@@ -136,7 +130,7 @@ def adapter_state_dict(
 ) -> dict[str, Tensor]:
     """The tensors of an adapter as they are on disk; only they are ever collected.
 
-    A frozen term is part of factors of twice the rank: see `veneer.checkpoint.residual`.
+    A frozen term is part of factors of twice the rank: see `veneer.files.residual`.
 
     Args:
         model: A PeftModel, or any module with adapters in it.

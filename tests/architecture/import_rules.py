@@ -2,7 +2,7 @@
 
     errors -> wording -> registry · doors · atomic -> config -> spec
            -> ops · targets · adapters · inits · variants · backends
-           -> routing -> layers -> inject · checkpoint · arithmetic -> state -> model -> calibration
+           -> routing -> layers -> inject · files · arithmetic -> state -> model -> calibration
            -> integrations -> training -> as_peft -> cli
 
 1. A unit (a module or folder right under the package) imports only from the left; units of one rank do not
@@ -32,7 +32,7 @@ RANKS: tuple[tuple[str, ...], ...] = (
     ("ops", "targets", "adapters", "inits", "variants", "backends"),
     ("routing",),
     ("layers",),
-    ("inject", "checkpoint", "arithmetic", "checks", "optimizers"),
+    ("inject", "files", "arithmetic", "checks", "optimizers"),
     ("state",),
     ("model",),
     ("calibration",),

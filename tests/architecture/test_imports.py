@@ -33,7 +33,7 @@ def test_the_module_beside_the_package_is_stdlib_only_at_import() -> None:
 
 
 def tree(root: Path, **files: str) -> Path:
-    for name in ("config", "spec", "targets", "model", "inject", "checkpoint"):
+    for name in ("config", "spec", "targets", "model", "inject", "files"):
         (root / f"{name}.py").write_text("")
     for folder in ("ops", "layers", "inits", "variants", "backends", "integrations", "cli", "training"):
         (root / folder).mkdir()
@@ -71,7 +71,7 @@ BREACHES = [
     ("inits__pissa", "from ..variants import dora", "beside"),
     ("ops__merging", "from ..backends import dense", "beside"),
     ("layers__linear", "from ...veneer.layers import base\nfrom ..inject import inject", "to the right of"),
-    ("inject", "from .checkpoint import open_adapter", "beside"),
+    ("inject", "from .files.read import open_adapter", "beside"),
     ("model", "from .integrations.hub import fetch", "to the right of"),
     ("model", "def f():\n    from .integrations import hub", "inside f()"),
     ("model", "class M:\n    def g(self):\n        import torch", "inside g()"),

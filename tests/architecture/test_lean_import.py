@@ -82,7 +82,7 @@ def test_commands_that_compute_nothing_do_without_torch(arguments: list[str], tm
     assert done.stdout.splitlines()[-1] == "0 []"
 
 
-@pytest.mark.parametrize("package", ["veneer.checkpoint", "veneer.training", "veneer.training.data"])
+@pytest.mark.parametrize("package", ["veneer.training", "veneer.training.data"])
 def test_names_that_come_late_are_no_modules_of_their_package(package: str) -> None:
     # Importing such a module would put it in the place of the public name.
     found = importlib.import_module(package)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from veneer.checkpoint.places import check_replaceable
+from veneer.files.overwrite import check_replaceable
 
 ROOT = Path(__file__).parents[2]
 

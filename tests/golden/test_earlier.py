@@ -13,7 +13,7 @@ from tests.golden.earlier import DATA, EARLIER
 from tests.golden.models import output
 from tests.tolerances import assert_close
 from veneer import PeftModel
-from veneer.checkpoint import SAFETENSORS_NAME
+from veneer.files.layout import SAFETENSORS_NAME
 
 
 @pytest.fixture(params=sorted(EARLIER))

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from tests.golden.models import CASES, output
 from tests.tolerances import assert_close
 from veneer import PeftModel
-from veneer.checkpoint import SAFETENSORS_NAME, read_config
 from veneer.errors import VeneerWarning
+from veneer.files.layout import SAFETENSORS_NAME, read_config
 
 DATA = Path(__file__).parent / "data"
 

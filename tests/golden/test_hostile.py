@@ -14,8 +14,10 @@ from typing import Any
 import pytest
 import torch
 
-from veneer.checkpoint import BIN_NAME, SAFETENSORS_NAME, open_adapter, write_adapter
 from veneer.errors import AdapterFileError
+from veneer.files.layout import BIN_NAME, SAFETENSORS_NAME
+from veneer.files.read import open_adapter
+from veneer.files.write import write_adapter
 
 TENSORS = {f"m.{i}.lora_{x}.weight": torch.full((4, 4), float(i)) for i in range(3) for x in "AB"}
 

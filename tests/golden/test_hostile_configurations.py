@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from veneer import LoraConfig, PeftConfig, PeftModel, get_peft_model
-from veneer.checkpoint import SAFETENSORS_NAME
 from veneer.errors import ConfigError, VeneerError, VeneerWarning
+from veneer.files.layout import SAFETENSORS_NAME
 
 NESTED = "([a-z0-9._]+)+!"  # Python's own matcher needs years for it
 LONG = "(a|b)*" * 170_000

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from veneer import LoraConfig, PeftModel, VeneerWarning, get_peft_model
-from veneer.checkpoint import CONFIG_NAME
+from veneer.files.layout import CONFIG_NAME
 
 
 class Killed(BaseException):

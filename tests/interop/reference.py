@@ -23,7 +23,7 @@ with warnings.catch_warnings():
     import peft
 
 import veneer
-from veneer.checkpoint import SAFETENSORS_NAME
+from veneer.files.layout import SAFETENSORS_NAME
 
 __all__ = ["both", "expect_same_model", "from_reference", "output", "peft", "quiet", "randomise", "stored"]
 

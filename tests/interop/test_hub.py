@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 
 from tests.interop.hub_server import TOKEN, Hub, Repository, serve
 from tests.processes import run_python
-from veneer.checkpoint import write_adapter
 from veneer.errors import AdapterFileError
+from veneer.files.write import write_adapter
 from veneer.integrations.hub import push_to_hub
 
 TINY = """

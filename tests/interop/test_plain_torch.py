@@ -20,8 +20,8 @@ from veneer import (
     inject_adapter_in_model,
     set_peft_model_state_dict,
 )
-from veneer.checkpoint import SAFETENSORS_NAME
 from veneer.errors import LoadMismatchError, VeneerWarning
+from veneer.files.layout import SAFETENSORS_NAME
 from veneer.layers import LoraLayer
 
 OPTIONS = {

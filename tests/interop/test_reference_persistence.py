@@ -33,8 +33,8 @@ from tests.interop.reference_models import TINY, llama_config, one_text
 from tests.interop.test_reference_files import KINDS, OPTIONS, config
 from tests.tolerances import assert_close
 from veneer import PeftModel
-from veneer.checkpoint import BIN_NAME, CONFIG_NAME, SAFETENSORS_NAME
 from veneer.errors import ConfigError, VeneerWarning
+from veneer.files.layout import BIN_NAME, CONFIG_NAME, SAFETENSORS_NAME
 
 
 def filled(kind: str = "linear", **options: Any) -> tuple[PeftModel, Any, Any, nn.Module]:

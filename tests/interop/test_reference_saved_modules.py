@@ -27,8 +27,8 @@ from tests.interop.reference import (
 )
 from tests.interop.reference_models import llama_config, one_text
 from tests.tolerances import assert_close
-from veneer.checkpoint import CONFIG_NAME, SAFETENSORS_NAME
 from veneer.errors import LoadMismatchError, VeneerWarning
+from veneer.files.layout import CONFIG_NAME, SAFETENSORS_NAME
 
 
 def llama() -> nn.Module:

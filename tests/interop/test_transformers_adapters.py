@@ -339,7 +339,7 @@ def test_tensors_and_configuration_are_of_one_save(nopeft_python: Path, tmp_path
 import os, warnings
 import peft
 from veneer import VeneerWarning
-from veneer.checkpoint import CONFIG_NAME
+from veneer.files.layout import CONFIG_NAME
 
 def save(strength):
     model = get_peft_model(llama(), LoraConfig(r=3, lora_alpha=strength, target_modules=["q_proj"]))

@@ -19,16 +19,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from veneer import CheckpointError, LoraConfig, PeftConfig, PeftModel, VeneerWarning, get_peft_model
-from veneer.checkpoint import (
-    BIN_NAME,
-    CONFIG_NAME,
-    SAFETENSORS_NAME,
-    find_adapters,
-    open_adapter,
-    read_config,
-    write_adapter,
-)
-from veneer.checkpoint.lora_files import open_lora
+from veneer.files.layout import BIN_NAME, CONFIG_NAME, SAFETENSORS_NAME, read_config
+from veneer.files.listing import find_adapters
+from veneer.files.lora import open_lora
+from veneer.files.read import open_adapter
+from veneer.files.write import write_adapter
 from veneer.integrations.export.source import read_source
 from veneer.model.hotswap import hotswap_adapter
 from veneer.training.adapters import describe, read_head

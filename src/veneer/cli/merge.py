@@ -59,7 +59,7 @@ def merge(
     whole: which share of it they kept is said for each kind of module.
     """
     check_dtype(dtype)
-    from ..checkpoint.places import check_replaceable
+    from ..files.overwrite import check_replaceable
     from ..training import Terminal
     from ..training.adapters import check_not_a_source
     from ..training.models import directory_bytes

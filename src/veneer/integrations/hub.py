@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.layout import BIN_NAME, CONFIG_NAME, SAFETENSORS_NAME, find_config
 from ..errors import AdapterFileError, MissingExtraError, short, show
+from ..files.layout import BIN_NAME, CONFIG_NAME, SAFETENSORS_NAME, find_config
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from veneer.adapters import base_of, walk
-from veneer.checkpoint import check_values, open_adapter, to_disk
 from veneer.config import LoraConfig, PeftConfig
 from veneer.doors import adapter_directory
 from veneer.errors import AdapterNameError, ConfigError, LoadMismatchError, MergeError, Text, VeneerWarning
+from veneer.files.keys import to_disk
+from veneer.files.read import open_adapter
+from veneer.files.values import check_values
 from veneer.layers import LoraLayer
 from veneer.spec import LoraSpec, resolve_all, restate
 from veneer.wording import some

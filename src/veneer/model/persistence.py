@@ -18,18 +18,6 @@ from torch import Tensor, nn
 
 from veneer import inits, state
 from veneer.adapters import as_names, check_adapter_name, walk
-from veneer.checkpoint import (
-    RESIDUAL_MARK,
-    AdapterFile,
-    LoadReport,
-    mark,
-    marked_config,
-    model_card,
-    open_adapter,
-    plain_config,
-    write_adapter,
-    write_card,
-)
 from veneer.config import LoraConfig, PeftConfig, TaskType
 from veneer.doors import HUB_OPTIONS, adapter_directory, hub, refuse_unknown
 from veneer.errors import (
@@ -41,6 +29,11 @@ from veneer.errors import (
     MergeError,
     VeneerWarning,
 )
+from veneer.files.card import model_card
+from veneer.files.match import LoadReport
+from veneer.files.read import AdapterFile, open_adapter
+from veneer.files.residual import RESIDUAL_MARK, mark, marked_config, plain_config
+from veneer.files.write import write_adapter, write_card
 from veneer.inject import stacked
 from veneer.layers import sharded
 from veneer.model.lora_model import LoraModel

@@ -11,9 +11,6 @@ from torch import Tensor, nn
 
 from veneer import state
 from veneer.adapters import base_names, base_of, walk
-from veneer.checkpoint import (
-    open_adapter,
-)
 from veneer.doors import adapter_directory
 from veneer.errors import (
     CheckpointError,
@@ -21,6 +18,7 @@ from veneer.errors import (
     MergeError,
     VeneerWarning,
 )
+from veneer.files.read import open_adapter
 from veneer.layers import LoraLayer
 from veneer.model.persistence import check_save_embedding_layers, renamed, renamer
 from veneer.wording import some

@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import CONFIG_NAME, AdapterFile, check_adapter_name, open_adapter
-from ..checkpoint.lora_files import OpenLora, blaming, factor_names, open_lora
-from ..checkpoint.places import check_replaceable, check_room, replacing
+from ..adapters import check_adapter_name
 from ..config import LoraConfig
 from ..doors import adapter_directory, is_local
 from ..errors import AdapterFileError, ConfigError, Hint, VeneerError, VeneerWarning
+from ..files.layout import CONFIG_NAME
+from ..files.lora import OpenLora, blaming, factor_names, open_lora
+from ..files.overwrite import check_replaceable, check_room, replacing
+from ..files.read import AdapterFile, open_adapter
 from ..model import MergeReport, PeftModel
 from ..spec import variant_name
 from .models import NO_CODE, load_base, quiet_transformers

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from .. import LoraConfig, PeftModel, get_peft_model
-from ..checkpoint import SAFETENSORS_NAME
-from ..checkpoint.places import check_replaceable, link_or_copy, replacing
+from ..files.layout import SAFETENSORS_NAME
+from ..files.overwrite import check_replaceable, link_or_copy, replacing
 from .adapters import merge, save_merged
 from .data import Collator, Row, encode, pad_token, prompt_ids
 from .evaluate import answer_loss, exact_match, valid_json

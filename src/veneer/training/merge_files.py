@@ -18,12 +18,14 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ..backends import FileCodes
-from ..checkpoint import AdapterFile, check_values, compare_fingerprints, fingerprint
-from ..checkpoint.lora_files import factor_names, open_lora
-from ..checkpoint.places import check_room, replacing
 from ..config import LoraConfig
 from ..doors import is_local
 from ..errors import AdapterFileError, BaseMismatchError, Hint, MergeError, Text, TrainingError
+from ..files.fingerprint import compare_fingerprints, fingerprint
+from ..files.lora import factor_names, open_lora
+from ..files.overwrite import check_room, replacing
+from ..files.read import AdapterFile
+from ..files.values import check_values
 from ..model import MergeReport
 from ..ops.merging import merge_into_, shared_buffers
 from ..spec import LoraSpec, variant_name

@@ -23,9 +23,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.places import replacing
 from ..doors import is_local
 from ..errors import Hint, MissingExtraError, TrainingError, VeneerError
+from ..files.overwrite import replacing
 from .progress import Progress, Silent
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from ..atomic import atomic_file
-from ..checkpoint import open_adapter
 from ..errors import AdapterFileError, Blank, Hint, Text, TrainingError
+from ..files.read import open_adapter
 from .options import TrainOptions
 
 #: Says which run wrote a directory; written last.

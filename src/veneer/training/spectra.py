@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoint.lora_files import OpenLora, factor_names, open_lora
 from ..errors import AdapterFileError, CombineError
+from ..files.lora import OpenLora, factor_names, open_lora
 from ..ops import low_rank
 from ..wording import some
 

@@ -11,8 +11,8 @@ from torch import nn
 
 from tests.unit.model.net import IDS, Net, adapted
 from veneer import LoraConfig, get_peft_model_state_dict
-from veneer.checkpoint import to_disk
 from veneer.errors import VeneerError
+from veneer.files.keys import to_disk
 from veneer.integrations.as_peft import objects
 
 

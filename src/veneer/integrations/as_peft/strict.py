@@ -16,9 +16,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...adapters import AdapterModule, AdapterSet
-from ...checkpoint import BIN_NAME, SAFETENSORS_NAME, check_values
-from ...checkpoint.layout import ATTEMPTS, watched
 from ...errors import AdapterFileError, LoadMismatchError
+from ...files.layout import ATTEMPTS, BIN_NAME, SAFETENSORS_NAME, watched
+from ...files.values import check_values
 from ...inject import bias_parameters, sites
 from ...model.hotswap import prepare_model_for_compiled_hotswap
 from ...wording import listed

@@ -2,7 +2,7 @@
 
 transformers' `load_adapter` loads an adapter as it loads a checkpoint: it renames the keys of the file by a
 list of rules, then looks each up in the model's state dict. The rules here are the inverse of the one table
-of `veneer.checkpoint`, followed by the model's own renamings (of names that a module had in older versions).
+of `veneer.files`, followed by the model's own renamings (of names that a module had in older versions).
 """
 
 from __future__ import annotations

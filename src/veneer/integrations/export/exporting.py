@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ...checkpoint import CONFIG_NAME
-from ...checkpoint.places import check_replaceable, replacing
 from ...errors import Blank, ConfigError, ExportError, Hint, Text
+from ...files.layout import CONFIG_NAME
+from ...files.overwrite import check_replaceable, replacing
 from ...wording import listed
 from .base import Part, Problem, Target, find, refuse, targets
 from .base_model import BaseModel

@@ -11,10 +11,10 @@ from typing import Any
 
 from torch import Tensor
 
-from ...checkpoint.lora_files import factor_names, open_lora
 from ...config import LoraConfig
 from ...config.expressions import Paths
 from ...errors import AdapterFileError
+from ...files.lora import factor_names, open_lora
 from ...spec import variant_name
 from ...targets import parents, saved_modules
 from ...wording import some

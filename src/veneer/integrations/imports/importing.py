@@ -13,11 +13,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ...checkpoint import CONFIG_NAME, write_adapter
-from ...checkpoint.places import check_replaceable, replacing
-from ...checkpoint.reading import AdapterFile, open_tensors
 from ...config import LoraConfig, PeftConfig
 from ...errors import AdapterFileError, ConfigError, ExportError, Hint, Text
+from ...files.layout import CONFIG_NAME
+from ...files.overwrite import check_replaceable, replacing
+from ...files.read import AdapterFile, open_tensors
+from ...files.write import write_adapter
 from ...spec import LoraSpec, resolve_all
 from ...wording import some
 from ..export.base_model import BaseModel

@@ -23,11 +23,11 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from ..config import LoraConfig, parse_config, read_config_bytes
-from ..config.values import show
-from ..errors import AdapterFileError, VeneerWarning, short
-from ..wording import listed
-from .header import read_metadata
+from veneer.config import LoraConfig, parse_config, read_config_bytes
+from veneer.config.values import show
+from veneer.errors import AdapterFileError, VeneerWarning, short
+from veneer.files.header import read_metadata
+from veneer.wording import listed
 
 CONFIG_NAME = "adapter_config.json"
 SAFETENSORS_NAME = "adapter_model.safetensors"

@@ -13,11 +13,10 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from ..config import LoraConfig, PeftConfig
-from ..errors import AdapterFileError, VeneerError
-from ..wording import listed
-from .header import HeaderMemo, bin_metadata, read_header
-from .layout import (
+from veneer.config import LoraConfig, PeftConfig
+from veneer.errors import AdapterFileError, VeneerError
+from veneer.files.header import HeaderMemo, bin_metadata, read_header
+from veneer.files.layout import (
     BIN_NAME,
     CONFIG_NAME,
     SAFETENSORS_NAME,
@@ -26,6 +25,7 @@ from .layout import (
     locate_tensors,
     together,
 )
+from veneer.wording import listed
 
 Shapes = dict[str, tuple[int, ...]]
 

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ..config import LoraConfig, PeftConfig
-from ..errors import AdapterFileError, ConfigError, VeneerWarning
-from .header import Header, bin_metadata, name_problem, read_header
-from .layout import CONFIG_NAME, belonging_config, check_directory, identity, together
+from veneer.config import LoraConfig, PeftConfig
+from veneer.errors import AdapterFileError, ConfigError, VeneerWarning
+from veneer.files.header import Header, bin_metadata, name_problem, read_header
+from veneer.files.layout import CONFIG_NAME, belonging_config, check_directory, identity, together
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,11 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from ..wording import listed
-from .keys import MAGNITUDE, TOKENS_DELTA
+from veneer.files.keys import MAGNITUDE, TOKENS_DELTA
+from veneer.wording import listed
 
 if TYPE_CHECKING:
-    from .matching import LoadReport, Shape
+    from veneer.files.match import LoadReport, Shape
 
 _VOCABULARY = re.compile(
     r"(^|\.)(embed_tokens|word_embeddings|wte|embed_in|embed_out|embeddings|lm_head|embed\w*|shared)\."

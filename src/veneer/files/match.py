@@ -6,10 +6,10 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from ..errors import Hint, LoadMismatchError
-from ..wording import some
-from .causes import likely_causes
-from .keys import MAGNITUDE, to_disk
+from veneer.errors import Hint, LoadMismatchError
+from veneer.files.causes import likely_causes
+from veneer.files.keys import MAGNITUDE, to_disk
+from veneer.wording import some
 
 Shape = tuple[int, ...]
 

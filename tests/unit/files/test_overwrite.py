@@ -10,7 +10,7 @@ import pytest
 
 from tests.processes import run_python
 from veneer import VeneerError
-from veneer.checkpoint.places import check_replaceable, check_room, replacing
+from veneer.files.overwrite import check_replaceable, check_room, replacing
 
 ROOT = Path(__file__).parents[3]
 
@@ -82,7 +82,7 @@ import json, sys
 from functools import partial
 from pathlib import Path
 from tests.kills import killed_at, steps_of
-from veneer.checkpoint.places import replacing
+from veneer.files.overwrite import replacing
 
 root, old, new = Path(sys.argv[1]), *map(json.loads, sys.argv[2:])
 

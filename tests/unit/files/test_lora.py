@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from veneer.checkpoint import CONFIG_NAME, write_adapter
-from veneer.checkpoint.lora_files import open_lora
 from veneer.errors import AdapterFileError
+from veneer.files.layout import CONFIG_NAME
+from veneer.files.lora import open_lora
+from veneer.files.write import write_adapter
 
 PATH = "base_model.model.body.0"
 FACTORS = {f"{PATH}.lora_A.weight": torch.ones(2, 4), f"{PATH}.lora_B.weight": torch.ones(3, 2)}

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 
-from .matching import match
+from veneer.files.match import match
 
 WEIGHTS = 16
 #: Weights that are not adapted: where an adapter brings its own embedding along, only they tell.

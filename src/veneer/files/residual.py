@@ -15,8 +15,8 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor
 
-from ..config import LoraConfig
-from ..errors import AdapterFileError, ConfigError
+from veneer.config import LoraConfig
+from veneer.errors import AdapterFileError, ConfigError
 
 #: Key of the mark in the metadata of a safetensors file.
 RESIDUAL_MARK = "veneer_residual"

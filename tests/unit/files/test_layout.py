@@ -13,18 +13,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from veneer import PeftConfig, VeneerWarning
-from veneer.checkpoint import (
-    BIN_NAME,
-    CONFIG_NAME,
-    SAFETENSORS_NAME,
-    find_adapters,
-    layout,
-    open_adapter,
-    read_config,
-    write_adapter,
-)
-from veneer.checkpoint.header import read_metadata
 from veneer.errors import AdapterFileError
+from veneer.files import layout
+from veneer.files.header import read_metadata
+from veneer.files.layout import BIN_NAME, CONFIG_NAME, SAFETENSORS_NAME, read_config
+from veneer.files.listing import find_adapters
+from veneer.files.read import open_adapter
+from veneer.files.write import write_adapter
 
 OLD = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["m"]}
 NEW = {**OLD, "lora_alpha": 64}

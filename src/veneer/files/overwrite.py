@@ -19,7 +19,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..errors import Hint, VeneerError
+from veneer.errors import Hint, VeneerError
 
 if sys.platform != "win32":
     import fcntl

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from veneer.checkpoint import compare_fingerprints, fingerprint
+from veneer.files.fingerprint import compare_fingerprints, fingerprint
 
 NAMES = [f"model.layers.{i}.self_attn.{m}_proj" for i in range(12) for m in "qv"]
 

@@ -13,18 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-from veneer.checkpoint import (
-    BIN_NAME,
-    CARD_NAME,
-    CONFIG_NAME,
-    SAFETENSORS_NAME,
-    open_adapter,
-    read_config,
-    write_adapter,
-    write_card,
-)
-from veneer.checkpoint.layout import SAVED_CONFIG
 from veneer.errors import CheckpointError, VeneerWarning
+from veneer.files.layout import BIN_NAME, CARD_NAME, CONFIG_NAME, SAFETENSORS_NAME, SAVED_CONFIG, read_config
+from veneer.files.read import open_adapter
+from veneer.files.write import write_adapter, write_card
 
 OLD = {"m.lora_A.weight": torch.zeros(4, 8), "m.lora_B.weight": torch.zeros(8, 4)}
 NEW = {

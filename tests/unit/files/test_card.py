@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import yaml
 
-from veneer.checkpoint import hub_id, merge_card, model_card
+from veneer.files.card import hub_id, merge_card, model_card
 
 CONFIG = {
     "base_model_name_or_path": "org/Some-Model_1.5",

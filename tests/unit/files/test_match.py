@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from veneer.checkpoint import match
 from veneer.errors import LoadMismatchError
+from veneer.files.match import match
 
 ROOT = "base_model.model."
 

@@ -20,7 +20,7 @@ from veneer import (
     get_peft_model,
     set_peft_model_state_dict,
 )
-from veneer.checkpoint import check_values
+from veneer.files.values import check_values
 from veneer.model.hotswap import hotswap_adapter
 from veneer.training.merge_files import merge_files
 

@@ -14,8 +14,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from veneer.checkpoint import find_adapters
 from veneer.errors import AdapterFileError
+from veneer.files.listing import find_adapters
 
 CONFIG = {"peft_type": "LORA", "r": 2, "target_modules": ["q", "v"], "base_model_name_or_path": "some/base"}
 

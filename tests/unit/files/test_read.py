@@ -10,18 +10,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from veneer.checkpoint import (
-    BIN_NAME,
-    CONFIG_NAME,
-    SAFETENSORS_NAME,
-    open_adapter,
-    read_config,
-    reading,
-    write_adapter,
-)
-from veneer.checkpoint.header import read_header
-from veneer.checkpoint.layout import SAVED_CONFIG
 from veneer.errors import AdapterFileError, VeneerWarning
+from veneer.files import read
+from veneer.files.header import read_header
+from veneer.files.layout import BIN_NAME, CONFIG_NAME, SAFETENSORS_NAME, SAVED_CONFIG, read_config
+from veneer.files.read import open_adapter
+from veneer.files.write import write_adapter
 
 TENSORS = {
     "m.lora_A.weight": torch.arange(8.0).reshape(2, 4),
@@ -85,9 +79,9 @@ def test_a_file_that_changes_while_it_is_opened(
         path.write_bytes((tmp_path / "other" / SAFETENSORS_NAME).read_bytes())
         return header
 
-    monkeypatch.setattr(reading, "read_header", read_and_exchange)
+    monkeypatch.setattr(read, "read_header", read_and_exchange)
     with pytest.raises(AdapterFileError, match="two readings of its header differ"):
-        reading.open_tensors(adapter / SAFETENSORS_NAME)
+        read.open_tensors(adapter / SAFETENSORS_NAME)
     with pytest.raises(AdapterFileError, match="its tensors are replaced again and again"):
         open_adapter(adapter)
 
@@ -96,7 +90,7 @@ def test_a_file_that_cannot_be_mapped(adapter: Path, monkeypatch: pytest.MonkeyP
     def fails(*args: object, **kwargs: object) -> None:
         raise RuntimeError("unable to mmap 100000000000 bytes: Cannot allocate memory (12)")
 
-    monkeypatch.setattr(reading, "safe_open", fails)
+    monkeypatch.setattr(read, "safe_open", fails)
     with pytest.raises(AdapterFileError, match="cannot be mapped into memory: unable to mmap"):
         open_adapter(adapter)
 

@@ -4,8 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from veneer.checkpoint import check_adapter_name, to_disk
+from veneer.adapters import check_adapter_name
 from veneer.errors import AdapterNameError
+from veneer.files.keys import to_disk
 
 ROOT = "base_model.model.layers.0.q_proj"
 

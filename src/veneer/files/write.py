@@ -17,11 +17,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from ..atomic import HalfMovedError, atomic_file, atomic_files, locked
-from ..errors import CheckpointError, VeneerWarning
-from .card import merge_card
-from .header import BIN_METADATA, name_problem
-from .layout import (
+from veneer.atomic import HalfMovedError, atomic_file, atomic_files, locked
+from veneer.errors import CheckpointError, VeneerWarning
+from veneer.files.card import merge_card
+from veneer.files.header import BIN_METADATA, name_problem
+from veneer.files.layout import (
     BIN_NAME,
     CARD_NAME,
     CONFIG_NAME,
@@ -30,7 +30,7 @@ from .layout import (
     left_over,
     saved_metadata,
 )
-from .values import extent
+from veneer.files.values import extent
 
 
 def write_adapter(

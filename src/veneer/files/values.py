@@ -9,8 +9,8 @@ from collections.abc import Mapping
 
 import torch
 
-from ..errors import AdapterFileError, Hint, VeneerWarning
-from ..wording import listed
+from veneer.errors import AdapterFileError, Hint, VeneerWarning
+from veneer.wording import listed
 
 _OF_THE_ADAPTER = re.compile(r"(^|\.)(lora_\w+|trainable_tokens_delta)(\.|$)")
 _TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)

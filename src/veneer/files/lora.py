@@ -8,12 +8,12 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from ..config import LoraConfig
-from ..errors import AdapterFileError, ConfigError
-from ..spec import LoraSpec, resolve_all, variant_name
-from ..wording import some
-from .layout import CONFIG_NAME
-from .reading import AdapterFile, open_adapter
+from veneer.config import LoraConfig
+from veneer.errors import AdapterFileError, ConfigError
+from veneer.files.layout import CONFIG_NAME
+from veneer.files.read import AdapterFile, open_adapter
+from veneer.spec import LoraSpec, resolve_all, variant_name
+from veneer.wording import some
 
 _FACTOR = re.compile(
     r"^base_model\.model\.(?P<path>.+)\.lora_(?P<role>A|B|embedding_A|embedding_B)(\.weight)?$"
