@@ -172,7 +172,7 @@ def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
     """
     found = find_config(check_directory(Path(directory)))
     if found.remark is not None:
-        warnings.warn(found.remark, VeneerWarning, stacklevel=2)
+        warnings.warn(found.remark, VeneerWarning, stacklevel=3)
     return found.values
 
 
