@@ -22,12 +22,6 @@ HIDDEN, LAYERS = 576, 30
 UPDATE = 0.01
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SIDES = ("veneer", "PEFT")
-#: How each library is asked to merge so that it can be undone; the first two are compared.
-WAYS: dict[str, tuple[str, dict[str, Any]]] = {
-    "veneer": ("veneer", {}),
-    "PEFT": ("PEFT", {}),
-    "veneer, residual": ("veneer", {"undo": "residual"}),
-}
 
 
 def seconds(call: Callable[[], Any]) -> float:
@@ -61,19 +55,17 @@ def base_weights(model: nn.Module) -> list[Tensor]:
 
 
 def back_and_forth(dtype: torch.dtype, rounds: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Seconds of merge_adapter and of unmerge_adapter, by way."""
+    """Seconds of merge_adapter and of unmerge_adapter, by side."""
     models = {side: small(adapted(side, llama(HIDDEN, LAYERS, dtype))) for side in SIDES}
-    unmerging: dict[str, list[float]] = {way: [] for way in WAYS}
+    unmerging: dict[str, list[float]] = {side: [] for side in SIDES}
 
-    def one(way: str) -> float:
-        side, options = WAYS[way]
-        took = seconds(lambda: models[side].merge_adapter(**options))
-        unmerging[way].append(seconds(models[side].unmerge_adapter))
+    def one(side: str) -> float:
+        took = seconds(models[side].merge_adapter)
+        unmerging[side].append(seconds(models[side].unmerge_adapter))
         return took
 
-    ways = [way for way in WAYS if dtype == torch.bfloat16 or "undo" not in WAYS[way][1]]
-    merging = take_turns({way: (lambda way=way: one(way)) for way in ways}, rounds=rounds)
-    return merging, {way: unmerging[way][-rounds:] for way in ways}
+    merging = take_turns({side: (lambda side=side: one(side)) for side in SIDES}, rounds=rounds)
+    return merging, {side: unmerging[side][-rounds:] for side in SIDES}
 
 
 def for_good(dtype: torch.dtype, rounds: int) -> dict[str, list[float]]:
@@ -87,13 +79,12 @@ def for_good(dtype: torch.dtype, rounds: int) -> dict[str, list[float]]:
     return take_turns({side: (lambda side=side: one(side)) for side in SIDES}, rounds=rounds)
 
 
-def undone(dtype: torch.dtype, way: str) -> tuple[float, float]:
+def undone(dtype: torch.dtype, side: str) -> tuple[float, float]:
     """Share of the weights that merging and unmerging change, and bytes that the undo keeps per weight."""
-    side, options = WAYS[way]
     model = small(adapted(side, llama(HIDDEN, LAYERS, dtype)))
     before = [weight.clone() for weight in base_weights(model)]
     held = sum(buffer.nbytes for buffer in model.buffers())
-    model.merge_adapter(**options)
+    model.merge_adapter()
     kept = sum(buffer.nbytes for buffer in model.buffers()) - held
     model.unmerge_adapter()
     pairs = zip(base_weights(model), before, strict=True)
@@ -134,16 +125,6 @@ def measure(quick: bool) -> Report:
             )
         )
         exact.append(Row(f"kept by the undo by copy, {name}", Figure.exact(kept), "bytes per weight"))
-        if "veneer, residual" in merging:
-            way = "veneer, residual"
-            for verb, times in (("merge_adapter", merging), ("unmerge_adapter", unmerging)):
-                figure = Figure.of([1e3 * t for t in times[way]])
-                rows.append(Row(f"{verb}, undo by residual, {name}", figure, "ms"))
-            changed, kept = undone(dtype, way)
-            exact += [
-                Row(f"the same by residual, {name}", Figure.exact(kept), "bytes per weight", at_most=1.1),
-                Row(f"weights changed, by residual, {name}", Figure.exact(100 * changed), "%", at_most=0),
-            ]
     conditions = {
         "model": f"Llama-shaped, {LAYERS} layers, hidden {HIDDEN}, {7 * LAYERS} linears, random weights",
         "adapter": f"r=16 on all linears, random factors in float32, updates of {UPDATE:.0%} of the weight",

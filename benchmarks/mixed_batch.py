@@ -3,18 +3,15 @@
 It is measured beside PEFT, and beside one adapter for all rows.
 
 A decode step is one of `generate`, timed from token to token; a prefill is one forward without a cache. The
-time above the base model's own is what is compared. ``python -m benchmarks.mixed_batch --fit`` measures the
-prices in `veneer.ops.mixed_batch`.
+time above the base model's own is what is compared.
 """
 
 from __future__ import annotations
 
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -163,101 +160,3 @@ def draw(report: Report, path: Path) -> None:
                 side, (COUNTS[-1], middle[-1]), xytext=(6, 0), textcoords="offset points", va="center"
             )
         axes.set(xticks=COUNTS, ylim=(0, None))
-
-
-# -- the prices of `veneer.ops.mixed_batch` --------------------------------------------------------------
-
-
-def fit() -> dict[int, Any]:
-    """Microseconds for one of each of `Amounts`, by bytes of an element: least squares of relative errors."""
-    import torch
-
-    from veneer.ops.mixed_batch import Amounts
-
-    torch.set_num_threads(THREADS)
-    prices = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        taken, seconds = [], []
-        with torch.no_grad():
-            for rows, adapters, length in (
-                (8, 8, 1), (8, 2, 1), (32, 4, 1), (64, 8, 1),
-                (8, 8, 32), (8, 2, 32), (16, 4, 64), (32, 8, 16),
-            ):  # fmt: skip
-                if dtype is torch.bfloat16 and rows * length <= 64:
-                    continue  # computed in float32
-                for amount, measured in _ways(dtype, rows, adapters, length):
-                    taken.append(amount)
-                    seconds.append(measured)
-        a, b = torch.tensor(taken, dtype=torch.float64), torch.tensor(seconds, dtype=torch.float64) * 1e6
-        x = torch.full((4,), 1.0, dtype=torch.float64)
-        scaled, ones = a / b[:, None], torch.ones(len(b), dtype=torch.float64)
-        for _ in range(20_000):  # non-negative least squares, by multiplicative steps
-            x = x * (scaled.t() @ ones) / (scaled.t() @ (scaled @ x)).clamp_min(1e-12)
-        print(dtype, "error", (scaled @ x - 1).abs().mean().item())
-        prices[dtype.itemsize] = Amounts(*(float(f"{value:.2g}") for value in x.tolist()))
-    return prices
-
-
-def _ways(dtype: Any, rows: int, adapters: int, length: int) -> list[tuple[Any, float]]:
-    """What each way takes, and its seconds for one layer, with factors that no cache holds."""
-    import torch
-
-    from veneer.ops import mixed_batch as ops
-
-    shapes = [(576, 576), (576, 192), (576, 1536), (1536, 576)]
-
-    def random(*shape: int) -> Any:
-        return torch.randn(*shape).to(dtype)
-
-    layers = [
-        (
-            random(rows, length, i),
-            random(rows, length, o),
-            {str(n): (random(16, i), random(o, 16), 2.0) for n in range(adapters)},
-        )
-        for i, o in shapes * 16
-    ]
-    ranks = dict.fromkeys(map(str, range(adapters)), 16)
-    found = []
-    for layout, kept in product(ops.layouts([str(row % adapters) for row in range(rows)]), (True, False)):
-        sums = [ops.amounts(layout, length, ranks, i + o, kept) for i, o in shapes]
-        order = None if layout.order is None else torch.tensor(layout.order)
-        for way in ("groups", "runs"):
-            if way == "runs" and not kept:
-                continue
-
-            def made(terms: Any, way: str = way, layout: Any = layout, order: Any = order) -> Any:
-                if way == "runs":
-                    whole = partial(ops.by_runs, terms=terms, runs=layout.runs)
-                else:
-                    a, b, scales = ops.stacked([terms[n] for n in layout.groups], dtype)
-                    whole = partial(ops.by_groups, a=a, b=b, scales=scales)
-                return whole if order is None else partial(ops.laid_together, way=whole, order=order)
-
-            ready = [made(terms) for _, _, terms in layers] if kept else [None] * len(layers)
-
-            def run(made: Any = made, ready: Any = ready) -> float:
-                start = time.perf_counter()
-                for (x, y, terms), one in zip(layers, ready, strict=True):
-                    (made(terms) if one is None else one)(x, y)
-                return (time.perf_counter() - start) / len(layers)
-
-            seconds = statistics.median(run() for _ in range(5))
-            mean = ops.Amounts(*(statistics.mean(s[way][k] for s in sums) for k in range(4)))
-            what = way if order is None else f"{way} together"
-            print(
-                str(dtype),
-                rows,
-                adapters,
-                length,
-                what,
-                "kept" if kept else "made",
-                f"{seconds * 1e6:.0f} µs",
-            )
-            found.append((mean, seconds))
-    return found
-
-
-if __name__ == "__main__" and "--fit" in sys.argv:
-    for width, price in fit().items():
-        print(width, price)

@@ -199,11 +199,11 @@ def test_nor_in_any_way_of_a_product(
 ) -> None:
     used = []
 
-    def chosen(layouts: list[mixed_batch.Layout], **_: object) -> tuple[mixed_batch.Layout, str]:
+    def chosen(layouts: list[mixed_batch.Layout], few: bool) -> tuple[mixed_batch.Layout, str]:
         used.append(way)
         return layouts[together], way
 
-    monkeypatch.setattr(mixed_batch, "cheapest", chosen)
+    monkeypatch.setattr(mixed_batch, "chosen", chosen)
     assert_apart(layer_with_three(made), several_rows(made))
     assert used
 

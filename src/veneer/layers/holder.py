@@ -346,20 +346,14 @@ class Holder(AdapterModule):
     def before_merging(self) -> dict[str, Tensor]:
         """The base's tensors that merging has changed, as they were, by name. Empty if none is merged.
 
-        From a residual the weight is made anew at each call.
-
         Raises:
-            MergeError: From a residual, if the merged weight has changed since; without an undo.
+            MergeError: Adapters were merged without an undo.
         """
         if self._undo is None:
             if self._merged:
                 raise MergeError(original_is_gone(self._merged))
             return {}
-        tensors, residual = self._undo.tensors(), self._undo.residual
-        if residual is not None:
-            merged = getattr(self.get_base_layer(), self.weight_name).detach()
-            tensors[self.weight_name] = residual.old(merged)
-        return tensors
+        return self._undo.tensors()
 
     def inner(self) -> Reversible[tuple[str, nn.Module | None]]:
         """The adapted module."""

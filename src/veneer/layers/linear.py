@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -128,7 +127,7 @@ class LoraLinear(LoraLayer):
         )
 
     def add_rows(self, routing: Routing, names: tuple[str | None, ...], x: Tensor, result: Tensor) -> Tensor:
-        """All adapters of the batch in the way that is the fastest, where an update is only a product.
+        """All adapters of the batch together, where an update is only a product.
 
         What is put side by side or stacked for it is kept from this layer's second call on, until the call
         of the model ends: `generate` calls it once for the prompt, then for each token.
@@ -141,7 +140,7 @@ class LoraLinear(LoraLayer):
             terms = self._products(used, x, result)
             if terms is None:
                 return super().add_rows(routing, names, x, result)
-            way = self._fastest(routing, names, terms, x, result.shape[-1], kept=kept is not None)
+            way = self._way(routing, names, terms, x)
             if kept is not None:
                 kept[key] = way
             elif not torch.is_grad_enabled():
@@ -168,25 +167,16 @@ class LoraLinear(LoraLayer):
             terms[name] = (a, b, self.strength(name))
         return None if autocasts(x.device.type) else terms
 
-    def _fastest(
+    def _way(
         self,
         routing: Routing,
         names: tuple[str | None, ...],
         terms: dict[str, mixed_batch.Term],
         x: Tensor,
-        size_out: int,
-        kept: bool,
     ) -> Callable[..., Tensor]:
         """How to add the rows' updates, called with x and the result."""
         dtype = mixed_batch.working_dtype(x)
-        layout, chosen = mixed_batch.cheapest(
-            routing.layouts(names),
-            tokens=math.prod(x.shape[1:-1]),
-            ranks={name: a.shape[0] for name, (a, _, _) in terms.items()},
-            size=x.shape[-1] + size_out,
-            kept=kept,
-            width=dtype.itemsize,
-        )
+        layout, chosen = mixed_batch.chosen(routing.layouts(names), few_rows(x))
         way: Callable[..., Tensor]
         if chosen == "runs":
             way = partial(mixed_batch.by_runs, terms=terms, runs=layout.runs)

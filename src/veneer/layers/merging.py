@@ -12,10 +12,9 @@ from veneer import backends, variants
 from veneer.adapters import as_names
 from veneer.errors import AdapterNameError, MergeError
 from veneer.layers.holder import Holder, original_is_gone
-from veneer.layers.parts import Factor, Undo, UndoKind, Update
+from veneer.layers.parts import Factor, Undo, Undoing, Update, not_an_undo
 from veneer.layers.rollback import Rollback
 from veneer.layers.sharded import UNMERGEABLE, in_pieces, is_distributed
-from veneer.ops import bit_residual
 from veneer.ops.merging import (
     SMALL,
     Term,
@@ -104,31 +103,14 @@ class Mergeable(Holder):
         held = [self._container(key)[name] for key in self.factor_names for name in names]
         return [module for module in held if isinstance(module, nn.Module)]
 
-    @property
-    def undo_kind(self) -> UndoKind | None:
-        """How the weight before merging is kept; None if it is not."""
-        return None if self._undo is None else self._undo.kind
-
-    def refuses_undo(self, undo: UndoKind | None) -> str | None:
+    def refuses_undo(self, undo: Undoing) -> str | None:
         """Why a merge cannot be undone in that way, or None.
 
         What a quantised or an offloaded weight was is always kept as it was stored.
         """
-        if undo not in ("copy", "residual", None):
-            return f"undo must be 'copy' or 'residual', got {undo!r}"
-        if undo is not None and self.merged_for_good:
-            return original_is_gone(self._merged)
-        if undo != "residual":
-            return None
-        base, backend = self.get_base_layer(), self.backend
-        if not backend.writable_in_place(base):
-            return None
-        if (dtype := backend.tensor_dtype(base, self.weight_name)) in bit_residual.DTYPES:
-            return None
-        return (
-            f"undo='residual' keeps what tells 16-bit weights apart, and its weight is {dtype}: merge with "
-            "undo='copy'"
-        )
+        if (reason := not_an_undo(undo)) is not None:
+            return reason
+        return original_is_gone(self._merged) if undo is not None and self.merged_for_good else None
 
     @torch.no_grad()
     def refuses_values(self, updates: Mapping[str, Update], safe_merge: bool) -> str | None:
@@ -183,7 +165,7 @@ class Mergeable(Holder):
         safe_merge: bool = False,
         adapter_names: Sequence[str] | None = None,
         *,
-        undo: UndoKind | None = "copy",
+        undo: Undoing = "copy",
     ) -> float:
         """Add adapters into the base weight: ``W ← W + Σ s·BA``, rounded once from float32.
 
@@ -194,8 +176,7 @@ class Mergeable(Holder):
                 range of the weight's type, is refused in any case.
             adapter_names: The adapters; None means the active ones. Those merged already, or not held
                 here, are passed over.
-            undo: What to keep for `unmerge`: "copy", the weight; "residual", about half of that, for 16-bit
-                weights; None, nothing more than there is already.
+            undo: What to keep for `unmerge`: "copy", the weight; None, nothing more than there is already.
 
         Returns:
             The share of the update that survived rounding to the weight's type, in [0, 1]. Where the weight
@@ -228,7 +209,7 @@ class Mergeable(Holder):
         """Whether adapters are merged whose weight before merging was not kept."""
         return bool(self._merged) and self._undo is None
 
-    def keeps_old(self, undo: UndoKind | None) -> bool:
+    def keeps_old(self, undo: Undoing) -> bool:
         """Whether what puts a merge back costs no memory beside what is kept anyway."""
         return undo is not None or self._undo is not None or self.backend.quantization is not None
 
@@ -237,12 +218,12 @@ class Mergeable(Holder):
         return {} if self._undo is None else dict(self._undo.updates)
 
     @torch.no_grad()
-    def merge_updates(self, updates: Mapping[str, Update], kind: UndoKind | None, back: Rollback) -> float:
+    def merge_updates(self, updates: Mapping[str, Update], keep: Undoing, back: Rollback) -> float:
         """Merge updates, for a caller that has asked all that `refuses_…`.
 
         Args:
             updates: By the names of their adapters, none of which is merged.
-            kind: As ``undo`` of `merge`.
+            keep: As ``undo`` of `merge`.
             back: Is given what puts this layer back. Where that takes memory of its own (see `keeps_old`), it
                 ends before another layer is merged.
 
@@ -252,11 +233,10 @@ class Mergeable(Holder):
         base, backend, undo = self.get_base_layer(), self.backend, self._undo
         biased = any(update.bias is not None for update in updates.values())
         merged = [*self._merged, *updates]
-        weight = None if kind or undo is not None or biased else self._written_at_once(backend, updates)
+        weight = None if keep or undo is not None or biased else self._written_at_once(backend, updates)
         back.on_failure(self._note_merged, merged, weight, 0 if weight is None else weight._version)
         back.hold(self, base)
-        was = None if undo is None else undo.kind
-        if undo is None and kind is not None:
+        if undo is None and keep is not None:
             undo = self._take_undo()
             back.on_failure(self._restore, undo)
         elif undo is not None:
@@ -275,8 +255,6 @@ class Mergeable(Holder):
                 every = [*undo.updates.values(), *every]
             undo.updates = {**undo.updates, **{name: update.copied() for name, update in updates.items()}}
         kept = self._write(backend, every)
-        if undo is not None:
-            self._condense(undo, kind or was)
         self._undo = undo
         self._merged = merged
         self.adapters_changed()
@@ -302,9 +280,7 @@ class Mergeable(Holder):
             return None
         if self._undo is None:
             return original_is_gone(self._merged)
-        if self._undo.residual is None:
-            return None
-        return self._undo.residual.refuses(getattr(self.get_base_layer(), self.weight_name).detach())
+        return None
 
     @torch.no_grad()
     def unmerge(self, adapter_names: Sequence[str] | None = None) -> None:
@@ -316,14 +292,13 @@ class Mergeable(Holder):
             adapter_names: The adapters to take out; None means all that are merged.
 
         Raises:
-            MergeError: If the weight was merged without keeping an undo, or with undo="residual" and has
-                changed since. Nothing has changed then.
+            MergeError: If the weight was merged without keeping an undo. Nothing has changed then.
         """
         if not self._merged:
             return
         if self._undo is None:
             raise MergeError(str(self.refuses_unmerge()))
-        undo, kind = self._undo, self._undo.kind
+        undo = self._undo
         out = self._merged if adapter_names is None else as_names(adapter_names)
         rest = {name: update for name, update in undo.updates.items() if name not in out}
         base, backend = self.get_base_layer(), self.backend
@@ -341,7 +316,6 @@ class Mergeable(Holder):
                 if (reason := self.refuses_values({}, False)) is not None:
                     raise MergeError(f"without {', '.join(map(repr, out))}, {reason}")
                 self._write(backend, list(rest.values()))
-                self._condense(undo, kind)
                 self._drop_bias(undo)
             else:
                 self._undo = None
@@ -354,14 +328,6 @@ class Mergeable(Holder):
             _, attributes = self.before_merge(backend.like(base, name))
         coded = backend.quantization is not None
         return Undo(backend.keep(base, name), {key: getattr(base, key) for key in attributes}, coded)
-
-    def _condense(self, undo: Undo, kind: UndoKind | None) -> None:
-        """Let the undo be of that kind, beside a base that is merged."""
-        if kind != "residual":
-            return
-        base, backend = self.get_base_layer(), self.backend
-        if backend.writable_in_place(base):
-            undo.condense(self.weight_name, backend.read(base, self.weight_name))
 
     def _keep_bias(self, undo: Undo) -> None:
         """Keep the base's bias too: only a merged bias changes it, and it may be trained by itself."""
@@ -376,8 +342,6 @@ class Mergeable(Holder):
 
     def _restore(self, undo: Undo) -> None:
         base, backend = self.get_base_layer(), self.backend
-        if undo.residual is not None:
-            undo.expand(self.weight_name, getattr(base, self.weight_name).detach())
         tensors = undo.tensors()
         if (bias := tensors.pop("bias", None)) is not None:
             backend.write(base, bias, "bias")

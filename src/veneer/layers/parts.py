@@ -14,15 +14,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from veneer.adapters import begin
-from veneer.errors import MergeError
 from veneer.layers.sharded import gathered
-from veneer.ops import bit_residual
 from veneer.ops.merging import is_finite
 from veneer.spec import LoraSpec
 
 NOTHING: Mapping[str, Any] = MappingProxyType({})
-#: How `unmerge` gets the weight back: from a copy, or from the merged weight and what tells the two apart.
-UndoKind = Literal["copy", "residual"]
+#: What a merge keeps so that it can be undone: a copy of the weight, or nothing.
+Undoing = Literal["copy"] | None
 #: Names of the frozen term ``A₀``, ``B₀`` of an adapter, for initialisations that subtract their start.
 RESIDUAL = ("lora_residual_A", "lora_residual_B")
 
@@ -234,48 +232,6 @@ def _copy_of_weight(x: None, weight: Tensor, bias: Tensor | None) -> Tensor:
     return weight.clone()
 
 
-class Residual(nn.Module):
-    """A 16-bit weight, kept as what tells it from the merged one; see `veneer.ops.bit_residual`.
-
-    Args:
-        old: The weight.
-        merged: The merged weight, of the same shape and dtype.
-    """
-
-    def __init__(self, old: Tensor, merged: Tensor) -> None:
-        super().__init__()
-        for name, tensor in bit_residual.between(old, merged)._asdict().items():
-            self.register_buffer(name, tensor, persistent=False)
-        self.dtype = merged.dtype
-        self.checksum = bit_residual.checksum(merged)
-
-    def apart(self) -> bit_residual.BitResidual:
-        """What is kept."""
-        return bit_residual.BitResidual(*self._buffers.values())  # type: ignore[arg-type]
-
-    def refuses(self, merged: Tensor) -> str | None:
-        """Why the weight cannot be had from this merged one, or None. One cast to a wider type will do."""
-        same = merged.shape == self.apart().low.shape
-        if same and bit_residual.checksum(merged.to(self.dtype)) == self.checksum:
-            return None
-        return (
-            "its weight is no longer what merging made of it (it was trained, replaced, or cast to a type "
-            "that rounds it), and undo='residual' gives the original back from nothing else. Load the base "
-            "again; undo='copy' withstands that"
-        )
-
-    def old(self, merged: Tensor) -> Tensor:
-        """The weight before merging, in the type that the merged one has now.
-
-        Raises:
-            MergeError: The merged weight has changed since.
-        """
-        # Compilers cannot follow a refusal that depends on values.
-        if not torch.compiler.is_compiling() and (reason := self.refuses(merged)) is not None:
-            raise MergeError(reason)
-        return bit_residual.applied(merged.to(self.dtype), self.apart()).to(merged.dtype)
-
-
 class Update(NamedTuple):
     """What merging an adapter into a layer adds, however its factors change later.
 
@@ -325,7 +281,6 @@ class Undo(nn.Module):
     deepcopy and a pickle, and stay out of every state dict.
     """
 
-    residual: Residual | None
     attributes: dict[str, Any]
     coded: bool
     updates: dict[str, Update]
@@ -338,35 +293,22 @@ class Undo(nn.Module):
         self.__dict__.update(coded=coded, attributes=dict(attributes), updates={})
         self._buffers.update(tensors)
         self._non_persistent_buffers_set.update(tensors)
-        self._modules["residual"] = None  # a place from the start, as compiled code looks for it
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors by their name on the base layer; without one that is kept as a residual."""
+        """The tensors by their name on the base layer."""
         return {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
 
-    @property
-    def kind(self) -> UndoKind:
-        """How the weight is kept."""
-        return "copy" if self.residual is None else "residual"
 
-    def condense(self, name: str, merged: Tensor) -> None:
-        """Keep of the tensor of that name only what tells it from the merged one, where that is smaller."""
-        old = self.tensors()[name]
-        if old.dtype in bit_residual.DTYPES and (old.shape, old.dtype) == (merged.shape, merged.dtype):
-            residual = Residual(old, merged)
-            if residual.apart().nbytes < old.nbytes:
-                del self._buffers[name]
-                self.residual = residual
-
-    def expand(self, name: str, merged: Tensor) -> None:
-        """Keep the tensor of that name itself again.
-
-        Raises:
-            MergeError: The merged one has changed since `condense`.
-        """
-        if self.residual is not None:
-            self.register_buffer(name, self.residual.old(merged), persistent=False)
-            self.residual = None
+def not_an_undo(undo: object) -> str | None:
+    """Why that is no way of undoing a merge, or None."""
+    if undo in ("copy", None):
+        return None
+    gone = (
+        "it was removed, as it saved one byte for each weight and doubled the time: "
+        if undo == "residual"
+        else ""
+    )
+    return f"undo={undo!r} does not exist; {gone}use undo='copy'"
 
 
 def stand_in(

@@ -12,7 +12,7 @@ from veneer.errors import Hint, TargetError, Text
 from veneer.inits import InitResult, find
 from veneer.layers.embedding import LoraEmbedding
 from veneer.layers.linear import LoraLinear
-from veneer.layers.parts import Mirror, Prepared, UndoKind, stand_in
+from veneer.layers.parts import Mirror, Prepared, Undoing, stand_in
 from veneer.layers.sharded import is_distributed
 from veneer.spec import LoraSpec
 
@@ -126,7 +126,7 @@ class LoraTiedHead(LoraLinear):
         safe_merge: bool = False,
         adapter_names: Sequence[str] | None = None,
         *,
-        undo: UndoKind | None = "copy",
+        undo: Undoing = "copy",
     ) -> float:
         """Merge into the embedding's weight, which is this one's."""
         names = self._active if adapter_names is None else adapter_names
@@ -136,11 +136,6 @@ class LoraTiedHead(LoraLinear):
     def merged_for_good(self) -> bool:
         """Whether the embedding's weight before merging was not kept."""
         return self.tied_adapter.merged_for_good
-
-    @property
-    def undo_kind(self) -> UndoKind | None:
-        """How the embedding's weight before merging is kept."""
-        return self.tied_adapter.undo_kind
 
     def refuses_unmerge(self) -> str | None:
         """Whatever stands in the embedding's way."""

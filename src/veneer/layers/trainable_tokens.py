@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from veneer import backends
 from veneer.adapters import AdapterModule, as_names
 from veneer.errors import AdapterNameError, MergeError
-from veneer.layers.parts import Undo, UndoKind, stand_in
+from veneer.layers.parts import Undo, Undoing, not_an_undo, stand_in
 from veneer.layers.rollback import Rollback
 from veneer.layers.sharded import UNMERGEABLE, in_pieces, is_distributed
 from veneer.ops.merging import is_finite
@@ -327,12 +327,13 @@ class TrainableTokens(AdapterModule):
         return [reason for reason in reasons if reason is not None]
 
     @property
-    def undo_kind(self) -> UndoKind | None:
-        """How the rows before merging are kept; None if none are."""
-        return "copy" if self.merged else None
+    def merged_for_good(self) -> bool:
+        """Never: the few rows that merging overwrites are always kept."""
+        return False
 
-    def refuses_undo(self, undo: UndoKind | None) -> None:
-        """The few rows that merging overwrites are kept as they are, whatever is asked for."""
+    def refuses_undo(self, undo: Undoing) -> str | None:
+        """What is no way of undoing a merge."""
+        return not_an_undo(undo)
 
     def refuses_unmerge(self) -> None:
         """Nothing stands against that."""
@@ -342,7 +343,7 @@ class TrainableTokens(AdapterModule):
         safe_merge: bool = False,
         adapter_names: Sequence[str] | None = None,
         *,
-        undo: UndoKind | None = "copy",
+        undo: Undoing = "copy",
     ) -> float:
         """Write the rows into the base weight. A head that follows has nothing to write.
 
@@ -373,7 +374,7 @@ class TrainableTokens(AdapterModule):
         weight = backends.find(self.get_base_layer()).read(self.get_base_layer())
         return {name: weight[self._index_of(name)] for name in self.merged_adapters}
 
-    def keeps_old(self, undo: UndoKind | None) -> bool:
+    def keeps_old(self, undo: Undoing) -> bool:
         """Whether what puts a merge back costs no memory beside what is kept anyway."""
         return True
 
@@ -384,12 +385,12 @@ class TrainableTokens(AdapterModule):
         return f"the rows of {', '.join(broken)} would be NaN or infinite in {dtype}" if broken else None
 
     @torch.no_grad()
-    def merge_updates(self, updates: Mapping[str, Tensor], kind: UndoKind | None, back: Rollback) -> float:
+    def merge_updates(self, updates: Mapping[str, Tensor], keep: Undoing, back: Rollback) -> float:
         """Merge rows, for a caller that has asked all that `refuses_…`.
 
         Args:
             updates: Rows by the names of their adapters, none of which is merged.
-            kind: As ``undo`` of `merge`.
+            keep: As ``undo`` of `merge`.
             back: Is given what puts this layer back.
 
         Returns:

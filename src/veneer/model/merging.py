@@ -18,7 +18,7 @@ from veneer.inject import eject
 from veneer.inject.embeddings import embedding_of
 from veneer.layers import LoraLayer
 from veneer.layers.modules_to_save import ModulesToSaveWrapper
-from veneer.layers.parts import UndoKind
+from veneer.layers.parts import Undoing, not_an_undo
 from veneer.layers.rollback import Rollback
 from veneer.layers.sharded import settle
 from veneer.layers.trainable_tokens import TrainableTokens
@@ -91,7 +91,7 @@ class MergeVerbs(AdapterVerbs):
         safe_merge: bool = False,
         *,
         untie: bool = False,
-        undo: UndoKind = "copy",
+        undo: Undoing = "copy",
     ) -> MergeReport:
         """Add adapters into the base weights, to be taken out again by `unmerge_adapter`.
 
@@ -102,10 +102,7 @@ class MergeVerbs(AdapterVerbs):
             safe_merge: Refuse a base too that holds NaN or infinity. An adapter that does, and one that would
                 leave the range of a weight's type, is refused in any case.
             untie: Give an adapted layer whose weight is shared with another module a weight of its own.
-            undo: What is kept of each weight: "copy", all of it; "residual", for 16-bit weights, a byte for
-                each element, from which and the merged weight the original is computed when it is needed:
-                by `unmerge_adapter`, and by each forward pass with adapters disabled. Quantised weights,
-                offloaded ones and those that merging gives another shape are kept in either case.
+            undo: What is kept of each weight for `unmerge_adapter`: "copy", all of it.
 
         Returns:
             The share of the update that each layer kept.
@@ -126,11 +123,13 @@ class MergeVerbs(AdapterVerbs):
         adapter_names: Sequence[str] | None,
         safe_merge: bool,
         untie: bool,
-        undo: UndoKind | None,
+        undo: Undoing,
         back: Rollback,
         progressbar: bool = False,
     ) -> MergeReport:
         """Ask everything that can be known, then write; ``back`` is given what takes it back."""
+        if (reason := not_an_undo(undo)) is not None:
+            raise MergeError(reason)
         names = self.active_adapters if adapter_names is None else as_names(adapter_names)
         self.index.check(names, known=self.peft_config)
         self.mention_unmeasured(names)
@@ -276,7 +275,7 @@ class MergeVerbs(AdapterVerbs):
 
 
 def _refusals(
-    chosen: Mapping[str, tuple[Mergeable, dict[str, Any]]], safe_merge: bool, undo: UndoKind | None
+    chosen: Mapping[str, tuple[Mergeable, dict[str, Any]]], safe_merge: bool, undo: Undoing
 ) -> list[Text]:
     """Why layers cannot be merged, with their paths."""
     reasons = []
@@ -290,7 +289,7 @@ def _refusals(
 
 def _write(
     chosen: Mapping[str, tuple[Mergeable, dict[str, Any]]],
-    undo: UndoKind | None,
+    undo: Undoing,
     back: Rollback,
     kept: dict[str, float],
     progressbar: bool,

@@ -27,7 +27,7 @@ from veneer.errors import (
 from veneer.inject import Injection, bias_parameters, prepare
 from veneer.layers import LoraLayer
 from veneer.layers.making import draw_seed
-from veneer.layers.parts import UndoKind
+from veneer.layers.parts import Undoing
 from veneer.layers.rollback import Rollback
 from veneer.layers.sharded import settle
 from veneer.layers.trainable_tokens import TrainableTokens
@@ -299,12 +299,12 @@ class AdapterVerbs(nn.Module):
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter. If it was active, it leaves nothing active in its place."""
         self.index.check([adapter_name], known=self.peft_config)
-        merged: dict[Mergeable, tuple[dict[str, Any], UndoKind | None]] = {}
+        merged: dict[Mergeable, tuple[dict[str, Any], Undoing]] = {}
         if self.peft_config[adapter_name].bias != "none":
             # What is merged may have a bias among it, so it is taken out before biases are given back.
             for layer in self.mergeable().values():
                 if layer.merged:
-                    merged[layer] = (dict(layer.merged_updates()), layer.undo_kind)
+                    merged[layer] = (dict(layer.merged_updates()), None if layer.merged_for_good else "copy")
             self.unmerge_adapter()
             self._restore_biases()
         was_active = adapter_name in self.active_adapters

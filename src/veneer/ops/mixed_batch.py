@@ -11,14 +11,13 @@ factors or the values of another one, so that an infinity stays where it is:
   sees, since nothing but values depends on which row is whose.
 
 Where rows of one adapter are scattered over the batch, they can be laid together first (`laid_together`):
-fewer and larger groups and runs, for three calls that copy rows. `cheapest` says which is fastest.
+fewer and larger groups and runs, for three calls that copy rows. `chosen` says what is done.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from operator import mul
 from typing import Any, NamedTuple
 
 import torch
@@ -82,71 +81,18 @@ def working_dtype(x: Tensor) -> torch.dtype:
     return torch.float32 if few and x.dtype in (torch.float16, torch.bfloat16) else x.dtype
 
 
-class Amounts(NamedTuple):
-    """What adding the updates of a mixed batch takes, or what one of each costs in microseconds.
+def chosen(choices: Sequence[Layout], few: bool) -> tuple[Layout, str]:
+    """The layout to use of those that `layouts` gives, and the way: ``"groups"`` or ``"runs"``.
+
+    Few rows are laid together, since their factors are dearer than they are; many stay where they are. Groups
+    take two calls, runs two each; but groups would copy factors too often where runs are of uneven length.
 
     Args:
-        calls: Products, whatever their size.
-        products: Millions of multiplications.
-        read: Millions of elements of factors.
-        copied: Millions of elements of factors that are put side by side or stacked before.
+        choices: Of `layouts`.
+        few: See `few_rows`.
     """
-
-    calls: float
-    products: float
-    read: float
-    copied: float
-
-
-#: What one of each costs, by the bytes of an element that is computed with: it decides what is faster, never
-#: what is right. Measured: ``python -m benchmarks.mixed_batch --fit``.
-PRICES = {4: Amounts(9.2, 16.0, 190.0, 390.0), 2: Amounts(34.0, 5.2, 370.0, 350.0)}
-
-
-def amounts(
-    layout: Layout, tokens: int, ranks: Mapping[str, int], size: int, kept: bool
-) -> dict[str, Amounts]:
-    """What each way takes, by its name: ``"groups"`` and ``"runs"``.
-
-    Args:
-        layout: The rows; there is at least one.
-        tokens: Positions of each row.
-        ranks: By adapter.
-        size: in + out.
-        kept: Whether what is copied of the factors serves many calls.
-    """
-    each, largest = size / 1e6, max(ranks.values())
-    runs = [(name, stop - start) for name, start, stop in layout.runs if name is not None]
-    rows = layout.runs[-1][2]
-    grouped = each * len(layout.groups) * largest
-    found = {
-        "groups": Amounts(2, each * rows * tokens * largest, grouped, 0.0 if kept else grouped),
-        "runs": Amounts(
-            2 * len(runs),
-            each * tokens * sum(ranks[name] * length for name, length in runs),
-            each * sum(ranks[name] for name, _ in runs),
-            0.0,
-        ),
-    }
-    if layout.order is None:
-        return found
-    # x and the result are read once more, and what is added goes back.
-    moved = 2 * each * rows * tokens
-    return {way: took._replace(calls=took.calls + 3, read=took.read + moved) for way, took in found.items()}
-
-
-def cheapest(
-    choices: Sequence[Layout], tokens: int, ranks: Mapping[str, int], size: int, kept: bool, width: int
-) -> tuple[Layout, str]:
-    """The layout and the way that take the least time, for elements of ``width`` bytes; see `amounts`."""
-    prices = PRICES[min(width, 4)]
-    costs = [
-        (sum(map(mul, took, prices)), number, way)
-        for number, layout in enumerate(choices)
-        for way, took in amounts(layout, tokens, ranks, size, kept).items()
-    ]
-    _, number, way = min(costs)
-    return choices[number], way
+    layout = choices[-1] if few else choices[0]
+    return layout, "groups" if len(layout.groups) <= 2 * len(layout.runs) else "runs"
 
 
 def stacked(terms: Sequence[Term | None], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

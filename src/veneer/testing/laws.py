@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from veneer.backends import find, settle
 from veneer.errors import MergeError
 from veneer.layers import Factor, LoraLayer, wrap
-from veneer.layers.parts import UndoKind
 from veneer.model import PeftModel, get_peft_model
 from veneer.testing.made import Made, train
 from veneer.testing.tolerances import BY_DTYPE, assert_close
@@ -219,20 +218,14 @@ def merged_equals_unmerged(made: Made) -> None:
     close_once_merged(layer(x), expected, made)
 
 
-def undos(layer: LoraLayer) -> list[UndoKind]:
-    """The kinds of undo that a layer offers."""
-    kinds: tuple[UndoKind, ...] = ("copy", "residual")
-    return [kind for kind in kinds if layer.refuses_undo(kind) is None]
-
-
 @law(mergeable=True)
 def unmerge_gives_the_base_back_bit_for_bit(made: Made) -> None:
     """After any number of merges and unmerges the base is what it was."""
     layer, x = made.layer(), made.x()
     before, output = weight_of(layer.base_layer), layer(x)
     attributes = {k: v for k, v in vars(layer.base_layer).items() if isinstance(v, int | str | tuple | None)}
-    for undo in (*undos(layer), "copy"):
-        layer.merge(safe_merge=True, undo=undo)
+    for _ in range(2):
+        layer.merge(safe_merge=True)
         layer.unmerge()
     assert not layer.merged
     assert_same_tensors(weight_of(layer.base_layer), before)
@@ -243,40 +236,33 @@ def unmerge_gives_the_base_back_bit_for_bit(made: Made) -> None:
 @law(mergeable=True)
 def unmerge_is_exact_after_the_factors_changed(made: Made) -> None:
     """Unmerging does not depend on what happened to the factors meanwhile."""
-    for undo in undos(made.layer()):
-        layer = made.layer()
-        before = weight_of(layer.base_layer)
-        layer.merge(undo=undo)
-        train(layer, "default", seed=9)
-        layer.rename_adapter("default", "other")
-        for parameter in layer.adapter_parameters("other"):
-            parameter.data = parameter.data.to(torch.bfloat16)
-        layer.unmerge()
-        assert_same_tensors(weight_of(layer.base_layer), before)
+    layer = made.layer()
+    before = weight_of(layer.base_layer)
+    layer.merge()
+    train(layer, "default", seed=9)
+    layer.rename_adapter("default", "other")
+    for parameter in layer.adapter_parameters("other"):
+        parameter.data = parameter.data.to(torch.bfloat16)
+    layer.unmerge()
+    assert_same_tensors(weight_of(layer.base_layer), before)
 
 
 @law(mergeable=True)
 def unmerge_is_exact_after_a_cast_copy_or_pickle(made: Made) -> None:
     """Nor on what happened to the layer."""
     for dtype in (torch.bfloat16, torch.float64) if made.is_dense else ():
-        for undo in undos(made.layer()):
-            if undo == "copy" or torch.promote_types(dtype, made.dtype) == dtype:
-                _unmerge_is_exact_after_a_cast(made, dtype, undo)
-
-
-def _unmerge_is_exact_after_a_cast(made: Made, dtype: torch.dtype, undo: UndoKind) -> None:
-    layer = made.layer()
-    expected = {name: tensor.to(dtype) for name, tensor in weight_of(layer.base_layer).items()}
-    layer.merge(undo=undo)
-    names = set(layer.state_dict())
-    for moved in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
-        assert set(moved.state_dict()) == names
-        moved.to(dtype)
-        moved.unmerge()
-        assert_same_tensors(weight_of(moved.base_layer), expected)
-    assert layer.merged
-    layer.delete_adapter("default")
-    assert_same_tensors({n: t.to(dtype) for n, t in weight_of(layer.base_layer).items()}, expected)
+        layer = made.layer()
+        expected = {name: tensor.to(dtype) for name, tensor in weight_of(layer.base_layer).items()}
+        layer.merge()
+        names = set(layer.state_dict())
+        for moved in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+            assert set(moved.state_dict()) == names
+            moved.to(dtype)
+            moved.unmerge()
+            assert_same_tensors(weight_of(moved.base_layer), expected)
+        assert layer.merged
+        layer.delete_adapter("default")
+        assert_same_tensors({n: t.to(dtype) for n, t in weight_of(layer.base_layer).items()}, expected)
 
 
 @law(mergeable=True)
@@ -294,15 +280,14 @@ def merging_one_of_two_keeps_the_other(made: Made) -> None:
         close_once_merged(layer(x), expected, made)
         layer.unmerge([name])
         assert_same_tensors(weight_of(layer.base_layer), before)
-    for undo in undos(layer):
-        layer.merge(adapter_names=["second"])
-        layer.merge(undo=undo)
-        assert layer.merged_adapters == ["second", "default"]
-        close_once_merged(layer(x), expected, made)
-        layer.unmerge(["second"])
-        close_once_merged(layer(x), expected, made)
-        layer.unmerge()
-        assert_same_tensors(weight_of(layer.base_layer), before)
+    layer.merge(adapter_names=["second"])
+    layer.merge()
+    assert layer.merged_adapters == ["second", "default"]
+    close_once_merged(layer(x), expected, made)
+    layer.unmerge(["second"])
+    close_once_merged(layer(x), expected, made)
+    layer.unmerge()
+    assert_same_tensors(weight_of(layer.base_layer), before)
 
 
 @law(mergeable=True)
@@ -333,10 +318,9 @@ def disabled_equals_the_base_bit_for_bit(made: Made) -> None:
     """With adapters disabled the layer is its base, merged or not."""
     layer, x = made.layer().train(), made.x()
     base = base_of(made, layer).train()
-    for undo in (None, *(() if made.unmergeable else undos(layer))):
-        if undo is not None:
-            layer.unmerge()
-            layer.merge(undo=undo)
+    for merged in (False,) if made.unmergeable else (False, True):
+        if merged:
+            layer.merge()
         layer.enable_adapters(False)
         for grad in (False, True):
             given = x.clone().requires_grad_(grad and x.is_floating_point())

@@ -74,8 +74,7 @@ def change(model: PeftModel, what: str) -> None:
 
 
 @pytest.mark.parametrize("what", ["strength", "factors"])
-@pytest.mark.parametrize("undo", ["copy", "residual"])
-def test_merging_another_leaves_what_is_merged_as_it_was_merged(what: str, undo: Any) -> None:
+def test_merging_another_leaves_what_is_merged_as_it_was_merged(what: str) -> None:
     # Two layers hold "a", one of them "b" too: with half of the change the model would be neither.
     model = with_b(adapted(llama(torch.bfloat16)))
     layers = model.base_model.layers()
@@ -83,9 +82,9 @@ def test_merging_another_leaves_what_is_merged_as_it_was_merged(what: str, undo:
     expected = logits(model)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*survives rounding.*")
-        model.merge_adapter(["a"], undo=undo)
+        model.merge_adapter(["a"])
         change(model, what)
-        model.merge_adapter(["b"], undo=undo)
+        model.merge_adapter(["b"])
     assert_close(logits(model), expected)
     model.unmerge_adapter()
     assert all(torch.equal(layer.base_layer.weight, before[path]) for path, layer in layers.items())
@@ -169,15 +168,14 @@ FAILURES = [RuntimeError("out of memory"), KeyboardInterrupt()]
 
 @pytest.mark.parametrize("error", FAILURES, ids=["error", "interrupt"])
 @pytest.mark.parametrize("after", [0, 1, 2])
-@pytest.mark.parametrize("undo", ["copy", "residual"])
 def test_a_merge_that_fails_late_leaves_every_tensor_and_tie_as_it_was(
-    monkeypatch: pytest.MonkeyPatch, undo: Any, after: int, error: BaseException
+    monkeypatch: pytest.MonkeyPatch, after: int, error: BaseException
 ) -> None:
     model = adapted(llama(torch.bfloat16), ["q_proj", "lm_head"])
     base = model.get_base_model()
     before, expected = Snapshot(model), logits(model)
     with stopping(monkeypatch, after, error), pytest.raises(type(error)) as caught:
-        model.merge_adapter(untie=True, undo=undo)
+        model.merge_adapter(untie=True)
     assert caught.value is error
     before.assert_same(model, written=True)
     assert base.lm_head.base_layer.weight is base.model.embed_tokens.weight

@@ -174,16 +174,14 @@ def test_scattered_rows_of_one_adapter_are_laid_together() -> None:
         assert len(mixed_batch.layouts(names)) == 1, "nothing is gained"
 
 
-@pytest.mark.parametrize("width", [2, 4])
-def test_what_is_cheapest_depends_on_the_batch(width: int) -> None:
-    def cheapest(names: list[str | None], tokens: int, kept: bool) -> tuple[bool, str]:
-        ranks = dict.fromkeys(filter(None, names), 16)
-        layout, way = mixed_batch.cheapest(mixed_batch.layouts(names), tokens, ranks, 1152, kept, width)
+def test_few_rows_are_laid_together_and_uneven_runs_are_computed_one_by_one() -> None:
+    def chosen(names: list[str | None], few: bool) -> tuple[bool, str]:
+        layout, way = mixed_batch.chosen(mixed_batch.layouts(names), few)
         return layout.order is not None, way
 
     eight = [str(row) for row in range(8)]
-    assert cheapest(eight, 1, True) == (False, "groups"), "a token of eight adapters"
-    by_turns = ["a", "b"] * 32
-    assert cheapest(by_turns, 1, True)[0], "many rows of two adapters, by turns"
-    uneven: list[str | None] = ["a"] * 21 + ["b"] * 43
-    assert cheapest(uneven, 1024, False) == (False, "runs"), "much to compute, and two runs of uneven length"
+    for few in (True, False):
+        assert chosen(eight, few) == (False, "groups")
+        assert chosen(["a"] * 21 + ["b"] * 43, few) == (False, "runs"), "two runs of uneven length"
+    assert chosen(["a", "b"] * 16, True) == (True, "groups")
+    assert chosen(["a", "b"] * 16, False) == (False, "groups"), "copying rows would cost more"
