@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import warnings
 from collections.abc import Mapping
@@ -10,19 +9,11 @@ from collections.abc import Mapping
 import torch
 
 from veneer.errors import AdapterFileError, Hint, VeneerWarning
+from veneer.ops.merging import is_finite
 from veneer.wording import listed
 
 _OF_THE_ADAPTER = re.compile(r"(^|\.)(lora_\w+|trainable_tokens_delta)(\.|$)")
 _TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-
-
-def extent(tensor: torch.Tensor) -> float:
-    """A number that is finite if and only if all of the tensor is."""
-    values = tensor.detach()
-    if values.element_size() == 1:
-        values = values.to(torch.float16)
-    low, high = torch.aminmax(values)
-    return float(high.double()) + abs(float(low.double()))
 
 
 def check_values(
@@ -60,6 +51,4 @@ def check_values(
 
 def _finite(tensor: torch.Tensor) -> bool:
     local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    if local.is_meta or local.numel() == 0 or not local.is_floating_point():
-        return True
-    return math.isfinite(extent(local))
+    return bool(local.is_meta) or is_finite(local)

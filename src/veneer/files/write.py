@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import struct
 import warnings
@@ -30,7 +29,7 @@ from veneer.files.layout import (
     left_over,
     saved_metadata,
 )
-from veneer.files.values import extent
+from veneer.ops.merging import is_finite
 
 
 def write_adapter(
@@ -120,7 +119,7 @@ def check_tensors(tensors: Mapping[str, torch.Tensor]) -> None:
     if problems:
         lines = [f"  {len(names)} x {what}; e.g. {', '.join(names[:3])}" for what, names in problems.items()]
         raise CheckpointError("these tensors cannot be saved:\n" + "\n".join(lines))
-    broken = [n for n, t in tensors.items() if t.is_floating_point() and not math.isfinite(extent(t))]
+    broken = [n for n, t in tensors.items() if not is_finite(t)]
     if broken:
         warnings.warn(
             f"{len(broken)} of {len(tensors)} tensors to save hold NaN or infinity: {', '.join(broken[:3])}",

@@ -112,10 +112,13 @@ def written_at_once(weight: Tensor, terms: Sequence[Term]) -> bool:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether no element is NaN or infinite."""
-    if tensor.numel() == 0:
+    """Whether no element is NaN or infinite; True for tensors of integers."""
+    if tensor.numel() == 0 or not tensor.is_floating_point():
         return True
-    low, high = torch.aminmax(tensor.detach())  # NaN where there is one; no copy of the tensor's size
+    values = tensor.detach()
+    if values.element_size() == 1:  # torch cannot compare 8-bit floats; bfloat16 holds all of their values
+        values = values.to(torch.bfloat16)
+    low, high = torch.aminmax(values)  # NaN where there is one; no copy of the tensor's size
     return math.isfinite(float(low)) and math.isfinite(float(high))
 
 

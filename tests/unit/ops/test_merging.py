@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tests.tolerances import OPS_KEPT, assert_close
 from veneer.errors import MergeError
 from veneer.ops import merging
-from veneer.ops.merging import merge_dense, merge_into_
+from veneer.ops.merging import is_finite, merge_dense, merge_into_
 
 SCALING = 2.5
 ALL = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -185,3 +185,21 @@ def test_merge_dense_leaves_the_weight_alone(dtype: torch.dtype) -> None:
     assert_close(merged, weight.double() + update)
     assert 0.9 < kept <= 1.0
     assert merge_dense(weight, torch.zeros(3, 4, 5))[1] == 1.0
+
+
+FLOAT8 = [torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu]
+
+
+@pytest.mark.parametrize("dtype", [*ALL, *FLOAT8], ids=str)
+def test_finite_is_what_holds_neither_nan_nor_infinity(dtype: torch.dtype) -> None:
+    ends = torch.finfo(dtype)
+    values = torch.tensor([1.0, ends.max, ends.min if dtype in ALL else 1.0], dtype=torch.float64).to(dtype)
+    assert is_finite(values)
+    for broken in (math.nan, math.inf, -math.inf):
+        if torch.tensor(broken).to(dtype).double().isfinite():
+            continue
+        assert not is_finite(torch.cat([values, torch.tensor([broken]).to(dtype)]))
+
+
+def test_integers_and_nothing_are_finite() -> None:
+    assert is_finite(torch.tensor([1, 2])) and is_finite(torch.tensor([True])) and is_finite(torch.empty(0))

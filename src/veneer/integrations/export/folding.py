@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 from ...errors import ExportError, Hint
 from ...wording import listed
@@ -88,7 +87,7 @@ def fold(updates: Mapping[str, Update], rules: Rules, dtype: torch.dtype | None 
             scaled.append(path)
         if width != update.r:
             padded.append(path)
-        if not _finite(new) and _finite(update):
+        if not new.is_finite() and update.is_finite():
             broken.append(path)
     if broken:
         raise ExportError(
@@ -132,8 +131,3 @@ def _brought(update: Update, factor: float, width: int, scaling: float, dtype: t
     if dtype is not None:
         a, b, bias = a.to(dtype), b.to(dtype), None if bias is None else bias.to(dtype)
     return replace(update, a=a, b=b, bias=bias, scaling=scaling)
-
-
-def _finite(update: Update) -> bool:
-    parts: list[Tensor] = [t for t in (update.a, update.b, update.bias) if t is not None]
-    return all(bool(part.float().isfinite().all()) for part in parts)

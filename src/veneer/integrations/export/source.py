@@ -15,6 +15,7 @@ from ...config import LoraConfig
 from ...config.expressions import Paths
 from ...errors import AdapterFileError
 from ...files.lora import factor_names, open_lora
+from ...ops.merging import is_finite
 from ...spec import variant_name
 from ...targets import parents, saved_modules
 from ...wording import some
@@ -67,6 +68,11 @@ class Update:
     def r(self) -> int:
         """The rank."""
         return int(self.a.shape[0])
+
+    def is_finite(self) -> bool:
+        """Whether none of its tensors holds NaN or infinity."""
+        tensors = (self.a, self.b, self.bias, self.magnitude)
+        return all(tensor is None or is_finite(tensor) for tensor in tensors)
 
 
 @dataclass(frozen=True)
@@ -204,17 +210,12 @@ def _check(where: Path, config: LoraConfig, updates: dict[str, Update], unknown:
         elif option and len(have) < len(updates):
             lacking = next(path for path in updates if path not in have)
             problems.append(f"{lacking} lacks {noun}, and the configuration asks for it")
-    parts = {path: (u.a, u.b, u.bias, u.magnitude) for path, u in updates.items()}
-    broken = [path for path, own in parts.items() if not all(t is None or _finite(t) for t in own)]
+    broken = [path for path, update in updates.items() if not update.is_finite()]
     problems += [f"{path} holds NaN or infinity" for path in broken]
     if problems:
         raise AdapterFileError(
             "\n  - ".join([f"{where} does not fit its configuration:", *some(problems, 10)])
         )
-
-
-def _finite(tensor: Tensor) -> bool:
-    return bool(tensor.float().isfinite().all())
 
 
 def variant_problem(source: Source) -> str | None:
