@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,6 +28,19 @@ def test_export(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "read back: every update equals that of the adapter exactly" in captured.out
     assert "use it: vllm serve" in captured.out and "--max-lora-rank 4" in captured.out
     assert len(tests.readers.vllm.read(tmp_path / "out")) == 14
+
+
+@pytest.mark.parametrize("target", ["vllm", "llama.cpp", "mlx"])
+def test_the_suggested_command_is_one_that_a_shell_can_be_given(
+    target: str, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = "org/base; rm -rf ~ #"
+    place = shutil.copytree(adapter, tmp_path / "an adapter")
+    config = json.loads((place / "adapter_config.json").read_text())
+    (place / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": name}))
+    assert main(["export", str(place), "--target", target]) == 0
+    words = shlex.split(capsys.readouterr().out.rpartition("use it: ")[2], comments=True)
+    assert name in words and any(word.endswith(f"{place}-{target}") for word in words)
 
 
 def test_the_output_has_a_name_of_its_own_unless_given_one(

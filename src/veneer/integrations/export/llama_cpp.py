@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -57,5 +58,5 @@ class LlamaCpp(PeftFiles):
 
     def usage(self, place: object, parts: list[Part]) -> str:
         """The converter's command line."""
-        base = parts[0].source.config.base_model_name_or_path or "BASE"
-        return f"python convert_lora_to_gguf.py {place} --base-model-id {base}"
+        base = shlex.quote(parts[0].source.base_name())
+        return f"python convert_lora_to_gguf.py {shlex.quote(str(place))} --base-model-id {base}"

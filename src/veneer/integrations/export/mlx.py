@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -92,5 +93,5 @@ class Mlx(Target):
 
     def usage(self, place: object, parts: list[Part]) -> str:
         """The command line of mlx-lm."""
-        base = parts[0].source.config.base_model_name_or_path or "BASE"
-        return f"mlx_lm.generate --model {base} --adapter-path {place}"
+        base = shlex.quote(parts[0].source.base_name())
+        return f"mlx_lm.generate --model {base} --adapter-path {shlex.quote(str(place))}"

@@ -68,5 +68,5 @@ class Ollama(PeftFiles):
 
     def usage(self, place: object, parts: list[Part]) -> str:
         """The Modelfile."""
-        base = parts[0].source.config.base_model_name_or_path or "BASE"
+        base = parts[0].source.base_name()
         return f"ollama create, with a Modelfile of FROM (Ollama's name of {base}) and ADAPTER {place}"

@@ -120,6 +120,10 @@ class Source:
     def _divisor(self, update: Update) -> float:
         return float(update.r**0.5 if self.config.use_rslora else update.r)
 
+    def base_name(self) -> str:
+        """What the configuration calls the base model, for a command that the user completes."""
+        return self.config.base_model_name_or_path or "BASE"
+
     def base_config(self) -> dict[str, Any]:
         """The base model's ``config.json`` where the base lies on this disk, else empty."""
         named = self.config.base_model_name_or_path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from types import MappingProxyType
 
 from ...wording import listed
@@ -44,7 +45,6 @@ class Vllm(PeftFiles):
 
     def usage(self, place: object, parts: list[Part]) -> str:
         """The server's command line."""
-        base = parts[0].source.config.base_model_name_or_path or "BASE"
-        return (
-            f"vllm serve {base} --enable-lora --max-lora-rank {parts[0].folded.r} --lora-modules NAME={place}"
-        )
+        base, r = shlex.quote(parts[0].source.base_name()), parts[0].folded.r
+        module = shlex.quote(f"NAME={place}")
+        return f"vllm serve {base} --enable-lora --max-lora-rank {r} --lora-modules {module}"
