@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from veneer import backends
+from veneer import backends, sharded
 from veneer.adapters import AdapterSet, base_names, walk
 from veneer.backends import stored_elsewhere
 from veneer.config import LoraConfig
@@ -37,9 +37,9 @@ from veneer.files.residual import joined, layers_of, parted
 from veneer.files.values import check_values
 from veneer.inject import Injection, bias_parameters, differs_from_base, embedding_weights, merged_over
 from veneer.inject.replication import is_replicated
-from veneer.layers import LoraLayer, sharded
+from veneer.layers import LoraLayer
+from veneer.layers.factor import RESIDUAL
 from veneer.layers.modules_to_save import ModulesToSaveWrapper
-from veneer.layers.parts import RESIDUAL
 from veneer.layers.trainable_tokens import TrainableTokens
 
 #: What a saved adapter's names begin with.

@@ -1,8 +1,8 @@
 """Who may import whom, read from the syntax trees.
 
     errors -> wording -> registry · doors · atomic -> config -> spec
-           -> ops · targets · adapters · inits · variants · backends
-           -> routing -> layers -> inject · files · arithmetic -> state -> model -> calibration
+           -> ops · targets · adapters · inits · variants · backends · sharded
+           -> routing · rollback -> layers -> inject · files · arithmetic -> state -> model -> calibration
            -> integrations -> training -> as_peft -> cli
 
 1. A unit (a module or folder right under the package) imports only from the left; units of one rank do not
@@ -29,8 +29,8 @@ RANKS: tuple[tuple[str, ...], ...] = (
     ("registry", "doors", "atomic"),
     ("config",),
     ("spec",),
-    ("ops", "targets", "adapters", "inits", "variants", "backends"),
-    ("routing",),
+    ("ops", "targets", "adapters", "inits", "variants", "backends", "sharded"),
+    ("routing", "rollback"),
     ("layers",),
     ("inject", "files", "arithmetic", "checks", "optimizers"),
     ("state",),

@@ -70,7 +70,7 @@ BREACHES = [
     ("targets", "from veneer.ops import dropout", "beside"),
     ("inits__pissa", "from ..variants import dora", "beside"),
     ("ops__merging", "from ..backends import dense", "beside"),
-    ("layers__linear", "from ...veneer.layers import base\nfrom ..inject import inject", "to the right of"),
+    ("layers__linear", "from ...veneer.layers import layer\nfrom ..inject import inject", "to the right of"),
     ("inject", "from .files.read import open_adapter", "beside"),
     ("model", "from .integrations.hub import fetch", "to the right of"),
     ("model", "def f():\n    from .integrations import hub", "inside f()"),

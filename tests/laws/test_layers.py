@@ -49,7 +49,9 @@ def test_every_broken_law_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     (plain,) = (p for p in EACH_CASE if p.id.startswith("Linear-plain-"))
     made: Combination = plain.values[0]
     assert not broken_laws(made, plain.id)
-    monkeypatch.setattr("veneer.layers.base.LoraLayer.add_branch", lambda self, name, x, result: result + 1.0)
+    monkeypatch.setattr(
+        "veneer.layers.layer.LoraLayer.add_branch", lambda self, name, x, result: result + 1.0
+    )
     monkeypatch.setattr("veneer.layers.linear.LoraLinear.forward", laws.LoraLayer.forward)
     monkeypatch.setattr("veneer.layers.linear.LoraLinear.add_branch", laws.LoraLayer.add_branch)
     said = "\n".join(broken_laws(made, plain.id))

@@ -28,7 +28,7 @@ from veneer.config import EvaConfig, LoraConfig
 from veneer.errors import AdapterNameError, ConfigError, Hint, LoadMismatchError, MergeError, VeneerWarning
 from veneer.inject.places import sites
 from veneer.layers import LoraLayer
-from veneer.layers.parts import Prepared
+from veneer.layers.factor import Prepared
 from veneer.model import PeftModel
 from veneer.ops.svd import Components, update_components
 from veneer.routing import disabled

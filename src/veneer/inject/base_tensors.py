@@ -12,8 +12,8 @@ from veneer.adapters import AdapterModule, walk
 from veneer.inject.embeddings import embedding_of
 from veneer.layers import LoraLayer
 from veneer.layers.modules_to_save import ModulesToSaveWrapper
-from veneer.layers.sharded import gathered
 from veneer.layers.trainable_tokens import TrainableTokens
+from veneer.sharded import gathered
 
 
 def bias_parameters(

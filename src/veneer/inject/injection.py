@@ -25,9 +25,9 @@ from veneer.inject.places import Site
 from veneer.inject.replication import Replication, keep
 from veneer.inject.tokens import Rows
 from veneer.layers import LoraLayer
+from veneer.layers.factor import Prepared
 from veneer.layers.making import factor_dtype
 from veneer.layers.modules_to_save import ModulesToSaveWrapper
-from veneer.layers.parts import Prepared
 from veneer.layers.trainable_tokens import PreparedRows
 from veneer.spec import LoraSpec
 from veneer.targets import Plan

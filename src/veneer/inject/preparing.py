@@ -20,7 +20,7 @@ from veneer.inject.tokens import token_rows
 from veneer.inject.tying import check_tied, tie, tied_additions, tied_copies
 from veneer.layers.making import check_config, with_variant_options
 from veneer.layers.modules_to_save import ModulesToSaveWrapper
-from veneer.layers.sharded import is_sharded
+from veneer.sharded import is_sharded
 from veneer.spec import LoraSpec
 from veneer.wording import listed, some
 

@@ -23,7 +23,7 @@ from types import ModuleType
 from typing import Any
 
 from ..errors import VeneerWarning
-from ..layers.sharded import settle
+from ..sharded import settle
 from . import trl
 
 # Which names of a module are tested against. Where peft was not there, the module never got them.

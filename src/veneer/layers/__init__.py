@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from veneer.layers.base import LoraLayer, find, registry
+from veneer.layers.factor import Factor
+from veneer.layers.layer import LoraLayer, find, registry
 from veneer.layers.making import wrap
-from veneer.layers.parts import Factor
 from veneer.layers.refused import REFUSED, reader, refusal
 from veneer.registry import load_all
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from veneer import backends
-from veneer.layers.base import LoraLayer
-from veneer.layers.parts import stand_in
+from veneer.layers.factor import stand_in
+from veneer.layers.layer import LoraLayer
 from veneer.routing import current
 from veneer.spec import LoraSpec
 

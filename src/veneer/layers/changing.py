@@ -14,8 +14,8 @@ from veneer import backends, inits, variants
 from veneer.adapters import as_names
 from veneer.errors import ConfigError, Hint, VeneerWarning
 from veneer.inits import InitRequest, InitResult
+from veneer.layers.factor import RESIDUAL, Factor, Frozen, Prepared
 from veneer.layers.merging import Mergeable
-from veneer.layers.parts import RESIDUAL, Factor, Frozen, Prepared
 from veneer.spec import LoraSpec
 from veneer.variants import ParameterRequest
 

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 from veneer import backends
 from veneer.errors import Hint, Text
-from veneer.layers.base import LoraLayer
-from veneer.layers.parts import stand_in, unwrapped
+from veneer.layers.factor import stand_in, unwrapped
+from veneer.layers.layer import LoraLayer
 from veneer.spec import LoraSpec
 
 _CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from veneer import backends
-from veneer.layers.base import LoraLayer
-from veneer.layers.parts import stand_in, unwrapped
+from veneer.layers.factor import stand_in, unwrapped
+from veneer.layers.layer import LoraLayer
 from veneer.spec import LoraSpec
 
 

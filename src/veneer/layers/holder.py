@@ -14,18 +14,18 @@ from veneer import backends
 from veneer.adapters import AdapterModule
 from veneer.errors import Hint, MergeError, TargetError, Text
 from veneer.inits import folded
-from veneer.layers.parts import (
+from veneer.layers.factor import (
     NOTHING,
     RESIDUAL,
     Factor,
-    Strengths,
     Undo,
     empty,
     operate,
     stand_in,
 )
-from veneer.layers.sharded import gathered
+from veneer.layers.strengths import Strengths
 from veneer.ops.row_norms import State
+from veneer.sharded import gathered
 from veneer.spec import LoraSpec
 
 

@@ -16,8 +16,8 @@ from torch.nn.modules.module import (
 )
 
 from veneer import backends, variants
-from veneer.layers.base import LoraLayer
-from veneer.layers.parts import RESIDUAL, Factor, stand_in
+from veneer.layers.factor import RESIDUAL, Factor, stand_in
+from veneer.layers.layer import LoraLayer
 from veneer.ops import mixed_batch
 from veneer.ops.dropout import wants_plain_torch
 from veneer.ops.lora_linear import add_lora_, autocasts, few_rows, linear_of_few_rows, lora_linear

@@ -13,7 +13,7 @@ from veneer import backends, inits, variants
 from veneer.adapters import check_adapter_name
 from veneer.config import LoraConfig, unsupported_options
 from veneer.errors import AdapterNameError, ConfigError, Hint, TargetError, Text
-from veneer.layers.base import LoraLayer, find
+from veneer.layers.layer import LoraLayer, find
 from veneer.layers.refused import refusal
 from veneer.spec import LoraSpec, resolve
 

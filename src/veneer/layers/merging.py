@@ -11,10 +11,8 @@ from torch import Tensor, nn
 from veneer import backends, variants
 from veneer.adapters import as_names
 from veneer.errors import AdapterNameError, MergeError
+from veneer.layers.factor import Factor, Undo, Undoing, Update, not_an_undo
 from veneer.layers.holder import Holder, original_is_gone
-from veneer.layers.parts import Factor, Undo, Undoing, Update, not_an_undo
-from veneer.layers.rollback import Rollback
-from veneer.layers.sharded import UNMERGEABLE, in_pieces, is_distributed
 from veneer.ops.merging import (
     SMALL,
     Term,
@@ -25,6 +23,8 @@ from veneer.ops.merging import (
     merge_into_,
     written_at_once,
 )
+from veneer.rollback import Rollback
+from veneer.sharded import UNMERGEABLE, in_pieces, is_distributed
 
 
 class Mergeable(Holder):

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from veneer import backends
 from veneer.errors import RoutingError
-from veneer.layers.base import LoraLayer
-from veneer.layers.parts import stand_in
+from veneer.layers.factor import stand_in
+from veneer.layers.layer import LoraLayer
 from veneer.ops.adapted_weight import AdaptedWeight, Term
 from veneer.routing import current
 from veneer.spec import LoraSpec

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from veneer.errors import Hint, TargetError, Text
 from veneer.inits import InitResult, find
 from veneer.layers.embedding import LoraEmbedding
+from veneer.layers.factor import Mirror, Prepared, Undoing, stand_in
 from veneer.layers.linear import LoraLinear
-from veneer.layers.parts import Mirror, Prepared, Undoing, stand_in
-from veneer.layers.sharded import is_distributed
+from veneer.sharded import is_distributed
 from veneer.spec import LoraSpec
 
 

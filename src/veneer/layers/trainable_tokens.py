@@ -13,11 +13,11 @@ from torch.nn import functional as F
 from veneer import backends
 from veneer.adapters import AdapterModule, as_names
 from veneer.errors import AdapterNameError, MergeError
-from veneer.layers.parts import Undo, Undoing, not_an_undo, stand_in
-from veneer.layers.rollback import Rollback
-from veneer.layers.sharded import UNMERGEABLE, in_pieces, is_distributed
+from veneer.layers.factor import Undo, Undoing, not_an_undo, stand_in
 from veneer.ops.merging import is_finite
+from veneer.rollback import Rollback
 from veneer.routing import current
+from veneer.sharded import UNMERGEABLE, in_pieces, is_distributed
 
 
 class TokenRows(nn.Module):

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from veneer import backends
-from veneer.layers.rollback import Rollback
+from veneer.rollback import Rollback
 
 
 def dequantise(model: nn.Module, back: Rollback, dtype: torch.dtype | None = None) -> None:

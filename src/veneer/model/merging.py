@@ -17,14 +17,14 @@ from veneer.errors import Hint, MergeError, Text, VeneerWarning
 from veneer.inject import eject
 from veneer.inject.embeddings import embedding_of
 from veneer.layers import LoraLayer
+from veneer.layers.factor import Undoing, not_an_undo
 from veneer.layers.modules_to_save import ModulesToSaveWrapper
-from veneer.layers.parts import Undoing, not_an_undo
-from veneer.layers.rollback import Rollback
-from veneer.layers.sharded import settle
 from veneer.layers.trainable_tokens import TrainableTokens
 from veneer.model.dequantising import dequantise, forget_quantisation
 from veneer.model.verbs import AdapterVerbs, Mergeable
 from veneer.ops.merging import shared_buffers
+from veneer.rollback import Rollback
+from veneer.sharded import settle
 
 #: Below this share of the update that survives rounding, a merge warns.
 KEPT_WARNING = 0.8

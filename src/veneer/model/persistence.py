@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor, nn
 
-from veneer import inits, state
+from veneer import inits, sharded, state
 from veneer.adapters import as_names, check_adapter_name, walk
 from veneer.config import LoraConfig, PeftConfig, TaskType
 from veneer.doors import HUB_OPTIONS, adapter_directory, hub, refuse_unknown
@@ -35,7 +35,6 @@ from veneer.files.read import AdapterFile, open_adapter
 from veneer.files.residual import RESIDUAL_MARK, mark, marked_config, plain_config
 from veneer.files.write import write_adapter, write_card
 from veneer.inject import stacked
-from veneer.layers import sharded
 from veneer.model.lora_model import LoraModel
 from veneer.spec import resolve, specs_under
 from veneer.wording import some

@@ -26,12 +26,12 @@ from veneer.errors import (
 )
 from veneer.inject import Injection, bias_parameters, prepare
 from veneer.layers import LoraLayer
+from veneer.layers.factor import Undoing
 from veneer.layers.making import draw_seed
-from veneer.layers.parts import Undoing
-from veneer.layers.rollback import Rollback
-from veneer.layers.sharded import settle
 from veneer.layers.trainable_tokens import TrainableTokens
+from veneer.rollback import Rollback
 from veneer.routing import BASE
+from veneer.sharded import settle
 from veneer.spec import resolve
 
 #: What is merged into base weights.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tests.golden.models import Convolution, Mlp, Words, gpt2
 from tests.laws.special_models import Attending, Mixture, Tied
 from veneer import LoraConfig, PeftModel, get_peft_model
-from veneer.layers.base import LoraLayer
+from veneer.layers.layer import LoraLayer
 
 
 def llama(tied: bool = False) -> Any:

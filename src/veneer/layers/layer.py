@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from veneer import backends, variants
 from veneer.layers.changing import Changeable
 from veneer.layers.refused import refusal
-from veneer.layers.sharded import gathered
 from veneer.ops.mixed_batch import along_rows, own_rows
 from veneer.registry import TypeRegistry
 from veneer.routing import Routing, acting, current
+from veneer.sharded import gathered
 
 registry: TypeRegistry[type[LoraLayer]] = TypeRegistry("layer")
 

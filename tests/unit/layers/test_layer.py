@@ -13,7 +13,7 @@ from tests.tolerances import assert_close
 from veneer import LoraConfig
 from veneer.errors import AdapterNameError, MergeError
 from veneer.layers import Factor, LoraLayer, wrap
-from veneer.layers.parts import stand_in
+from veneer.layers.factor import stand_in
 
 
 def layer(**more: object) -> LoraLayer:

@@ -12,7 +12,7 @@ from torch import nn
 from tests.laws.snapshots import Snapshot
 from tests.storages import eight_bits, four_bits, torchao
 from veneer.backends import find
-from veneer.layers.rollback import Rollback
+from veneer.rollback import Rollback
 
 
 def test_attributes_parameters_and_children_are_the_same_objects_again() -> None:

@@ -8,7 +8,7 @@ import pickle
 import pytest
 import torch
 
-from veneer.layers.parts import Strengths
+from veneer.layers.strengths import Strengths
 
 
 def values(strengths: Strengths) -> dict[str, float]:
