@@ -27,13 +27,16 @@ setup-test:
 	@$(PYTHON) tools/setup.py test
 
 demo: setup
-	@$(VENV)/veneer demo $(ARGS)
+	@$(VENV)/python tools/smollm2.py
+	@$(VENV)/python -W ignore examples/demo.py $(ARGS)
 
 tutorial: setup
+	@$(VENV)/python tools/smollm2.py
 	@$(VENV)/python tools/tutorial.py $(ARGS)
 
 examples-data: setup-test
 	@$(VENV)/python tools/examples_data.py
+	@$(VENV)/python tools/smollm2.py
 
 examples: examples-data
 	@$(VENV)/python -W ignore tools/examples.py $(ARGS)

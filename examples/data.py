@@ -1,4 +1,4 @@
-"""The examples' data as Python objects; ``make examples-data`` fetches it."""
+"""The examples' model and data; ``make examples-data`` fetches what is not in this directory."""
 
 from __future__ import annotations
 
@@ -9,10 +9,16 @@ import re
 import wave
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 DATA = Path(__file__).resolve().parent.parent / ".cache" / "data"
+SMOLLM2 = DATA.parent / "veneer" / "SmolLM2-135M-Instruct"
+INSTRUCTION = (
+    "Turn this e-mail header into JSON with the keys date (YYYY-MM-DD), domain (of the sender), "
+    "list (or null) and subject."
+)
 CLOTHES = (
     "T-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"
 )  # fmt: skip
@@ -42,6 +48,24 @@ def folder(name: str) -> Path:
     if not (DATA / name / ".stamp").is_file():
         raise SystemExit(f"{DATA / name} is not there. Fetch it: make examples-data")
     return DATA / name
+
+
+def smollm2() -> Path:
+    """Where SmolLM2-135M-Instruct lies; ends the program with what to do where it is not there."""
+    if not (SMOLLM2 / "config.json").is_file():
+        raise SystemExit(f"{SMOLLM2} is not there. Fetch it: python tools/smollm2.py")
+    return SMOLLM2
+
+
+def headers() -> dict[str, list[dict[str, Any]]]:
+    """Headers of mails and the JSON answers to `INSTRUCTION`: parts ``train``, ``heldout``, ``extra``."""
+    path = Path(__file__).resolve().parent / "mails" / "mails.json"
+    return dict(json.loads(path.read_text(encoding="utf-8")))
+
+
+def record_of(mail: dict[str, Any]) -> dict[str, str]:
+    """One of `headers` as a training record: prompt and completion."""
+    return {"prompt": f"{INSTRUCTION}\n\n{mail['header']}", "completion": json.dumps(mail["answer"])}
 
 
 def mails() -> list[Mail]:

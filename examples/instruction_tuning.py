@@ -1,6 +1,6 @@
 """Instruction tuning: SmolLM2-135M learns to answer with strict JSON, through TRL's SFTTrainer.
 
-Base, LoRA and full fine-tuning side by side. The mails are those of ``veneer demo``, cut to their ``Date``
+Base, LoRA and full fine-tuning side by side. The mails are those of the demo, cut to their ``Date``
 and ``From`` lines; no sender is in both training and held-out mails.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import data
 import torch
 from datasets import Dataset
 from side_by_side import QUIET, Study, quiet, run
@@ -16,8 +17,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
 from veneer import LoraConfig, TaskType, get_peft_model
-from veneer.training.demo import mails
-from veneer.training.models import demo_model
 
 LORA = "LoRA, r=16"
 RATES = {LORA: 2e-3, "full fine-tuning": 2e-4}
@@ -37,9 +36,9 @@ def conversation(mail: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> int:
     study = Study(__doc__)
-    place = demo_model(study.progress)
+    place = data.smollm2()
     tokenizer = AutoTokenizer.from_pretrained(place, padding_side="left")
-    parts = {name: [conversation(mail) for mail in part] for name, part in mails().items()}
+    parts = {name: [conversation(mail) for mail in part] for name, part in data.headers().items()}
     heldout = parts["heldout"][: 4 if study.short else 32]
     train_set = Dataset.from_list(parts["train"])
 

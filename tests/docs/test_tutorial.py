@@ -40,7 +40,7 @@ def test_every_command_of_the_tutorial_runs(
     monkeypatch.chdir(tmp_path)
     steps = tutorial.steps()
     names = [step.words[1] for step in steps]
-    assert names[0] == "demo" and {
+    assert names[0] == "examples/demo.py" and {
         "plan",
         "train",
         "inspect",
@@ -50,7 +50,8 @@ def test_every_command_of_the_tutorial_runs(
         "merge",
         "ls",
     } <= set(names)
-    for step in steps:
+    assert tutorial.perform(steps[0], tmp_path, True, None) == 0
+    for step in steps[1:]:
         assert step.words[0] == "veneer"
         monkeypatch.setattr(sys, "stdin", io.StringIO("".join(line + "\n" for line in step.typed)))
         assert main([*step.words[1:], *step.short]) == 0, (step.line, capsys.readouterr().err)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.processes import run_python
-from veneer.training.demo import mails, record_of
+from tests.programs import program
 
 pytestmark = [pytest.mark.model, pytest.mark.slow]
 
@@ -62,7 +62,9 @@ def refused(result: subprocess.CompletedProcess[str], code: int) -> str:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    records = sorted((record_of(mail) for mail in mails()["train"]), key=lambda r: len(r["prompt"]))[:8]
+    examples = program("examples/data.py")
+    found = map(examples.record_of, examples.headers()["train"])
+    records = sorted(found, key=lambda record: len(record["prompt"]))[:8]
     place = tmp_path_factory.mktemp("data") / "mails.jsonl"
     place.write_text("".join(json.dumps(record) + "\n" for record in records))
     return place
@@ -136,13 +138,6 @@ def test_merge_loads_in_plain_transformers(adapter: Path, tmp_path: Path) -> Non
         "assert not info['missing_keys'] and not info['unexpected_keys'], info\n",
         tmp_path / "merged",
     )
-
-
-def test_demo_hands_out_model_and_mails(smollm2: Path, tmp_path: Path) -> None:
-    made = parsed(veneer("demo", "--export", "mails", "--json", cwd=tmp_path))
-    assert set(made) == {"model", "train", "heldout"}
-    assert (tmp_path / made["model"] / "config.json").is_file()
-    assert (tmp_path / made["model"] / "model.safetensors").stat().st_size > 2e8
 
 
 @pytest.mark.parametrize(

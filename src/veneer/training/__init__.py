@@ -1,4 +1,4 @@
-"""From data to a trained adapter: reading records, the loop (transformers' Trainer), evaluation, the demo.
+"""From data to a trained adapter: reading records, the loop (transformers' Trainer), evaluation.
 
 Nothing here is imported by ``import veneer``; transformers and the rest of the ``train`` extra are imported
 inside the functions that need them.

@@ -23,7 +23,7 @@ from .data import (
 from .evaluate import answer_loss, exact_match, valid_json
 from .generation import Sampling, answer_file, generate_answers
 from .loop import train
-from .models import cache_dir, demo_model, load_base
+from .models import load_base
 from .options import RunOptions, TrainOptions
 from .progress import Progress, Silent, Terminal
 
@@ -44,8 +44,6 @@ __all__ = [
     "TrainOptions",
     "answer_file",
     "answer_loss",
-    "cache_dir",
-    "demo_model",
     "encode",
     "encode_classification",
     "encode_preferences",

@@ -43,14 +43,14 @@ def test_the_command_line_imports_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert all(command in done.stdout for command in ("demo", "train", "generate", "merge", "inspect"))
+    assert all(command in done.stdout for command in ("plan", "train", "generate", "merge", "inspect"))
 
 
 def test_control_c_is_130() -> None:
     code = (
-        "import os, signal, sys; from veneer.cli import common; from veneer.training import demo\n"
-        "demo.run_demo = lambda *a: os.kill(os.getpid(), signal.SIGINT)\n"
-        "sys.exit(common.main(['demo']))"
+        "import os, signal, sys; from veneer.cli import common, ls\n"
+        "ls.show_json = lambda *a: os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.exit(common.main(['ls', '--json']))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 130 == 128 + signal.SIGINT

