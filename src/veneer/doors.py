@@ -6,7 +6,6 @@ when one is used and not before. Local paths never pass that door, hub ids do.
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import os
 import sys
@@ -16,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 from veneer.errors import UnknownOptionError, show
+from veneer.wording import did_you_mean
 
 #: Keywords that say how to fetch from the hub, or that libraries pass along; a local path needs none of them.
 HUB_OPTIONS = frozenset(
@@ -87,12 +87,7 @@ def refuse_unknown(
         UnknownOptionError: Naming each unknown keyword, with the known one that is most like it.
     """
     known = sorted({*accepted, *near})
-    problems = []
-    for name in given:
-        if name in accepted:
-            continue
-        likely = difflib.get_close_matches(name[:80], known, n=1)
-        problems.append(show(name) + (f" (did you mean {likely[0]!r}?)" if likely else ""))
+    problems = [show(name) + did_you_mean(name, known) for name in given if name not in accepted]
     if problems:
         raise UnknownOptionError(f"{call} has no option {', '.join(problems)}")
 

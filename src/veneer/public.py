@@ -45,11 +45,14 @@ from veneer.errors import (
     VeneerError,
     VeneerWarning,
 )
+from veneer.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from veneer.inject import inject_adapter_in_model, plan
 from veneer.integrations.kbit import prepare_model_for_kbit_training
-from veneer.model import (
+from veneer.load import load_peft_weights
+from veneer.model.lora_model import LoraModel
+from veneer.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
+from veneer.peft_model import (
     MODEL_TYPE_TO_PEFT_MODEL_MAPPING,
-    LoraModel,
     PeftMixedModel,
     PeftModel,
     PeftModelForCausalLM,
@@ -58,21 +61,21 @@ from veneer.model import (
     PeftModelForSeq2SeqLM,
     PeftModelForSequenceClassification,
     PeftModelForTokenClassification,
-    TunerLayerStatus,
-    TunerModelStatus,
-    cast_mixed_precision_params,
-    get_base_model_state_dict,
-    get_layer_status,
-    get_model_status,
     get_peft_model,
+)
+from veneer.state_dict import (
+    get_base_model_state_dict,
     get_peft_model_state_dict,
-    hotswap_adapter,
-    load_peft_weights,
-    prepare_model_for_compiled_hotswap,
     set_base_model_state_dict,
     set_peft_model_state_dict,
 )
-from veneer.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
+from veneer.status import (
+    TunerLayerStatus,
+    TunerModelStatus,
+    cast_mixed_precision_params,
+    get_layer_status,
+    get_model_status,
+)
 
 if TYPE_CHECKING:
     from veneer.integrations.auto import (

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import difflib
+import os
 import re
+import sys
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
+from veneer.errors import Hint, Text, VeneerWarning
+
 _Line = TypeVar("_Line")
+
+_PACKAGE = os.path.dirname(os.path.abspath(__file__)) + os.sep
 
 #: What a terminal acts upon instead of showing it: control characters, separators of lines, marks of
 #: direction, halves of surrogate pairs.
@@ -42,3 +50,37 @@ def listed(names: Iterable[str], most: int = 3) -> str:
     each = list(names)
     rest = len(each) - most
     return ", ".join(each[:most]) + (f" and {rest:,} more" if rest > 0 else "")
+
+
+def nearest(word: object, known: Iterable[str], most: int = 1, cutoff: float = 0.6) -> list[str]:
+    """The known names that are most like a word, whatever their case, and not clearly less than the best."""
+    names: dict[str, str] = {}
+    for name in known:
+        names.setdefault(name.lower(), name)
+    key = str(word)[:80].lower()
+    close = difflib.get_close_matches(key, names, n=most, cutoff=cutoff)
+    scores = [difflib.SequenceMatcher(None, name, key).ratio() for name in close]
+    return [names[name] for name, score in zip(close, scores, strict=True) if score > scores[0] - 0.1]
+
+
+def did_you_mean(word: object, known: Iterable[str]) -> str:
+    """The known name that is most like a word: `` (did you mean 'lora_alpha'?)``, or nothing."""
+    near = nearest(word, known)
+    return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def warn(*parts: str | Hint | Text) -> None:
+    """Give a `VeneerWarning` at the line outside of Veneer that led here.
+
+    Args:
+        parts: The message, as of an error.
+    """
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and _is_ours(frame.f_code.co_filename):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(VeneerWarning(*parts), stacklevel=level)
+
+
+def _is_ours(file: str) -> bool:
+    # `contextlib` stands between a decorated function of ours and its caller.
+    return file.startswith(_PACKAGE) or file.endswith("contextlib.py")

@@ -2,7 +2,8 @@
 
     errors -> wording -> registry · doors · atomic -> config -> spec
            -> ops · targets · adapters · inits · variants · backends · sharded
-           -> routing · rollback -> layers -> inject · files · arithmetic -> state -> model -> calibration
+           -> routing · rollback -> layers -> inject · files · arithmetic
+           -> state_dict · base_fingerprint · hotswap · status -> model -> load · save -> peft_model -> calibration
            -> integrations -> training -> as_peft -> cli
 
 1. A unit (a module or folder right under the package) imports only from the left; units of one rank do not
@@ -33,8 +34,10 @@ RANKS: tuple[tuple[str, ...], ...] = (
     ("routing", "rollback"),
     ("layers",),
     ("inject", "files", "arithmetic", "checks", "optimizers"),
-    ("state",),
+    ("state_dict", "base_fingerprint", "hotswap", "status"),
     ("model",),
+    ("load", "save"),
+    ("peft_model",),
     ("calibration",),
     ("integrations",),
     ("public",),

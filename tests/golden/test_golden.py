@@ -11,11 +11,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from tests.configurations import read_config
 from tests.golden.models import CASES, output
 from tests.tolerances import assert_close
 from veneer import PeftModel
 from veneer.errors import VeneerWarning
-from veneer.files.layout import SAFETENSORS_NAME, read_config
+from veneer.files.layout import SAFETENSORS_NAME
 
 DATA = Path(__file__).parent / "data"
 

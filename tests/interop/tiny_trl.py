@@ -101,7 +101,7 @@ def check_trained(trainer: Any, base: Callable[[], Any]) -> Any:
     from safetensors.torch import load_file
 
     model = trainer.model
-    assert type(model).__module__ == "veneer.model.tasks", type(model)
+    assert type(model).__module__ == "veneer.peft_model", type(model)
     before, start = frozen(model), copy.deepcopy(dict(model.named_parameters()))
     assert all("lora_" not in name or ".ref." in name for name in before), sorted(before)
     trainer.train()

@@ -15,8 +15,8 @@ from tests.laws.cases import EACH_CASE, Combination, train
 from tests.laws.test_mixed_batch import BATCHED, layer_with_three, mixed, names_for
 from tests.tolerances import assert_close
 from veneer import LoraConfig, PeftModel, get_peft_model
+from veneer.hotswap import hotswap_adapter_from_state_dict
 from veneer.layers import LoraLayer, wrap
-from veneer.model.hotswap import hotswap_adapter_from_state_dict
 from veneer.routing import BASE
 from veneer.testing.laws import close
 

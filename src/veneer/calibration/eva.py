@@ -29,8 +29,8 @@ from veneer.errors import AdapterNameError, ConfigError, Hint, LoadMismatchError
 from veneer.inject.places import sites
 from veneer.layers import LoraLayer
 from veneer.layers.factor import Prepared
-from veneer.model import PeftModel
 from veneer.ops.svd import Components, update_components
+from veneer.peft_model import PeftModel
 from veneer.routing import disabled
 
 logger = logging.getLogger("veneer")

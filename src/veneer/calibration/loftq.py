@@ -15,7 +15,7 @@ from veneer.backends import FileCodes
 from veneer.doors import hub
 from veneer.errors import AdapterNameError, CheckpointError, ConfigError, Hint, MergeError
 from veneer.layers import LoraLayer
-from veneer.model import PeftModel
+from veneer.peft_model import PeftModel
 
 _FILE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 

@@ -254,7 +254,12 @@ class PeftConfig:
             directory = Path(where) / (subfolder or "")
         else:
             directory = Path(hub().download_file(where, CONFIG_FILE, subfolder=subfolder, **kwargs)).parent
-        return cls._named(directory / CONFIG_FILE, adapter_files().read_config(directory))
+        files = adapter_files()
+        found = files.find_config(files.check_directory(directory))
+        config = cls._named(directory / CONFIG_FILE, found.values)
+        if found.remark is not None:
+            warnings.warn(found.remark, VeneerWarning, stacklevel=2)
+        return config
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> Any:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+#: What names on disk begin with: attributes of PeftModel and LoraModel.
+PREFIX = "base_model.model."
+#: Segments that compilers, shards and checkpoints put into a name.
+WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+
 FACTORS = ("lora_A", "lora_B")
 EMBEDDING_FACTORS = ("lora_embedding_A", "lora_embedding_B")
 MAGNITUDE = "lora_magnitude_vector"
@@ -45,3 +50,8 @@ def to_disk(memory_name: str, adapter: str) -> str:
         if parts[i] == SAVED_MODULES and parts[i + 1] == adapter:
             return ".".join(parts[:i] + parts[i + 2 :])
     return memory_name
+
+
+def without_wrappers(name: str) -> str:
+    """A name without the segments that compilers and shards put into it."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)

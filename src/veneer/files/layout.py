@@ -18,14 +18,13 @@ import contextlib
 import hashlib
 import os
 import re
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from veneer.config import LoraConfig, parse_config, read_config_bytes
 from veneer.config.values import show
-from veneer.errors import AdapterFileError, VeneerWarning, short
+from veneer.errors import AdapterFileError, short
 from veneer.files.header import read_metadata
 from veneer.wording import listed
 
@@ -164,20 +163,12 @@ def identity(status: os.stat_result) -> tuple[int, ...]:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
+def find_config(root: Path) -> BelongingConfig:
     """The configuration that belongs to the tensors of a directory; where there are none, the one in it.
 
     Raises:
-        AdapterFileError: missing, too large, or not a JSON object.
+        AdapterFileError: Missing, too large, or not a JSON object.
     """
-    found = find_config(check_directory(Path(directory)))
-    if found.remark is not None:
-        warnings.warn(found.remark, VeneerWarning, stacklevel=3)
-    return found.values
-
-
-def find_config(root: Path) -> BelongingConfig:
-    """As `read_config`; what there is to say is for the caller to say."""
     metadata, beside = together(root, _metadata) if _tensors(root) else ({}, _beside(root))
     return belonging_config(root, metadata, beside)
 

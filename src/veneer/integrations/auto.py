@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from veneer.config import PeftConfig, TaskType
 from veneer.doors import adapter_directory
 from veneer.errors import AdapterFileError, ConfigError, MissingExtraError, VeneerWarning, show
-from veneer.model import (
+from veneer.peft_model import (
     PeftModel,
     PeftModelForCausalLM,
     PeftModelForFeatureExtraction,

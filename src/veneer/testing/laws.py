@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from veneer.backends import find, settle
 from veneer.errors import MergeError
 from veneer.layers import Factor, LoraLayer, wrap
-from veneer.model import PeftModel, get_peft_model
+from veneer.peft_model import PeftModel, get_peft_model
 from veneer.testing.made import Made, train
 from veneer.testing.tolerances import BY_DTYPE, assert_close
 

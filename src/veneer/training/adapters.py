@@ -19,7 +19,8 @@ from ..files.layout import CONFIG_NAME
 from ..files.lora import OpenLora, blaming, factor_names, open_lora
 from ..files.overwrite import check_replaceable, check_room, replacing
 from ..files.read import AdapterFile, open_adapter
-from ..model import MergeReport, PeftModel
+from ..model.merging import MergeReport
+from ..peft_model import PeftModel
 from ..spec import variant_name
 from .models import NO_CODE, load_base, quiet_transformers
 from .progress import Progress

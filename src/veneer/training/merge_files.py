@@ -18,6 +18,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ..backends import FileCodes
+from ..base_fingerprint import FINGERPRINT
 from ..config import LoraConfig
 from ..doors import is_local
 from ..errors import AdapterFileError, BaseMismatchError, Hint, MergeError, Text, TrainingError
@@ -26,10 +27,9 @@ from ..files.lora import factor_names, open_lora
 from ..files.overwrite import check_room, replacing
 from ..files.read import AdapterFile
 from ..files.values import check_values
-from ..model import MergeReport
+from ..model.merging import MergeReport
 from ..ops.merging import merge_into_, shared_buffers
 from ..spec import LoraSpec, variant_name
-from ..state import FINGERPRINT
 from ..wording import some
 from .adapters import say_base
 from .models import require

@@ -12,11 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.configurations import read_config
 from veneer import PeftConfig, VeneerWarning
 from veneer.errors import AdapterFileError
 from veneer.files import layout
 from veneer.files.header import read_metadata
-from veneer.files.layout import BIN_NAME, CONFIG_NAME, SAFETENSORS_NAME, read_config
+from veneer.files.layout import BIN_NAME, CONFIG_NAME, SAFETENSORS_NAME
 from veneer.files.listing import find_adapters
 from veneer.files.read import open_adapter
 from veneer.files.write import write_adapter

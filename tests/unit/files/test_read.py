@@ -10,10 +10,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from tests.configurations import read_config
 from veneer.errors import AdapterFileError, VeneerWarning
 from veneer.files import read
 from veneer.files.header import read_header
-from veneer.files.layout import BIN_NAME, CONFIG_NAME, SAFETENSORS_NAME, SAVED_CONFIG, read_config
+from veneer.files.layout import BIN_NAME, CONFIG_NAME, SAFETENSORS_NAME, SAVED_CONFIG
 from veneer.files.read import open_adapter
 from veneer.files.write import write_adapter
 

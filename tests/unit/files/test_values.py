@@ -21,7 +21,7 @@ from veneer import (
     set_peft_model_state_dict,
 )
 from veneer.files.values import check_values
-from veneer.model.hotswap import hotswap_adapter
+from veneer.hotswap import hotswap_adapter
 from veneer.training.merge_files import merge_files
 
 KEY = "base_model.model.up.lora_A.weight"

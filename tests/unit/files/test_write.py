@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 
+from tests.configurations import read_config
 from veneer.errors import CheckpointError, VeneerWarning
-from veneer.files.layout import BIN_NAME, CARD_NAME, CONFIG_NAME, SAFETENSORS_NAME, SAVED_CONFIG, read_config
+from veneer.files.layout import BIN_NAME, CARD_NAME, CONFIG_NAME, SAFETENSORS_NAME, SAVED_CONFIG
 from veneer.files.read import open_adapter
 from veneer.files.write import write_adapter, write_card
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.unit.model.net import IDS, Net, adapted
+from tests.unit.net import IDS, Net, adapted
 from veneer import LoraConfig, get_peft_model_state_dict
 from veneer.errors import VeneerError
 from veneer.files.keys import to_disk

@@ -18,7 +18,7 @@ from veneer.adapters import AdapterSet
 from veneer.config import support
 from veneer.errors import ConfigError, LoadMismatchError
 from veneer.layers import Factor, LoraLayer, wrap
-from veneer.state import set_adapter_state_dict
+from veneer.state_dict import set_adapter_state_dict
 from veneer.variants import Branch, ParameterRequest, Variant, registry
 
 

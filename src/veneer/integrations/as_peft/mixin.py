@@ -17,7 +17,7 @@ from ...config import LoraConfig
 from ...doors import adapter_directory
 from ...errors import ConfigError
 from ...files.read import open_adapter
-from ...model.hotswap import check_hotswap_configs_compatible, hotswap_adapter_from_state_dict
+from ...hotswap import check_hotswap_configs_compatible, hotswap_adapter_from_state_dict
 from ...model.verbs import mention_biases
 from . import strict
 

@@ -18,18 +18,18 @@ from torch import nn
 from ...adapters import AdapterModule, AdapterSet
 from ...config import PeftConfig, PeftType
 from ...errors import TargetError, VeneerError, VeneerWarning
-from ...layers import LoraLayer
-from ...layers.conv import LoraConv
-from ...layers.embedding import LoraEmbedding
-from ...layers.linear import LoraLinear
-from ...layers.modules_to_save import ModulesToSaveWrapper
-from ...model import LoraModel
-from ...model.hotswap import (
+from ...hotswap import (
     check_hotswap_configs_compatible,
     hotswap_adapter,
     hotswap_adapter_from_state_dict,
     prepare_model_for_compiled_hotswap,
 )
+from ...layers import LoraLayer
+from ...layers.conv import LoraConv
+from ...layers.embedding import LoraEmbedding
+from ...layers.linear import LoraLinear
+from ...layers.modules_to_save import ModulesToSaveWrapper
+from ...model.lora_model import LoraModel
 from .others import stub
 
 __all__ = [

@@ -19,8 +19,8 @@ from ...adapters import AdapterModule, AdapterSet
 from ...errors import AdapterFileError, LoadMismatchError
 from ...files.layout import ATTEMPTS, BIN_NAME, SAFETENSORS_NAME, watched
 from ...files.values import check_values
+from ...hotswap import prepare_model_for_compiled_hotswap
 from ...inject import bias_parameters, sites
-from ...model.hotswap import prepare_model_for_compiled_hotswap
 from ...wording import listed
 
 _CONTAINERS = (

@@ -19,7 +19,7 @@ from ...adapters import base_of
 from ...config import LoraConfig
 from ...errors import ConfigError, VeneerError, VeneerWarning
 from ...inject.embeddings import embedding_of
-from ...model import get_peft_model
+from ...peft_model import get_peft_model
 from ..models import quiet_transformers
 from .sources import shadow
 from .tracing import Trace, trace_step

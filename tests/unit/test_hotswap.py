@@ -11,10 +11,10 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 from tests.tolerances import assert_close
-from tests.unit.model.net import IDS, Net, adapted
+from tests.unit.net import IDS, Net, adapted
 from veneer import LoraConfig, PeftModel, VeneerWarning, get_peft_model
 from veneer.errors import AdapterNameError, ConfigError, LoadMismatchError, MergeError
-from veneer.model.hotswap import (
+from veneer.hotswap import (
     check_hotswap_configs_compatible,
     hotswap_adapter,
     hotswap_adapter_from_state_dict,

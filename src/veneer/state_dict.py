@@ -6,57 +6,27 @@ Collecting and filling use one walk over the model, so what is saved is what is 
 from __future__ import annotations
 
 import json
-import re
-import warnings
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
-from functools import partial
+from collections.abc import Container, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from veneer import backends, sharded
-from veneer.adapters import AdapterSet, base_names, walk
+from veneer import sharded
+from veneer.adapters import AdapterSet, base_names, base_of, walk
 from veneer.backends import stored_elsewhere
 from veneer.config import LoraConfig
-from veneer.errors import (
-    AdapterNameError,
-    BaseMismatchError,
-    CheckpointError,
-    ConfigError,
-    Hint,
-    LoadMismatchError,
-    MergeError,
-    VeneerWarning,
-)
-from veneer.files.fingerprint import compare_fingerprints, fingerprint
-from veneer.files.keys import to_disk
+from veneer.errors import AdapterNameError, CheckpointError, ConfigError, LoadMismatchError, MergeError
+from veneer.files.keys import PREFIX, to_disk, without_wrappers
 from veneer.files.match import LoadReport, match
 from veneer.files.residual import joined, layers_of, parted
 from veneer.files.values import check_values
-from veneer.inject import Injection, bias_parameters, differs_from_base, embedding_weights, merged_over
-from veneer.inject.replication import is_replicated
+from veneer.inject import bias_parameters, differs_from_base, embedding_weights, merged_over
 from veneer.layers import LoraLayer
-from veneer.layers.factor import RESIDUAL
 from veneer.layers.modules_to_save import ModulesToSaveWrapper
 from veneer.layers.trainable_tokens import TrainableTokens
-
-#: What a saved adapter's names begin with.
-PREFIX = "base_model.model."
-#: Key of the base's fingerprint in the metadata of a safetensors file.
-FINGERPRINT = "veneer_base"
-#: Sizes of an architecture, as transformers' configurations call them.
-SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers")
-#: A path into one of several blocks that are alike.
-_BLOCK = re.compile(r"(^|\.)\d+\.")
-
-_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-
-
-def _clean(name: str) -> str:
-    """A parameter's name without the segments that compilers and shards add."""
-    return _WRAPPERS.sub("", name)
+from veneer.wording import some, warn
 
 
 class Slot(NamedTuple):
@@ -91,7 +61,7 @@ def slots(model: nn.Module, adapter: str) -> Iterator[Slot]:
                 for name, tensor in sharded.tensors_of(module.modules_to_save[adapter])
             )
         for name, tensor in own:
-            memory = _clean(f"{path}.{name}" if path else name)
+            memory = without_wrappers(f"{path}.{name}" if path else name)
             yield Slot(to_disk(memory, adapter), memory, tensor)
 
 
@@ -156,7 +126,7 @@ def adapter_state_dict(
         values = {disk: elsewhere.get(id(slot.tensor), slot.tensor) for disk, slot in wanted.items()}
         values |= put_together
         return _on_disk({disk: merged.get(disk, value).detach() for disk, value in values.items()}, gather)
-    given = {_clean(name): tensor for name, tensor in state_dict.items()}
+    given = {without_wrappers(name): tensor for name, tensor in state_dict.items()}
     # A state dict of the wrapped model may lack the face's prefix, or already be an adapter's own.
     result, absent = {}, []
     for disk, slot in wanted.items():
@@ -206,7 +176,7 @@ def wanted_slots(
         **_embeddings(root, adapter, save_embedding_layers),
     }
     for name, parameter in of_base.items():
-        disk = f"{prefix}{_clean(name)}"
+        disk = f"{prefix}{without_wrappers(name)}"
         wanted[disk] = Slot(disk, disk, parameter)
     return wanted
 
@@ -259,7 +229,7 @@ def _before_merging(root: nn.Module, prefix: str, wanted: Iterable[str]) -> dict
     if not of_base:
         return {}
     merged = {
-        f"{prefix}{_clean(path)}.": layer
+        f"{prefix}{without_wrappers(path)}.": layer
         for path, layer in walk(root)
         if isinstance(layer, LoraLayer | TrainableTokens) and layer.merged
     }
@@ -279,11 +249,9 @@ def _embeddings(
     weights = embedding_weights(root)
     if save_embedding_layers is True or not weights:
         if save_embedding_layers is True and not weights:
-            warnings.warn(
+            warn(
                 "save_embedding_layers=True, but this model does not say where its embeddings are: none are "
-                "saved",
-                VeneerWarning,
-                stacklevel=5,
+                "saved"
             )
         return weights
     if save_embedding_layers is False:
@@ -316,109 +284,6 @@ def _declared_vocabulary(root: nn.Module) -> int | None:
     except (OSError, ValueError, AttributeError):  # not a local directory with a readable configuration
         return None
     return size if isinstance(size, int) else None
-
-
-def fill_injection(
-    injection: Injection,
-    shapes: Mapping[str, tuple[int, ...]],
-    read: Callable[[Iterable[str]], Mapping[str, Tensor]],
-    *,
-    where: object,
-    strict: bool = True,
-    check_finite: bool = True,
-    prefix: str = PREFIX,
-) -> LoadReport:
-    """Give a prepared adapter the values of a file, after accounting for all of them.
-
-    Args:
-        injection: The prepared adapter; the model is not touched.
-        shapes: The file's names and shapes.
-        read: Reads tensors by their names in the file.
-        where: What to call the file in messages.
-        strict: Raise unless every tensor of the file is used and every expected one is there.
-        check_finite: Raise for NaN and infinity; False warns.
-        prefix: What the names begin with.
-
-    Raises:
-        LoadMismatchError: With ``strict``; or always when no tensor at all fits.
-    """
-    optional = {f"{prefix}{k}": v for k, v in injection.optional().items()}
-    expected = {f"{prefix}{k}": v for k, v in injection.expected().items()}
-    if layers_of(expected):
-        held = _with_start(injection, parted(read(list(shapes)), expected), where, prefix)
-        shapes, read = (
-            {name: tuple(tensor.shape) for name, tensor in held.items()},
-            lambda keys: {key: held[key] for key in keys},
-        )
-    report = match({**expected, **optional}, shapes, optional=optional)
-    if strict or not report.renamed:
-        report.raise_for(where)
-    if report.notice:
-        warnings.warn(f"{where}: {report.notice}", VeneerWarning, stacklevel=4)
-    values = read(list(report.renamed))
-    check_values(values, where, check_finite=check_finite)
-    injection.fill({report.renamed[k].removeprefix(prefix): t for k, t in values.items()})
-    if changed := injection.changed_embeddings():
-        if under := [name for name in changed if merged_over(injection.model, name)]:
-            raise MergeError(
-                f"{where} carries its own {' and '.join(under)}, into which an adapter is merged here: "
-                "unmerge_adapter() before loading it"
-            )
-        warnings.warn(
-            f"{where} carries its own {' and '.join(changed)}: the base's values are replaced by them, "
-            "for every adapter on this model",
-            VeneerWarning,
-            stacklevel=4,
-        )
-    return report
-
-
-def _with_start(
-    injection: Injection, tensors: Mapping[str, Tensor], where: object, prefix: str
-) -> dict[str, Tensor]:
-    """The tensors of a file, with the frozen terms that other libraries leave in the base.
-
-    Raises:
-        LoadMismatchError: If they cannot be worked out from the base alone.
-    """
-    result, names = dict(tensors), {}
-    for addition in injection.additions:
-        path = f"{prefix}{addition.site.path}."
-        keys = [f"{path}{part}" for part in RESIDUAL]
-        if not any(key in result for key in keys) and any(key.startswith(f"{path}lora_") for key in result):
-            names[path] = addition
-    if not names:
-        return result
-    spec = next(iter(names.values())).spec
-    init = Hint("init_lora_weights", spec.init)
-    try:
-        for path, addition in names.items():
-            start = addition.layer.initialise(addition.spec, 0)
-            assert start.residual is not None
-            result.update({f"{path}{part}": t for part, t in zip(RESIDUAL, start.residual, strict=True)})
-    except ConfigError as error:
-        raise LoadMismatchError(
-            f"{where} holds the trained factors of ",
-            init,
-            " alone, as the peft library saves them: they fit a base from which their start was subtracted, "
-            "and that start is not in the file (",
-            error.message,
-            "). Convert it where it was trained (its save_pretrained takes "
-            "path_initial_model_for_weight_conversion), or pass config= with ",
-            Hint("init_lora_weights", True),
-            " for a base that has its start subtracted already",
-        ) from error
-    about = "" if spec.init in ("pissa", "olora") else ", up to what its random or measured parts differ"
-    warnings.warn(
-        VeneerWarning(
-            f"{where} holds the trained factors of ",
-            init,
-            " alone, as the peft library saves them: they fit a base from which their start was subtracted. "
-            f"The start was worked out again from this base{about}; it must be the original base",
-        ),
-        stacklevel=5,
-    )
-    return result
 
 
 @torch.no_grad()
@@ -455,7 +320,9 @@ def set_adapter_state_dict(
     if not own:
         raise AdapterNameError(f"no module of the model holds the adapter {adapter!r}")
     root, prefix = _root(model)
-    optional: dict[str, Tensor] = {f"{prefix}{_clean(n)}": p for n, p in embedding_weights(root).items()}
+    optional: dict[str, Tensor] = {
+        f"{prefix}{without_wrappers(n)}": p for n, p in embedding_weights(root).items()
+    }
     carried = any(name in tensors for name in optional)
     wanted = wanted_slots(model, adapter, carried)
     copies = whole_tensors(model, adapter, wanted, carried)
@@ -522,7 +389,7 @@ def _materialised(
     for path, module in model.named_modules():
         tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
         for name, tensor in tensors:
-            value = by_memory.get(_clean(f"{path}.{name}" if path else name))
+            value = by_memory.get(without_wrappers(f"{path}.{name}" if path else name))
             if value is not None and tensor.is_meta:
                 device = devices.get(id(tensor), value.device)
                 new = value.detach().to(device=device, dtype=tensor.dtype, copy=True)
@@ -531,128 +398,134 @@ def _materialised(
     return made
 
 
-def base_fingerprint(
+class LoadResult(NamedTuple):
+    """Keys that did not find their counterpart, with torch's names for them."""
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+
+
+def get_peft_model_state_dict(
     model: nn.Module,
-    targets: Mapping[str, LoraLayer] | None = None,
-    others: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
-    """What tells the base model of an adapter from another one of the same shape.
+    state_dict: Mapping[str, Tensor] | None = None,
+    adapter_name: str = "default",
+    unwrap_compiled: bool = False,
+    save_embedding_layers: bool | Literal["auto"] = "auto",
+) -> dict[str, Tensor]:
+    """The tensors of an adapter under their names on disk.
 
     Args:
-        model: The base model, adapted or about to be.
-        targets: The adapted layers by path; None looks them up.
-        others: Samples of weights that are not adapted, of a fingerprint that this one is compared with: the
-            same weights are taken here. None takes some of the present model's.
+        model: A PeftModel, or a module with injected adapters.
+        state_dict: Take the values from this full state dict.
+        adapter_name: The adapter.
+        unwrap_compiled: Accepted as in PEFT: a compiled model is always unwrapped.
+        save_embedding_layers: See `PeftModel.save_pretrained`.
     """
-    if targets is None:
-        targets = {path: m for path, m in walk(model) if isinstance(m, LoraLayer)}
-    weights: dict[str, Tensor | Callable[[], Tensor]] = {}
-    storages = set()
-    for path, layer in targets.items():
-        base = layer.get_base_layer()
-        backend = backends.quantised(base)
-        weight = getattr(base, layer.weight_name, None)
-        if backend is not None and layer.weight_name == "weight":
-            storages.add(str(backend.quantization))
-            if backend.readable and not layer.merged_for_good:
-                weights[_clean(path)] = partial(_original_weight, layer)
-        elif isinstance(weight, Tensor):
-            unknown = sharded.in_pieces(weight) or layer.merged_for_good  # counted all the same
-            weights[_clean(path)] = torch.empty(0, device="meta") if unknown else weight.detach()
-            if layer.merged and not unknown and type(weight) in (Tensor, nn.Parameter) and not weight.is_meta:
-                weights[_clean(path)] = partial(_original_weight, layer)  # only a few of them are sampled
-    config = getattr(model, "config", None)
-    found = {
-        name: config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
-        for name in ("vocab_size", *SIZES)
-    }
-    sizes = {
-        name: size for name, size in found.items() if isinstance(size, int) and not isinstance(size, bool)
-    }
-    size = sizes.pop("vocab_size", None)
-    if is_replicated(model):
-        sizes.pop("num_hidden_layers", None)
-    beside = _other_weights(model, {_clean(path) for path in targets}, others)
-    return fingerprint(type(model).__name__, size, weights, storages, others=beside, sizes=sizes)
+    check_save_embedding_layers(save_embedding_layers)
+    inner = getattr(model, "_orig_mod", model)
+    return adapter_state_dict(
+        inner, adapter_name, state_dict=state_dict, save_embedding_layers=save_embedding_layers
+    )
 
 
-def _other_weights(
-    model: nn.Module, adapted: Container[str], samples: Mapping[str, Any] | None
-) -> dict[str, Tensor | Callable[[], Tensor]]:
-    """Matrices in the base's repeated blocks: those that are not adapted, or those that ``samples`` names.
-
-    Heads and embeddings are left out: they are made anew for a task, or resized.
-    """
-    found: dict[str, Tensor | Callable[[], Tensor]] = {}
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name, place in base_names(model).items():
-        path, _, attribute = name.rpartition(".")
-        path = _clean(path)
-        if attribute != "weight" or _BLOCK.search(path) is None:
-            continue
-        if samples is None and (path in adapted or place.holder is not None):
-            continue
-        layer = place.holder if isinstance(place.holder, LoraLayer) else None
-        weight = model.get_submodule(place.name.rpartition(".")[0])._parameters.get("weight")
-        if weight is None or weight.dim() < 2:
-            continue
-        merged = layer is not None and layer.merged and not weight.is_meta
-        found[path] = partial(_original_weight, layer) if merged and layer is not None else weight.detach()
-        shapes[path] = tuple(weight.shape)
-    if samples is None:
-        return found
-    try:
-        wanted = {path: tuple(sample["shape"]) for path, sample in samples.items()}
-        return {path: found[path] for path in match(shapes, wanted).renamed.values()}
-    except (LookupError, TypeError, AttributeError):  # the comparison says that it is unreadable
-        return {}
-
-
-def _original_weight(layer: LoraLayer) -> Tensor:
-    base = layer.original_base()
-    return backends.find(base, layer.weight_name).read(base, layer.weight_name)
-
-
-def check_base(
+def set_peft_model_state_dict(
     model: nn.Module,
-    metadata: Mapping[str, str],
-    where: object,
-    targets: Mapping[str, LoraLayer] | None = None,
-    carried: Container[str] = (),
-) -> None:
-    """Compare the base that an adapter was made on with the one it is about to be put on.
+    peft_model_state_dict: Mapping[str, Tensor],
+    adapter_name: str = "default",
+    ignore_mismatched_sizes: bool = False,
+    low_cpu_mem_usage: bool = False,
+    *,
+    check_finite: bool = True,
+) -> LoadResult:
+    """Write tensors with names on disk into an adapter that the model has.
 
-    Args:
-        model: The base model, adapted or about to be.
-        metadata: That of the adapter's file.
-        where: What to call the file in messages.
-        targets: The adapted layers by path; None looks them up.
-        carried: Names in the adapter's file. Base weights among them (embeddings, resized perhaps) need not
-            be those that the adapter was made on: they are replaced.
+    NaN and infinity are refused, unless ``check_finite=False``, which warns.
+
+    Returns:
+        The keys that were missing or unexpected; each kind is warned of too.
 
     Raises:
-        BaseMismatchError: If they are plainly different models.
+        LoadMismatchError: If no tensor fits, or shapes differ. Nothing has been written then.
+        AdapterFileError: If a tensor holds NaN or infinity, or a factor is no floating-point number.
+        CheckpointError: If it is no mapping of names to tensors.
     """
-    text = metadata.get(FINGERPRINT)
-    if text is None:
-        return
-    try:
-        saved = json.loads(text)
-        kept = {k: v for k, v in saved["samples"].items() if f"{PREFIX}{k}.base_layer.weight" not in carried}
-        saved = {**saved, "samples": kept}
-        others = saved.get("others", {})
-    except (ValueError, LookupError, TypeError, AttributeError):  # the comparison says that it is unreadable
-        saved = others = {}
-    result = compare_fingerprints(saved, base_fingerprint(model, targets, others))
-    if result.severity == "none":
-        return
-    said = "; ".join(result.problems)
-    if result.severity == "wrong":
-        raise BaseMismatchError(
-            f"{where} was made on another base model: {said}. Load the base that its adapter_config.json "
-            "names",
-            Hint("check_base", False, "; {} loads it all the same"),
+    if not isinstance(peft_model_state_dict, Mapping):
+        raise CheckpointError(
+            "peft_model_state_dict: a mapping of names to tensors is needed, got "
+            f"{type(peft_model_state_dict).__name__}"
         )
-    warnings.warn(
-        f"{where}: the base model is not exactly the one it was made on: {said}", VeneerWarning, stacklevel=4
+    report = set_adapter_state_dict(
+        model,
+        peft_model_state_dict,
+        adapter_name,
+        ignore_mismatched_sizes=ignore_mismatched_sizes,
+        check_finite=check_finite,
     )
+    if not report.ok:
+        warn(report.message("the state dict"))
+    return LoadResult(list(report.missing), list(report.unexpected))
+
+
+def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The base model's state dict under the names that it has without adapters.
+
+    While adapters are merged, it holds the weights as they were before.
+
+    Args:
+        model: A PeftModel, or a module with injected adapters.
+    """
+    base = base_of(model)
+    tensors = base.state_dict()
+    found = {}
+    for plain, (name, holder, attribute) in base_names(base).items():
+        if isinstance(holder, LoraLayer) and holder.merged:
+            found[plain] = getattr(holder.original_base(), attribute).detach()
+        elif name in tensors:
+            found[plain] = tensors[name]
+    return found
+
+
+def set_base_model_state_dict(
+    model: nn.Module, state_dict: Mapping[str, Tensor], strict: bool = True
+) -> LoadResult:
+    """Write a base model's state dict, with the names it has without adapters, into an adapted model.
+
+    Args:
+        model: A PeftModel, or a module with injected adapters.
+        state_dict: Tensors by their name.
+        strict: Raise for names that are missing or unexpected, before anything is written.
+
+    Returns:
+        The names that were missing or unexpected.
+
+    Raises:
+        LoadMismatchError: Names do not fit, and ``strict``; or shapes differ. Nothing has been written then.
+        MergeError: An adapter is merged into the weights.
+    """
+    base = base_of(model)
+    merged = [p for p, m in walk(base) if isinstance(m, LoraLayer) and m.merged]
+    if merged:
+        raise MergeError(f"adapters are merged into {merged[0]} and {len(merged) - 1} more: unmerge first")
+    own = base.state_dict()
+    names = {plain: place.name for plain, place in base_names(base).items() if place.name in own}
+    missing = [name for name in names if name not in state_dict]
+    unexpected = [name for name in state_dict if name not in names]
+    wrong = [f"{name} is missing" for name in missing] + [f"{name} is unexpected" for name in unexpected]
+    wrong = wrong if strict else []
+    for name, tensor in state_dict.items():
+        if name in names and own[names[name]].shape != tensor.shape:
+            wrong.append(f"{name} is {tuple(tensor.shape)}, here {tuple(own[names[name]].shape)}")
+    if wrong:
+        raise LoadMismatchError(f"the base's state dict does not fit: {'; '.join(some(wrong, 6))}")
+    base.load_state_dict({names[n]: t for n, t in state_dict.items() if n in names}, strict=False)
+    return LoadResult(missing, unexpected)
+
+
+def check_save_embedding_layers(value: object) -> None:
+    """Refuse what is neither a boolean nor "auto".
+
+    Raises:
+        ConfigError: With what was given.
+    """
+    if not isinstance(value, bool) and value != "auto":
+        raise ConfigError(f"save_embedding_layers must be True, False or 'auto', got {value!r}")

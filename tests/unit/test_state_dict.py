@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 from tests.laws.cases import train
 from veneer import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
+from veneer.base_fingerprint import base_fingerprint
 from veneer.errors import AdapterNameError, LoadMismatchError
 from veneer.layers import LoraLayer
-from veneer.state import base_fingerprint, set_adapter_state_dict, slots
+from veneer.state_dict import set_adapter_state_dict, slots
 
 
 class Net(nn.Module):
