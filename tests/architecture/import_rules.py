@@ -3,8 +3,8 @@
     errors -> wording -> registry · doors · atomic -> config -> spec
            -> ops · targets · adapters · inits · variants · backends · sharded
            -> routing · rollback -> layers -> inject · files · arithmetic
-           -> state_dict · base_fingerprint · hotswap · status -> model -> load · save -> peft_model -> calibration
-           -> integrations -> training -> as_peft -> cli
+           -> state_dict · base_fingerprint · hotswap · status -> model -> load · save -> peft_model
+           -> calibration -> integrations -> training -> as_peft -> cli
 
 1. A unit (a module or folder right under the package) imports only from the left; units of one rank do not
    import one another, except that inits, variants and backends may call ops. What stands to the right of all
