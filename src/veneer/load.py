@@ -115,10 +115,7 @@ def load(
             autocast_adapter_dtype=autocast_adapter_dtype,
             stored=tensors.shapes,
         )
-        report = _fill(injection, tensors, where, checks)
-        # After the account of tensors: where names or shapes differ, that says more.
-        if checks.base:
-            check_base(injection.model, file.metadata, where, injection._targets(), carried=file.shapes)
+        report = _fill(injection, tensors, file, checks)
         first = not lora.peft_config
         lora.commit(injection, activate=first, trainable=is_trainable)
         if first and is_trainable:
@@ -164,13 +161,15 @@ def _check_reload(lora: LoraModel, config: PeftConfig, adapter_name: str, where:
         )
 
 
-def _fill(injection: Injection, tensors: StoredTensors, where: Path, checks: Checks) -> LoadReport:
-    """Give a prepared adapter the values of a file, after accounting for all of them.
+def _fill(injection: Injection, tensors: StoredTensors, file: AdapterFile, checks: Checks) -> LoadReport:
+    """Give a prepared adapter the values of its file, after accounting for all of them.
 
     Raises:
         LoadMismatchError: With ``strict``; or always when no tensor at all fits.
+        BaseMismatchError: The adapter was made on another base model.
         MergeError: The file brings base weights along into which another adapter is merged.
     """
+    where = file.path.parent
     shapes, read = tensors
     optional = {f"{PREFIX}{k}": v for k, v in injection.optional().items()}
     expected = {f"{PREFIX}{k}": v for k, v in injection.expected().items()}
@@ -181,17 +180,21 @@ def _fill(injection: Injection, tensors: StoredTensors, where: Path, checks: Che
     report = match({**expected, **optional}, shapes, optional=optional)
     if checks.strict or not report.renamed:
         report.raise_for(where)
-    if report.notice:
-        warn(f"{where}: {report.notice}")
     values = read(list(report.renamed))
     check_values(values, where, check_finite=checks.finite)
     injection.fill({report.renamed[k].removeprefix(PREFIX): t for k, t in values.items()})
-    if changed := injection.changed_embeddings():
-        if under := [name for name in changed if merged_over(injection.model, name)]:
-            raise MergeError(
-                f"{where} carries its own {' and '.join(under)}, into which an adapter is merged here: "
-                "unmerge_adapter() before loading it"
-            )
+    changed = injection.changed_embeddings()
+    if under := [name for name in changed if merged_over(injection.model, name)]:
+        raise MergeError(
+            f"{where} carries its own {' and '.join(under)}, into which an adapter is merged here: "
+            "unmerge_adapter() before loading it"
+        )
+    # After the account of tensors: where names or shapes differ, that says more.
+    if checks.base:
+        check_base(injection.model, file.metadata, where, injection._targets(), carried=file.shapes)
+    if report.notice:
+        warn(f"{where}: {report.notice}")
+    if changed:
         warn(
             f"{where} carries its own {' and '.join(changed)}: the base's values are replaced by them, "
             "for every adapter on this model"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -9,7 +11,7 @@ from torch import Tensor, nn
 from tests.laws.cases import train
 from veneer import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
 from veneer.base_fingerprint import base_fingerprint
-from veneer.errors import AdapterNameError, LoadMismatchError
+from veneer.errors import AdapterNameError, BaseMismatchError, LoadMismatchError, VeneerWarning
 from veneer.layers import LoraLayer
 from veneer.state_dict import set_adapter_state_dict, slots
 
@@ -177,6 +179,16 @@ def test_an_embedding_with_merged_rows_is_saved_as_it_was_before() -> None:
     full = model.state_dict()
     saved = get_peft_model_state_dict(model, state_dict=full, save_embedding_layers=True)
     assert torch.equal(saved[name], before)
+
+
+def test_what_a_file_would_replace_is_said_only_where_it_is_loaded(tmp_path: Path) -> None:
+    saved = get_peft_model(WithEmbedding(), config("linear"))
+    saved.save_pretrained(tmp_path, save_embedding_layers=True)
+    torch.manual_seed(1)
+    with pytest.raises(BaseMismatchError):  # without a warning, which would be an error here
+        PeftModel.from_pretrained(WithEmbedding(), tmp_path)
+    with pytest.warns(VeneerWarning, match="carries its own embed.weight"):
+        PeftModel.from_pretrained(WithEmbedding(), tmp_path, check_base=False)
 
 
 class WithEmbedding(Net):
