@@ -234,19 +234,9 @@ class _Planner:
         heads = head_names(self.config.task_type)
         asked = list(dict.fromkeys(self.config.modules_to_save or ()))
         wanted = list(dict.fromkeys([*asked, *heads]))
-        whole = PatternSet(wanted, "modules_to_save").over(self.all_paths)
-        hits = saved_modules(wanted).over(self.all_paths)
-        more: dict[int, list[str]] = {}
-        for c in self.candidates:
-            for index in hits[c.path]:
-                if index not in whole[c.path]:
-                    more.setdefault(index, []).append(c.path)
-        for index, paths in more.items():
-            if stored is not None and not _any_stored(paths, stored):
-                for path in paths:
-                    hits[path].remove(index)
-            elif index < len(asked):
-                self._remark_on_ends(wanted[index], paths, [p for p in self.paths if index in whole[p]])
+        modules = [c.path for c in self.candidates]
+        hits, remarks = by_ends(wanted, "modules_to_save", self.all_paths, modules, stored)
+        self.remarks += [remark for index, remark in remarks.items() if index < len(asked)]
         used: set[int] = set()
         for c in self.candidates:
             used.update(hits[c.path])
@@ -266,16 +256,6 @@ class _Planner:
 
     def _saved_around(self, path: str) -> str | None:
         return next((end for end in (path, *parents(path)) if end in self.saved), None)
-
-    def _remark_on_ends(self, name: str, paths: Sequence[str], whole: Sequence[str]) -> None:
-        also = f"{listed(paths, 1)} too. For {listed(whole, 1)} alone give the whole path"
-        self.remarks.append(
-            Text(
-                Hint("modules_to_save"),
-                f" {show(name)} takes every module whose path ends in it, as in PEFT: ",
-                also if whole else listed(paths),
-            )
-        )
 
     # --- modules that get factors
 
@@ -520,6 +500,49 @@ def shortest_names(targets: Iterable[str], others: Iterable[str]) -> list[str]:
         free = [end for end in path_ends(path) if end not in forbidden]
         names.add(free[-1] if free else path)
     return sorted(names)
+
+
+def by_ends(
+    names: Sequence[str],
+    option: str,
+    paths: Paths,
+    modules: Iterable[str],
+    stored: Collection[str] | None = None,
+) -> tuple[dict[str, list[int]], dict[int, Text]]:
+    """What names take as PEFT reads them: every module whose path ends in one, with a dot before it or not.
+
+    Args:
+        names: Names and expressions.
+        option: The option that holds them.
+        paths: All paths.
+        modules: Those of them that are modules.
+        stored: Names of the tensors in the adapter's file. Where that has a tensor of none of the modules
+            that merely end in a name, they are left out: Veneer wrote it while it took names for whole ones.
+
+    Returns:
+        The indices of the names that take each path; and for the index of each name that takes more than
+        modules of that whole name, a sentence that says so.
+    """
+    whole = PatternSet(names, option).over(paths)
+    hits = PatternSet(names, option, inside=True).over(paths)
+    more: dict[int, list[str]] = {}
+    for path in modules:
+        for index in set(hits[path]).difference(whole[path]):
+            more.setdefault(index, []).append(path)
+    remarks = {}
+    for index, merely in sorted(more.items()):
+        if stored is not None and not _any_stored(merely, stored):
+            for path in merely:
+                hits[path].remove(index)
+            continue
+        named = [path for path in paths.paths if index in whole[path]]
+        also = f"{listed(merely, 1)} too. For {listed(named, 1)} alone give the whole path"
+        remarks[index] = Text(
+            Hint(option),
+            f" {show(names[index])} takes every module whose path ends in it, as in PEFT: ",
+            also if named else listed(merely),
+        )
+    return hits, remarks
 
 
 def saved_modules(names: Iterable[str]) -> PatternSet:

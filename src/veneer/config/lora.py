@@ -80,9 +80,10 @@ class LoraConfig(PeftConfig):
         eva_config, corda_config, lora_ga_config: Options of the initialisation of that name.
         use_dora, velora_config, alora_invocation_tokens, use_qalora, qalora_group_size, monteclora_config,
         use_bdlora, arrow_config, kasa_config: Variants of the update; see :func:`veneer.spec.variant_name`.
-        trainable_token_indices: Rows of the input embedding that train, or ``{pattern: rows}`` for other tables.
+        trainable_token_indices: Rows of the input embedding that train, or rows by module pattern; a name
+            takes modules as in ``modules_to_save``.
         target_parameters: Parameters that are no module's weight, by their path or the end of it.
-        layer_replication: Ranges ``[start, end)`` of layers; the model is rebuilt from them, one after another.
+        layer_replication: Ranges ``[start, end)`` of layers, of which the model is built anew.
         ensure_weight_tying: Give an embedding and the head that shares its weight one update.
         megatron_config, megatron_core: For layers of Megatron, which are refused.
         variant: The name of a variant of the update that a plug-in has; the field's own have options of

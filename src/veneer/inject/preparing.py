@@ -119,7 +119,7 @@ def _built(
         _mention_replaced_bases(additions)
     taken = dict.fromkeys((a.site.path for a in additions), "target_modules")
     taken |= dict.fromkeys((c.site.path for c in copies), "modules_to_save")
-    tokens = token_rows(model, found, own_config, taken)
+    tokens = token_rows(model, found, own_config, taken, stored, quiet=quiet)
     return Injection(model, own_config, adapter_name, chosen, additions, copies, tokens)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -12,13 +12,13 @@ from veneer import backends
 from veneer.adapters import AdapterModule
 from veneer.config import LoraConfig
 from veneer.config.expressions import Paths
-from veneer.config.values import show
-from veneer.errors import TargetError
+from veneer.config.values import name_in, show
+from veneer.errors import Hint, TargetError, Text
 from veneer.inject.embeddings import embedding_of
 from veneer.inject.places import Site
 from veneer.layers.trainable_tokens import PreparedRows, TrainableTokens, indices_by_module
-from veneer.spec import PatternSet
-from veneer.wording import some
+from veneer.targets import by_ends
+from veneer.wording import some, warn
 
 _KEY = "token_adapter.trainable_tokens_delta"
 
@@ -58,22 +58,32 @@ class Rows:
 
 
 def token_rows(
-    model: nn.Module, found: Mapping[str, Site], config: LoraConfig, taken: Mapping[str, str]
+    model: nn.Module,
+    found: Mapping[str, Site],
+    config: LoraConfig,
+    taken: Mapping[str, str],
+    stored: Collection[str] | None = None,
+    *,
+    quiet: bool = False,
 ) -> list[Rows]:
     """What ``trainable_token_indices`` asks for, built beside the model.
+
+    Where PEFT would take the keys for other modules, paths stand in the configuration instead.
 
     Args:
         model: The model.
         found: Its modules.
-        config: The configuration.
+        config: Our copy of the configuration.
         taken: Paths that the same adapter adapts otherwise, with the option that says so.
+        stored: Names of the tensors in the adapter's file, see `by_ends`.
+        quiet: Do not warn of names that take more than modules of that whole name.
 
     Raises:
         TargetError: Listing everything that cannot be done.
     """
     if not config.trainable_token_indices:
         return []
-    named, reasons = _named(model, found, config)
+    named, remarks, reasons = _named(model, found, config, stored)
     for path, indices in named.items():
         site = found[path]
         reason = TrainableTokens.refuses(site.base, indices)
@@ -108,7 +118,13 @@ def token_rows(
             )
             result.append(Rows(site, follower, indices, result[-1].rows))
     if reasons:
-        raise TargetError("\n  - ".join(["these tokens cannot be trained:", *some(reasons)]))
+        lines: list[str | Text] = ["these tokens cannot be trained:", *some(reasons), *remarks]
+        raise TargetError(Text.join("\n  - ", lines))
+    for remark in () if quiet else remarks:
+        warn(remark)
+    keys = config.trainable_token_indices
+    if isinstance(keys, Mapping) and not _means(keys, set(named), found):
+        config.trainable_token_indices = {row.site.path: row.indices for row in result if row.own}
     return result
 
 
@@ -117,23 +133,38 @@ def _layer(site: Site) -> TrainableTokens:
 
 
 def _named(
-    model: nn.Module, found: Mapping[str, Site], config: LoraConfig
-) -> tuple[dict[str, list[int]], list[str]]:
+    model: nn.Module, found: Mapping[str, Site], config: LoraConfig, stored: Collection[str] | None
+) -> tuple[dict[str, list[int]], list[Text], list[str]]:
+    """The indices by path, what to say of them, and what is wrong."""
     module = embedding_of(model, "input")
     default = next((path for path, site in found.items() if site.module is module), "embed_tokens")
-    named: dict[str, list[int]] = {}
-    reasons = []
     assert config.trainable_token_indices is not None
     wanted = indices_by_module(config.trainable_token_indices, default)
-    reached: dict[int, list[str]] = {}
-    for path, hits in PatternSet(wanted, "trainable_token_indices").over(Paths(list(found))).items():
-        for index in hits:
-            reached.setdefault(index, []).append(path)
-    for index, (name, indices) in enumerate(wanted.items()):
-        named.update(dict.fromkeys(reached.get(index, ()), indices))
-        if index not in reached:
+    names, option = list(wanted), "trainable_token_indices"
+    hits, remarks = by_ends(names, option, Paths(list(found)), found, stored)
+    said = list(remarks.values())
+    reasons = []
+    first: dict[str, str] = {}
+    for index, name in enumerate(names):
+        reached = [path for path, indices in hits.items() if index in indices]
+        if not reached:
             reasons.append(f"no module is called {show(name)}")
-    return named, reasons
+        for path in reached:
+            if wanted[first.setdefault(path, name)] != wanted[name]:
+                said.append(
+                    Text(
+                        Hint(option),
+                        f" {show(name)}: {path} trains the tokens of {show(first[path])}, the first key "
+                        "that takes it, as in PEFT",
+                    )
+                )
+    return {path: wanted[name] for path, name in first.items()}, said, reasons
+
+
+def _means(keys: Iterable[str], named: Collection[str], paths: Iterable[str]) -> bool:
+    """Whether PEFT takes these keys for these modules."""
+    ends = tuple(keys)
+    return all(name_in(end) == end for end in ends) and {p for p in paths if p.endswith(ends)} == named
 
 
 def _followers(found: Mapping[str, Site], named: Mapping[str, list[int]]) -> dict[str, str]:
