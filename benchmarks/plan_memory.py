@@ -73,7 +73,7 @@ def predict(case: dict[str, Any]) -> dict[str, int]:
     import tempfile
     from pathlib import Path
 
-    from veneer.training.planning import empty_model, estimate_memory
+    from veneer.training.planning import Step, empty_model, estimate_memory
     from veneer.training.planning.sources import task_of
 
     with tempfile.TemporaryDirectory() as folder:
@@ -83,10 +83,12 @@ def predict(case: dict[str, Any]) -> dict[str, int]:
     found = estimate_memory(
         model,
         adapter(task_of(model.config), case["dropout"]),
-        batch_size=case["batch"],
-        sequence_length=case["length"],
-        gradient_checkpointing=case["checkpointing"],
-        padded=case["padded"],
+        Step(
+            batch_size=case["batch"],
+            sequence_length=case["length"],
+            gradient_checkpointing=case["checkpointing"],
+            padded=case["padded"],
+        ),
     )
     return {"peak": found.peak, "standing": found.base + found.factors + found.optimizer}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -74,7 +75,7 @@ def plan(
     """
     if device not in DEVICES:
         raise ConfigError(f"device is one of {', '.join(DEVICES)}, not {device!r}")
-    from ..training.planning import parse_budget, plan_training
+    from ..training.planning import Step, parse_budget, plan_training
 
     if model.endswith((".yaml", ".yml")) and config is None:
         config = Path(model)
@@ -83,14 +84,12 @@ def plan(
     limit = None if budget is None else parse_budget(budget)
     options = options_of(PlanOptions, config, given)
     usual = {part.name: part.default for part in dataclasses.fields(PlanOptions)}
-    fixed = {CHANGEABLE[name] for name in CHANGEABLE if getattr(options, name) != usual[name]}
-    fixed |= {CHANGEABLE[name] for name in CHANGEABLE if given.get(name) is not None}
-    found = plan_training(
-        options.model,
-        options.lora_config(),
-        budget=limit,
-        fixed=fixed,
-        dtype=options.dtype,
+    fixed = {
+        settled
+        for name, settled in CHANGEABLE.items()
+        if given.get(name) is not None or getattr(options, name) != usual[name]
+    }
+    step = Step(
         batch_size=options.batch_size,
         sequence_length=options.max_length,
         gradient_checkpointing=options.gradient_checkpointing,
@@ -101,28 +100,30 @@ def plan(
         padded=False if options.packing else None,
         device=device,
     )
+    found = plan_training(
+        options.model, options.lora_config(), step, budget=limit, fixed=fixed, dtype=options.dtype
+    )
     if as_json:
         show_json(found.to_dict())
-        return
+    else:
+        _show(found)
+
+
+def _show(found: PlanReport) -> None:
     from ..training.console import PlainConsole
 
-    _show(PlainConsole(), found, options)
-
-
-def _show(console: Console, found: PlanReport, options: RunOptions) -> None:
-    said = found.estimate
+    console, said = PlainConsole(), found.estimate
     console.print(
         f"{found.model}: {found.architecture}, {said.parameters - said.trainable:,} parameters "
-        f"in {found.dtype}",
+        f"in {found.dtype}\n",
         soft_wrap=True,
     )
-    console.print()
     _targets(console, found)
     console.print()
     _needs(console, found)
     if found.proposal is not None:
         console.print()
-        _proposal(console, found, options)
+        _proposal(console, found, found.proposal.given_up)
 
 
 def _targets(console: Console, found: PlanReport) -> None:
@@ -164,7 +165,7 @@ def _targets(console: Console, found: PlanReport) -> None:
 def _needs(console: Console, found: PlanReport) -> None:
     from rich.table import Table
 
-    said, options = found.estimate, found.options
+    said, step = found.estimate, found.step
     share = said.trainable / max(1, said.parameters)
     console.print(f"trainable    {said.trainable:,} parameters ({share:.3%})")
     console.print(f"adapter      {size(said.adapter_bytes)} when saved")
@@ -172,23 +173,15 @@ def _needs(console: Console, found: PlanReport) -> None:
         f"arithmetic   {_flops(said.flops_per_token)} a token, {_flops(said.flops)} a batch, "
         "forward and backward"
     )
-    words = [f"{options['batch_size']} x {options['sequence_length']} tokens", options["optim"]]
-    words += [f"base in {options['quantize']}"] * bool(options["quantize"])
-    words += ["gradient checkpointing"] * options["gradient_checkpointing"]
-    words += [f"loss in chunks of {options['loss_chunk_size']}"] * bool(options["loss_chunk_size"])
+    words = [f"{step.batch_size} x {step.sequence_length} tokens", step.optim]
+    words += [f"base in {step.quantize}"] * bool(step.quantize)
+    words += ["gradient checkpointing"] * step.gradient_checkpointing
+    words += [f"loss in chunks of {step.loss_chunk_size}"] * bool(step.loss_chunk_size)
     table = Table(title=f"Memory of a step: {', '.join(words)}", title_justify="left", title_style="")
-    for column in ("base", "factors", "gradients", "optimizer", "activations", "logits", "peak"):
-        table.add_column(column, justify="right")
-    parts = (
-        said.base,
-        said.factors,
-        said.gradients,
-        said.optimizer,
-        said.activations,
-        said.logits,
-        said.peak,
-    )
-    table.add_row(*map(size, parts))
+    parts = ("base", "factors", "gradients", "optimizer", "activations", "logits", "peak")
+    for part in parts:
+        table.add_column(part, justify="right")
+    table.add_row(*(size(getattr(said, part)) for part in parts))
     console.print()
     console.print(table)
     console.print("The peak is less than the sum: gradients come while activations go.")
@@ -196,31 +189,27 @@ def _needs(console: Console, found: PlanReport) -> None:
         console.print(f"note: {note}", soft_wrap=True)
 
 
-def _proposal(console: Console, found: PlanReport, options: RunOptions) -> None:
-    assert found.proposal is not None
-    given_up = found.proposal.given_up
+def _proposal(console: Console, found: PlanReport, given_up: tuple[str, ...]) -> None:
     console.print(
         f"Keeps to the budget: {'; '.join(given_up)}" if given_up else "Keeps to the budget as it is.",
         soft_wrap=True,
     )
-    targets = found.config.target_modules
+    targets, step = found.config.target_modules, found.step
     chosen: dict[str, Any] = {
         "lora_r": found.config.r,
         "lora_alpha": f"{found.config.lora_alpha:g}",
         "lora_target_modules": targets if isinstance(targets, str) else ",".join(sorted(targets or ())),
-        **{name: found.options[name] for name in ("batch_size", "gradient_accumulation_steps", "quantize")},
-        **{name: found.options[name] for name in ("gradient_checkpointing", "loss_chunk_size")},
-        "max_length": found.options["sequence_length"],
+        "batch_size": step.batch_size,
+        "gradient_accumulation_steps": step.gradient_accumulation_steps,
+        "quantize": step.quantize,
+        "gradient_checkpointing": step.gradient_checkpointing,
+        "loss_chunk_size": step.loss_chunk_size,
+        "max_length": step.sequence_length,
     }
-    import shlex
-
     words = ["veneer", "train", "--model", found.model]
     for name, value in chosen.items():
-        flag = f"--{name.replace('_', '-')}"
-        if value is True:
-            words.append(flag)
-        elif value:
-            words += [flag, str(value)]
+        if value:
+            words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
     console.print(f"Train so: {shlex.join(words)}", soft_wrap=True)
 
 

@@ -29,7 +29,7 @@ from .loop import Making, train
 from .models import check_output, load_base, load_tokenizer, refuse_file, require
 from .objectives import Answers, Classes, Objective
 from .options import TASKS, RunOptions
-from .planning import empty_model, estimate_memory, seconds_per_step
+from .planning import Step, empty_model, estimate_memory, seconds_per_step
 from .plots import can_plot, loss_picture
 from .progress import Progress, Silent
 from .starting import adapted
@@ -160,15 +160,17 @@ def _estimate(options: RunOptions, lesson: Lesson, base: Any) -> str:
         found = estimate_memory(
             model,
             options.lora_config(),
-            # Of a pair both answers are read.
-            batch_size=options.batch_size * (2 if options.method == "dpo" else 1),
-            sequence_length=lesson.longest,
-            gradient_checkpointing=options.gradient_checkpointing,
-            gradient_accumulation_steps=options.gradient_accumulation_steps,
-            optim=options.optim,
-            quantize=options.quantize,
-            loss_chunk_size=options.loss_chunk_size,
-            device=device,
+            Step(
+                # Of a pair both answers are read.
+                batch_size=options.batch_size * (2 if options.method == "dpo" else 1),
+                sequence_length=lesson.longest,
+                gradient_checkpointing=options.gradient_checkpointing,
+                gradient_accumulation_steps=options.gradient_accumulation_steps,
+                optim=options.optim,
+                quantize=options.quantize,
+                loss_chunk_size=options.loss_chunk_size,
+                device=device,
+            ),
         )
         once = seconds_per_step(found, device=device, dtype=next(base.parameters()).dtype)
     except (VeneerError, RuntimeError, NotImplementedError) as error:

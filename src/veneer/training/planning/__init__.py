@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .budget import Budget, Proposal, parse_budget, propose
-from .memory import MemoryEstimate, estimate_memory, optimizer_bytes, seconds_per_step
+from .memory import MemoryEstimate, Step, estimate_memory, optimizer_bytes, seconds_per_step
 from .report import PlanReport, plan_training
 from .sources import empty_model, shadow
 
@@ -12,6 +12,7 @@ __all__ = [
     "MemoryEstimate",
     "PlanReport",
     "Proposal",
+    "Step",
     "empty_model",
     "estimate_memory",
     "optimizer_bytes",

@@ -1,19 +1,17 @@
-"""From a budget to settings: what is given up first, until training fits."""
+"""Settings that keep training within a budget: a ladder of them, tried in order."""
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 from torch import nn
 
 from ...config import LoraConfig
 from ...errors import ConfigError, Hint, Text, TrainingError
 from ...targets import DEFAULT_TARGETS
-from .memory import MemoryEstimate, adapt_shadow, base_bytes, estimate_memory
+from .memory import MemoryEstimate, Step, adapt_shadow, base_bytes, estimate_memory
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _BINARY = {"k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
@@ -73,13 +71,13 @@ class Proposal:
 
     Attributes:
         config: The adapter.
-        options: Of `estimate_memory`: batch size, quantisation and the rest.
+        step: Batch size, quantisation and the rest.
         estimate: What they take.
         given_up: What was changed to get there, in words.
     """
 
     config: LoraConfig
-    options: dict[str, Any]
+    step: Step
     estimate: MemoryEstimate
     given_up: tuple[str, ...] = ()
 
@@ -88,234 +86,137 @@ def propose(
     model: nn.Module,
     config: LoraConfig,
     budget: Budget | str,
-    *,
+    step: Step | None = None,
     fixed: Collection[str] = (),
-    **options: Any,
 ) -> Proposal:
     """Settings under which training keeps to a budget.
 
     Of memory: first gradients are checkpointed, then logits are computed in chunks, then batches become
-    smaller (with as many more of them an optimizer step), then the base is quantised to 4 bits, then the rank
-    falls, and at last only the model's usual targets are adapted. The first that leaves 5 % free is taken.
-    Of parameters: the highest rank that keeps to it, on the given targets or else on the usual ones.
+    smaller (with as many more of them an optimizer step); all of this again over a base in 4 bits; then the
+    rank falls, and at last only the model's usual targets are adapted. The first that leaves 5 % free is
+    taken. Of parameters: the highest rank that keeps to it, on the given targets or else on the usual ones.
 
     Args:
         model: As for `estimate_memory`.
         config: The adapter to begin with.
         budget: Bytes or share, or its text.
+        step: How a step is taken to begin with.
         fixed: Names that may not be changed: ``r``, ``target_modules``, ``quantize``, ``batch_size``,
             ``gradient_checkpointing``, ``loss_chunk_size``.
-        **options: Of `estimate_memory`, to begin with.
 
     Raises:
         TrainingError: Nothing keeps to it; says what the least would be.
     """
     budget = parse_budget(budget) if isinstance(budget, str) else budget
+    step = Step() if step is None else step
     if budget.share is not None:
-        return _within_share(model, config, budget, set(fixed), options)
-    return _within_memory(model, config, budget, set(fixed), options)
-
-
-def _within_memory(
-    model: nn.Module, config: LoraConfig, budget: Budget, fixed: set[str], options: dict[str, Any]
-) -> Proposal:
+        return _within_share(model, config, budget, step, fixed)
     room = int((budget.memory or 0) * (1 - SPARE))
-    sizes = _Sizes(model, config.r)
-    least: tuple[int, LoraConfig, dict[str, Any]] | None = None
-    smallest = None
-    for adapter, chosen, given_up in _candidates(model, config, fixed, options):
-        base = sizes.base(chosen["quantize"])
-        smallest = base if smallest is None else min(base, smallest)
-        if base > room:
+    tried = []
+    for adapter, taken in _ladder(model, config, step, fixed):
+        if base_bytes(model, taken.quantize)[0] > room:
             continue
-        foreseen = sizes.peak(adapter, chosen, room)
-        if least is None or foreseen < least[0]:
-            least = foreseen, adapter, chosen
-        if foreseen > room:
-            continue
-        estimate = estimate_memory(model, adapter, **chosen)
+        estimate = estimate_memory(model, adapter, taken)
+        tried.append((estimate, adapter, taken))
         if estimate.peak <= room:
-            return Proposal(adapter, chosen, estimate, given_up)
-    held = Text(" Kept as given: ", Text.join(", ", map(Hint, sorted(fixed))), ".") if fixed else ""
-    if least is None:
+            return Proposal(adapter, taken, estimate, tuple(_given_up(config, step, adapter, taken)))
+    kept = Text(" Kept as given: ", Text.join(", ", map(Hint, sorted(fixed))), ".") if fixed else ""
+    if not tried:
+        quantize = step.quantize if "quantize" in fixed else step.quantize or "nf4"
         raise TrainingError(
-            f"nothing fits into {budget.text}: the base alone takes {_gigabytes(smallest or 0)}"
-            f"{'' if 'quantize' in fixed else ' even in 4 bits'}.",
-            held,
+            f"nothing fits into {budget.text}: the base alone takes "
+            f"{_gigabytes(base_bytes(model, quantize)[0])}",
+            "." if "quantize" in fixed else " even in 4 bits.",
+            kept,
             " Take a smaller model, or more memory",
         )
-    peak, adapter, chosen = least
+    least, adapter, taken = min(tried, key=lambda found: found[0].peak)
     raise TrainingError(
         f"nothing fits into {budget.text}, of which 5 % are to stay free: the least found takes "
-        f"{_gigabytes(peak)}, of which {_gigabytes(sizes.base(chosen['quantize']))} are the base, with rank "
-        f"{adapter.r}, ",
-        Hint("batch_size", chosen["batch_size"]),
-        f", {chosen['quantize'] or 'no'} quantisation.",
-        held,
-        f" Shorter examples (of {options.get('sequence_length', 1024)} tokens now), a smaller model or more "
-        "memory would help",
+        f"{_gigabytes(least.peak)}, of which {_gigabytes(least.base)} are the base, with rank {adapter.r}, ",
+        Hint("batch_size", taken.batch_size),
+        f", {taken.quantize or 'no'} quantisation.",
+        kept,
+        f" Shorter examples (of {step.sequence_length} tokens now), a smaller model or more memory would "
+        "help",
     )
 
 
-def _candidates(
-    model: nn.Module, config: LoraConfig, fixed: set[str], options: dict[str, Any]
-) -> Iterator[tuple[LoraConfig, dict[str, Any], tuple[str, ...]]]:
+def _ladder(
+    model: nn.Module, config: LoraConfig, step: Step, fixed: Collection[str]
+) -> Iterator[tuple[LoraConfig, Step]]:
     """From what was asked for to ever less of it."""
-    batch = options.get("batch_size", 8)
-    steps = options.get("gradient_accumulation_steps", 1)
-    chunk = options.get("loss_chunk_size", 0)
-    # (checkpointing, chunk, batch), each but the first giving up one thing more
-    ladder: list[tuple[bool, int, int]] = [(bool(options.get("gradient_checkpointing")), chunk, batch)]
-    if "gradient_checkpointing" not in fixed:
-        ladder.append((True, chunk, batch))
-    if "loss_chunk_size" not in fixed and config.task_type == "CAUSAL_LM" and not chunk:
-        ladder.append((ladder[-1][0], LOSS_CHUNK, batch))
-    if "batch_size" not in fixed:
-        smaller = batch
-        while smaller > 1:
-            smaller //= 2
-            ladder.append((*ladder[-1][:2], smaller))
-    ladder = list(dict.fromkeys(ladder))
-    kinds = [options.get("quantize")]
-    if "quantize" not in fixed and kinds == [None]:
-        kinds.append("nf4")
-    ranks = [config.r] if "r" in fixed else [config.r, *(r for r in RANKS if r < config.r)]
-    for adapter, narrowed in _targets(model, config, fixed):
-        for r in ranks:
-            if (r != ranks[0] or narrowed) and kinds[-1] != kinds[0]:
-                usable: list[str | None] = [kinds[-1]]
-            else:
-                usable = kinds
-            for quantize in usable:
-                # Once rank or targets give way, all before has given way already.
-                steps_down = ladder if r == ranks[0] and not narrowed else ladder[-1:]
-                for checkpointing, chunks, rows in steps_down:
-                    chosen = options | {
-                        "gradient_checkpointing": checkpointing,
-                        "loss_chunk_size": chunks,
-                        "batch_size": rows,
-                        "gradient_accumulation_steps": max(1, steps * batch // rows),
-                        "quantize": quantize,
-                    }
-                    said = []
-                    if checkpointing and not ladder[0][0]:
-                        said.append("activations are computed again in the backward pass")
-                    if chunks and not ladder[0][1]:
-                        said.append("logits are computed in chunks")
-                    if rows < batch:
-                        said.append(f"batches of {rows} instead of {batch}, and more of them a step")
-                    if quantize and quantize != kinds[0]:
-                        said.append(f"the base is kept in 4 bits ({quantize})")
-                    if r < config.r:
-                        said.append(f"rank {r} instead of {config.r}")
-                    if narrowed:
-                        said.append("fewer targets")
-                    yield _of_rank(adapter, r), chosen, tuple(said)
+    rungs = [step]
+    if "gradient_checkpointing" not in fixed and not step.gradient_checkpointing:
+        rungs.append(replace(rungs[-1], gradient_checkpointing=True))
+    if "loss_chunk_size" not in fixed and not step.loss_chunk_size and config.task_type == "CAUSAL_LM":
+        rungs.append(replace(rungs[-1], loss_chunk_size=LOSS_CHUNK))
+    rows = step.batch_size
+    examples = rows * step.gradient_accumulation_steps
+    while "batch_size" not in fixed and rows > 1:
+        rows //= 2
+        rungs.append(replace(rungs[-1], batch_size=rows, gradient_accumulation_steps=examples // rows))
+    if "quantize" not in fixed and step.quantize is None:
+        rungs += [replace(rung, quantize="nf4") for rung in rungs]
+    yield from ((config, rung) for rung in rungs)
+    for adapter in _targets(model, config, fixed):
+        ranks = [adapter.r, *(() if "r" in fixed else (r for r in RANKS if r < adapter.r))]
+        yield from ((_of_rank(adapter, r), rungs[-1]) for r in ranks if (adapter, r) != (config, config.r))
 
 
-def _targets(model: nn.Module, config: LoraConfig, fixed: set[str]) -> Iterator[tuple[LoraConfig, bool]]:
-    yield config, False
-    kind = getattr(getattr(model, "config", None), "model_type", None)
-    usual = DEFAULT_TARGETS.get(kind or "")
+def _given_up(config: LoraConfig, step: Step, adapter: LoraConfig, taken: Step) -> Iterator[str]:
+    """What separates settings from those that were asked for."""
+    if taken.gradient_checkpointing != step.gradient_checkpointing:
+        yield "activations are computed again in the backward pass"
+    if taken.loss_chunk_size != step.loss_chunk_size:
+        yield "logits are computed in chunks"
+    if taken.batch_size < step.batch_size:
+        yield f"batches of {taken.batch_size} instead of {step.batch_size}, and more of them a step"
+    if taken.quantize != step.quantize:
+        yield f"the base is kept in 4 bits ({taken.quantize})"
+    if adapter.r != config.r:
+        yield f"rank {adapter.r} instead of {config.r}"
+    if adapter.target_modules != config.target_modules:
+        yield "fewer targets"
+
+
+def _targets(model: nn.Module, config: LoraConfig, fixed: Collection[str]) -> Iterator[LoraConfig]:
+    """The adapter as it is, and on the model's usual targets."""
+    yield config
+    usual = DEFAULT_TARGETS.get(getattr(getattr(model, "config", None), "model_type", None) or "")
     if "target_modules" not in fixed and usual is not None and config.target_modules != usual:
-        yield (
-            dataclasses.replace(config, target_modules=usual if isinstance(usual, str) else list(usual)),
-            True,
-        )
+        yield replace(config, target_modules=usual if isinstance(usual, str) else list(usual))
 
 
 def _of_rank(config: LoraConfig, r: int) -> LoraConfig:
     """The adapter with another rank and the same scaling."""
     if r == config.r:
         return config
-    power = 0.5 if config.use_rslora else 1.0
-    alpha = config.lora_alpha * (r / config.r) ** power
-    return dataclasses.replace(config, r=r, lora_alpha=int(alpha) if alpha == int(alpha) else alpha)
-
-
-class _Sizes:
-    """Peaks foreseen from few traces: beyond what always stands there, a step grows with its rows."""
-
-    def __init__(self, model: nn.Module, r: int) -> None:
-        self.model, self.r = model, r
-        self._seen: dict[str, MemoryEstimate] = {}
-
-    def peak(self, config: LoraConfig, options: dict[str, Any], room: int) -> int:
-        """Bytes; where one row is too much already, those of one row."""
-        rows, padded = options["batch_size"], options.get("padded")
-        padded = rows > 1 if padded is None else padded
-        # Quantisation and rank change what stands there; what rank adds to activations is of no size.
-        share, config = config.r / self.r, _of_rank(config, self.r)
-        one = self._estimate(
-            config,
-            {
-                **options,
-                "batch_size": 1,
-                "padded": padded,
-                "quantize": None,
-                "gradient_accumulation_steps": 1,
-            },
-        )
-        standing = self.base(options["quantize"]) + share * (one.factors + one.optimizer)
-        beyond = one.peak - _standing(one)
-        foreseen = int(standing + beyond - (1 - share) * one.gradients)
-        if rows == 1 or foreseen > room:
-            return foreseen
-        two = self._estimate(
-            config,
-            {
-                **options,
-                "batch_size": 2,
-                "padded": padded,
-                "quantize": None,
-                "gradient_accumulation_steps": 1,
-            },
-        )
-        return foreseen + int((rows - 1) * (two.peak - _standing(two) - beyond))
-
-    def base(self, quantize: str | None) -> int:
-        """Bytes of the base."""
-        return base_bytes(self.model, quantize)[0]
-
-    def _estimate(self, config: LoraConfig, options: dict[str, Any]) -> MemoryEstimate:
-        key = repr((config.target_modules, sorted(options.items(), key=str)))
-        if key not in self._seen:
-            self._seen[key] = estimate_memory(self.model, config, **options)
-        return self._seen[key]
-
-
-def _standing(estimate: MemoryEstimate) -> int:
-    return estimate.base + estimate.factors + estimate.optimizer
+    alpha = config.lora_alpha * (r / config.r) ** (0.5 if config.use_rslora else 1.0)
+    return replace(config, r=r, lora_alpha=int(alpha) if alpha == int(alpha) else alpha)
 
 
 def _within_share(
-    model: nn.Module, config: LoraConfig, budget: Budget, fixed: set[str], options: dict[str, Any]
+    model: nn.Module, config: LoraConfig, budget: Budget, step: Step, fixed: Collection[str]
 ) -> Proposal:
-    share = budget.share or 0.0
     total = sum(p.numel() for p in model.parameters())
-    room = int(share * total)
-    least = None
-    for adapter, narrowed in _targets(model, config, fixed):
+    room = int((budget.share or 0.0) * total)
+    smallest = []
+    for adapter in _targets(model, config, fixed):
         one, two = (_trainable(model, _of_rank(adapter, r)) for r in (1, 2))
         each, rest = max(1, two - one), one - (two - one)
-        at_least = _trainable(model, adapter) if "r" in fixed else one
-        least = at_least if least is None else min(least, at_least)
+        smallest.append(_trainable(model, adapter) if "r" in fixed else one)
         r = adapter.r if "r" in fixed else min(LARGEST_RANK, (room - rest) // each)
         if r >= 16:
             r -= r % 8  # kernels like multiples of 8
-        if r < 1 or at_least > room:
+        if r < 1 or smallest[-1] > room:
             continue
         chosen = _of_rank(adapter, r)
-        said = (f"rank {chosen.r} instead of {config.r}",) if chosen.r != config.r else ()
-        return Proposal(
-            chosen,
-            dict(options),
-            estimate_memory(model, chosen, **options),
-            (*said, *(("fewer targets",) if narrowed else ())),
-        )
+        given_up = tuple(_given_up(config, step, chosen, step))
+        return Proposal(chosen, step, estimate_memory(model, chosen, step), given_up)
     raise TrainingError(
         f"nothing keeps to {budget.text} of {total:,} parameters, which are {room:,}: the smallest adapter "
-        f"found has {least:,} ({(least or 0) / max(1, total):.3%}). Name fewer ",
+        f"found has {min(smallest):,} ({min(smallest) / max(1, total):.3%}). Name fewer ",
         Hint("target_modules"),
     )
 

@@ -108,71 +108,98 @@ class MemoryEstimate:
         }
 
 
+@dataclass(frozen=True)
+class Step:
+    """How a training step is taken.
+
+    Attributes:
+        batch_size: Rows a forward pass.
+        sequence_length: Tokens a row, of the longest batch.
+        gradient_checkpointing: Activations are computed again in the backward pass.
+        gradient_accumulation_steps: Above 1, gradients are there during the whole step.
+        optim: transformers' name of the optimizer.
+        quantize: Storage of the base's weights: ``nf4``, ``fp4``, ``int8``, ``int4`` or None.
+        loss_chunk_size: Tokens whose logits are computed at a time; 0 is all.
+        padded: Whether rows have padding, for which attention keeps a mask of length times length for each
+            layer; None says yes to more than one row.
+        device: ``cpu`` or ``cuda``.
+
+    Raises:
+        ConfigError: Numbers that cannot be, or an unknown quantisation.
+    """
+
+    batch_size: int = 8
+    sequence_length: int = 1024
+    gradient_checkpointing: bool = False
+    gradient_accumulation_steps: int = 1
+    optim: str = "adamw_torch"
+    quantize: str | None = None
+    loss_chunk_size: int = 0
+    padded: bool | None = None
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        least = {
+            "batch_size": 1,
+            "sequence_length": 1,
+            "gradient_accumulation_steps": 1,
+            "loss_chunk_size": 0,
+        }
+        wrong = [
+            f"{name} must be at least {bound}, not {getattr(self, name)}"
+            for name, bound in least.items()
+            if getattr(self, name) < bound
+        ]
+        if self.quantize is not None and self.quantize not in QUANTIZED:
+            wrong.append(f"quantize is one of {', '.join(QUANTIZED)}, not {self.quantize!r}")
+        if wrong:
+            raise ConfigError("; ".join(wrong))
+
+
 def estimate_memory(
     model: nn.Module,
     config: LoraConfig | None,
-    *,
-    batch_size: int = 8,
-    sequence_length: int = 1024,
-    gradient_checkpointing: bool = False,
-    gradient_accumulation_steps: int = 1,
-    optim: str = "adamw_torch",
+    step: Step | None = None,
     dtype: str | torch.dtype | None = None,
-    quantize: str | None = None,
-    loss_chunk_size: int = 0,
-    padded: bool | None = None,
-    device: str = "cpu",
 ) -> MemoryEstimate:
     """What a training step would take; the step is run on the meta device, where tensors have no memory.
 
     Args:
         model: Without adapters, from `empty_model` or a real one that is not quantised; left as it is.
         config: The adapter; None trains every parameter of the model.
-        batch_size: Rows a forward pass.
-        sequence_length: Tokens a row, of the longest batch.
-        gradient_checkpointing: Activations are computed again in the backward pass.
-        gradient_accumulation_steps: Above 1, gradients are there during the whole step.
-        optim: transformers' name of the optimizer.
+        step: How the step is taken; ``Step()`` when None.
         dtype: Type of the base's weights; None leaves what the model has.
-        quantize: ``nf4``, ``fp4``, ``int8``, ``int4`` or None.
-        loss_chunk_size: Tokens whose logits are computed at a time; 0 is all.
-        padded: Whether rows have padding, for which attention keeps a mask of length times length for each
-            layer; None says yes to more than one row.
-        device: ``cpu`` or ``cuda``.
 
     Returns:
         The estimate. On a CPU it is that of torch's allocator, beside which Python, the libraries and the
         buffers of their kernels take some 0.5 GB.
 
     Raises:
-        ConfigError: Numbers that cannot be, or an unknown quantisation.
         TargetError: The adapter does not fit the model.
     """
-    _check(batch_size, sequence_length, gradient_accumulation_steps, loss_chunk_size, quantize)
+    step = Step() if step is None else step
     adapted = adapt_shadow(model, config, dtype)
-    padded = batch_size > 1 if padded is None else padded
-    notes: list[str] = []
-    if gradient_checkpointing:
-        notes += _checkpoint(adapted)
+    notes = _checkpoint(adapted) if step.gradient_checkpointing else []
     trained = [p for p in adapted.parameters() if p.requires_grad]
     factors = _bytes(trained)
-    base, unpacked = base_bytes(adapted, quantize, frozen_only=True)
-    if gradient_accumulation_steps > 1:
+    base, unpacked = base_bytes(adapted, step.quantize, frozen_only=True)
+    accumulating = step.gradient_accumulation_steps > 1
+    if accumulating:
         for parameter in trained:
             parameter.grad = torch.empty_like(parameter)
-    trace, reason = _trace(adapted, batch_size, sequence_length, device, loss_chunk_size, padded)
+    trace, reason = _trace(adapted, step)
     if reason:
         notes.append(reason)
-    if quantize:
+    if step.quantize:
         notes.append(
-            f"quantised weights are counted as {QUANTIZED[quantize]:.3g} bytes each, and one layer at a "
+            f"quantised weights are counted as {QUANTIZED[step.quantize]:.3g} bytes each, and one layer at a "
             "time is unpacked"
         )
-    state, said = optimizer_bytes(optim, trained)
+    state, said = optimizer_bytes(step.optim, trained)
     notes += said
-    transient = trace.peak + unpacked + (factors if gradient_accumulation_steps > 1 else 0)
+    transient = trace.peak + unpacked + (factors if accumulating else 0)
     # The optimizer works with all gradients there; a CPU needs one tensor of scratch, CUDA one for all.
-    scratch = factors if device == "cuda" else max((_bytes([p]) for p in trained), default=0)
+    scratch = factors if step.device == "cuda" else max((_bytes([p]) for p in trained), default=0)
     return MemoryEstimate(
         base=base,
         factors=factors,
@@ -186,7 +213,7 @@ def estimate_memory(
         adapter_bytes=factors,
         flops=trace.flops,
         forward_flops=trace.forward_flops,
-        tokens=batch_size * sequence_length,
+        tokens=step.batch_size * step.sequence_length,
         traced=not reason,
         notes=tuple(notes),
     )
@@ -261,23 +288,6 @@ def product_rate(device: str = "cpu", dtype: torch.dtype = torch.float32, second
     return 2.0 * side**3 * rounds / (time.perf_counter() - begun)
 
 
-def _check(batch: int, length: int, accumulation: int, chunk: int, quantize: str | None) -> None:
-    wrong = [
-        f"{name} must be at least {least}, not {value}"
-        for name, value, least in (
-            ("batch_size", batch, 1),
-            ("sequence_length", length, 1),
-            ("gradient_accumulation_steps", accumulation, 1),
-            ("loss_chunk_size", chunk, 0),
-        )
-        if value < least
-    ]
-    if quantize is not None and quantize not in QUANTIZED:
-        wrong.append(f"quantize is one of {', '.join(QUANTIZED)}, not {quantize!r}")
-    if wrong:
-        raise ConfigError("; ".join(wrong))
-
-
 def _checkpoint(model: Any) -> list[str]:
     for name in ("activation_checkpointing_enable", "gradient_checkpointing_enable"):
         enable = getattr(model, name, None)
@@ -291,19 +301,20 @@ def _checkpoint(model: Any) -> list[str]:
     return ["this model has no gradient checkpointing: counted without"]
 
 
-def _trace(
-    model: nn.Module, batch: int, length: int, device: str, chunk: int, padded: bool
-) -> tuple[Trace, str]:
+def _trace(model: nn.Module, step: Step) -> tuple[Trace, str]:
     """(the trace, "") or (a rough sum, why it could not be traced)."""
+    padded = step.batch_size > 1 if step.padded is None else step.padded
     try:
-        inputs = dummy_inputs(model, batch, length)
+        inputs = dummy_inputs(model, step.batch_size, step.sequence_length)
         with _quiet():
-            return trace_step(model, inputs, device=device, loss_chunk_size=chunk, padded=padded), ""
+            return trace_step(
+                model, inputs, device=step.device, loss_chunk_size=step.loss_chunk_size, padded=padded
+            ), ""
     except VeneerError:
         raise
     except Exception as error:
         reason = next(iter(str(error).strip().splitlines()), "")[:100] or type(error).__name__
-        return _rough(model, batch * length), (
+        return _rough(model, step.batch_size * step.sequence_length), (
             f"activations are only the inputs and outputs of the linear layers, added up: this model cannot "
             f"be run without values ({reason})"
         )

@@ -14,7 +14,7 @@ from ...errors import VeneerWarning
 from ...inject import plan
 from ...targets import Plan, layer_index
 from .budget import Budget, Proposal, propose
-from .memory import MemoryEstimate, estimate_memory
+from .memory import MemoryEstimate, Step, estimate_memory
 from .sources import empty_model
 
 
@@ -28,7 +28,7 @@ class PlanReport:
         dtype: Of the base's weights.
         config: The adapter.
         plan: Which modules get factors, which do not, and what matched nothing.
-        options: What the estimate was made for: batch size, length and the rest.
+        step: What the estimate was made for: batch size, length and the rest.
         estimate: Memory and arithmetic.
         proposal: What a budget leaves, where one was given; then all of the above is the proposal's.
     """
@@ -38,7 +38,7 @@ class PlanReport:
     dtype: str
     config: LoraConfig
     plan: Plan
-    options: dict[str, Any]
+    step: Step
     estimate: MemoryEstimate
     proposal: Proposal | None = None
 
@@ -51,7 +51,7 @@ class PlanReport:
             "lora_r": self.config.r,
             "lora_alpha": self.config.lora_alpha,
             "target_modules": _plain(self.config.target_modules),
-            **self.options,
+            **dataclasses.asdict(self.step),
             "patterns": {
                 pattern: {"modules": len(paths), "layers": layers(paths), "paths": list(paths)}
                 for pattern, paths in self.plan.matched.items()
@@ -72,43 +72,43 @@ def layers(paths: Collection[str]) -> list[int]:
 def plan_training(
     source: str | os.PathLike[str],
     config: LoraConfig,
+    step: Step | None = None,
     *,
     budget: Budget | str | None = None,
     fixed: Collection[str] = (),
     dtype: str | None = None,
-    **options: Any,
 ) -> PlanReport:
     """Plan a training run from a model's configuration alone.
 
     Args:
         source: As for `empty_model`; the adapter's task chooses the class.
         config: The adapter.
+        step: How a step is taken, see `Step`.
         budget: Memory or share of the parameters to keep to.
         fixed: What a budget may not change, see `propose`.
         dtype: Of the base's weights; None or ``auto`` takes the configuration's.
-        **options: Of `estimate_memory`.
 
     Raises:
         TrainingError: There is no such model, or nothing keeps to the budget.
         TargetError: The adapter does not fit the model; the message says all that is wrong.
-        ConfigError: Options that cannot be.
+        ConfigError: The budget is neither a size nor a share.
     """
     task = getattr(config.task_type, "value", config.task_type)
     model = empty_model(source, task, dtype=dtype)
     _quiet_plan(model, config)  # what cannot be placed is said before any budget is looked at
-    proposal = None
+    step, proposal = Step() if step is None else step, None
     if budget is not None:
-        proposal = propose(model, config, budget, fixed=fixed, **options)
-        config, options, estimate = proposal.config, proposal.options, proposal.estimate
+        proposal = propose(model, config, budget, step, fixed)
+        config, step, estimate = proposal.config, proposal.step, proposal.estimate
     else:
-        estimate = estimate_memory(model, config, **options)
+        estimate = estimate_memory(model, config, step)
     return PlanReport(
         model=os.fspath(source),
         architecture=type(model).__name__,
         dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
         config=config,
         plan=_quiet_plan(model, config),
-        options=options,
+        step=step,
         estimate=estimate,
         proposal=proposal,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from tests.unit.training.tiny import tiny_model
 from veneer import LoraConfig
 from veneer.errors import ConfigError, TargetError
 from veneer.training.planning import (
+    Step,
     empty_model,
     estimate_memory,
     optimizer_bytes,
@@ -22,13 +24,13 @@ from veneer.training.planning import (
 )
 
 CONFIG = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
-STEP: dict[str, Any] = {"batch_size": 2, "sequence_length": 24}
+STEP = Step(batch_size=2, sequence_length=24)
 
 
 def test_standing_terms_are_exact() -> None:
     model = tiny_model()
     weights = sum(p.nbytes for p in model.parameters()) + sum(b.nbytes for b in model.buffers())
-    found = estimate_memory(model, CONFIG, **STEP)
+    found = estimate_memory(model, CONFIG, STEP)
     per_layer = 2 * (32 + 32) + 2 * (32 + 16) + 3 * (32 + 48)
     assert found.base == weights
     assert found.trainable == 2 * 4 * per_layer
@@ -42,21 +44,21 @@ def test_standing_terms_are_exact() -> None:
 
 def test_each_option_moves_what_it_is_for() -> None:
     model = tiny_model()
-    plain = estimate_memory(model, CONFIG, **STEP)
+    plain = estimate_memory(model, CONFIG, STEP)
 
     def other(**options: Any) -> Any:
-        return estimate_memory(model, CONFIG, **{**STEP, **options})
+        return estimate_memory(model, CONFIG, replace(STEP, **options))
 
     assert other(gradient_checkpointing=True).activations < plain.activations / 4
     assert other(gradient_checkpointing=True).flops > plain.flops
     assert other(loss_chunk_size=8).logits < plain.logits / 2
-    assert other(dtype="bfloat16").base < 0.6 * plain.base
+    assert estimate_memory(model, CONFIG, STEP, "bfloat16").base < 0.6 * plain.base
     assert other(batch_size=4).activations > 1.9 * plain.activations
     assert other(padded=False).activations < other(padded=True).activations == plain.activations
     assert other(gradient_accumulation_steps=4).peak > plain.peak
     assert other(quantize="nf4").base < 0.6 * plain.base and other(quantize="nf4").notes
     assert other(optim="sgd").optimizer == 0 and other(optim="sgd").peak == plain.peak - plain.optimizer
-    whole = estimate_memory(model, None, **STEP)
+    whole = estimate_memory(model, None, STEP)
     assert whole.factors == sum(p.nbytes for p in model.parameters()) and whole.peak > plain.peak
 
 
@@ -64,12 +66,12 @@ def test_batches_and_ranks_count_once() -> None:
     """Activations are the batch's, factors the rank's: each proportional."""
     model = tiny_model()
     one, two = (
-        estimate_memory(model, CONFIG, batch_size=b, sequence_length=64, padded=False) for b in (2, 4)
+        estimate_memory(model, CONFIG, Step(batch_size=b, sequence_length=64, padded=False)) for b in (2, 4)
     )
     assert math.isclose(two.activations, 2 * one.activations, rel_tol=0.02)
     assert two.flops == 2 * one.flops and two.flops_per_token == one.flops_per_token
     r8 = LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")
-    assert estimate_memory(model, r8, **STEP).factors == 2 * estimate_memory(model, CONFIG, **STEP).factors
+    assert estimate_memory(model, r8, STEP).factors == 2 * estimate_memory(model, CONFIG, STEP).factors
 
 
 @pytest.mark.parametrize(
@@ -97,7 +99,7 @@ def test_small_tensors_and_unknown_optimizers() -> None:
 def test_classifiers_count_their_head(tmp_path: Path) -> None:
     tiny_model().config.save_pretrained(tmp_path)
     config = LoraConfig(r=4, target_modules="all-linear", task_type="SEQ_CLS")
-    found = estimate_memory(empty_model(tmp_path, "SEQ_CLS"), config, **STEP)
+    found = estimate_memory(empty_model(tmp_path, "SEQ_CLS"), config, STEP)
     assert found.traced and found.activations > 0
     assert found.trainable == 2 * 4 * (2 * 64 + 2 * 48 + 3 * 80) + 2 * 32
 
@@ -111,7 +113,7 @@ def test_experts_are_traced() -> None:
     )  # fmt: skip
     with torch.device("meta"):
         model = MixtralForCausalLM(config)
-    found = estimate_memory(model, LoraConfig(r=2, target_modules=["q_proj"]), **STEP)
+    found = estimate_memory(model, LoraConfig(r=2, target_modules=["q_proj"]), STEP)
     assert found.traced and found.activations > 0
 
 
@@ -124,20 +126,20 @@ def test_a_model_that_asks_for_values_is_summed_up_roughly() -> None:
         def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
             return self.fc(torch.ones(int(input_ids.sum()), 8))  # type: ignore[no-any-return]
 
-    found = estimate_memory(Asks(), LoraConfig(r=2, target_modules=["fc"]), **STEP)
+    found = estimate_memory(Asks(), LoraConfig(r=2, target_modules=["fc"]), STEP)
     assert not found.traced and found.activations >= 48 * 16 * 4
     assert "cannot be run without values" in found.notes[0]
 
 
 def test_wrong_numbers_are_all_named() -> None:
     with pytest.raises(ConfigError) as caught:
-        estimate_memory(tiny_model(), CONFIG, batch_size=0, sequence_length=0, quantize="3bit")
+        Step(batch_size=0, sequence_length=0, quantize="3bit")
     assert all(word in str(caught.value) for word in ("batch_size", "sequence_length", "3bit", "nf4"))
     with pytest.raises(TargetError, match="q_proj"):
         estimate_memory(tiny_model(), LoraConfig(target_modules=["q_prj"]))
 
 
 def test_a_time_is_guessed_from_the_machine() -> None:
-    found = estimate_memory(tiny_model(), CONFIG, **STEP)
+    found = estimate_memory(tiny_model(), CONFIG, STEP)
     seconds = seconds_per_step(found)
     assert 0 < seconds < 60

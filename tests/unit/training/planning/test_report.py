@@ -11,7 +11,7 @@ import pytest
 from tests.unit.training.tiny import tiny_model
 from veneer import LoraConfig
 from veneer.errors import TargetError
-from veneer.training.planning import plan_training
+from veneer.training.planning import Step, plan_training
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def test_a_report_says_what_is_adapted_and_what_is_not(source: Path) -> None:
     )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = plan_training(source, config, batch_size=2, sequence_length=16)
+        found = plan_training(source, config, Step(batch_size=2, sequence_length=16))
     assert [spec.path for spec in found.plan.specs] == ["model.layers.0.self_attn.q_proj"]
     assert found.plan.unmatched[0].suggestions[0] == "down_proj"
     told = json.loads(json.dumps(found.to_dict()))
@@ -50,5 +50,5 @@ def test_targets_that_are_nowhere_are_an_error(source: Path) -> None:
 
 def test_a_classifier_trains_its_head(source: Path) -> None:
     config = LoraConfig(r=4, target_modules="all-linear", task_type="SEQ_CLS")
-    found = plan_training(source, config, batch_size=2, sequence_length=16)
+    found = plan_training(source, config, Step(batch_size=2, sequence_length=16))
     assert found.architecture == "LlamaForSequenceClassification" and found.plan.modules_to_save == ("score",)
