@@ -9,32 +9,21 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from tests.golden.earlier import DATA, EARLIER
+from tests.golden.earlier import DATA
+from tests.golden.earlier import EARLIER as CASES
 from tests.golden.models import output
 from tests.tolerances import assert_close
 from veneer import PeftModel
 from veneer.files.layout import SAFETENSORS_NAME
 
 
-@pytest.fixture(params=sorted(EARLIER))
+@pytest.fixture(params=sorted(CASES))
 def name(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.fixture
-def golden(name: str) -> dict[str, Tensor]:
-    return load_file(DATA / name / "golden.safetensors")
-
-
-@pytest.fixture
-def base(name: str, golden: dict[str, Tensor]) -> nn.Module:
-    model = EARLIER[name].build().eval()
-    model.load_state_dict({k.removeprefix("base."): t for k, t in golden.items() if k.startswith("base.")})
-    return model
-
-
 def test_every_case_has_its_files_and_no_file_is_without_a_case() -> None:
-    assert {place.name for place in DATA.iterdir()} == set(EARLIER)
+    assert {place.name for place in DATA.iterdir()} == set(CASES)
 
 
 @torch.no_grad()

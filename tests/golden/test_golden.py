@@ -26,18 +26,6 @@ def name(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.fixture
-def golden(name: str) -> dict[str, Tensor]:
-    return load_file(DATA / name / "golden.safetensors")
-
-
-@pytest.fixture
-def base(name: str, golden: dict[str, Tensor]) -> nn.Module:
-    model = CASES[name].build().eval()
-    model.load_state_dict({k.removeprefix("base."): t for k, t in golden.items() if k.startswith("base.")})
-    return model
-
-
 def test_every_case_has_its_files_and_no_file_is_without_a_case() -> None:
     assert {p.name for p in DATA.iterdir()} == set(CASES)
     assert sum(p.stat().st_size for p in DATA.rglob("*") if p.is_file()) < 300_000

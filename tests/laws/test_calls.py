@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
+from tests import checkpointing
+from tests.checkpointing import Checkpointed
 from tests.laws.cases import train
 from tests.laws.special_models import SPECIAL, Special
 from tests.laws.test_special_layers import adapted as adapted_special
@@ -280,14 +281,7 @@ def test_a_replica_of_data_parallel_is_what_the_calling_thread_sees(
 
 
 def llama() -> PeftModel:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=11, hidden_size=8, intermediate_size=12, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=32,
-    )  # fmt: skip
-    model = get_peft_model(LlamaForCausalLM(config), LoraConfig(r=2, target_modules=["q_proj", "up_proj"]))
+    model = get_peft_model(checkpointing.llama(), LoraConfig(r=2, target_modules=["q_proj", "up_proj"]))
     train(model, "default")
     return model.train()
 
@@ -327,19 +321,6 @@ def test_the_models_own_checkpointing_computes_the_same_again(
         assert actual is not None and gradient is not None
         assert_close(actual, gradient)
     assert functions == {m: vars(m).get("_gradient_checkpointing_func") for m in model.modules()}
-
-
-class Checkpointed(nn.Module):
-    """Checkpoints by itself, where nothing can be given along."""
-
-    def __init__(self, reentrant: bool) -> None:
-        super().__init__()
-        self.reentrant = reentrant
-        self.inner = nn.Linear(4, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The linear, computed again in the backward."""
-        return checkpoint(self.inner, x, use_reentrant=self.reentrant)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

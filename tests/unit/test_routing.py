@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
-from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import T5Config, T5ForConditionalGeneration
 
+from tests import checkpointing
+from tests.checkpointing import Checkpointed
 from tests.laws.cases import train
 from tests.tolerances import assert_close
 from veneer import LoraConfig, PeftModel, RoutingError, get_peft_model
@@ -23,12 +24,7 @@ NAMES = ["a", BASE, "b", "a"]
 
 
 def llama(**more: Any) -> PeftModel:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=31, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=64,
-    )  # fmt: skip
-    return adapted(LlamaForCausalLM(config), **more)
+    return adapted(checkpointing.llama(), **more)
 
 
 def adapted(base: nn.Module, **more: Any) -> PeftModel:
@@ -139,19 +135,6 @@ def test_the_models_own_checkpointing_recomputes_with_the_same_rows(reentrant: b
     assert actual.keys() == expected.keys()
     for name, gradient in expected.items():
         assert_close(actual[name], gradient)
-
-
-class Checkpointed(nn.Module):
-    """Checkpoints by itself, where no routing can be given along."""
-
-    def __init__(self, reentrant: bool) -> None:
-        super().__init__()
-        self.reentrant = reentrant
-        self.inner = nn.Linear(4, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The linear, computed again in the backward."""
-        return checkpoint(self.inner, x, use_reentrant=self.reentrant)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
