@@ -29,7 +29,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import Any, NoReturn
 
 
 class Blank(str):
@@ -196,6 +196,10 @@ class MissingExtraError(VeneerError, ImportError):
         super().__init__(purpose, f" needs {library}, which is not installed: pip install 'veneer[{extra}]'")
         self.library = library
         self.extra = extra
+        self.purpose = purpose
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.library, self.extra, self.purpose), self.__dict__
 
 
 class VeneerWarning(UserWarning):

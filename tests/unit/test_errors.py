@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
-from veneer.errors import Blank, ConfigError, Hint, MergeError, MissingExtraError, Text, VeneerWarning
+from veneer.errors import Blank, Hint, MergeError, MissingExtraError, Text, VeneerError, VeneerWarning
 
 
 @pytest.mark.parametrize(
@@ -49,11 +52,24 @@ def test_an_f_string_would_lose_them_and_is_refused(lost: Hint | Text) -> None:
         f"{lost}"
 
 
-@pytest.mark.parametrize("kind", [ConfigError, VeneerWarning])
-def test_errors_and_warnings_keep_them_through_pickle(kind: type[ConfigError] | type[VeneerWarning]) -> None:
-    made = pickle.loads(pickle.dumps(kind("use ", Hint("untie", True))))
-    assert type(made) is kind and str(made) == "use untie=True"
-    assert made.message == Text("use ", Hint("untie", True))
+def kinds(kind: type[Any]) -> list[type[Any]]:
+    """A class and all that inherit from it."""
+    return [kind, *(more for below in kind.__subclasses__() for more in kinds(below))]
+
+
+ARGUMENTS: dict[type[Any], tuple[Any, ...]] = {MissingExtraError: ("a", "b", Hint("untie", True))}
+
+
+@pytest.mark.parametrize(
+    "copied", [lambda error: pickle.loads(pickle.dumps(error)), copy.copy, copy.deepcopy]
+)
+@pytest.mark.parametrize("kind", [*kinds(VeneerError), VeneerWarning])
+def test_every_error_survives_being_copied_and_pickled(kind: type[Any], copied: Callable[[Any], Any]) -> None:
+    error = kind(*ARGUMENTS.get(kind, ("use ", Hint("untie", True))))
+    error.more = "more"
+    made = copied(error)
+    assert type(made) is kind and str(made) == str(error) and "untie=True" in str(made)
+    assert made.message == error.message and vars(made) == vars(error)
 
 
 def test_what_needs_a_library_may_be_an_option() -> None:
