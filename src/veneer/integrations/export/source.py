@@ -142,7 +142,8 @@ def read_source(directory: str | os.PathLike[str]) -> Source:
             holds tensors that nothing in its configuration explains; lists all of them.
     """
     config, file, specs = open_lora(directory)
-    names, rest = factor_names(file)
+    names, others_than_factors = factor_names(file)
+    rest = dict.fromkeys(others_than_factors)
     tensors = file.tensors()
     updates = {}
     for path, roles in names.items():
@@ -176,10 +177,10 @@ def read_source(directory: str | os.PathLike[str]) -> Source:
     return Source(Path(directory), config, updates, dict(file.metadata), copies, others)
 
 
-def _pop(rest: list[str], tensors: dict[str, Tensor], name: str) -> Tensor | None:
+def _pop(rest: dict[str, None], tensors: dict[str, Tensor], name: str) -> Tensor | None:
     if name not in rest:
         return None
-    rest.remove(name)
+    del rest[name]
     return tensors[name]
 
 
