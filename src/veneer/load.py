@@ -248,6 +248,9 @@ def _with_start(injection: Injection, tensors: Mapping[str, Tensor], where: obje
 def renamer(mapping: KeyMapping | None) -> Callable[[str], str]:
     """A function that renames keys as PEFT's ``key_mapping`` does: without the saved prefix.
 
+    Its expressions are the caller's own code, never a file's: they may refer to groups, as replacements do,
+    and Python's matcher takes whatever time they need.
+
     Raises:
         ConfigError: If it is neither a mapping nor a function, or a pattern is no regular expression.
     """
