@@ -2,75 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from veneer.backends import FileCodes
 from veneer.doors import hub
 from veneer.errors import AdapterNameError, CheckpointError, ConfigError, Hint, MergeError
+from veneer.files.base_files import WEIGHTS, BaseFiles
 from veneer.layers import LoraLayer
 from veneer.peft_model import PeftModel
-
-_FILE, _INDEX = "model.safetensors", "model.safetensors.index.json"
-
-
-class _Weights:
-    """The weights of an unquantised model by name, read one at a time."""
-
-    def __init__(self, path: Path, prefix: str) -> None:
-        self.prefix = prefix
-        place = path if path.is_dir() else path.parent
-        self.files: dict[str, Path] = {}
-        single = place / _FILE if path.is_dir() else path
-        if single.is_file():
-            with _opened(single) as file:
-                self.files = dict.fromkeys(file.keys(), single)
-        elif (place / _INDEX).is_file():
-            names = json.loads((place / _INDEX).read_text(encoding="utf-8"))["weight_map"]
-            self.files = {name: place / Path(file).name for name, file in names.items()}
-        else:
-            raise CheckpointError(
-                f"neither {_FILE} nor {_INDEX} in {place}: the unquantised weights are needed"
-            )
-        self.codes = FileCodes(self.files)
-
-    def file_of(self, name: str) -> tuple[str, Path] | None:
-        """The file's own name of a weight, and the file."""
-        for known in (name, name.removeprefix(f"{self.prefix}."), f"{self.prefix}.{name}"):
-            if known in self.files:
-                return known, self.files[known]
-        return None
-
-    def refuses(self, name: str) -> str | None:
-        """Why a weight of the file is no unquantised one, or None."""
-        found = self.file_of(name)
-        assert found is not None  # all are looked up before
-        with _opened(found[1]) as file:
-            kind = file.get_slice(found[0]).get_dtype()
-        if (reason := self.codes.why(found[0], kind.startswith(("F8", "F4")))) is not None:
-            return reason
-        return None if kind.startswith(("F", "BF")) else f"it is stored as {kind}"
-
-    def read(self, name: str) -> Tensor:
-        """One weight."""
-        found = self.file_of(name)
-        assert found is not None  # all are looked up before the first is read
-        with _opened(found[1]) as file:
-            tensor: Tensor = file.get_tensor(found[0])
-        return tensor
-
-
-def _opened(path: Path) -> safe_open:
-    try:
-        return safe_open(path, framework="pt", device="cpu")
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
 
 
 def _place_of(model: PeftModel, model_path: str | os.PathLike[str] | None) -> Path:
@@ -81,11 +24,11 @@ def _place_of(model: PeftModel, model_path: str | os.PathLike[str] | None) -> Pa
     if not isinstance(name, str) or not name:
         raise ConfigError(
             "the base does not say where it was loaded from: pass model_path, the directory with its "
-            f"unquantised {_FILE}"
+            f"unquantised {WEIGHTS}"
         )
     if Path(name).is_dir():
         return Path(name)
-    return Path(hub().download_file(name, _FILE, local_files_only=True)).parent
+    return Path(hub().download_file(name, WEIGHTS, local_files_only=True)).parent
 
 
 @torch.no_grad()
@@ -141,13 +84,17 @@ def replace_lora_weights_loftq(
             f"the adapter {adapter_name!r} is merged (into {merged[0]}): unmerge_adapter() first"
         )
     prefix = getattr(peft_model.get_base_model(), "base_model_prefix", "") or ""
-    weights = _Weights(_place_of(peft_model, model_path), prefix)
-    if missing := [path for path in layers if weights.file_of(f"{path}.weight") is None]:
+    weights = BaseFiles(_place_of(peft_model, model_path), prefix=prefix)
+    stored = {path: weights.stored_name(f"{path}.weight") for path in layers}
+    if missing := [path for path, name in stored.items() if name is None]:
         raise CheckpointError(
             f"the unquantised weights lack {len(missing)} of the {len(layers)} layers, for example "
             f"{', '.join(missing[:3])}: are they of the same model?"
         )
-    reasons = [(path, reason) for path in layers if (reason := weights.refuses(f"{path}.weight")) is not None]
+    names = {path: name for path, name in stored.items() if name is not None}
+    reasons = [
+        (path, reason) for path, name in names.items() if (reason := _refusal(weights, name)) is not None
+    ]
     if reasons:
         raise CheckpointError(
             f"{len(reasons)} of the {len(layers)} weights in these files are not unquantised ones; "
@@ -155,10 +102,16 @@ def replace_lora_weights_loftq(
         )
     for path, layer in layers.items():
         before = [t.clone() for t in layer.adapter_parameters(adapter_name)]
-        _start(layer, adapter_name, weights.read(f"{path}.weight"))
+        _start(layer, adapter_name, weights.read(names[path]))
         if callback is not None and not callback(peft_model, path):
             for parameter, value in zip(layer.adapter_parameters(adapter_name), before, strict=True):
                 parameter.copy_(value)
+
+
+def _refusal(weights: BaseFiles, name: str) -> str | None:
+    """Why a tensor of the files is no unquantised weight, or None."""
+    kind = weights.entry(name)[0]
+    return weights.codes(name) or (None if kind.startswith(("F", "BF")) else f"it is stored as {kind}")
 
 
 def _start(layer: LoraLayer, name: str, weight: Tensor) -> None:

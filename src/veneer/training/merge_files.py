@@ -10,18 +10,26 @@ import shutil
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
-from ..backends import FileCodes
-from ..base_fingerprint import FINGERPRINT
+from ..base_fingerprint import FINGERPRINT, SIZES
 from ..config import LoraConfig
 from ..doors import is_local
-from ..errors import AdapterFileError, BaseMismatchError, Hint, MergeError, Text, TrainingError
+from ..errors import (
+    AdapterFileError,
+    BaseMismatchError,
+    CheckpointError,
+    Hint,
+    MergeError,
+    Text,
+    TrainingError,
+)
+from ..files.base_files import WEIGHTS, BaseFiles, opened
 from ..files.fingerprint import compare_fingerprints, fingerprint
 from ..files.lora import factor_names, open_lora
 from ..files.overwrite import check_room, replacing
@@ -35,7 +43,7 @@ from .adapters import say_base
 from .models import require
 from .progress import Progress
 
-ONE, INDEX = "model.safetensors", "model.safetensors.index.json"
+INDEX = f"{WEIGHTS}.index.json"
 #: Names of the types in a safetensors header; only these can take an update.
 NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 TYPES = {name: dtype for dtype, name in NAMES.items()}
@@ -101,24 +109,26 @@ def merge_files(
     """
     base = Path(base)
     config, file, specs = open_lora(adapter)
-    shards = _shards(base)
-    headers = {shard: _header(base / shard) for shard in shards}
-    where = {name: shard for shard, header in headers.items() for name in header}
-    updates = _updates(base, config, file, specs, {n: headers[s][n] for n, s in where.items()})
+    try:
+        files = BaseFiles(base)
+    except CheckpointError as error:
+        raise MergeError(f"{error}. Merging file to file needs them. ", WAY_OUT) from error
+    settings = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    updates = _updates(settings, config, file, specs, files)
     check_values(file.tensors(n for u in updates.values() for n in (u.a, u.b)), file.path)
     target = None if dtype == "auto" else getattr(torch, dtype)
-    layouts = {shard: _layout(header, target) for shard, header in headers.items()}
+    layouts = {shard: _layout(header, target) for shard, header in files.headers.items()}
     total = sum(size for _, size in layouts.values())
-    _check_base(base, file, updates, where)
+    _check_base(base, settings, file, files)
     companions = _companions(base, Path(adapter))
     check_room(place, total)
     kept: dict[str, float] = {}
     written = 0
     with replacing(place, overwrite) as made, shared_buffers():
-        for shard in shards:
-            with safe_open(base / shard, framework="pt") as source, (made / shard).open("wb") as out:
+        for shard, header in files.headers.items():
+            with opened(shard) as source, (made / shard.name).open("wb") as out:
                 out.write(_packed(layouts[shard][0]))
-                for name in headers[shard]:
+                for name in header:
                     tensor = source.get_tensor(name)
                     if name in updates:
                         tensor, kept[updates[name].path] = _merged(tensor, updates[name], file, target)
@@ -127,7 +137,7 @@ def merge_files(
                     out.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
                     written += 1
                     if tell is not None:
-                        tell(written, len(where))
+                        tell(written, len(files))
         _write_companions(companions, base, made, target, total if (base / INDEX).is_file() else None)
     return MergeReport({path: kept[path] for path in specs})
 
@@ -185,35 +195,12 @@ def _merged(
         raise MergeError(f"{update.path}: {error}") from error
 
 
-def _shards(base: Path) -> list[str]:
-    if (base / ONE).is_file():
-        return [ONE]
-    if not (base / INDEX).is_file():
-        raise MergeError(f"{base} holds neither {ONE} nor {INDEX}; merging file to file needs one. ", WAY_OUT)
-    try:
-        names = set(json.loads((base / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, LookupError, AttributeError) as error:
-        raise MergeError(f"{base / INDEX} is damaged: {error}") from error
-    missing = [name for name in names if Path(name).name != name or not (base / name).is_file()]
-    if missing:
-        raise MergeError(f"{base} lacks {', '.join(sorted(map(str, missing))[:3])}, which its index names")
-    return sorted(names)
-
-
-def _header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Type and shape of each tensor of a file, in the order of its bytes."""
-    with safe_open(path, framework="pt") as source:  # reads nothing but checks all of it
-        names = list(source.offset_keys())
-        slices = {name: source.get_slice(name) for name in names}
-        return {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
-
-
 def _updates(
-    base: Path,
+    settings: Mapping[str, Any],
     config: LoraConfig,
     file: AdapterFile,
     specs: Mapping[str, LoraSpec],
-    stored: Mapping[str, tuple[str, tuple[int, ...]]],
+    files: BaseFiles,
 ) -> dict[str, _Update]:
     """Name of a stored tensor -> its update; refuses everything at once, before anything is written."""
     keys, others = factor_names(file)
@@ -224,31 +211,28 @@ def _updates(
         problems.append(f"it holds {len(others)} tensors beside its factors, such as {others[0]}")
     if config.target_parameters or config.layer_replication:
         problems.append("it adapts bare parameters or replicated layers")
-    text = json.loads((base / "config.json").read_text(encoding="utf-8"))
-    if text.get("quantization_config") or text.get("compression_config"):
+    if settings.get("quantization_config") or settings.get("compression_config"):
         problems.append("the base is stored quantised")
-    codes = FileCodes(stored)
-    for key, (kind, shape) in stored.items():
-        why = codes.why(key, kind.startswith(("F8", "F4"))) if len(shape) > 1 else None
-        if why is not None:
+    for key in files:
+        if len(files.entry(key)[1]) > 1 and (why := files.codes(key)) is not None:
             problems.append(f"{key.rpartition('.')[0]}: {why}")
     found: dict[str, _Update] = {}
     for path, roles in keys.items():
         lookup = "lora_embedding_A" in roles["A"]
-        name = _stored_name(path, stored)
+        name = files.stored_name(f"{path}.weight")
         if name is None:
             problems.append(
                 f"{path}: the base's files have no such weight (its name changes on loading, or it is shared)"
             )
             continue
-        kind, shape = stored[name]
+        kind, shape = files.entry(name)
         a, b = file.shapes[roles["A"]], file.shapes[roles["B"]]
         transpose = lookup or config.fan_in_fan_out
         if len(a) != 2 or len(shape) != 2 or shape != ((a[1], b[0]) if transpose else (b[0], a[1])):
             problems.append(f"{path}: factors {a} and {b} do not make an update of the stored shape {shape}")
         elif kind not in TYPES:
             problems.append(f"{path}: its weight is stored as {kind}")
-        elif text.get("tie_word_embeddings") and "embed" in name and "lm_head.weight" not in stored:
+        elif settings.get("tie_word_embeddings") and "embed" in name and "lm_head.weight" not in files:
             problems.append(f"{path}: its weight may be that of the output layer, too")
         else:
             found[name] = _Update(path, roles["A"], roles["B"], specs[path].scaling, transpose)
@@ -258,38 +242,28 @@ def _updates(
     return found
 
 
-def _check_base(
-    base: Path, file: AdapterFile, updates: Mapping[str, _Update], where: Mapping[str, str]
-) -> None:
+def _check_base(base: Path, settings: Mapping[str, Any], file: AdapterFile, files: BaseFiles) -> None:
     """Refuse a base of the right shapes that is another model; the adapter carries samples of its own."""
     try:
         saved = json.loads(file.metadata[FINGERPRINT])
-        sampled, others = set(saved["samples"]), list(saved.get("others", {}))
+        paths = (list(saved["samples"]), list(saved.get("others", {})))
     except (LookupError, ValueError, TypeError):  # an adapter of another library has none
         return
-    weights = {}
-    for name, update in updates.items():
-        if update.path in sampled:
-            with safe_open(base / where[name], framework="pt") as source:
-                weights[update.path] = source.get_tensor(name)
-    beside = {}
-    for path in others:
-        if (stored := _stored_name(path, where)) is not None:
-            with safe_open(base / where[stored], framework="pt") as source:
-                beside[path] = source.get_tensor(stored)
-    present = fingerprint(None, saved.get("vocab_size"), weights, others=beside)
+    adapted, others = (
+        {
+            path: partial(files.read, name)
+            for path in sampled
+            if (name := files.stored_name(f"{path}.weight")) is not None
+        }
+        for sampled in paths
+    )
+    sizes = {name: settings[name] for name in SIZES if isinstance(settings.get(name), int)}
+    present = fingerprint(None, saved.get("vocab_size"), adapted, others=others, sizes=sizes)
     compared = compare_fingerprints(saved, present)
-    if (weights or beside) and compared.severity == "wrong":
+    if compared.severity == "wrong":
         raise BaseMismatchError(
             f"{file.path.parent} was made on another base model than {base}: {'; '.join(compared.problems)}"
         )
-
-
-def _stored_name(path: str, stored: Mapping[str, Any]) -> str | None:
-    """The stored name of a module's weight; transformers saves some models without their outer prefix."""
-    inner = path.partition(".")[2]
-    found = [name for name in (f"{path}.weight", f"{inner}.weight") if name in stored]
-    return found[0] if found else None
 
 
 def _layout(

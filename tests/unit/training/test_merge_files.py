@@ -182,6 +182,18 @@ def test_another_base_is_refused(tmp_path: Path) -> None:
     assert base_directory(adapter) == base and base_directory(adapter, str(other)) == other
 
 
+@pytest.mark.parametrize(("name", "size"), [("num_attention_heads", 2), ("num_hidden_layers", 3)])
+def test_a_base_of_another_architecture_is_refused(name: str, size: int, tmp_path: Path) -> None:
+    """Its weights are those that the adapter was made on, as far as the adapter goes."""
+    base = base_of(tmp_path / "base")
+    adapter = adapter_of(base, tmp_path / "adapter")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, name: size}))
+    with pytest.raises(BaseMismatchError, match=rf"{name} was {config[name]} and is {size}"):
+        merge_files(adapter, base, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_broken_index(tmp_path: Path) -> None:
     base = base_of(tmp_path / "base", max_shard_size="40KB")
     adapter = adapter_of(base, tmp_path / "adapter")

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ...backends import FileCodes, is_float8
-from ...errors import ExportError
-
-#: Files of weights, and what lists the files of those that are split; of transformers and of diffusers.
-_NAMES = ("model.safetensors", "diffusion_pytorch_model.safetensors")
+from ...errors import CheckpointError, ExportError
+from ...files.base_files import DIFFUSION_WEIGHTS, WEIGHTS, BaseFiles
 
 
 class BaseModel:
@@ -36,20 +30,12 @@ class BaseModel:
             self._names = list(tensors)
             self._read = lambda name: tensors[name].detach() if name in tensors else None
             return
-        self.where = Path(base).expanduser()
-        files = _files(self.where)
+        try:
+            files = BaseFiles(base, (WEIGHTS, DIFFUSION_WEIGHTS))
+        except CheckpointError as error:
+            raise ExportError(f"no weights of a base model: {error}") from error
         self._names = list(files)
-
-        def read(name: str) -> Tensor | None:
-            # transformers saves some models without their outer prefix.
-            for known in (name, name.partition(".")[2]):
-                if known in files:
-                    with safe_open(files[known], framework="pt") as file:
-                        tensor: Tensor = file.get_tensor(known)
-                        return tensor
-            return None
-
-        self._read = read
+        self._read = lambda name: None if (n := files.stored_name(name)) is None else files.read(n)
 
     def tensor(self, path: str, name: str = "weight") -> Tensor | None:
         """The weight or bias of a module, None where there is none of that name."""
@@ -67,19 +53,3 @@ class BaseModel:
     def paths(self) -> list[str]:
         """The paths of all modules that have a weight."""
         return [name.removesuffix(".weight") for name in self._names if name.endswith(".weight")]
-
-
-def _files(where: Path) -> dict[str, Path]:
-    """Name of a tensor -> the file that holds it."""
-    try:
-        for name in _NAMES:
-            if (where / name).is_file():
-                with safe_open(where / name, framework="pt") as file:
-                    return {key: where / name for key in file.keys()}  # noqa: SIM118
-            index = where / f"{name}.index.json"
-            if index.is_file():
-                listed: dict[str, Any] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-                return {key: where / Path(file).name for key, file in listed.items()}
-    except (OSError, ValueError, LookupError, AttributeError, SafetensorError) as error:
-        raise ExportError(f"the base model's files in {where} cannot be read: {error}") from error
-    raise ExportError(f"{where} holds no base model: neither {' nor '.join(_NAMES)}, whole or split")
