@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.kills import done, killed_at, steps_of
-from tests.unit.training.test_loop import ROWS, TOKENIZER, adapted
+from tests.unit.training.test_run import ROWS, TOKENIZER, adapted
 from veneer import TrainingError
 from veneer.training import TrainOptions, train
 

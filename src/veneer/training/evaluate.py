@@ -2,51 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from .chunks import chunked_loss
-from .data import IGNORED, Collator, Row, bare, without_cache
+from .data import Collator, Row
+from .losses import loss_sum
 from .progress import Progress, Silent
-
-
-def loss_sum(model: Any, batch: Mapping[str, Tensor], *, chunk: int = 0) -> tuple[Tensor, Tensor]:
-    """Sum of the negative log-likelihood of a batch's answers, and the number of their tokens.
-
-    Logits are computed only where some row of the batch has an answer: for a short answer to a long prompt
-    that is most of the work and of the memory of a large vocabulary.
-
-    Args:
-        model: A causal language model of transformers, adapted or not; also inside a data-parallel wrapper.
-        batch: ``input_ids``, ``attention_mask``, ``labels``: (rows, length); labels are -100 for no loss.
-        chunk: Tokens whose logits are computed at a time, see `chunked_loss`; 0 is all.
-
-    Returns:
-        (sum, count), both scalars; the sum is of float32 and carries gradients.
-    """
-    if chunk:
-        return chunked_loss(model, batch, chunk)
-    labels = batch["labels"][:, 1:]
-    inputs = {name: value for name, value in batch.items() if name != "labels"} | without_cache(model)
-    keep = (labels != IGNORED).any(dim=0).nonzero().squeeze(1)
-    if _keeps_logits(model):
-        logits = model(**inputs, logits_to_keep=keep).logits
-    else:
-        logits = model(**inputs).logits[:, keep]
-    targets = labels[:, keep]
-    total = nn.functional.cross_entropy(
-        logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum"
-    )
-    return total, (targets != IGNORED).sum()
-
-
-def _keeps_logits(model: Any) -> bool:
-    return "logits_to_keep" in inspect.signature(bare(model).forward).parameters
 
 
 @torch.no_grad()

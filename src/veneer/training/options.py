@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import importlib.util
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
 from ..config import LoraConfig
-from ..errors import ConfigError, Hint, Text, UnknownOptionError
+from ..errors import ConfigError, Hint, MissingExtraError, Text, UnknownOptionError
 from .data.forms import Purpose
 
 T = TypeVar("T")
@@ -272,6 +273,45 @@ def _names(text: str) -> str | list[str]:
     names = [name.strip() for name in text.split(",")]
     plain = all(name.replace("_", "").replace(".", "").isalnum() for name in names)
     return names if plain and names != ["all-linear"] else text
+
+
+def check_names(options: TrainOptions) -> None:
+    """Refuse an optimizer or a tracker that transformers does not know or has no library for.
+
+    Raises:
+        ConfigError: Naming the nearest ones that it knows.
+        MissingExtraError: bitsandbytes is not installed.
+    """
+    from transformers.training_args import OptimizerNames
+
+    known = [str(name.value) for name in OptimizerNames]
+    if options.optim not in known:
+        near = difflib.get_close_matches(options.optim, known, n=3) or known[:4]
+        raise ConfigError(f"optim {options.optim!r} is unknown; near it: {', '.join(near)}")
+    eight_bits = "8bit" in options.optim.replace("torch_8bit", "") or options.optim.startswith("paged")
+    if eight_bits and importlib.util.find_spec("bitsandbytes") is None:
+        raise MissingExtraError("bitsandbytes", "quant", f"the optimizer {options.optim}")
+    trackers(options.report_to)
+
+
+def trackers(report_to: str) -> list[str]:
+    """The names in ``report_to``.
+
+    Raises:
+        ConfigError: Some are not installed.
+    """
+    from transformers.integrations import get_available_reporting_integrations
+
+    names = [name.strip() for name in report_to.split(",") if name.strip() not in ("", "none")]
+    there = get_available_reporting_integrations()
+    missing = [name for name in names if name not in there]
+    if missing:
+        raise ConfigError(
+            Hint("report_to"),
+            f": {', '.join(missing)} is not installed or unknown to transformers; installed: "
+            f"{', '.join(there) or 'none of those that it knows'}",
+        )
+    return names
 
 
 def spellings(kind: type[TrainOptions]) -> dict[str, str]:

@@ -22,10 +22,10 @@ from .data import (
 )
 from .evaluate import answer_loss, exact_match, valid_json
 from .generation import Sampling, answer_file, generate_answers
-from .loop import train
 from .models import load_base
 from .options import RunOptions, TrainOptions
 from .progress import Progress, Silent, Terminal
+from .run import train
 
 __all__ = [
     "Chat",

@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from ..atomic import atomic_file
 from ..errors import AdapterFileError, Blank, Hint, Text, TrainingError
 from ..files.read import open_adapter
 from .options import TrainOptions
+from .stopping import Stop
 
 #: Says which run wrote a directory; written last.
 RUN_NAME = "veneer_run.json"
@@ -27,6 +29,42 @@ METRICS_NAME = "metrics.json"
 _LENGTH = {"epochs", "max_steps"}
 _RECORD = {"steps", "options", "adapters", "data", "evaluation data", "processes"}
 RESUME, OVERWRITE = Hint("resume", True), Hint("overwrite_output_dir", True)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run: what it does, and where it begins.
+
+    Attributes:
+        output: Where adapter and checkpoints go.
+        options: How to train.
+        record: What tells this run from others, see `run_record`; written into each checkpoint.
+        evaluated: Whether there are held-out rows.
+        stop: Whether it was asked to stop.
+        checkpoint: What it goes on from.
+        seconds: Spent until that checkpoint.
+        planned: Steps that it was to have when the checkpoint was written.
+    """
+
+    output: Path
+    options: TrainOptions
+    record: dict[str, Any]
+    evaluated: bool
+    stop: Stop
+    checkpoint: Path | None
+    seconds: float
+    planned: int
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        steps: int = self.record["steps"]
+        return steps
+
+    @property
+    def finished(self) -> bool:
+        """Whether the checkpoint is that of the last step."""
+        return self.checkpoint is not None and step_of(self.checkpoint) >= self.steps
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -1,17 +1,18 @@
-"""A whole run from its options: data, base, adapter, training, metrics and picture."""
+"""A training run: `train` an adapted model on rows, or `fine_tune` one from data to picture."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..errors import TrainingError, VeneerError
+from ..errors import Hint, Text, TrainingError, VeneerError
+from ..integrations.transformers import enable_trainer
 from .data import (
     Collator,
     LabelCollator,
@@ -24,40 +25,35 @@ from .data import (
     pad_token,
     read_records,
 )
-from .dpo import preference_trainer
-from .loop import Making, train
-from .models import check_output, load_base, load_tokenizer, refuse_file, require
-from .objectives import Answers, Classes, Objective
-from .options import TASKS, RunOptions
+from .losses import Answers, Classes, Objective, Pairs, check_chunks
+from .models import check_output, load_base, load_tokenizer, quiet_transformers, refuse_file, require
+from .options import TASKS, RunOptions, TrainOptions, check_names
 from .planning import Step, empty_model, estimate_memory, seconds_per_step
 from .plots import can_plot, loss_picture
 from .progress import Progress, Silent
+from .resuming import (
+    METRICS_NAME,
+    RUN_NAME,
+    Run,
+    begin_afresh,
+    check_same_run,
+    checkpoints,
+    finished_run,
+    last_checkpoint,
+    reason,
+    remove_checkpoint,
+    run_record,
+    write_json,
+)
 from .starting import adapted
-from .stopping import stop_on_signals
-from .trainer import check_names, total_steps
+from .stopping import Interrupted, Stop, stop_on_signals
 
-
-@dataclass(frozen=True)
-class Lesson:
-    """What is learned from the data, encoded.
-
-    Attributes:
-        rows: To learn from.
-        eval_rows: Held out.
-        longest: Tokens of the longest row, as far as they were counted.
-        label_names: Of classes, where the model is to name one.
-        objective: Given the model: what a row is trained for; None where the trainer has its own.
-        make_trainer: Another trainer than that of the objective.
-        measure: What the loss is of.
-    """
-
-    rows: Sequence[Any]
-    eval_rows: Sequence[Any]
-    longest: int
-    label_names: list[str] | None = None
-    objective: Callable[[Any], Objective] | None = None
-    make_trainer: Making | None = None
-    measure: str = "loss per token of the answer"
+#: What the loss of a run is of.
+MEASURES = {
+    "sft": "loss per token of the answer",
+    "classification": "loss per example",
+    "dpo": "loss per pair",
+}
 
 
 def fine_tune(options: RunOptions, progress: Progress | None = None) -> dict[str, Any]:
@@ -73,35 +69,32 @@ def fine_tune(options: RunOptions, progress: Progress | None = None) -> dict[str
         VeneerError: As its parts do; nothing is written then but whole checkpoints.
         Interrupted: SIGINT or SIGTERM came; a checkpoint lies in the output.
     """
-    _refuse_sharding()
+    _check_launcher()
     require("transformers", "train", "training")
-    first = os.environ.get("RANK", "0") == "0"
+    first = _is_first()
     progress = progress if progress is not None and first else Silent()
     check_names(options)
     output = Path(options.output)
     refuse_file(output)
-    if Path(
-        options.model
-    ).is_dir():  # the adapter notes where its base is, for whoever stands elsewhere later
+    if Path(options.model).is_dir():
+        # The adapter notes where its base is, for whoever stands elsewhere later.
         options = dataclasses.replace(options, model=str(Path(options.model).resolve()))
     sources = [options.data, *([options.eval_data] if options.eval_data else [])]
     records = [read_records(source, options.purpose) for source in sources]
     for part in records:
         progress.say(part.line())
     tokenizer = load_tokenizer(options.model)
-    lesson = _lesson(options, records, tokenizer, progress)
-    base, _ = load_base(
-        options.model, options.dtype, quantize=options.quantize, label_names=lesson.label_names
-    )
+    rows, eval_rows, label_names = _encoded(options, records, tokenizer, progress)
+    base, _ = load_base(options.model, options.dtype, quantize=options.quantize, label_names=label_names)
     if first:
-        progress.say(_estimate(options, lesson, base))
+        progress.say(_estimate(options, rows, label_names, base))
     torch.manual_seed(options.seed)
-    objective = None if lesson.objective is None else lesson.objective(base)
+    objective = _objective(options, base, tokenizer)
     model = adapted(
         base,
         options.lora_config(),
-        lesson.rows,
-        objective,
+        rows,
+        None if isinstance(objective, Pairs) else objective,
         batch_size=options.batch_size,
         seed=options.seed,
         progress=progress,
@@ -113,13 +106,12 @@ def fine_tune(options: RunOptions, progress: Progress | None = None) -> dict[str
         metrics = train(
             model,
             tokenizer,
-            lesson.rows,
+            rows,
             output,
             options,
             progress,
-            eval_rows=lesson.eval_rows,
+            eval_rows=eval_rows,
             objective=objective,
-            make_trainer=lesson.make_trainer,
             stop=stop,
         )
     if first and can_plot():
@@ -128,12 +120,123 @@ def fine_tune(options: RunOptions, progress: Progress | None = None) -> dict[str
             [entry["loss"] for entry in metrics["losses"]],
             "Training loss",
             held_out=[(entry["step"], entry["loss"]) for entry in metrics["evaluations"]],
-            ylabel=lesson.measure,
+            ylabel=MEASURES[options.purpose],
         )
     return metrics
 
 
-def _refuse_sharding() -> None:
+def train(
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[Any],
+    output: str | os.PathLike[str],
+    options: TrainOptions | None = None,
+    progress: Progress | None = None,
+    *,
+    eval_rows: Sequence[Any] = (),
+    objective: Objective | Pairs | None = None,
+    callbacks: Sequence[Any] = (),
+    stop: Stop | None = None,
+) -> dict[str, Any]:
+    """Train an adapted model on token rows, and save the adapter and the tokenizer.
+
+    With ``options.resume`` a run that was cut off goes on from its last checkpoint, to the losses that it
+    would have had. One that has reached its last step is not trained; what is missing is written. One that is
+    to have more steps now goes on to them.
+
+    Args:
+        model: From `get_peft_model` (or any model of transformers with trainable parameters).
+        tokenizer: Saved along; its padding token fills batches.
+        rows: From `encode`, or what the objective's collator takes.
+        output: Directory for the adapter, checkpoints, ``metrics.json`` and the tokenizer.
+        options: How to train.
+        progress: Where to report loss and time left.
+        eval_rows: Held-out rows; their loss is taken before the first step, after the last, and between them
+            as often as the options say.
+        objective: What a row is trained for; the tokens of the answers where None.
+        callbacks: More callbacks for transformers' Trainer.
+        stop: Asked after each step whether to go on.
+
+    Returns:
+        What ``metrics.json`` holds: ``losses`` (step, loss, learning rate), ``evaluations`` (step, loss, …),
+        ``steps``, ``seconds``, ``tokens`` seen without padding, ``trainable`` parameters, ``options``. Of
+        several processes the first one writes.
+
+    Raises:
+        ConfigError: An option that transformers does not know.
+        TrainingError: Nothing is trainable, the loss stopped being a number, a checkpoint cannot be written,
+            or there is nothing to resume from, or only another run.
+        Interrupted: It was asked to stop; a checkpoint lies in the output.
+    """
+    require("transformers", "train", "training")
+    require("accelerate", "train", "training")
+    options = TrainOptions() if options is None else options
+    progress = Silent() if progress is None else progress
+    check_names(options)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if not trainable:
+        raise TrainingError(
+            "no parameter of the model is trainable: a saved adapter is loaded for training with "
+            "is_trainable=True"
+        )
+    if options.loss_chunk_size:
+        check_chunks(model)
+    from .trainer import Reporter, evaluations, load, total_steps
+
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    steps = total_steps(len(rows), options, processes)
+    record = run_record(model, rows, eval_rows, options, processes, steps)
+    if options.resume and (metrics := finished_run(Path(output), record)) is not None:
+        progress.say(f"The run in {output} is finished: nothing is left to train.")
+        return metrics
+    run = _begin(Path(output), options, record, processes, bool(eval_rows), stop or Stop(), progress)
+    existed = run.output.exists()
+    trainer: Any = None
+    try:
+        with ExitStack() as stack, quiet_transformers():
+            reporter = Reporter(run, progress, stack)
+            trainer = _trainer(model, tokenizer, rows, eval_rows, run, objective)
+            reporter.join(trainer, callbacks)
+            if run.checkpoint is not None and run.finished:
+                load(trainer, run.checkpoint)
+                reporter.evaluate_if_due(trainer.state)
+                trainer.accelerator.wait_for_everyone()  # what is loaded may be removed next
+            else:
+                trainer.train(resume_from_checkpoint=run.checkpoint and str(run.checkpoint))
+    except BaseException as error:
+        _clear_away(run, trainer, error)
+        if not existed and run.output.is_dir() and not any(run.output.iterdir()):
+            run.output.rmdir()
+        raise
+    state = trainer.state
+    if reporter.stopped:
+        place = run.output / f"checkpoint-{state.global_step}"
+        raise Interrupted(state.global_step, state.max_steps, place)
+    metrics = {
+        "steps": state.global_step,
+        "seconds": round(reporter.seconds(), 2),
+        "tokens": int(state.num_input_tokens_seen or 0),
+        "trainable": trainable,
+        "processes": processes,
+        "options": dataclasses.asdict(options),
+        "losses": [
+            {"step": entry["step"], "loss": entry["loss"], "learning_rate": entry["learning_rate"]}
+            for entry in state.log_history
+            if "loss" in entry
+        ],
+        "evaluations": evaluations(state.log_history),
+    }
+    if names := _class_names(model):
+        metrics["label_names"] = names
+    _write(run, model, tokenizer, metrics)
+    return metrics
+
+
+def _is_first() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _check_launcher() -> None:
     """Refuse what a launcher was told and this does not do.
 
     Raises:
@@ -148,22 +251,60 @@ def _refuse_sharding() -> None:
             )
 
 
-def _estimate(options: RunOptions, lesson: Lesson, base: Any) -> str:
+def _encoded(
+    options: RunOptions, records: Sequence[Records], tokenizer: Any, progress: Progress
+) -> tuple[Sequence[Any], Sequence[Any], list[str] | None]:
+    """(rows, held-out rows, names of classes) of the data; says what became of them."""
+    length = min(getattr(tokenizer, "model_max_length", options.max_length), options.max_length)
+    if length < options.max_length:
+        progress.say(f"The model takes {length} tokens at most: that is the longest example.")
+    found: list[Any] = []
+    names = None
+    for part in records:
+        if options.purpose == "classification":
+            found.append(encode_classification(part, tokenizer, length, names))
+            names = found[0].label_names
+        else:
+            encoder = encode_preferences if options.purpose == "dpo" else encode
+            found.append(encoder(part, tokenizer, length))
+    rows = found[0].rows
+    if options.packing:
+        found.append(pack(rows, length))
+        rows = found[-1].rows
+    for line in (line for part in found for line in part.lines()):
+        progress.say(line)
+    return rows, found[1].rows if options.eval_data else [], names
+
+
+def _objective(options: RunOptions, base: Any, tokenizer: Any) -> Objective | Pairs:
+    if options.purpose == "dpo":
+        return Pairs(options.beta, options.max_length)
+    pad = pad_token(tokenizer)
+    if options.purpose == "classification":
+        return Classes(LabelCollator(pad))
+    collator = Collator(pad, packing_for(base)) if options.packing else Collator(pad)
+    return Answers(collator, options.loss_chunk_size)
+
+
+def _estimate(options: RunOptions, rows: Sequence[Any], label_names: list[str] | None, base: Any) -> str:
     """One line: about how long the run takes and how much memory, reckoned for its longest row."""
+    from .trainer import total_steps
+
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    pairs = options.method == "dpo"
     try:
         model = base
         if options.quantize:
-            labels = None if lesson.label_names is None else len(lesson.label_names)
+            labels = None if label_names is None else len(label_names)
             model = empty_model(options.model, TASKS[options.task], num_labels=labels)
         found = estimate_memory(
             model,
             options.lora_config(),
             Step(
                 # Of a pair both answers are read.
-                batch_size=options.batch_size * (2 if options.method == "dpo" else 1),
-                sequence_length=lesson.longest,
+                batch_size=options.batch_size * (2 if pairs else 1),
+                sequence_length=options.max_length if pairs else max(len(row["input_ids"]) for row in rows),
                 gradient_checkpointing=options.gradient_checkpointing,
                 gradient_accumulation_steps=options.gradient_accumulation_steps,
                 optim=options.optim,
@@ -175,7 +316,7 @@ def _estimate(options: RunOptions, lesson: Lesson, base: Any) -> str:
         once = seconds_per_step(found, device=device, dtype=next(base.parameters()).dtype)
     except (VeneerError, RuntimeError, NotImplementedError) as error:
         return f"No estimate of time and memory: {str(error).splitlines()[0]}"
-    steps = total_steps(len(lesson.rows), options, processes)
+    steps = total_steps(len(rows), options, processes)
     seconds = steps * options.gradient_accumulation_steps * once
     time = f"{seconds / 60:.0f} min" if seconds >= 90 else f"{max(seconds, 1):.0f} s"
     return (
@@ -185,75 +326,107 @@ def _estimate(options: RunOptions, lesson: Lesson, base: Any) -> str:
     )
 
 
-def _lesson(options: RunOptions, records: Sequence[Records], tokenizer: Any, progress: Progress) -> Lesson:
-    """Encode the data of a run, and say what became of them."""
-    limit = getattr(tokenizer, "model_max_length", options.max_length)
-    if limit < options.max_length:
-        progress.say(f"The model takes {limit} tokens at most: that is the longest example.")
-        options = dataclasses.replace(options, max_length=limit)
-    return LESSONS[options.purpose](options, records, tokenizer, progress)
+def _begin(
+    output: Path,
+    options: TrainOptions,
+    record: dict[str, Any],
+    processes: int,
+    evaluated: bool,
+    stop: Stop,
+    progress: Progress,
+) -> Run:
+    """A run that starts, or that goes on from its last checkpoint."""
+    steps = record["steps"]
+    checkpoint, seconds, planned = None, 0.0, steps
+    if options.resume:
+        checkpoint = last_checkpoint(output, processes)
+        seconds, planned = check_same_run(checkpoint, record)
+    elif _is_first():
+        begin_afresh(output, options.overwrite_output_dir)
+    run = Run(output, options, record, evaluated, stop, checkpoint, seconds, planned)
+    if run.finished:
+        progress.say(f"The run has reached its last step, {steps}: nothing is left to train, only to write.")
+    elif planned < steps:
+        progress.say(
+            f"The run was to have {planned} steps and goes on to {steps}. From here the learning rate "
+            f"follows the {options.lr_scheduler_type} schedule of {steps} steps."
+        )
+    return run
 
 
-def _answers(options: RunOptions, records: Sequence[Records], tokenizer: Any, progress: Progress) -> Lesson:
-    found = [encode(part, tokenizer, options.max_length) for part in records]
-    _say_all(progress, found)
-    rows, *held_out = [part.rows for part in found]
-    if options.packing:
-        packed = pack(rows, options.max_length)
-        _say_all(progress, [packed])
-        rows = packed.rows
+def _trainer(
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[Any],
+    eval_rows: Sequence[Any],
+    run: Run,
+    objective: Objective | Pairs | None,
+) -> Any:
+    enable_trainer()
+    if isinstance(objective, Pairs):
+        for library in ("trl", "datasets"):
+            require(library, "train", "learning from preferences")
+        from .dpo import preference_trainer
 
-    def objective(model: Any) -> Objective:
-        pad = pad_token(tokenizer)
-        collator = Collator(pad, packing_for(model)) if options.packing else Collator(pad)
-        return Answers(collator, options.loss_chunk_size)
+        return preference_trainer(model, tokenizer, rows, eval_rows, run, objective)
+    from transformers import TrainingArguments
 
-    return Lesson(rows, held_out[0] if held_out else [], _longest(rows), objective=objective)
+    from .trainer import Trainer, arguments, one_device
 
-
-def _classes(options: RunOptions, records: Sequence[Records], tokenizer: Any, progress: Progress) -> Lesson:
-    training = encode_classification(records[0], tokenizer, options.max_length)
-    names = training.label_names
-    held_out = [encode_classification(part, tokenizer, options.max_length, names) for part in records[1:]]
-    _say_all(progress, [training, *held_out])
-    return Lesson(
-        training.rows,
-        held_out[0].rows if held_out else [],
-        _longest(training.rows),
-        label_names=names,
-        objective=lambda model: Classes(LabelCollator(pad_token(tokenizer))),
-        measure="loss per example",
-    )
+    if objective is None:
+        objective = Answers(Collator(pad_token(tokenizer)), run.options.loss_chunk_size)
+    args = one_device(TrainingArguments(**arguments(run)))
+    return Trainer(model=model, args=args, objective=objective, rows=rows, eval_rows=eval_rows)
 
 
-def _preferences(
-    options: RunOptions, records: Sequence[Records], tokenizer: Any, progress: Progress
-) -> Lesson:
-    found = [encode_preferences(part, tokenizer, options.max_length) for part in records]
-    _say_all(progress, found)
-    return Lesson(
-        found[0].rows,
-        found[1].rows if found[1:] else [],
-        options.max_length,
-        make_trainer=lambda setup, callbacks: preference_trainer(
-            setup, options.beta, options.max_length, callbacks
-        ),
-        measure="loss per pair",
-    )
+def _clear_away(run: Run, trainer: Any, error: BaseException) -> None:
+    """Remove the checkpoint that an error left half written.
+
+    Raises:
+        TrainingError: The error came from writing it.
+    """
+    place = run.output / f"checkpoint-{0 if trainer is None else trainer.state.global_step}"
+    if not place.is_dir() or (place / RUN_NAME).exists():
+        return
+    if _is_first():
+        remove_checkpoint(place)
+    if isinstance(error, Exception):
+        raise TrainingError(
+            f"the checkpoint {place} cannot be written: {reason(error)}. The run stopped after step "
+            f"{trainer.state.global_step}; earlier checkpoints are whole, and ",
+            Hint("resume", True),
+            " goes on from the last one",
+        ) from error
 
 
-LESSONS: dict[str, Callable[[RunOptions, Sequence[Records], Any, Progress], Lesson]] = {
-    "sft": _answers,
-    "classification": _classes,
-    "dpo": _preferences,
-}
+def _class_names(model: Any) -> list[str]:
+    """Names of a classifier's classes in the order of their numbers: its head alone does not tell them."""
+    if not any(c.task_type == "SEQ_CLS" for c in getattr(model, "peft_config", {}).values()):
+        return []
+    return [name for _, name in sorted(model.get_base_model().config.id2label.items())]
 
 
-def _say_all(progress: Progress, found: Sequence[Any]) -> None:
-    for part in found:
-        for line in part.lines():
-            progress.say(line)
-
-
-def _longest(rows: Sequence[Any]) -> int:
-    return max(len(row["input_ids"]) for row in rows)
+def _write(run: Run, model: Any, tokenizer: Any, metrics: dict[str, Any]) -> None:
+    """Adapter, tokenizer, metrics, then whose they are; checkpoints that nobody asked for are removed."""
+    # A trainer may have put an adapter of its own beside ours.
+    adapters = list(run.record["adapters"])
+    only = {"selected_adapters": adapters} if adapters else {}
+    try:
+        # Every process takes part: a model in shards is put together for the one that writes.
+        model.save_pretrained(run.output, is_main_process=_is_first(), **only)
+        if not _is_first():
+            return
+        tokenizer.save_pretrained(run.output)
+        write_json(run.output / METRICS_NAME, metrics)
+        write_json(run.output / RUN_NAME, run.record)
+    except OSError as error:
+        last = checkpoints(run.output)
+        way = Text("what was learned is lost")
+        if last:
+            way = Text("make room and ", Hint("resume", True), f" goes on from {last[-1]}")
+        raise TrainingError(
+            f"the result cannot be written to {run.output}: {reason(error)}; ", way
+        ) from error
+    if not run.options.save_steps:
+        for place in checkpoints(run.output):
+            remove_checkpoint(place)

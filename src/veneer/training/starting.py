@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import LoraConfig, get_peft_model, initialize_lora_eva_weights, preprocess_corda, preprocess_loraga
 from .data import IGNORED
-from .objectives import Objective
+from .losses import Objective
 from .options import MEASURED
 from .progress import Progress
 
@@ -65,7 +65,7 @@ def adapted(
         initialize_lora_eva_weights(
             model,
             batches,
-            forward_fn=objective.sums,
+            forward_fn=objective.loss,
             prepare_model_inputs_fn=_positions,
             show_progress_bar=False,
         )
@@ -83,12 +83,12 @@ def _placed(base: Any) -> torch.device:
 
 def _forward(base: Any, batches: Sequence[Mapping[str, Tensor]], objective: Objective) -> None:
     for batch in batches:
-        objective.sums(base, batch)
+        objective.loss(base, batch)
 
 
 def _backward(base: Any, batches: Sequence[Mapping[str, Tensor]], objective: Objective) -> None:
     for batch in batches:
-        loss = objective.sums(base, batch)["loss"] / objective.count(batch).clamp(min=1)
+        loss = objective.loss(base, batch)[0] / (batch["labels"] != IGNORED).sum().clamp(min=1)
         loss.backward()  # type: ignore[no-untyped-call]
 
 

@@ -20,10 +20,10 @@ class Interrupted(KeyboardInterrupt):
     Attributes:
         step: Optimizer steps done.
         steps: Those that the run would have had.
-        checkpoint: Where it goes on from; None where nothing was done yet.
+        checkpoint: Where it goes on from.
     """
 
-    def __init__(self, step: int, steps: int, checkpoint: Path | None) -> None:
+    def __init__(self, step: int, steps: int, checkpoint: Path) -> None:
         super().__init__(f"stopped after step {step} of {steps}")
         self.step, self.steps, self.checkpoint = step, steps, checkpoint
 
@@ -40,8 +40,8 @@ class Stop:
 
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             return self.asked
-        on_gpu = torch.distributed.get_backend() == "nccl"
-        flag = torch.tensor(int(self.asked), device="cuda" if on_gpu else "cpu")
+        on_cpu = "gloo" in torch.distributed.get_backend()
+        flag = torch.tensor(int(self.asked), device="cpu" if on_cpu else "cuda")
         torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
         return bool(flag.item())
 

@@ -1,62 +1,97 @@
-"""transformers' Trainer and TRL's, told what they do not know: our loss, our order, our checkpoints."""
+"""transformers' Trainer with a loss that computes logits only where an answer is, and what it reports."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments
+from transformers.integrations import INTEGRATION_TO_CALLBACK
 
-from ..errors import ConfigError, Hint, TrainingError
-from ..integrations.transformers import enable_trainer
-from .objectives import Objective, evaluate
-from .options import TrainOptions
-from .resuming import RUN_NAME, checkpoints, complete_checkpoint, reason, remove_checkpoint, step_of
-from .stopping import Interrupted, Stop
+from ..errors import TrainingError
+from .data import IGNORED
+from .losses import Classes, Objective
+from .options import TrainOptions, trackers
+from .progress import Progress
+from .resuming import Run, checkpoints, complete_checkpoint, remove_checkpoint, step_of
+
+#: What is kept of an evaluation, where it is measured.
+MEASURES = ("loss", "accuracy", "rewards/accuracies", "rewards/margins")
 
 
-@dataclass
-class Setup:
-    """What a trainer is made of.
+class Trainer(transformers.Trainer):
+    """transformers' Trainer; the loss of a batch is an objective's.
 
-    Attributes:
-        model: With trainable parameters.
-        tokenizer: Its tokenizer.
+    Args:
+        objective: How rows become a batch, and its loss.
         rows: To learn from.
         eval_rows: Held out; may be empty.
-        output: Where checkpoints go.
-        options: How to train.
-        steps: Optimizer steps of the whole run.
-        record: What tells this run from others, see `run_record`; written into each checkpoint.
-        stop: Whether the run was asked to stop.
+        more: As transformers' Trainer takes it.
     """
 
-    model: Any
-    tokenizer: Any
-    rows: Sequence[Any]
-    eval_rows: Sequence[Any]
-    output: Path
-    options: TrainOptions
-    steps: int
-    record: dict[str, Any]
-    stop: Stop
+    def __init__(
+        self, *, objective: Objective, rows: Sequence[Any], eval_rows: Sequence[Any], **more: Any
+    ) -> None:
+        self.objective = objective
+        self.args = more["args"]
+        super().__init__(
+            train_dataset=list(rows),
+            eval_dataset=self._full_batches(eval_rows),
+            data_collator=objective.collator,
+            compute_metrics=_accuracy if isinstance(objective, Classes) else None,
+            **more,
+        )
+        # Have it count what a step's loss falls on in all batches and processes: the loss is divided by it.
+        self.model_accepts_loss_kwargs = True
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The loss of one batch: its part of the mean over all tokens of a step or of an evaluation."""
+        total, outputs = self.objective.loss(model, inputs)
+        if model.training:
+            # Gradients are averaged over the processes, so each one's part counts that often.
+            loss = total * self.accelerator.num_processes / num_items_in_batch.clamp(min=1)
+        else:
+            # The evaluation takes the mean over rows: dividing by what a row has on average makes it one
+            # over tokens.
+            loss = total / (len(inputs["labels"]) * self.items_per_row)
+        return (loss, outputs) if return_outputs else loss
+
+    def _full_batches(self, rows: Sequence[Any]) -> list[Any]:
+        """Rows by length, and at the end some without a loss, so that every process has full batches."""
+        if not rows:
+            return []
+        ordered = sorted(rows, key=lambda row: -len(row["input_ids"]))
+        labels = ordered[-1]["labels"]
+        blank = {**ordered[-1], "labels": [IGNORED] * len(labels) if isinstance(labels, list) else IGNORED}
+        full = [*ordered, *[blank] * (-len(rows) % (self.args.eval_batch_size * self.args.world_size))]
+        counted = (self.objective.collator([row])["labels"] != IGNORED for row in rows)
+        self.items_per_row = sum(int(one.sum()) for one in counted) / len(full)
+        return full
 
 
-def arguments(setup: Setup) -> dict[str, Any]:
-    """Our options as the arguments of transformers' TrainingArguments, which TRL's configurations are too."""
-    from transformers import TrainingArguments
+def _accuracy(predicted: Any) -> dict[str, float]:
+    counted = predicted.label_ids != IGNORED
+    right = predicted.predictions.argmax(-1) == predicted.label_ids
+    return {"accuracy": float(right[counted].mean())}
 
-    options = setup.options
+
+def arguments(run: Run) -> dict[str, Any]:
+    """The options as arguments of transformers' TrainingArguments, which TRL's configurations are too."""
+    options = run.options
     names = {part.name for part in dataclasses.fields(TrainingArguments)}
     again = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
     found = {
-        "output_dir": str(setup.output),
+        "output_dir": str(run.output),
         "per_device_train_batch_size": options.batch_size,
         "per_device_eval_batch_size": options.batch_size,
         "gradient_accumulation_steps": options.gradient_accumulation_steps,
@@ -64,12 +99,12 @@ def arguments(setup: Setup) -> dict[str, Any]:
         "num_train_epochs": options.epochs,
         "max_steps": -1 if options.max_steps is None else options.max_steps,
         "lr_scheduler_type": options.lr_scheduler_type,
-        "warmup_steps": options.warmup_steps or math.ceil(options.warmup_ratio * setup.steps),
+        "warmup_steps": options.warmup_steps or math.ceil(options.warmup_ratio * run.steps),
         "weight_decay": options.weight_decay,
         "max_grad_norm": options.max_grad_norm,
         "optim": options.optim,
         "seed": options.seed,
-        # Each step, for the curve; what --logging-steps thins is what is reported elsewhere.
+        # Each step, for the curve; `logging_steps` thins what is reported elsewhere.
         "logging_steps": 1,
         # The filter would replace a loss that is no number by the mean of the others.
         "logging_nan_inf_filter": False,
@@ -77,8 +112,9 @@ def arguments(setup: Setup) -> dict[str, Any]:
         "save_steps": options.save_steps or 500,
         "include_num_input_tokens_seen": "non_padding",
         "disable_tqdm": True,
-        "report_to": _integrations(options.report_to),
+        "report_to": trackers(options.report_to),
         "remove_unused_columns": False,
+        "label_names": ["labels"],
         "dataloader_pin_memory": False,
         "average_tokens_across_devices": True,
         "ddp_find_unused_parameters": False,
@@ -93,222 +129,111 @@ def arguments(setup: Setup) -> dict[str, Any]:
     return found
 
 
-def check_names(options: TrainOptions) -> None:
-    """Refuse an optimizer or a place to report to that transformers does not know or has no library for.
-
-    Raises:
-        ConfigError: Naming the nearest ones that it knows.
-        MissingExtraError: bitsandbytes is not installed.
-    """
-    from transformers.training_args import OptimizerNames
-
-    known = [str(name.value) for name in OptimizerNames]
-    if options.optim not in known:
-        near = difflib.get_close_matches(options.optim, known, n=3) or known[:4]
-        raise ConfigError(f"optim {options.optim!r} is unknown; near it: {', '.join(near)}")
-    if "8bit" in options.optim.replace("torch_8bit", "") or options.optim.startswith("paged"):
-        from .models import require
-
-        require("bitsandbytes", "quant", f"the optimizer {options.optim}")
-    _integrations(options.report_to)
-
-
-def _integrations(report_to: str) -> list[str]:
-    from transformers.integrations import get_available_reporting_integrations
-
-    names = [name.strip() for name in report_to.split(",") if name.strip() not in ("", "none")]
-    there = get_available_reporting_integrations()
-    missing = [name for name in names if name not in there]
-    if missing:
-        raise ConfigError(
-            Hint("report_to"),
-            f": {', '.join(missing)} is not installed or unknown to transformers; installed: "
-            f"{', '.join(there) or 'none of those that it knows'}",
-        )
-    return names
-
-
-class Order:
-    """Which rows make which batch: it follows from the seed and the epoch, for any number of processes.
-
-    Each step takes ``batch_size * processes`` rows in a drawn order, of which this process has its part. The
-    last step of an epoch may have fewer; a process without a row gets None in place of one.
-    """
-
-    def __init__(self, rows: int, batch_size: int, seed: int, rank: int = 0, processes: int = 1) -> None:
-        self.rows, self.batch_size, self.seed = rows, batch_size, seed
-        self.rank, self.processes, self.epoch = rank, processes, 0
-
-    def __len__(self) -> int:
-        return math.ceil(self.rows / (self.batch_size * self.processes))
-
-    def __iter__(self) -> Iterator[list[int | None]]:
-        drawn = torch.Generator().manual_seed(self.seed + self.epoch)
-        order: list[int] = torch.randperm(self.rows, generator=drawn).tolist()
-        for start in range(0, self.rows, self.batch_size * self.processes):
-            mine = start + self.rank * self.batch_size
-            part = order[start : start + self.batch_size * self.processes]
-            yield list(part[mine - start : mine - start + self.batch_size]) or [None]
-
-
-class _Rows:
-    """Rows by number; None is a row without loss."""
-
-    def __init__(self, rows: Sequence[Any], objective: Objective) -> None:
-        self.rows, self.blank = rows, objective.blank(rows[0])
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, number: int | None) -> Any:
-        return self.blank if number is None else self.rows[number]
-
-
-def objective_trainer(setup: Setup, objective: Objective, callbacks: Sequence[Any]) -> Any:
-    """A Trainer of transformers for an objective."""
-    from transformers import Trainer, TrainingArguments
-
-    enable_trainer()
-
-    class ObjectiveTrainer(keeping(Trainer)):  # type: ignore[misc]
-        """Takes loss and order from us; the same numbers in one process and in several."""
-
-        control: Any
-
-        def compute_loss(
-            self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-        ) -> Any:
-            # Gradients are averaged over the processes, so each one's part counts that often.
-            total = objective.sums(model, inputs)["loss"]
-            return total / num_items_in_batch.clamp(min=1) * self.accelerator.num_processes
-
-        def get_batch_samples(self, epoch_iterator: Any, num_batches: int, *more: Any) -> Any:
-            batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
-            count = sum((objective.count(batch) for batch in batches), torch.zeros((), dtype=torch.long))
-            return batches, self.accelerator.gather(count.to(self.args.device)).sum()
-
-        def get_train_dataloader(self) -> Any:
-            order = Order(
-                len(setup.rows),
-                setup.options.batch_size,
-                setup.options.seed,
-                self.args.process_index,
-                self.args.world_size,
-            )
-            counter.order, counter.accumulated = order, setup.options.gradient_accumulation_steps
-            rows: Any = _Rows(setup.rows, objective)
-            sampler: Any = order
-            return torch.utils.data.DataLoader(
-                rows, batch_sampler=sampler, collate_fn=objective.collator, num_workers=0
-            )
-
-        def evaluate(self, *args: Any, **kwargs: Any) -> Any:
-            inner = self.accelerator.unwrap_model(self.model)
-            alone = self.args.world_size == 1
-            asked = (lambda: setup.stop.asked) if alone else bool
-            means = evaluate(inner, setup.eval_rows, objective, setup.options.batch_size, asked)
-            if means is None:
-                if not self.state.global_step:
-                    raise Interrupted(0, setup.steps, None)
-                self.control.should_save = self.control.should_training_stop = True
-                return {}
-            named = {f"eval_{name}": value for name, value in means.items()}
-            self.log(dict(named))
-            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, named)
-            return named
-
-    counter = _epochs()
-    trainer = ObjectiveTrainer(
-        model=setup.model,
-        args=one_device(TrainingArguments(**arguments(setup))),
-        train_dataset=list(setup.rows),
-        data_collator=objective.collator,
-        callbacks=[counter],
-    )
-    # The loss comes divided by all that it falls on: nothing is left to divide by.
-    trainer.model_accepts_loss_kwargs = True
-    return ready(trainer, setup, callbacks)
-
-
-def one_device(given: Any) -> Any:
+def one_device(args: Any) -> Any:
     """Training arguments that take one device a process; several are for torchrun."""
-    given._n_gpu = min(given.n_gpu, 1)
-    return given
+    args._n_gpu = min(args.n_gpu, 1)
+    return args
 
 
-def _epochs() -> Any:
-    from transformers import TrainerCallback
+class Reporter(TrainerCallback):
+    """Progress, evaluation, stopping, whole checkpoints, and an end to a loss that is no number."""
 
-    class Epochs(TrainerCallback):
-        """Tells the order which epoch begins; it follows from the steps that are done."""
+    def __init__(self, run: Run, progress: Progress, stack: ExitStack) -> None:
+        self.run, self.progress, self.stack = run, progress, stack
+        self.begun, self.working = time.monotonic(), 0.0
+        self.stopped = False
+        self.trainer: Any = None
 
-        order: Order | None = None
-        accumulated = 1
+    def join(self, trainer: Any, callbacks: Sequence[Any]) -> None:
+        """Take part in a trainer, with more callbacks."""
+        # It prints every log entry to standard output, which is for results.
+        trainer.remove_callback(PrinterCallback)
+        handler, every = trainer.callback_handler, self.run.options.logging_steps
+        elsewhere = tuple(INTEGRATION_TO_CALLBACK.values())
+        handler.callbacks = [
+            Thinned(one, every) if isinstance(one, elsewhere) else one for one in handler.callbacks
+        ]
+        self.trainer = trainer
+        for one in (self, *callbacks):
+            trainer.add_callback(one)
 
-        def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            assert self.order is not None
-            self.order.epoch = state.global_step // math.ceil(len(self.order) / self.accumulated)
+    def seconds(self) -> float:
+        """Of the whole run, also before its last checkpoint."""
+        return self.run.seconds + time.monotonic() - self.begun
 
-    return Epochs()
-
-
-def keeping(base: type) -> type:
-    """A Trainer class whose checkpoints are whole or not there, and say which run they belong to."""
-
-    class Keeping(base):
-        setup: Setup
-        clock: Any
-        control: Any
-
-        def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-            place = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-            try:
-                if self.args.should_save:
-                    (place / RUN_NAME).unlink(missing_ok=True)
-                super()._save_checkpoint(*args, **kwargs)
-                self.accelerator.wait_for_everyone()  # each process writes a file of its own
-                if self.args.should_save:
-                    complete_checkpoint(place, self.setup.record, self.clock())
-                    self._remove_old()
-            except BaseException as error:
-                if self.args.should_save:
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, lr_scheduler: Any = None, **kwargs: Any
+    ) -> None:
+        """Go on from where the run was cut off."""
+        self.tokens = state.num_input_tokens_seen or 0
+        # What the checkpoint says of these goes before what the options say now.
+        state.save_steps = args.save_steps
+        if self.run.planned < self.run.steps:
+            lr_scheduler.last_epoch -= 1
+            lr_scheduler.step()
+        if args.should_save:  # else a later checkpoint, not whole, would be written over
+            for place in checkpoints(self.run.output):
+                if step_of(place) > state.global_step:
                     remove_checkpoint(place)
-                if not isinstance(error, Exception):
-                    raise
-                raise TrainingError(
-                    f"the checkpoint {place} cannot be written: {reason(error)}. The run stopped after step "
-                    f"{self.state.global_step}; earlier checkpoints are whole, and ",
-                    Hint("resume", True),
-                    " goes on from the last one",
-                ) from error
+        self.evaluate_if_due(state)
+        self.advance: Callable[[int, str], None] = self.stack.enter_context(
+            self.progress.bar("training", state.max_steps)
+        )
+        self.advance(state.global_step, "")
 
-        def _remove_old(self) -> None:
-            """Not the Trainer's way, which may be killed half-way and removes before the new one is whole."""
-            written = [p for p in checkpoints(self.setup.output) if step_of(p) <= self.state.global_step]
-            for place in written[: -self.setup.options.save_total_limit]:
-                remove_checkpoint(place)
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Take the time."""
+        self.step_begun = time.monotonic()
 
-    return Keeping
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        """Stop, with a checkpoint, if that was asked for."""
+        self.working += time.monotonic() - self.step_begun
+        if state.global_step < state.max_steps and self.run.stop.anywhere():
+            control.should_save = control.should_training_stop = True
+            self.stopped = True
+        return control
 
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Report a step or an evaluation; after a step, evaluate where that is due."""
+        logs = logs or {}
+        if "eval_loss" in logs:
+            measures = [f"held-out loss {logs['eval_loss']:.3f}"]
+            if "eval_accuracy" in logs:
+                measures.append(f"accuracy {logs['eval_accuracy']:.1%}")
+            self.progress.say(f"  step {state.global_step}: {', '.join(measures)}")
+        if "loss" not in logs:
+            return
+        if not math.isfinite(logs["loss"]):
+            raise TrainingError(
+                f"the loss became {logs['loss']} at step {state.global_step}: lower the learning rate "
+                f"(it is {args.learning_rate:g}), or train in bfloat16 or float32 instead of float16"
+            )
+        rate = ((state.num_input_tokens_seen or 0) - self.tokens) / max(self.working, 1e-9)
+        self.advance(1, f"loss {logs['loss']:.3f}, {rate:,.0f} tokens/s")
+        if not self.stopped:
+            self.evaluate_if_due(state)
 
-def ready(trainer: Any, setup: Setup, callbacks: Sequence[Any]) -> Any:
-    """The trainer with our callbacks, reporting elsewhere as often as the options say."""
-    from transformers import PrinterCallback
-    from transformers.integrations import INTEGRATION_TO_CALLBACK
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Say that the checkpoint is whole, and remove older ones: not before, as the Trainer would."""
+        self.trainer.accelerator.wait_for_everyone()  # each process writes a file of its own
+        if args.should_save:
+            place = self.run.output / f"checkpoint-{state.global_step}"
+            complete_checkpoint(place, self.run.record, self.seconds())
+            for old in checkpoints(self.run.output)[: -self.run.options.save_total_limit]:
+                remove_checkpoint(old)
 
-    # It prints every log entry to standard output, which is for results.
-    trainer.remove_callback(PrinterCallback)
-    handler = trainer.callback_handler
-    elsewhere = tuple(INTEGRATION_TO_CALLBACK.values())
-    handler.callbacks = [
-        Thinned(one, setup.options.logging_steps) if isinstance(one, elsewhere) else one
-        for one in handler.callbacks
-    ]
-    trainer.setup = setup
-    for one in callbacks:
-        one.trainer = trainer
-        trainer.add_callback(one)
-    return trainer
+    def evaluate_if_due(self, state: Any) -> None:
+        """Evaluate before the first step, after the last and every so many, unless the history has it.
+
+        No random number of training is drawn, so that a run with evaluations has the losses of one without.
+        """
+        every, step = self.run.options.eval_steps, state.global_step
+        due = step in (0, state.max_steps) or bool(every and step % every == 0)
+        known = [entry["step"] for entry in state.log_history if "eval_loss" in entry]
+        if self.run.evaluated and due and step not in known:
+            devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+            with torch.random.fork_rng(devices):
+                self.trainer.evaluate()
 
 
 class Thinned:
@@ -331,9 +256,28 @@ class Thinned:
         return self._callback.on_log(args, state, control, logs=logs, **kwargs)
 
 
+def load(trainer: Any, checkpoint: Path) -> None:
+    """Load the weights and the history of a checkpoint after which there is nothing to train.
+
+    The Trainer's loop has no such case: it takes one step more and then asks whether that was the last.
+    """
+    trainer.state = transformers.TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    trainer._load_from_checkpoint(str(checkpoint))
+
+
 def total_steps(rows: int, options: TrainOptions, processes: int) -> int:
     """Optimizer steps of a run, as the Trainer counts them."""
     if options.max_steps is not None:
         return options.max_steps
     batches = math.ceil(rows / (options.batch_size * processes))
     return math.ceil(options.epochs * max(math.ceil(batches / options.gradient_accumulation_steps), 1))
+
+
+def evaluations(history: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """(step, loss, …) of each evaluation in a trainer's history."""
+    return [
+        {"step": entry["step"]}
+        | {name: entry[f"eval_{name}"] for name in MEASURES if f"eval_{name}" in entry}
+        for entry in history
+        if "eval_loss" in entry
+    ]

@@ -37,7 +37,8 @@ class Collator:
         longest = max(len(row["input_ids"]) for row in rows)
         batch = {
             "input_ids": _filled([row["input_ids"] for row in rows], self.pad, longest),
-            "labels": _filled([row["labels"] for row in rows], IGNORED, longest),
+            # Nothing stands before the first token of a row to predict it from.
+            "labels": _filled([[IGNORED, *row["labels"][1:]] for row in rows], IGNORED, longest),
         }
         if "position_ids" not in rows[0]:
             mask = _filled([[1] * len(row["input_ids"]) for row in rows], 0, longest)

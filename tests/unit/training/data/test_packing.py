@@ -12,7 +12,7 @@ from tests.unit.training.tiny import RECORDS, tiny_model, tiny_tokenizer
 from veneer import DataError, LoraConfig, TrainingError, get_peft_model
 from veneer.training import Collator, encode, pack, packing_for
 from veneer.training.data.batch import IGNORED, Separation
-from veneer.training.evaluate import loss_sum
+from veneer.training.losses import loss_sum
 
 TOKENIZER = tiny_tokenizer()
 MIXED = [*RECORDS, *({"prompt": "x" * n, "completion": "y" * (n % 7 + 1)} for n in (1, 30, 59, 12))]

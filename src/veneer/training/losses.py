@@ -1,0 +1,198 @@
+"""What a row is trained for, and its loss: logits are computed only where an answer is.
+
+For a short answer to a long prompt, the logits are most of the memory and a good part of the time of a step.
+In chunks, T answer tokens and a vocabulary of V take 4·c·V bytes with c tokens a chunk instead of 4·T·V, and
+are computed once more for the gradients.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..errors import Hint, TrainingError
+from ..inject.embeddings import embedding_of
+from .data import IGNORED, bare, without_cache
+
+Batch = Mapping[str, Tensor]
+Collate = Callable[[Sequence[Any]], dict[str, Tensor]]
+
+
+class Objective(Protocol):
+    """How rows become a batch, and the loss of a batch."""
+
+    @property
+    def collator(self) -> Collate:
+        """Rows -> a batch; its ``labels`` are -100 where no loss falls."""
+
+    def loss(self, model: Any, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """(the sum of the losses, with gradients; further outputs, each with a row per row of the batch)."""
+
+
+@dataclass(frozen=True)
+class Answers:
+    """The next token, on the tokens of the answers.
+
+    Attributes:
+        collator: Rows -> a batch.
+        chunk: Tokens whose logits are computed at a time; 0 is all.
+    """
+
+    collator: Collate
+    chunk: int = 0
+
+    def loss(self, model: Any, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The negative log-likelihood of the answers."""
+        return loss_sum(model, batch, chunk=self.chunk)[0], {}
+
+
+@dataclass(frozen=True)
+class Classes:
+    """The class of each row.
+
+    Attributes:
+        collator: Rows -> a batch.
+    """
+
+    collator: Collate
+
+    def loss(self, model: Any, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Cross entropy, and the ``logits`` (rows, classes)."""
+        logits = model(**_inputs(batch)).logits.float()
+        total = nn.functional.cross_entropy(logits, batch["labels"], ignore_index=IGNORED, reduction="sum")
+        return total, {"logits": logits}
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """The better one of two answers, by TRL's DPOTrainer.
+
+    Attributes:
+        beta: How much straying from the base model costs.
+        max_length: Longest prompt and answer, in tokens.
+    """
+
+    beta: float
+    max_length: int
+
+
+def loss_sum(model: Any, batch: Batch, *, chunk: int = 0) -> tuple[Tensor, Tensor]:
+    """Sum of the negative log-likelihood of a batch's answers, and the number of their tokens.
+
+    Args:
+        model: A causal language model of transformers, adapted or not; also inside a data-parallel wrapper.
+        batch: ``input_ids``, ``attention_mask``, ``labels``: (rows, length); labels are -100 for no loss.
+        chunk: Tokens whose logits are computed at a time, in a model that passed `check_chunks`; 0 is all.
+
+    Returns:
+        (sum, count), both scalars; the sum is of float32 and carries gradients.
+    """
+    labels = batch["labels"][:, 1:]
+    if chunk:
+        return _chunked(model, batch, labels, chunk)
+    inputs = _inputs(batch) | without_cache(model)
+    keep = (labels != IGNORED).any(dim=0).nonzero().squeeze(1)
+    if _keeps_logits(model):
+        logits = model(**inputs, logits_to_keep=keep).logits
+    else:
+        logits = model(**inputs).logits[:, keep]
+    targets = labels[:, keep]
+    total = nn.functional.cross_entropy(
+        logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum"
+    )
+    return total, (targets != IGNORED).sum()
+
+
+def _inputs(batch: Batch) -> dict[str, Any]:
+    return {name: value for name, value in batch.items() if name != "labels"}
+
+
+def _keeps_logits(model: Any) -> bool:
+    return "logits_to_keep" in inspect.signature(bare(model).forward).parameters
+
+
+def _chunked(model: Any, batch: Batch, labels: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
+    """The model runs whole, but its head gets no token; the answers' tokens go through the head in chunks."""
+    head = _head(model)
+    hidden = _into_head(model, head, _inputs(batch))[:, :-1]
+    counted = labels != IGNORED
+    kept, targets = hidden[counted], labels[counted]
+
+    def part(tokens: Tensor, wanted: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(head(tokens).float(), wanted, reduction="sum")
+
+    # Without any token the sum is an empty one, but still of the graph.
+    total = kept.float().sum() * 0
+    for tokens, wanted in zip(torch.split(kept, chunk), torch.split(targets, chunk), strict=True):
+        if len(tokens):
+            total = total + checkpoint(part, tokens, wanted, use_reentrant=False)
+    return total, counted.sum()
+
+
+def check_chunks(model: Any) -> None:
+    """Refuse a model whose logits are not simply what its head makes of the hidden states.
+
+    Some models bound or scale their logits after the head, which the chunks would leave out.
+
+    Raises:
+        TrainingError: It is such a model, or it has no head of its own.
+    """
+    head = _head(model)
+    was_training = model.training
+    model.eval()
+    ids = torch.arange(1, 5, device=next(model.parameters()).device)[None]
+    made: list[Tensor] = []
+
+    def large(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        """Replace the head's output by numbers that a bound would change."""
+        made.append(
+            torch.linspace(-500, 500, output.numel(), device=output.device).to(output).view_as(output)
+        )
+        return made[-1]
+
+    handle = head.register_forward_hook(large)
+    try:
+        with torch.no_grad():
+            logits = model(input_ids=ids, **without_cache(model)).logits
+    finally:
+        handle.remove()
+        model.train(was_training)
+    if len(made) != 1 or not torch.equal(logits.float(), made[0].float()):
+        raise TrainingError(
+            f"{type(bare(model)).__name__} does not give the logits that its head makes as they are, so "
+            "its loss cannot be computed in chunks: leave out ",
+            Hint("loss_chunk_size"),
+        )
+
+
+def _head(model: Any) -> nn.Module:
+    head = embedding_of(bare(model), "output")
+    if head is None:
+        raise TrainingError(
+            f"{type(bare(model)).__name__} has no head that makes logits of hidden states: leave out ",
+            Hint("loss_chunk_size"),
+        )
+    return head
+
+
+def _into_head(model: Any, head: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+    """The hidden states (rows, length, width) that the head would have got."""
+    caught: list[Tensor] = []
+
+    def catch(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        caught.append(args[0])
+        return (args[0][:, :0], *args[1:])
+
+    handle = head.register_forward_pre_hook(catch)
+    try:
+        model(**inputs, **without_cache(model))
+    finally:
+        handle.remove()
+    (hidden,) = caught
+    return hidden
