@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from benchmarks.plan_memory import MARK, allocated
 from tests.unit.training.tiny import tiny_model
 from veneer import LoraConfig, get_peft_model
-from veneer.training.evaluate import loss_sum
+from veneer.training.losses import loss_sum
 from veneer.training.planning import shadow
 from veneer.training.planning.tracing import trace_step
 
