@@ -33,6 +33,7 @@ import torch  # noqa: E402
 from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin  # noqa: E402
 from accelerate.state import AcceleratorState, GradientState, PartialState  # noqa: E402
 from accelerate.utils import load_fsdp_model, save_fsdp_model  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
 from tiny import X, gpt2, llama, shake  # noqa: E402
 from torch import nn  # noqa: E402
 from torch.distributed.checkpoint import FileSystemReader  # noqa: E402
@@ -322,8 +323,79 @@ def trainer(place: Path) -> None:
         same(logits(second.model_wrapped), after)
 
 
+def veneer_train(place: Path) -> None:
+    """`veneer.training.train` with FSDP2: the losses of DDP; stopped and gone on with, the same adapter."""
+    from tiny_trl import tokenizer
+
+    from veneer.training import TrainOptions, train
+    from veneer.training import trainer as ours
+    from veneer.training.stopping import Interrupted, Stop
+
+    rows = [{"input_ids": row.tolist(), "labels": [-100, -100, *row.tolist()[2:]]} for row in torch.cat(ROWS)]
+    plain = ours.arguments
+    sharded = {
+        "use_cpu": True,
+        "accelerator_config": {"use_configured_state": True},
+        "fsdp": True,
+        "fsdp_config": {
+            "version": 2,
+            "state_dict_type": "SHARDED_STATE_DICT",
+            "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
+            "cpu_ram_efficient_loading": False,
+        },
+    }
+
+    class Third(Stop):
+        """Asks to stop after the third step."""
+
+        steps = 0
+
+        def anywhere(self) -> bool:
+            self.steps += 1
+            return self.steps == 3
+
+    def run(name: str, *, shards: bool = True, stop: Stop | None = None, **more: Any) -> dict[str, Any]:
+        fresh_state(sharding=shards)
+        ours.arguments = lambda run: plain(run) | (sharded if shards else {})
+        options = TrainOptions(
+            max_steps=4, batch_size=1, learning_rate=0.02, lr_scheduler_type="constant", save_steps=4, **more
+        )
+        torch.manual_seed(0)
+        try:
+            model = adapted(lora_dropout=0.1)
+            return train(model, tokenizer(), rows, place / name, options, eval_rows=rows[:3], stop=stop)
+        finally:
+            torch.distributed.barrier()
+
+    def tensors(name: str) -> dict[str, torch.Tensor]:
+        return load_file(place / name / "adapter_model.safetensors")
+
+    through = run("through")
+    assert through["losses"][-1]["loss"] < through["losses"][0]["loss"]
+    together = run("ddp", shards=False)
+    for part in ("losses", "evaluations"):
+        shards, whole = (torch.tensor([e["loss"] for e in found[part]]) for found in (through, together))
+        same(shards, whole)
+    try:
+        run("cut", stop=Third())
+        raise AssertionError("it was not stopped")
+    except Interrupted as left:
+        assert left.step == 3
+    assert run("cut", resume=True)["losses"] == through["losses"]
+    assert all(torch.equal(t, tensors("through")[name]) for name, t in tensors("cut").items())
+    # Nothing is left to train, only to write.
+    torch.distributed.barrier()
+    if torch.distributed.get_rank() == 0:
+        for name in ("adapter_model.safetensors", "metrics.json"):
+            (place / "cut" / name).unlink()
+    torch.distributed.barrier()
+    assert run("cut", resume=True)["losses"] == through["losses"]
+    assert all(torch.equal(t, tensors("through")[name]) for name, t in tensors("cut").items())
+
+
 CASES: dict[str, Callable[[Path], None]] = {
-    case.__name__: case for case in (ddp, fsdp1, fsdp1_flat, fsdp2, fsdp2_tied, adapter_only, policy, trainer)
+    case.__name__: case
+    for case in (ddp, fsdp1, fsdp1_flat, fsdp2, fsdp2_tied, adapter_only, policy, trainer, veneer_train)
 }
 
 

@@ -11,7 +11,17 @@ import pytest
 
 SCRIPT = Path(__file__).with_name("accelerate_ranks.py")
 #: What the ranks do; each case says how it is compared in `accelerate_ranks.py`.
-CASES = ["ddp", "fsdp1", "fsdp1_flat", "fsdp2", "fsdp2_tied", "adapter_only", "policy", "trainer"]
+CASES = [
+    "ddp",
+    "fsdp1",
+    "fsdp1_flat",
+    "fsdp2",
+    "fsdp2_tied",
+    "adapter_only",
+    "policy",
+    "trainer",
+    "veneer_train",
+]
 
 
 @pytest.fixture(scope="module", params=["veneer", "peft"])

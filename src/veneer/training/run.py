@@ -237,18 +237,37 @@ def _is_first() -> bool:
 
 
 def _check_launcher() -> None:
-    """Refuse what a launcher was told and this does not do.
+    """Refuse what a launcher asks for and nobody would do.
 
     Raises:
         TrainingError: Naming the variable that the launcher set.
     """
-    for variable in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
-        if os.environ.get(variable, "").lower() == "true":
-            raise TrainingError(
-                f"{variable} asks for a model in shards, and here each process holds the whole model and "
-                "shares the work. Launch without it (torchrun, accelerate launch --multi_gpu), or shard in a "
-                "script of your own"
-            )
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
+        raise TrainingError(
+            "ACCELERATE_USE_DEEPSPEED asks for DeepSpeed, which is not supported here. To train a model in "
+            f"shards: {_SHARDED}"
+        )
+    if not _is_sharded():
+        return
+    if os.environ.get("FSDP_VERSION") != "2":
+        raise TrainingError(
+            "ACCELERATE_USE_FSDP asks for a model in shards, and of the two ways to shard FSDP2 is "
+            f"supported: {_SHARDED}"
+        )
+    if not torch.cuda.is_available():
+        raise TrainingError(
+            "ACCELERATE_USE_FSDP asks for a model in shards, and accelerate shards on GPUs only: on CPUs "
+            "launch without it (torchrun, accelerate launch --multi_gpu), and each process holds the whole "
+            "model"
+        )
+
+
+#: How to launch a run that shards the model.
+_SHARDED = "accelerate launch --use_fsdp --fsdp_version 2"
+
+
+def _is_sharded() -> bool:
+    return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
 
 
 def _encoded(
@@ -293,6 +312,8 @@ def _estimate(options: RunOptions, rows: Sequence[Any], label_names: list[str] |
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pairs = options.method == "dpo"
+    if _is_sharded():
+        return "No estimate of time and memory for a model in shards."
     try:
         model = base
         if options.quantize:

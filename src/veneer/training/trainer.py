@@ -262,7 +262,11 @@ def load(trainer: Any, checkpoint: Path) -> None:
     The Trainer's loop has no such case: it takes one step more and then asks whether that was the last.
     """
     trainer.state = transformers.TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-    trainer._load_from_checkpoint(str(checkpoint))
+    if trainer.is_fsdp_enabled:  # what was saved in shards is loaded into shards
+        trainer.create_optimizer()
+        trainer.model, trainer.optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
+        trainer.model_wrapped = trainer.model
+    trainer._load_from_checkpoint(str(checkpoint), trainer.model)
 
 
 def total_steps(rows: int, options: TrainOptions, processes: int) -> int:

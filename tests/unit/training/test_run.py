@@ -439,13 +439,23 @@ def test_a_new_run_is_not_taken_for_the_finished_one_before_it(tmp_path: Path) -
     assert len([note for note in listening.notes if note[0] == 1]) == 2
 
 
-@pytest.mark.parametrize("variable", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
-def test_a_launcher_that_asks_for_shards_is_refused(
-    variable: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("variables", "says"),
+    [
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "asks for DeepSpeed.*--use_fsdp --fsdp_version 2"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "FSDP2 is supported: accelerate launch"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, "accelerate shards on GPUs only"),
+    ],
+    ids=["deepspeed", "fsdp1", "on-cpu"],
+)
+def test_what_a_launcher_asks_for_and_nobody_would_do_is_refused(
+    variables: dict[str, str], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(variable, "true")
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     options = RunOptions(model="nowhere", data="nowhere", output=str(tmp_path / "out"))
-    with pytest.raises(TrainingError, match=f"{variable} asks for a model in shards"):
+    with pytest.raises(TrainingError, match=says):
         fine_tune(options)
     assert not (tmp_path / "out").exists()
 
