@@ -65,7 +65,7 @@ def inspect(
 
 
 def _check_plot(plot: Path) -> None:
-    from ..training.models import require
+    from ..training.libraries import require
 
     require("matplotlib", "plots", "drawing a picture")
     if plot.suffix not in (".png", ".svg", ".pdf"):

@@ -22,7 +22,8 @@ from ..files.read import AdapterFile, open_adapter
 from ..model.merging import MergeReport
 from ..peft_model import PeftModel
 from ..spec import variant_name
-from .models import NO_CODE, load_base, quiet_transformers
+from .libraries import quiet_libraries
+from .models import NO_CODE, load_base
 from .progress import Progress
 
 #: The last layer of a classifier's head, which has a row for each class.
@@ -154,7 +155,7 @@ def _own_tokenizer(adapter: str | os.PathLike[str]) -> Any:
         return None
     from transformers import AutoTokenizer
 
-    with quiet_transformers():
+    with quiet_libraries():
         return AutoTokenizer.from_pretrained(adapter, **NO_CODE)
 
 
@@ -198,7 +199,7 @@ def save_merged(
     check_replaceable(place, overwrite)
     plain, report = merge(model, untie=untie)
     check_room(place, sum(p.numel() * p.element_size() for p in plain.parameters()))
-    with quiet_transformers(), replacing(place, overwrite) as made:
+    with quiet_libraries(), replacing(place, overwrite) as made:
         plain.save_pretrained(made)
         tokenizer.save_pretrained(made)
     return report

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from datasets import Dataset, are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+from datasets import Dataset
 from trl import DPOConfig, DPOTrainer
 
+from .libraries import quiet_libraries
 from .losses import Pairs
 from .resuming import Run
 from .trainer import arguments, one_device
@@ -24,9 +25,7 @@ def preference_trainer(
     Source: Rafailov et al. 2023, "Direct Preference Optimization", equation 7.
     """
     values = {name: value for name, value in arguments(run).items() if name != "label_names"}
-    shown = not are_progress_bars_disabled()
-    disable_progress_bars()
-    try:
+    with quiet_libraries():
         return DPOTrainer(
             model=model,
             args=one_device(DPOConfig(**values, beta=pairs.beta, max_length=pairs.max_length)),
@@ -34,6 +33,3 @@ def preference_trainer(
             eval_dataset=Dataset.from_list(list(eval_rows)) if eval_rows else None,
             processing_class=tokenizer,
         )
-    finally:
-        if shown:
-            enable_progress_bars()

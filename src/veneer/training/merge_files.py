@@ -40,7 +40,7 @@ from ..ops.merging import merge_into_, shared_buffers
 from ..spec import LoraSpec, variant_name
 from ..wording import some
 from .adapters import say_base
-from .models import require
+from .libraries import require
 from .progress import Progress
 
 INDEX = f"{WEIGHTS}.index.json"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -11,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from ..doors import is_local
-from ..errors import Hint, MissingExtraError, TrainingError, VeneerError
+from ..errors import Hint, TrainingError, VeneerError
+from .data.batch import pad_token
+from .libraries import quiet_libraries, require
 
 #: An adapter's file may say which base is loaded, so code that comes with it is not run. transformers asks.
 NO_CODE: dict[str, Any] = {"trust_remote_code": False}
@@ -66,8 +67,6 @@ def load_base(
     with _loading(source):
         model = kind.from_pretrained(source, dtype=dtype, **NO_CODE, **more)
     if label_names is not None and getattr(model.config, "pad_token_id", None) is None:
-        from .data import pad_token
-
         # Without it, models that read the class off the last token take that of the padding.
         model.config.pad_token_id = pad_token(tokenizer)
     return model, tokenizer
@@ -75,7 +74,7 @@ def load_base(
 
 @contextlib.contextmanager
 def _loading(source: str | os.PathLike[str]) -> Iterator[None]:
-    with quiet_transformers():
+    with quiet_libraries():
         try:
             yield
         except (OSError, ValueError, KeyError) as error:
@@ -125,32 +124,6 @@ def quantization(name: str, dtype: str = "auto") -> dict[str, Any]:
         )
     place = int(os.environ.get("LOCAL_RANK", "0")) if torch.cuda.is_available() else "cpu"
     return {"quantization_config": config, "device_map": {"": place}}
-
-
-@contextlib.contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Keep transformers' bars and notices off the terminal for a while; errors still come through."""
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
-
-
-def require(library: str, extra: str, purpose: str | Hint) -> None:
-    """Raise unless an optional library is installed.
-
-    Raises:
-        MissingExtraError: Names the line that installs it.
-    """
-    if importlib.util.find_spec(library) is None:
-        raise MissingExtraError(library, extra, purpose)
 
 
 def directory_bytes(place: str | os.PathLike[str], pattern: str = "*") -> int:

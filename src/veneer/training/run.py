@@ -25,8 +25,9 @@ from .data import (
     pad_token,
     read_records,
 )
+from .libraries import quiet_libraries, require
 from .losses import Answers, Classes, Objective, Pairs, check_chunks
-from .models import check_output, load_base, load_tokenizer, quiet_transformers, refuse_file, require
+from .models import check_output, load_base, load_tokenizer, refuse_file
 from .options import TASKS, RunOptions, TrainOptions, check_names
 from .planning import Step, empty_model, estimate_memory, seconds_per_step
 from .plots import can_plot, loss_picture
@@ -193,7 +194,7 @@ def train(
     existed = run.output.exists()
     trainer: Any = None
     try:
-        with ExitStack() as stack, quiet_transformers():
+        with ExitStack() as stack, quiet_libraries():
             reporter = Reporter(run, progress, stack)
             trainer = _trainer(model, tokenizer, rows, eval_rows, run, objective)
             reporter.join(trainer, callbacks)

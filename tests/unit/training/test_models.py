@@ -14,7 +14,6 @@ from tests.unit.training.tiny import saved_tiny, tiny_model
 from veneer import (
     AutoPeftModelForCausalLM,
     LoraConfig,
-    MissingExtraError,
     TrainingError,
     VeneerError,
     get_peft_model,
@@ -22,11 +21,6 @@ from veneer import (
 from veneer.training import load_base, models
 from veneer.training.adapters import load_adapted
 from veneer.training.planning import empty_model
-
-
-def test_a_missing_library_is_named_with_its_extra() -> None:
-    with pytest.raises(MissingExtraError, match=r"pip install 'veneer\[train\]'"):
-        models.require("a_library_that_nobody_has", "train", "reading a GGUF file")
 
 
 @pytest.fixture

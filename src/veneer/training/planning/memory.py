@@ -20,7 +20,7 @@ from ...config import LoraConfig
 from ...errors import ConfigError, VeneerError, VeneerWarning
 from ...inject.embeddings import embedding_of
 from ...peft_model import get_peft_model
-from ..models import quiet_transformers
+from ..libraries import quiet_libraries
 from .sources import shadow
 from .tracing import Trace, trace_step
 
@@ -321,7 +321,7 @@ def _trace(model: nn.Module, step: Step) -> tuple[Trace, str]:
 
 
 def _quiet() -> AbstractContextManager[None]:
-    return quiet_transformers() if "transformers" in sys.modules else nullcontext()
+    return quiet_libraries() if "transformers" in sys.modules else nullcontext()
 
 
 def dummy_inputs(model: Any, batch: int, length: int) -> dict[str, Tensor]:

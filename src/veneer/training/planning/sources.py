@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from ...doors import is_local
 from ...errors import TrainingError
-from ..models import NO_CODE, quiet_transformers, require
+from ..libraries import quiet_libraries, require
+from ..models import NO_CODE
 
 #: The task of an adapter -> transformers' class for it.
 CLASSES = {
@@ -58,7 +59,7 @@ def empty_model(
     wanted = _dtype(dtype) or _dtype(getattr(config, "dtype", None)) or torch.float32
     loader = getattr(transformers, CLASSES[task])
     try:
-        with quiet_transformers(), torch.device("meta"):
+        with quiet_libraries(), torch.device("meta"):
             model = loader.from_config(config, dtype=wanted)
     except Exception as error:  # each architecture fails in its own way on values that make no sense
         reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
@@ -103,7 +104,7 @@ def _read(source: str | os.PathLike[str]) -> Any:
         )
     if place.is_dir():
         return _from_file(place / "config.json")
-    with quiet_transformers():
+    with quiet_libraries():
         try:
             return AutoConfig.from_pretrained(source, **NO_CODE)
         except (OSError, ValueError, KeyError) as error:
@@ -134,7 +135,7 @@ def _from_file(place: Path) -> Any:
             f"; do you mean {near[0]}?" if near else ", or it brings code of its own, which is not run here"
         )
         raise TrainingError(f"{place}: transformers knows no model_type {kind!r}{hint}")
-    with quiet_transformers():
+    with quiet_libraries():
         try:
             options = {key: value for key, value in values.items() if key != "model_type"}
             return AutoConfig.for_model(kind, **options)
