@@ -31,6 +31,9 @@ CALLED = {
     "LoraMultiheadAttention": {"_qkv_same_embed_dim"},
     # It stands for a tensor in the code of other models.
     "AdaptedWeight": {"mT"},
+    # transformers, in training.
+    "Trainer": {"compute_loss"},
+    "TrainerCallback": {"on_train_begin", "on_step_begin", "on_step_end", "on_log", "on_save"},
     # It stands for a callback of transformers' Trainer.
     "Thinned": {"on_log"},
     # The import system, and importlib.metadata.
