@@ -24,6 +24,7 @@ from veneer.files.read import AdapterFile, open_adapter
 from veneer.files.residual import PARTS, layers_of, marked_config, parted
 from veneer.files.values import check_values
 from veneer.inject import Injection, merged_over, stacked
+from veneer.layers.start import initialise
 from veneer.model.lora_model import LoraModel
 from veneer.spec import specs_under
 from veneer.state_dict import set_adapter_state_dict
@@ -220,7 +221,7 @@ def _with_start(injection: Injection, tensors: Mapping[str, Tensor], where: obje
     init = Hint("init_lora_weights", spec.init)
     try:
         for path, addition in names.items():
-            start = addition.layer.initialise(addition.spec, 0)
+            start = initialise(addition.layer, addition.spec, 0)
             assert start.residual is not None
             result.update({f"{path}{part}": t for part, t in zip(PARTS, start.residual, strict=True)})
     except ConfigError as error:

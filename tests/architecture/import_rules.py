@@ -2,7 +2,7 @@
 
     errors -> wording -> registry · doors · atomic -> config -> spec
            -> ops · targets · adapters · inits · variants · backends · sharded
-           -> routing · rollback -> layers -> inject · files · arithmetic
+           -> routing · rollback -> merge -> layers -> inject · files · arithmetic
            -> state_dict · base_fingerprint · hotswap · status -> model -> load · save -> peft_model
            -> calibration -> integrations -> training -> as_peft -> cli
 
@@ -32,6 +32,7 @@ RANKS: tuple[tuple[str, ...], ...] = (
     ("spec",),
     ("ops", "targets", "adapters", "inits", "variants", "backends", "sharded"),
     ("routing", "rollback"),
+    ("merge",),
     ("layers",),
     ("inject", "files", "arithmetic", "checks", "optimizers"),
     ("state_dict", "base_fingerprint", "hotswap", "status"),

@@ -52,7 +52,7 @@ def test_every_broken_law_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         "veneer.layers.layer.LoraLayer.add_branch", lambda self, name, x, result: result + 1.0
     )
-    monkeypatch.setattr("veneer.layers.linear.LoraLinear.forward", laws.LoraLayer.forward)
+    monkeypatch.setattr("veneer.layers.linear.LoraLinear.fused_step", laws.LoraLayer.fused_step)
     monkeypatch.setattr("veneer.layers.linear.LoraLinear.add_branch", laws.LoraLayer.add_branch)
     said = "\n".join(broken_laws(made, plain.id))
     for law in ("a_fresh_adapter_is_an_identity", "only_factors_get_gradients", "merged_equals_unmerged"):

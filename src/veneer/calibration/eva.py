@@ -28,7 +28,8 @@ from veneer.config import EvaConfig, LoraConfig
 from veneer.errors import AdapterNameError, ConfigError, Hint, LoadMismatchError, MergeError, VeneerWarning
 from veneer.inject.places import sites
 from veneer.layers import LoraLayer
-from veneer.layers.factor import Prepared
+from veneer.layers.layer import Prepared
+from veneer.layers.start import initialise
 from veneer.ops.svd import Components, update_components
 from veneer.peft_model import PeftModel
 from veneer.routing import disabled
@@ -376,7 +377,7 @@ def _start(layer: LoraLayer, rows: Tensor, adapter: str, config: LoraConfig) -> 
     new = replace(spec, r=rank, lora_alpha=alpha, init="eva")
     inits.note_statistics(layer.get_base_layer(), rows)
     try:
-        start = layer.initialise(new, 0)
+        start = initialise(layer, new, 0)
     finally:
         inits.forget_statistics(layer.get_base_layer())
     return layer.prepared(

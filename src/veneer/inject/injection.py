@@ -25,9 +25,10 @@ from veneer.inject.places import Site
 from veneer.inject.replication import Replication, keep
 from veneer.inject.tokens import Rows
 from veneer.layers import LoraLayer
-from veneer.layers.factor import Prepared
+from veneer.layers.layer import Prepared
 from veneer.layers.making import factor_dtype
 from veneer.layers.modules_to_save import ModulesToSaveWrapper
+from veneer.layers.start import initialise, start_from, tensor_shapes
 from veneer.layers.trainable_tokens import PreparedRows
 from veneer.spec import LoraSpec
 from veneer.targets import Plan
@@ -56,7 +57,7 @@ class Addition:
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Names on disk of its tensors, below the module's path, and their shapes."""
-        return self.layer.tensor_shapes(self.spec)
+        return tensor_shapes(self.layer, self.spec)
 
     def keys(self) -> dict[str, tuple[int, ...]]:
         """The same with the module's path."""
@@ -65,7 +66,7 @@ class Addition:
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
         """Take the values from tensors with the names of `keys`, as far as they are there."""
         own = {name: tensors[key] for name in self.shapes if (key := f"{self.path}.{name}") in tensors}
-        self.start = self.layer.start_from(self.spec, own, self.shapes)
+        self.start = start_from(self.layer, self.spec, own, self.shapes)
 
 
 @dataclass
@@ -138,7 +139,7 @@ class Injection:
             if meta or _is_meta(addition.layer):
                 addition.fill({k: torch.empty(s, device="meta") for k, s in addition.keys().items()})
             else:
-                addition.start = addition.layer.initialise(addition.spec, seed)
+                addition.start = initialise(addition.layer, addition.spec, seed)
 
     def expected(self) -> dict[str, tuple[int, ...]]:
         """Names on disk (without any prefix) of every tensor of the adapter, with their shapes."""

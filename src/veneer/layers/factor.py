@@ -1,26 +1,18 @@
-"""What a low-ranked layer is built of: factors, frozen terms, the undo of a merge, stand-ins for its base."""
+"""The modules that hold an adapter's tensors in a layer, and the stand-in for a base."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from veneer.adapters import begin
-from veneer.layers.strengths import Strengths
-from veneer.ops.merging import is_finite
-from veneer.sharded import gathered
-from veneer.spec import LoraSpec
 
 NOTHING: Mapping[str, Any] = MappingProxyType({})
-#: What a merge keeps so that it can be undone: a copy of the weight, or nothing.
-Undoing = Literal["copy"] | None
 #: Names of the frozen term ``A₀``, ``B₀`` of an adapter, for initialisations that subtract their start.
 RESIDUAL = ("lora_residual_A", "lora_residual_B")
 
@@ -128,25 +120,6 @@ class Mirror(nn.Module):
                 self.weight.copy_(value)
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """An adapter of one layer, ready to be stored: nothing of it has to be made any more.
-
-    Attributes:
-        spec: What the layer gets.
-        held: The factors and what else the adapter has, by the names of the containers.
-        dropout: Its dropout.
-        strengths: Its strength; those of the layer's other adapters too, if their tensors have to move.
-        write_base: Gives the base another weight; None where it keeps its own.
-    """
-
-    spec: LoraSpec
-    held: Mapping[str, nn.Module | nn.Parameter]
-    dropout: nn.Module
-    strengths: Strengths
-    write_base: Callable[[], None] | None
-
-
 class Frozen(nn.Module):
     """A tensor of an adapter that is not trained: a buffer, so no parameter, and in every state dict.
 
@@ -170,85 +143,6 @@ def operate(
 
 def _copy_of_weight(x: None, weight: Tensor, bias: Tensor | None) -> Tensor:
     return weight.clone()
-
-
-class Update(NamedTuple):
-    """What merging an adapter into a layer adds, however its factors change later.
-
-    Attributes:
-        a: A, as stored.
-        b: B, as stored.
-        bias: The bias of B, or None.
-        extra: What the variant has beside them.
-        scaling: s.
-        variant: Name of the variant.
-    """
-
-    a: Tensor
-    b: Tensor
-    bias: Tensor | None
-    extra: Mapping[str, Tensor]
-    scaling: float
-    variant: str
-
-    def size(self) -> float:
-        """A bound for its elements; infinite or undefined where one of them may be."""
-        return abs(self.scaling) * math.prod(
-            float(torch.linalg.vector_norm(gathered(factor).float())) for factor in (self.a, self.b)
-        )
-
-    def is_finite(self, size: float) -> bool:
-        """Whether all of it is, given its `size`."""
-        tensors = [*self.extra.values(), *(() if self.bias is None else (self.bias,))]
-        if not math.isfinite(size):  # finite factors may have a norm that is not
-            tensors += [self.a, self.b]
-        return math.isfinite(self.scaling) and all(is_finite(gathered(tensor)) for tensor in tensors)
-
-    def copied(self) -> Update:
-        """The same with tensors of its own."""
-        bias = None if self.bias is None else self.bias.clone()
-        extra = {key: tensor.clone() for key, tensor in self.extra.items()}
-        return self._replace(a=self.a.clone(), b=self.b.clone(), bias=bias, extra=extra)
-
-
-class Undo(nn.Module):
-    """The base's tensors as they were before merging, and what was merged.
-
-    `coded` says that they are as a quantised storage keeps them, and not the weight itself. `updates` are
-    what was merged, by adapter name, in the types that they had.
-
-    They are buffers that are not saved: they follow the layer to another device or dtype, into a
-    deepcopy and a pickle, and stay out of every state dict.
-    """
-
-    attributes: dict[str, Any]
-    coded: bool
-    updates: dict[str, Update]
-
-    def __init__(
-        self, tensors: Mapping[str, Tensor], attributes: Mapping[str, Any], coded: bool = False
-    ) -> None:
-        begin(self)
-        # Past `nn.Module.__setattr__`, which is slow: a model that is merged gets hundreds of these.
-        self.__dict__.update(coded=coded, attributes=dict(attributes), updates={})
-        self._buffers.update(tensors)
-        self._non_persistent_buffers_set.update(tensors)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The tensors by their name on the base layer."""
-        return {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
-
-
-def not_an_undo(undo: object) -> str | None:
-    """Why that is no way of undoing a merge, or None."""
-    if undo in ("copy", None):
-        return None
-    gone = (
-        "it was removed, as it saved one byte for each weight and doubled the time: "
-        if undo == "residual"
-        else ""
-    )
-    return f"undo={undo!r} does not exist; {gone}use undo='copy'"
 
 
 def stand_in(

@@ -1,26 +1,38 @@
 """The one low-ranked layer, for every geometry.
 
 A subclass says which module types it wraps, the shapes of its factors, how a matrix update lies in the base
-weight, and how the branch is computed. Everything else is here and in what it is built on, once: `holder`
-(what it holds), `merging`, `changing` (adapters come and go), and the forward below.
+weight, and how the branch is computed. Everything else is here, once: the forward, what a variant sees of a
+layer, and adapters that come, change and go. How adapters are merged is `veneer.merge`, what they start with
+`veneer.layers.start`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Reversible, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from types import MappingProxyType
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from veneer import backends, variants
-from veneer.layers.changing import Changeable
+from veneer import backends, merge, variants
+from veneer.adapters import as_names
+from veneer.errors import AdapterNameError, Hint, MergeError, TargetError, Text, VeneerWarning
+from veneer.inits import InitResult, folded
+from veneer.layers.factor import NOTHING, RESIDUAL, Factor, Frozen, empty, operate, stand_in
 from veneer.layers.refused import refusal
+from veneer.layers.strengths import Strengths
+from veneer.merge import Mergeable, Undo, Update
 from veneer.ops.mixed_batch import along_rows, own_rows
+from veneer.ops.row_norms import State
 from veneer.registry import TypeRegistry
 from veneer.routing import Routing, acting, current
-from veneer.sharded import gathered
+from veneer.sharded import gathered, is_distributed
+from veneer.spec import LoraSpec
+from veneer.variants import Variant
 
 registry: TypeRegistry[type[LoraLayer]] = TypeRegistry("layer")
 
@@ -38,7 +50,29 @@ def find(module: nn.Module) -> type[LoraLayer] | None:
     return found if named is None else registry.get(named)
 
 
-class LoraLayer(Changeable):
+@dataclass(frozen=True)
+class Prepared:
+    """An adapter of one layer, ready to be stored: nothing of it has to be made any more.
+
+    Attributes:
+        spec: What the layer gets.
+        parts: The factors, the dropout and what else the adapter has, by the names of their containers.
+        strengths: Its strength; those of the layer's other adapters too, if their tensors have to move.
+        write_base: Gives the base another weight; None where it keeps its own.
+    """
+
+    spec: LoraSpec
+    parts: Mapping[str, nn.Module | nn.Parameter]
+    strengths: Strengths
+    write_base: Callable[[], None] | None
+
+
+def _by_adapter(read: Callable[[LoraSpec], Any], doc: str) -> property:
+    """A property of a layer that PEFT has too: what was asked for, by adapter name."""
+    return property(lambda self: {name: read(spec) for name, spec in self._specs.items()}, doc=doc)
+
+
+class LoraLayer(Mergeable):
     """A module with low-rank branches beside it: ``y = base(x) + Σ s·B(A(dropout(x)))``.
 
     The branches of the active adapters are added, except those that are merged into the base weight.
@@ -48,6 +82,50 @@ class LoraLayer(Changeable):
         base_layer: The module to adapt, kept as it is under this name.
     """
 
+    prefix: ClassVar[str] = "lora_"
+    #: Names of the containers in which adapters have tensors, by adapter name.
+    adapter_layer_names: tuple[str, ...] = (
+        "lora_A",
+        "lora_B",
+        "lora_embedding_A",
+        "lora_embedding_B",
+        "lora_magnitude_vector",
+    )
+    #: Types that this class wraps, as "module.QualName"; their subclasses are served too.
+    wraps: ClassVar[tuple[str, ...]] = ()
+    #: Where the two factors live.
+    factor_names: ClassVar[tuple[str, str]] = ("lora_A", "lora_B")
+    #: ``all-linear`` means this kind.
+    linear: ClassVar[bool] = False
+    #: The base weight is stored (in, out).
+    transposed: ClassVar[bool] = False
+    #: The layer looks rows up instead of multiplying.
+    lookup: ClassVar[bool] = False
+    #: Its input is one tensor of rows that A is multiplied with; see `rows`.
+    takes_rows: ClassVar[bool] = True
+    #: Modules inside the base are targets of their own.
+    transparent: ClassVar[bool] = False
+    #: Children of the base that are adapted along with it, and how often the update of each counts.
+    adapts_inside: ClassVar[Mapping[str, int]] = NOTHING
+
+    lora_A: nn.ModuleDict
+    lora_B: nn.ModuleDict
+    base_layer: nn.Module
+    lora_dropout: nn.ModuleDict
+    scaling: Strengths
+    #: Whether the active adapters allow `fused_step`; it is computed when they change.
+    fused: bool
+    _specs: dict[str, LoraSpec]
+    #: The adapters whose branches are added.
+    _live: tuple[str, ...]
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__(training=base_layer.training, scaling=Strengths(), fused=False, _specs={}, _live=())
+        self._modules["base_layer"] = base_layer
+        for name in self.factor_names:
+            self._modules[name] = self.new_container()
+        self._modules["lora_dropout"] = empty()
+
     def __init_subclass__(cls) -> None:
         if "wraps" in cls.__dict__:  # others, such as FSDP2's, only dress a class up
             registry.add(cls.wraps, cls)
@@ -55,61 +133,44 @@ class LoraLayer(Changeable):
     # -- forward ---------------------------------------------------------------------------------------
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The base's output plus the branches of the active adapters that are not merged."""
+        """``base(x) + Σ s·B(A(dropout(x)))`` over the active adapters that are not merged."""
         if (routing := current(self)) is not None:
-            return self._forward_rows(routing, x, *args, **kwargs)
+            return self.mixed(routing, x, *args, **kwargs)
+        if self.fused and not args and not kwargs and (fused := self.fused_step(x)) is not None:
+            return fused
         if self._disabled and self._merged:
             return self.original_base()(x, *args, **kwargs)  # type: ignore[no-any-return]
-        result: Tensor = self.base_layer(x, *args, **kwargs)
+        y: Tensor = self.base_layer(x, *args, **kwargs)
         if not self._live:
-            return result
-        base = partial(self._base_output, result, x, *args, **kwargs)
+            return y
+        base = partial(self._base_output, y, x, *args, **kwargs)
         for name in self._live:
-            result = self.apply_adapter(name, x, result, base)
-        return result
+            y = self.variant(name).forward(self, name, x, y, base)
+        return y
 
-    def apply_adapter(self, name: str, x: Tensor, result: Tensor, base: Callable[[], Tensor]) -> Tensor:
-        """``result`` and what one adapter adds to it.
+    def fused_step(self, x: Tensor) -> Tensor | None:
+        """The whole forward in one step, where this call allows it; else None."""
+        return None
 
-        Args:
-            name: The adapter.
-            x: The layer's input, or some of its rows.
-            result: The output so far, for the same rows; not written.
-            base: Gives the output of the base alone for them.
-        """
-        return variants.get(self._specs[name].variant).forward(self, name, x, result, base)
+    def may_fuse(self) -> bool:
+        """Whether the active adapters allow `fused_step`. What only a call can say is not asked here."""
+        return False
 
-    def _base_output(self, result: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def _base_output(self, y: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The output of the base alone: the present one's, unless adapters are merged into it."""
-        return self.original_base()(x, *args, **kwargs) if self._merged else result
+        return self.original_base()(x, *args, **kwargs) if self._merged else y
 
-    def _forward_rows(self, routing: Routing, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def mixed(self, routing: Routing, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base's output plus, for each row, the branch of the row's own adapter."""
-        result: Tensor = self.original_base()(x, *args, **kwargs)
+        y: Tensor = self.original_base()(x, *args, **kwargs)
         if self._disabled or not self._specs or not routing.count:
-            return result
+            return y
         if torch.compiler.is_compiling():
-            return self.add_slots(routing, x, result)
+            return self.add_slots(routing, x, y)
         if not routing.concerns(self._specs):
-            return result
+            return y
         names = routing.rows(x.shape[0] if x.dim() else 0, tuple(self._specs), self._where)
-        return self.add_rows(routing, names, x, result)
-
-    def _where(self) -> str:
-        """What to call this layer in an error."""
-        return next(iter(self._specs.values())).path or type(self).__name__
-
-    def add_slots(self, routing: Routing, x: Tensor, result: Tensor) -> Tensor:
-        """The same as `add_rows`, for a compiler: which row is whose is data, so it needs no other graph.
-
-        Every row goes through every adapter that the layer holds.
-        """
-        base = result
-        for name, mine in routing.slots(tuple(self._specs), x, self._where):
-            before = own_rows(base, mine)
-            own = self.apply_adapter(name, own_rows(x, mine), before, lambda before=before: before)  # type: ignore[misc]
-            result = torch.where(along_rows(mine, result), own.to(result), result)
-        return result
+        return self.add_rows(routing, names, x, y)
 
     def add_rows(self, routing: Routing, names: tuple[str | None, ...], x: Tensor, result: Tensor) -> Tensor:
         """``result`` with the branch of each row's own adapter added.
@@ -125,14 +186,104 @@ class LoraLayer(Changeable):
             if name is not None:
                 there = rows.to(result.device)
                 own = base[there]
-                part = self.apply_adapter(name, x[rows], own, lambda own=own: own)  # type: ignore[misc]
+                part = self.variant(name).forward(self, name, x[rows], own, lambda own=own: own)  # type: ignore[misc]
                 result = result.index_copy(0, there, part.to(result))
         return result
+
+    def add_slots(self, routing: Routing, x: Tensor, result: Tensor) -> Tensor:
+        """The same as `add_rows`, for a compiler: which row is whose is data, so it needs no other graph.
+
+        Every row goes through every adapter that the layer holds.
+        """
+        base = result
+        for name, mine in routing.slots(tuple(self._specs), x, self._where):
+            own = own_rows(base, mine)
+            part = self.variant(name).forward(self, name, own_rows(x, mine), own, lambda own=own: own)  # type: ignore[misc]
+            result = torch.where(along_rows(mine, result), part.to(result), result)
+        return result
+
+    # -- geometry: what a subclass supplies ------------------------------------------------------------
+
+    @classmethod
+    def shapes(cls, base: nn.Module, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of A and B as stored, for a rank."""
+        raise NotImplementedError
+
+    @classmethod
+    def refuses(cls, base: nn.Module, spec: LoraSpec) -> str | Text | None:
+        """Why this module cannot get what ``spec`` asks for, or None."""
+        return None
+
+    def low_rank(self, name: str, x: Tensor) -> Tensor:
+        """``B(A(x))``, unscaled and without dropout. x: as the base takes it -> as the base gives it."""
+        raise NotImplementedError
+
+    def matrices(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """The factors as matrices whose product is the update: B (out, r), A (r, in·k…)."""
+        return b.flatten(1), a.flatten(1)
+
+    def product(self, a: Tensor, b: Tensor) -> Tensor:
+        """The update of factors as a matrix (out, in·k…), unscaled."""
+        b2, a2 = self.matrices(a, b)
+        return b2 @ a2
+
+    def rows(self, x: Tensor) -> Tensor:
+        """The rows that A is multiplied with. x: as the base takes it -> (n, in·k…)."""
+        return x.reshape(-1, x.shape[-1])
+
+    def to_matrix(self, weight: Tensor) -> Tensor:
+        """A base weight as the matrix (out, in·k…) that ``B @ A`` is added to."""
+        return weight.T if self.transposed else weight.flatten(1)
+
+    def from_matrix(self, matrix: Tensor, like: Tensor) -> Tensor:
+        """The inverse of `to_matrix`, in the shape of ``like``."""
+        return matrix.T if self.transposed else matrix.view_as(like)
+
+    @property
+    def out_axis(self) -> int:
+        """The axis of the features in what the base gives, counted from the end."""
+        return -1
+
+    def vector_shape(self) -> tuple[int, ...]:
+        """How one number for each output feature is stored."""
+        return self.shapes(self.geometry(), 1)[1][:1]
+
+    def before_merge(self, weight: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        """The weight that an update can be added to, and the base's attributes that go with it.
+
+        Almost always the weight itself. A layer whose update does not fit the base's own parametrisation
+        (see the convolution with groups) gives an equivalent weight here.
+        """
+        return weight, {}
+
+    def is_matrix(self) -> bool:
+        """Whether the update is one product ``B @ A`` of the stored factors."""
+        return True
+
+    def is_linear(self) -> bool:
+        """Whether the branch is linear in A: not where the base's own forward does more with its weight."""
+        return True
+
+    def refuses_combination(self) -> str | None:
+        """Why updates of this layer cannot be joined with those of another adapter, or None."""
+        return None
+
+    # -- what a variant sees ---------------------------------------------------------------------------
+
+    def variant(self, name: str) -> Variant:
+        """How an adapter combines its update with the base."""
+        return variants.get(self._specs[name].variant)
 
     def add_branch(self, name: str, x: Tensor, result: Tensor) -> Tensor:
         """``result + s · B(A(dropout(x)))``, in the type of ``result``."""
         branch = self.low_rank(name, self.dropped(name, x))
         return result + (branch * self.strength(name)).to(result)
+
+    def strength(self, name: str) -> float:
+        """``s`` of an adapter; for a compiler as a tensor without dimensions, which multiplies alike."""
+        if torch.compiler.is_compiling():
+            return self.scaling.tensors[name]  # type: ignore[return-value]
+        return self.scaling[name]
 
     def dropout_of(self, name: str) -> float:
         """The probability with which the branch drops elements of its input now; 0 in evaluation."""
@@ -142,6 +293,11 @@ class LoraLayer(Changeable):
     def dropped(self, name: str, x: Tensor) -> Tensor:
         """``dropout(x)``, on the factors' device."""
         return self.lora_dropout[name](self.to_factors(name, x))  # type: ignore[no-any-return]
+
+    def to_factors(self, name: str, x: Tensor) -> Tensor:
+        """``x`` on the device of the factors: the two may differ in a model that is spread over devices."""
+        device = self.factors(name)[0].device
+        return x if device.type == "meta" else x.to(device)  # offloaded factors are fetched when called
 
     def acting(self, name: str, x: Tensor) -> Tensor:
         """Where the call that runs lets an adapter act. x: (..., in) -> (...) of bool.
@@ -165,7 +321,396 @@ class LoraLayer(Changeable):
             bias = backends.find(base).read(base, "bias")
         return output - self.along_output(gathered(bias).to(output))
 
-    def to_factors(self, name: str, x: Tensor) -> Tensor:
-        """``x`` on the device of the factors: the two may differ in a model that is spread over devices."""
-        device = self.factors(name)[0].device
-        return x if device.type == "meta" else x.to(device)  # offloaded factors are fetched when called
+    def along_output(self, vector: Tensor) -> Tensor:
+        """One number for each output feature, shaped so that it multiplies an output."""
+        return vector.reshape(-1, *(1,) * (-self.out_axis - 1))
+
+    def matrix(self) -> Tensor:
+        """The base weight without any adapter as a dense matrix (out, in·k…), detached.
+
+        Raises:
+            TargetError: The base is sharded by itself in a way that shows its weight to nobody else.
+        """
+        base = self.original_base()
+        weight = gathered(backends.find(base, self.weight_name).read(base, self.weight_name))
+        if weight.dim() < 2:
+            raise TargetError(
+                "an adapter needs the base's weight (",
+                Hint("use_dora", True),
+                "), which FSDP1 holds in pieces: the base layer is a unit of its own. Wrap whole adapted "
+                "layers or blocks (ModuleWrapPolicy({LoraLayer})), or use FSDP2 (fully_shard)",
+            )
+        return self.to_matrix(self.before_merge(weight)[0])
+
+    def weight_state(self) -> object:
+        """Something that compares equal as long as `matrix` gives the same; None where that is unknown."""
+        weight = self.original_base()._parameters.get(self.weight_name)
+        return None if weight is None else State.of(weight)
+
+    def update(self, name: str) -> tuple[Tensor, Tensor]:
+        """The update as matrices B (out, r) and A (r, in·k…): what `low_rank` multiplies with, unscaled."""
+        a, b, _ = self.update_factors(name)
+        return self.matrices(a, b)
+
+    def extra(self, name: str) -> dict[str, Tensor]:
+        """The parameters that an adapter's variant has beside the factors, by their names."""
+        known = (*self.factor_names, *RESIDUAL, "lora_dropout")
+        return {key: Factor.read(part) for key, part in self._parts(name).items() if key not in known}
+
+    # -- the base --------------------------------------------------------------------------------------
+
+    def get_base_layer(self) -> nn.Module:
+        """The adapted module itself."""
+        return self._modules["base_layer"]  # type: ignore[return-value]
+
+    def base_device(self) -> torch.device:
+        """Where the factors belong."""
+        return self.backend.tensor_device(self.get_base_layer(), self.weight_name)
+
+    def geometry(self) -> nn.Module:
+        """The base layer with the attributes that it has without adapters; its values may be merged ones."""
+        return self.get_base_layer() if self._modules["_undo"] is None else self.original_base()
+
+    def original_base(self) -> nn.Module:
+        """The base layer as it is without any adapter, also while some are merged.
+
+        Raises:
+            MergeError: Adapters were merged without an undo.
+        """
+        undo, base = self._modules["_undo"], self.get_base_layer()
+        if undo is None:
+            if self._merged:
+                raise MergeError(merge.original_is_gone(self._merged))
+            return base
+        assert isinstance(undo, Undo)
+        tensors = undo.tensors()
+        bias = getattr(base, "bias", None)
+        if isinstance(bias, Tensor) and bias.is_meta and "bias" not in tensors:
+            tensors["bias"] = self.backend.read(base, "bias")
+        if not undo.coded:  # compilers cannot follow the search for a backend
+            return stand_in(base, tensors, undo.attributes)
+        own = {key: tensors.pop(key) for key in ("bias",) if key in tensors}
+        parts, more = self.backend.parts(base, tensors)
+        return stand_in(base, {**parts, **own}, {**more, **undo.attributes})
+
+    def inner(self) -> Reversible[tuple[str, nn.Module | None]]:
+        """The adapted module."""
+        return (("base_layer", self._modules["base_layer"]),)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name in type(self).adapter_layer_names:
+                return NOTHING  # no adapter has such a tensor here
+            # Code around the model reads `weight`, `in_features`, `stride`, … of the module it knows.
+            base = self.__dict__.get("_modules", {}).get("base_layer")
+            if base is None or name.startswith("_"):
+                raise
+            return getattr(base, name)
+
+    # -- what adapters hold here -----------------------------------------------------------------------
+
+    r = _by_adapter(lambda spec: spec.r, "Rank by adapter name.")
+    lora_alpha = _by_adapter(lambda spec: spec.lora_alpha, "``lora_alpha`` by adapter name.")
+    use_rslora = _by_adapter(
+        lambda spec: spec.use_rslora, "Whether ``s = lora_alpha / √r``, by adapter name."
+    )
+    use_dora = _by_adapter(lambda spec: spec.variant == "dora", "Whether it is a DoRA, by adapter name.")
+    lora_bias = _by_adapter(lambda spec: spec.lora_bias, "Whether B has a bias, by adapter name.")
+
+    @property
+    def held_adapters(self) -> tuple[str, ...]:
+        """Names of the adapters that have factors here."""
+        return tuple(self._specs)
+
+    @property
+    def specs(self) -> Mapping[str, LoraSpec]:
+        """What each adapter gave this layer when it was made."""
+        return MappingProxyType(self._specs)
+
+    def factors(self, name: str) -> tuple[Tensor, Tensor, Tensor | None]:
+        """A, B and the bias of B of an adapter, as stored."""
+        modules: Mapping[str, Any] = self._modules
+        a, b = (modules[key][name] for key in self.factor_names)
+        return a.weight, b.weight, b.bias
+
+    def residual(self, name: str) -> tuple[Tensor, Tensor] | None:
+        """``(A₀, B₀)`` of an adapter whose update is ``s·(BA − B₀A₀)``, None for any other."""
+        modules: Mapping[str, Any] = self._modules
+        if RESIDUAL[0] not in modules or name not in modules[RESIDUAL[0]]:
+            return None
+        a, b = (modules[key][name].weight for key in RESIDUAL)
+        return a, b
+
+    def update_factors(self, name: str) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Factors whose product is the whole update, unscaled, and the bias of B; see `folded`."""
+        modules: Mapping[str, Any] = self._modules
+        parts = [modules[key][name] for key in self.factor_names]
+        a, b = (part if isinstance(part, Tensor) else Factor.read(part) for part in parts)
+        bias: Tensor | None = getattr(parts[1], "bias", None)
+        residual = self.residual(name)
+        return (a, b, bias) if residual is None else (*folded(a, b, residual), bias)
+
+    def update_rank(self, name: str) -> int:
+        """The rank of `update_factors`."""
+        return self._specs[name].r * (1 if self.residual(name) is None else 2)
+
+    def operators(self, name: str) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+        """A and B of the whole update, each called as ``factor(x, operation)``: see `Factor`."""
+        if self.residual(name) is None:
+            return self.lora_A[name], self.lora_B[name]
+        a, b, bias = self.update_factors(name)
+        return partial(operate, a, None), partial(operate, b, bias)
+
+    def adapter_parameters(self, name: str) -> Iterator[nn.Parameter]:
+        """A, B, the bias of B, and what the adapter's variant has beside them."""
+        found: list[nn.Parameter] = []
+        for key in self.adapter_layer_names:
+            container: Any = self._modules.get(key)
+            if container is None:
+                continue
+            # Past the containers' own methods: every switch of adapters asks each layer for these.
+            part: Any = container._modules.get(name)
+            if type(part) is Factor:
+                found += part._parameters.values()  # type: ignore[arg-type]  # none of them is None
+                continue
+            part = container._parameters.get(name) if part is None else part
+            if part is not None:
+                found += Factor.parameters_of(part)
+        return iter(found)
+
+    def _parts(self, name: str) -> dict[str, Any]:
+        """Everything that an adapter has here, by the names of the containers."""
+        found = {}
+        for key in (*self.adapter_layer_names, "lora_dropout"):
+            container: Any = self._modules.get(key)
+            if container is not None and name in container:
+                found[key] = container[name]
+        return found
+
+    def _put(self, name: str, parts: Mapping[str, nn.Module | nn.Parameter]) -> None:
+        """Store what an adapter has; no tensor is made."""
+        for key, part in parts.items():
+            if key not in self._modules:
+                setattr(self, key, nn.ModuleDict())
+                if key not in self.adapter_layer_names:
+                    self.adapter_layer_names = (*self.adapter_layer_names, key)
+            self._modules[key][name] = part  # type: ignore[index, operator]
+
+    def _take(self, name: str) -> dict[str, Any]:
+        """Take out of its containers what an adapter has."""
+        parts = self._parts(name)
+        for key in parts:
+            container: Any = self._modules[key]
+            del container[name]
+            if not container and key not in (*self.factor_names, "lora_dropout"):
+                del self._modules[key]
+        return parts
+
+    # -- adapters come, change and go ------------------------------------------------------------------
+
+    def new_container(self) -> nn.Module:
+        """An empty container of factors by adapter name."""
+        return empty()
+
+    def new_factors(
+        self, name: str, a: Tensor, b: Tensor, bias: Tensor | None
+    ) -> tuple[nn.Module | nn.Parameter, nn.Module | nn.Parameter]:
+        """What keeps A and B of an adapter in the two containers of factors; nothing is stored."""
+        return Factor(a), Factor(b, bias)
+
+    def put_factors(self, name: str, a: Tensor, b: Tensor, bias: Tensor | None) -> None:
+        """Store other factors of an adapter."""
+        self._put(name, dict(zip(self.factor_names, self.new_factors(name, a, b, bias), strict=True)))
+
+    def prepared(
+        self,
+        spec: LoraSpec,
+        start: InitResult,
+        *,
+        dtype: torch.dtype | None = None,
+        strength: float | None = None,
+        training: bool = False,
+    ) -> Prepared:
+        """Everything that a new adapter needs. Nothing is stored; `put_adapter` does that.
+
+        Args:
+            spec: What this layer gets.
+            start: The factors, from an initialisation or from a file.
+            dtype: Type of the stored factors; None keeps the type that ``start`` has.
+            strength: ``s``; None takes that of ``spec``.
+            training: Let its dropout act from the start, also where the base is in evaluation.
+        """
+        device = start.a.device if start.a.is_meta else self.base_device()
+
+        def place(tensor: Tensor, fresh: bool = False) -> Tensor:
+            # A copy, in memory of its own: a tensor of a mapped file is neither aligned nor safe from others.
+            return tensor.detach().to(device=device, dtype=dtype or tensor.dtype, copy=not fresh)
+
+        a, b = place(start.a, start.fresh), place(start.b, start.fresh)
+        bias = None if start.bias is None else place(start.bias, start.fresh)
+        parts = dict(zip(self.factor_names, self.new_factors(spec.adapter, a, b, bias), strict=True))
+        if start.residual is not None:
+            parts.update(zip(RESIDUAL, (Frozen(place(tensor)) for tensor in start.residual), strict=True))
+        parts.update({key: Factor(place(tensor)) for key, tensor in start.extra.items()})
+        for part in parts.values():
+            part.requires_grad_(False)
+        dropout = nn.Dropout(p=spec.lora_dropout)
+        dropout.training = training or self.get_base_layer().training
+        parts["lora_dropout"] = dropout
+        if start.unmeasured:
+            spec = replace(spec, init=True)  # what a layer says of its start is what it is
+        strength = spec.scaling if strength is None else strength
+        strengths = self.scaling.with_one(spec.adapter, strength, device)
+        return Prepared(spec, parts, strengths, None if start.base is None else self._writing(start.base))
+
+    def _writing(self, matrix: Tensor) -> Callable[[], None]:
+        """A call that gives the base another weight."""
+        base, backend = self.get_base_layer(), self.backend
+        weight = backend.read(base, self.weight_name)
+        return backend.writing(base, self.from_matrix(matrix, weight).to(weight), self.weight_name)
+
+    def put_adapter(self, adapter: Prepared) -> None:
+        """Store what `prepared` gave. It makes no tensor, so it does not fail for want of memory."""
+        if adapter.write_base is not None:
+            adapter.write_base()
+        name = adapter.spec.adapter
+        self._put(name, adapter.parts)
+        if adapter.parts["lora_dropout"].training:  # type: ignore[union-attr]
+            self.training = True  # so that whoever looks for what is in training need not ask each adapter
+        self._specs[name] = adapter.spec
+        self.scaling.take_over(adapter.strengths)
+        self.adapters_changed()
+
+    def copying(self, old: str, new: str) -> Callable[[], None]:
+        """A call that stores copies of an adapter's factors under another name, with the same strength."""
+        start = InitResult(*self.factors(old), residual=self.residual(old), extra=self.extra(old))
+        adapter = self.prepared(
+            replace(self._specs[old], adapter=new),
+            start,
+            strength=self.scaling[old],
+            training=self.lora_dropout[old].training,
+        )
+        return partial(self.put_adapter, adapter)
+
+    def drop_adapter(self, name: str) -> None:
+        """Forget an adapter; if it is merged, the base gets its weight back first."""
+        if name in self._merged:
+            self.unmerge([name])
+        self._take(name)
+        del self._specs[name], self.scaling[name]
+
+    def move_adapter(self, old: str, new: str) -> None:
+        """Keep an adapter under another name."""
+        self._put(new, self._take(old))
+        self._specs[new] = replace(self._specs.pop(old), adapter=new)
+        self.scaling[new] = self.scaling.pop(old)
+        self.rename_merged(old, new)
+
+    def note_start(self, name: str, init: bool | str) -> None:
+        """Note that the factors of an adapter began, or went on, from another start."""
+        self._specs[name] = replace(self._specs[name], init=init)
+
+    def respecify(self, spec: LoraSpec) -> None:
+        """Let an adapter that is held here have another rank or strength on paper; its tensors stay."""
+        self._specs[spec.adapter] = spec
+        self.scaling[spec.adapter] = spec.scaling
+
+    def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Make these adapters the active ones.
+
+        An adapter that is merged and not among them is unmerged first, with a warning: the layer computes
+        the base plus the active adapters, always.
+        """
+        if self._merged and (left := [n for n in self._merged if n not in as_names(adapter_names)]):
+            warnings.warn(
+                f"unmerging {', '.join(map(repr, left))}: no longer active. Merge again after set_adapter "
+                "if wanted.",
+                VeneerWarning,
+                stacklevel=2,
+            )
+            self.unmerge(left)
+        super().set_adapter(adapter_names, inference_mode)
+
+    def adapters_changed(self) -> None:
+        """Note which branches a forward adds, and whether it may be fused."""
+        names = () if self._disabled else self._active
+        live = tuple([n for n in names if n in self._specs and n not in self._merged])
+        self.__dict__["_live"] = live
+        self.__dict__["fused"] = self.may_fuse()
+
+    def set_strength(self, adapter_name: str, factor: float) -> None:
+        """Set ``s`` of an adapter to ``factor`` times what its configuration says."""
+        if adapter_name in self._specs:
+            self.scaling[adapter_name] = factor * self._specs[adapter_name].scaling
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """The same as `set_strength`: PEFT's name, which diffusers calls."""
+        self.set_strength(adapter, scale)
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the strength of the active adapters."""
+        for name in self._active:
+            if name in self.scaling:
+                self.scaling[name] *= scale
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the strength of the active adapters, or set it back to the configured one."""
+        for name in self._active:
+            if name in self.scaling:
+                configured = self._specs[name].scaling
+                self.scaling[name] = configured if scale is None else self.scaling[name] / scale
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LoraLayer:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        first = next(iter(self._modules[self.factor_names[0]].parameters()), None)  # type: ignore[union-attr]
+        if first is not None:
+            self.scaling.move(first.device)
+        return self
+
+    def _where(self) -> str:
+        """What to call this layer in an error."""
+        return next(iter(self._specs.values())).path or type(self).__name__
+
+    # -- merging: see `veneer.merge` -------------------------------------------------------------------
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """The scaled update ``s·BA`` in the layout of the weight it is merged into."""
+        if adapter not in self._specs:
+            raise AdapterNameError(f"this layer has no adapter {adapter!r}; it has: {list(self._specs)}")
+        return merge.get_delta_weight(self, adapter)
+
+    def update_of(self, name: str) -> Update:
+        """What merging an adapter now would add; its own tensors, detached."""
+        a, b, bias = (None if t is None else t.detach() for t in self.update_factors(name))
+        extra = {key: tensor.detach() for key, tensor in self.extra(name).items()}
+        return Update(a, b, bias, extra, self.scaling[name], self._specs[name].variant)  # type: ignore[arg-type]
+
+    def refuses_merge(self, names: Sequence[str]) -> list[str]:
+        """Why merging these adapters would be wrong, whatever the storage; empty if it is right."""
+        base = self.get_base_layer()
+        parts = [self._modules[key][name] for key in self.factor_names for name in names]  # type: ignore[index]
+        whole = all(isinstance(part, Tensor) or Factor.is_plain(part) for part in parts)
+        if is_distributed(getattr(base, self.weight_name, None)) and not whole:
+            return [
+                "its factors are units of FSDP by themselves, which shows them where they are called alone: "
+                "shard whole adapted layers or blocks, or merge where the base is whole"
+            ]
+        reasons = []
+        unloaded = [repr(n) for n in names if any(p.is_meta for p in self.adapter_parameters(n))]
+        if unloaded and self.base_device().type != "meta":
+            reasons.append(f"the factors of {', '.join(unloaded)} were never loaded (low_cpu_mem_usage)")
+        refused = {self.variant(name).refuses_merge(self._specs[name]) for name in names}
+        reasons += sorted(reason for reason in refused if reason is not None)
+        if self.merged_for_good and not all(self.variant(name).additive for name in names):
+            reasons.append(merge.original_is_gone(self._merged))
+        biased = [repr(n) for n in names if self._specs[n].lora_bias]
+        if biased and getattr(base, "bias", None) is None:
+            reasons.append(
+                f"lora_bias of {', '.join(biased)} has no place to go: the base layer has no bias, and the "
+                "architecture would drop one. Keep the adapter unmerged"
+            )
+        elif biased and (reason := self.backend.refuses_to_write(base, "bias")) is not None:
+            reasons.append(reason)
+        return reasons

@@ -15,12 +15,11 @@ from torch.nn.modules.module import (
     _global_forward_pre_hooks,
 )
 
-from veneer import backends, variants
+from veneer import backends
 from veneer.layers.factor import RESIDUAL, Factor, stand_in
 from veneer.layers.layer import LoraLayer
 from veneer.ops import mixed_batch
-from veneer.ops.dropout import wants_plain_torch
-from veneer.ops.lora_linear import add_lora_, autocasts, few_rows, linear_of_few_rows, lora_linear
+from veneer.ops.lora_linear import add_lora_, autocasts, few_rows, lora_linear
 from veneer.routing import Routing, current
 
 _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -73,27 +72,42 @@ class LoraLinear(LoraLayer):
         a, b = self.operators(name)
         return b(a(x))
 
-    def refuses_merge(self, names: Sequence[str]) -> list[str]:
-        """Besides the common reasons: a subclass whose forward is something else than ``x Wᵀ + b``."""
-        plain = type(self.base_layer).forward is nn.Linear.forward
-        return [*super().refuses_merge(names), *([] if plain or self._multiplies(names) else [_NO_PRODUCT])]
+    def may_fuse(self) -> bool:
+        """One variant may have a say in the whole output; all others must be mere sums."""
+        if self._disabled:
+            return False
+        alone = [name for name in self._live if not self.variant(name).additive]
+        return not alone or (alone == [self._live[0]] and not self._merged)
 
-    @torch.no_grad()
-    def _multiplies(self, names: Sequence[str]) -> bool:
-        """Whether a dense base's forward, given A for its weight, computes ``x Aᵀ``."""
-        base = self.base_layer
-        kind = f"{type(base).__module__}.{type(base).__qualname__}"
-        if not names or kind in self.wraps:
-            return True
-        if self.backend.quantization is not None:
-            return True  # it has a forward of its own by nature
-        weight = base.weight
-        if self.transposed or type(weight) is not nn.Parameter or weight.dtype not in _FLOATS:
-            return True
-        a = self.factors(names[0])[0].detach()
-        x = torch.linspace(-1.0, 1.0, 2 * a.shape[1], device=a.device, dtype=a.dtype).view(2, -1)
-        given = type(base).forward(stand_in(base, {"weight": a, "bias": None}), x)
-        return torch.allclose(given, x @ a.t(), rtol=1e-2, atol=1e-2 * float(a.abs().max()))
+    def fused_step(self, x: Tensor) -> Tensor | None:
+        """Base and first branch in one step, then the other branches; None where the base is not plain.
+
+        Without branches it is the base's product, without the price of its call: merged, a layer costs what
+        its base costs.
+        """
+        base: Any = self._modules["base_layer"]
+        if not _is_plain(base):
+            return None
+        weight, bias = base._parameters["weight"], base._parameters["bias"]
+        if not self._live:
+            return nn.functional.linear(x, weight, bias)
+        first, *rest = self._live
+        factors = self._plain_factors(first)
+        if (
+            factors is None
+            or x.dtype != weight.dtype
+            or autocasts(x.device.type)
+            or not factors[0].device == x.device == weight.device
+        ):
+            return None
+        s, p = self.strength(first), self.dropout_of(first)
+        together = partial(lora_linear, x, weight, bias, *factors, s, p)
+        result = self.variant(first).whole(self, first, x, together, bias)
+        if result is None:
+            return None
+        for name in rest:
+            result = self.add_branch(name, x, result)
+        return result
 
     def _plain_factors(self, name: str) -> tuple[Tensor, Tensor, Tensor | None] | None:
         """`update_factors`, where the modules that hold them need not be called; else None."""
@@ -159,7 +173,7 @@ class LoraLinear(LoraLayer):
         terms = {}
         for name in names:
             factors = self._plain_factors(name)
-            if factors is None or not self._is_additive(name) or self.dropout_of(name):
+            if factors is None or not self.variant(name).additive or self.dropout_of(name):
                 return None
             a, b, bias = factors
             if bias is not None or not a.device == x.device == result.device:
@@ -196,76 +210,27 @@ class LoraLinear(LoraLayer):
             return super().add_slots(routing, x, result)
         return mixed_batch.by_slots(x, result, [(*terms[name], mine) for name, mine in slots])
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Base and first branch in one step where the base is a plain linear; else base, then branches."""
-        if (routing := current(self)) is not None:
-            return self._forward_rows(routing, x, *args, **kwargs)
-        live = self._live
-        if len(live) == 1 and not torch.is_grad_enabled() and not args and not kwargs:
-            result = self._of_few_rows(live[0], x)
-            if result is not None:
-                return result
-        base: Any = self._modules["base_layer"]  # not by its name: this is asked once for every token
-        plain = not args and not kwargs and _is_plain(base)
-        if not live and not self._disabled:
-            if not plain:
-                return base(x, *args, **kwargs)  # type: ignore[no-any-return]
-            # As the base would, without the price of its call: merged, a layer costs what it did before.
-            return nn.functional.linear(x, base._parameters["weight"], base._parameters["bias"])
-        if not live or not plain:
-            return super().forward(x, *args, **kwargs)
-        first, *rest = live
-        variant = variants.get(self._specs[first].variant)
-        factors, weight = self._plain_factors(first), base._parameters["weight"]
-        if (
-            factors is None
-            or (rest and not all(self._is_additive(name) for name in rest))
-            or (self._merged and not variant.additive)
-            or x.dtype != weight.dtype
-            or autocasts(x.device.type)
-            or not factors[0].device == x.device == weight.device
-        ):
-            return super().forward(x)
-        together = partial(self._together, first, x, *factors)
-        result = variant.whole(self, first, x, together, base._parameters["bias"])
-        if result is None:
-            return super().forward(x)
-        for name in rest:
-            result = self.add_branch(name, x, result)
-        return result
+    def refuses_merge(self, names: Sequence[str]) -> list[str]:
+        """Besides the common reasons: a subclass whose forward is something else than ``x Wᵀ + b``."""
+        plain = type(self.base_layer).forward is nn.Linear.forward
+        return [*super().refuses_merge(names), *([] if plain or self._multiplies(names) else [_NO_PRODUCT])]
 
-    def _of_few_rows(self, name: str, x: Tensor) -> Tensor | None:
-        """A decoding step by the shortest way; None where this is not a plain base with plain LoRA.
-
-        The questions that the general way asks would cost more than both products.
-        """
-        held: Any = self._modules
-        base, a, b = held["base_layer"], held["lora_A"]._modules[name], held["lora_B"]._modules[name]
-        if not (_is_plain(base) and Factor.is_plain(a) and Factor.is_plain(b) and self._is_additive(name)):
-            return None
-        weight, A, B = base._parameters["weight"], a._parameters.get("weight"), b._parameters.get("weight")
-        if (
-            A is None
-            or B is None
-            or RESIDUAL[0] in held
-            or x.dtype is not weight.dtype
-            or not few_rows(x)
-            or not (weight.is_cpu and A.is_cpu and B.is_cpu)
-            or wants_plain_torch(x, weight, A, B)
-            or autocasts("cpu")
-            or self.dropout_of(name)
-        ):
-            return None
-        return linear_of_few_rows(x, weight, base._parameters["bias"], A, B, b.bias, self.scaling[name])
-
-    def _is_additive(self, name: str) -> bool:
-        return variants.get(self._specs[name].variant).additive
-
-    def _together(self, name: str, x: Tensor, a: Tensor, b: Tensor, b_bias: Tensor | None) -> Tensor:
-        """``x Wᵀ + b + s · (dropout(x) Aᵀ Bᵀ + b_B)`` in one step, for a plain base."""
-        base: Any = self._modules["base_layer"]._parameters  # type: ignore[union-attr]
-        s, p = self.strength(name), self.dropout_of(name)
-        return lora_linear(x, base["weight"], base["bias"], a, b, b_bias, s, p)
+    @torch.no_grad()
+    def _multiplies(self, names: Sequence[str]) -> bool:
+        """Whether a dense base's forward, given A for its weight, computes ``x Aᵀ``."""
+        base = self.base_layer
+        kind = f"{type(base).__module__}.{type(base).__qualname__}"
+        if not names or kind in self.wraps:
+            return True
+        if self.backend.quantization is not None:
+            return True  # it has a forward of its own by nature
+        weight = base.weight
+        if self.transposed or type(weight) is not nn.Parameter or weight.dtype not in _FLOATS:
+            return True
+        a = self.factors(names[0])[0].detach()
+        x = torch.linspace(-1.0, 1.0, 2 * a.shape[1], device=a.device, dtype=a.dtype).view(2, -1)
+        given = type(base).forward(stand_in(base, {"weight": a, "bias": None}), x)
+        return torch.allclose(given, x @ a.t(), rtol=1e-2, atol=1e-2 * float(a.abs().max()))
 
 
 class LoraConv1D(LoraLinear):

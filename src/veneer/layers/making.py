@@ -15,6 +15,7 @@ from veneer.config import LoraConfig, unsupported_options
 from veneer.errors import AdapterNameError, ConfigError, Hint, TargetError, Text
 from veneer.layers.layer import LoraLayer, find
 from veneer.layers.refused import refusal
+from veneer.layers.start import initialise
 from veneer.spec import LoraSpec, resolve
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -156,7 +157,7 @@ def wrap(
     spec = with_variant_options(resolve(config, adapter_name, ""), config)
     if (reason := why_not(layer, spec)) is not None:
         raise TargetError(f"this {type(layer.base_layer).__name__} cannot be adapted as asked: ", reason)
-    start, dtype = layer.initialise(spec, draw_seed()), factor_dtype(layer, autocast_adapter_dtype)
+    start, dtype = initialise(layer, spec, draw_seed()), factor_dtype(layer, autocast_adapter_dtype)
     adapter = layer.prepared(spec, start, dtype=dtype, training=not config.inference_mode)
     backends.settle(layer.base_layer)
     for parameter in layer.base_layer.parameters():

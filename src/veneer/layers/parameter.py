@@ -159,7 +159,7 @@ class LoraParameter(LoraLayer):
         if routing is not None and not self._disabled and (reason := self.refuses_rows(routing.used)):
             raise RoutingError(reason)
         if self._disabled or routing is not None:
-            return self.before_merging().get(self.weight_name) if self._merged else None
+            return self.original_base()._parameters[self.weight_name] if self._merged else None
         if not self._live:
             return None
         weight = _fetched(self.get_base_layer(), self.weight_name)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from veneer.errors import Hint, TargetError, Text
-from veneer.inits import InitResult, find
+from veneer.inits import find
 from veneer.layers.embedding import LoraEmbedding
-from veneer.layers.factor import Mirror, Prepared, Undoing, stand_in
+from veneer.layers.factor import Mirror, stand_in
+from veneer.layers.layer import Prepared
 from veneer.layers.linear import LoraLinear
 from veneer.sharded import is_distributed
 from veneer.spec import LoraSpec
@@ -74,17 +75,6 @@ class LoraTiedHead(LoraLinear):
         """None: they are the embedding's."""
         return iter(())
 
-    def initialise(self, spec: LoraSpec, seed: int) -> InitResult:
-        """Nothing is drawn."""
-        return self.start_from(spec, {}, {})
-
-    def start_from(
-        self, spec: LoraSpec, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]
-    ) -> InitResult:
-        """Nothing is taken: a file's tensors for the head are those of the embedding once more."""
-        a, b = (torch.empty(shape, device="meta") for shape in self.shapes(self.base_layer, spec.r))
-        return InitResult(a, b)
-
     def move_adapter(self, old: str, new: str) -> None:
         """Keep an adapter under another name."""
         super().move_adapter(old, new)
@@ -120,27 +110,3 @@ class LoraTiedHead(LoraLinear):
         if not self._merged:
             return self.get_base_layer()
         return stand_in(self.base_layer, {"weight": self.tied_adapter.original_base().weight})  # type: ignore[dict-item]
-
-    def merge(
-        self,
-        safe_merge: bool = False,
-        adapter_names: Sequence[str] | None = None,
-        *,
-        undo: Undoing = "copy",
-    ) -> float:
-        """Merge into the embedding's weight, which is this one's."""
-        names = self._active if adapter_names is None else adapter_names
-        return self.tied_adapter.merge(safe_merge, names, undo=undo)
-
-    @property
-    def merged_for_good(self) -> bool:
-        """Whether the embedding's weight before merging was not kept."""
-        return self.tied_adapter.merged_for_good
-
-    def refuses_unmerge(self) -> str | None:
-        """Whatever stands in the embedding's way."""
-        return self.tied_adapter.refuses_unmerge()
-
-    def unmerge(self, adapter_names: Sequence[str] | None = None) -> None:
-        """Give the embedding its weight back, and so the head."""
-        self.tied_adapter.unmerge(adapter_names)

@@ -11,13 +11,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from veneer import backends
-from veneer.adapters import AdapterModule, as_names
-from veneer.errors import AdapterNameError, MergeError
-from veneer.layers.factor import Undo, Undoing, not_an_undo, stand_in
-from veneer.ops.merging import is_finite
-from veneer.rollback import Rollback
+from veneer.adapters import as_names
+from veneer.errors import AdapterNameError
+from veneer.layers.factor import stand_in
+from veneer.merge import Mergeable, Rows
 from veneer.routing import current
-from veneer.sharded import UNMERGEABLE, in_pieces, is_distributed
+from veneer.sharded import is_distributed
 
 
 class TokenRows(nn.Module):
@@ -33,6 +32,24 @@ class TokenRows(nn.Module):
         self.trainable_tokens_delta = nn.ParameterDict()
 
 
+class TokenIndex(nn.Module):
+    """The tokens of an adapter, which follow the module to another device and are not saved.
+
+    Args:
+        index: The tokens, (n,).
+    """
+
+    index: Tensor
+    ordered: Tensor
+    order: Tensor
+
+    def __init__(self, index: Tensor) -> None:
+        super().__init__()
+        ordered, order = index.sort()
+        for name, tensor in (("index", index), ("ordered", ordered), ("order", order)):
+            self.register_buffer(name, tensor, persistent=False)
+
+
 class PreparedRows(NamedTuple):
     """An adapter's rows of one embedding, ready to be stored.
 
@@ -43,11 +60,11 @@ class PreparedRows(NamedTuple):
     """
 
     indices: list[int]
-    index: Undo
+    index: TokenIndex
     delta: nn.Parameter | None
 
 
-class TrainableTokens(AdapterModule):
+class TrainableTokens(Mergeable):
     """An embedding some of whose rows are an adapter's own: ``y = D[k]`` where ``x = i_k``, else ``W[x]``.
 
     D (n, dim) holds the new rows themselves, not differences. A head that shares the embedding's weight
@@ -61,9 +78,6 @@ class TrainableTokens(AdapterModule):
         tied_to: For a head that follows: the embedding's wrapper.
     """
 
-    #: The tensor of the base that is adapted.
-    weight_name = "weight"
-
     def __init__(self, base_layer: nn.Module, tied_to: TrainableTokens | None = None) -> None:
         super().__init__()
         self.token_adapter = TokenRows(base_layer)
@@ -72,7 +86,6 @@ class TrainableTokens(AdapterModule):
         self.training = base_layer.training
         self.token_indices: dict[str, list[int]] = {}
         self._index = nn.ModuleDict()
-        self._undo = nn.ModuleDict()
         # In a list: a module among the attributes would be registered, and saved a second time.
         self._tied_to = [] if tied_to is None else [tied_to]
 
@@ -133,14 +146,9 @@ class TrainableTokens(AdapterModule):
         """The base, and the rows beside it."""
         return (("token_adapter", self.token_adapter),)
 
-    @property
-    def backend(self) -> backends.Backend:
-        """How the base's weight is stored."""
-        return backends.find(self.get_base_layer())
-
     def base_dtype(self) -> torch.dtype:
         """The type of the base's weight."""
-        return backends.find(self.get_base_layer()).dtype(self.get_base_layer())
+        return self.backend.dtype(self.get_base_layer())
 
     def start(self, indices: Sequence[int]) -> Tensor:
         """The base's rows at the indices."""
@@ -155,13 +163,10 @@ class TrainableTokens(AdapterModule):
     def prepared(self, indices: Sequence[int], rows: Tensor) -> PreparedRows:
         """Everything that `add_rows` has to make. Nothing is stored; `put_rows` does that."""
         index = torch.tensor(indices, device=rows.device)
-        ordered, order = index.sort()
         delta = None
         if self.tied_adapter is None:
             delta = nn.Parameter(rows.detach().clone(), requires_grad=False)
-        return PreparedRows(
-            list(indices), Undo({"ordered": ordered, "order": order, "index": index}, {}), delta
-        )
+        return PreparedRows(list(indices), TokenIndex(index), delta)
 
     def put_rows(self, name: str, rows: PreparedRows) -> None:
         """Store what `prepared` gave. It makes no tensor, so it does not fail for want of memory."""
@@ -179,14 +184,14 @@ class TrainableTokens(AdapterModule):
 
     def move_adapter(self, old: str, new: str) -> None:
         """Keep rows under another name."""
-        containers: list[Any] = [self._index, self._undo]
+        containers: list[Any] = [self._index]
         if self.tied_adapter is None:
             containers.append(self.token_adapter.trainable_tokens_delta)
         for container in containers:
-            if old in container:
-                container[new] = container[old]
-                del container[old]
+            container[new] = container[old]
+            del container[old]
         self.token_indices[new] = self.token_indices.pop(old)
+        self.rename_merged(old, new)
 
     def copying(self, old: str, new: str) -> Callable[[], None]:
         """A call that gives another adapter copies of an adapter's rows."""
@@ -224,7 +229,8 @@ class TrainableTokens(AdapterModule):
         names = as_names(adapter_names)
         if (reason := self.refuses_active(names)) is not None:
             raise AdapterNameError(reason)
-        self.unmerge([name for name in self.merged_adapters if name not in names])
+        if left := [name for name in self.merged_adapters if name not in names]:
+            self.unmerge(left)
         super().set_adapter(names, inference_mode=inference_mode)
 
     # -- forward -----------------------------------------------------------------------------------
@@ -256,12 +262,12 @@ class TrainableTokens(AdapterModule):
     def _placed(self, name: str, x: Tensor, result: Tensor) -> Tensor:
         """``result`` with the rows of one adapter in place."""
         base: Any = self.get_base_layer()
-        index = self._index[name].tensors()  # type: ignore[operator]
+        index: Any = self._index[name]
         rows = self.rows(name)
         if isinstance(base, nn.Linear):
-            bias = None if base.bias is None else base.bias[index["index"]]
-            return result.index_copy(-1, index["index"], F.linear(x, rows.to(x), bias).to(result))
-        ordered, order = index["ordered"], index["order"]
+            bias = None if base.bias is None else base.bias[index.index]
+            return result.index_copy(-1, index.index, F.linear(x, rows.to(x), bias).to(result))
+        ordered, order = index.ordered, index.order
         place = torch.searchsorted(ordered, x).clamp(max=len(ordered) - 1)
         hit = ordered[place] == x
         padding = base.padding_idx
@@ -277,7 +283,7 @@ class TrainableTokens(AdapterModule):
         """The weight as it counts now, for code that reads it: the base's, or a copy with the rows in it."""
         weight: Tensor = self.get_base_layer().weight  # type: ignore[assignment]
         for name in self._live:
-            index = self._index[name].tensors()["index"]  # type: ignore[operator]
+            index: Tensor = self._index[name].index  # type: ignore[assignment]
             weight = weight.index_copy(0, index, self.rows(name).to(weight))
         return weight
 
@@ -290,145 +296,27 @@ class TrainableTokens(AdapterModule):
                 raise
             return getattr(inner.base_layer, name)
 
-    # -- merging -----------------------------------------------------------------------------------
-
-    @property
-    def merged_adapters(self) -> list[str]:
-        """Names of the adapters whose rows are in the base weight now."""
-        return list((self.tied_adapter or self)._undo)
-
-    @property
-    def merged(self) -> bool:
-        """True while any adapter's rows are in the base weight."""
-        return bool(self.merged_adapters)
+    # -- merging: see `veneer.merge` -----------------------------------------------------------------
 
     def original_base(self) -> nn.Module:
         """The base as it is without any adapter, also while some are merged."""
-        base, owner = self.get_base_layer(), self.tied_adapter or self
-        if not owner._undo:
+        base, undo = self.get_base_layer(), self._owner._undo
+        if undo is None:
             return base
-        weight = backends.find(base).read(base)
-        for undo in owner._undo.values():
-            kept = undo.tensors()  # type: ignore[operator]
-            weight = weight.index_copy(0, kept["index"], kept["rows"])
-        return stand_in(base, {"weight": weight})
+        weight, kept = backends.find(base).read(base), undo.tensors()
+        return stand_in(base, {"weight": weight.index_copy(0, kept["places"], kept["rows"])})
 
     def refuses_merge(self, names: Sequence[str]) -> list[str]:
-        """Why merging these adapters would be wrong; empty if it is right."""
-        base = self.get_base_layer()
-        if in_pieces(base.weight):  # type: ignore[arg-type]
-            return [UNMERGEABLE]
-        if is_distributed(base.weight):
+        """Why merging these adapters would be wrong, whatever the storage; empty if it is right."""
+        if is_distributed(self.get_base_layer().weight):
             return ["its weight is sharded, and a row is in one piece of it: merge where the base is whole"]
-        reasons = [
-            backends.find(base).refuses_merge(base),
-            self._overlapping([*self.merged_adapters, *names]),
-        ]
-        return [reason for reason in reasons if reason is not None]
+        reason = self._overlapping([*self.merged_adapters, *names])
+        return [] if reason is None else [reason]
 
-    @property
-    def merged_for_good(self) -> bool:
-        """Never: the few rows that merging overwrites are always kept."""
-        return False
-
-    def refuses_undo(self, undo: Undoing) -> str | None:
-        """What is no way of undoing a merge."""
-        return not_an_undo(undo)
-
-    def refuses_unmerge(self) -> None:
-        """Nothing stands against that."""
-
-    def merge(
-        self,
-        safe_merge: bool = False,
-        adapter_names: Sequence[str] | None = None,
-        *,
-        undo: Undoing = "copy",
-    ) -> float:
-        """Write the rows into the base weight. A head that follows has nothing to write.
-
-        Raises:
-            MergeError: If that would be wrong. Nothing has changed then.
-        """
-        names = self.to_merge(self._active if adapter_names is None else as_names(adapter_names))
-        if self.tied_adapter is not None or not names:
-            return 1.0
-        if reasons := self.refuses_merge(names):
-            raise MergeError("; ".join(reasons))
-        updates = {name: self.update_of(name) for name in names}
-        if (reason := self.refuses_values(updates, safe_merge)) is not None:
-            raise MergeError(reason)
-        with Rollback() as back:
-            return self.merge_updates(updates, undo, back)
-
-    def to_merge(self, names: Sequence[str]) -> list[str]:
-        """Those of the adapters that are held here and not merged yet."""
-        return [n for n in names if n in self.token_indices and n not in self.merged_adapters]
-
-    def update_of(self, name: str) -> Tensor:
+    def update_of(self, name: str) -> Rows:
         """What merging an adapter now would write: its rows, detached."""
-        return self.rows(name).detach()
-
-    def merged_updates(self) -> dict[str, Tensor]:
-        """The rows that were merged, as they are in the weight now, by adapter name."""
-        weight = backends.find(self.get_base_layer()).read(self.get_base_layer())
-        return {name: weight[self._index_of(name)] for name in self.merged_adapters}
-
-    def keeps_old(self, undo: Undoing) -> bool:
-        """Whether what puts a merge back costs no memory beside what is kept anyway."""
-        return True
-
-    def refuses_values(self, updates: Mapping[str, Tensor], safe_merge: bool) -> str | None:
-        """Why the merged rows would not be finite, or None."""
-        dtype = self.base_dtype()
-        broken = [repr(name) for name, rows in updates.items() if not is_finite(rows.to(dtype))]
-        return f"the rows of {', '.join(broken)} would be NaN or infinite in {dtype}" if broken else None
-
-    @torch.no_grad()
-    def merge_updates(self, updates: Mapping[str, Tensor], keep: Undoing, back: Rollback) -> float:
-        """Merge rows, for a caller that has asked all that `refuses_…`.
-
-        Args:
-            updates: Rows by the names of their adapters, none of which is merged.
-            keep: As ``undo`` of `merge`.
-            back: Is given what puts this layer back.
-
-        Returns:
-            The share of the update that was kept: all of it.
-        """
-        base = self.get_base_layer()
-        back.hold(self._undo, base)
-        for name, rows in updates.items():
-            weight, index = backends.find(base).read(base), self._index_of(name)
-            old = weight[index].clone()
-            back.on_failure(self._write, index, old)
-            self._undo[name] = Undo({"index": index.clone(), "rows": old}, {})
-            self._write(index, rows)
-        return 1.0
-
-    def _index_of(self, name: str) -> Tensor:
-        index: Tensor = self._index[name].tensors()["index"]  # type: ignore[operator]
-        return index
-
-    @torch.no_grad()
-    def _write(self, index: Tensor, rows: Tensor) -> None:
-        base = self.get_base_layer()
-        backend = backends.find(base)
-        weight = backend.read(base)
-        if backend.writable_in_place(base):
-            weight.index_copy_(0, index, rows.to(weight))
-        else:
-            backend.write(base, weight.index_copy(0, index, rows.to(weight)))
-
-    def unmerge(self, adapter_names: Sequence[str] | None = None) -> None:
-        """Give the rows of the base weight back, bit for bit."""
-        if self.tied_adapter is not None:
-            return
-        for name in self.merged_adapters if adapter_names is None else as_names(adapter_names):
-            if name in self._undo:
-                kept = self._undo[name].tensors()  # type: ignore[operator]
-                self._write(kept["index"], kept["rows"])
-                del self._undo[name]
+        index: Tensor = self._index[name].index  # type: ignore[assignment]
+        return Rows(index, self.rows(name).detach())
 
 
 def indices_by_module(

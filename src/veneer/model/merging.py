@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import math
-import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 
-from veneer.adapters import adapter_modules, as_names, walk
-from veneer.errors import Hint, MergeError, Text, VeneerWarning
+from veneer.adapters import as_names
+from veneer.errors import MergeError, VeneerWarning
 from veneer.inject import eject
 from veneer.inject.embeddings import embedding_of
-from veneer.layers import LoraLayer
-from veneer.layers.factor import Undoing, not_an_undo
 from veneer.layers.modules_to_save import ModulesToSaveWrapper
-from veneer.layers.trainable_tokens import TrainableTokens
+from veneer.merge import Undoing, merge_all
 from veneer.model.dequantising import dequantise, forget_quantisation
-from veneer.model.verbs import AdapterVerbs, Mergeable
-from veneer.ops.merging import shared_buffers
+from veneer.model.verbs import AdapterVerbs
 from veneer.rollback import Rollback
 from veneer.sharded import settle
 
@@ -128,51 +123,26 @@ class MergeVerbs(AdapterVerbs):
         progressbar: bool = False,
     ) -> MergeReport:
         """Ask everything that can be known, then write; ``back`` is given what takes it back."""
-        if (reason := not_an_undo(undo)) is not None:
-            raise MergeError(reason)
         names = self.active_adapters if adapter_names is None else as_names(adapter_names)
         self.index.check(names, known=self.peft_config)
         self.mention_unmeasured(names)
         settle(self)
-        chosen: dict[str, tuple[Mergeable, dict[str, Any]]] = {}
+        layers = self.mergeable()
+        kept = merge_all(
+            self.model,
+            layers,
+            names,
+            back,
+            safe_merge=safe_merge,
+            untie=untie,
+            undo=undo,
+            progressbar=progressbar,
+        )
+        requantised = tuple(path for path in kept if layers[path].backend.quantization is not None)
         before = {} if self.merge_report is None else self.merge_report.kept
-        kept: dict[str, float] = {}
-        for path, layer in self.mergeable().items():
-            if layer.tied_adapter is not None:
-                continue
-            if wanted := layer.to_merge(names):
-                chosen[path] = layer, {name: layer.update_of(name) for name in wanted}
-            elif layer.merged and path in before:
-                kept[path] = before[path]
-        shared = shared_weights(self.model, {path: layer for path, (layer, _) in chosen.items()})
-        reasons = _refusals(chosen, safe_merge, undo)
-        if shared and not untie:
-            reasons += [
-                Text(
-                    f"{path}: its weight is also the weight of {', '.join(others)}, which would change with "
-                    "it. ",
-                    Hint("untie", True),
-                    " gives it a weight of its own",
-                )
-                for path, others in shared.items()
-            ]
-        if reasons:
-            raise MergeError("these layers cannot be merged:\n  - ", Text.join("\n  - ", reasons))
-        self._untie([chosen[path][0] for path in shared], back)
-        with shared_buffers():
-            return _write(chosen, undo, back, kept, progressbar)
-
-    def _untie(self, layers: Sequence[Mergeable], back: Rollback) -> None:
-        """Give layers weights of their own."""
-        for layer in layers:
-            base, name = layer.get_base_layer(), layer.weight_name
-            back.hold(base)
-            weight: nn.Parameter = getattr(base, name)
-            setattr(base, name, nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad))
-        config = getattr(self.model, "config", None)
-        if layers and getattr(config, "tie_word_embeddings", False):
-            back.hold(config)
-            config.tie_word_embeddings = False  # type: ignore[union-attr]
+        merged = [path for path, layer in layers.items() if layer.merged and layer.tied_adapter is None]
+        kept = {path: before[path] for path in merged if path in before} | kept
+        return MergeReport(kept, requantised)
 
     def merge_and_unload(
         self,
@@ -274,42 +244,6 @@ class MergeVerbs(AdapterVerbs):
         return self.model
 
 
-def _refusals(
-    chosen: Mapping[str, tuple[Mergeable, dict[str, Any]]], safe_merge: bool, undo: Undoing
-) -> list[Text]:
-    """Why layers cannot be merged, with their paths."""
-    reasons = []
-    for path, (layer, updates) in chosen.items():
-        own = [*layer.refuses_merge(list(updates)), layer.refuses_undo(undo)]
-        if not any(own):  # else there may be no values to look at
-            own.append(layer.refuses_values(updates, safe_merge))
-        reasons += [Text(f"{path}: {reason}") for reason in own if reason is not None]
-    return reasons
-
-
-def _write(
-    chosen: Mapping[str, tuple[Mergeable, dict[str, Any]]],
-    undo: Undoing,
-    back: Rollback,
-    kept: dict[str, float],
-    progressbar: bool,
-) -> MergeReport:
-    """Merge into all layers. Those whose weight is not kept anyway are merged for good, one by one."""
-    try:
-        for number, (path, (layer, updates)) in enumerate(chosen.items(), 1):
-            if progressbar:
-                print(f"\rmerging {number}/{len(chosen)}", end="", file=sys.stderr, flush=True)
-            with Rollback() as own:
-                kept[path] = layer.merge_updates(updates, undo, own)
-                if layer.keeps_old(undo):
-                    back.take_over(own)
-    finally:
-        if progressbar:
-            print(file=sys.stderr)
-    requantised = [p for p, (layer, _) in chosen.items() if layer.backend.quantization is not None]
-    return MergeReport(kept, tuple(requantised))
-
-
 def _mention(report: MergeReport, stacklevel: int) -> None:
     """Warn of what merging lost."""
     if lost := report.undefined:
@@ -348,37 +282,3 @@ def _note_untied(model: nn.Module) -> None:
     for part in (config, text):
         if part is not None and getattr(part, "tie_word_embeddings", False):
             part.tie_word_embeddings = False
-
-
-def shared_weights(model: nn.Module, layers: Mapping[str, Mergeable]) -> dict[str, list[str]]:
-    """Adapted layers whose base weight is another module's weight too, with those modules' paths."""
-    users: dict[Any, dict[int, str]] = {}
-    # A module that stands in several places is one module: its weight is its own.
-    for place, module in walk(model):
-        for parameter in (p for p in module._parameters.values() if p is not None):
-            place = place.removesuffix(".base_layer").removesuffix(".token_adapter")
-            users.setdefault(_storage(parameter), {}).setdefault(id(module), place)
-    followers = {
-        id(m.get_base_layer()): m.tied_adapter
-        for m in adapter_modules(model)
-        if isinstance(m, LoraLayer | TrainableTokens) and m.tied_adapter is not None
-    }
-    found = {}
-    for path, layer in layers.items():
-        base = layer.get_base_layer()
-        weight = base._parameters.get(layer.weight_name)
-        if weight is None or id(base) in followers:
-            continue
-        sharing = users.get(_storage(weight), {})
-        others = [p for i, p in sharing.items() if i != id(base) and followers.get(i) is not layer]
-        if others:
-            found[path] = others
-    return found
-
-
-def _storage(parameter: nn.Parameter) -> Any:
-    """Where the values lie; the parameter itself without values, and for a tensor made of others."""
-    if parameter.is_meta or parameter.numel() == 0 or hasattr(parameter, "__tensor_flatten__"):
-        return id(parameter)
-    address = parameter.untyped_storage().data_ptr()
-    return (address, parameter.storage_offset()) if address else id(parameter)

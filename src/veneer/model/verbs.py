@@ -7,7 +7,7 @@ import logging
 import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,16 +26,12 @@ from veneer.errors import (
 )
 from veneer.inject import Injection, bias_parameters, prepare
 from veneer.layers import LoraLayer
-from veneer.layers.factor import Undoing
 from veneer.layers.making import draw_seed
-from veneer.layers.trainable_tokens import TrainableTokens
+from veneer.merge import Mergeable, merge_updates, unmerge_all
 from veneer.rollback import Rollback
 from veneer.routing import BASE
 from veneer.sharded import settle
 from veneer.spec import resolve
-
-#: What is merged into base weights.
-Mergeable: TypeAlias = LoraLayer | TrainableTokens
 
 logger = logging.getLogger("veneer")
 
@@ -104,8 +100,7 @@ class AdapterVerbs(nn.Module):
 
     def mergeable(self) -> dict[str, Mergeable]:
         """The modules whose adapters go into the base weights, by their path in the base model."""
-        kinds = (LoraLayer, TrainableTokens)
-        return {path: m for path, m in walk(self.model) if isinstance(m, kinds)}
+        return {path: m for path, m in walk(self.model) if isinstance(m, Mergeable)}
 
     def inject(
         self,
@@ -299,21 +294,21 @@ class AdapterVerbs(nn.Module):
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter. If it was active, it leaves nothing active in its place."""
         self.index.check([adapter_name], known=self.peft_config)
-        merged: dict[Mergeable, tuple[dict[str, Any], Undoing]] = {}
+        merged: dict[Mergeable, dict[str, Any]] = {}
         if self.peft_config[adapter_name].bias != "none":
             # What is merged may have a bias among it, so it is taken out before biases are given back.
             for layer in self.mergeable().values():
-                if layer.merged:
-                    merged[layer] = (dict(layer.merged_updates()), None if layer.merged_for_good else "copy")
+                if layer._undo is not None:
+                    merged[layer] = dict(layer._undo.updates)
             self.unmerge_adapter()
             self._restore_biases()
         was_active = adapter_name in self.active_adapters
         self.index.delete(adapter_name)
         with Rollback() as back:
-            for layer, (updates, undo) in merged.items():
+            for layer, updates in merged.items():
                 updates.pop(adapter_name, None)
                 if updates:
-                    layer.merge_updates(updates, undo, back)
+                    merge_updates(layer, updates, "copy", back)
         del self.peft_config[adapter_name]
         if was_active and not self.active_adapters:
             rest = ", ".join(map(repr, self.peft_config)) or "none is left"
@@ -367,12 +362,7 @@ class AdapterVerbs(nn.Module):
             MergeError: Naming every layer whose weight cannot be had back. Nothing has changed then.
         """
         settle(self)
-        layers = self.mergeable()
-        found = [(path, layer.refuses_unmerge()) for path, layer in layers.items()]
-        if reasons := [f"{path}: {reason}" for path, reason in found if reason is not None]:
-            raise MergeError("these layers cannot be unmerged:\n" + "\n".join(f"  - {r}" for r in reasons))
-        for layer in layers.values():
-            layer.unmerge()
+        unmerge_all(self.mergeable())
 
 
 def mention_biases(configs: Mapping[str, LoraConfig], stacklevel: int = 3) -> None:

@@ -15,6 +15,7 @@ from veneer.backends import Backend
 from veneer.errors import ConfigError, TargetError
 from veneer.inits import Init
 from veneer.layers import LoraLayer
+from veneer.merge import refuses_merge
 from veneer.testing.laws import LAWS
 from veneer.testing.made import LayerCase, Made
 from veneer.variants import Variant
@@ -103,7 +104,7 @@ def _try_all(made: Made, first: bool, report: Report) -> None:
     except (TargetError, ConfigError) as error:
         report.refused[name] = str(error)
         return
-    mergeable = not made.case.unmergeable and not layer.refuses_merge(["default"])
+    mergeable = not made.case.unmergeable and not refuses_merge(layer, ["default"])
     for law in LAWS:
         if (law.once and not first) or (law.mergeable and not mergeable):
             continue

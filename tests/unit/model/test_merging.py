@@ -16,9 +16,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from tests.laws.snapshots import Snapshot
 from tests.storages import eight_bits, four_bits, torchao
 from tests.tolerances import assert_close
-from veneer import LoraConfig, MergeError, PeftModel, VeneerWarning, get_peft_model
+from veneer import LoraConfig, MergeError, PeftModel, VeneerWarning, get_peft_model, merge
 from veneer.layers import LoraLayer
-from veneer.layers.merging import Mergeable
 from veneer.layers.trainable_tokens import TrainableTokens
 from veneer.model.merging import MergeReport
 
@@ -142,24 +141,18 @@ def test_what_was_kept_of_layers_that_are_merged_already_stands_in_the_next_repo
 @contextmanager
 def stopping(patch: pytest.MonkeyPatch, after: int, error: BaseException) -> Iterator[None]:
     """Layers after so many stop in the middle of being written."""
-    done = 0
+    done, write = 0, merge.merge_updates
 
-    def broken(kind: type[Any]) -> None:
-        merge = kind.merge_updates
-
-        def merge_updates(self: Any, updates: Any, undo: Any, back: Any) -> float:
-            nonlocal done
-            kept = merge(self, updates, undo, back)
-            done += 1
-            if done > after:
-                raise error
-            return kept
-
-        context.setattr(kind, "merge_updates", merge_updates)
+    def merge_updates(*args: Any) -> float:
+        nonlocal done
+        kept = write(*args)
+        done += 1
+        if done > after:
+            raise error
+        return kept
 
     with patch.context() as context:
-        broken(Mergeable)
-        broken(TrainableTokens)
+        context.setattr(merge, "merge_updates", merge_updates)
         yield
 
 

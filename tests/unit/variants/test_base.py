@@ -18,6 +18,7 @@ from veneer.adapters import AdapterSet
 from veneer.config import support
 from veneer.errors import ConfigError, LoadMismatchError
 from veneer.layers import Factor, LoraLayer, wrap
+from veneer.layers.start import start_from, tensor_shapes
 from veneer.state_dict import set_adapter_state_dict
 from veneer.variants import Branch, ParameterRequest, Variant, registry
 
@@ -128,7 +129,7 @@ def test_absent_ones_start_anew_where_that_is_allowed(tmp_path: Path) -> None:
         if ".q." in key and "gate" not in key
     }
     spec = layer.specs["default"]
-    start = layer.start_from(spec, own, layer.tensor_shapes(spec))
+    start = start_from(layer, spec, own, tensor_shapes(layer, spec))
     assert torch.equal(start.extra["lora_gate"], torch.full((5,), 3.0))
     assert torch.equal(start.extra["lora_shift"], own["lora_shift"])
 

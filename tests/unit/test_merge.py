@@ -165,7 +165,7 @@ def test_after_a_merge_for_good_another_is_added_and_the_original_is_refused() -
     made.merge(adapter_names=["b"], undo=None)
     assert_close(made(x), expected)
     made.enable_adapters(False)
-    for ask in (lambda: made(x), made.original_base, made.matrix, made.before_merging):
+    for ask in (lambda: made(x), made.original_base, made.matrix):
         with pytest.raises(MergeError, match="load the base again"):
             ask()
 
@@ -180,7 +180,7 @@ def stop_half_way(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None
         weight[:2] = 7.0
         raise error
 
-    monkeypatch.setattr("veneer.layers.merging.merge_into_", broken)
+    monkeypatch.setattr("veneer.merge.merge_into_", broken)
 
 
 def copies(made: LoraLayer) -> dict[str, torch.Tensor]:

@@ -1,0 +1,716 @@
+"""Merging adapters into base weights, and taking them out again bit for bit.
+
+Of one module (`merge`, `unmerge`) or of all modules of a model (`merge_all`, `unmerge_all`), all or none:
+whatever can be known is refused before anything is written (`refusals`), and what is written is under a
+`Rollback`. Nothing else writes base weights.
+
+`unmerge` puts a copy back; it does not subtract. Beside the copy (`Undo`) are the updates that were merged:
+what is merged stays as it was merged, whatever becomes of its factors and its strength.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Collection, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from veneer import backends, variants
+from veneer.adapters import AdapterModule, adapter_modules, as_names, begin, walk
+from veneer.backends import Backend
+from veneer.errors import Hint, MergeError, Text
+from veneer.ops.merging import (
+    SMALL,
+    Term,
+    check_merge,
+    is_finite,
+    kept_share,
+    merge_dense,
+    merge_into_,
+    shared_buffers,
+    written_at_once,
+)
+from veneer.rollback import Rollback
+from veneer.sharded import UNMERGEABLE, gathered, in_pieces
+
+#: What a merge keeps so that it can be undone: a copy of the weight, or nothing.
+Undoing: TypeAlias = Literal["copy"] | None
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+
+class Update(NamedTuple):
+    """What merging an adapter adds to a weight: ``s·BA``, or what its variant makes of that.
+
+    Attributes:
+        a: A, as stored.
+        b: B, as stored.
+        bias: The bias of B, or None.
+        extra: What the variant has beside them.
+        scaling: s.
+        variant: Name of the variant.
+    """
+
+    a: Tensor
+    b: Tensor
+    bias: Tensor | None
+    extra: Mapping[str, Tensor]
+    scaling: float
+    variant: str
+
+    def size(self) -> float:
+        """A bound for its elements; infinite or undefined where one of them may be."""
+        return abs(self.scaling) * math.prod(
+            float(torch.linalg.vector_norm(gathered(factor).float())) for factor in (self.a, self.b)
+        )
+
+    def is_finite(self, size: float) -> bool:
+        """Whether all of it is, given its `size`."""
+        tensors = [*self.extra.values(), *(() if self.bias is None else (self.bias,))]
+        if not math.isfinite(size):  # finite factors may have a norm that is not
+            tensors += [self.a, self.b]
+        return math.isfinite(self.scaling) and all(is_finite(gathered(tensor)) for tensor in tensors)
+
+    def copied(self) -> Update:
+        """The same with tensors of its own."""
+        bias = None if self.bias is None else self.bias.clone()
+        extra = {key: tensor.clone() for key, tensor in self.extra.items()}
+        return self._replace(a=self.a.clone(), b=self.b.clone(), bias=bias, extra=extra)
+
+
+class Rows(NamedTuple):
+    """What merging an adapter's tokens writes: rows that take the place of a weight's.
+
+    Attributes:
+        places: Which rows, (n,).
+        rows: The new ones, (n, dim).
+        bias: None; an `Update` may have one.
+    """
+
+    places: Tensor
+    rows: Tensor
+    bias: None = None
+
+    def copied(self) -> Rows:
+        """The same with tensors of its own."""
+        return Rows(self.places.clone(), self.rows.clone())
+
+
+class Undo(nn.Module):
+    """The base's tensors as they were before merging, and what was merged.
+
+    The tensors are buffers that are not saved: they follow the layer to another device or dtype, into a
+    deepcopy and a pickle, and stay out of every state dict.
+
+    Attributes:
+        attributes: Attributes of the base that merging changed.
+        coded: The tensors are as a quantised storage keeps them, and not the weight itself.
+        updates: What was merged, by adapter name, in the types that it had.
+    """
+
+    attributes: Mapping[str, Any]
+    coded: bool
+    updates: Mapping[str, Update | Rows]
+
+    def __init__(self) -> None:
+        begin(self)  # past `nn.Module.__setattr__`, which is slow: a merged model has hundreds of these
+        self.__dict__.update(attributes=_NOTHING, coded=False, updates={})
+
+    def keep(self, **tensors: Tensor) -> None:
+        """Keep tensors by their names on the base."""
+        self._buffers.update(tensors)
+        self._non_persistent_buffers_set.update(tensors)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors by their names on the base; ``places`` and ``rows`` where only rows are kept."""
+        return {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+
+
+class Mergeable(AdapterModule):
+    """A module whose adapters can be merged into the weight of its base.
+
+    One that has a `tied_adapter` shares that module's weight and factors: merging goes to it.
+    """
+
+    #: The tensor of the base that is adapted.
+    weight_name: str = "weight"
+    _merged: list[str]
+    _undo: Undo | None
+
+    def __init__(self, **state: Any) -> None:
+        super().__init__(_merged=[], **state)
+        self._modules["_undo"] = None  # a place from the start, as compiled code looks for it
+
+    # -- what a subclass says --------------------------------------------------------------------------
+
+    def get_base_layer(self) -> nn.Module:
+        """The adapted module itself."""
+        raise NotImplementedError
+
+    def update_of(self, name: str) -> Update | Rows:
+        """What merging an adapter now would write: its own tensors, detached."""
+        raise NotImplementedError
+
+    def refuses_merge(self, names: Sequence[str]) -> list[str]:
+        """Why merging these adapters would be wrong, besides what the storage of the weight says."""
+        return []
+
+    # -- what is merged --------------------------------------------------------------------------------
+
+    @property
+    def backend(self) -> Backend:
+        """How the adapted tensor of the base is stored."""
+        return backends.find(self.get_base_layer(), self.weight_name)
+
+    @property
+    def _owner(self) -> Mergeable:
+        """The module whose weight is written."""
+        owner = self.tied_adapter or self
+        assert isinstance(owner, Mergeable)
+        return owner
+
+    @property
+    def merged_adapters(self) -> list[str]:
+        """Names of the adapters that are merged into the base weight now."""
+        held = self.held_adapters
+        return [name for name in self._owner._merged if name in held]
+
+    @property
+    def merged(self) -> bool:
+        """True while any adapter is merged into the base weight."""
+        return bool(self.merged_adapters)
+
+    def rename_merged(self, old: str, new: str) -> None:
+        """Call what is merged by another name."""
+        self._merged = [new if name == old else name for name in self._merged]
+        if (kept := self._undo) is not None:
+            kept.updates = {new if name == old else name: u for name, u in kept.updates.items()}
+
+    @property
+    def merged_for_good(self) -> bool:
+        """Whether adapters are merged whose weight before merging was not kept."""
+        return self.merged and self._owner._modules["_undo"] is None
+
+    def merge(
+        self,
+        safe_merge: bool = False,
+        adapter_names: Sequence[str] | None = None,
+        *,
+        undo: Undoing = "copy",
+    ) -> float:
+        """Add adapters into the base weight: see `veneer.merge.merge`."""
+        return merge(self, safe_merge, adapter_names, undo=undo)
+
+    def unmerge(self, adapter_names: Sequence[str] | None = None) -> None:
+        """Give the base weight back, bit for bit: see `veneer.merge.unmerge`."""
+        unmerge(self, adapter_names)
+
+
+# -- one module ----------------------------------------------------------------------------------------
+
+
+def merge(
+    layer: Mergeable,
+    safe_merge: bool = False,
+    adapter_names: Sequence[str] | None = None,
+    *,
+    undo: Undoing = "copy",
+) -> float:
+    """Add adapters of one module into its base weight: ``W ← W + Σ s·BA``, rounded once from float32.
+
+    What is merged already stays as it was merged, whatever became of its factors and its strength.
+
+    Args:
+        layer: The module.
+        safe_merge: Refuse a base too that is not finite. An update that is not, or that would leave the range
+            of the weight's type, is refused in any case.
+        adapter_names: The adapters; None means the active ones. Those merged already, or not held here, are
+            passed over.
+        undo: What to keep for `unmerge`: "copy", the weight; None, nothing more than there is already.
+
+    Returns:
+        The share of the update that survived rounding to the weight's type, in [0, 1]. Where the weight is
+        quantised again, below 0 if that changes it by more than the update does. NaN where the base is not
+        finite.
+
+    Raises:
+        MergeError: If merging would give a wrong weight. Nothing has changed then.
+    """
+    names = layer.active_adapters if adapter_names is None else as_names(adapter_names)
+    layer = layer._owner
+    updates = updates_of(layer, names)
+    if not updates:
+        return 1.0
+    if reasons := [*_no_undo(undo), *refusals(layer, updates, safe_merge, undo)]:
+        raise MergeError("; ".join(reasons))
+    with Rollback() as back:
+        return merge_updates(layer, updates, undo, back)
+
+
+def updates_of(layer: Mergeable, names: Sequence[str]) -> dict[str, Update | Rows]:
+    """What merging those of the adapters would write that are held by the module and not merged yet."""
+    held = layer.held_adapters
+    return {n: layer.update_of(n) for n in names if n in held and n not in layer._merged}
+
+
+def refuses_merge(layer: Mergeable, names: Sequence[str]) -> list[str]:
+    """Why merging these adapters of a module would be wrong, whatever their values; empty if it is right."""
+    base, name = layer.get_base_layer(), layer.weight_name
+    weight = getattr(base, name, None)
+    if isinstance(weight, Tensor) and in_pieces(weight):
+        return [UNMERGEABLE]
+    reasons = []
+    if isinstance(weight, Tensor) and weight.is_meta and layer.base_device().type == "meta":
+        reasons.append("the base weight is on the meta device: it has no values to merge into")
+    if (reason := layer.backend.refuses_to_write(base, name)) is not None:
+        reasons.append(reason)
+    return [*reasons, *layer.refuses_merge(names)]
+
+
+def refusals(
+    layer: Mergeable, updates: Mapping[str, Update | Rows], safe_merge: bool, undo: Undoing
+) -> list[str]:
+    """Everything that can be known to stand against merging updates into a module."""
+    reasons = refuses_merge(layer, list(updates))
+    if undo is not None and layer.merged_for_good:
+        reasons.append(original_is_gone(layer._merged))
+    if not reasons and (reason := _not_finite(layer, updates, safe_merge)) is not None:
+        reasons.append(reason)  # asked last: there may be no values to look at
+    return reasons
+
+
+def original_is_gone(merged: Sequence[str]) -> str:
+    """Why a weight cannot be had as it was before these adapters were merged."""
+    return (
+        f"{', '.join(map(repr, merged))} was merged without an undo (merge_and_unload, or undo=None), so the "
+        "weight before that is gone: load the base again"
+    )
+
+
+def _no_undo(undo: object) -> list[str]:
+    """Why that is no way of undoing a merge."""
+    if undo in ("copy", None):
+        return []
+    gone = (
+        "it was removed, since it saved one byte a weight for twice the time: " if undo == "residual" else ""
+    )
+    return [f"undo={undo!r} does not exist; {gone}use undo='copy'"]
+
+
+@torch.no_grad()
+def merge_updates(
+    layer: Mergeable, updates: Mapping[str, Update | Rows], undo: Undoing, back: Rollback
+) -> float:
+    """Merge updates that nothing was found against (`refusals`).
+
+    Args:
+        layer: The module.
+        updates: By the names of their adapters, none of which is merged.
+        undo: As of `merge`.
+        back: Is given what puts the module back. Where that takes memory of its own (see `_keeps_old`), it
+            ends before another module is merged.
+
+    Returns:
+        As of `merge`.
+    """
+    base, backend, kept_before = layer.get_base_layer(), layer.backend, layer._undo
+    biased = any(update.bias is not None for update in updates.values())
+    rows = any(isinstance(update, Rows) for update in updates.values())
+    merged, every = [*layer._merged, *updates], list(updates.values())
+    keeps = undo is not None or rows or kept_before is not None
+    weight = None if keeps or biased else _written_at_once(layer, every)
+    back.on_failure(_note_merged, layer, merged, weight, 0 if weight is None else weight._version)
+    back.hold(layer, base)
+    kept = kept_before or (Undo() if keeps else None)
+    if kept_before is not None:
+        back.hold(kept_before)
+        if rows:
+            back.on_failure(_write, layer, list(kept_before.updates.values()))
+        else:
+            back.hold_values(backend, base, layer.weight_name)
+    elif kept is None and weight is None:
+        back.hold_values(backend, base, layer.weight_name, briefly=True)
+    if biased:
+        back.hold_values(backend, base, "bias")
+    if kept is not None:
+        if kept.updates:
+            _restore(layer, kept)
+            every = [*kept.updates.values(), *every]
+        _keep(layer, kept, every)
+        if kept_before is None or rows:
+            back.on_failure(_restore, layer, kept)
+        kept.updates = {**kept.updates, **{name: update.copied() for name, update in updates.items()}}
+    share = _write(layer, every)
+    layer._undo = kept
+    layer._merged = merged
+    layer.adapters_changed()
+    return share
+
+
+@torch.no_grad()
+def unmerge(layer: Mergeable, adapter_names: Sequence[str] | None = None) -> None:
+    """Give the base weight of one module back, bit for bit, whatever happened to the factors meanwhile.
+
+    Adapters that stay merged stay as they were merged.
+
+    Args:
+        layer: The module.
+        adapter_names: The adapters to take out; None means all that are merged.
+
+    Raises:
+        MergeError: If the weight was merged without keeping an undo. Nothing has changed then.
+    """
+    layer = layer._owner
+    out = layer._merged if adapter_names is None else as_names(adapter_names)
+    if not any(name in layer._merged for name in out):
+        return
+    if (kept := layer._undo) is None:
+        raise MergeError(original_is_gone(layer._merged))
+    rest = {name: update for name, update in kept.updates.items() if name not in out}
+    base, backend = layer.get_base_layer(), layer.backend
+    with Rollback() as back:
+        back.on_failure(layer.adapters_changed)
+        back.hold(layer, base, kept)
+        if "rows" in kept.tensors():
+            back.on_failure(_write, layer, list(kept.updates.values()))
+        elif rest:
+            back.hold_values(backend, base, layer.weight_name)
+            if "bias" in kept.tensors():
+                back.hold_values(backend, base, "bias")
+        _restore(layer, kept)
+        layer._merged = list(rest)
+        kept.updates = rest
+        if rest:
+            if (reason := _not_finite(layer, {}, False)) is not None:
+                raise MergeError(f"without {', '.join(map(repr, out))}, {reason}")
+            _keep(layer, kept, list(rest.values()))
+            _write(layer, list(rest.values()))
+        else:
+            layer._undo = None
+        layer.adapters_changed()
+
+
+def get_delta_weight(layer: Any, adapter: str) -> Tensor:
+    """The scaled update ``s·BA`` of a low-ranked layer, in the layout of the weight it is merged into."""
+    base, name = layer.geometry(), layer.weight_name
+    weight, _ = layer.before_merge(backends.find(base, name).like(base, name))
+    matrix: Tensor = _dense(layer, layer.update_of(adapter))
+    return layer.from_matrix(matrix, weight)  # type: ignore[no-any-return]
+
+
+def _keeps_old(layer: Mergeable) -> bool:
+    """Whether what puts a merge of a module back costs no memory beside what is kept anyway."""
+    return layer._undo is not None or layer.backend.quantization is not None
+
+
+def _note_merged(layer: Mergeable, merged: list[str], weight: Tensor | None, version: int) -> None:
+    """After a failure: what is merged, which is no less than before if the one operation is done."""
+    if weight is not None and weight._version != version:
+        layer._merged = merged
+    layer.adapters_changed()
+
+
+# Below, a layer with an `Update` is a `LoraLayer`, whose geometry says where ``s·BA`` lies in the weight.
+
+
+def _keep(layer: Any, kept: Undo, updates: Collection[Update | Rows]) -> None:
+    """Keep what these updates will change of a base that holds no adapter, and no more than that."""
+    base, backend, name = layer.get_base_layer(), layer.backend, layer.weight_name
+    if each := [update.places for update in updates if isinstance(update, Rows)]:
+        weight = backend.read(base, name)
+        places = torch.cat(each).to(weight.device)
+        kept.keep(places=places, rows=weight[places])
+        return
+    if not kept.tensors():
+        _, attributes = layer.before_merge(backend.like(base, name))
+        kept.attributes = {key: getattr(base, key) for key in attributes}
+        kept.coded = backend.quantization is not None
+        kept.keep(**backend.keep(base, name))
+    # Only a merged bias changes the base's, which may be trained by itself meanwhile.
+    if not any(update.bias is not None for update in updates):
+        kept._buffers.pop("bias", None)
+    elif "bias" not in kept.tensors():
+        kept.keep(bias=backend.read(base, "bias").clone())
+
+
+def _restore(layer: Mergeable, kept: Undo) -> None:
+    base, backend, tensors = layer.get_base_layer(), layer.backend, kept.tensors()
+    if "rows" in tensors:
+        _write(layer, [Rows(tensors["places"], tensors["rows"])])
+        return
+    if (bias := tensors.pop("bias", None)) is not None:
+        backend.write(base, bias, "bias")
+    backend.put_back(base, tensors, layer.weight_name)
+    for name, value in kept.attributes.items():
+        setattr(base, name, value)
+
+
+@torch.no_grad()
+def _write(layer: Any, updates: Collection[Any]) -> float:
+    """Write the sum of the present weight and these updates, and that of the bias; the share kept."""
+    base, backend, name = layer.get_base_layer(), layer.backend, layer.weight_name
+    weight = backend.read(base, name)
+    if any(isinstance(update, Rows) for update in updates):
+        in_place = backend.writable_in_place(base)
+        new = weight if in_place else weight.clone()
+        for update in updates:
+            new.index_copy_(0, update.places.to(new.device), update.rows.to(new))
+        if not in_place:
+            backend.write(base, new, name)
+        return 1.0
+    if _adds_in_place(layer, updates):
+        terms = [_term(layer, update) for update in updates]
+        kept = merge_into_(weight, terms, transpose=layer.transposed, checked=True)
+    else:
+        start, attributes = layer.before_merge(weight)
+        delta = _delta(layer, start, updates)
+        if backend.quantization is None:
+            new, kept = merge_dense(start, delta)
+            backend.write(base, new, name)
+        else:
+            target = start.to(delta.dtype) + delta
+            backend.write(base, target, name)
+            kept = kept_share(delta, backend.read(base, name).to(delta.dtype) - target)
+        for key, value in attributes.items():
+            setattr(base, key, value)
+    if any(update.bias is not None for update in updates):
+        backend.write(base, _with_biases(backend.read(base, "bias"), updates), "bias")
+    return kept
+
+
+@torch.no_grad()
+def _not_finite(layer: Any, updates: Mapping[str, Any], safe_merge: bool) -> str | None:
+    """Why the merged weight or bias would not be finite, or None; nothing is written.
+
+    An update that is not finite is refused whatever is asked for.
+
+    Args:
+        layer: The module.
+        updates: What is to be merged, beside what is merged already.
+        safe_merge: Refuse a base that is not finite too.
+    """
+    if any(isinstance(update, Rows) for update in updates.values()):
+        dtype = layer.base_dtype()
+        broken = [repr(name) for name, update in updates.items() if not is_finite(update.rows.to(dtype))]
+        return f"the rows of {', '.join(broken)} would be NaN or infinite in {dtype}" if broken else None
+    every = [*(layer._undo.updates.values() if layer._undo is not None else ()), *updates.values()]
+    if any(isinstance(update, Rows) for update in every):
+        return None
+    sizes = {name: update.size() for name, update in updates.items()}
+    broken = [repr(name) for name, update in updates.items() if not update.is_finite(sizes[name])]
+    if broken:
+        return (
+            f"{', '.join(broken)} holds values that are NaN or infinite (a diverged training run?), which "
+            "merging would spread over the weight"
+        )
+    if any(u.bias is not None for u in every):
+        bias = _original(layer, "bias")
+        made = _with_biases(bias, every)
+        if not bool((made.isfinite() if safe_merge else made.isfinite() | ~bias.isfinite()).all()):
+            return f"the merged bias would hold infinite or undefined values in {bias.dtype}"
+    backend = layer.backend
+    dtype = backend.tensor_dtype(layer.get_base_layer(), layer.weight_name)
+    narrow = dtype == torch.float16 and backend.quantization is None
+    if not safe_merge and not narrow and all(size < SMALL for size in sizes.values()):
+        return None
+    weight = _original(layer, layer.weight_name)
+    if _adds_in_place(layer, every):
+        try:
+            terms = [_term(layer, update) for update in every]
+            check_merge(weight, terms, transpose=layer.transposed, check_finite=safe_merge)
+        except MergeError as error:
+            return str(error)
+        return None
+    start, _ = layer.before_merge(weight)
+    made = merge_dense(start, _delta(layer, start, every))[0]
+    if is_finite(made) or not (safe_merge or bool((start.isfinite() & ~made.isfinite()).any())):
+        return None
+    return f"the merged weight would hold infinite or undefined values in {made.dtype}"
+
+
+def _original(layer: Any, name: str) -> Tensor:
+    """A tensor of the base without adapters; with those that are merged for good."""
+    base = layer.get_base_layer() if layer.merged_for_good else layer.original_base()
+    return backends.find(base, layer.weight_name).read(base, name)
+
+
+def _adds_in_place(layer: Any, updates: Collection[Any]) -> bool:
+    additive = all(variants.get(update.variant).additive for update in updates)
+    return layer.linear and additive and layer.backend.writable_in_place(layer.get_base_layer())
+
+
+def _written_at_once(layer: Any, updates: Sequence[Any]) -> Tensor | None:
+    """The weight, if one operation writes all of the update: it needs no copy, as it is done or not."""
+    if not _adds_in_place(layer, updates):
+        return None
+    weight: Tensor = layer.backend.read(layer.get_base_layer(), layer.weight_name)
+    terms = [_term(layer, update) for update in updates]
+    return weight if written_at_once(weight, terms) and not weight.is_inference() else None
+
+
+def _term(layer: Any, update: Update) -> Term:
+    b, a = layer.matrices(update.a, update.b)
+    return b, a, update.scaling
+
+
+def _dense(layer: Any, update: Update) -> Tensor:
+    """The scaled update as a matrix (out, in·k…)."""
+    matrix: Tensor = layer.product(update.a, update.b)
+    return matrix * update.scaling
+
+
+def _delta(layer: Any, start: Tensor, updates: Collection[Update]) -> Tensor:
+    """What all updates together change in a weight, in its shape and in float32 at least."""
+    matrix = layer.to_matrix(start).to(torch.promote_types(start.dtype, torch.float32))
+    total = torch.zeros_like(matrix)
+    for update in updates:
+        extra = {key: tensor.to(matrix) for key, tensor in update.extra.items()}
+        merged = variants.get(update.variant).merged(matrix, _dense(layer, update).to(matrix), extra)
+        total += merged - matrix
+    return layer.from_matrix(total, start)  # type: ignore[no-any-return]
+
+
+def _with_biases(bias: Tensor, updates: Collection[Update]) -> Tensor:
+    """The bias of a base with those of the updates in it, in its own type."""
+    total = bias.to(torch.promote_types(bias.dtype, torch.float32))
+    for update in updates:
+        if update.bias is not None:
+            total = total + update.bias.to(total) * update.scaling
+    return total.to(bias.dtype)
+
+
+# -- all modules of a model ------------------------------------------------------------------------------
+
+
+def merge_all(
+    model: nn.Module,
+    layers: Mapping[str, Mergeable],
+    names: Sequence[str],
+    back: Rollback,
+    *,
+    safe_merge: bool = False,
+    untie: bool = False,
+    undo: Undoing = "copy",
+    progressbar: bool = False,
+) -> dict[str, float]:
+    """Merge adapters into all modules of a model. What can be known is refused before anything is written.
+
+    Args:
+        model: The base model with the modules in it.
+        layers: The modules by their paths.
+        names: The adapters.
+        back: Is given what puts the model back, as far as that takes no copies of its own.
+        safe_merge: As of `merge`.
+        untie: Give a module whose weight is shared with another one a weight of its own.
+        undo: As of `merge`.
+        progressbar: Show progress on standard error.
+
+    Returns:
+        The share of the update that each module kept, by its path: see `merge`.
+
+    Raises:
+        MergeError: Naming every module that cannot be merged.
+    """
+    if reasons := _no_undo(undo):
+        raise MergeError(reasons[0])
+    own = {path: layer for path, layer in layers.items() if layer.tied_adapter is None}
+    chosen = {p: updates for p, layer in own.items() if (updates := updates_of(layer, names))}
+    shared = shared_weights(model, {path: own[path] for path in chosen})
+    problems = [
+        Text(f"{path}: {reason}")
+        for path, updates in chosen.items()
+        for reason in refusals(own[path], updates, safe_merge, undo)
+    ]
+    if not untie:
+        problems += [
+            Text(
+                f"{path}: its weight is also the weight of {', '.join(others)}, which would change with it. ",
+                Hint("untie", True),
+                " gives it a weight of its own",
+            )
+            for path, others in shared.items()
+        ]
+    if problems:
+        raise MergeError("these layers cannot be merged:\n  - ", Text.join("\n  - ", problems))
+    _untie(model, [own[path] for path in shared], back)
+    kept = {}
+    try:
+        with shared_buffers():
+            for number, (path, updates) in enumerate(chosen.items(), 1):
+                if progressbar:
+                    print(f"\rmerging {number}/{len(chosen)}", end="", file=sys.stderr, flush=True)
+                with Rollback() as one:
+                    kept[path] = merge_updates(own[path], updates, undo, one)
+                    if _keeps_old(own[path]):
+                        back.take_over(one)
+    finally:
+        if progressbar:
+            print(file=sys.stderr)
+    return kept
+
+
+def unmerge_all(layers: Mapping[str, Mergeable]) -> None:
+    """Take out of all modules of a model what is merged into them.
+
+    Args:
+        layers: The modules by their paths.
+
+    Raises:
+        MergeError: Naming every module whose weight cannot be had back. Nothing has changed then.
+    """
+    gone = [(path, layer) for path, layer in layers.items() if layer.merged_for_good]
+    if gone:
+        reasons = [f"  - {path}: {original_is_gone(layer.merged_adapters)}" for path, layer in gone]
+        raise MergeError("\n".join(["these layers cannot be unmerged:", *reasons]))
+    for layer in layers.values():
+        unmerge(layer)
+
+
+def _untie(model: nn.Module, layers: Sequence[Mergeable], back: Rollback) -> None:
+    """Give modules weights of their own, and let the configuration say so."""
+    for layer in layers:
+        base, name = layer.get_base_layer(), layer.weight_name
+        back.hold(base)
+        weight: nn.Parameter = getattr(base, name)
+        setattr(base, name, nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad))
+    config: Any = getattr(model, "config", None)
+    if layers and getattr(config, "tie_word_embeddings", False):
+        back.hold(config)
+        config.tie_word_embeddings = False
+
+
+def shared_weights(model: nn.Module, layers: Mapping[str, Mergeable]) -> dict[str, list[str]]:
+    """Modules whose base weight is another module's weight too, with those modules' paths."""
+    users: dict[Any, dict[int, str]] = {}
+    # A module that stands in several places is one module: its weight is its own.
+    for place, module in walk(model):
+        for parameter in (p for p in module._parameters.values() if p is not None):
+            place = place.removesuffix(".base_layer").removesuffix(".token_adapter")
+            users.setdefault(_storage(parameter), {}).setdefault(id(module), place)
+    followers = {
+        id(m.get_base_layer()): m.tied_adapter
+        for m in adapter_modules(model)
+        if isinstance(m, Mergeable) and m.tied_adapter is not None
+    }
+    found = {}
+    for path, layer in layers.items():
+        base = layer.get_base_layer()
+        weight = base._parameters.get(layer.weight_name)
+        if weight is None or id(base) in followers:
+            continue
+        sharing = users.get(_storage(weight), {})
+        others = [p for i, p in sharing.items() if i != id(base) and followers.get(i) is not layer]
+        if others:
+            found[path] = others
+    return found
+
+
+def _storage(parameter: nn.Parameter) -> Any:
+    """Where the values lie; the parameter itself without values, and for a tensor made of others."""
+    if parameter.is_meta or parameter.numel() == 0 or hasattr(parameter, "__tensor_flatten__"):
+        return id(parameter)
+    address = parameter.untyped_storage().data_ptr()
+    return (address, parameter.storage_offset()) if address else id(parameter)
