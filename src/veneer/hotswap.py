@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from veneer.adapters import base_of, walk
 from veneer.config import LoraConfig, PeftConfig
-from veneer.doors import adapter_directory
 from veneer.errors import AdapterNameError, ConfigError, LoadMismatchError, MergeError, Text, VeneerWarning
 from veneer.files.keys import to_disk
 from veneer.files.read import open_adapter
 from veneer.files.values import check_values
+from veneer.hub import adapter_directory
 from veneer.layers import LoraLayer
 from veneer.spec import LoraSpec, resolve_all, restate
 from veneer.wording import some
@@ -181,7 +181,7 @@ def hotswap_adapter(
         LoadMismatchError: The tensors do not fit. Nothing has changed then.
     """
     file = open_adapter(adapter_directory(model_name_or_path, **kwargs))
-    config = file.config()
+    config = PeftConfig.from_belonging(file.belonging_config())
     if adapter_name not in model.peft_config:
         have = ", ".join(map(repr, model.peft_config)) or "none"
         raise AdapterNameError(f"this model has no adapter {adapter_name!r} to swap; it has: {have}")

@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from veneer.adapters import walk
 from veneer.base_fingerprint import check_base
 from veneer.config import LoraConfig, PeftConfig
-from veneer.doors import adapter_directory
+from veneer.config.residual import marked_config
 from veneer.errors import ConfigError, Hint, LoadMismatchError, MergeError
 from veneer.files.keys import PREFIX
 from veneer.files.match import LoadReport, match
 from veneer.files.read import AdapterFile, open_adapter
-from veneer.files.residual import PARTS, layers_of, marked_config, parted
+from veneer.files.residual import PARTS, layers_of, parted
 from veneer.files.values import check_values
+from veneer.hub import adapter_directory
 from veneer.inject import Injection, merged_over, stacked
 from veneer.layers.start import initialise
 from veneer.model.lora_model import LoraModel

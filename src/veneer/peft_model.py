@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from veneer.adapters import as_names, walk
 from veneer.config import LoraConfig, PeftConfig, PeftType, TaskType
-from veneer.doors import HUB_OPTIONS, adapter_directory, hub, refuse_unknown
 from veneer.errors import AdapterNameError, CheckpointError, ConfigError, RoutingError
 from veneer.files.match import LoadReport
 from veneer.files.read import AdapterFile, open_adapter
+from veneer.hub import HUB_OPTIONS, adapter_directory, push_adapter, refuse_unknown
 from veneer.load import Checks, KeyMapping, load, renamer
 from veneer.model.lora_model import LoraModel
 from veneer.routing import Activation, Routing, disabled, keep_for_backward, last_invocations, routed
@@ -434,7 +434,7 @@ class PeftModel(nn.Module):
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
         """Save into a temporary directory and upload it with huggingface_hub."""
-        return hub().push_adapter(self, repo_id, **kwargs)
+        return push_adapter(self, repo_id, **kwargs)
 
     def load_adapter(
         self,
@@ -649,7 +649,7 @@ def _opened(
         )
     hub_options = {name: value for name, value in options.items() if name in HUB_OPTIONS}
     file = open_adapter(adapter_directory(model_id, **hub_options))
-    return file, file.config() if config is None else config
+    return file, PeftConfig.from_belonging(file.belonging_config()) if config is None else config
 
 
 def _parameters(function: Callable[..., Any]) -> set[str]:

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from veneer import inits, sharded
 from veneer.adapters import check_adapter_name
 from veneer.base_fingerprint import FINGERPRINT, base_fingerprint
+from veneer.config.residual import RESIDUAL_MARK, mark, plain_config
 from veneer.errors import CheckpointError, Hint
 from veneer.files.card import model_card
-from veneer.files.residual import RESIDUAL_MARK, mark, plain_config
 from veneer.files.write import write_adapter, write_card
 from veneer.model.lora_model import LoraModel
 from veneer.spec import resolve

@@ -1,13 +1,13 @@
 """Who may import whom, read from the syntax trees.
 
-    errors -> wording -> registry · doors · atomic -> config -> spec
-           -> ops · targets · adapters · inits · variants · backends · sharded
-           -> routing · rollback -> merge -> layers -> inject · files · arithmetic
+    errors -> wording -> registry · lazy · atomic · ops -> files -> hub -> config -> spec
+           -> targets · adapters · inits · variants · backends · sharded
+           -> routing · rollback · base_files -> merge -> layers -> inject · arithmetic
            -> state_dict · base_fingerprint · hotswap · status -> model -> load · save -> peft_model
            -> calibration -> integrations -> training -> as_peft -> cli
 
 1. A unit (a module or folder right under the package) imports only from the left; units of one rank do not
-   import one another, except that inits, variants and backends may call ops. What stands to the right of all
+   import one another. What stands to the right of all
    that the public face gathers may import that face.
 2. Imports inside functions only where optional libraries are met, and in the doors.
 3. The first units use the standard library alone, the core torch and safetensors beside it.
@@ -27,14 +27,16 @@ PACKAGE = "veneer"
 RANKS: tuple[tuple[str, ...], ...] = (
     ("errors", "version"),
     ("wording",),
-    ("registry", "doors", "atomic"),
+    ("registry", "lazy", "atomic", "ops"),
+    ("files",),
+    ("hub",),
     ("config",),
     ("spec",),
-    ("ops", "targets", "adapters", "inits", "variants", "backends", "sharded"),
-    ("routing", "rollback"),
+    ("targets", "adapters", "inits", "variants", "backends", "sharded"),
+    ("routing", "rollback", "base_files"),
     ("merge",),
     ("layers",),
-    ("inject", "files", "arithmetic", "checks", "optimizers"),
+    ("inject", "arithmetic", "checks", "optimizers", "lora_file", "listing"),
     ("state_dict", "base_fingerprint", "hotswap", "status"),
     ("model",),
     ("load", "save"),
@@ -48,22 +50,19 @@ RANKS: tuple[tuple[str, ...], ...] = (
     ("cli",),
 )
 RANK = {unit: rank for rank, units in enumerate(RANKS) for unit in units}
-SAME_RANK = {(unit, "ops") for unit in ("inits", "variants", "backends")}
-FUNCTION_IMPORTS = {"backends", "integrations", "training", "as_peft", "cli"}
+FUNCTION_IMPORTS = {"hub", "backends", "integrations", "training", "as_peft", "cli"}
 #: (file, outermost function) of the doors: they need what stands to their right, or load public names lazily.
 DOORS = {
     ("__init__.py", "__getattr__"),
     ("public.py", "__getattr__"),
-    ("doors.py", "hub"),
-    ("doors.py", "adapter_files"),
     ("ops/gpu.py", "_checked_step"),
 }
 #: Modules of kernels, and the optional library that each may import.
 KERNELS = {"ops/triton_kernels.py": "triton", "ops/triton_lora.py": "triton"}
 USES_PUBLIC_FACE = {"training", "as_peft", "cli"}
-STDLIB_ONLY = {"errors", "version", "wording", "registry", "doors", "atomic", "config", "spec", "targets"}
+STDLIB_ONLY = {"errors", "version", "wording", "registry", "lazy", "atomic", "config", "spec", "targets"}
 CORE_LIBRARIES = {"torch", "safetensors"}
-OPTIONAL_ALLOWED = {"backends", "integrations", "training", "as_peft", "cli"}
+OPTIONAL_ALLOWED = {"hub", "backends", "integrations", "training", "as_peft", "cli"}
 
 
 @dataclass(frozen=True)
@@ -164,7 +163,7 @@ def _direction(unit: str, other: str, package: Path) -> str | None:
         if unit in USES_PUBLIC_FACE:
             return None
         return f"{unit} imports {other!r} from the package root: name the unit that holds it"
-    if other == unit or (unit, other) in SAME_RANK:
+    if other == unit:
         return None
     if other not in RANK:
         return None  # reported where that unit's own files are read

@@ -16,7 +16,7 @@ from tests.interop.hub_server import TOKEN, Hub, Repository, serve
 from tests.processes import run_python
 from veneer.errors import AdapterFileError
 from veneer.files.write import write_adapter
-from veneer.integrations.hub import push_to_hub
+from veneer.hub import push_to_hub
 
 TINY = """
 import torch
@@ -37,7 +37,7 @@ class Tiny(nn.Module):
 CALLS = """
 import json, sys
 from pathlib import Path
-from veneer.integrations import hub
+from veneer import hub
 
 answers = []
 for name, args, kwargs in json.loads(sys.argv[1]):
@@ -215,7 +215,7 @@ def test_a_model_takes_its_adapter_from_the_hub(hub: Hub, tmp_path: Path) -> Non
         TINY
         + """
 from veneer import PeftConfig, PeftModel
-from veneer.integrations.hub import download_adapter
+from veneer.hub import download_adapter
 
 x = torch.randn(5, 4)
 for where in ({}, {"revision": "v2"}, {"revision": "v2", "subfolder": "deep/er"}):
@@ -268,7 +268,7 @@ from veneer import LoraConfig, PeftModel, get_peft_model
 model = get_peft_model(Tiny(), LoraConfig(r=2, target_modules=["first"]))
 model.save_pretrained(sys.argv[1])
 Path(sys.argv[1], "optimizer.pt").write_text("not for others")
-from veneer.integrations.hub import push_to_hub
+from veneer.hub import push_to_hub
 
 print(push_to_hub(sys.argv[1], "me/published", token=sys.argv[2], private=True))
 far = PeftModel.from_pretrained(Tiny(), "me/published")
@@ -315,7 +315,7 @@ def test_without_huggingface_hub_the_install_line_is_named() -> None:
 import sys
 sys.modules["huggingface_hub"] = None
 from veneer.errors import MissingExtraError
-from veneer.integrations import hub
+from veneer import hub
 calls = (("download_file", ("o/n", "x")), ("download_adapter", ("o/n",)), ("push_to_hub", (".", "o/n")))
 for name, args in calls:
     try:

@@ -21,12 +21,12 @@ from torch import nn
 from tests.configurations import read_config
 from veneer import CheckpointError, LoraConfig, PeftConfig, PeftModel, VeneerWarning, get_peft_model
 from veneer.files.layout import BIN_NAME, CONFIG_NAME, SAFETENSORS_NAME
-from veneer.files.listing import find_adapters
-from veneer.files.lora import open_lora
 from veneer.files.read import open_adapter
 from veneer.files.write import write_adapter
 from veneer.hotswap import hotswap_adapter
 from veneer.integrations.export.source import read_source
+from veneer.listing import find_adapters
+from veneer.lora_file import open_lora
 from veneer.training.adapters import describe, read_head
 from veneer.training.merge_files import base_directory, merge_files
 from veneer.training.spectra import spectra

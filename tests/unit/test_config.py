@@ -9,8 +9,6 @@ import json
 import math
 import os
 import pickle
-import sys
-import types
 import warnings
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,6 @@ from hypothesis import strategies as st
 
 from veneer import config as config_module
 from veneer.config import (
-    CONFIG_FILE,
     PEFT_TYPE_TO_CONFIG_MAPPING,
     CordaConfig,
     EvaConfig,
@@ -34,11 +31,12 @@ from veneer.config import (
     PeftType,
     TaskType,
     get_peft_config,
-    read_config_file,
     unsupported_options,
 )
-from veneer.doors import is_local
 from veneer.errors import AdapterFileError, ConfigError, UnknownOptionError, VeneerWarning
+from veneer.files.config import read_config_file
+from veneer.files.layout import CONFIG_NAME
+from veneer.hub import is_local
 
 # What the reference keeps as dataclasses of its own and Veneer, which only has to refuse it, as a dictionary.
 OPAQUE = {
@@ -86,7 +84,7 @@ def normal(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def write(directory: Path, values: Any) -> Path:
-    (directory / CONFIG_FILE).write_text(values if isinstance(values, str) else json.dumps(values))
+    (directory / CONFIG_NAME).write_text(values if isinstance(values, str) else json.dumps(values))
     return directory
 
 
@@ -468,11 +466,11 @@ def test_the_order_of_patterns_survives_the_file(tmp_path: Path) -> None:
 
 def test_the_files_layout(tmp_path: Path) -> None:
     LoraConfig().save_pretrained(tmp_path / "new" / "deep", auto_mapping_dict={"base_model_class": "X"})
-    file = tmp_path / "new" / "deep" / CONFIG_FILE
+    file = tmp_path / "new" / "deep" / CONFIG_NAME
     text = file.read_text()
     assert text == json.dumps(json.loads(text), indent=2, sort_keys=True) + "\n"
     assert json.loads(text)["auto_mapping"] == {"base_model_class": "X"}
-    assert os.listdir(file.parent) == [CONFIG_FILE]
+    assert os.listdir(file.parent) == [CONFIG_NAME]
     plain = tmp_path / "plain"
     plain.write_text("")
     assert file.stat().st_mode == plain.stat().st_mode
@@ -483,7 +481,7 @@ def test_a_save_that_dies_leaves_the_old_file(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(os, "replace", lambda *a: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(AdapterFileError, match="could not be saved: disk full"):
         LoraConfig(r=4).save_pretrained(tmp_path)
-    assert os.listdir(tmp_path) == [CONFIG_FILE]
+    assert os.listdir(tmp_path) == [CONFIG_NAME]
     assert PeftConfig.from_pretrained(tmp_path).r == 3
 
 
@@ -602,21 +600,20 @@ def test_a_repository_id_is_downloaded(tmp_path: Path, monkeypatch: pytest.Monke
         asked.append((repo_id, filename, options))
         return str(tmp_path / filename)
 
-    hub = types.SimpleNamespace(download_file=download_file)
-    monkeypatch.setitem(sys.modules, "veneer.integrations.hub", hub)
+    monkeypatch.setattr("veneer.hub.download_file", download_file)
     config = PeftConfig.from_pretrained("org/name", subfolder="a", revision="b", token="c")
     assert config.r == 3
-    assert asked == [("org/name", CONFIG_FILE, {"subfolder": "a", "revision": "b", "token": "c"})]
+    assert asked == [("org/name", CONFIG_NAME, {"subfolder": "a", "revision": "b", "token": "c"})]
 
 
 def test_missing_files_are_explained(tmp_path: Path) -> None:
     LoraConfig().save_pretrained(tmp_path / "mine")
     for where, subfolder, words in (
-        (tmp_path, None, rf"no {CONFIG_FILE} in .* Sub-directories hold one: '.*mine'"),
+        (tmp_path, None, rf"no {CONFIG_NAME} in .* Sub-directories hold one: '.*mine'"),
         (tmp_path, "yours", "no directory .*yours'; adapters there: '.*mine'"),
         (tmp_path / "none", None, "no directory"),
         ("./none", None, "no directory"),
-        (tmp_path / "mine" / CONFIG_FILE, None, "is a file; pass the directory"),
+        (tmp_path / "mine" / CONFIG_NAME, None, "is a file; pass the directory"),
     ):
         with pytest.raises(AdapterFileError, match=words):
             PeftConfig.from_pretrained(where, subfolder=subfolder)
@@ -674,10 +671,10 @@ HOSTILE: list[tuple[str | bytes, str]] = [
 
 @pytest.mark.parametrize(("text", "words"), HOSTILE, ids=range(len(HOSTILE)))
 def test_hostile_files_give_a_clear_error(text: str | bytes, words: str, tmp_path: Path) -> None:
-    (tmp_path / CONFIG_FILE).write_bytes(text if isinstance(text, bytes) else text.encode())
+    (tmp_path / CONFIG_NAME).write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises((AdapterFileError, ConfigError), match=words) as caught:
         PeftConfig.from_pretrained(tmp_path)
-    assert CONFIG_FILE in str(caught.value)
+    assert CONFIG_NAME in str(caught.value)
     assert len(str(caught.value)) < 2000
 
 
@@ -685,7 +682,7 @@ def test_a_huge_file_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(config_module.files, "LARGEST_FILE", 1 << 20)
     write(tmp_path, '{"peft_type": "LORA"' + " " * (1 << 20) + "}")
     with pytest.raises(AdapterFileError, match="larger than 1 MiB"):
-        read_config_file(tmp_path / CONFIG_FILE)
+        read_config_file(tmp_path / CONFIG_NAME)
 
 
 def test_what_is_no_file_and_what_is_no_table_is_refused(tmp_path: Path) -> None:

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from veneer.doors import hub
+from veneer.base_files import WEIGHTS, BaseFiles
 from veneer.errors import AdapterNameError, CheckpointError, ConfigError, Hint, MergeError
-from veneer.files.base_files import WEIGHTS, BaseFiles
+from veneer.hub import download_file
 from veneer.layers import LoraLayer
 from veneer.peft_model import PeftModel
 
@@ -28,7 +28,7 @@ def _place_of(model: PeftModel, model_path: str | os.PathLike[str] | None) -> Pa
         )
     if Path(name).is_dir():
         return Path(name)
-    return Path(hub().download_file(name, WEIGHTS, local_files_only=True)).parent
+    return Path(download_file(name, WEIGHTS, local_files_only=True)).parent
 
 
 @torch.no_grad()

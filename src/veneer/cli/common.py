@@ -212,7 +212,7 @@ def adapter_place(adapter: str) -> Path:
     Raises:
         AdapterFileError: It is neither here nor on the hub.
     """
-    from ..doors import adapter_directory, is_local
+    from ..hub import adapter_directory, is_local
 
     if is_local(adapter) or "/" not in adapter:
         return Path(adapter).expanduser()

@@ -14,7 +14,7 @@ from .common import console as stdout
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ..files.lora import OpenLora
+    from ..lora_file import OpenLora
     from ..training.spectra import UpdateSpectrum
 
 
@@ -39,7 +39,7 @@ def inspect(
     Reads the adapter's files and loads no model. Norms are Frobenius norms of the scaled update;
     the effective rank is the exponential of the entropy of its singular values.
     """
-    from ..files.lora import open_lora
+    from ..lora_file import open_lora
     from ..training.adapters import describe
 
     if plot is not None:

@@ -12,7 +12,7 @@ from .common import console as stdout
 from .messages import say
 
 if TYPE_CHECKING:
-    from ..files.listing import AdapterEntry
+    from ..listing import AdapterEntry
 
 #: Columns of the output where no terminal says how many it has: nobody folds what a program reads.
 PIPED = 200
@@ -25,7 +25,7 @@ def ls(
     as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
 ) -> int:
     """List every adapter under a directory: base, rank, targets, size, date, health; reads headers only."""
-    from ..files.listing import find_adapters
+    from ..listing import find_adapters
 
     found = find_adapters(directory)
     broken = [entry for entry in found if entry.problems]

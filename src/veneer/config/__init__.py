@@ -7,7 +7,6 @@ for it work unchanged. What Veneer cannot do yet still parses here; `unsupported
 from __future__ import annotations
 
 from veneer.config.base import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, get_peft_config
-from veneer.config.files import CONFIG_FILE, no_duplicates, parse_config, read_config_bytes, read_config_file
 from veneer.config.kinds import PeftType, TaskType
 from veneer.config.lora import PLUGIN_INITS, LoraConfig
 from veneer.config.parts import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig, LoraRuntimeConfig
@@ -15,7 +14,6 @@ from veneer.config.support import init_options, unsupported_options, variants_of
 from veneer.config.values import looks_like_regex
 
 __all__ = [
-    "CONFIG_FILE",
     "PEFT_TYPE_TO_CONFIG_MAPPING",
     "PLUGIN_INITS",
     "CordaConfig",
@@ -30,10 +28,6 @@ __all__ = [
     "get_peft_config",
     "init_options",
     "looks_like_regex",
-    "no_duplicates",
-    "parse_config",
-    "read_config_bytes",
-    "read_config_file",
     "unsupported_options",
     "variants_of",
 ]

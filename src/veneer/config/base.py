@@ -13,17 +13,24 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, TypeVar
 
+from veneer import hub
 from veneer.atomic import atomic_file
 from veneer.config import values as check
-from veneer.config.files import CONFIG_FILE, check_nesting, read_config_file
 from veneer.config.kinds import PeftType, TaskType
 from veneer.config.spelling import names_unknown_options, unknown_options
 from veneer.config.values import looks_like_regex
-from veneer.doors import adapter_files, hub, is_local
 from veneer.errors import AdapterFileError, ConfigError, Hint, Text, UnknownOptionError, VeneerWarning, short
-from veneer.wording import some
+from veneer.files.config import read_config_file
+from veneer.files.layout import CONFIG_NAME, BelongingConfig, find_config
+from veneer.wording import some, warn
 
 KNOWN_PEFT_VERSION = (0, 21, 2)
+DEEPEST_NESTING = 32
+
+#: Options that change nothing of what an adapter computes.
+_WITHOUT_EFFECT = frozenset(
+    "auto_mapping base_model_name_or_path inference_mode lora_dropout peft_version revision task_type".split()
+)
 
 
 _ALWAYS_WRITTEN = frozenset(
@@ -250,15 +257,24 @@ class PeftConfig:
             ConfigError: For another adapter method, or listing every value that cannot be right.
         """
         where = os.path.expanduser(os.fspath(pretrained_model_name_or_path))
-        if is_local(where):
+        if hub.is_local(where):
             directory = Path(where) / (subfolder or "")
         else:
-            directory = Path(hub().download_file(where, CONFIG_FILE, subfolder=subfolder, **kwargs)).parent
-        files = adapter_files()
-        found = files.find_config(files.check_directory(directory))
-        config = cls._named(directory / CONFIG_FILE, found.values)
-        if found.remark is not None:
-            warnings.warn(found.remark, VeneerWarning, stacklevel=2)
+            directory = Path(hub.download_file(where, CONFIG_NAME, subfolder=subfolder, **kwargs)).parent
+        return cls.from_belonging(find_config(directory))
+
+    @classmethod
+    def from_belonging(cls, found: BelongingConfig) -> Any:
+        """The configuration that was found for tensors; a save that was cut short, or an edit, is said.
+
+        Raises:
+            ConfigError: For another adapter method, or listing every value that cannot be right.
+        """
+        config = cls._named(found.path, found.values)
+        if found.cut_short is not None:
+            warn(found.cut_short)
+        elif found.saved is not None and (changes := _changes(config, found.saved, found.values)):
+            warn(f"{found.path} was edited after it was saved, and is used as it is: {'; '.join(changes)}")
         return config
 
     @classmethod
@@ -295,7 +311,7 @@ class PeftConfig:
             raise ConfigError(f"the configuration holds what JSON cannot: {error}") from error
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            with atomic_file(directory / CONFIG_FILE) as waiting:
+            with atomic_file(directory / CONFIG_NAME) as waiting:
                 waiting.write_text(text, encoding="utf-8")
         except OSError as error:
             raise AdapterFileError(f"the configuration could not be saved: {error}") from error
@@ -393,3 +409,37 @@ def get_peft_config(config_dict: Mapping[str, Any]) -> PeftConfig:
     """
     target = _class_for(PeftConfig, config_dict)
     return target(**config_dict)
+
+
+def check_nesting(values: Any) -> None:
+    """Refuse what is nested deeper than any configuration is."""
+    level = [values]
+    for _ in range(DEEPEST_NESTING):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, (Mapping, list, tuple))
+            for inner in (outer.values() if isinstance(outer, Mapping) else outer)
+        ]
+        if not level:
+            return
+    raise ConfigError(f"the configuration is nested more than {DEEPEST_NESTING} levels deep")
+
+
+def _changes(config: PeftConfig, saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The options that differ in what an adapter computes, as ``name: before -> now``."""
+    usual = type(config)().to_dict()
+
+    def value(values: Mapping[str, Any], name: str) -> Any:
+        found = values.get(name, usual.get(name))
+        if isinstance(found, list) and all(isinstance(entry, str) for entry in found):
+            found = sorted(found)
+        return found or None  # what is empty or off is written in several ways
+
+    def differ(before: Any, after: Any) -> bool:
+        # Of patterns the first that matches wins.
+        return bool(before != after or (isinstance(before, dict) and list(before) != list(after)))
+
+    names = sorted((saved.keys() | now.keys()) - _WITHOUT_EFFECT)
+    pairs = [(name, value(saved, name), value(now, name)) for name in names]
+    return [f"{name}: {check.show(b)} -> {check.show(a)}" for name, b, a in pairs if differ(b, a)]

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from veneer.config import no_duplicates
 from veneer.errors import AdapterFileError
+from veneer.files.config import no_duplicates
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format itself
 MAX_NAME = 1024

@@ -22,9 +22,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from veneer.config import LoraConfig, parse_config, read_config_bytes
-from veneer.config.values import show
 from veneer.errors import AdapterFileError, short
+from veneer.files.config import parse_config, read_config_bytes
 from veneer.files.header import read_metadata
 from veneer.wording import listed
 
@@ -44,10 +43,6 @@ ATTEMPTS = 100
 _LEFT_OVER = re.compile(
     r"\.veneer-(?P<id>[0-9a-f]{16})(-(?P<format>safetensors|bin)-(?P<file>config|tensors|card))?\.tmp"
 )
-#: Options that change nothing of what an adapter computes.
-_WITHOUT_EFFECT = frozenset(
-    "auto_mapping base_model_name_or_path inference_mode lora_dropout peft_version revision task_type".split()
-)
 _FULL_MODEL = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -65,11 +60,19 @@ def saved_metadata(root: Path, text: str) -> dict[str, str]:
 
 
 class BelongingConfig(NamedTuple):
-    """The configuration of tensors, what is to be said of it, and whether their save was cut short."""
+    """The configuration of tensors.
 
+    Attributes:
+        path: The file that holds it, or would.
+        values: The configuration.
+        cut_short: That the save of the tensors was cut short, in words.
+        saved: What was saved with the tensors, where somebody has edited the file since.
+    """
+
+    path: Path
     values: dict[str, Any]
-    remark: str | None = None
-    cut_short: bool = False
+    cut_short: str | None = None
+    saved: dict[str, Any] | None = None
 
 
 def belonging_config(root: Path, metadata: Mapping[str, str], beside: bytes | None) -> BelongingConfig:
@@ -87,13 +90,13 @@ def belonging_config(root: Path, metadata: Mapping[str, str], beside: bytes | No
     if SAVED_CONFIG not in metadata:
         if older := _older_save(root):
             remark = f"a save into {root} was cut short; its configuration is read from {older[0].name}"
-            return BelongingConfig(parse_config(read_config_bytes(older[0]), str(older[0])), remark, True)
+            return BelongingConfig(path, parse_config(read_config_bytes(older[0]), str(older[0])), remark)
         if beside is None:
             raise AdapterFileError(f"no {CONFIG_NAME} in {root}.{_what_is_there(root)}")
-        return BelongingConfig(parse_config(beside, str(path)))
+        return BelongingConfig(path, parse_config(beside, str(path)))
     raw = metadata[SAVED_CONFIG].encode("utf-8", "surrogatepass")
     if beside == raw:
-        return BelongingConfig(parse_config(raw, str(path)))
+        return BelongingConfig(path, parse_config(raw, str(path)))
     saved = parse_config(raw, f"the configuration in the metadata of the tensors in {root}")
     if beside is None or _digest(beside) == metadata.get(REPLACED_CONFIG):
         lag = "is missing" if beside is None else "is the one before"
@@ -101,11 +104,8 @@ def belonging_config(root: Path, metadata: Mapping[str, str], beside: bytes | No
             f"a save into {root} was cut short: its tensors are in place, its {CONFIG_NAME} {lag}. The "
             "configuration that was saved with the tensors is used; save again for other readers"
         )
-        return BelongingConfig(saved, remark, True)
-    values = parse_config(beside, str(path))
-    changes = _changes(saved, values)
-    remark = f"{path} was edited after it was saved, and is used as it is: {'; '.join(changes)}"
-    return BelongingConfig(values, remark if changes else None)
+        return BelongingConfig(path, saved, remark)
+    return BelongingConfig(path, parse_config(beside, str(path)), saved=saved)
 
 
 def together(root: Path, read: Callable[[Path], _File]) -> tuple[_File, bytes | None]:
@@ -169,6 +169,7 @@ def find_config(root: Path) -> BelongingConfig:
     Raises:
         AdapterFileError: Missing, too large, or not a JSON object.
     """
+    root = check_directory(root)
     metadata, beside = together(root, _metadata) if _tensors(root) else ({}, _beside(root))
     return belonging_config(root, metadata, beside)
 
@@ -262,25 +263,6 @@ def _beside(root: Path) -> bytes | None:
 
 def _digest(raw: bytes) -> str:
     return hashlib.sha256(raw).hexdigest()
-
-
-def _changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """The options that differ in what an adapter computes, as ``name: before -> now``."""
-    usual = LoraConfig().to_dict()
-
-    def value(values: Mapping[str, Any], name: str) -> Any:
-        found = values.get(name, usual.get(name))
-        if isinstance(found, list) and all(isinstance(entry, str) for entry in found):
-            found = sorted(found)
-        return found or None  # what is empty or off is written in several ways
-
-    def differ(before: Any, after: Any) -> bool:
-        # Of patterns the first that matches wins.
-        return bool(before != after or (isinstance(before, dict) and list(before) != list(after)))
-
-    names = sorted((saved.keys() | now.keys()) - _WITHOUT_EFFECT)
-    pairs = [(name, value(saved, name), value(now, name)) for name in names]
-    return [f"{name}: {show(b)} -> {show(a)}" for name, b, a in pairs if differ(b, a)]
 
 
 def _adapters_in(root: Path) -> str:

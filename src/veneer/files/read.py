@@ -15,10 +15,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from veneer.config import LoraConfig, PeftConfig
-from veneer.errors import AdapterFileError, ConfigError, VeneerWarning
+from veneer.errors import AdapterFileError, VeneerWarning
 from veneer.files.header import Header, bin_metadata, name_problem, read_header
-from veneer.files.layout import CONFIG_NAME, belonging_config, check_directory, identity, together
+from veneer.files.layout import BelongingConfig, belonging_config, check_directory, identity, together
 
 
 @dataclass(frozen=True)
@@ -53,23 +52,13 @@ class AdapterFile:
     _identity: tuple[int, ...] = field(repr=False, compare=False)
     _beside: bytes | None = field(default=None, repr=False, compare=False)
 
-    def config(self) -> LoraConfig:
-        """The configuration that belongs to the tensors; a save that was cut short, or an edit, is said.
+    def belonging_config(self) -> BelongingConfig:
+        """The configuration that belongs to the tensors, for `PeftConfig.from_belonging`.
 
         Raises:
-            AdapterFileError: there is none, or it is no JSON object.
-            ConfigError: for another adapter method, or listing every value that cannot be right.
+            AdapterFileError: There is none, or it is no JSON object.
         """
-        root = self.path.parent
-        found = belonging_config(root, self.metadata, self._beside)
-        try:
-            config = PeftConfig.from_dict(found.values)
-        except ConfigError as error:
-            raise type(error)(f"{root / CONFIG_NAME}: ", error.message) from error
-        assert isinstance(config, LoraConfig)  # `from_dict` refuses other methods
-        if found.remark is not None:
-            warnings.warn(found.remark, VeneerWarning, stacklevel=3)
-        return config
+        return belonging_config(self.path.parent, self.metadata, self._beside)
 
     def tensors(
         self, keys: Iterable[str] | None = None, device: str | torch.device = "cpu"

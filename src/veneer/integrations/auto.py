@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from veneer.config import PeftConfig, TaskType
-from veneer.doors import adapter_directory
 from veneer.errors import AdapterFileError, ConfigError, MissingExtraError, VeneerWarning, show
+from veneer.hub import adapter_directory
 from veneer.peft_model import (
     PeftModel,
     PeftModelForCausalLM,

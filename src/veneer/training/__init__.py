@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..doors import public_names
+from ..lazy import public_names
 
 if TYPE_CHECKING:
     from .public import *  # noqa: F403

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from ..adapters import check_adapter_name
-from ..config import LoraConfig
-from ..doors import adapter_directory, is_local
+from ..config import LoraConfig, PeftConfig
 from ..errors import AdapterFileError, ConfigError, Hint, VeneerError, VeneerWarning
 from ..files.layout import CONFIG_NAME
-from ..files.lora import OpenLora, blaming, factor_names, open_lora
 from ..files.overwrite import check_replaceable, check_room, replacing
 from ..files.read import AdapterFile, open_adapter
+from ..hub import adapter_directory, is_local
+from ..lora_file import OpenLora, blaming, factor_names, open_lora
 from ..model.merging import MergeReport
 from ..peft_model import PeftModel
 from ..spec import variant_name
@@ -91,7 +91,7 @@ def read_head(adapter: str | os.PathLike[str]) -> Head:
     directory = Path(adapter).expanduser() if local else adapter_directory(adapter)
     file = open_adapter(directory)
     with blaming(adapter):
-        config = file.config()
+        config = PeftConfig.from_belonging(file.belonging_config())
     return Head(os.fspath(adapter), directory, config, file)
 
 

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..base_files import WEIGHTS, BaseFiles, opened
 from ..base_fingerprint import FINGERPRINT, SIZES
 from ..config import LoraConfig
-from ..doors import is_local
 from ..errors import (
     AdapterFileError,
     BaseMismatchError,
@@ -29,12 +29,12 @@ from ..errors import (
     Text,
     TrainingError,
 )
-from ..files.base_files import WEIGHTS, BaseFiles, opened
 from ..files.fingerprint import compare_fingerprints, fingerprint
-from ..files.lora import factor_names, open_lora
 from ..files.overwrite import check_room, replacing
 from ..files.read import AdapterFile
 from ..files.values import check_values
+from ..hub import is_local
+from ..lora_file import factor_names, open_lora
 from ..model.merging import MergeReport
 from ..ops.merging import merge_into_, shared_buffers
 from ..spec import LoraSpec, variant_name

@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..doors import is_local
 from ..errors import Hint, TrainingError, VeneerError
+from ..hub import is_local
 from .data.batch import pad_token
 from .libraries import quiet_libraries, require
 

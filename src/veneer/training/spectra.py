@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import AdapterFileError, CombineError
-from ..files.lora import OpenLora, factor_names, open_lora
+from ..lora_file import OpenLora, factor_names, open_lora
 from ..ops import low_rank
 from ..wording import some
 

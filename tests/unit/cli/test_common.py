@@ -141,7 +141,7 @@ def test_failures(
     def fail(path: object) -> None:
         raise raised
 
-    monkeypatch.setattr("veneer.files.lora.open_lora", fail)
+    monkeypatch.setattr("veneer.lora_file.open_lora", fail)
     assert main(["inspect", "x"]) == code
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err.startswith(said)
@@ -157,7 +157,7 @@ def test_warnings_are_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
         warnings.warn("of another library", DeprecationWarning, stacklevel=1)
         return {"a": "b"}
 
-    monkeypatch.setattr("veneer.files.lora.open_lora", lambda path: path)
+    monkeypatch.setattr("veneer.lora_file.open_lora", lambda path: path)
     monkeypatch.setattr("veneer.training.adapters.describe", warn)
     with warnings.catch_warnings():
         warnings.simplefilter("always")

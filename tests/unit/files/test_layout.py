@@ -13,14 +13,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.configurations import read_config
-from veneer import PeftConfig, VeneerWarning
+from veneer import LoraConfig, PeftConfig, VeneerWarning
 from veneer.errors import AdapterFileError
 from veneer.files import layout
 from veneer.files.header import read_metadata
 from veneer.files.layout import BIN_NAME, CONFIG_NAME, SAFETENSORS_NAME
-from veneer.files.listing import find_adapters
 from veneer.files.read import open_adapter
 from veneer.files.write import write_adapter
+from veneer.listing import find_adapters
 
 OLD = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["m"]}
 NEW = {**OLD, "lora_alpha": 64}
@@ -39,6 +39,11 @@ def saved(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     for config in (OLD, NEW):
         write_adapter(tmp_path, TENSORS, config, safe_serialization=request.param)
     return tmp_path
+
+
+def config_of(place: Path) -> LoraConfig:
+    found: LoraConfig = LoraConfig.from_belonging(open_adapter(place).belonging_config())
+    return found
 
 
 def test_an_edited_configuration_is_used_and_its_differences_are_said(saved: Path) -> None:
@@ -62,7 +67,7 @@ def test_an_edited_configuration_is_used_and_its_differences_are_said(saved: Pat
 def test_edits_without_effect_are_not_worth_a_word(saved: Path, edit: dict[str, Any]) -> None:
     put(saved, {**NEW, **edit})
     assert read_config(saved) == {**NEW, **edit}
-    assert open_adapter(saved).config() == PeftConfig.from_dict({**NEW, **edit})
+    assert config_of(saved) == PeftConfig.from_dict({**NEW, **edit})
 
 
 def test_the_order_of_patterns_is_an_effect(tmp_path: Path) -> None:
@@ -157,7 +162,9 @@ def test_a_hidden_file_never_overrides_what_veneer_writes_now(saved: Path, forma
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", ".*is a pickle")
-        assert read_config(saved) == NEW and open_adapter(saved).config() == PeftConfig.from_dict(NEW)
+        assert read_config(saved) == NEW and PeftConfig.from_belonging(
+            open_adapter(saved).belonging_config()
+        ) == PeftConfig.from_dict(NEW)
     write_adapter(saved, TENSORS, NEW)
     assert not [name for name in os.listdir(saved) if name.startswith(".")]
 
@@ -183,7 +190,7 @@ def test_tensors_that_are_replaced_while_they_are_read_are_read_again(tmp_path: 
 
     metadata, beside = layout.together(tmp_path, read)
     assert len(seen) == 2
-    assert layout.belonging_config(tmp_path, metadata, beside) == (NEW, None, False)
+    assert layout.belonging_config(tmp_path, metadata, beside) == (tmp_path / CONFIG_NAME, NEW, None, None)
 
 
 def test_what_is_replaced_again_and_again_is_given_up(tmp_path: Path) -> None:

@@ -13,11 +13,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ...adapters import AdapterSet, as_names
-from ...config import LoraConfig
-from ...doors import adapter_directory
+from ...config import LoraConfig, PeftConfig
 from ...errors import ConfigError
 from ...files.read import open_adapter
 from ...hotswap import check_hotswap_configs_compatible, hotswap_adapter_from_state_dict
+from ...hub import adapter_directory
 from ...model.verbs import mention_biases
 from . import strict
 
@@ -54,7 +54,7 @@ def _hotswap(model: Any, given: dict[str, Any]) -> Any:
         hub["local_files_only"] = True
     if config is None or tensors is None:
         file = open_adapter(adapter_directory(given["peft_model_id"], **hub))
-        config = file.config() if config is None else config
+        config = PeftConfig.from_belonging(file.belonging_config()) if config is None else config
         tensors = file.tensors() if tensors is None else tensors
     if not isinstance(config, LoraConfig):
         raise ConfigError(f"a hot swap needs a LoraConfig, got {type(config).__name__}")

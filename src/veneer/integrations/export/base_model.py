@@ -8,8 +8,8 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from ...backends import FileCodes, is_float8
+from ...base_files import DIFFUSION_WEIGHTS, WEIGHTS, BaseFiles
 from ...errors import CheckpointError, ExportError
-from ...files.base_files import DIFFUSION_WEIGHTS, WEIGHTS, BaseFiles
 
 
 class BaseModel:

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...config.residual import RESIDUAL_MARK
 from ...errors import ExportError
 from ...files.layout import CONFIG_NAME, SAFETENSORS_NAME
 from ...files.read import open_adapter
-from ...files.residual import RESIDUAL_MARK
 from ...files.write import write_adapter
 from ...wording import listed
 from .base import Part, Target, plain_config

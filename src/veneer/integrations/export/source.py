@@ -14,7 +14,7 @@ from torch import Tensor
 from ...config import LoraConfig
 from ...config.expressions import Paths
 from ...errors import AdapterFileError
-from ...files.lora import factor_names, open_lora
+from ...lora_file import factor_names, open_lora
 from ...ops.merging import is_finite
 from ...spec import variant_name
 from ...targets import parents, saved_modules

@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, SupportsIndex
 
-from ...doors import is_local
 from ...errors import DataError
+from ...hub import is_local
 from ..libraries import quiet_libraries, require
 from .forms import (
     Form,

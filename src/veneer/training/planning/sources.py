@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...doors import is_local
 from ...errors import TrainingError
+from ...hub import is_local
 from ..libraries import quiet_libraries, require
 from ..models import NO_CODE
 

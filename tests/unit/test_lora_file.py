@@ -10,8 +10,8 @@ import torch
 
 from veneer.errors import AdapterFileError
 from veneer.files.layout import CONFIG_NAME
-from veneer.files.lora import open_lora
 from veneer.files.write import write_adapter
+from veneer.lora_file import open_lora
 
 PATH = "base_model.model.body.0"
 FACTORS = {f"{PATH}.lora_A.weight": torch.ones(2, 4), f"{PATH}.lora_B.weight": torch.ones(3, 2)}

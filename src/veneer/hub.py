@@ -1,18 +1,88 @@
-"""Adapters on the hub: fetch one, publish one. Nothing here runs for a local path."""
+"""A directory here, or a repository on the hub: which of both is meant, fetching and publishing.
+
+A repository needs huggingface_hub, which is imported when one is used; a local path never needs it.
+"""
 
 from __future__ import annotations
 
 import os
 import re
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import AdapterFileError, MissingExtraError, short, show
-from ..files.layout import BIN_NAME, CONFIG_NAME, SAFETENSORS_NAME, find_config
+from veneer.errors import AdapterFileError, MissingExtraError, UnknownOptionError, short, show
+from veneer.files.layout import BIN_NAME, CONFIG_NAME, SAFETENSORS_NAME, find_config
+from veneer.wording import did_you_mean
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+#: Keywords that say how to fetch from the hub, or that libraries pass along; a local path needs none of them.
+HUB_OPTIONS = frozenset(
+    """
+    revision token use_auth_token cache_dir local_files_only force_download resume_download proxies subfolder
+    user_agent repo_type library_name library_version headers etag_timeout endpoint local_dir
+    local_dir_use_symlinks force_filename legacy_cache_layout tqdm_class dry_run
+    trust_remote_code adapter_kwargs _commit_hash _from_auto _from_pipeline
+    _raise_exceptions_for_missing_entries
+    _raise_exceptions_for_gated_repo _raise_exceptions_for_connection_errors
+    """.split()
+)
+
+
+def is_local(where: str | os.PathLike[str]) -> bool:
+    """Whether this is a path here, existing or not, rather than a repository id such as ``org/name``.
+
+    A name whose directory is here is a path, perhaps a mistyped one: ``out/checkpoint-4`` beside ``out``.
+    """
+    text = os.fspath(where)
+    if not isinstance(where, str) or os.path.exists(os.path.expanduser(text)):
+        return True
+    if text.startswith((".", "/", "~")) or "\\" in text or text.count("/") > 1 or not text:
+        return True
+    return os.path.isabs(text) or ("/" in text and os.path.isdir(text.partition("/")[0]))
+
+
+def refuse_unknown(
+    call: str, given: Iterable[str], accepted: Collection[str], near: Iterable[str] = ()
+) -> None:
+    """Refuse keywords that a call does not have, rather than let a misspelt one do nothing.
+
+    Args:
+        call: Name of what was called.
+        given: Names of the keywords that no parameter took.
+        accepted: Those that are accepted all the same.
+        near: Names of the parameters, which may have been meant.
+
+    Raises:
+        UnknownOptionError: Naming each unknown keyword, with the known one that is most like it.
+    """
+    known = sorted({*accepted, *near})
+    problems = [show(name) + did_you_mean(name, known) for name in given if name not in accepted]
+    if problems:
+        raise UnknownOptionError(f"{call} has no option {', '.join(problems)}")
+
+
+def adapter_directory(
+    where: str | os.PathLike[str], subfolder: str | None = None, **hub_options: Any
+) -> Path:
+    """A local directory that holds the adapter: the one named, or a copy from the hub.
+
+    Args:
+        where: A path, which never touches the network, or a repository id.
+        subfolder: Where in it the adapter lies.
+        **hub_options: ``revision``, ``token``, ``cache_dir``, ``local_files_only`` and the like.
+
+    Raises:
+        UnknownOptionError: For keywords that neither the hub nor its users have.
+    """
+    refuse_unknown("loading an adapter", hub_options, HUB_OPTIONS)
+    if is_local(where):
+        path = Path(where).expanduser()
+        return path / subfolder if subfolder else path
+    return download_adapter(os.fspath(where), subfolder=subfolder, **hub_options)
 
 
 class EntryMissingError(AdapterFileError):
@@ -46,7 +116,7 @@ def download_file(
         cache_dir: Where files are kept; huggingface_hub's own cache if None.
         local_files_only: Do not ask the network; take what the cache has.
         force_download: Fetch again what the cache has.
-        ignored: Arguments that callers of the field's interface pass and that have no meaning any more.
+        ignored: Arguments that callers of PEFT's interface pass and that have no meaning any more.
 
     Raises:
         AdapterFileError: Saying what stands in the way (no such repository, revision or file; no access; no

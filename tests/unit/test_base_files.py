@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from veneer.base_files import BaseFiles
 from veneer.errors import CheckpointError
-from veneer.files.base_files import BaseFiles
 
 
 def split(place: Path) -> Path:

@@ -5,15 +5,11 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping
 from typing import Any
 
-from veneer.config import values as check
-from veneer.errors import AdapterFileError, ConfigError, short
+from veneer.errors import AdapterFileError, short, show
 
-CONFIG_FILE = "adapter_config.json"
 LARGEST_FILE = 16 * 2**20
-DEEPEST_NESTING = 32
 
 
 def read_config_bytes(path: str | os.PathLike[str]) -> bytes:
@@ -52,7 +48,7 @@ def parse_config(raw: bytes, name: str) -> dict[str, Any]:
         kind = (
             "nested too deeply"
             if isinstance(error, RecursionError)
-            else f"not valid JSON ({check.show(str(error))})"
+            else f"not valid JSON ({show(str(error))})"
         )
         raise AdapterFileError(f"{name} is {kind}: truncated or damaged?") from error
     if not isinstance(values, dict):
@@ -79,18 +75,3 @@ def read_config_file(path: str | os.PathLike[str]) -> dict[str, Any]:
             twice.
     """
     return parse_config(read_config_bytes(path), os.fspath(path))
-
-
-def check_nesting(values: Any) -> None:
-    """Refuse what is nested deeper than any configuration is."""
-    level = [values]
-    for _ in range(DEEPEST_NESTING):
-        level = [
-            inner
-            for outer in level
-            if isinstance(outer, (Mapping, list, tuple))
-            for inner in (outer.values() if isinstance(outer, Mapping) else outer)
-        ]
-        if not level:
-            return
-    raise ConfigError(f"the configuration is nested more than {DEEPEST_NESTING} levels deep")

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from veneer.config import LoraConfig
+from veneer.config import LoraConfig, PeftConfig
 from veneer.errors import AdapterFileError, ConfigError
 from veneer.files.layout import CONFIG_NAME
 from veneer.files.read import AdapterFile, open_adapter
@@ -40,7 +40,7 @@ def open_lora(adapter: str | os.PathLike[str] | OpenLora) -> OpenLora:
         return adapter
     file = open_adapter(adapter)
     with blaming(adapter):
-        config = file.config()
+        config = PeftConfig.from_belonging(file.belonging_config())
         variant_name(config)
     factors = factor_names(file)[0]
     # What is adapted inside a wrapper takes the wrapper's rank and strength.

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from veneer.errors import AdapterFileError
-from veneer.files.listing import find_adapters
+from veneer.listing import find_adapters
 
 CONFIG = {"peft_type": "LORA", "r": 2, "target_modules": ["q", "v"], "base_model_name_or_path": "some/base"}
 

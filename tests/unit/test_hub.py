@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from veneer.doors import HUB_OPTIONS, adapter_directory
 from veneer.errors import UnknownOptionError
+from veneer.hub import HUB_OPTIONS, adapter_directory
 
 
 def test_a_local_path_takes_the_keywords_of_the_hub(tmp_path: Path) -> None:
