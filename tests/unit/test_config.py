@@ -679,7 +679,7 @@ def test_hostile_files_give_a_clear_error(text: str | bytes, words: str, tmp_pat
 
 
 def test_a_huge_file_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(config_module.files, "LARGEST_FILE", 1 << 20)
+    monkeypatch.setattr("veneer.files.config.LARGEST_FILE", 1 << 20)
     write(tmp_path, '{"peft_type": "LORA"' + " " * (1 << 20) + "}")
     with pytest.raises(AdapterFileError, match="larger than 1 MiB"):
         read_config_file(tmp_path / CONFIG_NAME)
