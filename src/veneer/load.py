@@ -19,8 +19,9 @@ from veneer.config import LoraConfig, PeftConfig
 from veneer.config.residual import marked_config
 from veneer.errors import ConfigError, Hint, LoadMismatchError, MergeError
 from veneer.files.keys import PREFIX
-from veneer.files.match import LoadReport, match
+from veneer.files.match import match
 from veneer.files.read import AdapterFile, open_adapter
+from veneer.files.report import LoadReport
 from veneer.files.residual import PARTS, layers_of, parted
 from veneer.files.values import check_values
 from veneer.hub import adapter_directory

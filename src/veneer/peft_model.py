@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from veneer.adapters import as_names, walk
 from veneer.config import LoraConfig, PeftConfig, PeftType, TaskType
 from veneer.errors import AdapterNameError, CheckpointError, ConfigError, RoutingError
-from veneer.files.match import LoadReport
 from veneer.files.read import AdapterFile, open_adapter
+from veneer.files.report import LoadReport
 from veneer.hub import HUB_OPTIONS, adapter_directory, push_adapter, refuse_unknown
 from veneer.load import Checks, KeyMapping, load, renamer
 from veneer.model.lora_model import LoraModel

@@ -19,7 +19,8 @@ from veneer.backends import stored_elsewhere
 from veneer.config import LoraConfig
 from veneer.errors import AdapterNameError, CheckpointError, ConfigError, LoadMismatchError, MergeError
 from veneer.files.keys import PREFIX, to_disk, without_wrappers
-from veneer.files.match import LoadReport, match
+from veneer.files.match import match
+from veneer.files.report import LoadReport
 from veneer.files.residual import joined, layers_of, parted
 from veneer.files.values import check_values
 from veneer.inject import bias_parameters, differs_from_base, embedding_weights, merged_over

@@ -33,7 +33,7 @@ def test_the_module_beside_the_package_is_stdlib_only_at_import() -> None:
 
 
 def tree(root: Path, **files: str) -> Path:
-    for name in ("config", "spec", "targets", "model", "inject", "files"):
+    for name in ("config", "spec", "targets", "model", "inject", "files", "arithmetic"):
         (root / f"{name}.py").write_text("")
     for folder in ("ops", "layers", "inits", "variants", "backends", "integrations", "cli", "training"):
         (root / folder).mkdir()
@@ -108,3 +108,14 @@ def test_rules_report(tmp_path: Path, name: str, text: str, words: str) -> None:
     assert len(breaches) == 1, breaches
     assert words in breaches[0]
     assert breaches[0].startswith(name.replace("__", "/") + ".py")
+
+
+def test_no_files_import_one_another_in_a_circle() -> None:
+    assert import_rules.circles(PACKAGE) == []
+
+
+def test_a_circle_would_be_seen(tmp_path: Path) -> None:
+    package = tree(
+        tmp_path, inject__a="from .b import x", inject__b="def f():\n    from veneer.inject import a"
+    )
+    assert import_rules.circles(package) == [["veneer.inject.a", "veneer.inject.b"]]

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
 
 from veneer.files.keys import MAGNITUDE, TOKENS_DELTA
+from veneer.files.report import LoadReport, Shape
 from veneer.wording import listed
-
-if TYPE_CHECKING:
-    from veneer.files.match import LoadReport, Shape
 
 _VOCABULARY = re.compile(
     r"(^|\.)(embed_tokens|word_embeddings|wte|embed_in|embed_out|embeddings|lm_head|embed\w*|shared)\."
@@ -22,7 +19,7 @@ _OTHER_SPELLING = re.compile(
 )
 
 
-def likely_causes(report: LoadReport) -> list[str]:
+def likely_causes(report: LoadReport) -> tuple[str, ...]:
     """The causes that explain the report, most telling first."""
     vocabulary, others = _split_vocabulary(report.mismatched)
     causes = [
@@ -34,7 +31,7 @@ def likely_causes(report: LoadReport) -> list[str]:
         _shapes(others),
         *_kinds(report),
     ]
-    return [c for c in causes if c]
+    return tuple(cause for cause in causes if cause)
 
 
 def _spelling(report: LoadReport) -> str | None:

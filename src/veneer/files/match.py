@@ -4,102 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 
-from veneer.errors import Hint, LoadMismatchError
 from veneer.files.causes import likely_causes
-from veneer.files.keys import MAGNITUDE, to_disk
-from veneer.wording import some
+from veneer.files.keys import MAGNITUDE, WRAPPERS, to_disk
+from veneer.files.report import LoadReport, Shape
 
-Shape = tuple[int, ...]
-
-_WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 _CONTRAST = frozenset(
     "encoder decoder text vision visual image audio speech language unet prior 1 2 3".split()
 )
 _WITH_NAME = re.compile(
     r"\.(?:lora_[AB]|lora_magnitude_vector)\.([^.]+)\.(?:weight|bias)$|\.lora_embedding_[AB]\.([^.]+)$"
 )
-
-
-@dataclass(frozen=True)
-class LoadReport:
-    """What of a file fits a model. Keys of the file and of the model are both names on disk.
-
-    Attributes:
-        renamed: for every usable tensor, its key in the file -> the key that the model expects.
-        missing: expected keys that the file does not fill.
-        unexpected: keys of the file that nothing expects.
-        mismatched: ``(expected key, expected shape, found shape)``.
-        prefix: ``(old, new)`` when all keys were re-mapped by one prefix, else None.
-        remarks: other re-mappings that were made, in words.
-        ambiguous: prefix re-mappings that were equally possible; none of them was made.
-    """
-
-    renamed: dict[str, str]
-    missing: tuple[str, ...] = ()
-    unexpected: tuple[str, ...] = ()
-    mismatched: tuple[tuple[str, Shape, Shape], ...] = ()
-    prefix: tuple[str, str] | None = None
-    remarks: tuple[str, ...] = ()
-    ambiguous: tuple[tuple[str, str], ...] = ()
-    found: int = 0
-    expected: int = 0
-
-    @property
-    def ok(self) -> bool:
-        """Every tensor of the file is used, and every expected one is there."""
-        return not (self.missing or self.unexpected or self.mismatched)
-
-    @property
-    def notice(self) -> str | None:
-        """What was re-mapped, to be said to the user; None when all keys were as expected."""
-        said = list(self.remarks)
-        if self.prefix:
-            old, new = self.prefix
-            if not old:
-                said.append(f"{new!r} was put before the file's keys")
-            elif not new:
-                said.append(f"{old!r} was taken from the front of the file's keys")
-            else:
-                said.append(f"{old!r} at the front of the file's keys was read as {new!r}")
-        return "; ".join(said) if said else None
-
-    def message(self, where: object) -> str:
-        """Account for everything in one text: counts, up to three examples a kind, likely causes, way out."""
-        return f"{self._text(where)}."
-
-    def _text(self, where: object) -> str:
-        lines = [
-            f"the adapter in {where} and this model do not fit: {self.found} tensors in the file, "
-            f"{self.expected} expected by the model, {len(self.renamed)} usable"
-        ]
-        lines += _listing("in the file, but nothing in the model takes them", self.unexpected)
-        lines += _listing("expected by the model, but not in the file", self.missing)
-        shapes = [
-            f"{k}: {found} in the file, {expected} in the model" for k, expected, found in self.mismatched
-        ]
-        lines += _listing("of another shape", shapes)
-        if self.notice:
-            lines.append(f"  re-mapped: {self.notice}")
-        causes = likely_causes(self)
-        lines += [f"Likely cause: {c}" for c in causes]
-        lines.append("Way out: load it on the model that it was made for")
-        return "\n".join(lines)
-
-    def raise_for(self, where: object) -> None:
-        """Raise unless everything fits.
-
-        Raises:
-            LoadMismatchError: with :meth:`message`.
-        """
-        if not self.ok:
-            hint = Hint("strict", False, "; {} loads what fits")
-            raise LoadMismatchError(self._text(where), hint, ".")
-
-
-def _listing(what: str, items: Sequence[str]) -> list[str]:
-    return [f"  {len(items)} {what}:", *(f"      {item}" for item in some(items, 3))] if items else []
 
 
 def match(
@@ -128,7 +44,7 @@ def _account(expected: dict[str, Shape], found: dict[str, Shape], optional: froz
     mismatched = tuple((e, expected[e], found[k]) for k, e in used.items() if expected[e] != found[k])
     filled = set(used.values())
     missing = tuple(e for e in expected if e not in filled and e not in optional)
-    return LoadReport(
+    report = LoadReport(
         renamed={k: e for k, e in used.items() if expected[e] == found[k]},
         missing=missing,
         unexpected=tuple(k for k in found if k not in used),
@@ -139,6 +55,7 @@ def _account(expected: dict[str, Shape], found: dict[str, Shape], optional: froz
         found=len(found),
         expected=len(filled) + len(missing),
     )
+    return report if report.ok else replace(report, causes=likely_causes(report))
 
 
 def _normalise(
@@ -149,7 +66,7 @@ def _normalise(
     remarks = []
     if all(k in expected for k in found):
         return names, ()
-    kept = {part for k in expected for part in k.split(".")} & _WRAPPERS
+    kept = {part for k in expected for part in k.split(".")} & set(WRAPPERS)
     inside = {m[1] or m[2] for m in map(_WITH_NAME.search, found) if m}
     steps: list[tuple[str, Callable[[str], str]]] = [
         (
@@ -172,7 +89,7 @@ def _normalise(
 
 
 def _unwrap(key: str, kept: set[str]) -> str:
-    return ".".join(part for part in key.split(".") if part not in _WRAPPERS - kept)
+    return ".".join(part for part in key.split(".") if part not in WRAPPERS or part in kept)
 
 
 def _magnitude(key: str) -> str:
