@@ -116,6 +116,6 @@ def test_no_files_import_one_another_in_a_circle() -> None:
 
 def test_a_circle_would_be_seen(tmp_path: Path) -> None:
     package = tree(
-        tmp_path, inject__a="from .b import x", inject__b="def f():\n    from veneer.inject import a"
+        tmp_path, layers__a="from .b import x", layers__b="def f():\n    from veneer.layers import a"
     )
-    assert import_rules.circles(package) == [["veneer.inject.a", "veneer.inject.b"]]
+    assert import_rules.circles(package) == [["veneer.layers.a", "veneer.layers.b"]]
