@@ -7,6 +7,7 @@ one process. TRL with Veneer's adapter tells how much of it is the adapter, and 
 
 from __future__ import annotations
 
+import importlib
 import tempfile
 import time
 from collections.abc import Callable
@@ -64,6 +65,7 @@ def veneer_run(p: float, steps: int) -> float:
 
 def trl_run(side: str, p: float, steps: int) -> float:
     from datasets import Dataset, disable_progress_bars
+    from transformers import PrinterCallback
     from trl import SFTConfig, SFTTrainer
 
     disable_progress_bars()
@@ -92,6 +94,7 @@ def trl_run(side: str, p: float, steps: int) -> float:
         )
         start = time.perf_counter()
         trainer = SFTTrainer(model=model, args=options, train_dataset=data, processing_class=tokenizer())
+        trainer.remove_callback(PrinterCallback)
         trainer.train()
         trainer.save_model(place)
         return time.perf_counter() - start
@@ -106,6 +109,8 @@ def sides(p: float, steps: int) -> dict[str, Callable[[], float]]:
 
 
 def measure(quick: bool) -> Report:
+    for module in ("veneer.training.trainer", "trl.trainer.sft_trainer", "peft"):
+        importlib.import_module(module)  # not a part of anybody's first run
     torch.set_num_threads(THREADS)
     steps, rounds = (4, 1) if quick else (STEPS, 3)
     table = []

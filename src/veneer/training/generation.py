@@ -17,6 +17,7 @@ import torch
 from ..atomic import atomic_file
 from ..errors import ConfigError, Hint, Text, VeneerError
 from .data import Records, pad_token
+from .data.encoding import each, prompt_tokens
 from .progress import Progress, Silent
 
 #: The column of answers, as transformers' pipelines name it.
@@ -174,9 +175,9 @@ def prompts_of(records: Records, tokenizer: Any) -> list[list[int]]:
     Raises:
         DataError: Records that cannot be laid out; one error for all of them.
     """
-    from .data.encoding import each, prompt_tokens
-
-    return list(each(records, "prompt", lambda example, form: prompt_tokens(example, tokenizer, form.joint)))
+    return list(
+        each(records, "prompt", lambda example, form: prompt_tokens(example, tokenizer, form.separator))
+    )
 
 
 def answer_file(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import importlib.util
 import os
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ from typing import Any, TypeVar, get_args, get_type_hints
 
 from ..config import LoraConfig
 from ..errors import ConfigError, Hint, MissingExtraError, Text, UnknownOptionError
+from ..wording import did_you_mean, nearest
 from .data.forms import Purpose
 
 T = TypeVar("T")
@@ -38,7 +38,16 @@ MEASURED = {
 }
 
 
-def option(default: T, group: str, text: str, *names: str, free: bool = False, choices: Any = ()) -> T:
+def option(
+    default: T,
+    group: str,
+    text: str,
+    *names: str,
+    free: bool = False,
+    choices: Any = (),
+    above: float | None = None,
+    least: float | None = None,
+) -> T:
     """A field that is also a flag and a key.
 
     Args:
@@ -48,11 +57,14 @@ def option(default: T, group: str, text: str, *names: str, free: bool = False, c
         names: Further names, as other libraries call it.
         free: It may change between a checkpoint and its resumption: the losses do not depend on it.
         choices: The values it can have, where they can be listed.
+        above: What a number must be above.
+        least: The least that a number can be.
     """
     if choices:
         text = f"{text} {', '.join(choices[:-1])} or {choices[-1]}."
-    details = {"group": group, "help": text, "names": names, "free": free, "choices": tuple(choices)}
-    value: T = field(default=default, metadata=details)
+    details = {"group": group, "help": text, "names": names, "free": free}
+    bounds = {"choices": tuple(choices), "above": above, "least": least}
+    value: T = field(default=default, metadata=details | bounds)
     return value
 
 
@@ -64,20 +76,22 @@ class TrainOptions:
         ConfigError: Values that cannot be right, all of them at once.
     """
 
-    learning_rate: float = option(2e-4, "Steps", "Peak learning rate.")
-    epochs: float = option(1.0, "Steps", "Passes over the data.", "num_train_epochs")
-    max_steps: int | None = option(None, "Steps", "Optimizer steps; goes before the epochs.")
+    learning_rate: float = option(2e-4, "Steps", "Peak learning rate.", above=0)
+    epochs: float = option(1.0, "Steps", "Passes over the data.", "num_train_epochs", above=0)
+    max_steps: int | None = option(None, "Steps", "Optimizer steps; goes before the epochs.", above=0)
     batch_size: int = option(
-        8, "Steps", "Examples a forward pass, on each device.", "per_device_train_batch_size"
+        8, "Steps", "Examples a forward pass, on each device.", "per_device_train_batch_size", above=0
     )
-    gradient_accumulation_steps: int = option(1, "Steps", "Forward passes an optimizer step.")
+    gradient_accumulation_steps: int = option(1, "Steps", "Forward passes an optimizer step.", above=0)
     lr_scheduler_type: str = option(
         "linear", "Steps", "Schedule of the learning rate:", "lr_scheduler", choices=SCHEDULES
     )
-    warmup_steps: int = option(0, "Steps", "Steps from 0 up to the learning rate.")
+    warmup_steps: int = option(0, "Steps", "Steps from 0 up to the learning rate.", least=0)
     warmup_ratio: float = option(0.0, "Steps", "The same as a share of all steps.")
-    weight_decay: float = option(0.0, "Steps", "Weight decay.")
-    max_grad_norm: float = option(1.0, "Steps", "Gradients are scaled down to this norm; 0 leaves them.")
+    weight_decay: float = option(0.0, "Steps", "Weight decay.", least=0)
+    max_grad_norm: float = option(
+        1.0, "Steps", "Gradients are scaled down to this norm; 0 leaves them.", least=0
+    )
     optim: str = option(
         "adamw_torch",
         "Steps",
@@ -88,17 +102,23 @@ class TrainOptions:
         False, "Memory", "Compute activations again in the backward pass instead of keeping them."
     )
     loss_chunk_size: int = option(
-        0, "Memory", "Tokens whose logits are computed at a time, and again in the backward pass; 0 is all."
+        0,
+        "Memory",
+        "Tokens whose logits are computed at a time, and again in the backward pass; 0 is all.",
+        least=0,
     )
     eval_steps: int = option(
-        0, "Evaluation", "Steps between evaluations; 0 evaluates before the first and after the last."
+        0,
+        "Evaluation",
+        "Steps between evaluations; 0 evaluates before the first and after the last.",
+        least=0,
     )
-    logging_steps: int = option(1, "Output", "Steps between reports to a tracker.", free=True)
+    logging_steps: int = option(1, "Output", "Steps between reports to a tracker.", free=True, above=0)
     report_to: str = option(
         "none", "Output", "Where losses are reported too: tensorboard, wandb, mlflow, …", free=True
     )
-    save_steps: int = option(0, "Output", "Steps between checkpoints; 0 writes none.", free=True)
-    save_total_limit: int = option(2, "Output", "Checkpoints kept, the newest.", free=True)
+    save_steps: int = option(0, "Output", "Steps between checkpoints; 0 writes none.", free=True, least=0)
+    save_total_limit: int = option(2, "Output", "Checkpoints kept, the newest.", free=True, above=0)
     resume: bool = option(
         False,
         "Output",
@@ -116,38 +136,14 @@ class TrainOptions:
 
     def problems(self) -> list[Text]:
         """What cannot be right, a sentence each."""
-        wrong = [
-            Text(Hint(name), f" must be above 0, not {getattr(self, name)}")
-            for name in (
-                "learning_rate",
-                "epochs",
-                "max_steps",
-                "batch_size",
-                "gradient_accumulation_steps",
-                "logging_steps",
-                "save_total_limit",
-            )
-            if getattr(self, name) is not None and not getattr(self, name) > 0
-        ]
-        wrong += [
-            Text(Hint(name), f" must be 0 or more, not {getattr(self, name)}")
-            for name in (
-                "warmup_steps",
-                "weight_decay",
-                "max_grad_norm",
-                "loss_chunk_size",
-                "eval_steps",
-                "save_steps",
-            )
-            if not getattr(self, name) >= 0
-        ]
+        wrong = [text for part in dataclasses.fields(self) for text in _wrong(part, getattr(self, part.name))]
         if not 0 <= self.warmup_ratio < 1:
             got = self.warmup_ratio
             wrong.append(Text(Hint("warmup_ratio"), f" must be at least 0 and below 1, not {got}"))
         if self.warmup_steps and self.warmup_ratio:
             both = Text(Hint("warmup_steps"), " and ", Hint("warmup_ratio"))
             wrong.append(Text(both, " say the same in two ways: give one of them"))
-        return wrong + _not_among(self)
+        return wrong
 
 
 @dataclass(frozen=True)
@@ -168,9 +164,9 @@ class RunOptions(TrainOptions):
     method: str = option("sft", "Run", "sft learns the answers, dpo from preferences:", choices=METHODS)
     task: str = option("causal-lm", "Run", "What the model does:", choices=tuple(TASKS))
     eval_data: str | None = option(None, "Evaluation", "Held-out examples, given as the data are.")
-    max_length: int = option(1024, "Data", "Longest example, in tokens; longer ones are cut.")
+    max_length: int = option(1024, "Data", "Longest example, in tokens; longer ones are cut.", above=0)
     packing: bool = option(False, "Data", "Lay several short examples into one row, apart from one another.")
-    beta: float = option(0.1, "Data", "dpo: how much straying from the base model costs.")
+    beta: float = option(0.1, "Data", "dpo: how much straying from the base model costs.", above=0)
     lora_r: int = option(16, "Adapter", "Rank.", "r")
     lora_alpha: float = option(16.0, "Adapter", "Numerator of the scaling alpha / r.")
     lora_dropout: float = option(0.0, "Adapter", "Dropout before the factors.")
@@ -197,11 +193,6 @@ class RunOptions(TrainOptions):
             Text(Hint(name), " is missing: give it, or name it in a YAML file")
             for name in ("model", "data", "output")
             if not getattr(self, name)
-        ]
-        wrong += [
-            Text(Hint(name), f" must be above 0, not {getattr(self, name)}")
-            for name in ("max_length", "beta")
-            if not getattr(self, name) > 0
         ]
         if self.method == "dpo" or self.task == "seq-cls":
             other = Hint("method", "dpo") if self.method == "dpo" else Hint("task", "seq-cls")
@@ -257,15 +248,19 @@ class RunOptions(TrainOptions):
         )
 
 
-def _not_among(options: TrainOptions) -> list[Text]:
-    wrong = []
-    for part in dataclasses.fields(options):
-        choices, value = part.metadata["choices"], getattr(options, part.name)
-        if choices and value is not None and value not in choices:
-            near = difflib.get_close_matches(str(value), choices, n=1)
-            hint = f" (do you mean {near[0]}?)" if near else ""
-            wrong.append(Text(Hint(part.name), f" is one of {', '.join(choices)}, not {value!r}{hint}"))
-    return wrong
+def _wrong(part: dataclasses.Field[Any], value: Any) -> list[Text]:
+    """What is wrong with the value of one option."""
+    choices, above, least = (part.metadata[name] for name in ("choices", "above", "least"))
+    said = ""
+    if value is None:
+        return []
+    if choices and value not in choices:
+        said = f" is one of {', '.join(choices)}, not {value!r}{did_you_mean(value, choices)}"
+    elif above is not None and not value > above:
+        said = f" must be above {above}, not {value}"
+    elif least is not None and not value >= least:
+        said = f" must be {least} or more, not {value}"
+    return [Text(Hint(part.name), said)] if said else []
 
 
 def _names(text: str) -> str | list[str]:
@@ -286,7 +281,7 @@ def check_names(options: TrainOptions) -> None:
 
     known = [str(name.value) for name in OptimizerNames]
     if options.optim not in known:
-        near = difflib.get_close_matches(options.optim, known, n=3) or known[:4]
+        near = nearest(options.optim, known, most=3) or known[:4]
         raise ConfigError(f"optim {options.optim!r} is unknown; near it: {', '.join(near)}")
     eight_bits = "8bit" in options.optim.replace("torch_8bit", "") or options.optim.startswith("paged")
     if eight_bits and importlib.util.find_spec("bitsandbytes") is None:
@@ -359,8 +354,7 @@ def from_mapping(
     for key, value in content.items():
         name = str(key).replace("-", "_")
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            unknown.append(f"{key!r}" + (f" (do you mean {near[0]!r}?)" if near else ""))
+            unknown.append(f"{key!r}{did_you_mean(name, known)}")
             continue
         if known[name] in found:
             wrong.append(f"{known[name]} is given twice")

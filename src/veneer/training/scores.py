@@ -157,7 +157,7 @@ def _asked(example: dict[str, Any], form: Form, tokenizer: Any) -> tuple[list[in
     if turn is None:
         return None
     prompt, answer = turn
-    return prompt_tokens(prompt, tokenizer, form.joint), answer.strip()
+    return prompt_tokens(prompt, tokenizer, form.separator), answer.strip()
 
 
 def perplexity_of(loss: float) -> float | None:

@@ -74,7 +74,9 @@ def test_eval_of_a_classifier(classifier: Path, tmp_path: Path, capsys: pytest.C
     assert "7 examples: odd 3, even 4" in captured.err
     data.write_text("text,label\na,evn\n")
     assert main(words) == 1
-    assert "label 'evn' is no class that is known: odd, even; perhaps 'even'" in capsys.readouterr().err
+    assert (
+        "label 'evn' is no class that is known: odd, even (did you mean 'even'?)" in capsys.readouterr().err
+    )
 
 
 def test_a_classifier_writes_no_text(classifier: Path, capsys: pytest.CaptureFixture[str]) -> None:

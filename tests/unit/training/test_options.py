@@ -28,9 +28,9 @@ def test_wrong_options_are_named_together() -> None:
     [
         ({"model": ""}, "model is missing: give it"),
         ({"lora_r": 0}, "r must be"),
-        ({"lr_scheduler_type": "cosin"}, "do you mean cosine"),
+        ({"lr_scheduler_type": "cosin"}, "did you mean 'cosine'?"),
         ({"dtype": "bf16"}, "dtype is one of auto, float32, bfloat16, float16"),
-        ({"quantize": "nf5"}, "do you mean nf4"),
+        ({"quantize": "nf5"}, "did you mean 'nf4'?"),
         ({"method": "dpo", "packing": True}, "packing does not go with method='dpo'"),
         ({"task": "seq-cls", "loss_chunk_size": 8}, "loss_chunk_size does not go with task='seq-cls'"),
         ({"warmup_steps": 2, "warmup_ratio": 0.1}, "give one of them"),
@@ -79,8 +79,8 @@ def test_unknown_keys_are_all_named_with_suggestions() -> None:
     with pytest.raises(UnknownOptionError) as refused:
         from_mapping(content, "c.yaml")
     said = str(refused.value)
-    assert "'lerning_rate' (do you mean 'learning_rate'?)" in said
-    assert "'bathc-size' (do you mean 'batch_size'?)" in said
+    assert "'lerning_rate' (did you mean 'learning_rate'?)" in said
+    assert "'bathc-size' (did you mean 'batch_size'?)" in said
     assert "'zzz'" in said and "lora_r must be a whole number, not 'many'" in said
 
 

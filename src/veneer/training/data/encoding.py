@@ -128,7 +128,7 @@ def _row(example: dict[str, Any], form: Form, tokenizer: Any) -> tuple[Row, bool
     """(row, whether an answer is empty) of a record in plain words."""
     ids: list[int] = []
     labels: list[int] = []
-    parts = pieces(example, tokenizer, form.joint)
+    parts = pieces(example, tokenizer, form.separator)
     for text, answer in parts:
         # A template writes its own first token; plain text gets the tokenizer's.
         plain = not ids and ("text" in example or not has_template(tokenizer))
@@ -155,13 +155,13 @@ def as_messages(prompt: str | Sequence[Message], role: str = "user") -> list[Mes
     return [{"role": role, "content": prompt}] if isinstance(prompt, str) else list(prompt)
 
 
-def pieces(example: Record, tokenizer: Any, joint: str = "") -> list[tuple[str, bool]]:
+def pieces(example: Record, tokenizer: Any, separator: str = "") -> list[tuple[str, bool]]:
     """The text of an example in order, each piece with whether loss falls on it.
 
     Args:
         example: A record in plain words: ``text``, ``prompt`` and ``completion``, or ``messages``.
         tokenizer: Of transformers.
-        joint: Between prompt and completion where there is no chat template.
+        separator: Between prompt and completion where there is no chat template.
 
     Raises:
         Unfit: Messages without a chat template, or a template that fails or rewrites earlier turns.
@@ -175,7 +175,7 @@ def pieces(example: Record, tokenizer: Any, joint: str = "") -> list[tuple[str, 
                 "the tokenizer has no chat template, so messages cannot be laid out; give texts as prompt "
                 "and completion, or take a chat model"
             )
-        return [(example["prompt"] + joint, False), (example["completion"] + end, True)]
+        return [(example["prompt"] + separator, False), (example["completion"] + end, True)]
     tools = example.get("tools")
     messages = example.get("messages") or [
         *as_messages(example["prompt"]),
@@ -230,7 +230,7 @@ def prompt_ids(prompt: str | Sequence[Message], tokenizer: Any, tools: Any = Non
     return prompt_tokens({"prompt": prompt, "tools": tools}, tokenizer)
 
 
-def prompt_tokens(example: Record, tokenizer: Any, joint: str = "") -> list[int]:
+def prompt_tokens(example: Record, tokenizer: Any, separator: str = "") -> list[int]:
     """As `prompt_ids`, of a record with ``prompt`` and perhaps ``tools``.
 
     Raises:
@@ -240,7 +240,7 @@ def prompt_tokens(example: Record, tokenizer: Any, joint: str = "") -> list[int]
     if not has_template(tokenizer):
         if not isinstance(prompt, str):
             raise Unfit("the tokenizer has no chat template, so the prompt must be a text")
-        return opening(prompt + joint, tokenizer)
+        return opening(prompt + separator, tokenizer)
     text = laid_out(tokenizer, as_messages(prompt), example.get("tools"), answer_next=True)
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 

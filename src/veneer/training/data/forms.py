@@ -6,13 +6,13 @@ One entry of `FORMS` is one form. Its `read` gives the record in plain words (``
 
 from __future__ import annotations
 
-import difflib
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ...errors import DataError, Hint, Text
+from ...wording import did_you_mean, nearest
 
 Record = Mapping[str, Any]
 Message = dict[str, Any]
@@ -41,7 +41,7 @@ class Unfit(DataError):
     """What is wrong with one record; where many are read, one line of a `DataError`."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Form:
     """A form of records.
 
@@ -53,7 +53,7 @@ class Form:
         more: Columns that it may have.
         read: Record -> the record in plain words, see this module's first lines.
         example: A record in short, for messages.
-        joint: Between prompt and answer where a model has no chat template.
+        separator: Between prompt and answer where a model has no chat template.
     """
 
     name: str
@@ -63,7 +63,7 @@ class Form:
     read: Callable[[Record], dict[str, Any]] = field(repr=False, compare=False)
     example: str
     more: tuple[str, ...] = ()
-    joint: str = ""
+    separator: str = ""
 
     def __str__(self) -> str:
         return f"columns {' + '.join(self.columns)} ({self.title})"
@@ -130,9 +130,8 @@ def _said(value: Record, name: str) -> Message:
     """A message of ShareGPT: from and value."""
     speaker = text_of(value.get("from"), f"{name}.from")
     if speaker.lower() not in SPEAKERS:
-        close = difflib.get_close_matches(speaker.lower(), SPEAKERS, n=1)
-        hint = f"; perhaps {close[0]!r}" if close else ""
-        raise Unfit(f"{name}.from is {speaker!r}, which is none of {', '.join(SPEAKERS)}{hint}")
+        near = did_you_mean(speaker, SPEAKERS)
+        raise Unfit(f"{name}.from is {speaker!r}, which is none of {', '.join(SPEAKERS)}{near}")
     return {
         "role": SPEAKERS[speaker.lower()],
         "content": text_of(value.get("value"), f"{name}.value"),
@@ -265,50 +264,69 @@ def _instruction(record: Record) -> dict[str, Any]:
 #: In the order in which they are looked for.
 FORMS: tuple[Form, ...] = (
     Form(
-        "messages", "conversation", "sft", ("messages",), _messages,
-        '{"messages": [{"role": …, "content": …}, …]}', ("tools",),
+        name="messages", title="conversation", purpose="sft",
+        columns=("messages",), more=("tools",), read=_messages,
+        example='{"messages": [{"role": …, "content": …}, …]}',
     ),
     Form(
-        "prompt-completion", "instruction", "sft", ("prompt", "completion"), _prompt_completion,
-        '{"prompt": …, "completion": …}', ("tools",),
+        name="prompt-completion", title="instruction", purpose="sft",
+        columns=("prompt", "completion"), more=("tools",), read=_prompt_completion,
+        example='{"prompt": …, "completion": …}',
     ),
     Form(
-        "sharegpt", "ShareGPT", "sft", ("conversations",), _sharegpt,
-        '{"conversations": [{"from": …, "value": …}, …]}', ("system", "tools"),
+        name="sharegpt", title="ShareGPT", purpose="sft",
+        columns=("conversations",), more=("system", "tools"), read=_sharegpt,
+        example='{"conversations": [{"from": …, "value": …}, …]}',
     ),
     Form(
-        "alpaca", "Alpaca", "sft", ("instruction", "output"), _alpaca,
-        '{"instruction": …, "output": …}', ("input", "system"), "\n\n",
-    ),
-    Form("text", "plain text, loss on all of it", "sft", ("text",), _text, '{"text": …}'),
-    Form(
-        "preference", "preference", "dpo", ("prompt", "chosen", "rejected"), _preference,
-        '{"prompt": …, "chosen": …, "rejected": …}',
+        name="alpaca", title="Alpaca", purpose="sft",
+        columns=("instruction", "output"), more=("input", "system"), read=_alpaca, separator="\n\n",
+        example='{"instruction": …, "output": …}',
     ),
     Form(
-        "preference-whole", "preference, whole conversations", "dpo", ("chosen", "rejected"),
-        _preference_whole, '{"chosen": [{"role": …, "content": …}, …], "rejected": […]}',
+        name="text", title="plain text, loss on all of it", purpose="sft",
+        columns=("text",), read=_text,
+        example='{"text": …}',
     ),
     Form(
-        "classification", "classification", "classification", ("text", "label"), _classified("text"),
-        '{"text": …, "label": …}',
+        name="preference", title="preference", purpose="dpo",
+        columns=("prompt", "chosen", "rejected"), read=_preference,
+        example='{"prompt": …, "chosen": …, "rejected": …}',
     ),
     Form(
-        "classification-sentence", "classification", "classification", ("sentence", "label"),
-        _classified("sentence"), '{"sentence": …, "label": …}',
+        name="preference-whole", title="preference, whole conversations", purpose="dpo",
+        columns=("chosen", "rejected"), read=_preference_whole,
+        example='{"chosen": [{"role": …, "content": …}, …], "rejected": […]}',
     ),
     Form(
-        "prompt-messages", "conversation", "prompt", ("messages",), _asked,
-        '{"messages": [{"role": …, "content": …}, …]}', ("tools",),
-    ),
-    Form("prompt", "prompt", "prompt", ("prompt",), _prompt, '{"prompt": …}', ("tools",)),
-    Form(
-        "prompt-sharegpt", "ShareGPT", "prompt", ("conversations",), _asked,
-        '{"conversations": [{"from": …, "value": …}, …]}', ("system", "tools"),
+        name="classification", title="classification", purpose="classification",
+        columns=("text", "label"), read=_classified("text"),
+        example='{"text": …, "label": …}',
     ),
     Form(
-        "prompt-alpaca", "Alpaca", "prompt", ("instruction",), _instruction, '{"instruction": …}',
-        ("input", "system"), "\n\n",
+        name="classification-sentence", title="classification", purpose="classification",
+        columns=("sentence", "label"), read=_classified("sentence"),
+        example='{"sentence": …, "label": …}',
+    ),
+    Form(
+        name="prompt-messages", title="conversation", purpose="prompt",
+        columns=("messages",), more=("tools",), read=_asked,
+        example='{"messages": [{"role": …, "content": …}, …]}',
+    ),
+    Form(
+        name="prompt", title="prompt", purpose="prompt",
+        columns=("prompt",), more=("tools",), read=_prompt,
+        example='{"prompt": …}',
+    ),
+    Form(
+        name="prompt-sharegpt", title="ShareGPT", purpose="prompt",
+        columns=("conversations",), more=("system", "tools"), read=_asked,
+        example='{"conversations": [{"from": …, "value": …}, …]}',
+    ),
+    Form(
+        name="prompt-alpaca", title="Alpaca", purpose="prompt",
+        columns=("instruction",), more=("input", "system"), read=_instruction, separator="\n\n",
+        example='{"instruction": …}',
     ),
 )  # fmt: skip
 
@@ -389,17 +407,12 @@ def _hints(record: Record, purpose: Purpose) -> list[str | Text]:
     return [*near_columns(record, columns), *null] or [ELSEWHERE[other] for other in others][:1]
 
 
-def near_columns(record: Record, columns: Iterable[str]) -> list[str]:
+def near_columns(record: Record, columns: Collection[str]) -> list[str]:
     """Which of a record's columns are perhaps misspelt."""
-    folded = {column.casefold(): column for column in columns}
-    hints = []
-    for name in record:
-        if name in folded.values():
-            continue
-        close = difflib.get_close_matches(str(name).strip().casefold(), folded, n=1, cutoff=0.7)
-        near = [folded[c] for c in close if folded[c] not in record]
-        hints += [f"{name!r} should perhaps be {c!r}" for c in near]
-    return hints
+    absent = [column for column in columns if column not in record]
+    unknown = [name for name in record if name not in set(columns)]
+    near = ((name, nearest(str(name).strip(), absent, cutoff=0.7)) for name in unknown)
+    return [f"{name!r} should perhaps be {close[0]!r}" for name, close in near if close]
 
 
 def understood(purpose: Purpose) -> str:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ...errors import DataError
+from ...wording import did_you_mean
 from .encoding import count, each, longer
 from .forms import Record, Unfit
 
@@ -96,7 +96,7 @@ def _number(label: str | int, numbers: dict[str, int]) -> int:
         return numbers[str(label)]
     if isinstance(label, int) and 0 <= label < len(numbers):
         return label
-    close = difflib.get_close_matches(str(label), numbers, n=1)
     known = list(numbers)[:8]
-    hint = f"; perhaps {close[0]!r}" if close else ""
-    raise Unfit(f"label {label!r} is no class that is known: {', '.join(known)}{hint}")
+    raise Unfit(
+        f"label {label!r} is no class that is known: {', '.join(known)}{did_you_mean(label, numbers)}"
+    )

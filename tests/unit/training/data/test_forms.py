@@ -100,7 +100,11 @@ BAD: list[tuple[Purpose, dict[str, Any], str]] = [
     ("sft", {"messages": [{"role": "user"}, ANSWER]}, r"messages\[0\].content is null"),
     ("sft", {"messages": [{**USER, "content": [{"type": "image"}]}, ANSWER]}, "only text is understood"),
     ("sft", {"messages": [USER]}, "no message of the role 'assistant'"),
-    ("sft", {"conversations": [{"from": "humn", "value": "a"}]}, r"\[0\].from is 'humn'.*perhaps 'human'"),
+    (
+        "sft",
+        {"conversations": [{"from": "humn", "value": "a"}]},
+        r"from is 'humn'.*did you mean 'human'",
+    ),
     ("sft", {"instruction": "a", "output": "b", "input": {}, "system": 1}, "system is a number"),
     ("sft", {"instruction": "a", "output": "b", "input": 5}, "input is a number"),
     ("sft", {"text": "half \ud800 of it"}, "half of a surrogate pair"),
