@@ -27,7 +27,7 @@ from veneer.files.values import check_values
 from veneer.hub import adapter_directory
 from veneer.inject import Injection, merged_over, stacked
 from veneer.layers.start import initialise
-from veneer.model.lora_model import LoraModel
+from veneer.lora_model import LoraModel
 from veneer.spec import specs_under
 from veneer.state_dict import set_adapter_state_dict
 from veneer.wording import some, warn

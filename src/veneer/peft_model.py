@@ -20,7 +20,7 @@ from veneer.files.read import AdapterFile, open_adapter
 from veneer.files.report import LoadReport
 from veneer.hub import HUB_OPTIONS, adapter_directory, push_adapter, refuse_unknown
 from veneer.load import Checks, KeyMapping, load, renamer
-from veneer.model.lora_model import LoraModel
+from veneer.lora_model import LoraModel, mention_biases
 from veneer.routing import Activation, Routing, disabled, keep_for_backward, last_invocations, routed
 from veneer.save import save, subtracted_start, update_card
 from veneer.state_dict import check_save_embedding_layers
@@ -277,7 +277,7 @@ class PeftModel(nn.Module):
                 "is_trainable=True, or call set_adapter(name) to train it"
             )
         if mode:
-            self.base_model.mention_unmeasured(self.active_adapters, stacklevel=3)
+            self.base_model.mention_unmeasured(self.active_adapters)
         return self
 
     # -- adapters ----------------------------------------------------------------------------------------
@@ -330,7 +330,7 @@ class PeftModel(nn.Module):
         Contexts may overlap and end in any order. Other threads, also those that are started inside, see the
         model as it is; `disable_adapter_layers` of its ``base_model`` is for all of them.
         """
-        self.base_model._mention_biases()
+        mention_biases(self.peft_config)
         with disabled(self.get_base_model(), self.base_model._contexts):
             yield
 

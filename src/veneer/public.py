@@ -49,7 +49,7 @@ from veneer.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from veneer.inject import inject_adapter_in_model, plan
 from veneer.integrations.kbit import prepare_model_for_kbit_training
 from veneer.load import load_peft_weights
-from veneer.model.lora_model import LoraModel
+from veneer.lora_model import LoraModel
 from veneer.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
 from veneer.peft_model import (
     MODEL_TYPE_TO_PEFT_MODEL_MAPPING,

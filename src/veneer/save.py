@@ -19,7 +19,7 @@ from veneer.config.residual import RESIDUAL_MARK, mark, plain_config
 from veneer.errors import CheckpointError, Hint
 from veneer.files.card import model_card
 from veneer.files.write import write_adapter, write_card
-from veneer.model.lora_model import LoraModel
+from veneer.lora_model import LoraModel
 from veneer.spec import resolve
 from veneer.state_dict import adapter_state_dict, saved_together
 from veneer.wording import warn

@@ -3,7 +3,7 @@
     errors -> wording -> registry · lazy · atomic · ops -> files -> hub -> config -> spec
            -> targets · adapters · inits · variants · backends · sharded
            -> routing · rollback · base_files -> merge -> layers -> inject · arithmetic
-           -> state_dict · base_fingerprint · hotswap · status -> model -> load · save -> peft_model
+           -> state_dict · base_fingerprint · hotswap · status -> lora_model -> load · save -> peft_model
            -> calibration -> integrations -> training -> as_peft -> cli
 
 1. A unit (a module or folder right under the package) imports only from the left; units of one rank do not
@@ -36,9 +36,9 @@ RANKS: tuple[tuple[str, ...], ...] = (
     ("routing", "rollback", "base_files"),
     ("merge",),
     ("layers",),
-    ("inject", "arithmetic", "checks", "optimizers", "lora_file", "listing"),
+    ("inject", "arithmetic", "checks", "optimizers", "lora_file", "listing", "dequantise", "merge_report"),
     ("state_dict", "base_fingerprint", "hotswap", "status"),
-    ("model",),
+    ("lora_model",),
     ("load", "save"),
     ("peft_model",),
     ("calibration",),

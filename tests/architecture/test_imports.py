@@ -33,7 +33,7 @@ def test_the_module_beside_the_package_is_stdlib_only_at_import() -> None:
 
 
 def tree(root: Path, **files: str) -> Path:
-    for name in ("config", "spec", "targets", "model", "inject", "files", "arithmetic"):
+    for name in ("config", "spec", "targets", "lora_model", "inject", "files", "arithmetic"):
         (root / f"{name}.py").write_text("")
     for folder in ("ops", "layers", "inits", "variants", "backends", "integrations", "cli", "training"):
         (root / folder).mkdir()
@@ -53,19 +53,19 @@ ALLOWED = [
     ("backends__bitsandbytes", "def f():\n    import bitsandbytes"),
     (
         "integrations__hub",
-        "def f():\n    from huggingface_hub import hf_hub_download\n    from ..model import X",
+        "def f():\n    from huggingface_hub import hf_hub_download\n    from ..lora_model import X",
     ),
     ("hub", "def f():\n    from huggingface_hub import hf_hub_download"),
     ("config", "from .files.layout import find_config"),
     ("training__run", "from veneer import LoraConfig, get_peft_model\nfrom ..integrations import hub"),
-    ("model", "import safetensors.torch\nfrom .inject import inject"),
+    ("lora_model", "import safetensors.torch\nfrom .inject import inject"),
     ("ops__triton_lora", "import triton\nfrom veneer.ops import triton_kernels"),
     ("ops__gpu", "def _checked_step():\n    from veneer.ops import triton_lora"),
 ]
 BREACHES = [
     ("config", "from .spec import LoraSpec", "to the right of"),
     ("config", "from . import spec", "to the right of"),
-    ("config", "import veneer.model", "to the right of"),
+    ("config", "import veneer.lora_model", "to the right of"),
     ("config", "import torch", "standard library alone"),
     ("targets", "import torch", "standard library alone"),
     ("targets", "from veneer.inits import base", "beside"),
@@ -73,18 +73,18 @@ BREACHES = [
     ("ops__merging", "from ..backends import dense", "to the right of"),
     ("layers__linear", "from ...veneer.layers import layer\nfrom ..inject import inject", "to the right of"),
     ("inject", "from .arithmetic import combine", "beside"),
-    ("model", "from .integrations.hub import fetch", "to the right of"),
-    ("model", "def f():\n    from .integrations import hub", "inside f()"),
-    ("model", "class M:\n    def g(self):\n        import torch", "inside g()"),
+    ("lora_model", "from .integrations.hub import fetch", "to the right of"),
+    ("lora_model", "def f():\n    from .integrations import hub", "inside f()"),
+    ("lora_model", "class M:\n    def g(self):\n        import torch", "inside g()"),
     (
-        "model",
+        "lora_model",
         "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from .cli import main",
         "to the right of",
     ),
-    ("model", "from importlib import import_module\nx = import_module('veneer.cli')", "to the right of"),
-    ("model", "import transformers", "not transformers"),
+    ("lora_model", "from importlib import import_module\nx = import_module('veneer.cli')", "to the right of"),
+    ("lora_model", "import transformers", "not transformers"),
     ("layers__conv", "import numpy as np", "not numpy"),
-    ("model", "from veneer import LoraConfig", "from the package root"),
+    ("lora_model", "from veneer import LoraConfig", "from the package root"),
     ("integrations__hub", "from veneer import LoraConfig", "from the package root"),
     ("integrations__hub", "from ..training import run", "to the right of"),
     ("ops__triton_lora", "import numpy", "not numpy"),

@@ -20,7 +20,7 @@ from veneer import (
     get_peft_model,
     set_peft_model_state_dict,
 )
-from veneer.model import get_peft_model_state_dict
+from veneer.state_dict import get_peft_model_state_dict
 
 
 class Net(nn.Module):

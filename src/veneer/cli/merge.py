@@ -12,7 +12,7 @@ from .common import adapter_place, app, console, show, show_json, size, table
 from .fields import check_dtype
 
 if TYPE_CHECKING:
-    from ..model.merging import MergeReport
+    from ..merge_report import MergeReport
     from ..training import Progress
 
 #: Share of the update below which losing the rest is worth a warning.

@@ -19,7 +19,7 @@ from ..files.overwrite import check_replaceable, check_room, replacing
 from ..files.read import AdapterFile, open_adapter
 from ..hub import adapter_directory, is_local
 from ..lora_file import OpenLora, blaming, factor_names, open_lora
-from ..model.merging import MergeReport
+from ..merge_report import MergeReport
 from ..peft_model import PeftModel
 from ..spec import variant_name
 from .libraries import quiet_libraries

@@ -35,7 +35,7 @@ from ..files.read import AdapterFile
 from ..files.values import check_values
 from ..hub import is_local
 from ..lora_file import factor_names, open_lora
-from ..model.merging import MergeReport
+from ..merge_report import MergeReport
 from ..ops.merging import merge_into_, shared_buffers
 from ..spec import LoraSpec, variant_name
 from ..wording import some

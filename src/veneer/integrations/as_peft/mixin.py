@@ -18,7 +18,7 @@ from ...errors import ConfigError
 from ...files.read import open_adapter
 from ...hotswap import check_hotswap_configs_compatible, hotswap_adapter_from_state_dict
 from ...hub import adapter_directory
-from ...model.verbs import mention_biases
+from ...lora_model import mention_biases
 from . import strict
 
 __all__ = ["add_adapter", "disable_adapters", "enable_adapters", "load_adapter", "set_adapter"]
@@ -109,7 +109,7 @@ def disable_adapters(original: Callable[..., Any], model: Any) -> None:
     if not getattr(model, "_hf_peft_config_loaded", False):
         original(model)
         return
-    mention_biases(model.peft_config, stacklevel=4)
+    mention_biases(model.peft_config)
     AdapterSet(model).enable(False)
 
 

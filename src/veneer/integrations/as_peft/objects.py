@@ -29,7 +29,7 @@ from ...layers.conv import LoraConv
 from ...layers.embedding import LoraEmbedding
 from ...layers.linear import LoraLinear
 from ...layers.modules_to_save import ModulesToSaveWrapper
-from ...model.lora_model import LoraModel
+from ...lora_model import LoraModel
 from .others import stub
 
 __all__ = [

@@ -19,7 +19,7 @@ from tests.tolerances import assert_close
 from veneer import LoraConfig, MergeError, PeftModel, VeneerWarning, get_peft_model, merge
 from veneer.layers import LoraLayer
 from veneer.layers.trainable_tokens import TrainableTokens
-from veneer.model.merging import MergeReport
+from veneer.merge_report import MergeReport
 
 IDS = torch.arange(12).reshape(2, 6)
 

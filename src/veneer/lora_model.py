@@ -1,43 +1,52 @@
-"""Which adapters a model has, which are active, and how much each counts."""
+"""LoraModel: a base model with adapters in it, and every verb over them."""
 
 from __future__ import annotations
 
 import copy
 import logging
 import math
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from veneer import inits
+from veneer import arithmetic, inits, targets
 from veneer.adapters import AdapterSet, Contexts, as_names, check_adapter_name, walk
+from veneer.arithmetic import Combined, CombineReport
 from veneer.config import LoraConfig
+from veneer.dequantise import dequantise, forget_quantisation
 from veneer.errors import (
     AdapterNameError,
+    CombineError,
     ConfigError,
     MergeError,
     RoutingError,
     TargetError,
-    VeneerWarning,
+    Text,
     show,
 )
-from veneer.inject import Injection, bias_parameters, prepare
+from veneer.inject import Injection, bias_parameters, eject, prepare
+from veneer.inject.embeddings import embedding_of
+from veneer.inject.places import sites
 from veneer.layers import LoraLayer
 from veneer.layers.making import draw_seed
-from veneer.merge import Mergeable, merge_updates, unmerge_all
+from veneer.layers.modules_to_save import ModulesToSaveWrapper
+from veneer.layers.trainable_tokens import TrainableTokens
+from veneer.merge import Mergeable, Undoing, merge_all, merge_updates, unmerge_all
+from veneer.merge_report import MergeReport, mention_lost
 from veneer.rollback import Rollback
 from veneer.routing import BASE
 from veneer.sharded import settle
-from veneer.spec import resolve
+from veneer.spec import resolve, restate
+from veneer.wording import listed, warn
 
 logger = logging.getLogger("veneer")
 
 
-class AdapterVerbs(nn.Module):
-    """A base model with adapters in it: which there are, which are active, how strong.
+class LoraModel(nn.Module):
+    """A base model with adapters in it, and the verbs over all its adapted modules.
 
     Args:
         model: The base model; adapters are put into it in place.
@@ -48,6 +57,9 @@ class AdapterVerbs(nn.Module):
     """
 
     prefix: str = "lora_"
+
+    #: What the last merge kept.
+    merge_report: MergeReport | None = None
 
     def __init__(
         self,
@@ -187,11 +199,11 @@ class AdapterVerbs(nn.Module):
                 if adapter_name in layer.held_adapters:
                     layer.note_start(adapter_name, resolve(config, adapter_name, "").init)
 
-    def mention_unmeasured(self, names: Iterable[str], more: str = "", stacklevel: int = 4) -> None:
+    def mention_unmeasured(self, names: Iterable[str], more: str = "") -> None:
         """Warn of those of these adapters whose start was to be measured on data and never was."""
         found = self.unmeasured()
         for name in [name for name in names if name in found]:
-            warnings.warn(found[name] + more, VeneerWarning, stacklevel=stacklevel)
+            warn(found[name] + more)
 
     @property
     def active_adapters(self) -> list[str]:
@@ -312,11 +324,9 @@ class AdapterVerbs(nn.Module):
         del self.peft_config[adapter_name]
         if was_active and not self.active_adapters:
             rest = ", ".join(map(repr, self.peft_config)) or "none is left"
-            warnings.warn(
+            warn(
                 f"the deleted adapter {adapter_name!r} was the active one: no adapter is active now. "
-                f"Choose with set_adapter: {rest}",
-                VeneerWarning,
-                stacklevel=2,
+                f"Choose with set_adapter: {rest}"
             )
 
     def rename_adapter(self, old: str, new: str) -> None:
@@ -335,11 +345,8 @@ class AdapterVerbs(nn.Module):
 
     def disable_adapter_layers(self) -> None:
         """Let the model compute what its base computes, until enabled again."""
-        self._mention_biases()
+        mention_biases(self.peft_config)
         self.index.enable(False)
-
-    def _mention_biases(self) -> None:
-        mention_biases(self.peft_config, stacklevel=4)
 
     def _trained_biases(self) -> Iterator[tuple[str, str, nn.Parameter]]:
         """The base biases that an adapter trains: its name, theirs and the parameter."""
@@ -355,6 +362,72 @@ class AdapterVerbs(nn.Module):
             parameter.requires_grad_(False)
         self._biases.clear()
 
+    # -- merging -------------------------------------------------------------------------------------------
+
+    def merge_adapter(
+        self,
+        adapter_names: Sequence[str] | None = None,
+        safe_merge: bool = False,
+        *,
+        untie: bool = False,
+        undo: Undoing = "copy",
+    ) -> MergeReport:
+        """Add adapters into the base weights, to be taken out again by `unmerge_adapter`.
+
+        An adapter that is merged already stays as it was merged, whatever became of it since.
+
+        Args:
+            adapter_names: The adapters; None means the active ones.
+            safe_merge: Refuse a base too that holds NaN or infinity. An adapter that does, and one that would
+                leave the range of a weight's type, is refused in any case.
+            untie: Give an adapted layer whose weight is shared with another module a weight of its own.
+            undo: What is kept of each weight for `unmerge_adapter`: "copy", all of it.
+
+        Returns:
+            The share of the update that each layer kept.
+
+        Raises:
+            MergeError: Naming every layer that cannot be merged.
+
+        Whatever is raised, the model is then as it was, bit for bit.
+        """
+        with Rollback() as back:
+            report = self._merge(adapter_names, safe_merge, untie, undo, back)
+        self.merge_report = report
+        mention_lost(report)
+        return report
+
+    def _merge(
+        self,
+        adapter_names: Sequence[str] | None,
+        safe_merge: bool,
+        untie: bool,
+        undo: Undoing,
+        back: Rollback,
+        progressbar: bool = False,
+    ) -> MergeReport:
+        """Ask everything that can be known, then write; ``back`` is given what takes it back."""
+        names = self.active_adapters if adapter_names is None else as_names(adapter_names)
+        self.index.check(names, known=self.peft_config)
+        self.mention_unmeasured(names)
+        settle(self)
+        layers = self.mergeable()
+        kept = merge_all(
+            self.model,
+            layers,
+            names,
+            back,
+            safe_merge=safe_merge,
+            untie=untie,
+            undo=undo,
+            progressbar=progressbar,
+        )
+        requantised = tuple(path for path in kept if layers[path].backend.quantization is not None)
+        before = {} if self.merge_report is None else self.merge_report.kept
+        merged = [path for path, layer in layers.items() if layer.merged and layer.tied_adapter is None]
+        kept = {path: before[path] for path in merged if path in before} | kept
+        return MergeReport(kept, requantised)
+
     def unmerge_adapter(self) -> None:
         """Give every base weight back, bit for bit.
 
@@ -364,16 +437,209 @@ class AdapterVerbs(nn.Module):
         settle(self)
         unmerge_all(self.mergeable())
 
+    def merge_and_unload(
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: Sequence[str] | None = None,
+        *,
+        untie: bool = False,
+        dequantize: bool | torch.dtype = False,
+    ) -> nn.Module:
+        """Merge adapters into the base and return it without any trace of them.
 
-def mention_biases(configs: Mapping[str, LoraConfig], stacklevel: int = 3) -> None:
+        What was kept of the update stands in `merge_report` afterwards. No copy of the base is made: should
+        memory run out between two layers, or somebody interrupt, then the layers that are written stay
+        merged, and the error names them. The model computes the same as before then, and calling this again
+        goes on. For all or nothing call `merge_adapter` before, which keeps copies.
+
+        Args:
+            progressbar: Show progress on standard error.
+            safe_merge: Refuse a base too that holds NaN or infinity. An adapter that does, and one that would
+                leave the range of a weight's type, is refused in any case.
+            adapter_names: The adapters; None means the active ones.
+            untie: Give an adapted layer whose weight is shared with another module a weight of its own.
+            dequantize: First replace every quantised module of the model, adapted or not, by an ordinary one,
+                so that the update is not quantised away. Its weights get this type; with True that of the
+                model's configuration, or else the one that was quantised.
+
+        Raises:
+            MergeError: Naming every layer that cannot be merged; the model is then as it was. Or naming the
+                layers that stay merged, with what stopped the others as its cause.
+        """
+        names = self.active_adapters if adapter_names is None else as_names(adapter_names)
+        if self.peft_config and not names:
+            raise MergeError(
+                f"no adapter is active, so there is nothing to merge; the model has: "
+                f"{', '.join(self.peft_config)}. "
+                "Choose with set_adapter or adapter_names, or take the base alone by unload()"
+            )
+        if reasons := {r for m in self.index.modules() if (r := m.refuses_active(names)) is not None}:
+            raise MergeError("; ".join(sorted(reasons)))
+        before = {path: layer.merged_adapters for path, layer in self.mergeable().items()}
+        try:
+            with Rollback() as back:
+                if dequantize:
+                    self._dequantise(dequantize, back)
+                report = self._merge(names, safe_merge, untie, None, back, progressbar)
+        except BaseException as error:
+            self._name_what_stays(before, error)
+            raise
+        self.merge_report = report
+        if dequantize:
+            forget_quantisation(self.model)
+        extra = [n for layer in self.mergeable().values() for n in layer.merged_adapters if n not in names]
+        for module in self.index.modules():
+            if isinstance(module, ModulesToSaveWrapper):
+                module.set_adapter(names, inference_mode=True)
+                module.enable_adapters(True)
+        eject(self.model, trained_copies=True)
+        _note_untied(self.model)
+        self.peft_config = {}
+        mention_lost(report)
+        if extra:
+            warn(f"the adapter {extra[0]!r} was merged before and stays merged")
+        return self.model
+
+    def _name_what_stays(self, before: Mapping[str, list[str]], error: BaseException) -> None:
+        """After a failure: the layers that could not be put back, since no copy was kept of their weight."""
+        layers = self.mergeable().items()
+        paths = [path for path, layer in layers if layer.merged_adapters != before.get(path)]
+        if not paths:
+            return
+        text = (
+            f"merging stopped: {type(error).__name__}: {error}. {len(paths)} of {len(before)} layers are "
+            f"merged by now ({listed(paths)}) and stay so, as merge_and_unload keeps no copies. The model "
+            "computes the same as before; calling merge_and_unload again goes on with the others"
+        )
+        if isinstance(error, Exception):
+            raise MergeError(text) from error
+        warn(text)
+
+    def _dequantise(self, dtype: bool | torch.dtype, back: Rollback) -> None:
+        """Replace quantised modules."""
+        if merged := [path for path, layer in self.layers().items() if layer.merged]:
+            raise MergeError(
+                f"adapters are merged into {merged[0]} and {len(merged) - 1} more layers as they are "
+                "quantised: unmerge_adapter() first"
+            )
+        dequantise(self.model, back, dtype if isinstance(dtype, torch.dtype) else None)
+
+    def unload(self) -> nn.Module:
+        """The base model without adapters, its weights and biases bit for bit as they were."""
+        self.unmerge_adapter()
+        self._restore_biases()
+        eject(self.model)
+        self.peft_config = {}
+        return self.model
+
+    # -- combining -----------------------------------------------------------------------------------------
+
+    def add_weighted_adapter(
+        self,
+        adapters: str | Sequence[str],
+        weights: float | Sequence[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | None = None,
+        svd_clamp: int | None = None,
+        svd_full_matrices: bool = True,
+        svd_driver: str | None = None,
+        density: float | None = None,
+        majority_sign_method: str = "total",
+    ) -> CombineReport:
+        """Add the adapter whose update is ``Σ wᵢ ΔWᵢ``, or trimmed and voted; it is not activated.
+
+        See `veneer.arithmetic.combine`. ``svd_full_matrices`` and ``svd_driver`` have no meaning here: no
+        dense matrix is decomposed.
+
+        Raises:
+            CombineError: Listing everything that makes the combination impossible or wrong.
+        """
+        check_adapter_name(adapter_name)
+        if adapter_name in self.peft_config:
+            raise AdapterNameError(f"an adapter named {adapter_name!r} exists already")
+        adapters = [adapters] if isinstance(adapters, str) else list(adapters)
+        names = as_names(adapters)
+        self.index.check(names, known=self.peft_config)
+        self._check_combination(names, svd_clamp)
+        results, report = arithmetic.combine(
+            self.layers(),
+            adapters,
+            weights,
+            adapter_name,
+            combination_type,
+            svd_rank,
+            density,
+            majority_sign_method,
+        )
+        results = _alike_in_bias(results)
+        config = copy.deepcopy(self.peft_config[names[0]])
+        restate(config, [c.spec for c in results])
+        config.lora_dropout, config.init_lora_weights = 0.0, True
+        config.lora_bias = any(c.spec.lora_bias for c in results)
+        config.target_modules = targets.portable_targets(
+            report.ranks, set(sites(self.model)) - set(report.ranks)
+        )
+        config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
+        prepared = [(c.layer, c.layer.prepared(c.spec, c.start)) for c in results]
+        for layer, adapter in prepared:
+            layer.put_adapter(adapter)
+        self.peft_config[adapter_name] = config
+        return report
+
+    def _check_combination(self, names: Sequence[str], svd_clamp: int | None) -> None:
+        problems = []
+        for name in names:
+            config = self.peft_config[name]
+            if config.bias != "none":
+                problems.append(f"{name!r} trains biases of the base (bias={config.bias!r})")
+        whole = [
+            name
+            for m in self.index.modules()
+            if isinstance(m, ModulesToSaveWrapper)
+            for name in m.held_adapters
+            if name in names
+        ]
+        if whole:
+            problems.append(
+                f"{whole[0]!r} trains whole modules (modules_to_save), which are no low-rank updates"
+            )
+        rows = [n for m in self.index.modules() if isinstance(m, TrainableTokens) for n in m.held_adapters]
+        if both := [name for name in names if name in rows]:
+            problems.append(f"{both[0]!r} trains single tokens, which are no low-rank updates")
+        if svd_clamp is not None:
+            problems.append("svd_clamp would change the update that was asked for")
+        if problems:
+            from_all = "\n".join(f"  - {p}" for p in problems)
+            raise CombineError(f"these adapters cannot be combined:\n{from_all}")
+
+    # -- the model inside ----------------------------------------------------------------------------------
+
+    def get_base_model(self) -> nn.Module:
+        """The model that was adapted."""
+        return self.model
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the adapted model gives."""
+        return self.model(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "model" or "model" not in self.__dict__.get("_modules", {}):
+                raise
+            return getattr(self.model, name)
+
+
+def mention_biases(configs: Mapping[str, LoraConfig]) -> None:
     """Warn that what an adapter trained of the base itself stays when adapters are disabled."""
     trained = next((name for name, config in configs.items() if config.bias != "none"), None)
     if trained is not None:
-        warnings.warn(
+        warn(
             f"the adapter {trained!r} trains biases of the base itself (bias={configs[trained].bias!r}): "
-            "with adapters disabled the output keeps them, and is not the base model's",
-            VeneerWarning,
-            stacklevel=stacklevel,
+            "with adapters disabled the output keeps them, and is not the base model's"
         )
 
 
@@ -384,3 +650,39 @@ def _init_of(config: LoraConfig) -> inits.Init:
 def _check_factor(factor: object) -> None:
     if isinstance(factor, bool) or not isinstance(factor, int | float) or not math.isfinite(factor):
         raise ConfigError(f"the strength of an adapter is a finite number, got {factor!r}")
+
+
+def _alike_in_bias(results: Sequence[Combined]) -> list[Combined]:
+    """Give every result a bias, zero where it has none, if any has one: a configuration says it for all.
+
+    Raises:
+        CombineError: If a layer that cannot have one, such as an embedding, is among them.
+    """
+    if not any(c.spec.lora_bias for c in results):
+        return list(results)
+    filled, problems = [], []
+    for combined in results:
+        spec, start = replace(combined.spec, lora_bias=True), combined.start
+        if reason := combined.layer.refuses(combined.layer.geometry(), spec):
+            problems.append(Text(f"{spec.path}: ", reason, ", and another of the layers has a lora_bias"))
+        elif start.bias is None:
+            start = replace(start, bias=start.b.new_zeros(start.b.shape[0]))
+        filled.append(replace(combined, spec=spec, start=start))
+    if problems:
+        raise CombineError(Text.join("\n  - ", ["these adapters cannot be combined:", *problems]))
+    return filled
+
+
+def _note_untied(model: nn.Module) -> None:
+    """Let a configuration not say that embeddings are tied where a trained copy of one took its place."""
+    weights = [
+        getattr(module, "weight", None)
+        for module in (embedding_of(model, "input"), embedding_of(model, "output"))
+    ]
+    if weights[0] is None or weights[1] is None or weights[0] is weights[1]:
+        return
+    config = getattr(model, "config", None)
+    text = getattr(config, "get_text_config", lambda: config)()
+    for part in (config, text):
+        if part is not None and getattr(part, "tie_word_embeddings", False):
+            part.tie_word_embeddings = False

@@ -1,1 +1,0 @@
-"""The verbs over a model's adapters, and merging."""
