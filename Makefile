@@ -1,6 +1,6 @@
 # make demo     set up, then watch a real language model learn a real task
 # make test     set up, then run all tests
-# make check    lint, formatting, types, architecture        make refusals   all tests, and list what no test refuses
+# make check    lint, formatting, types, architecture
 # make tutorial run docs/tutorial.md from top to bottom and draw its pictures
 # make examples run all examples, some twenty minutes; make examples-data fetches only what they read
 # make bench    run the benchmarks; tables on the screen, JSON and pictures in benchmarks/results
@@ -15,7 +15,7 @@ ARGS ?=
 # Two workers, a file each: the suite is written for two cores, each worker computing with one thread.
 WORKERS ?= 2
 
-.PHONY: help setup setup-test demo tutorial examples examples-data test refusals check format bench bench-quick bench-check lock clean
+.PHONY: help setup setup-test demo tutorial examples examples-data test check format bench bench-quick bench-check lock clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | head -10
@@ -44,9 +44,6 @@ examples: examples-data
 test: examples-data
 	@VENEER_NOPEFT_PYTHON="$$($(VENV)/python tools/make_nopeft_env.py)" \
 		$(VENV)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
-
-refusals:
-	@$(MAKE) test ARGS="--refusals $(ARGS)"
 
 check: setup-test
 	$(VENV)/ruff check .

@@ -39,17 +39,9 @@ hypothesis.settings.register_profile("veneer", deadline=None, derandomize=True, 
 hypothesis.settings.load_profile("veneer")
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    """``--refusals``: a run of all tests fails if a refusal of the sources was never raised."""
-    parser.addoption(
-        "--refusals", action="store_true", help="list every refusal that no test raised, and fail"
-    )
-
-
 def pytest_configure(config: pytest.Config) -> None:
-    """Watch which refusals are raised; workers inherit that from the process that starts them."""
-    if config.getoption("refusals") and not hasattr(config, "workerinput"):
-        config.pluginmanager.register(refusals.Law(config))
+    """A run of all tests fails if a refusal of the sources was never raised."""
+    refusals.register(config)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -4,8 +4,8 @@ A refusal is a place in the sources that makes one of Veneer's errors. A `raise`
 (``raise _explain(error)``) is one too, beside the errors that the function makes. Problems that are gathered
 in a list and raised together are one refusal.
 
-The errors are watched in all processes, see `on_start/sitecustomize.py`. A run of some of the tests, or one
-in which a test failed, is not judged.
+The errors are watched in all processes, see `on_start/sitecustomize.py`. A run of some of the tests is not
+watched, and one in which a test failed is not judged.
 """
 
 from __future__ import annotations
@@ -119,16 +119,27 @@ def never_raised(wanted: Iterable[Refusal], seen: Iterable[Seen]) -> list[Refusa
     return [one for one in wanted if not raised(one)]
 
 
+def register(config: pytest.Config, source: Path = ROOT / "src") -> None:
+    """Let the law judge a run of all tests; workers inherit the watching from what starts them."""
+    if not hasattr(config, "workerinput") and _is_whole(config):
+        config.pluginmanager.register(Law(source))
+
+
+def _is_whole(config: pytest.Config) -> bool:
+    everything = [Path(config.rootpath, path) for path in config.getini("testpaths")]
+    asked = [Path(config.invocation_params.dir, path) for path in config.args]
+    return asked == everything and not any(config.getoption(name, None) for name in PARTIAL)
+
+
 class Law:
     """The plugin: watches from the start of a session, judges at its end.
 
     Args:
-        config: Pytest's.
         source: Directory of the sources.
     """
 
-    def __init__(self, config: pytest.Config, source: Path = ROOT / "src") -> None:
-        self.config, self.source = config, source
+    def __init__(self, source: Path) -> None:
+        self.source = source
         self.missing: list[Refusal] = []
         self.directory = tempfile.TemporaryDirectory(prefix="refusals")
         before = os.environ.get("PYTHONPATH")
@@ -136,16 +147,9 @@ class Law:
         os.environ["VENEER_REFUSALS"] = self.directory.name
         runpy.run_path(str(ON_START / "sitecustomize.py"))
 
-    def judges(self) -> bool:
-        """Whether this run is one of all tests."""
-        config = self.config
-        everything = [Path(config.rootpath, path) for path in config.getini("testpaths")]
-        asked = [Path(config.invocation_params.dir, path) for path in config.args]
-        return asked == everything and not any(config.getoption(name, None) for name in PARTIAL)
-
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         """Fail a run that passed without raising every refusal."""
-        if session.exitstatus == pytest.ExitCode.OK and self.judges():
+        if session.exitstatus == pytest.ExitCode.OK:
             self.missing = never_raised(refusals(self.source), seen_in(Path(self.directory.name)))
             if self.missing:
                 session.exitstatus = pytest.ExitCode.TESTS_FAILED

@@ -88,11 +88,10 @@ def test_the_rest():
 """
 CONFTEST = """
 from pathlib import Path
-from tests.refusals import Law
+from tests.refusals import register
 
 def pytest_configure(config):
-    if not hasattr(config, "workerinput"):
-        config.pluginmanager.register(Law(config, Path(__file__).parents[1] / "src"))
+    register(config, Path(__file__).parents[1] / "src")
 """
 
 
