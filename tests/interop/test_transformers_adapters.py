@@ -338,7 +338,7 @@ def test_tensors_and_configuration_are_of_one_save(nopeft_python: Path, tmp_path
         + """
 import os, warnings
 import peft
-from veneer import VeneerWarning
+from veneer import AdapterFileError, VeneerWarning
 from veneer.files.layout import CONFIG_NAME
 
 def save(strength):
@@ -375,6 +375,20 @@ model.load_adapter(str(place))
 assert saves and torch.equal(model(X).logits, new)
 assert model.peft_config["default"].lora_alpha == 40
 assert all(any(p is q for q in model.parameters()) for p in parameters)
+
+# One that saves each time.
+def between(*args, **kwargs):
+    save(4)
+    return inject(*args, **kwargs)
+peft.inject_adapter_in_model = between
+model = llama()
+before = model.state_dict()
+try:
+    model.load_adapter(str(place))
+    raise AssertionError("loaded")
+except AdapterFileError as error:
+    assert "replaced again and again" in str(error)
+assert model.state_dict().keys() == before.keys() and not getattr(model, "peft_config", None)
 """,
         HERE,
         tmp_path,

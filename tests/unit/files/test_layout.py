@@ -205,6 +205,15 @@ def test_what_is_replaced_again_and_again_is_given_up(tmp_path: Path) -> None:
         layout.together(tmp_path, read)
 
 
+def test_a_file_that_cannot_be_opened_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    with (
+        pytest.raises(AdapterFileError, match=r"cannot read .*loop: .*symbolic links"),
+        layout.watched(tmp_path / "loop"),
+    ):
+        pass
+
+
 def test_a_record_that_is_damaged_is_an_error(tmp_path: Path) -> None:
     write_adapter(tmp_path, TENSORS, OLD)
     tensors = load_file(tmp_path / SAFETENSORS_NAME)
