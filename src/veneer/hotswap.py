@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -12,16 +11,15 @@ from torch import Tensor, nn
 
 from veneer.adapters import base_of, walk
 from veneer.config import LoraConfig, PeftConfig
-from veneer.errors import AdapterNameError, ConfigError, LoadMismatchError, MergeError, Text, VeneerWarning
-from veneer.files.keys import to_disk
+from veneer.errors import AdapterNameError, ConfigError, LoadMismatchError, MergeError, Text
+from veneer.files.keys import PREFIX, to_disk
 from veneer.files.read import open_adapter
 from veneer.files.values import check_values
 from veneer.hub import adapter_directory
 from veneer.layers import LoraLayer
 from veneer.spec import LoraSpec, resolve_all, restate
-from veneer.wording import some
+from veneer.wording import some, warn
 
-_PREFIX = "base_model.model."
 _RANK_AXIS = {
     0: {"lora_A", "lora_embedding_A", "lora_residual_A"},
     1: {"lora_B", "lora_embedding_B", "lora_residual_B"},
@@ -71,8 +69,8 @@ def hotswap_adapter_from_state_dict(
         AdapterFileError: A tensor holds NaN or infinity, or is no floating-point number; the same.
     """
     layers = _holding(model, [adapter_name])
-    own = {key.removeprefix(_PREFIX): parameter for key, parameter in _places(layers, adapter_name).items()}
-    given = {key.removeprefix(_PREFIX): value for key, value in state_dict.items()}
+    own = {key.removeprefix(PREFIX): parameter for key, parameter in _places(layers, adapter_name).items()}
+    given = {key.removeprefix(PREFIX): value for key, value in state_dict.items()}
     wrong = [f"the model has no {key}" for key in sorted(given.keys() - own.keys())]
     wrong += [f"{key} is not given" for key in sorted(own.keys() - given.keys())]
     wrong += [
@@ -96,7 +94,7 @@ def hotswap_adapter_from_state_dict(
         for path, layer in layers.items():
             strength = new[path].scaling if layer.specs[adapter_name].constant_scaling else 1.0
             for name, parameter in _places({path: layer}, adapter_name).items():
-                value, key = given[name.removeprefix(_PREFIX)], name.removeprefix(path)
+                value, key = given[name.removeprefix(PREFIX)], name.removeprefix(path)
                 scaled = strength if "_B." in key else 1.0
                 parameter.zero_()
                 # With groups, each group has its own share of the rank.
@@ -262,7 +260,7 @@ def _check_compiled(model: nn.Module, check_compiled: str) -> None:
         words = "the model is compiled already: prepare it for hot-swapping before torch.compile"
         if check_compiled == "error":
             raise ConfigError(words)
-        warnings.warn(f"{words}, or it is compiled once more", VeneerWarning, stacklevel=3)
+        warn(f"{words}, or it is compiled once more")
 
 
 def _widened(spec: LoraSpec, target_rank: int | None) -> LoraSpec:

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-import warnings
 from collections.abc import Iterable, Iterator
 from importlib.metadata import entry_points
 from typing import Generic, TypeVar
 
-from veneer.errors import VeneerWarning
+from veneer.wording import warn
 
 T = TypeVar("T")
 
@@ -41,11 +40,9 @@ def load_plugins() -> None:
             entry.load()
         except Exception as error:
             package = entry.dist.name if entry.dist is not None else "a package"
-            warnings.warn(
+            warn(
                 f"the plug-in {entry.name!r} ({entry.value}) of {package} could not be loaded and is left "
-                f"out: {type(error).__name__}: {error}",
-                VeneerWarning,
-                stacklevel=2,
+                f"out: {type(error).__name__}: {error}"
             )
 
 

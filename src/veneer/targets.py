@@ -6,18 +6,16 @@ expression over the whole path. Whatever matches nothing is said, with the neare
 
 from __future__ import annotations
 
-import difflib
 import re
-import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from veneer.config import LoraConfig, TaskType, looks_like_regex
 from veneer.config.expressions import Paths, path_ends
 from veneer.config.values import name_in, show
-from veneer.errors import Hint, TargetError, Text, VeneerWarning
+from veneer.errors import Hint, TargetError, Text
 from veneer.spec import LoraSpec, PatternSet, resolve_all
-from veneer.wording import listed, some
+from veneer.wording import listed, nearest, some, warn
 
 ALL_LINEAR = "all-linear"
 SHOWN = 10  # names listed in a message before "and N more"
@@ -175,9 +173,9 @@ def plan(
     if planner.conflicts or planner.refused or not specs or (strict_targets and planner.unmatched):
         raise TargetError(planner.complaint(adapter, nothing=not specs))
     if planner.unmatched and not loading:
-        warnings.warn(VeneerWarning(planner.complaint(adapter, nothing=False)), stacklevel=2)
+        warn(planner.complaint(adapter, nothing=False))
     for sentence in () if loading else planner.remarks:
-        warnings.warn(VeneerWarning(sentence), stacklevel=2)
+        warn(sentence)
     return Plan(
         adapter=adapter,
         specs=specs,
@@ -623,7 +621,7 @@ def _as_patterns(value: Iterable[str] | str | None, ordered: bool = False) -> li
     return list(value) if ordered else sorted(set(value))
 
 
-def _ends(paths: Iterable[str]) -> dict[str, str]:
+def _ends(paths: Iterable[str]) -> list[str]:
     """What can be suggested: the last one, two and three segments of paths, unless they hold a number."""
     found: dict[str, str] = {}
     for path in paths:
@@ -632,7 +630,7 @@ def _ends(paths: Iterable[str]) -> dict[str, str]:
             end = parts[-length:]
             if len(end) == length and not any(part.isdigit() for part in end):
                 found.setdefault(".".join(end).lower(), ".".join(end))
-    return found
+    return list(found.values())
 
 
 def _words(pattern: str) -> list[str]:
@@ -642,18 +640,17 @@ def _words(pattern: str) -> list[str]:
     return re.findall(r"[A-Za-z_]\w{2,}", re.sub(r"\\[A-Za-z]", " ", pattern))
 
 
-def _near(words: Iterable[str], names: Mapping[str, str] | set[str]) -> tuple[str, ...]:
-    """The names most like any of the words; those clearly less like a word than its best are left out."""
-    table = names if isinstance(names, Mapping) else {name.lower(): name for name in names}
+def _bare(name: str) -> str:
+    return re.sub(r"[\W_]", "", name.lower())
+
+
+def _near(words: Iterable[str], names: Collection[str]) -> tuple[str, ...]:
+    """The names most like any of the words, or that hold one but for its punctuation."""
     found: dict[str, None] = {}
     for word in [word for word in words if len(word) <= LONGEST][:SHOWN]:
-        key = word.lower()
-        close = difflib.get_close_matches(key, table, n=3, cutoff=0.6)
-        scores = [difflib.SequenceMatcher(None, name, key).ratio() for name in close]
-        close = [name for name, score in zip(close, scores, strict=True) if score > scores[0] - 0.1]
-        bare = re.sub(r"[\W_]", "", key)
-        close += [n for n in table if len(bare) > 2 and "." not in n and bare in re.sub(r"[\W_]", "", n)]
-        found.update(dict.fromkeys(table[name] for name in close if table[name] != word))
+        bare = _bare(word)
+        within = [n for n in names if len(bare) > 2 and "." not in n and bare in _bare(n)]
+        found.update(dict.fromkeys(name for name in (*nearest(word, names, 3), *within) if name != word))
     return tuple(found)[:5]
 
 

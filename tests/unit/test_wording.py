@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 
-from veneer.wording import listed, some, visible
+from veneer import wording
+from veneer.errors import VeneerWarning
+from veneer.wording import did_you_mean, listed, some, visible
 
 
 @pytest.mark.parametrize(
@@ -30,3 +35,39 @@ def test_the_first_of_many_and_how_many_more() -> None:
     assert listed([]) == "" and listed("ab") == "a, b" and listed(iter("abc")) == "a, b, c"
     assert listed("abcde") == "a, b, c and 2 more" and listed("abc", 1) == "a and 2 more"
     assert some(["a", "b"], 2) == ["a", "b"] and some(["x"] * 1003, 2) == ["x", "x", "and 1,001 more"]
+
+
+@pytest.mark.parametrize(
+    ("word", "known", "near"),
+    [
+        ("Lora_Alpa", ["lora_alpha", "lora_dropout"], " (did you mean 'lora_alpha'?)"),
+        ("LINEAR", ["linear", "svd"], " (did you mean 'linear'?)"),
+        ("nothing like it", ["linear", "svd"], ""),
+        (7, ["linear"], ""),
+    ],
+)
+def test_the_nearest_spelling(word: object, known: list[str], near: str) -> None:
+    assert did_you_mean(word, known) == near
+
+
+HELD = """
+from contextlib import contextmanager
+from veneer.errors import Hint
+from veneer.wording import warn
+
+@contextmanager
+def held():
+    inner()
+    yield
+
+def inner():
+    warn("x ", Hint("untie", True))
+"""
+
+
+def test_a_warning_stands_where_the_caller_is() -> None:
+    names: dict[str, Any] = {}
+    exec(compile(HELD, str(Path(wording.__file__).with_name("not_there.py")), "exec"), names)
+    with pytest.warns(VeneerWarning, match="^x untie=True$") as caught, names["held"]():
+        pass
+    assert caught[0].filename == __file__

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -25,7 +24,8 @@ from veneer.calibration.eva_inputs import (
 )
 from veneer.calibration.measuring import Hook, hooked, in_mode, planned
 from veneer.config import EvaConfig, LoraConfig
-from veneer.errors import AdapterNameError, ConfigError, Hint, LoadMismatchError, MergeError, VeneerWarning
+from veneer.errors import AdapterNameError, ConfigError, Hint, LoadMismatchError, MergeError
+from veneer.files.keys import PREFIX
 from veneer.inject.places import sites
 from veneer.layers import LoraLayer
 from veneer.layers.layer import Prepared
@@ -33,6 +33,7 @@ from veneer.layers.start import initialise
 from veneer.ops.svd import Components, update_components
 from veneer.peft_model import PeftModel
 from veneer.routing import disabled
+from veneer.wording import warn
 
 logger = logging.getLogger("veneer")
 
@@ -252,11 +253,9 @@ def _measure(
             done = len(holders) - len(waiting)
             logger.info("EVA: %d of %d inputs have settled after pass %d", done, len(holders), turn + 1)
     if waiting := {n: w for n, w in holders.items() if not _has_settled(n, w, sharing, ranks)}:
-        warnings.warn(
+        warn(
             f"the directions of {len(waiting)} of {len(holders)} inputs still turn after {_MOST_PASSES} "
-            f"passes over the data (tau={next(iter(waiting.values())).tau}): {', '.join(list(waiting)[:3])}",
-            VeneerWarning,
-            stacklevel=4,
+            f"passes over the data (tau={next(iter(waiting.values())).tau}): {', '.join(list(waiting)[:3])}"
         )
     return ranks
 
@@ -334,7 +333,7 @@ def initialize_lora_eva_weights(
             adapter_name, gather_distributed_inputs, show_progress_bar,
         )  # fmt: skip
     layers = {p: x for p, x in model.base_model.layers().items() if adapter_name in x.held_adapters}
-    given = {name.removeprefix("base_model.model."): rows for name, rows in eva_state_dict.items()}
+    given = {name.removeprefix(PREFIX): rows for name, rows in eva_state_dict.items()}
     _check_directions(layers, given, adapter_name)
     changes = {
         path: _start(layers[path], rows, adapter_name, config)
@@ -360,11 +359,9 @@ def _check_directions(layers: Mapping[str, LoraLayer], given: Mapping[str, Tenso
     if merged := [path for path, layer in layers.items() if adapter in layer.merged_adapters]:
         raise MergeError(f"the adapter {adapter!r} is merged (into {merged[0]}): unmerge_adapter() first")
     if absent := [path for path in layers if path not in given]:
-        warnings.warn(
+        warn(
             f"{len(absent)} layers keep their default start, for they are not among the EVA directions: "
-            f"{', '.join(absent[:3])}",
-            VeneerWarning,
-            stacklevel=4,
+            f"{', '.join(absent[:3])}"
         )
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import sys
 from typing import Annotated, Any
 
 import typer
+
+from veneer.wording import did_you_mean
 
 from .asking import (
     Adapter,
@@ -168,7 +169,5 @@ def _command(talk: Any, line: str) -> bool:
         talk.again(_write)
         show()
     else:
-        close = difflib.get_close_matches(word, COMMANDS, n=1)
-        hint = f"perhaps {close[0]}" if close else f"there are {', '.join(COMMANDS)}"
-        raise VeneerError(f"no command {word}; {hint}")
+        raise VeneerError(f"no command {word}{did_you_mean(word, COMMANDS)}; there are {', '.join(COMMANDS)}")
     return True

@@ -22,7 +22,7 @@ from veneer.config.values import looks_like_regex
 from veneer.errors import AdapterFileError, ConfigError, Hint, Text, UnknownOptionError, VeneerWarning, short
 from veneer.files.config import read_config_file
 from veneer.files.layout import CONFIG_NAME, BelongingConfig, find_config
-from veneer.wording import some, warn
+from veneer.wording import did_you_mean, some, warn
 
 KNOWN_PEFT_VERSION = (0, 21, 2)
 DEEPEST_NESTING = 32
@@ -111,7 +111,7 @@ class PeftConfig:
         if self.task_type is not None and not isinstance(self.task_type, TaskType):
             found += check.choice("task_type", self.task_type, [t.value for t in TaskType])
         if self.peft_type is not None and not isinstance(self.peft_type, PeftType):
-            near = check.did_you_mean(self.peft_type, [t.value for t in PeftType])
+            near = did_you_mean(self.peft_type, [t.value for t in PeftType])
             found.append(
                 Text(
                     Hint("peft_type"),
@@ -383,20 +383,16 @@ def _class_for(cls: type[PeftConfig], values: Mapping[str, Any]) -> type[PeftCon
     if isinstance(kind, PeftType):
         raise ConfigError(f"the adapter is of type {kind.value}; Veneer implements LORA only")
     known = [t.value for t in PeftType]
-    raise ConfigError(
-        f"peft_type {check.show(name)} is no known adapter method{check.did_you_mean(name, known)}"
-    )
+    raise ConfigError(f"peft_type {check.show(name)} is no known adapter method{did_you_mean(name, known)}")
 
 
 def _mention_newer_version(version: object) -> None:
     match = re.match(r"(\d{1,6})\.(\d{1,6})(?:\.(\d{1,6}))?", version) if isinstance(version, str) else None
     if match and tuple(int(part or 0) for part in match.groups()) > KNOWN_PEFT_VERSION:
         latest = ".".join(map(str, KNOWN_PEFT_VERSION))
-        warnings.warn(
+        warn(
             f"the adapter was written by peft {short(str(version), 40)}, newer than the {latest} that Veneer "
-            "knows; options that it does not know and that are switched on are refused",
-            VeneerWarning,
-            stacklevel=3,
+            "knows; options that it does not know and that are switched on are refused"
         )
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from veneer.config.values import show
 from veneer.errors import UnknownOptionError
-from veneer.wording import listed
+from veneer.wording import did_you_mean, listed
 
 _SPELLINGS = {
     "alpha": "lora_alpha",
@@ -50,9 +49,9 @@ def unknown_options(names: Sequence[str], known: Iterable[str], values: Mapping[
 
     def described(name: str) -> str:
         meant = _SPELLINGS.get(name)
-        near = [meant] if meant in known else difflib.get_close_matches(name[:80], known, n=1)
+        near = f" (did you mean {meant!r}?)" if meant in known else did_you_mean(name, known)
         value = f" = {show(values[name])}" if name in values else ""
-        return show(name) + (f" (did you mean {near[0]!r}?)" if near else "") + value
+        return show(name) + near + value
 
     return listed(map(described, names), 20)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from veneer.config.expressions import parsed
 from veneer.errors import Hint, Text
 from veneer.errors import show as show
+from veneer.wording import did_you_mean
 
 LARGEST_NUMBER = (2 - 2**-23) * 2.0**127  # of float32, in which strengths are computed
 SMALLEST_NUMBER = 2.0**-126
@@ -82,17 +82,8 @@ def choice(name: str, value: object, known: Iterable[object]) -> list[Text]:
     known = tuple(known)
     if any(type(value) is type(k) and value == k for k in known):
         return []
-    near = did_you_mean(value, known)
+    near = did_you_mean(value, map(str, known)) if isinstance(value, str) else ""
     return [Text(Hint(name), f" must be one of {', '.join(map(str, known))}; got {show(value)}{near}")]
-
-
-def did_you_mean(value: object, known: Iterable[object]) -> str:
-    """The nearest known value in brackets, or nothing."""
-    if not isinstance(value, str):
-        return ""
-    near = difflib.get_close_matches(value.lower(), [str(k).lower() for k in known], n=1, cutoff=0.6)
-    spelling = next((str(k) for k in known if near and str(k).lower() == near[0]), None)
-    return f" (did you mean {spelling}?)" if spelling else ""
 
 
 def text(name: str, value: object) -> list[Text]:

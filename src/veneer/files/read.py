@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
-import warnings
 import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -15,9 +14,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from veneer.errors import AdapterFileError, VeneerWarning
+from veneer.errors import AdapterFileError
 from veneer.files.header import Header, bin_metadata, name_problem, read_header
 from veneer.files.layout import BelongingConfig, belonging_config, check_directory, identity, together
+from veneer.wording import warn
 
 
 @dataclass(frozen=True)
@@ -139,10 +139,8 @@ def _open_bin(path: Path) -> AdapterFile:
             f"{path} is damaged: {type(exc).__name__}: {str(exc).splitlines()[0]}"
         ) from exc
     tensors = _check_content(path, content, status.st_size)
-    warnings.warn(
-        f"{path} is a pickle; it was read as tensors only. Save the adapter again to get a safetensors file.",
-        VeneerWarning,
-        stacklevel=5,
+    warn(
+        f"{path} is a pickle; it was read as tensors only. Save the adapter again to get a safetensors file."
     )
     shapes = {k: tuple(t.shape) for k, t in tensors.items()}
     dtypes = {k: t.dtype for k, t in tensors.items()}

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Mapping
 
 import torch
 
-from veneer.errors import AdapterFileError, Hint, VeneerWarning
+from veneer.errors import AdapterFileError, Hint
 from veneer.ops.merging import is_finite
-from veneer.wording import listed
+from veneer.wording import listed, warn
 
 _OF_THE_ADAPTER = re.compile(r"(^|\.)(lora_\w+|trainable_tokens_delta)(\.|$)")
 _TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -46,7 +45,7 @@ def check_values(
     if check_finite is not False:
         way_out = () if check_finite is None else (Hint("check_finite", False, "; {} loads it all the same"),)
         raise AdapterFileError(f"{said}. Training diverged, or the file is damaged", *way_out)
-    warnings.warn(said, VeneerWarning, stacklevel=4)
+    warn(said)
 
 
 def _finite(tensor: torch.Tensor) -> bool:

@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import struct
-import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from veneer.atomic import HalfMovedError, atomic_file, atomic_files, locked
-from veneer.errors import CheckpointError, VeneerWarning
+from veneer.errors import CheckpointError
 from veneer.files.card import merge_card
 from veneer.files.header import BIN_METADATA, name_problem
 from veneer.files.layout import (
@@ -30,6 +29,7 @@ from veneer.files.layout import (
     saved_metadata,
 )
 from veneer.ops.merging import is_finite
+from veneer.wording import warn
 
 
 def write_adapter(
@@ -121,11 +121,7 @@ def check_tensors(tensors: Mapping[str, torch.Tensor]) -> None:
         raise CheckpointError("these tensors cannot be saved:\n" + "\n".join(lines))
     broken = [n for n, t in tensors.items() if not is_finite(t)]
     if broken:
-        warnings.warn(
-            f"{len(broken)} of {len(tensors)} tensors to save hold NaN or infinity: {', '.join(broken[:3])}",
-            VeneerWarning,
-            stacklevel=3,
-        )
+        warn(f"{len(broken)} of {len(tensors)} tensors to save hold NaN or infinity: {', '.join(broken[:3])}")
 
 
 def _tensor_problem(name: str, tensor: object) -> str | None:

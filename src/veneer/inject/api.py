@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from veneer.adapters import AdapterModule
 from veneer.config import LoraConfig
 from veneer.errors import TargetError
+from veneer.files.keys import PREFIX
 from veneer.inject.encoder import give_back_fused_kernels
 from veneer.inject.places import sites
 from veneer.inject.preparing import prepare
@@ -64,7 +65,7 @@ def _targets_of(config: LoraConfig, state_dict: Mapping[str, Tensor]) -> LoraCon
         for marker in (".lora_A.", ".lora_embedding_A"):
             path, mark, _ = key.partition(marker)
             if mark:
-                ranks[path.removeprefix("base_model.model.")] = int(tensor.shape[0])
+                ranks[path.removeprefix(PREFIX)] = int(tensor.shape[0])
     if not ranks:
         raise TargetError(
             "the state dict holds no lora_A or lora_embedding_A key: it is not a LoRA adapter's"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 import re
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -14,8 +13,10 @@ from torch import Tensor, nn
 
 from veneer import layers, targets
 from veneer.config import LoraConfig
-from veneer.errors import Hint, LoadMismatchError, VeneerWarning
+from veneer.errors import Hint, LoadMismatchError
+from veneer.files.keys import PREFIX
 from veneer.spec import LoraSpec, resolve_all
+from veneer.wording import warn
 
 #: Names of an expert's projections, and the half of which stack each became.
 _PARTS = {
@@ -25,7 +26,6 @@ _PARTS = {
 }
 _EXPERT = re.compile(rf"(.*\.experts)\.(\d+)\.({'|'.join(_PARTS)})\.lora_([AB])\.weight")
 _FACTOR = re.compile(r"(.*)\.lora_([AB])\.weight")
-_PREFIX = "base_model.model."
 
 
 @dataclass
@@ -84,7 +84,7 @@ def stacked(model: nn.Module, config: LoraConfig, shapes: Mapping[str, tuple[int
         new = next((where + key[len(p) :] for p, where in _beside(places).items() if key.startswith(p)), key)
         result.shapes[new] = shape
         result.sources[new] = ([key], lambda held, key=key: held[key])  # type: ignore[misc]
-        if match := _FACTOR.fullmatch(new.removeprefix(_PREFIX)):
+        if match := _FACTOR.fullmatch(new.removeprefix(PREFIX)):
             module = model.get_submodule(match[1])
             if layers.find(module) is None and isinstance(getattr(module, "weight", None), nn.Parameter):
                 parameters.add(f"{match[1]}.weight")
@@ -95,19 +95,16 @@ def stacked(model: nn.Module, config: LoraConfig, shapes: Mapping[str, tuple[int
     own.exclude_modules = own.layers_to_transform = own.layers_pattern = None
     own.target_parameters = sorted(parameters)
     if own.lora_dropout:
-        warnings.warn(
-            VeneerWarning(
-                Hint("lora_dropout", own.lora_dropout),
-                " is set to 0: the experts are bare parameters here, on which dropout is not defined",
-            ),
-            stacklevel=4,
+        warn(
+            Hint("lora_dropout", own.lora_dropout),
+            " is set to 0: the experts are bare parameters here, on which dropout is not defined",
         )
         own.lora_dropout = 0.0
     return result
 
 
 def _module_of(key: str) -> str:
-    return key.removeprefix(_PREFIX).rpartition(".lora_")[0]
+    return key.removeprefix(PREFIX).rpartition(".lora_")[0]
 
 
 def _stack(model: nn.Module, place: str) -> str | None:
@@ -115,7 +112,7 @@ def _stack(model: nn.Module, place: str) -> str | None:
     for old, new in (("", ""), (".block_sparse_moe.", ".mlp.")):
         path = place.replace(old, new) if old else place
         try:
-            module = model.get_submodule(path.removeprefix(_PREFIX))
+            module = model.get_submodule(path.removeprefix(PREFIX))
         except AttributeError:
             continue
         if {"gate_up_proj", "down_proj"} <= set(module._parameters):
@@ -138,7 +135,7 @@ def _stack_one(
     shapes: Mapping[str, tuple[int, ...]],
 ) -> list[str]:
     """Add the tensors of one layer's stacks; the paths of the parameters that they belong to."""
-    path = where.removeprefix(_PREFIX)
+    path = where.removeprefix(PREFIX)
     module = model.get_submodule(path)
     held: dict[tuple[str, int, int, str], str] = {}
     for key in keys:

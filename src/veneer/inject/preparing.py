@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Collection, Mapping, Sequence
 
 from torch import nn
@@ -11,7 +10,7 @@ from torch import nn
 from veneer import backends, inits, targets
 from veneer.adapters import AdapterModule, AdapterSet, check_adapter_name, walk
 from veneer.config import LoraConfig, looks_like_regex
-from veneer.errors import AdapterNameError, Hint, TargetError, Text, VeneerWarning
+from veneer.errors import AdapterNameError, Hint, TargetError, Text
 from veneer.inject.building import build
 from veneer.inject.injection import Addition, Copy, Injection
 from veneer.inject.places import Site, model_type, plan_sites, sites
@@ -22,7 +21,7 @@ from veneer.layers.making import check_config, with_variant_options
 from veneer.layers.modules_to_save import ModulesToSaveWrapper
 from veneer.sharded import is_sharded
 from veneer.spec import LoraSpec
-from veneer.wording import listed, some
+from veneer.wording import listed, some, warn
 
 
 def prepare(
@@ -63,14 +62,12 @@ def prepare(
     quiet = quiet or stored is not None
     if not quiet:
         for sentence in config._advice():
-            warnings.warn(VeneerWarning(sentence), stacklevel=3)
+            warn(sentence)
     if not config.inference_mode and is_sharded(model):
-        warnings.warn(
+        warn(
             f"the model's parameters are sharded, and those of the new adapter {adapter_name!r} will be "
             "whole on every rank: nobody averages their gradients. Add adapters before FSDP (or average "
-            "yourself, as transformers' Trainer does for a model that was sharded when it was loaded)",
-            VeneerWarning,
-            stacklevel=3,
+            "yourself, as transformers' Trainer does for a model that was sharded when it was loaded)"
         )
     own_config = copy.deepcopy(config)
     change = replication(model, own_config)
@@ -162,11 +159,7 @@ def _complete(
     if any(a.layer.transposed and a.layer.linear for a in additions):
         config.fan_in_fan_out = True
     elif config.fan_in_fan_out:
-        warnings.warn(
-            "fan_in_fan_out=True, but no adapted layer stores its weight (in, out): it is ignored",
-            VeneerWarning,
-            stacklevel=4,
-        )
+        warn("fan_in_fan_out=True, but no adapted layer stores its weight (in, out): it is ignored")
         config.fan_in_fan_out = False
     if config.target_modules is None:
         names = targets.DEFAULT_TARGETS.get(model_type(model) or "", ())
@@ -186,13 +179,10 @@ def _mention_replaced_bases(additions: list[Addition]) -> None:
         name for a in additions if inits.find(a.spec.init).replaces_base for name in a.layer.held_adapters
     }
     if others:
-        warnings.warn(
-            VeneerWarning(
-                Hint("init_lora_weights", additions[0].spec.init),
-                f" replaces base weights, and the adapters {', '.join(map(repr, sorted(others)))} work on "
-                "the same ones: their outputs change",
-            ),
-            stacklevel=4,
+        warn(
+            Hint("init_lora_weights", additions[0].spec.init),
+            f" replaces base weights, and the adapters {', '.join(map(repr, sorted(others)))} work on "
+            "the same ones: their outputs change",
         )
 
 
@@ -201,12 +191,10 @@ def _mention_unread(found: Mapping[str, Site], specs: Sequence[LoraSpec]) -> Non
     owners = {spec.path: spec.path.removesuffix(f".{spec.parameter}") for spec in specs}
     readers = {path: cls for path, own in owners.items() if (cls := found[own].reader) is not None}
     if readers:
-        warnings.warn(
+        warn(
             f"{listed(readers)}: {' and '.join(sorted(set(readers.values())))} reads the weight without "
             "calling the module, so what the adapter has there gets no gradient and has no effect until it "
-            "is merged",
-            VeneerWarning,
-            stacklevel=5,
+            "is merged"
         )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
@@ -12,7 +11,7 @@ from veneer import targets
 from veneer.adapters import AdapterModule
 from veneer.config import LoraConfig
 from veneer.config.expressions import Paths
-from veneer.errors import Hint, TargetError, Text, VeneerWarning
+from veneer.errors import Hint, TargetError, Text
 from veneer.inject.embeddings import embedding_of
 from veneer.inject.injection import Addition, Copy
 from veneer.inject.places import Site
@@ -21,6 +20,7 @@ from veneer.layers.making import why_not
 from veneer.layers.modules_to_save import ModulesToSaveWrapper
 from veneer.layers.tied import LoraTiedHead
 from veneer.spec import PatternSet, resolve
+from veneer.wording import warn
 
 
 def tie(model: nn.Module, found: Mapping[str, Site], config: LoraConfig, *, quiet: bool) -> dict[str, str]:
@@ -67,7 +67,7 @@ def tie(model: nn.Module, found: Mapping[str, Site], config: LoraConfig, *, quie
     elif not config.trainable_token_indices:
         problem = f"neither target_modules nor modules_to_save names any of {', '.join(group)}"
     if problem and not quiet:
-        warnings.warn(f"ensure_weight_tying=True ties nothing: {problem}", VeneerWarning, stacklevel=6)
+        warn(f"ensure_weight_tying=True ties nothing: {problem}")
     return dict.fromkeys(heads, lead) if whole or adapted else {}
 
 

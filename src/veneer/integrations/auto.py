@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import importlib
 import os
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 from veneer.config import PeftConfig, TaskType
-from veneer.errors import AdapterFileError, ConfigError, MissingExtraError, VeneerWarning, show
+from veneer.errors import AdapterFileError, ConfigError, MissingExtraError, show
 from veneer.hub import adapter_directory
 from veneer.peft_model import (
     PeftModel,
@@ -21,6 +20,7 @@ from veneer.peft_model import (
     PeftModelForSequenceClassification,
     PeftModelForTokenClassification,
 )
+from veneer.wording import warn
 
 #: Options of `PeftModel.from_pretrained`; the others belong to the base model.
 _ADAPTER_OPTIONS = ("autocast_adapter_dtype", "key_mapping", "strict", "check_base", "check_finite")
@@ -153,12 +153,9 @@ def _fit_vocabulary(base: Any, directory: Path, trusted: bool) -> None:
     size = len(_transformers().AutoTokenizer.from_pretrained(str(directory), trust_remote_code=trusted))
     # Bases are often padded beyond their tokenizer; only tokens without a row need more.
     if size > embedding.weight.shape[0]:
-        warnings.warn(
+        warn(
             f"the tokenizer beside the adapter has {size} tokens and the base {embedding.weight.shape[0]} "
-            "rows: "
-            "the base's embeddings are resized",
-            VeneerWarning,
-            stacklevel=3,
+            "rows: the base's embeddings are resized"
         )
         base.resize_token_embeddings(size)
 

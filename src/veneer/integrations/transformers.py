@@ -17,12 +17,12 @@ from __future__ import annotations
 import functools
 import importlib
 import sys
-import warnings
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from ..errors import VeneerWarning
+from veneer.wording import warn
+
 from ..sharded import settle
 from . import trl
 
@@ -212,11 +212,9 @@ def _check_trainer(trainer: ModuleType) -> None:
     if ask is None or not ask(probe):
         from transformers import __version__
 
-        warnings.warn(
+        warn(
             f"transformers {__version__} decides in a way that Veneer does not know whether a model is an "
             "adapter: Trainer may write whole models into its checkpoints. Call "
             "veneer.as_peft.register_as_peft() before importing transformers, or save with "
-            "model.save_pretrained() yourself.",
-            VeneerWarning,
-            stacklevel=2,
+            "model.save_pretrained() yourself."
         )

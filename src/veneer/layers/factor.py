@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from veneer.adapters import begin
+from veneer.files.keys import WRAPPERS
 
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 #: Names of the frozen term ``A₀``, ``B₀`` of an adapter, for initialisations that subtract their start.
@@ -169,7 +170,6 @@ def stand_in(
 
 def unwrapped(module: nn.Module) -> nn.Module:
     """The module inside the wrappers that shards, checkpoints and compilers put around one."""
-    names = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
-    while (inner := next((module._modules[n] for n in names if n in module._modules), None)) is not None:
+    while (inner := next((module._modules[n] for n in WRAPPERS if n in module._modules), None)) is not None:
         module = inner
     return module

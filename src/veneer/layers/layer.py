@@ -8,7 +8,6 @@ layer, and adapters that come, change and go. How adapters are merged is `veneer
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Reversible, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 
 from veneer import backends, merge, variants
 from veneer.adapters import as_names
-from veneer.errors import AdapterNameError, Hint, MergeError, TargetError, Text, VeneerWarning
+from veneer.errors import AdapterNameError, Hint, MergeError, TargetError, Text
 from veneer.inits import InitResult, folded
 from veneer.layers.factor import NOTHING, RESIDUAL, Factor, Frozen, empty, operate, stand_in
 from veneer.layers.refused import refusal
@@ -33,6 +32,7 @@ from veneer.routing import Routing, acting, current
 from veneer.sharded import gathered, is_distributed
 from veneer.spec import LoraSpec
 from veneer.variants import Variant
+from veneer.wording import warn
 
 registry: TypeRegistry[type[LoraLayer]] = TypeRegistry("layer")
 
@@ -624,11 +624,9 @@ class LoraLayer(Mergeable):
         the base plus the active adapters, always.
         """
         if self._merged and (left := [n for n in self._merged if n not in as_names(adapter_names)]):
-            warnings.warn(
+            warn(
                 f"unmerging {', '.join(map(repr, left))}: no longer active. Merge again after set_adapter "
-                "if wanted.",
-                VeneerWarning,
-                stacklevel=2,
+                "if wanted."
             )
             self.unmerge(left)
         super().set_adapter(adapter_names, inference_mode)

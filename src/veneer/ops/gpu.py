@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import functools
 import os
-import warnings
 from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
-from veneer.errors import VeneerWarning
+from veneer.wording import warn
 
 #: Set to 1 in the environment, it lets Triton in; plain torch is the default until a GPU has run the kernels.
 SWITCH = "VENEER_TRITON"
@@ -91,10 +90,8 @@ def _checked_step(device: torch.device, dtype: torch.dtype) -> type[torch.autogr
         reason = f"{type(error).__name__}: {error}"
     if reason is None:
         return triton_lora.TritonLora
-    warnings.warn(
+    warn(
         f"LoRA on {device} computes {dtype} in plain torch, not in Triton: {reason}. The results are right, "
-        f"the steps slower. Without {SWITCH}=1 in the environment, plain torch is used and nothing is said",
-        VeneerWarning,
-        stacklevel=2,
+        f"the steps slower. Without {SWITCH}=1 in the environment, plain torch is used and nothing is said"
     )
     return None

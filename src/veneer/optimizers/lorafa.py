@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -12,8 +11,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from veneer.adapters import AdapterSet
-from veneer.errors import ConfigError, Hint, VeneerWarning
+from veneer.errors import ConfigError, Hint
 from veneer.layers import LoraLayer
+from veneer.wording import warn
 
 #: Keeps A Aᵀ invertible.
 _DAMPING = 1e-8
@@ -166,13 +166,10 @@ def _check(
     if wrong:
         raise ConfigError("LoRA-FA cannot train this model:\n" + "\n".join(f"  - {line}" for line in wrong))
     if not any((s.r, s.lora_alpha) == (r, lora_alpha) for s in specs):
-        warnings.warn(
-            VeneerWarning(
-                "no active adapter has ",
-                Hint("r", r),
-                " and ",
-                Hint("lora_alpha", lora_alpha),
-                "; each layer's own values are used",
-            ),
-            stacklevel=3,
+        warn(
+            "no active adapter has ",
+            Hint("r", r),
+            " and ",
+            Hint("lora_alpha", lora_alpha),
+            "; each layer's own values are used",
         )

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import copy
 import inspect
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from torch import nn
 
+from veneer.wording import warn
+
 from ...adapters import AdapterSet, adapter_modules
-from ...errors import VeneerError, VeneerWarning
+from ...errors import VeneerError
 from .strict import Before
 
 __all__ = ["add_adapter", "delete_adapters", "load_lora_adapter"]
@@ -78,9 +79,7 @@ def delete_adapters(original: Callable[..., Any], model: Any, adapter_names: str
     original(model, adapter_names)
     rest = list(getattr(model, "peft_config", {}))
     if active and rest and not adapters.active():
-        warnings.warn(
+        warn(
             f"{', '.join(map(repr, active))} was active and is deleted: no adapter of this "
-            f"{type(model).__name__} is active now. Choose with set_adapters: {', '.join(map(repr, rest))}",
-            VeneerWarning,
-            stacklevel=3,
+            f"{type(model).__name__} is active now. Choose with set_adapters: {', '.join(map(repr, rest))}"
         )

@@ -11,7 +11,8 @@ from typing import Any
 
 from transformers.core_model_loading import WeightRenaming
 
-_PREFIX = "base_model.model."
+from ...files.keys import PREFIX
+
 _WITH_WEIGHT = ("lora_A", "lora_B")
 _BARE = ("lora_embedding_A", "lora_embedding_B", "trainable_tokens_delta")
 
@@ -22,7 +23,7 @@ def to_memory(key: str, adapter: str) -> str:
     The prefix `base_model.model.` is taken off, and the adapter's name put in. A name that has no place for
     it stays as it is (biases; trained copies of modules, whose renaming needs the model).
     """
-    key = key.removeprefix(_PREFIX)
+    key = key.removeprefix(PREFIX)
     parts = key.split(".")
     if len(parts) >= 2 and parts[-2] in _WITH_WEIGHT and parts[-1] in ("weight", "bias"):
         return ".".join([*parts[:-1], adapter, parts[-1]])
@@ -39,7 +40,7 @@ class AdapterRenaming(WeightRenaming):
     __slots__ = ("adapter",)
 
     def __init__(self, adapter: str) -> None:
-        super().__init__(rf"^{_PREFIX}", "")
+        super().__init__(rf"^{PREFIX}", "")
         self.adapter = adapter
 
     def rename_source_key(self, source_key: str) -> tuple[str, str | None]:

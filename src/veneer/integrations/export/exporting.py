@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import Blank, ConfigError, ExportError, Hint, Text
+from ...files.keys import PREFIX
 from ...files.layout import CONFIG_NAME
 from ...files.overwrite import check_replaceable, replacing
 from ...wording import listed
@@ -187,7 +188,7 @@ def _sources(directory: Path, target: Target, component: str | None) -> dict[str
 def _with_biases(source: Source, base: BaseModel | None) -> tuple[Source, dict[str, Tensor], list[Problem]]:
     """The adapter without biases of B, and the layers' own biases with ``s·b`` added."""
     saved = {
-        name.removeprefix("base_model.model.").removesuffix(".base_layer.bias"): tensor
+        name.removeprefix(PREFIX).removesuffix(".base_layer.bias"): tensor
         for name, tensor in source.others.get("bias", {}).items()
     }
     found: dict[str, Tensor] = {}
@@ -206,7 +207,7 @@ def _with_biases(source: Source, base: BaseModel | None) -> tuple[Source, dict[s
         return source, {}, [Problem(f"a bias of B (lora_bias) on layers without a bias: {listed(lacking)}")]
     others = {kind: dict(tensors) for kind, tensors in source.others.items()}
     for path in found:
-        others.get("bias", {}).pop(f"base_model.model.{path}.base_layer.bias", None)
+        others.get("bias", {}).pop(f"{PREFIX}{path}.base_layer.bias", None)
     updates = {path: replace(update, bias=None) for path, update in source.updates.items()}
     config = replace(source.config, lora_bias=False)
     return replace(source, config=config, updates=updates, others=others), found, []

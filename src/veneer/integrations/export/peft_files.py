@@ -12,12 +12,13 @@ from torch import Tensor
 
 from ...config.residual import RESIDUAL_MARK
 from ...errors import ExportError
+from ...files.keys import PREFIX
 from ...files.layout import CONFIG_NAME, SAFETENSORS_NAME
 from ...files.read import open_adapter
 from ...files.write import write_adapter
 from ...wording import listed
 from .base import Part, Target, plain_config
-from .source import PREFIX, Update
+from .source import Update
 
 FILES = (CONFIG_NAME, SAFETENSORS_NAME)
 

@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
+from ...files.keys import PREFIX
 from .base import Part, plain_config
 from .folding import Rules
 from .peft_files import PeftFiles
-from .source import PREFIX
 
 
 class Plain(PeftFiles):

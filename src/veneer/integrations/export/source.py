@@ -14,13 +14,13 @@ from torch import Tensor
 from ...config import LoraConfig
 from ...config.expressions import Paths
 from ...errors import AdapterFileError
+from ...files.keys import PREFIX
 from ...lora_file import factor_names, open_lora
 from ...ops.merging import is_finite
 from ...spec import variant_name
 from ...targets import parents, saved_modules
 from ...wording import some
 
-PREFIX = "base_model.model."
 #: Initialisations under whose name a file's factors count from a base that the initialisation changed.
 CHANGED_BASE = re.compile(r"pissa(_niter_\d+)?|olora|corda|loftq|lora_ga|mica")
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ...config import LoraConfig, PeftConfig
 from ...errors import AdapterFileError, ConfigError, ExportError, Hint, Text
+from ...files.keys import PREFIX
 from ...files.layout import CONFIG_NAME
 from ...files.overwrite import check_replaceable, replacing
 from ...files.read import AdapterFile, open_tensors
@@ -152,7 +153,7 @@ def _sorted(file: AdapterFile, base: Any) -> tuple[dict[str, _Part], str]:
         if found.role in roles:
             twice.append(f"{name} and {roles[found.role]} are the same tensor of {found.path}")
         roles[found.role] = name
-    if unknown and not parts and any(name.startswith("base_model.model.") for name in unknown):
+    if unknown and not parts and any(name.startswith(PREFIX) for name in unknown):
         raise ExportError(
             f"{file.path} is in the field's format already: its names begin with base_model.model"
         )
