@@ -250,11 +250,12 @@ def _combine_layer(
     strengths = {n: w * layer.scaling[n] for n, w in weights.items()}
     bias = _sum_biases(wide, strengths)
     error = 0.0
+    widest = max(layer.r[n] * (1 if layer.residual(n) is None else 2) for n in weights)
     if combination_type == "svd":
-        rank = svd_rank or max(layer.update_rank(n) for n in weights)
+        rank = svd_rank or widest
         a, b, error = _reduced(layer, wide, strengths, rank)
     elif combination_type.endswith("_svd"):
-        rank = svd_rank or max(layer.update_rank(n) for n in weights)
+        rank = svd_rank or widest
         a, b, error = _trimmed_updates(layer, wide, weights, rank, trim)
     elif combination_type in pruning.METHODS:
         roots = [math.sqrt(abs(s)) for s in strengths.values()]

@@ -1,16 +1,20 @@
-"""What modules were before a change, put back if the change fails."""
+"""What modules were before a change: put back if it fails (`Rollback`), or when it is undone (`Undo`)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from types import TracebackType
-from typing import Any
+from types import MappingProxyType, TracebackType
+from typing import Any, NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from veneer.adapters import begin
 from veneer.backends import Backend
-from veneer.ops.merging import spare_copy
+from veneer.ops.merging import is_finite, spare_copy
+from veneer.sharded import gathered
 
 #: Tables of an `nn.Module`, which are changed in place.
 _TABLES = ("_parameters", "_buffers", "_modules")
@@ -85,3 +89,90 @@ def _put_back(thing: Any, attributes: dict[str, Any], tables: dict[str, dict[str
     for key, table in tables.items():
         state[key].clear()
         state[key].update(table)
+
+
+class Update(NamedTuple):
+    """What merging an adapter adds to a weight: ``s·BA``, or what its variant makes of that.
+
+    Attributes:
+        a: A, as stored.
+        b: B, as stored.
+        bias: The bias of B, or None.
+        extra: What the variant has beside them.
+        scaling: s.
+        variant: Name of the variant.
+    """
+
+    a: Tensor
+    b: Tensor
+    bias: Tensor | None
+    extra: Mapping[str, Tensor]
+    scaling: float
+    variant: str
+
+    def size(self) -> float:
+        """A bound for its elements; infinite or undefined where one of them may be."""
+        return abs(self.scaling) * math.prod(
+            float(torch.linalg.vector_norm(gathered(factor).float())) for factor in (self.a, self.b)
+        )
+
+    def is_finite(self, size: float) -> bool:
+        """Whether all of it is, given its `size`."""
+        tensors = [*self.extra.values(), *(() if self.bias is None else (self.bias,))]
+        if not math.isfinite(size):  # finite factors may have a norm that is not
+            tensors += [self.a, self.b]
+        return math.isfinite(self.scaling) and all(is_finite(gathered(tensor)) for tensor in tensors)
+
+    def copied(self) -> Update:
+        """The same with tensors of its own."""
+        bias = None if self.bias is None else self.bias.clone()
+        extra = {key: tensor.clone() for key, tensor in self.extra.items()}
+        return self._replace(a=self.a.clone(), b=self.b.clone(), bias=bias, extra=extra)
+
+
+class Rows(NamedTuple):
+    """What merging an adapter's tokens writes: rows that take the place of a weight's.
+
+    Attributes:
+        places: Which rows, (n,).
+        rows: The new ones, (n, dim).
+        bias: None; an `Update` may have one.
+    """
+
+    places: Tensor
+    rows: Tensor
+    bias: None = None
+
+    def copied(self) -> Rows:
+        """The same with tensors of its own."""
+        return Rows(self.places.clone(), self.rows.clone())
+
+
+class Undo(nn.Module):
+    """The base's tensors as they were before merging, and what was merged.
+
+    The tensors are buffers that are not saved: they follow the layer to another device or dtype, into a
+    deepcopy and a pickle, and stay out of every state dict.
+
+    Attributes:
+        attributes: Attributes of the base that merging changed.
+        coded: The tensors are as a quantised storage keeps them, and not the weight itself.
+        updates: What was merged, by adapter name, in the types that it had.
+    """
+
+    attributes: Mapping[str, Any]
+    coded: bool
+    updates: Mapping[str, Update | Rows]
+
+    def __init__(self) -> None:
+        begin(self)  # past `nn.Module.__setattr__`, which is slow: a merged model has hundreds of these
+        self.__dict__.update(attributes=MappingProxyType({}), coded=False, updates={})
+
+    def keep(self, **tensors: Tensor) -> None:
+        """Keep tensors by their names on the base."""
+        self._buffers.update(tensors)
+        self._non_persistent_buffers_set.update(tensors)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors by their names on the base; ``places`` and ``rows`` where only rows are kept."""
+        return {name: buffer for name, buffer in self._buffers.items() if buffer is not None}

@@ -24,10 +24,11 @@ from veneer.inits import InitResult, folded
 from veneer.layers.factor import NOTHING, RESIDUAL, Factor, Frozen, empty, operate, stand_in
 from veneer.layers.refused import refusal
 from veneer.layers.strengths import Strengths
-from veneer.merge import Mergeable, Undo, Update
+from veneer.merge import Mergeable
 from veneer.ops.mixed_batch import along_rows, own_rows
 from veneer.ops.row_norms import State
 from veneer.registry import TypeRegistry
+from veneer.rollback import Undo, Update
 from veneer.routing import Routing, acting, current
 from veneer.sharded import gathered, is_distributed
 from veneer.spec import LoraSpec
@@ -141,9 +142,11 @@ class LoraLayer(Mergeable):
         if self._disabled and self._merged:
             return self.original_base()(x, *args, **kwargs)  # type: ignore[no-any-return]
         y: Tensor = self.base_layer(x, *args, **kwargs)
-        if not self._live:
-            return y
-        base = partial(self._base_output, y, x, *args, **kwargs)
+        first = y
+
+        def base() -> Tensor:
+            return self.original_base()(x, *args, **kwargs) if self._merged else first
+
         for name in self._live:
             y = self.variant(name).forward(self, name, x, y, base)
         return y
@@ -155,10 +158,6 @@ class LoraLayer(Mergeable):
     def may_fuse(self) -> bool:
         """Whether the active adapters allow `fused_step`. What only a call can say is not asked here."""
         return False
-
-    def _base_output(self, y: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The output of the base alone: the present one's, unless adapters are merged into it."""
-        return self.original_base()(x, *args, **kwargs) if self._merged else y
 
     def mixed(self, routing: Routing, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base's output plus, for each row, the branch of the row's own adapter."""
@@ -452,10 +451,6 @@ class LoraLayer(Mergeable):
         residual = self.residual(name)
         return (a, b, bias) if residual is None else (*folded(a, b, residual), bias)
 
-    def update_rank(self, name: str) -> int:
-        """The rank of `update_factors`."""
-        return self._specs[name].r * (1 if self.residual(name) is None else 2)
-
     def operators(self, name: str) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
         """A and B of the whole update, each called as ``factor(x, operation)``: see `Factor`."""
         if self.residual(name) is None:
@@ -562,14 +557,13 @@ class LoraLayer(Mergeable):
         if start.unmeasured:
             spec = replace(spec, init=True)  # what a layer says of its start is what it is
         strength = spec.scaling if strength is None else strength
-        strengths = self.scaling.with_one(spec.adapter, strength, device)
-        return Prepared(spec, parts, strengths, None if start.base is None else self._writing(start.base))
-
-    def _writing(self, matrix: Tensor) -> Callable[[], None]:
-        """A call that gives the base another weight."""
-        base, backend = self.get_base_layer(), self.backend
-        weight = backend.read(base, self.weight_name)
-        return backend.writing(base, self.from_matrix(matrix, weight).to(weight), self.weight_name)
+        write_base = None
+        if start.base is not None:
+            base, backend = self.get_base_layer(), self.backend
+            weight = backend.read(base, self.weight_name)
+            new = self.from_matrix(start.base, weight).to(weight)
+            write_base = backend.writing(base, new, self.weight_name)
+        return Prepared(spec, parts, self.scaling.with_one(spec.adapter, strength, device), write_base)
 
     def put_adapter(self, adapter: Prepared) -> None:
         """Store what `prepared` gave. It makes no tensor, so it does not fail for want of memory."""

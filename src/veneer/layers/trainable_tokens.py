@@ -14,7 +14,8 @@ from veneer import backends
 from veneer.adapters import as_names
 from veneer.errors import AdapterNameError
 from veneer.layers.factor import stand_in
-from veneer.merge import Mergeable, Rows
+from veneer.merge import Mergeable
+from veneer.rollback import Rows
 from veneer.routing import current
 from veneer.sharded import is_distributed
 
