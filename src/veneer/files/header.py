@@ -42,14 +42,12 @@ class Header:
     """What a safetensors file says of its tensors.
 
     Attributes:
-        raw: the header's own bytes.
         shapes: shape of each tensor, by its name on disk.
         dtypes: dtype of each tensor, by torch's name.
         places: first byte of each tensor in the file, and the one after its last.
         metadata: the file's own metadata.
     """
 
-    raw: bytes
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, str]
     places: dict[str, tuple[int, int]]
@@ -82,13 +80,12 @@ def read_header(path: Path, memo: HeaderMemo | None = None) -> Header:
 def _understood(path: Path, raw: bytes, room: int) -> Header:
     header = _parsed_header(path, raw)
     metadata = _checked_metadata(path, header.pop("__metadata__", {}))
-    _check_entries(path, header, room)
+    places = _checked_places(path, header, room)
     first = 8 + len(raw)
     return Header(
-        raw,
         {name: tuple(entry["shape"]) for name, entry in header.items()},
         {name: DTYPES[entry["dtype"]][0] for name, entry in header.items()},
-        {name: _moved(entry["data_offsets"], first) for name, entry in header.items()},
+        {name: (first + begin, first + end) for name, begin, end in places},
         metadata,
     )
 
@@ -96,6 +93,12 @@ def _understood(path: Path, raw: bytes, room: int) -> Header:
 def _checked_metadata(path: Path, metadata: Any) -> dict[str, str]:
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise AdapterFileError(f"{path} is damaged: its metadata is not a table of strings")
+    try:
+        "".join(text for entry in metadata.items() for text in entry).encode()
+    except UnicodeEncodeError as exc:
+        raise AdapterFileError(
+            f"{path} is damaged: half a hex escape in its metadata ({exc.reason})"
+        ) from exc
     return cast(dict[str, str], metadata)
 
 
@@ -155,12 +158,8 @@ def _parsed_header(path: Path, raw: bytes) -> dict[str, Any]:
     return header
 
 
-def _moved(offsets: list[int], by: int) -> tuple[int, int]:
-    return offsets[0] + by, offsets[1] + by
-
-
-def _check_entries(path: Path, header: Mapping[str, Any], room: int) -> None:
-    """Check every tensor's name, dtype, shape and place; `room` is the number of bytes after the header."""
+def _checked_places(path: Path, header: Mapping[str, Any], room: int) -> list[tuple[str, int, int]]:
+    """Name, begin and end of every tensor, its dtype and shape checked; `room` is for all of them."""
     places: list[tuple[int, int, str]] = []
     for name, entry in header.items():
         problem = name_problem(name) or _entry_problem(entry)
@@ -179,6 +178,7 @@ def _check_entries(path: Path, header: Mapping[str, Any], room: int) -> None:
     if at != room:
         what = "truncated" if at > room else "damaged"
         raise AdapterFileError(f"{path} is {what}: its tensors take {at:,} bytes, the file holds {room:,}")
+    return [(name, begin, end) for begin, end, name in places]
 
 
 def _entry_problem(entry: Any) -> str | None:
