@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from veneer.files.keys import MAGNITUDE, TOKENS_DELTA
 from veneer.files.report import LoadReport, Shape
-from veneer.wording import listed
 
 _VOCABULARY = re.compile(
     r"(^|\.)(embed_tokens|word_embeddings|wte|embed_in|embed_out|embeddings|lm_head|embed\w*|shared)\."
@@ -18,18 +18,27 @@ _OTHER_SPELLING = re.compile(
     r"\.lora\.(down|up)\.|[._]lora_linear_layer\.|lora_(down|up)\.|_lora\.(down|up)\."
 )
 
+#: Which axis of a factor is its rank, and factors without an axis of tokens.
+_RANK_AXIS = {"lora_A.weight": 0, "lora_embedding_A": 0, "lora_B.weight": 1, "lora_embedding_B": 1}
+_WITHOUT_TOKENS = ("lora_A.weight", "lora_embedding_B")
+#: How tensors end that an option makes, the option, and what they are called.
+_OPTIONS = {
+    MAGNITUDE: ("use_dora", "magnitude vectors of DoRA"),
+    "lora_B.bias": ("lora_bias", "biases of lora_B"),
+    TOKENS_DELTA: ("trainable_token_indices", "trained tokens"),
+    "base_layer.bias": ("bias", "biases of the base model"),
+}
+
 
 def likely_causes(report: LoadReport) -> tuple[str, ...]:
     """The causes that explain the report, most telling first."""
-    vocabulary, others = _split_vocabulary(report.mismatched)
     causes = [
         _spelling(report),
         _nothing_fits(report),
         _ambiguous(report),
         _layers(report),
-        _vocabulary(vocabulary),
-        _shapes(others),
-        *_kinds(report),
+        *_shapes(report.mismatched),
+        *_options(report),
     ]
     return tuple(cause for cause in causes if cause)
 
@@ -102,124 +111,51 @@ def _span(numbers: set[int]) -> str:
     return ", ".join(map(str, ordered[:6])) + (" ..." if len(ordered) > 6 else "")
 
 
-def _split_vocabulary(
-    mismatched: Sequence[tuple[str, Shape, Shape]],
-) -> tuple[list[tuple[int, int]], list[tuple[str, Shape, Shape]]]:
-    """Pairs ``(expected, found)`` of vocabulary sizes, and the mismatches that are not about them."""
-    sizes, others = [], []
+def _shapes(mismatched: Sequence[tuple[str, Shape, Shape]]) -> list[str]:
+    """Which size differs: the vocabulary, the rank, or a width of the model."""
+    vocabularies: Counter[tuple[int, int]] = Counter()
+    ranks, widths = vocabularies.copy(), vocabularies.copy()
     for key, expected, found in mismatched:
-        axis = 1 if key.endswith("lora_embedding_A") else 0
-        about = _VOCABULARY.search(key) and not key.endswith(("lora_A.weight", "lora_embedding_B"))
-        differing = [i for i, (e, f) in enumerate(zip(expected, found, strict=False)) if e != f]
-        if about and len(expected) == len(found) and differing == [axis]:
-            sizes.append((expected[axis], found[axis]))
-        else:
-            others.append((key, expected, found))
-    return sizes, others
-
-
-def _vocabulary(sizes: list[tuple[int, int]]) -> str | None:
-    if not sizes:
-        return None
-    model, file = sizes[0]
-    return (
-        f"the vocabulary has {file} entries in the file and {model} in the model: "
-        f"model.resize_token_embeddings({file}) before loading the adapter"
-    )
-
-
-def _shapes(mismatched: Sequence[tuple[str, Shape, Shape]]) -> str | None:
-    ranks: set[tuple[int, int]] = set()
-    sizes: dict[tuple[int, int], int] = {}
-    for key, expected, found in mismatched:
-        rank_axis = {"lora_A.weight": 0, "lora_embedding_A": 0, "lora_B.weight": 1, "lora_embedding_B": 1}
-        axis = next((a for end, a in rank_axis.items() if key.endswith(end)), None)
-        if len(expected) != len(found):
-            continue
-        for i, (e, f) in enumerate(zip(expected, found, strict=True)):
-            if e != f and i == axis:
-                ranks.add((e, f))
-            elif e != f:
-                sizes[e, f] = sizes.get((e, f), 0) + 1
-    if sizes:
-        e, f = max(sizes, key=lambda pair: sizes[pair])
-        return (
-            f"widths differ ({f} in the file, {e} in the model): the adapter was made for another base model"
-        )
-    if ranks:
-        said = ", ".join(
-            f"r={f} in the file where the configuration gives r={e}" for e, f in sorted(ranks)[:3]
-        )
-        return f"{said}: adapter_config.json does not belong to these weights (r, rank_pattern)"
-    return None
-
-
-def _kinds(report: LoadReport) -> list[str]:
-    """What whole groups of missing or unexpected tensors say about the configuration."""
+        rank_axis = next((axis for end, axis in _RANK_AXIS.items() if key.endswith(end)), None)
+        token_axis = 1 if key.endswith("lora_embedding_A") else 0
+        for axis, sizes in enumerate(zip(expected, found, strict=False)):
+            if sizes[0] == sizes[1]:
+                continue
+            if axis == rank_axis:
+                ranks[sizes] += 1
+            elif axis == token_axis and _VOCABULARY.search(key) and not key.endswith(_WITHOUT_TOKENS):
+                vocabularies[sizes] += 1
+            else:
+                widths[sizes] += 1
     causes = []
-    lacking, extra = _by_kind(report.missing), _by_kind(report.unexpected)
-    for kind, (option, noun) in _OPTIONS.items():
-        if kind in lacking and kind not in extra:
-            causes.append(f"the configuration has {option}, but the file has no {noun}")
-        elif kind in extra and kind not in lacking:
-            causes.append(f"the file has {noun}, but the configuration has no {option}")
-    if "factor" in extra and (report.renamed or report.mismatched):
-        ours = _targets([*report.renamed.values(), *report.missing, *(k for k, _, _ in report.mismatched)])
-        theirs = _targets(extra["factor"]) - ours
-        if theirs:
-            causes.append(
-                f"target_modules of the configuration do not cover {_names(theirs)}, which the file adapts"
-            )
-    if "factor" in lacking and (report.renamed or report.mismatched):
-        theirs = _targets(
-            [*report.renamed.values(), *report.unexpected, *(k for k, _, _ in report.mismatched)]
+    for model, file in list(vocabularies)[:1]:
+        causes.append(
+            f"the vocabulary has {file} entries in the file and {model} in the model: "
+            f"model.resize_token_embeddings({file}) before loading the adapter"
         )
-        ours = _targets(lacking["factor"]) - theirs
-        if ours:
-            causes.append(
-                f"the file does not adapt {_names(ours)}, which target_modules of the configuration match"
-            )
+    if widths:
+        ((model, file), _) = widths.most_common(1)[0]
+        causes.append(
+            f"widths differ ({file} in the file, {model} in the model): the adapter was made for another "
+            "base model"
+        )
+    elif ranks:
+        pairs = [
+            f"r={file} in the file where the configuration gives r={model}" for model, file in sorted(ranks)
+        ]
+        causes.append(
+            f"{', '.join(pairs[:3])}: adapter_config.json does not belong to these weights (r, rank_pattern)"
+        )
     return causes
 
 
-_OPTIONS = {
-    "magnitude": ("use_dora=True", "magnitude vectors of DoRA"),
-    "lora_bias": ("lora_bias=True", "biases of lora_B"),
-    "tokens": ("trainable_token_indices", "trained tokens"),
-    "bias": ("bias='all' or 'lora_only'", "biases of the base model"),
-    "saved": ("modules_to_save (or a head that the task type adds)", "such whole modules"),
-}
-
-
-def _by_kind(keys: Iterable[str]) -> dict[str, list[str]]:
-    table: dict[str, list[str]] = {}
-    for key in keys:
-        table.setdefault(_kind(key), []).append(key)
-    return table
-
-
-def _kind(key: str) -> str:
-    if _OTHER_SPELLING.search(key):
-        return "spelling"
-    if MAGNITUDE in key:
-        return "magnitude"
-    if key.endswith("lora_B.bias"):
-        return "lora_bias"
-    if TOKENS_DELTA in key:
-        return "tokens"
-    if ".lora_" in key or key.startswith("lora_"):
-        return "factor"
-    if key.endswith("base_layer.bias"):
-        return "bias"
-    if key.endswith("base_layer.weight"):
-        return "embedding"
-    return "saved"
-
-
-def _targets(keys: Iterable[str]) -> set[str]:
-    """Last segments of the module paths of factors."""
-    return {m[1] for m in (re.search(r"([^.]+)\.lora_", k) for k in keys) if m}
-
-
-def _names(names: set[str]) -> str:
-    return listed(sorted(names), 4)
+def _options(report: LoadReport) -> list[str]:
+    """Options that the configuration has and the file's tensors do not show, or the other way round."""
+    return [
+        f"the configuration has {option}, but the file has no {what}"
+        if lacking
+        else f"the file has {what}, but the configuration has no {option}"
+        for end, (option, what) in _OPTIONS.items()
+        if (lacking := any(key.endswith(end) for key in report.missing))
+        != any(key.endswith(end) for key in report.unexpected)
+    ]
