@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 import tempfile
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +129,7 @@ def download_file(
     except ModuleNotFoundError as error:
         raise MissingExtraError("huggingface_hub", "hf", f"reading {filename} of {repo_id!r}") from error
     try:
-        path: str = hf_hub_download(
+        found: str = hf_hub_download(
             repo_id,
             filename,
             subfolder=subfolder or None,
@@ -140,28 +140,18 @@ def download_file(
             force_download=force_download,
             library_name="veneer",
         )
-        return path
+        return found
     except HFValidationError as error:
         raise AdapterFileError(
             f'{show(repo_id)} is neither a directory here nor the id of a repository ("owner/name"): '
             f"{short(str(error))}"
         ) from error
     except (OSError, ValueError) as error:
-        where = _Place(repo_id, "/".join(filter(None, [subfolder, filename])), revision)
-        raise _explain(error, where, local_files_only) from error
+        path = "/".join(filter(None, [subfolder, filename]))
+        raise _explain(error, repo_id, path, revision, local_files_only) from error
 
 
-def download_adapter(
-    repo_id: str,
-    *,
-    subfolder: str | None = None,
-    revision: str | None = None,
-    token: bool | str | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
-    local_files_only: bool = False,
-    force_download: bool = False,
-    **ignored: Any,
-) -> Path:
+def download_adapter(repo_id: str, *, subfolder: str | None = None, **options: Any) -> Path:
     """Fetch the configuration and the tensors of an adapter and return the directory that holds them.
 
     The tensors are `adapter_model.safetensors` if the repository has it, else `adapter_model.bin`. Both files
@@ -170,25 +160,13 @@ def download_adapter(
     Args:
         repo_id: `"owner/name"`.
         subfolder: Directory of the repository that holds the adapter.
-        revision: Branch, tag or commit; the main branch if None.
-        token: As for `download_file`.
-        cache_dir: As for `download_file`.
-        local_files_only: As for `download_file`.
-        force_download: As for `download_file`.
-        ignored: As for `download_file`.
+        **options: As for `download_file`.
 
     Raises:
         AdapterFileError: The adapter, or a part of it, cannot be had; says why.
         MissingExtraError: huggingface_hub is not installed.
     """
-    options: dict[str, Any] = {
-        "subfolder": subfolder,
-        "revision": revision,
-        "token": token,
-        "cache_dir": cache_dir,
-        "local_files_only": local_files_only,
-        "force_download": force_download,
-    }
+    options["subfolder"] = subfolder
     config = Path(download_file(repo_id, CONFIG_NAME, **options))
     commit = config.parents[len(Path(subfolder or "").parts)].name
     if _COMMIT.fullmatch(commit):
@@ -267,7 +245,7 @@ def push_to_hub(
             ],
         )
     except (OSError, ValueError) as error:
-        raise _explain(error, _Place(repo_id, None, revision), False) from error
+        raise _explain(error, repo_id, None, revision) from error
     return str(done)
 
 
@@ -299,81 +277,49 @@ def push_adapter(
         return push_to_hub(directory, repo_id, **kwargs)
 
 
-class _Place:
-    """What was asked for, in words."""
+#: huggingface_hub's error -> what it means, and the way out.
+_MEANINGS = {
+    "GatedRepoError": "{repo} is gated: its owner has to let you in. Ask for access on its page, then pass "
+    "token=... or log in with `hf auth login`.",
+    "RepositoryNotFoundError": "there is no directory {repo!r} here, and no repository of that id on the hub "
+    "that this token may see. Check the spelling; for a private repository pass token=... or log in with "
+    "`hf auth login`; for a local adapter pass the directory that holds its adapter_config.json.",
+    "RevisionNotFoundError": "{repo} has no branch, tag or commit {revision!r}. Leave revision out for the "
+    "main branch, or look its revisions up on its page.",
+    "EntryNotFoundError": "the hub has no {place}. A repository without it is no adapter (a whole model, "
+    "perhaps: load it with its own library), or keeps it in a directory: pass subfolder=...",
+}
 
-    def __init__(self, repo_id: str, path: str | None, revision: str | None) -> None:
-        self.repo_id = short(repo_id)
-        self.path = path
-        self.revision = revision and short(revision)
 
-    def __str__(self) -> str:
-        at = f" at revision {self.revision!r}" if self.revision else ""
-        return f"{self.path} of {self.repo_id}{at}" if self.path else f"{self.repo_id}{at}"
-
-
-def _explain(error: Exception, place: _Place, local_only: bool) -> AdapterFileError:
+def _explain(
+    error: Exception, repo_id: str, path: str | None, revision: str | None, local_only: bool = False
+) -> AdapterFileError:
     """What huggingface_hub's error means here, and the way out."""
     from huggingface_hub import errors
 
-    rules: list[tuple[tuple[type[BaseException], ...], Callable[[], AdapterFileError]]] = [
-        ((errors.GatedRepoError,), lambda: AdapterFileError(_gated(place))),
-        ((errors.RepositoryNotFoundError,), lambda: AdapterFileError(_no_repository(place))),
-        ((errors.RevisionNotFoundError,), lambda: AdapterFileError(_no_revision(place))),
-        (
-            (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled),
-            lambda: _not_cached(error, place, local_only),
-        ),
-        ((errors.EntryNotFoundError,), lambda: EntryMissingError(_no_entry(place))),
-    ]
-    for kinds, make in rules:
-        if isinstance(error, kinds):
-            return make()
+    repo, revision = short(repo_id), revision and short(revision)
+    place = (f"{path} of {repo}" if path else repo) + (f" at revision {revision!r}" if revision else "")
+    cause = error.__cause__ or error
+    # First, as huggingface_hub counts an entry that is not in the cache among the missing ones.
+    if isinstance(error, errors.LocalEntryNotFoundError) or isinstance(cause, errors.OfflineModeIsEnabled):
+        return _not_cached(cause, place, local_only)
+    for name, meaning in _MEANINGS.items():
+        if isinstance(error, getattr(errors, name)):
+            kind = EntryMissingError if name == "EntryNotFoundError" else AdapterFileError
+            return kind(meaning.format(repo=repo, revision=revision, place=place))
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status in (401, 403):
         return AdapterFileError(
             f"the hub refuses {place} (status {status}): the token is invalid, expired, or lacks the right. "
             "Pass token=..., or log in with `hf auth login`."
         )
-    cause = error.__cause__ or error
-    if isinstance(cause, errors.OfflineModeIsEnabled):
-        return _not_cached(cause, place, local_only)
     by_status = f" (status {status})" if status else ""
     return AdapterFileError(
         f"the hub did not do what was asked of {place}{by_status}: {type(cause).__name__}: {cause}"
     )
 
 
-def _gated(place: _Place) -> str:
-    return (
-        f"{place.repo_id} is gated: its owner has to let you in. Ask for access on its page, then pass "
-        "token=... or log in with `hf auth login`."
-    )
-
-
-def _no_repository(place: _Place) -> str:
-    return (
-        f"there is no directory {place.repo_id!r} here, and no repository of that id on the hub that this "
-        "token may see. Check the spelling; for a private repository pass token=... or log in with `hf "
-        "auth login`; for a local adapter pass the directory that holds its adapter_config.json."
-    )
-
-
-def _no_revision(place: _Place) -> str:
-    return (
-        f"{place.repo_id} has no branch, tag or commit {place.revision!r}. Leave revision out for the main "
-        "branch, or look its revisions up on its page."
-    )
-
-
-def _no_entry(place: _Place) -> str:
-    return (
-        f"the hub has no {place}. A repository without it is no adapter (a whole model, perhaps: load it "
-        "with its own library), or keeps it in a directory: pass subfolder=..."
-    )
-
-
-def _not_cached(error: Exception, place: _Place, local_only: bool) -> AdapterFileError:
+def _not_cached(error: BaseException, place: str, local_only: bool) -> AdapterFileError:
     from huggingface_hub import constants
 
     if local_only:

@@ -11,15 +11,7 @@ from typing import Any, ClassVar
 from veneer.config import PeftConfig, TaskType
 from veneer.errors import AdapterFileError, ConfigError, MissingExtraError, show
 from veneer.hub import adapter_directory
-from veneer.peft_model import (
-    PeftModel,
-    PeftModelForCausalLM,
-    PeftModelForFeatureExtraction,
-    PeftModelForQuestionAnswering,
-    PeftModelForSeq2SeqLM,
-    PeftModelForSequenceClassification,
-    PeftModelForTokenClassification,
-)
+from veneer.peft_model import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel
 from veneer.wording import warn
 
 #: Options of `PeftModel.from_pretrained`; the others belong to the base model.
@@ -48,7 +40,6 @@ class AutoPeftModel:
     """Loads an adapter together with the base model that its configuration names."""
 
     task: ClassVar[TaskType | None] = None
-    peft_class: ClassVar[type[PeftModel]] = PeftModel
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         raise OSError(f"{type(self).__name__} is made by {type(self).__name__}.from_pretrained(adapter)")
@@ -93,7 +84,8 @@ class AutoPeftModel:
         said = PeftConfig.from_pretrained(directory) if config is None else config
         base = cls._load_base(said, directory, kwargs, import_allowlist)
         _fit_vocabulary(base, directory, trusted)
-        return cls.peft_class.from_pretrained(
+        adapted = PeftModel if cls.task is None else MODEL_TYPE_TO_PEFT_MODEL_MAPPING[cls.task.value]
+        return adapted.from_pretrained(
             base, directory, adapter_name, is_trainable=is_trainable, config=config, **options
         )
 
@@ -105,8 +97,7 @@ class AutoPeftModel:
         if not name:
             raise AdapterFileError(
                 f"the configuration in {directory} does not name its base model; load the base yourself and "
-                "use "
-                "PeftModel.from_pretrained(base, adapter)"
+                "use PeftModel.from_pretrained(base, adapter)"
             )
         task = getattr(config.task_type, "value", config.task_type)
         if cls.task is not None and task is not None and task != cls.task.value:
@@ -114,17 +105,16 @@ class AutoPeftModel:
                 f"the adapter in {directory} is for {task}, and {cls.__name__} is for {cls.task.value}; "
                 "AutoPeftModel takes every task"
             )
-        wanted = cls.task.value if cls.task is not None else task
-        transformers = _transformers()
+        wanted = task if cls.task is None else cls.task.value
         if wanted is not None:
-            auto = getattr(transformers, _AUTO_CLASSES[wanted])
+            auto = getattr(_transformers(), _AUTO_CLASSES[wanted])
         elif config.auto_mapping is not None:
             auto = _mapped_class(config.auto_mapping, allowed)
         else:
             raise AdapterFileError(
                 f"the configuration in {directory} has no task_type, so the kind of base model is unknown: "
-                "use one of "
-                "the AutoPeftModelFor… classes, or load the base yourself and use PeftModel.from_pretrained"
+                "use one of the AutoPeftModelFor… classes, or load the base yourself and use "
+                "PeftModel.from_pretrained"
             )
         return auto.from_pretrained(name, revision=config.revision, **kwargs)
 
@@ -164,39 +154,33 @@ class AutoPeftModelForCausalLM(AutoPeftModel):
     """Loads a causal language model with its adapter."""
 
     task = TaskType.CAUSAL_LM
-    peft_class = PeftModelForCausalLM
 
 
 class AutoPeftModelForSeq2SeqLM(AutoPeftModel):
     """Loads an encoder-decoder language model with its adapter."""
 
     task = TaskType.SEQ_2_SEQ_LM
-    peft_class = PeftModelForSeq2SeqLM
 
 
 class AutoPeftModelForSequenceClassification(AutoPeftModel):
     """Loads a sequence classifier with its adapter."""
 
     task = TaskType.SEQ_CLS
-    peft_class = PeftModelForSequenceClassification
 
 
 class AutoPeftModelForTokenClassification(AutoPeftModel):
     """Loads a token classifier with its adapter."""
 
     task = TaskType.TOKEN_CLS
-    peft_class = PeftModelForTokenClassification
 
 
 class AutoPeftModelForQuestionAnswering(AutoPeftModel):
     """Loads a question answering model with its adapter."""
 
     task = TaskType.QUESTION_ANS
-    peft_class = PeftModelForQuestionAnswering
 
 
 class AutoPeftModelForFeatureExtraction(AutoPeftModel):
     """Loads a model without a head with its adapter."""
 
     task = TaskType.FEATURE_EXTRACTION
-    peft_class = PeftModelForFeatureExtraction
