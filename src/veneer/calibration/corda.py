@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer import backends
-from veneer.calibration.measuring import Hook, entries, hooked, in_mode, options, planned, store, stored
+from veneer.calibration.measuring import cached, in_mode, observe, options, planned
 from veneer.config import CordaConfig, LoraConfig
 from veneer.errors import ConfigError
 from veneer.inits import note_statistics
@@ -26,7 +26,7 @@ class _Covariance:
         self.total: Tensor | None = None
         self.calls = 0
 
-    def hook(self, module: nn.Module, args: tuple[object, ...]) -> None:
+    def add(self, module: nn.Module, args: tuple[object, ...]) -> None:
         """Add one call's input."""
         if not args or not isinstance(args[0], Tensor):
             raise ConfigError(f"{self.path} was called without a tensor as its first argument")
@@ -73,75 +73,59 @@ def preprocess_corda(
     """
     chosen: CordaConfig = options(lora_config, "corda", CordaConfig)
     additions = planned(model, lora_config)
-    cached = stored(chosen.cache_file)
-    if cached is not None:
-        names = [f"{path}.eigens.{part}" for path in additions for part in _PARTS]
-        found = entries(chosen.cache_file, cached, names)
-        directions = {
-            path: ContextDirections(
-                found[f"{path}.eigens.U_WC"], found[f"{path}.eigens.S_WC"], found[f"{path}.eigens.V_WC"]
-            )
-            for path in additions
-        }
-    else:
-        covariances = _covariances(model, lora_config, chosen, additions, run_model, hooked_model)
-        directions = _directions(additions, covariances, chosen.corda_method)
-        store(
-            chosen.cache_file,
-            {
-                f"{path}.eigens.{part}": tensor
-                for path, d in directions.items()
-                for part, tensor in zip(_PARTS, (d.s, d.u, d.v), strict=True)
-            },
+    names = [f"{path}.eigens.{part}" for path in additions for part in _PARTS]
+
+    def measure() -> dict[str, Tensor]:
+        covariances = cached(
+            chosen.covariance_file,
+            list(additions),
+            lambda: _covariances(model, lora_config, additions, run_model, hooked_model),
         )
+        return _eigens(additions, covariances, chosen.corda_method)
+
+    found = cached(chosen.cache_file, names, measure)
     for path, addition in additions.items():
-        note_statistics(addition.site.base, directions[path])
+        s, u, v = (found[f"{path}.eigens.{part}"] for part in _PARTS)
+        note_statistics(addition.site.base, ContextDirections(u, s, v))
 
 
-def _directions(
+def _eigens(
     additions: Mapping[str, Addition], covariances: dict[str, Tensor], method: str
-) -> dict[str, ContextDirections]:
+) -> dict[str, Tensor]:
     result = {}
     for path, addition in additions.items():
         base, layer = addition.site.base, addition.layer
         weight = layer.to_matrix(backends.find(base).read(base))
         try:
-            result[path] = context_directions(weight, covariances.pop(path), addition.spec.r, method)
+            found = context_directions(weight, covariances.pop(path), addition.spec.r, method)
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from error
+        for part, tensor in zip(_PARTS, (found.s, found.u, found.v), strict=True):
+            result[f"{path}.eigens.{part}"] = tensor
     return result
 
 
 def _covariances(
     model: nn.Module,
     config: LoraConfig,
-    chosen: CordaConfig,
     additions: Mapping[str, Addition],
     run_model: Callable[[], None] | None,
     hooked_model: nn.Module | None,
 ) -> dict[str, Tensor]:
-    content = stored(chosen.covariance_file)
-    if content is not None:
-        return entries(chosen.covariance_file, content, list(additions))
     if run_model is None:
         raise ConfigError(
             "CorDA measures the inputs of layers: pass run_model, a function that runs the model on samples, "
             "or name an existing file as corda_config.covariance_file or cache_file"
         )
+    half = options(config, "corda", CordaConfig).use_float16_for_covariance
     measured = additions if hooked_model is None else planned(hooked_model, config)
-    sums = {
-        path: _Covariance(path, addition, chosen.use_float16_for_covariance)
-        for path, addition in measured.items()
-    }
-    hooks: dict[nn.Module, Hook] = {a.site.module: sums[path].hook for path, a in measured.items()}
-    with in_mode(hooked_model or model, False), hooked(hooks):
-        run_model()
+    sums = {path: _Covariance(path, addition, half) for path, addition in measured.items()}
+    with in_mode(hooked_model or model, False):
+        observe({a.site.module: sums[path].add for path, a in measured.items()}, run_model)
     result = {path: sums[path].total for path in additions if path in sums}
     if unseen := [path for path in additions if result.get(path) is None]:
         raise ConfigError(
             f"run_model did not reach {len(unseen)} of {len(additions)} layers, for example "
             f"{', '.join(unseen[:3])}: run the model itself on samples with tokens in them"
         )
-    made = {path: total / sums[path].calls for path, total in result.items() if total is not None}
-    store(chosen.covariance_file, made)
-    return made
+    return {path: total / sums[path].calls for path, total in result.items() if total is not None}

@@ -22,7 +22,7 @@ from veneer.calibration.eva_inputs import (
     prepare_layer_inputs_fn_language_modeling,
     prepare_model_inputs_fn_language_modeling,
 )
-from veneer.calibration.measuring import Hook, hooked, in_mode, planned
+from veneer.calibration.measuring import Hook, in_mode, observe, planned
 from veneer.config import EvaConfig, LoraConfig
 from veneer.errors import AdapterNameError, ConfigError, Hint, LoadMismatchError, MergeError
 from veneer.files.keys import PREFIX
@@ -45,31 +45,28 @@ _MOST_PASSES = 20
 
 
 @dataclass
-class _Target:
-    """One layer whose inputs are measured: its name, the module that is called, its geometry, its rank."""
+class _Watch:
+    """One layer, and the directions of its inputs so far: up to ``k`` of them, for a rank of ``r``."""
 
     name: str
     module: nn.Module
     layer: LoraLayer
     r: int
-
-
-class _Watch:
-    """The inputs of one or several layers that are given the same."""
-
-    def __init__(self, target: _Target, k: int, tau: float, inputs: LayerInputs | None, gather: bool) -> None:
-        self.target, self.k, self.tau, self.inputs, self.gather = target, k, tau, inputs, gather
-        self.model_input: Any = None
-        self.components: Components | None = None
-        self.settled = torch.zeros(k, dtype=torch.bool)
-        self.digest = b""
+    k: int
+    tau: float
+    inputs: LayerInputs | None
+    gather: bool
+    model_input: Any = None
+    components: Components | None = None
+    settled: Tensor | None = None
+    digest: bytes = b""
 
     def rows(self, args: tuple[Any, ...]) -> Tensor:
         """The rows (n, in·k…) that count in one call."""
         if self.inputs is not None:
-            rows = self.inputs(args, self.model_input, self.target.name)
+            rows = self.inputs(args, self.model_input, self.name)
         else:
-            rows = self.target.layer.rows(first_tensor(args, self.target.name))
+            rows = self.layer.rows(first_tensor(args, self.name))
         rows = rows.detach()
         return gathered(rows) if self.gather else rows
 
@@ -143,15 +140,15 @@ def get_eva_state_dict(
             f"the model has no adapter {adapter_name!r}: pass peft_config, the configuration to measure for"
         )
     options = config.eva_config or EvaConfig()
-    found = _targets(model, config, adapter_name if is_adapted else None)
+    found = _layers(model, config, adapter_name if is_adapted else None)
     by_name = dict(prepare_layer_inputs_fn) if isinstance(prepare_layer_inputs_fn, Mapping) else None
     if by_name is not None and (unknown := sorted(set(by_name) - set(found))):
         raise ConfigError(f"prepare_layer_inputs_fn names layers that are not measured: {', '.join(unknown)}")
-    most = {name: max(1, min(round(t.r * options.rho), _width(t))) for name, t in found.items()}
     watches = {}
-    for name, target in found.items():
-        own = by_name.get(name) if by_name is not None else prepare_layer_inputs_fn
-        watches[name] = _Watch(target, most[name], options.tau, own, gather_distributed_inputs)  # type: ignore[arg-type]
+    for name, (module, layer, r) in found.items():
+        k = max(1, min(round(r * options.rho), _width(layer)))
+        own = prepare_layer_inputs_fn if by_name is None else by_name.get(name)
+        watches[name] = _Watch(name, module, layer, r, k, options.tau, own, gather_distributed_inputs)  # type: ignore[arg-type]
     run = _Run(model, dataloader, config, forward_fn, prepare_model_inputs_fn)
     resting: AbstractContextManager[None] = disabled(model) if is_adapted else nullcontext()
     with resting, in_mode(model, False):
@@ -167,19 +164,19 @@ def get_eva_state_dict(
     return result
 
 
-def _width(target: _Target) -> int:
-    shape_a, _ = target.layer.shapes(target.layer.geometry(), 1)
+def _width(layer: LoraLayer) -> int:
+    shape_a, _ = layer.shapes(layer.geometry(), 1)
     return torch.Size(shape_a).numel()
 
 
-def _targets(model: nn.Module, config: LoraConfig, adapter: str | None) -> dict[str, _Target]:
+def _layers(
+    model: nn.Module, config: LoraConfig, adapter: str | None
+) -> dict[str, tuple[nn.Module, LoraLayer, int]]:
+    """Name of a layer that is measured -> the module that is called, its geometry, its rank."""
     if adapter is None:
-        return {
-            path: _Target(path, a.site.module, a.layer, a.spec.r)
-            for path, a in planned(model, config).items()
-        }
+        return {path: (a.site.module, a.layer, a.spec.r) for path, a in planned(model, config).items()}
     return {
-        path: _Target(path, m, m, m.specs[adapter].r)
+        path: (m, m, m.specs[adapter].r)
         for path, m in model.named_modules()
         if isinstance(m, LoraLayer) and adapter in m.held_adapters and m.takes_rows
     }
@@ -198,17 +195,17 @@ class _Run:
     ) -> None:
         self.model, self.dataloader, self.config = model, dataloader, config
         self.forward_fn, self.prepare_inputs = forward_fn, prepare_inputs
-        devices = [p.device for p in model.parameters() if not p.is_meta]
-        self.device = devices[0] if devices else torch.device("cpu")
+        self.device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
 
-    def __call__(self, batch: Any, hooks: Mapping[nn.Module, Hook], watches: Iterable[_Watch]) -> None:
-        """One batch."""
+    def __call__(self, batch: Any, watches: Iterable[_Watch], take: Callable[[_Watch], Hook]) -> None:
+        """One batch, of which each watch takes in its layer's inputs."""
         inputs = moved(batch, self.device)
         known = inputs if self.prepare_inputs is None else self.prepare_inputs(inputs, self.config)
+        hooks = {}
         for watch in watches:
             watch.model_input = known
-        with hooked(hooks):
-            self.forward_fn(self.model, inputs)
+            hooks[watch.module] = take(watch)
+        observe(hooks, lambda: self.forward_fn(self.model, inputs))
 
 
 def _sharing(run: _Run, watches: Mapping[str, _Watch]) -> dict[str, str]:
@@ -216,15 +213,13 @@ def _sharing(run: _Run, watches: Mapping[str, _Watch]) -> dict[str, str]:
     first = next(iter(run.dataloader), None)
     if first is None:
         raise ConfigError("the dataloader is empty: EVA needs batches to measure")
-    run(first, {w.target.module: w.take_digest for w in watches.values()}, watches.values())
+    run(first, watches.values(), lambda watch: watch.take_digest)
     if unseen := [name for name, w in watches.items() if not w.digest]:
         raise ConfigError(f"the forward does not reach these layers: {', '.join(unseen[:5])}")
-    holder: dict[bytes, str] = {}
-    sharing = {name: holder.setdefault(w.digest, name) for name, w in watches.items()}
+    first_with: dict[bytes, str] = {}
+    sharing = {name: first_with.setdefault(w.digest, name) for name, w in watches.items()}
     for name, at in sharing.items():
-        if watches[name].k > watches[at].k:
-            watches[at].k = watches[name].k
-            watches[at].settled = torch.zeros(watches[at].k, dtype=torch.bool)
+        watches[at].k = max(watches[at].k, watches[name].k)
     return sharing
 
 
@@ -233,7 +228,7 @@ def _measure(
 ) -> dict[str, int]:
     """Run until the directions settle that are needed for the ranks; the ranks."""
     holders = {name: watches[name] for name in dict.fromkeys(sharing.values())}
-    budget = sum(w.target.r for w in watches.values())
+    budget = sum(w.r for w in watches.values())
     ranks = {name: watches[at].k for name, at in sharing.items()}
     waiting = dict(holders)
     for turn in range(_MOST_PASSES):
@@ -241,7 +236,7 @@ def _measure(
             waiting = {n: w for n, w in holders.items() if not _has_settled(n, w, sharing, ranks)}
             if not waiting:
                 return ranks
-            run(batch, {w.target.module: w.update for w in waiting.values()}, waiting.values())
+            run(batch, waiting.values(), lambda watch: watch.update)
             if all(w.components is not None for w in holders.values()):
                 ranks = _ranks(holders, sharing, budget)
         if empty := [f"{n} ({w.k})" for n, w in holders.items() if w.components is None]:
@@ -262,7 +257,7 @@ def _measure(
 
 def _has_settled(name: str, watch: _Watch, sharing: Mapping[str, str], ranks: Mapping[str, int]) -> bool:
     needed = max(ranks[n] for n, at in sharing.items() if at == name)
-    return bool(watch.settled[:needed].all())
+    return needed == 0 or (watch.settled is not None and bool(watch.settled[:needed].all()))
 
 
 def _ranks(holders: Mapping[str, _Watch], sharing: Mapping[str, str], budget: int) -> dict[str, int]:
@@ -347,7 +342,7 @@ def _check_directions(layers: Mapping[str, LoraLayer], given: Mapping[str, Tenso
     problems = [f"{name}: the adapter has no such layer" for name in given if name not in layers]
     for path, rows in given.items():
         if path in layers:
-            width = _width(_Target(path, layers[path], layers[path], 1))
+            width = _width(layers[path])
             if rows.dim() != 2 or rows.shape[1] != width:
                 problems.append(f"{path}: shape {tuple(rows.shape)}, (rank, {width}) is needed")
     if not problems and not any(rows.shape[0] for rows in given.values()):

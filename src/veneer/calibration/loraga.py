@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from veneer.calibration.measuring import entries, in_mode, options, planned, store, stored
+from veneer.calibration.measuring import cached, in_mode, options, planned
 from veneer.config import LoraConfig, LoraGAConfig
 from veneer.errors import ConfigError, TargetError
 from veneer.inits import note_statistics
@@ -41,17 +41,15 @@ def preprocess_loraga(
     """
     options(lora_config, "lora_ga", LoraGAConfig)
     additions = planned(model, lora_config)
-    content = stored(cache_file)
     keys = {path: f"{path}._peft_loraga_grad" for path in additions}
-    if content is not None:
-        found = entries(cache_file, content, list(keys.values()))
-        gradients = {path: found[key] for path, key in keys.items()}
-    else:
+
+    def measure() -> dict[str, Tensor]:
         _check_weights(additions)
-        gradients = _gradients(model, additions, train_step)
-        store(cache_file, {keys[path]: gradient for path, gradient in gradients.items()})
+        return {keys[path]: gradient for path, gradient in _gradients(model, additions, train_step).items()}
+
+    found = cached(cache_file, list(keys.values()), measure)
     for path, addition in additions.items():
-        gradient = addition.layer.to_matrix(gradients[path])
+        gradient = addition.layer.to_matrix(found[keys[path]])
         note_statistics(addition.layer.get_base_layer(), gradient, addition.layer.weight_name)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -45,12 +45,11 @@ def options(config: LoraConfig, init: str, kind: type[Any]) -> Any:
     return getattr(config, f"{init}_config") or kind()
 
 
-@contextmanager
-def hooked(hooks: Mapping[nn.Module, Hook]) -> Iterator[None]:
-    """Hooks before the forward of modules, taken off again whatever happens."""
+def observe(hooks: Mapping[nn.Module, Hook], run: Callable[[], object]) -> None:
+    """Run a model, each hook being called before the forward of its module."""
     handles = [module.register_forward_pre_hook(hook) for module, hook in hooks.items()]
     try:
-        yield
+        run()
     finally:
         for handle in handles:
             handle.remove()
@@ -97,12 +96,19 @@ def store(path: str | os.PathLike[str] | None, tensors: Mapping[str, Tensor]) ->
         torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, file)
 
 
-def entries(path: object, content: Mapping[str, Tensor], names: list[str]) -> dict[str, Tensor]:
-    """The named tensors of a cache file.
+def cached(
+    path: str | os.PathLike[str] | None, names: Sequence[str], measure: Callable[[], dict[str, Tensor]]
+) -> dict[str, Tensor]:
+    """The named tensors: read from a cache file if there is one, else measured, and written to it.
 
     Raises:
-        ConfigError: Listing those that it lacks.
+        ConfigError: The file holds something else, or lacks some of them.
     """
+    content = stored(path)
+    if content is None:
+        made = measure()
+        store(path, made)
+        return made
     if missing := [name for name in names if name not in content]:
         raise ConfigError(
             f"{path} lacks {len(missing)} of the {len(names)} tensors that are needed, for example "
