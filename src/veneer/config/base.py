@@ -32,13 +32,11 @@ _WITHOUT_EFFECT = frozenset(
     "auto_mapping base_model_name_or_path inference_mode lora_dropout peft_version revision task_type".split()
 )
 
-
 _ALWAYS_WRITTEN = frozenset(
     "peft_type task_type base_model_name_or_path r lora_alpha lora_dropout target_modules bias "
     "modules_to_save use_rslora use_dora rank_pattern alpha_pattern fan_in_fan_out init_lora_weights "
     "inference_mode".split()
 )
-
 
 FLAGS = (
     "fan_in_fan_out",
@@ -49,7 +47,6 @@ FLAGS = (
     "ensure_weight_tying",
 )
 
-
 NEEDS_INIT = {
     "loftq_config": "loftq",
     "eva_config": "eva",
@@ -57,15 +54,36 @@ NEEDS_INIT = {
     "lora_ga_config": "lora_ga",
 }
 
-
 _HARMLESS = frozenset("runtime_config merge_weights lora_dtype lorap_lr_ratio lorap_emb_lr".split())
-
 
 _E = TypeVar("_E", bound=Enum)
 
-
 #: The class of each method that Veneer implements; a class enters itself.
 PEFT_TYPE_TO_CONFIG_MAPPING: dict[PeftType, type[PeftConfig]] = {}
+
+
+def _task_problem(name: str, value: object) -> list[Text]:
+    known = [task.value for task in TaskType]
+    return [] if value is None or isinstance(value, TaskType) else check.choice(name, value, known)
+
+
+def _method_problem(name: str, value: object) -> list[Text]:
+    if value is None or isinstance(value, PeftType):
+        return []
+    near = did_you_mean(value, [method.value for method in PeftType])
+    said = f" {check.show(value)} is no known adapter method{near}; Veneer implements LORA"
+    return [Text(Hint(name), said)]
+
+
+_CHECKS: dict[str, check.Check] = {
+    "task_type": _task_problem,
+    "peft_type": _method_problem,
+    "auto_mapping": check.dictionary_or_none,
+    "peft_version": check.text,
+    "base_model_name_or_path": check.text,
+    "revision": check.text,
+    "inference_mode": check.flag,
+}
 
 
 @names_unknown_options
@@ -107,24 +125,7 @@ class PeftConfig:
             self.base_model_name_or_path = os.fspath(base)
 
     def _problems(self) -> list[Text]:
-        found = []
-        if self.task_type is not None and not isinstance(self.task_type, TaskType):
-            found += check.choice("task_type", self.task_type, [t.value for t in TaskType])
-        if self.peft_type is not None and not isinstance(self.peft_type, PeftType):
-            near = did_you_mean(self.peft_type, [t.value for t in PeftType])
-            found.append(
-                Text(
-                    Hint("peft_type"),
-                    f" {check.show(self.peft_type)} is no known adapter method{near}; Veneer implements LORA",
-                )
-            )
-        mapping: Any = self.auto_mapping
-        if mapping is not None and not isinstance(mapping, dict):
-            got = check.show(mapping)
-            found.append(Text(Hint("auto_mapping"), f" must be a dictionary or None, got {got}"))
-        for name in ("peft_version", "base_model_name_or_path", "revision"):
-            found += check.text(name, getattr(self, name))
-        return found + check.flag("inference_mode", self.inference_mode)
+        return check.of_fields(self, _CHECKS)
 
     def validate(self) -> None:
         """Check every value, also those assigned after construction.

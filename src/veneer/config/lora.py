@@ -49,6 +49,83 @@ _PATTERNS = (
 _VARIANT_DICTS = ("velora_config", "monteclora_config", "use_bdlora", "arrow_config", "kasa_config")
 
 
+def _whole_modules(name: str, value: object) -> list[Text]:
+    if value is None or (isinstance(value, list) and check.is_names(value)):
+        return check.patterns(name, value)
+    return [Text(Hint(name), f" must be a list of non-empty strings, got {check.show(value)}")]
+
+
+def _layer_numbers(name: str, value: object) -> list[Text]:
+    numbers = value if isinstance(value, list) else [value]
+    return [problem for number in numbers for problem in check.count(name, number, least=0)]
+
+
+def _init(name: str, value: object) -> list[Text]:
+    init = init_name(value)
+    if isinstance(init, bool) or init in _INITS or re.fullmatch(r"pissa_niter_\d{1,4}", init):
+        return []
+    if _is_plugin_init(init):
+        return []
+    known = ("True", "False", *_INITS, *sorted({*PLUGIN_INITS}.difference(_INITS)), _PISSA)
+    return check.choice(name, value, known)
+
+
+def _part(kind: type[Any]) -> check.Check:
+    def check_part(name: str, value: object) -> list[Text]:
+        made = part(kind, value) if kind is LoftQConfig else value  # which is kept as a dictionary
+        problems: list[Text] = (
+            made._problems() if isinstance(made, kind) else [part_problem(name, kind, value)]
+        )
+        return problems
+
+    return check_part
+
+
+def _parameters(name: str, value: object) -> list[Text]:
+    if value is None or check.is_names(value):
+        return []
+    return [Text(Hint(name), f" must be a list of strings or None, got {check.show(value)}")]
+
+
+def _tokens(name: str, value: object) -> list[Text]:
+    if isinstance(value, dict):
+        return check.pattern_values(name, value, check.indices)
+    if value is None or isinstance(value, list):
+        return check.indices(name, value or [])
+    return [Text(Hint(name), f" must be a list or dict or None, got {check.show(value)}")]
+
+
+_CHECKS: dict[str, check.Check] = {
+    "r": check.count,
+    "lora_alpha": check.positive,
+    "lora_dropout": check.fraction,
+    "bias": check.one_of("none", "all", "lora_only"),
+    **dict.fromkeys(FLAGS, check.flag),
+    "target_modules": check.patterns,
+    "exclude_modules": check.patterns,
+    "layers_pattern": check.patterns,
+    "modules_to_save": _whole_modules,
+    "layers_to_transform": check.optional(_layer_numbers),
+    "rank_pattern": check.by_pattern(check.count),
+    "alpha_pattern": check.by_pattern(check.positive),
+    "init_lora_weights": _init,
+    "eva_config": check.optional(_part(EvaConfig)),
+    "corda_config": check.optional(_part(CordaConfig)),
+    "lora_ga_config": check.optional(_part(LoraGAConfig)),
+    "runtime_config": _part(LoraRuntimeConfig),
+    "loftq_config": _part(LoftQConfig),
+    "megatron_core": check.text,
+    "variant": check.text,
+    "variant_options": check.dictionary,
+    **dict.fromkeys((*_VARIANT_DICTS, "megatron_config"), check.dictionary_or_none),
+    "target_parameters": _parameters,
+    "alora_invocation_tokens": check.optional(check.indices),
+    "trainable_token_indices": _tokens,
+    "layer_replication": check.ranges,
+    "qalora_group_size": check.count,
+}
+
+
 @names_unknown_options
 @dataclass
 class LoraConfig(PeftConfig):
@@ -190,75 +267,34 @@ class LoraConfig(PeftConfig):
             self.corda_config = CordaConfig()
 
     def _problems(self) -> list[Text]:
-        found = super()._problems()
+        many = check.too_many_patterns({name: getattr(self, name) for name in _PATTERNS})
+        empty = isinstance(self.target_modules, (str, *check.COLLECTIONS)) and not self.target_modules
+        left_out = {*(_PATTERNS if many else ()), *(["target_modules"] if empty else ())}
+        checks = {name: check for name, check in _CHECKS.items() if name not in left_out}
+        return super()._problems() + check.of_fields(self, checks) + many + self._contradictions(empty)
+
+    def _contradictions(self, empty: bool) -> list[Text]:
+        """What cannot be right of several options together."""
+        found = []
         if isinstance(self.peft_type, PeftType) and self.peft_type is not PeftType.LORA:
             found.append(
                 Text(Hint("peft_type"), f" must be LORA in a LoraConfig, got {self.peft_type.value}")
             )
-        found += check.count("r", self.r)
-        found += check.positive("lora_alpha", self.lora_alpha)
-        found += check.fraction("lora_dropout", self.lora_dropout)
-        found += check.choice("bias", self.bias, ("none", "all", "lora_only"))
-        for name in FLAGS:
-            found += check.flag(name, getattr(self, name))
-        if many := check.too_many_patterns({name: getattr(self, name) for name in _PATTERNS}):
-            return found + many
-        return found + self._target_problems() + self._init_problems() + self._rare_problems()
-
-    def _target_problems(self) -> list[Text]:
-        found = check.patterns("target_modules", self.target_modules)
-        found += check.patterns("exclude_modules", self.exclude_modules)
-        found += check.patterns("layers_pattern", self.layers_pattern)
-        if self.target_modules is not None and not self.target_modules and not self.target_parameters:
+        if empty and not self.target_parameters:
             whole = Hint("modules_to_save")
             way_out = (
                 Text("full training of ", whole, " alone needs no adapter: set requires_grad on them instead")
                 if self.modules_to_save
                 else 'name the modules to adapt, or pass "all-linear", or None for the model type\'s defaults'
             )
-            found = [f for f in found if not str(f).startswith("target_modules is an empty")]
-            empty = " is empty, so nothing would be adapted; "
-            found.append(Text(Hint("target_modules"), empty, way_out))
-        saved: Any = self.modules_to_save
-        if saved is None or (isinstance(saved, list) and check.is_names(saved)):
-            found += check.patterns("modules_to_save", saved)
-        else:
-            got = check.show(saved)
-            found.append(Text(Hint("modules_to_save"), f" must be a list of non-empty strings, got {got}"))
-        layers = self.layers_to_transform
-        if layers is not None:
-            for index in layers if isinstance(layers, list) else [layers]:
-                found += check.count("layers_to_transform", index, least=0)
-        elif self.layers_pattern:
+            found.append(Text(Hint("target_modules"), " is empty, so nothing would be adapted; ", way_out))
+        elif self.target_modules == "":
+            found.append(Text(Hint("target_modules"), " is an empty string"))
+        if self.layers_pattern and self.layers_to_transform is None:
             found.append(
                 Text("layers_pattern without layers_to_transform has no effect: pass the layers' numbers too")
             )
-        found += check.pattern_values("rank_pattern", self.rank_pattern, check.count)
-        return found + check.pattern_values("alpha_pattern", self.alpha_pattern, check.positive)
-
-    def _init_problems(self) -> list[Text]:
-        found = []
-        init = init_name(self.init_lora_weights)
-        if (
-            not isinstance(init, bool)
-            and init not in _INITS
-            and not re.fullmatch(r"pissa_niter_\d{1,4}", str(init))
-            and not _is_plugin_init(init)
-        ):
-            known = ("True", "False", *_INITS, *sorted({*PLUGIN_INITS}.difference(_INITS)), _PISSA)
-            found += check.choice("init_lora_weights", self.init_lora_weights, known)
-        for name, kind in PARTS.items():
-            value = getattr(self, name)
-            if isinstance(value, kind):
-                found += value._problems()
-            elif value is not None or name == "runtime_config":
-                found.append(part_problem(name, kind, value))
-        loftq = part(LoftQConfig, self.loftq_config)
-        if isinstance(loftq, LoftQConfig):
-            found += loftq._problems()
-        else:
-            found.append(part_problem("loftq_config", LoftQConfig, self.loftq_config))
-        if self.lora_bias is True and not isinstance(init, bool):
+        if self.lora_bias is True and not isinstance(init_name(self.init_lora_weights), bool):
             found.append(
                 Text(
                     Hint("lora_bias", True),
@@ -267,41 +303,8 @@ class LoraConfig(PeftConfig):
                     f" True or False, got {check.show(self.init_lora_weights)}",
                 )
             )
-        return found
-
-    def _rare_problems(self) -> list[Text]:
-        found = check.text("megatron_core", self.megatron_core) + check.text("variant", self.variant)
-        options: Any = self.variant_options
-        if not isinstance(options, dict):
-            found.append(Text(Hint("variant_options"), f" must be a dictionary, got {check.show(options)}"))
-        elif self.variant_options and self.variant is None:
+        if self.variant is None and isinstance(self.variant_options, dict) and self.variant_options:
             found.append(Text("variant_options without a variant have no effect"))
-        for name in (*_VARIANT_DICTS, "megatron_config"):
-            value = getattr(self, name)
-            if value is not None and not isinstance(value, dict):
-                found.append(Text(Hint(name), f" must be a dictionary or None, got {check.show(value)}"))
-        if self.target_parameters is not None and not check.is_names(self.target_parameters):
-            got = check.show(self.target_parameters)
-            found.append(Text(Hint("target_parameters"), f" must be a list of strings or None, got {got}"))
-        return (
-            found
-            + self._token_problems()
-            + check.ranges("layer_replication", self.layer_replication)
-            + check.count("qalora_group_size", self.qalora_group_size)
-        )
-
-    def _token_problems(self) -> list[Text]:
-        found = []
-        if self.alora_invocation_tokens is not None:
-            found += check.indices("alora_invocation_tokens", self.alora_invocation_tokens)
-        tokens: Any = self.trainable_token_indices
-        if isinstance(tokens, dict):
-            found += check.pattern_values("trainable_token_indices", tokens, check.indices)
-        elif isinstance(tokens, list):
-            found += check.indices("trainable_token_indices", tokens)
-        elif tokens is not None:
-            got = check.show(tokens)
-            found.append(Text(Hint("trainable_token_indices"), f" must be a list or dict or None, got {got}"))
         return found
 
     def advice(self) -> list[str]:

@@ -17,8 +17,24 @@ LARGEST_RANK = 2**20  # above any weight matrix in use: a larger number in a fil
 PATTERNS = 250_000  # in one configuration: a name for each module of the largest models, in three options
 EXPRESSIONS = 1_000  # in one configuration, and their characters together: reading them takes a second
 CHARACTERS = 100_000
+
+#: A field's name and value -> the sentences that say what is wrong with it.
+Check = Callable[[str, Any], list[Text]]
+
 _SPECIAL = frozenset(r"\^$*+?{}[]()|")
 COLLECTIONS = (list, tuple, set, frozenset, Mapping)
+
+
+def of_fields(owner: object, checks: Mapping[str, Check], prefix: str = "") -> list[Text]:
+    """Problems of all fields of an object."""
+    return [
+        problem for name, check in checks.items() for problem in check(prefix + name, getattr(owner, name))
+    ]
+
+
+def optional(check: Check) -> Check:
+    """The same, for a field that may be None."""
+    return lambda name, value: [] if value is None else check(name, value)
 
 
 def is_number(value: object) -> bool:
@@ -77,6 +93,11 @@ def flag(name: str, value: object) -> list[Text]:
     return [] if isinstance(value, bool) else [Text(Hint(name), f" must be True or False, got {show(value)}")]
 
 
+def one_of(*known: object) -> Check:
+    """A check for a value out of a few."""
+    return lambda name, value: choice(name, value, known)
+
+
 def choice(name: str, value: object, known: Iterable[object]) -> list[Text]:
     """Problems of a value out of a few."""
     known = tuple(known)
@@ -91,6 +112,20 @@ def text(name: str, value: object) -> list[Text]:
     if value is None or isinstance(value, str):
         return []
     return [Text(Hint(name), f" must be a string or None, got {show(value)}")]
+
+
+def dictionary(name: str, value: object) -> list[Text]:
+    """Problems of a dictionary."""
+    if isinstance(value, dict):
+        return []
+    return [Text(Hint(name), f" must be a dictionary, got {show(value)}")]
+
+
+def dictionary_or_none(name: str, value: object) -> list[Text]:
+    """Problems of a dictionary that may be absent."""
+    if value is None or isinstance(value, dict):
+        return []
+    return [Text(Hint(name), f" must be a dictionary or None, got {show(value)}")]
 
 
 def is_names(value: object) -> bool:
@@ -167,7 +202,12 @@ def patterns(name: str, value: object) -> list[Text]:
     return [p for v in sorted(value) for p in expression(name, v)]  # type: ignore[call-overload]
 
 
-def pattern_values(name: str, value: object, check: Callable[[str, Any], list[Text]]) -> list[Text]:
+def by_pattern(check: Check) -> Check:
+    """A check for a dictionary from patterns to numbers."""
+    return lambda name, value: pattern_values(name, value, check)
+
+
+def pattern_values(name: str, value: object, check: Check) -> list[Text]:
     """Problems of a dictionary from patterns to numbers."""
     if not isinstance(value, Mapping):
         return [Text(Hint(name), f" must be a dictionary from module patterns to numbers, got {show(value)}")]
