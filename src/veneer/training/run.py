@@ -190,7 +190,14 @@ def train(
     if options.resume and (metrics := finished_run(Path(output), record)) is not None:
         progress.say(f"The run in {output} is finished: nothing is left to train.")
         return metrics
-    run = _begin(Path(output), options, record, processes, bool(eval_rows), stop or Stop(), progress)
+    run = _begin(Path(output), options, record, bool(eval_rows), stop or Stop())
+    if run.finished:
+        progress.say(f"The run has reached its last step, {steps}: nothing is left to train, only to write.")
+    elif run.planned < steps:
+        progress.say(
+            f"The run was to have {run.planned} steps and goes on to {steps}. From here the learning rate "
+            f"follows the {options.lr_scheduler_type} schedule of {steps} steps."
+        )
     existed = run.output.exists()
     trainer: Any = None
     try:
@@ -221,7 +228,7 @@ def train(
         "processes": processes,
         "options": dataclasses.asdict(options),
         "losses": [
-            {"step": entry["step"], "loss": entry["loss"], "learning_rate": entry["learning_rate"]}
+            {name: entry[name] for name in ("step", "loss", "learning_rate")}
             for entry in state.log_history
             if "loss" in entry
         ],
@@ -348,32 +355,15 @@ def _estimate(options: RunOptions, rows: Sequence[Any], label_names: list[str] |
     )
 
 
-def _begin(
-    output: Path,
-    options: TrainOptions,
-    record: dict[str, Any],
-    processes: int,
-    evaluated: bool,
-    stop: Stop,
-    progress: Progress,
-) -> Run:
+def _begin(output: Path, options: TrainOptions, record: dict[str, Any], evaluated: bool, stop: Stop) -> Run:
     """A run that starts, or that goes on from its last checkpoint."""
-    steps = record["steps"]
-    checkpoint, seconds, planned = None, 0.0, steps
+    checkpoint, seconds, planned = None, 0.0, record["steps"]
     if options.resume:
-        checkpoint = last_checkpoint(output, processes)
+        checkpoint = last_checkpoint(output, record["processes"])
         seconds, planned = check_same_run(checkpoint, record)
     elif _is_first():
         begin_afresh(output, options.overwrite_output_dir)
-    run = Run(output, options, record, evaluated, stop, checkpoint, seconds, planned)
-    if run.finished:
-        progress.say(f"The run has reached its last step, {steps}: nothing is left to train, only to write.")
-    elif planned < steps:
-        progress.say(
-            f"The run was to have {planned} steps and goes on to {steps}. From here the learning rate "
-            f"follows the {options.lr_scheduler_type} schedule of {steps} steps."
-        )
-    return run
+    return Run(output, options, record, evaluated, stop, checkpoint, seconds, planned)
 
 
 def _trainer(
