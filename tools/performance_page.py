@@ -18,8 +18,8 @@ BEGIN = "<!-- results: made by `python tools/performance_page.py` from what `mak
 END = "<!-- end of results -->"
 #: In the order of a model's life.
 ORDER = (
-    "training_step saved_for_backward plan_memory wrapping loading activating merging combining mixed_batch "
-    "inference compiling import_time products"
+    "training_step training_run saved_for_backward plan_memory wrapping loading activating merging combining "
+    "mixed_batch inference compiling import_time products"
 ).split()
 
 
