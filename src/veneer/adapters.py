@@ -1,10 +1,9 @@
-"""The adapters of a model: what one module answers for, and the index over all of them.
+"""The adapters of one module, and of a model.
 
-An `AdapterModule` is a module in the model that holds something of one or more adapters: a
-low-ranked layer, or the trained copy of a whole module. It owns which of its adapters are active.
-`AdapterSet` is the model-level view: it finds those modules and applies one verb to all of them.
-Modules may disagree (callers such as diffusion pipelines set each layer by itself); the view then
-says so instead of correcting them.
+An `AdapterModule` is a module of the model that holds tensors of one or more adapters: a LoRA layer, or the
+trained copy of a whole module. It knows which of its adapters are active. `AdapterSet` is the view of the
+whole model: it finds these modules and applies an operation to all of them. Modules may disagree, since
+callers such as diffusion pipelines set each layer by itself; the view reports that and does not correct it.
 """
 
 from __future__ import annotations
@@ -21,10 +20,10 @@ from veneer.errors import AdapterNameError, show
 
 
 def check_adapter_name(name: str) -> None:
-    """Refuse what cannot be a module name or a directory name.
+    """Refuse a name that cannot be a module name or a directory name.
 
     Raises:
-        AdapterNameError: If the name is empty, holds a dot or a path separator, or hides a method
+        AdapterNameError: If the name is empty, contains a dot or a path separator, or hides a method
             of the containers that adapters live in.
     """
     reason = ""
@@ -56,8 +55,8 @@ _KNOWN = all(isinstance(value, dict | set | bool | None) for value in _BLANK.val
 
 
 def begin(module: nn.Module) -> None:
-    """What ``nn.Module.__init__`` does, in half the time: wrapping a model makes modules by the thousand."""
-    if not _KNOWN:  # a torch that keeps something else in its modules
+    """Do what ``nn.Module.__init__`` does in half the time: wrapping a model makes thousands of modules."""
+    if not _KNOWN:  # a version of torch that keeps something else in its modules
         nn.Module.__init__(module)
         return
     state = module.__dict__
@@ -66,13 +65,13 @@ def begin(module: nn.Module) -> None:
 
 
 class Contexts(threading.local):
-    """The contexts in which the present thread has a model's adapters disabled; one for all its modules.
+    """The contexts in which the current thread has disabled a model's adapters, shared by all its modules.
 
-    A copy of the model begins without any.
+    A copy of the model starts without any.
     """
 
     def __init__(self) -> None:
-        #: A list of its own for each thread. Compilers guard on its length.
+        #: One list per thread. Compilers guard on its length.
         self.open: list[_Context] = []
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Contexts:
@@ -82,9 +81,9 @@ class Contexts(threading.local):
         return Contexts, ()
 
     def hold(self) -> bool:
-        """Whether adapters are disabled in what is computed now.
+        """Whether adapters are disabled now.
 
-        A backward computes parts of earlier calls again, so in one only contexts count that it opened itself.
+        A backward recomputes parts of earlier calls, so only the contexts that it opened itself count there.
         """
         if not self.open:
             return False
@@ -96,13 +95,16 @@ class _Context:
         self.backward = _backward()
 
 
-#: A number for the backward that this thread is in, -1 for none.
+#: The number of the backward that this thread runs, -1 for none.
 _backward = torch._C._current_graph_task_id
 
 
 @contextmanager
 def opened(everywhere: Iterable[Contexts]) -> Iterator[None]:
-    """A context of the thread that opens it. Contexts may end in any order, and in another thread."""
+    """Disable adapters for the thread that opens this context.
+
+    Contexts may end in any order, and in another thread.
+    """
     context = _Context()
     lists = [contexts.open for contexts in everywhere]
     for here in lists:
@@ -115,30 +117,30 @@ def opened(everywhere: Iterable[Contexts]) -> Iterator[None]:
 
 
 class AdapterModule(nn.Module):
-    """A module that holds a part of one or more adapters.
+    """A module that holds tensors of one or more adapters.
 
-    Subclasses say what they hold (`adapter_names`), which parameters belong to an adapter
-    (`adapter_parameters`), and how to forget or rename one.
+    Subclasses define which adapters they hold (`held_adapters`), which parameters belong to one
+    (`adapter_parameters`), and how to drop or rename one.
 
     Args:
-        **state: Attributes to begin with that are neither tensors nor modules.
+        **state: Initial attributes that are neither tensors nor modules.
     """
 
     _active: list[str]
-    #: Switched off for every thread, until switched on again.
+    #: Disabled for all threads, until enabled again.
     _disabled: bool
     _contexts: Contexts
 
     def __init__(self, **state: Any) -> None:
         begin(self)
-        # Past `nn.Module.__setattr__`, which looks for tensors and modules: models have hundreds of these.
+        # `nn.Module.__setattr__` looks for tensors and modules, which is slow: a model has hundreds of these.
         self.__dict__.update(_active=[], _disabled=False, _contexts=Contexts(), **state)
 
-    # -- what a subclass says ------------------------------------------------------------------
+    # --- for subclasses to define
 
     @property
     def held_adapters(self) -> tuple[str, ...]:
-        """Names of the adapters that this module holds a part of."""
+        """Names of the adapters that have tensors in this module."""
         raise NotImplementedError
 
     def adapter_parameters(self, name: str) -> Iterator[nn.Parameter]:
@@ -146,7 +148,7 @@ class AdapterModule(nn.Module):
         raise NotImplementedError
 
     def drop_adapter(self, name: str) -> None:
-        """Forget the adapter's tensors."""
+        """Drop the adapter's tensors."""
         raise NotImplementedError
 
     def move_adapter(self, old: str, new: str) -> None:
@@ -155,7 +157,7 @@ class AdapterModule(nn.Module):
 
     @property
     def tied_adapter(self) -> AdapterModule | None:
-        """The module whose tensors this one uses, for one that has none of its own."""
+        """The module whose tensors this one shares, or None if it has its own."""
         return None
 
     def refuses_active(self, names: Sequence[str]) -> str | None:
@@ -167,23 +169,23 @@ class AdapterModule(nn.Module):
         return None
 
     def adapters_changed(self) -> None:
-        """Called after every change of what is active, enabled or held."""
+        """Called whenever adapters were activated, enabled, disabled, added or dropped."""
 
     @property
     def merged_adapters(self) -> list[str]:
-        """Names of the adapters that are in the base's tensors now; none where nothing merges."""
+        """Names of the adapters that are merged into the base's tensors."""
         return []
 
     def base_device(self) -> torch.device:
-        """Where an adapter's parameters belong: where the base's are."""
+        """The device of the base's parameters, where an adapter's belong."""
         parameters = (p for _, child in self.inner() if child is not None for p in child.parameters())
         return next((p.device for p in parameters), torch.device("cpu"))
 
     def inner(self) -> Reversible[tuple[str, nn.Module | None]]:
-        """The children, by name, that belong to the model rather than to an adapter."""
+        """The children, by name, that belong to the base model and not to an adapter."""
         return self._modules.items()
 
-    # -- the verbs ---------------------------------------------------------------------------------
+    # --- for callers
 
     @property
     def active_adapters(self) -> list[str]:
@@ -192,20 +194,20 @@ class AdapterModule(nn.Module):
 
     @property
     def active_adapter(self) -> list[str]:
-        """The same as `active_adapters`: the field's singular spelling."""
+        """The same as `active_adapters`, under PEFT's other name."""
         return list(self._active)
 
     @property
     def disable_adapters(self) -> bool:
-        """True while the module computes what the base model computes, for the thread that asks."""
+        """Whether the module computes what the base model computes, in the current thread."""
         return self._disabled or self._contexts.hold()
 
     def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Make these adapters the active ones, trainable unless ``inference_mode``; freeze those that were.
+        """Make these the active adapters, trainable unless ``inference_mode``, and freeze the others.
 
         Args:
-            adapter_names: One name or several. Names that this module does not hold are kept:
-                another module may hold them.
+            adapter_names: One name or several. Names that this module does not have are kept:
+                another module may have them.
             inference_mode: Leave the activated parameters frozen.
         """
         before, names = self._active, as_names(adapter_names)
@@ -213,7 +215,7 @@ class AdapterModule(nn.Module):
         for name in self.held_adapters:
             active = name in names
             if not active and name not in before:
-                continue  # frozen when it was added, or when it was no longer active
+                continue  # it has been frozen since it was added or deactivated
             trainable = active and not inference_mode
             for parameter in self.adapter_parameters(name):
                 # Quantised or integer parameters cannot require a gradient.
@@ -224,45 +226,42 @@ class AdapterModule(nn.Module):
         self.adapters_changed()
 
     def set_strength(self, adapter_name: str, factor: float) -> None:
-        """Let an adapter count ``factor`` times as much as configured, where that has a meaning."""
+        """Multiply the adapter's configured strength by ``factor``, in modules that have a strength."""
 
     def copying(self, old: str, new: str) -> Callable[[], None]:
-        """A call that gives this module an adapter ``new`` with copies of the tensors of ``old``, not active.
-
-        The copies are made before the call.
-        """
+        """Copy the tensors of ``old``; the returned call adds them as the inactive adapter ``new``."""
         raise NotImplementedError
 
     def copy_adapter(self, old: str, new: str) -> None:
-        """Give this module an adapter ``new`` with copies of the tensors of ``old``; it is not active."""
+        """Add an inactive adapter ``new`` with copies of the tensors of ``old``."""
         self.copying(old, new)()
 
     def note_active(self, names: Sequence[str]) -> None:
-        """Take over what is active in the model, without touching what is trainable."""
+        """Make these the active adapters, and leave ``requires_grad`` as it is."""
         self._active = as_names(names)
         self.adapters_changed()
 
     def enable_adapters(self, enabled: bool) -> None:
-        """Switch all adapters of this module on or off; what is active stays noted."""
+        """Enable or disable all adapters of this module; the active ones stay the same."""
         self._disabled = not enabled
         self.adapters_changed()
 
     def _replicate_for_data_parallel(self) -> AdapterModule:
-        """A copy that is called in a thread of its own: it sees what this one does."""
+        """The copy runs in another thread, where contexts of this one are not seen."""
         replica: AdapterModule = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
         if self.disable_adapters:
             replica.enable_adapters(False)
         return replica
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Forget an adapter; no other one becomes active in its place."""
+        """Delete an adapter; no other one becomes active in its place."""
         if adapter_name in self.held_adapters:
             self.drop_adapter(adapter_name)
         self._active = [name for name in self._active if name != adapter_name]
         self.adapters_changed()
 
     def rename_adapter(self, old: str, new: str) -> None:
-        """Call an adapter by another name."""
+        """Rename an adapter."""
         if old in self.held_adapters:
             self.move_adapter(old, new)
         self._active = [new if name == old else name for name in self._active]
@@ -270,9 +269,9 @@ class AdapterModule(nn.Module):
 
 
 def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Modules with their paths, as ``named_modules`` gives them, but not what adapters hold.
+    """Modules with their paths, as from ``named_modules``, without those that belong to adapters.
 
-    So a pass over a model costs what its own modules do, however many adapters are in them.
+    So a pass over a model takes the same time however many adapters it has.
     """
     seen: set[nn.Module] = set()
     left = [("", model)]
@@ -288,7 +287,7 @@ def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def adapter_modules(model: nn.Module) -> list[AdapterModule]:
-    """The `AdapterModule`s that `walk` meets, without their paths: every verb begins with this."""
+    """The `AdapterModule`s that `walk` finds, without their paths, which makes it faster."""
     seen: set[nn.Module] = set()
     found: list[AdapterModule] = []
     left = [model]
@@ -301,23 +300,23 @@ def adapter_modules(model: nn.Module) -> list[AdapterModule]:
         if isinstance(module, AdapterModule):
             found.append(module)
             children = module.inner()
-        # What has no children holds no adapter.
+        # A module without children has no adapter.
         left += [child for _, child in reversed(children) if child is not None and child._modules]
     return found
 
 
 def base_of(model: nn.Module) -> nn.Module:
-    """The base model inside a face such as `PeftModel`; the model itself where there is none."""
+    """The base model inside a `PeftModel`; any other model is its own base."""
     inner = getattr(model, "get_base_model", None)
     found: nn.Module = inner() if callable(inner) else model
     return found
 
 
 class BaseTensor(NamedTuple):
-    """Where a tensor of the base is in an adapted model.
+    """The place of a base tensor in an adapted model.
 
     Attributes:
-        name: In the model's state dict.
+        name: Its name in the model's state dict.
         holder: The adapter module around the tensor's module, if there is one.
         attribute: Its name on its module.
     """
@@ -328,9 +327,9 @@ class BaseTensor(NamedTuple):
 
 
 def base_names(model: nn.Module) -> dict[str, BaseTensor]:
-    """The base's tensors by what they are called without any adapter.
+    """The base's tensors by their names in the base model without adapters.
 
-    A shared module is named once for each place that it stands in, as ``state_dict`` does.
+    A shared module is listed once for each place where it is used, as in ``state_dict``.
     """
     found: dict[str, BaseTensor] = {}
 
@@ -350,11 +349,10 @@ def base_names(model: nn.Module) -> dict[str, BaseTensor]:
 
 
 class AdapterSet:
-    """The adapters of one model, over all the modules that hold a part of them.
+    """The adapters of one model, over all modules that hold tensors of them.
 
     Args:
-        model: Any module; its `AdapterModule` descendants are looked up at each use, so the view
-            never goes stale when a library replaces modules.
+        model: Any module. Its `AdapterModule`s are looked up at each use, so libraries may replace modules.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -365,7 +363,7 @@ class AdapterSet:
         return adapter_modules(self.model)
 
     def names(self) -> list[str]:
-        """Names of all adapters that some module holds, in order of appearance."""
+        """Names of all adapters of the model, in order of appearance."""
         return list(dict.fromkeys(name for m in self.modules() for name in m.held_adapters))
 
     def active(self) -> list[str]:
@@ -373,10 +371,10 @@ class AdapterSet:
         return list(dict.fromkeys(name for m in self.modules() for name in m.active_adapters))
 
     def check(self, names: Iterable[str], known: Iterable[str] | None = None) -> None:
-        """Refuse names that no module holds.
+        """Refuse names of adapters that do not exist.
 
         Raises:
-            AdapterNameError: Naming the unknown ones and those that exist.
+            AdapterNameError: Listing the unknown names and those that exist.
         """
         present = list(known) if known is not None else self.names()
         unknown = [n for n in names if n not in present]
@@ -388,10 +386,10 @@ class AdapterSet:
             )
 
     def activate(self, names: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Make these adapters the active ones everywhere.
+        """Make these the active adapters in all modules.
 
         Raises:
-            AdapterNameError: If some module cannot have them active together. Nothing has changed then.
+            AdapterNameError: If some module cannot have them active together; nothing has changed.
         """
         modules, names = self.modules(), as_names(names)
         if reasons := {r for m in modules if (r := m.refuses_active(names)) is not None}:
@@ -400,17 +398,17 @@ class AdapterSet:
             module.set_adapter(names, inference_mode)
 
     def enable(self, enabled: bool) -> None:
-        """Switch adapters on or off everywhere."""
+        """Enable or disable adapters in all modules."""
         for module in self.modules():
             module.enable_adapters(enabled)
 
     def delete(self, name: str) -> None:
-        """Forget an adapter everywhere."""
+        """Delete an adapter from all modules."""
         for module in self.modules():
             module.delete_adapter(name)
 
     def rename(self, old: str, new: str) -> None:
-        """Rename an adapter everywhere.
+        """Rename an adapter in all modules.
 
         Raises:
             AdapterNameError: If ``new`` is taken or unusable.
@@ -418,7 +416,7 @@ class AdapterSet:
         check_adapter_name(new)
         if new in self.names():
             raise AdapterNameError(
-                f"an adapter named {new!r} exists already; delete it or choose another name"
+                f"an adapter named {new!r} already exists: delete it or choose another name"
             )
         for module in self.modules():
             module.rename_adapter(old, new)

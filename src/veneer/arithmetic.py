@@ -2,8 +2,8 @@
 
 A sum of low-rank updates is itself low-rank, so it is exact by concatenating factors, and reduced to
 a given rank by QR and a small SVD, never by the dense product. The methods that trim and vote (ties, dare,
-magnitude_prune) work entry by entry, so they are no functions of the sum: on the entries of the factors, as
-the field defines them, or, with ``_svd``, on those of the dense updates, which are then cut to a rank.
+magnitude_prune) work entry by entry, so they do not depend on the sum alone: they work on the entries of the
+factors, as PEFT defines them, or, with ``_svd``, on those of the dense updates, which are then cut to a rank.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ COMBINATIONS = ("linear", "cat", "svd", *pruning.METHODS, *(f"{name}_svd" for na
 
 @dataclass(frozen=True)
 class CombineReport:
-    """What combining gave.
+    """Ranks and errors of combined adapters.
 
     Attributes:
-        combination_type: As asked for.
+        combination_type: One of `COMBINATIONS`.
         ranks: Rank of the result, by module path.
         errors: ``‖ΔW' − ΔW‖ / ‖ΔW‖``, by module path; zero (up to rounding) where no rank was cut.
     """
@@ -44,7 +44,7 @@ class CombineReport:
 
     @property
     def worst(self) -> float:
-        """The largest error of a module."""
+        """The largest error of any module."""
         return max(self.errors.values(), default=0.0)
 
     def __str__(self) -> str:
@@ -64,7 +64,7 @@ class Trim:
     majority_sign_method: str
 
     def __call__(self, tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-        """One tensor of several."""
+        """Combine tensors of one shape, entry by entry."""
         return pruning.combine(tensors, weights, self.method, self.density, self.majority_sign_method)
 
 
@@ -101,8 +101,8 @@ def combine(
     Args:
         layers: Low-ranked layers by path.
         adapters: Names of the adapters, without repetition; one name may stand alone.
-        weights: One factor each; negative ones subtract. Anything that is one real number will do: Python's,
-            numpy's, or a tensor without dimensions.
+        weights: One number for each adapter (Python, numpy, or a tensor without dimensions); negative ones
+            subtract.
         adapter_name: Name of the result.
         combination_type: One of `COMBINATIONS`.
         svd_rank: Rank of the result of "svd" and of the forms that end in it.
@@ -145,7 +145,7 @@ def _listed(weights: object) -> list[object]:
 
 
 def _number(weight: Any) -> float | None:
-    """A weight as a float, or None for what is no finite real number (a truth value is none)."""
+    """A weight as a float, or None if it is not a finite real number; booleans are not."""
     dtype = str(getattr(weight, "dtype", "")).removeprefix("torch.")
     if dtype.startswith(("bool", "complex")) or getattr(weight, "ndim", 0) > 0:
         return None
@@ -207,7 +207,7 @@ def _pruning_problems(
     density: float | None,
     majority_sign_method: str,
 ) -> list[str]:
-    """What the methods that work entry by entry cannot do."""
+    """Reasons why a method that works entry by entry cannot combine these adapters."""
     method = combination_type.removesuffix("_svd")
     if method not in pruning.METHODS:
         if density is None:
@@ -226,12 +226,12 @@ def _pruning_problems(
     subtracted = [n for n in names if any(_has_residual(layer, n) for layer in layers.values())]
     if subtracted and method == combination_type:
         found.append(
-            f"{method} works on factors, and the update of {subtracted[0]!r} is not their product alone, for "
-            f"its start is taken off: use {method + '_svd'!r}"
+            f"{method} works on factors, but the update of {subtracted[0]!r} is their product minus its "
+            f"start: use {method + '_svd'!r}"
         )
     biased = [n for n in names if any(layer.lora_bias.get(n) for layer in layers.values())]
     if biased:
-        found.append(f"{biased[0]!r} has a lora_bias, for which {method} has no meaning")
+        found.append(f"{biased[0]!r} has a lora_bias, which {method} cannot combine: use 'cat'")
     return found
 
 
@@ -267,7 +267,7 @@ def _combine_layer(
         a, b = _concatenated(layer, wide, strengths)
         rank = a.shape[0]
     first = layer.specs[next(iter(weights))]
-    # The strengths are in the factors, so that the result's own scaling is one.
+    # The factors already contain the strengths, so the scaling of the result is 1.
     spec = replace(
         first, adapter=adapter_name, path=path, r=rank, lora_alpha=float(rank), use_rslora=False,
         lora_bias=bias is not None, lora_dropout=0.0, init=True, init_config=None,
@@ -323,7 +323,7 @@ def _trimmed_updates(
     for name, (a, b, _) in parts.items():
         b2, a2 = layer.matrices(a, b)
         dense.append(layer.scaling[name] * (b2 @ a2))
-    # The strength of an update counts before the vote, its weight after it.
+    # An update is scaled before the vote and weighted after it.
     total = trim(dense, [weights[name] for name in parts])
     u, s, vh = torch.linalg.svd(total, full_matrices=False)
     root = s[:rank].sqrt()
@@ -337,7 +337,7 @@ def _as_stored(
     layer: LoraLayer, b2: Tensor, a2: Tensor, error: float, rank: int
 ) -> tuple[Tensor, Tensor, float]:
     shape_a, shape_b = layer.shapes(layer.geometry(), rank)
-    # Fewer singular values than the rank that was asked for: the rest of the factors is zero.
+    # A matrix may have fewer singular values than the rank: the rest of the factors is zero.
     a, b = a2.new_zeros(rank, a2.shape[1]), b2.new_zeros(b2.shape[0], rank)
     a[: a2.shape[0]], b[:, : b2.shape[1]] = a2, b2
     return a.reshape(shape_a), b.reshape(shape_b), error

@@ -1,8 +1,8 @@
-"""Veneer in the place of peft, for libraries that import peft themselves.
+"""Put Veneer in the place of peft, for libraries that import peft themselves.
 
-`register_as_peft()` does it for this process; `python -m veneer.as_peft script.py` for a script that is not
-to be changed; `python -m veneer.as_peft install` lets the environment variable `VENEER_AS_PEFT=1` do it,
-which also reaches child processes (`accelerate launch`, `torchrun`, spawned data loaders).
+Call `register_as_peft()` to do so in this process, or run an unchanged script with
+`python -m veneer.as_peft script.py`. After `python -m veneer.as_peft install` the environment variable
+`VENEER_AS_PEFT=1` does the same, also in child processes (`accelerate launch`, `torchrun`, data loaders).
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ def _pth_file() -> Path:
 
 
 def install() -> Path:
-    """Write the line that obeys `VENEER_AS_PEFT=1` into this Python's site-packages, and return its file.
+    """Write the `.pth` file that obeys `VENEER_AS_PEFT=1` into this Python's site-packages, and return it.
 
-    Whole or not at all; again does no harm.
+    The file is written atomically, and may be written again.
 
     Raises:
         OSError: The directory cannot be written.
@@ -52,7 +52,7 @@ def install() -> Path:
 
 
 def uninstall() -> Path | None:
-    """Remove what `install` wrote; None if there was nothing.
+    """Remove the file that `install` wrote; None if there is none.
 
     Raises:
         OSError: The file cannot be removed.
@@ -107,7 +107,7 @@ def _write_or_remove(words: list[str]) -> int:
 
 
 def _not_there(words: list[str]) -> str | None:
-    """Why there is nothing to run, or None."""
+    """Why the script or module cannot be run, or None."""
     if words[0] != "-m":
         return None if os.path.exists(words[0]) else f"there is no script {words[0]!r}"
     try:
@@ -120,10 +120,10 @@ def _not_there(words: list[str]) -> str | None:
 def _run(words: list[str]) -> int:
     """Run a script or a module as the main program, Veneer in the place of peft."""
     register_as_peft()
-    # To look for a module is to import the package it is in.
+    # Looking a module up imports its package.
     if missing := _not_there(words):
         return _failed(missing)
-    # Children see it too, where the line of `install` is there to obey it.
+    # Child processes obey this where `install` has been run.
     os.environ[ENVIRONMENT] = "1"
     if words[0] == "-m":
         sys.argv = words[1:]

@@ -1,4 +1,4 @@
-"""Files that appear whole: written under another name, and moved into their place when they are done."""
+"""Atomic writes: a file is written under another name and renamed when it is complete."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from pathlib import Path
 if sys.platform != "win32":
     import fcntl
 
-#: How long one writer waits for another, in seconds.
+#: Seconds that one writer waits for another.
 PATIENCE = 120.0
 
 
 class HalfMovedError(OSError):
-    """Of several files the first is in its place; moving another, or syncing their directory, failed."""
+    """The first of several files was moved; moving another, or syncing their directory, failed."""
 
 
 @contextlib.contextmanager
 def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A new file that takes the place of ``path`` when the block ends: all of it, or none if the block fails.
+    """Write a new file that replaces ``path`` when the block ends, and is discarded if the block fails.
 
-    Whoever opens ``path`` meanwhile, or after a kill at any moment, finds the old file or the new one. A link
-    at ``path`` is replaced, not followed. The new file has the permissions that the umask gives.
+    At every moment, even after the process is killed, ``path`` is the complete old file or the complete new
+    one. A link at ``path`` is replaced, not followed. The umask decides the permissions of the new file.
 
     Args:
         path: The file to write; its directory exists.
 
     Yields:
-        The path to write to: an empty file, which may also be removed and made anew.
+        The path to write to: an empty file, which may also be removed and created again.
 
     Raises:
-        OSError: The file cannot be written; ``path`` is as it was.
+        OSError: The file cannot be written; ``path`` is unchanged.
     """
     with atomic_files(path) as (waiting,):
         yield waiting
@@ -46,19 +46,19 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
 def atomic_files(
     *paths: str | os.PathLike[str], instead_of: str | os.PathLike[str] | None = None
 ) -> Iterator[list[Path]]:
-    """Several files as `atomic_file`, moved in the order given, with nothing slow between the moves.
+    """Write several files as `atomic_file` does, and move them one right after another, in this order.
 
-    Each is whole at every moment. Whoever reads between two moves finds some of them new and the others old.
+    Each is complete at every moment. A reader between two moves finds some of them new and the others old.
 
     Args:
         *paths: The files to write, in one directory.
-        instead_of: A file that is removed as soon as the first new one is in its place.
+        instead_of: A file to remove as soon as the first new one is in place.
 
     Yields:
         The paths to write to.
 
     Raises:
-        HalfMovedError: The first is in its place, and then something failed.
+        HalfMovedError: Something failed after the first was in place.
         OSError: The files cannot be written; nothing has changed.
     """
     places = [Path(path) for path in paths]
@@ -72,7 +72,7 @@ def atomic_files(
         for temporary in waiting:
             with temporary.open("rb+") as file:
                 os.fsync(file.fileno())
-            # safetensors makes a file of its own, which its owner alone may read.
+            # safetensors replaces the file with one that only its owner may read.
             temporary.chmod(mode)
         for number, (temporary, place) in enumerate(waiting.items()):
             os.replace(temporary, place)
@@ -87,7 +87,7 @@ def atomic_files(
         if isinstance(error, OSError):
             named = {str(temporary): str(place) for temporary, place in waiting.items()}
             if error.filename in named:
-                error.filename = named[error.filename]  # the name that its reader knows
+                error.filename = named[error.filename]
             if moved:
                 raise HalfMovedError(error.errno, error.strerror, error.filename) from error
         raise
@@ -95,13 +95,13 @@ def atomic_files(
 
 @contextlib.contextmanager
 def locked(directory: str | os.PathLike[str]) -> Iterator[None]:
-    """Keep others that ask for the same out of a directory, in this process and in every other one.
+    """Lock a directory against other callers of this function, in this process and in every other.
 
-    The lock ends with the block, or with the process. Where the system has none (Windows, some network file
-    systems), nobody is kept out.
+    The lock ends with the block, or with the process. Windows and some network file systems have no such
+    locks; nothing is locked there.
 
     Raises:
-        TimeoutError: Another one has been in there for `PATIENCE` seconds.
+        TimeoutError: Somebody else has held the lock for `PATIENCE` seconds.
         OSError: There is no such directory.
     """
     if sys.platform == "win32":
@@ -112,7 +112,7 @@ def locked(directory: str | os.PathLike[str]) -> Iterator[None]:
         _wait_for_lock(handle, directory)
         yield
     finally:
-        # By hand: a process that was forked meanwhile has the handle too, and would keep the lock.
+        # Closing is not enough: a process forked meanwhile has the handle too, and would keep the lock.
         with contextlib.suppress(OSError):
             fcntl.flock(handle, fcntl.LOCK_UN)
         os.close(handle)
@@ -137,7 +137,7 @@ if sys.platform != "win32":
 
 
 def sync_directory(directory: Path) -> None:
-    """See to it that renames in a directory survive a loss of power, where the system can be asked to."""
+    """Make renames in a directory survive a power failure, where the system supports it."""
     if os.name != "posix":
         return
     handle = os.open(directory, os.O_RDONLY)

@@ -1,4 +1,4 @@
-"""Questions to ask of a model before hours of training."""
+"""Check that a model trains, before hours of training."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from veneer.layers import LoraLayer
 
 @dataclass(frozen=True)
 class TrainingCheck:
-    """What one backward pass reached.
+    """Which parameters one backward pass reached.
 
     Attributes:
         loss: The loss of the batch.
-        trained: Names of the parameters of active adapters that got a gradient that is not zero throughout.
-        silent: Those that got none, or only zeros, by what that means.
-        other: Parameters that require a gradient and belong to no adapter.
+        trained: Names of the parameters of active adapters that got a gradient other than zero.
+        silent: Names of those that got none, or only zeros, with the reason.
+        other: Names of trainable parameters that belong to no adapter.
     """
 
     loss: float
@@ -32,7 +32,7 @@ class TrainingCheck:
 
     @property
     def ok(self) -> bool:
-        """Something trains, and nothing that should is out of reach."""
+        """Whether adapters are trained, and all of their parameters get a gradient."""
         return bool(self.trained) and not self.silent
 
     def __str__(self) -> str:
@@ -52,12 +52,13 @@ def check_training(
     """Run one forward and backward pass, and list the adapter parameters that no gradient reaches.
 
     The model's gradients, its mode, its buffers (running statistics) and the random states of the CPU and of
-    every CUDA device in use are put back afterwards. With a fresh identity initialisation A gets zeros on the
-    first step because B is zero: that is not reported.
+    every CUDA device in use are restored afterwards. While B is zero, as at the start, the gradient of A is
+    zero too: that is not reported.
 
     Args:
         model: A model with adapters.
-        batch: A mapping is passed as keywords, a tuple or list as positions, anything else as it is.
+        batch: A mapping is passed as keyword arguments, a tuple or list as positional ones, anything else as
+            the only argument.
         loss: ``(model, batch) -> scalar``; by default the output's ``loss``, or its mean square.
 
     Raises:
@@ -70,9 +71,9 @@ def check_training(
     frozen = [name for name in names if not named[name].requires_grad]
     if not names or len(frozen) == len(names):
         raise TrainingError(
-            f"no parameter of an active adapter requires a gradient (active: "
-            f"{AdapterSet(model).active() or 'none'}): "
-            "load it with is_trainable=True, or call set_adapter(name)"
+            "no parameter of an active adapter requires a gradient (active: "
+            f"{AdapterSet(model).active() or 'none'}): load it with is_trainable=True, or call "
+            "set_adapter(name)"
         )
     before = {name: p.grad for name, p in named.items()}
     mode, buffers = {m: m.training for m in model.modules()}, _Buffers(model)
@@ -112,10 +113,10 @@ def check_training(
 
 
 class _Buffers:
-    """What the buffers of a model are: which tensor each name holds, and its values, copied to the CPU."""
+    """The buffers of a model, with copies of their values on the CPU."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._held = [
+        self._buffers = [
             (module, name, buffer, None if buffer is None else buffer.detach().to("cpu", copy=True))
             for module in model.modules()
             for name, buffer in module._buffers.items()
@@ -124,16 +125,16 @@ class _Buffers:
 
     @torch.no_grad()
     def put_back(self) -> None:
-        for module, name, buffer, kept in self._held:
+        for module, name, buffer, kept in self._buffers:
             if module._buffers.get(name) is not buffer:
                 module._buffers[name] = buffer
-            # An untouched buffer is not written: it may be expanded, or a tensor that refuses to be.
+            # An unchanged buffer is not written: it may be expanded, or refuse to be written.
             if buffer is not None and kept is not None and not torch.equal(buffer.cpu(), kept):
                 buffer.copy_(kept)
 
 
 def _cuda_random_states() -> list[Tensor]:
-    """Those of every device; none where CUDA has not been started, which asking would do."""
+    """The states of all devices; none if CUDA has not been initialised, which a query would do."""
     return torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
 
 
@@ -149,7 +150,7 @@ def _active_parameters(model: nn.Module) -> set[int]:
 
 
 def _waiting_for_b(model: nn.Module) -> set[int]:
-    """A factors beside a B of zeros: their gradient is B's multiple, so it is zero until B has moved."""
+    """Each A beside a B of zeros, and the reverse: its gradient is zero until the other factor changes."""
     found = set()
     for module in model.modules():
         if isinstance(module, LoraLayer):
@@ -174,7 +175,7 @@ def _default_loss(model: nn.Module, batch: Any) -> Tensor:
         value = getattr(output, "logits", output)
         if not isinstance(value, Tensor):
             raise TrainingError(
-                "the model's output has neither a loss nor logits and is no tensor: pass loss=lambda model, "
+                "the model's output has neither loss nor logits and is not a tensor: pass loss=lambda model, "
                 "batch: …"
             )
         value = value.float().pow(2).mean()
@@ -184,8 +185,8 @@ def _default_loss(model: nn.Module, batch: Any) -> Tensor:
 def _check_loss(value: Tensor) -> None:
     if not value.requires_grad:
         raise TrainingError(
-            "the loss does not depend on any trainable parameter: are the adapters disabled, "
-            "merged, or is the forward under torch.no_grad()?"
+            "the loss does not depend on any trainable parameter: are the adapters disabled or merged, or "
+            "does the forward run under torch.no_grad()?"
         )
     if not bool(torch.isfinite(value)):
         raise TrainingError(f"the loss of this batch is {float(value.detach())}")

@@ -1,20 +1,20 @@
 """Every error that Veneer raises on purpose.
 
-The tree; each also is the built-in exception that callers of the field's API already catch::
+Each is also the built-in exception that callers of PEFT already catch::
 
     VeneerError
     ├── ConfigError          ValueError    a configuration that cannot be right
-    │   └── UnknownOptionError  TypeError  an option that does not exist (or is spelt otherwise)
+    │   └── UnknownOptionError  TypeError  an option that does not exist
     ├── TargetError          ValueError    nothing matched, or what matched cannot be adapted
     ├── AdapterNameError     ValueError    an adapter name that is unknown, taken or unusable
     ├── CheckpointError      ValueError    files and tensors of an adapter
     │   ├── AdapterFileError               missing, truncated, hostile or unreadable file
     │   ├── LoadMismatchError RuntimeError tensors that do not fit the model
     │   └── BaseMismatchError              the adapter was made on another base model
-    ├── RoutingError         ValueError    rows of a batch that cannot go through the adapters named
+    ├── RoutingError         ValueError    rows of a batch that cannot go through their adapters
     ├── MergeError           ValueError    a merge that would be wrong
     ├── CombineError         ValueError    adapters that cannot be combined
-    ├── ExportError          ValueError    an adapter that another reader's format cannot hold, or the reverse
+    ├── ExportError          ValueError    an adapter that another format cannot express, or the reverse
     ├── DataError            ValueError    training or evaluation data that cannot be used
     ├── TrainingError        RuntimeError  a training run that cannot go on
     └── MissingExtraError    ImportError   an optional library that is not installed
@@ -33,7 +33,7 @@ from typing import Any, NoReturn
 
 
 class Blank(str):
-    """A word in the place of a value, as N in ``rank=N``."""
+    """A placeholder for a value, as N in ``rank=N``."""
 
     __slots__ = ()
 
@@ -43,13 +43,13 @@ class Blank(str):
 
 @dataclass(frozen=True)
 class Hint:
-    """An option that a message names: ``Hint("r")``, ``Hint("untie", True)``.
+    """An option in a message: ``Hint("r")``, ``Hint("untie", True)``.
 
     Args:
         option: Its name in Python.
-        value: What to give it; without one the name stands alone.
-        clause: Words around it, with {} where it stands. A face that lacks the option leaves them all out;
-            a hint without a clause is then written as in Python.
+        value: The value to show; without one only the name is shown.
+        clause: Text around the option, with {} in its place. An interface without that option leaves the
+            whole clause out; a hint without a clause is then shown as in Python.
     """
 
     option: str
@@ -61,13 +61,13 @@ class Hint:
 
     def __format__(self, spec: str) -> NoReturn:
         raise TypeError(
-            "a Hint in an f-string is text like any other: give it to the error or Text as a part"
+            "a Hint in an f-string would become plain text: pass it to the error or Text as a part"
         )
 
 
 @dataclass(frozen=True, init=False)
 class Text:
-    """Text with the options that it names, kept apart from the text until somebody shows it."""
+    """Text and `Hint`s; how an option is written is decided when the text is shown."""
 
     parts: tuple[str | Hint, ...]
 
@@ -85,7 +85,7 @@ class Text:
         """The text.
 
         Args:
-            option: How a hint's option is written; None for one that the reader does not have.
+            option: Writes a hint's option; None if the reader's interface does not have it.
         """
         return "".join(
             part if isinstance(part, str) else _in_clause(part, option(part)) for part in self.parts
@@ -95,11 +95,11 @@ class Text:
         return self.written(str)
 
     def __format__(self, spec: str) -> NoReturn:
-        raise TypeError("a Text in an f-string loses its hints: make it a part of another Text")
+        raise TypeError("a Text in an f-string would lose its hints: make it a part of another Text")
 
 
 def show(value: object) -> str:
-    """A value for a message, short whatever it is."""
+    """The repr of a value for a message, cut to 80 characters."""
     try:
         text = repr(value)
     except (ValueError, RecursionError):  # an integer of thousands of digits has no repr
@@ -108,7 +108,7 @@ def show(value: object) -> str:
 
 
 def short(text: str, most: int = 300) -> str:
-    """Somebody else's text for a message, cut where it is long."""
+    """A text for a message, cut to so many characters."""
     return text if len(text) <= most else text[: most - 3] + "..."
 
 
@@ -125,7 +125,7 @@ class VeneerError(Exception):
         parts: The message: texts, `Hint`s and `Text`s, one after another.
 
     Attributes:
-        message: The same, for a face that writes options in its own way.
+        message: The same, for an interface that writes options in its own way.
     """
 
     def __init__(self, *parts: str | Hint | Text) -> None:
@@ -138,7 +138,7 @@ class ConfigError(VeneerError, ValueError):
 
 
 class UnknownOptionError(ConfigError, TypeError):
-    """An option that does not exist, with the nearest one that does."""
+    """An option that does not exist; the message names the nearest one that does."""
 
 
 class TargetError(VeneerError, ValueError):
@@ -154,19 +154,19 @@ class CheckpointError(VeneerError, ValueError):
 
 
 class AdapterFileError(CheckpointError):
-    """A file that is missing, truncated, hostile or not what it claims to be."""
+    """A file that is missing, truncated, hostile or unreadable."""
 
 
 class LoadMismatchError(CheckpointError, RuntimeError):
-    """Tensors of an adapter that do not fit the model; the message accounts for all of them."""
+    """Tensors of an adapter that do not fit the model; the message lists all of them."""
 
 
 class BaseMismatchError(CheckpointError):
-    """The adapter was trained on another base model than the one it is loaded onto."""
+    """The adapter was trained on another base model."""
 
 
 class RoutingError(VeneerError, ValueError):
-    """Rows of a batch that cannot go through the adapters named for them."""
+    """Rows of a batch that cannot go through their adapters."""
 
 
 class MergeError(VeneerError, ValueError):
@@ -174,11 +174,11 @@ class MergeError(VeneerError, ValueError):
 
 
 class CombineError(VeneerError, ValueError):
-    """Adapters that cannot be combined in the way asked for."""
+    """Adapters that cannot be combined in this way."""
 
 
 class ExportError(VeneerError, ValueError):
-    """An adapter that another reader's format cannot hold, or a file of one that holds what we cannot."""
+    """An adapter that another format cannot express, or the reverse."""
 
 
 class DataError(VeneerError, ValueError):
@@ -203,7 +203,7 @@ class MissingExtraError(VeneerError, ImportError):
 
 
 class VeneerWarning(UserWarning):
-    """Something the user should know, though nothing was refused; its message is made as an error's."""
+    """Something the user should know, though nothing was refused; it takes the same parts as an error."""
 
     def __init__(self, *parts: str | Hint | Text) -> None:
         self.message = Text(*parts)

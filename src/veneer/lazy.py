@@ -9,14 +9,15 @@ from typing import Any
 
 
 def public_names(package: str) -> Callable[[str], Any]:
-    """The ``__getattr__`` (PEP 562) of a package whose public names stand in its module ``public``.
+    """The ``__getattr__`` (PEP 562) of a package whose public names are defined in its module ``public``.
 
-    They come all together with the first that is asked for. So a module of the package can be imported
-    without what the others need, which for most is torch.
+    The first use of a name loads them all. Until then, a module of the package can be imported without the
+    dependencies of the others, such as torch.
     """
 
     def find(name: str) -> Any:
-        if not name.startswith("__") or name == "__all__":  # the import system asks every package for some
+        # The import system looks up other dunder names on every package.
+        if not name.startswith("__") or name == "__all__":
             public = importlib.import_module(f"{package}.public")
             found = {"__all__": public.__all__, **{each: getattr(public, each) for each in public.__all__}}
             if name in found:

@@ -1,4 +1,4 @@
-"""The public names, all in one place; ``import veneer`` loads this with the first name that is asked for."""
+"""All public names. ``import veneer`` loads this module with the first name that is used."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ if TYPE_CHECKING:
     from veneer.integrations.export import export_adapter
     from veneer.integrations.imports import import_adapter
 
-#: Names that need an optional library or are rarely needed, and the module that has them.
+#: Names that are rarely needed or need an optional library, and the modules that define them.
 _LAZY = {
     "export_adapter": "veneer.integrations.export",
     "import_adapter": "veneer.integrations.imports",
@@ -183,8 +183,7 @@ __all__ = [
     "set_peft_model_state_dict",
 ]
 
-
-#: Names of the field for what Veneer has not got, with what to use instead.
+#: Names of PEFT that Veneer does not have, and what to use instead.
 _REFUSED = {
     "ArrowConfig": "the variant arrow: choose adapters for each row by adapter_names",
     "create_arrow_model": "the variant arrow: choose adapters for each row by adapter_names",

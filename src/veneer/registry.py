@@ -1,8 +1,8 @@
-"""Find the plug-ins of a folder; look one up by name, or by the type of a module.
+"""Plug-ins: how they are found in a folder, and looked up by name or by the type of a module.
 
-A layer, init, variant or backend registers itself by being defined. The folders load every module
-they contain, so adding one is adding a file. Another package's are loaded through its entry points, before
-anything is looked up for the first time.
+Defining a layer, initialisation, variant or backend registers it. The folders load every module they
+contain, so adding one means adding a file. Plug-ins of other packages are loaded through their entry points,
+before the first lookup.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from veneer.wording import warn
 
 T = TypeVar("T")
 
-
 #: The group of entry points through which other packages name the modules that hold their plug-ins.
 PLUGINS = "veneer.plugins"
 
@@ -27,10 +26,10 @@ class _Plugins:
 
 
 def load_plugins() -> None:
-    """Import what installed packages name under the entry point group ``veneer.plugins``; once.
+    """Import the modules that installed packages name in the entry point group ``veneer.plugins``, once.
 
-    Nothing but what is installed is ever imported: no file of an adapter can name code. A plug-in that cannot
-    be imported is warned of, and what needs it is then refused by name.
+    Only installed packages are imported: the files of an adapter cannot name code. If a plug-in cannot be
+    imported, a warning is given, and whatever needs it is refused by name later.
     """
     if _Plugins.loaded:
         return
@@ -58,7 +57,7 @@ class NameRegistry(Generic[T]):
         self._items: dict[str, T] = {}
 
     def add(self, name: str, item: T) -> None:
-        """Register ``item``; the same name twice is a mistake of the programmer.
+        """Register ``item``.
 
         Raises:
             ValueError: If the name is taken by another item.
@@ -83,10 +82,10 @@ class NameRegistry(Generic[T]):
 
 
 class TypeRegistry(Generic[T]):
-    """Items by the types they serve, found along a type's method resolution order.
+    """Items by the types that they serve, looked up along a type's method resolution order.
 
-    Types are written as ``"module.QualName"``, so that a type of an optional library is served
-    without importing that library: an object of it cannot exist before its library was imported.
+    Types are given as ``"module.QualName"``, so that types of an optional library can be listed without
+    importing it.
     """
 
     def __init__(self, kind: str) -> None:

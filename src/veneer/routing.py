@@ -373,7 +373,6 @@ class _Carried:
         self.function, self.routing, self.contexts = function, _here.routing, contexts
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the function."""
         with _as_current(self.routing, carried=True), opened(self.contexts):
             return self.function(*args, **kwargs)
 

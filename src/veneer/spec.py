@@ -1,4 +1,4 @@
-"""What ONE module gets from ONE adapter: every pattern resolved, every name normalised, frozen."""
+"""The settings of one adapter on one module, with every pattern resolved and every name normalised."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ class LoraSpec:
         use_rslora: Divide by the square root of the rank.
         lora_bias: Give B a trainable bias.
         variant_options: What the variant read from the configuration; see `Variant.options`.
-        init_config: Options of that initialisation (a `LoftQConfig`, `EvaConfig`, …), None where it has none.
-        constant_scaling: Tensors that take this adapter's place bring their strength in B, so that a compiled
-            model sees one number for ever.
+        init_config: Options of the initialisation (a `LoftQConfig`, `EvaConfig`, …), None if it has none.
+        constant_scaling: Keep the scaling at 1 and put the strength of tensors that are swapped in into B,
+            so that a compiled model always sees the same number.
         parameter: Name of the bare parameter that ``path`` ends in, empty for a module.
-        owner: Path of the module that it is adapted along with, whose rank and strength it takes.
-        times: How often the update counts.
+        owner: Path of the module that this one is adapted along with, and whose rank and strength it has.
+        times: How many times the update is added.
 
     Raises:
         ConfigError: For a rank below 1.
@@ -81,14 +81,14 @@ class LoraSpec:
 
 
 class PatternSet:
-    """Patterns in order, and which of them match a path: names by lookup, only expressions are tried.
+    """Patterns in order. Finds those that match a path: names by lookup, regular expressions by trying.
 
     Args:
         patterns: Names, ends of dotted paths, full paths, or regular expressions.
-        option: The option of the configuration that holds them, for errors.
+        option: The option of the configuration that they come from, for errors.
         anywhere: Let an expression match the end of a path after any dot, as PEFT does for ``rank_pattern``;
             otherwise it must match the whole path, as for ``target_modules``.
-        inside: Let a name match the end of a path without a dot before it too, as PEFT does for
+        inside: Let a name match the end of a path even without a dot before it, as PEFT does for
             ``modules_to_save``.
     """
 
@@ -146,7 +146,7 @@ class PatternSet:
 
 
 def specs_under(config: LoraConfig, specs: Iterable[LoraSpec]) -> list[LoraSpec]:
-    """What the modules of one adapter would get from another configuration."""
+    """The specs that another configuration would give to the modules of one adapter."""
     specs = list(specs)
     parameters = {spec.owner or spec.path: spec.parameter for spec in specs}
     new = resolve_all(config, specs[0].adapter if specs else "", parameters)
@@ -162,40 +162,40 @@ def variant_name(config: LoraConfig) -> str:
     Raises:
         ConfigError: If it asks for several.
     """
-    asked = variants_of(config)
-    if len(asked) > 1:
-        raise ConfigError(f"the variants {', '.join(asked)} cannot be combined: choose one")
-    return asked[0] if asked else "plain"
+    names = variants_of(config)
+    if len(names) > 1:
+        raise ConfigError(f"the variants {', '.join(names)} cannot be combined: choose one")
+    return names[0] if names else "plain"
 
 
 def restate(config: LoraConfig, specs: Iterable[LoraSpec]) -> None:
-    """Write into a configuration the ranks and strengths that an adapter's modules have.
+    """Write the ranks and strengths of an adapter's modules into a configuration.
 
-    What most modules have becomes ``r`` and ``lora_alpha``; the rest gets a pattern each.
+    The most frequent values become ``r`` and ``lora_alpha``; every other module gets a pattern.
     """
-    given = [spec for spec in specs if not spec.owner]
-    ranks, alphas = Counter(s.r for s in given), Counter(s.lora_alpha for s in given)
+    specs = [spec for spec in specs if not spec.owner]
+    ranks, alphas = Counter(s.r for s in specs), Counter(s.lora_alpha for s in specs)
     config.r, config.lora_alpha = ranks.most_common(1)[0][0], alphas.most_common(1)[0][0]
-    config.use_rslora = bool(given) and given[0].use_rslora
-    config.rank_pattern = {f"^{s.path}$": s.r for s in given if s.r != config.r}
-    config.alpha_pattern = {f"^{s.path}$": s.lora_alpha for s in given if s.lora_alpha != config.lora_alpha}
+    config.use_rslora = bool(specs) and specs[0].use_rslora
+    config.rank_pattern = {f"^{s.path}$": s.r for s in specs if s.r != config.r}
+    config.alpha_pattern = {f"^{s.path}$": s.lora_alpha for s in specs if s.lora_alpha != config.lora_alpha}
 
 
 def resolve(config: LoraConfig, adapter: str, path: str, parameter: str = "") -> LoraSpec:
-    """What the module at ``path`` gets; see :func:`resolve_all`."""
+    """The spec of the module at ``path``; see `resolve_all`."""
     return resolve_all(config, adapter, {path: parameter})[path]
 
 
 def resolve_all(
     config: LoraConfig, adapter: str, parameters: Mapping[str, str], paths: Paths | None = None
 ) -> dict[str, LoraSpec]:
-    """What modules get: rank and strength of the first pattern that matches, or the default.
+    """The specs of modules, by path: rank and strength come from the first pattern that matches.
 
     Args:
         config: The configuration.
         adapter: The adapter's name.
-        parameters: Paths of the modules, with the name of the parameter for a bare one.
-        paths: These and perhaps others, where patterns have been tried on them before.
+        parameters: Paths of the modules, each with the name of its bare parameter, or "".
+        paths: These paths, and perhaps others, with the results of patterns that were tried on them before.
 
     Raises:
         ConfigError: If the configuration asks for several variants, or its expressions take too many steps.

@@ -1,4 +1,4 @@
-"""What state the adapters of a model are in, module by module and in all."""
+"""The status of a model's adapters, for each module and for the whole model."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class TunerLayerStatus:
     Attributes:
         name: Path in the base model.
         module_type: Class of the module that holds the adapters.
-        enabled: Whether adapters are switched on here.
-        active_adapters: Names of the active ones.
-        merged_adapters: Names of those that are merged into the weight.
-        requires_grad: Whether an adapter's parameters here are trainable, by its name.
-        available_adapters: Names of all that this module holds.
-        devices: Kinds of device that an adapter's parameters lie on, by its name.
+        enabled: Whether adapters are enabled here.
+        active_adapters: Names of the active adapters.
+        merged_adapters: Names of the adapters that are merged into the weight.
+        requires_grad: Whether the parameters of each adapter are trainable here.
+        available_adapters: Names of all adapters of this module.
+        devices: Types of the devices that the parameters of each adapter are on.
         quantization_backend: Name of the quantised storage of the base weight, or None.
     """
 
@@ -50,7 +50,7 @@ class TunerModelStatus:
 
     Attributes:
         base_model_type: Class of the base model.
-        adapter_model_type: Class that holds the verbs; ``"None"`` for a bare torch model.
+        adapter_model_type: Class of the model's ``base_model``, ``LoraModel``; ``"None"`` for a torch model.
         peft_types: The method of each adapter.
         trainable_params: Number of trainable parameters.
         total_params: Number of all parameters.
@@ -90,7 +90,7 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
     ]
     if not found:
         raise TargetError(
-            "this model holds no adapter: put one in with get_peft_model, inject_adapter_in_model or "
+            "this model holds no adapter: add one with get_peft_model, inject_adapter_in_model or "
             "load_adapter"
         )
     return found
@@ -122,17 +122,17 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
         TargetError: The model holds no adapter.
     """
     layers = get_layer_status(model)
-    verbs = getattr(model, "base_model", None) if hasattr(model, "get_base_model") else None
+    tuner = getattr(model, "base_model", None) if hasattr(model, "get_base_model") else None
     trainable, total = count_parameters(model)
     names = sorted({name for layer in layers for name in layer.available_adapters})
     grads = {
         name: _agreed(layer.requires_grad[name] for layer in layers if name in layer.requires_grad)
         for name in names
     }
-    places = {name: sorted({d for layer in layers for d in layer.devices.get(name, ())}) for name in names}
+    devices = {name: sorted({d for layer in layers for d in layer.devices.get(name, ())}) for name in names}
     return TunerModelStatus(
         base_model_type=type(base_of(model)).__name__,
-        adapter_model_type="None" if verbs is None else type(verbs).__name__,
+        adapter_model_type="None" if tuner is None else type(tuner).__name__,
         peft_types=_methods(model),
         trainable_params=trainable,
         total_params=total,
@@ -142,13 +142,13 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
         merged_adapters=_merged(layers),
         requires_grad=grads,
         available_adapters=names,
-        devices=places,
+        devices=devices,
         quantization_backend=_agreed(layer.quantization_backend for layer in layers),
     )
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """Numbers of trainable and of all parameters; packed 4-bit weights count as what they hold."""
+    """Numbers of trainable and of all parameters; packed 4-bit weights count each of their values."""
     trainable = total = 0
     for parameter in model.parameters():
         count = parameter.numel()
@@ -167,7 +167,7 @@ def _methods(model: nn.Module) -> dict[str, str]:
 
 
 def _merged(layers: Sequence[TunerLayerStatus]) -> list[str] | Irregular:
-    """The merged adapters, if each of them is merged wherever it can be."""
+    """The merged adapters, if each of them is merged in all modules that can merge it."""
     merged = {name for layer in layers for name in layer.merged_adapters}
     for layer in layers:
         if layer.module_type != "ModulesToSaveWrapper" and (
@@ -178,19 +178,18 @@ def _merged(layers: Sequence[TunerLayerStatus]) -> list[str] | Irregular:
 
 
 def _agreed(values: Iterable[_T]) -> _T | Irregular:
-    """The value that all have, or ``"irregular"``."""
-    given = list(values)
-    return given[0] if all(value == given[0] for value in given) else "irregular"
+    first, *others = values
+    return first if all(value == first for value in others) else "irregular"
 
 
 @torch.no_grad()
 def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:
-    """Frozen parameters into ``dtype``, trainable ones into float32, for mixed-precision training.
+    """Cast frozen parameters to ``dtype`` and trainable ones to float32, for mixed-precision training.
 
-    Only floating-point parameters are touched: a quantised weight stays what it is.
+    Only floating-point parameters are cast: a quantised weight stays as it is.
 
     Args:
-        model: Changed in place; the parameters stay the same objects.
+        model: The model, changed in place; the parameters stay the same objects.
         dtype: ``torch.float16`` or ``torch.bfloat16``.
     """
     for parameter in model.parameters():

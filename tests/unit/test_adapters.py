@@ -102,7 +102,7 @@ def test_unknown_and_taken_names_are_refused_with_what_exists() -> None:
     index = AdapterSet(model())
     with pytest.raises(AdapterNameError, match=r"'x'.*'a', 'b'"):
         index.check(["a", "x"])
-    with pytest.raises(AdapterNameError, match="exists already"):
+    with pytest.raises(AdapterNameError, match="already exists"):
         index.rename("a", "b")
     assert index.names() == ["a", "b"]
 

@@ -130,6 +130,6 @@ def test_random_states_of_cuda_are_put_back_where_it_runs(monkeypatch: pytest.Mo
 def test_an_output_without_a_loss_is_an_error_that_names_the_way_out() -> None:
     model = adapted("first", "second")
     model.register_forward_hook(lambda module, args, output: {"scores": output})
-    with pytest.raises(TrainingError, match=r"neither a loss nor logits.*pass loss="):
+    with pytest.raises(TrainingError, match=r"neither loss nor logits.*pass loss="):
         check_training(model, torch.randn(4, 6))
     assert check_training(model, torch.randn(4, 6), loss=lambda m, x: m(x)["scores"].sum()).ok

@@ -29,11 +29,9 @@ class _Quantised(Backend):
     priority = 20
 
     def serves(self, kind: type) -> bool:
-        """The linear of that storage."""
         return any(name in self.fresh_output for name in type_names(kind))
 
     def device(self, module: nn.Module) -> torch.device:
-        """Where the codes lie."""
         weight: Tensor = module.weight  # type: ignore[assignment]
         return weight.device
 
@@ -53,7 +51,6 @@ class _Quantised(Backend):
             getattr(module, name).copy_(tensor)
 
     def writing(self, module: nn.Module, tensor: Tensor, name: str = "weight") -> Callable[[], None]:
-        """A call that puts the new parameter in."""
         if name == "weight":
             return self._storing(module, tensor.detach())
         return super().writing(module, tensor, name)
@@ -73,7 +70,6 @@ class FourBits(_Quantised):
     fresh_output: ClassVar[tuple[str, ...]] = (f"{_MODULES}.Linear4bit",)
 
     def matches(self, module: nn.Module) -> bool:
-        """One that is quantised."""
         return _state(module) is not None
 
     def dtype(self, module: nn.Module) -> torch.dtype:
@@ -82,7 +78,6 @@ class FourBits(_Quantised):
         return given if isinstance(given, torch.dtype) else self.like(module).dtype
 
     def like(self, module: nn.Module, name: str = "weight") -> Tensor:
-        """Without reading the codes."""
         state = _state(module)
         return torch.empty(state.shape, dtype=state.dtype, device="meta")
 
@@ -123,17 +118,14 @@ class FourBits(_Quantised):
         module.quant_state = weight.quant_state
 
     def keep(self, module: nn.Module, name: str = "weight") -> dict[str, Tensor]:
-        """The parameter itself: writing makes another one."""
         return {"weight": module.weight}  # type: ignore[dict-item]
 
     def put_back(self, module: nn.Module, kept: Mapping[str, Tensor], name: str = "weight") -> None:
-        """The parameter itself."""
         self._put(module, kept["weight"])
 
     def parts(
         self, module: nn.Module, kept: Mapping[str, Tensor]
     ) -> tuple[dict[str, Tensor | None], dict[str, Any]]:
-        """The parameter, which carries its scales."""
         weight: Any = kept["weight"]
         return {"weight": weight}, {"quant_state": weight.quant_state}
 
@@ -149,7 +141,6 @@ class FourBits(_Quantised):
         setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010
 
     def dense(self, module: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-        """An ``nn.Linear``."""
         return plain_linear(module, self.read(module).to(dtype or self.like(module).dtype))
 
 
@@ -164,7 +155,6 @@ class EightBits(_Quantised):
     fresh_output = (f"{_MODULES}.Linear8bitLt",)
 
     def matches(self, module: nn.Module) -> bool:
-        """One that is quantised, or has dense weights and codes beside them."""
         layer: Any = module
         return self._codes(module) or bool(layer.state.has_fp16_weights)
 
@@ -238,7 +228,6 @@ class EightBits(_Quantised):
         return {"weight": weight}, {"state": _fresh(module.state)}
 
     def dense(self, module: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-        """An ``nn.Linear``."""
         return plain_linear(module, self.read(module).to(dtype or self.dtype(module)))
 
 

@@ -37,15 +37,12 @@ class Delegated(Backend):
     readable = False
 
     def serves(self, kind: type) -> bool:
-        """The types that the library has."""
         return any(name in self.geometry for name in type_names(kind))
 
     def matches(self, module: nn.Module) -> bool:
-        """Any of them."""
         return True
 
     def device(self, module: nn.Module) -> torch.device:
-        """Where its first tensor lies."""
         tensor = next(iter((*module.parameters(), *module.buffers())), None)
         return torch.device("cpu") if tensor is None else tensor.device
 
@@ -101,7 +98,6 @@ class Delegated(Backend):
         )
 
     def keep(self, module: nn.Module, name: str = "weight") -> dict[str, Tensor]:
-        """Nothing: it is never written."""
         return {}
 
     def put_back(self, module: nn.Module, kept: Mapping[str, Tensor], name: str = "weight") -> None:
@@ -163,7 +159,6 @@ class EETQ(Delegated):
     )
 
     def features(self, module: nn.Module) -> tuple[int, int]:
-        """The sizes of the weight."""
         weight: Any = module.weight if hasattr(module, "weight") else module.qweight
         return int(weight.shape[0]), int(weight.shape[1])
 
@@ -176,7 +171,6 @@ class HQQ(Delegated):
     geometry: ClassVar[Mapping[str, str]] = _linears("hqq.core.quantize.HQQLinear")
 
     def dtype(self, module: nn.Module) -> torch.dtype:
-        """Its ``compute_dtype``."""
         given = getattr(module, "compute_dtype", None)
         return given if isinstance(given, torch.dtype) else torch.float16
 

@@ -14,16 +14,13 @@ class Dense(Backend):
     name = "dense"
 
     def matches(self, module: nn.Module) -> bool:
-        """A weight of a floating type."""
         return self.holds(module, "weight")
 
     def holds(self, module: nn.Module, name: str) -> bool:
-        """A tensor of a floating type, whatever its name."""
         tensor = getattr(module, name, None)
         return isinstance(tensor, Tensor) and tensor.is_floating_point()
 
     def read(self, module: nn.Module, name: str = "weight") -> Tensor:
-        """The parameter itself."""
         tensor: Tensor = getattr(module, name)
         return tensor.detach()
 
@@ -39,9 +36,7 @@ class Dense(Backend):
             setattr(module, name, new)
 
     def writable_in_place(self, module: nn.Module) -> bool:
-        """Always."""
         return True
 
     def refuses_merge(self, module: nn.Module) -> str | None:
-        """A weight that is computed anew for each call."""
         return computed_anew(module, "weight")

@@ -76,16 +76,13 @@ class Offloaded(Backend):
         return isinstance(tensor, Tensor) and tensor.is_meta
 
     def tensor_device(self, module: nn.Module, name: str) -> torch.device:
-        """The device that the hook brings the tensor to."""
         return self.device(module)
 
     def read(self, module: nn.Module, name: str = "weight") -> Tensor:
-        """The value in the hook's map; from disk it is read anew each time."""
         value: Tensor = _hook(module).weights_map[name]
         return value.detach()
 
     def write(self, module: nn.Module, tensor: Tensor, name: str = "weight") -> None:
-        """Replace the value in the map, in memory."""
         self.writing(module, tensor, name)()
 
     def writing(self, module: nn.Module, tensor: Tensor, name: str = "weight") -> Callable[[], None]:
@@ -110,10 +107,8 @@ class Offloaded(Backend):
         return put
 
     def device(self, module: nn.Module) -> torch.device:
-        """The device that the hook brings the weight to."""
         return torch.device(_hook(module).execution_device)
 
     def dtype(self, module: nn.Module) -> torch.dtype:
-        """The type of the placeholder."""
         weight: Tensor = module.weight  # type: ignore[assignment]
         return weight.dtype

@@ -77,15 +77,12 @@ class _Codes(Delegated):
     priority = 12
 
     def serves(self, kind: type) -> bool:
-        """Any type: the tensors tell."""
         return True
 
     def matches(self, module: nn.Module) -> bool:
-        """A weight that is such a code."""
         return self.holds(module, "weight")
 
     def device(self, module: nn.Module) -> torch.device:
-        """Where its first tensor lies, or is brought to."""
         return execution_device(module) or super().device(module)
 
     def dtype(self, module: nn.Module) -> torch.dtype:
@@ -95,11 +92,9 @@ class _Codes(Delegated):
         return next(wide, torch.get_default_dtype())
 
     def tensor_device(self, module: nn.Module, name: str) -> torch.device:
-        """The device that computes with the tensor of that name."""
         return self.device(module)
 
     def tensor_dtype(self, module: nn.Module, name: str) -> torch.dtype:
-        """The floating-point type that the module computes in."""
         return self.dtype(module)
 
     def like(self, module: nn.Module, name: str = "weight") -> Tensor:
@@ -126,11 +121,9 @@ class _Codes(Delegated):
         )
 
     def refuses_merge(self, module: nn.Module) -> str:
-        """Always."""
         return self._refusal(module, "weight")
 
     def refuses_to_write(self, module: nn.Module, name: str) -> str | None:
-        """Codes, whatever their name."""
         return self._refusal(module, name) if self.holds(module, name) else None
 
     def _refusal(self, module: nn.Module, name: str) -> str:

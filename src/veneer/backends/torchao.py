@@ -22,7 +22,6 @@ class TorchAO(Backend):
     priority = 20
 
     def matches(self, module: nn.Module) -> bool:
-        """A weight of one of its types, which pass for floating-point tensors."""
         return self.holds(module, "weight")
 
     def holds(self, module: nn.Module, name: str) -> bool:
@@ -33,17 +32,14 @@ class TorchAO(Backend):
         return isinstance(weight, Tensor) and "torchao.utils.TorchAOBaseTensor" in type_names(type(weight))
 
     def device(self, module: nn.Module) -> torch.device:
-        """Where its tensors lie."""
         weight: Tensor = module.weight  # type: ignore[assignment]
         return weight.device
 
     def dtype(self, module: nn.Module) -> torch.dtype:
-        """The type that it passes for."""
         weight: Tensor = module.weight  # type: ignore[assignment]
         return weight.dtype
 
     def like(self, module: nn.Module, name: str = "weight") -> Tensor:
-        """Without reading the codes."""
         weight: Tensor = module.weight  # type: ignore[assignment]
         return torch.empty(weight.shape, dtype=weight.dtype, device="meta")
 
@@ -73,7 +69,6 @@ class TorchAO(Backend):
 
     @torch.no_grad()
     def writing(self, module: nn.Module, tensor: Tensor, name: str = "weight") -> Callable[[], None]:
-        """A call that puts the new parameter in."""
         if name != "weight":
             return super().writing(module, tensor, name)
         new = nn.Parameter(_again(module.weight, tensor), requires_grad=False)
@@ -90,7 +85,6 @@ class TorchAO(Backend):
         )
 
     def keep(self, module: nn.Module, name: str = "weight") -> dict[str, Tensor]:
-        """The parameter itself: writing makes another one."""
         return {"weight": module.weight}  # type: ignore[dict-item]
 
     def put_back(self, module: nn.Module, kept: Mapping[str, Tensor], name: str = "weight") -> None:
@@ -101,7 +95,6 @@ class TorchAO(Backend):
         module.weight = weight
 
     def dense(self, module: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-        """An ``nn.Linear``."""
         return plain_linear(module, self.read(module).to(dtype or self.dtype(module)))
 
 

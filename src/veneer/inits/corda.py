@@ -86,7 +86,6 @@ class Corda(Init):
     measured_by = "preprocess_corda(model, config, run_model=...)"
 
     def refuses(self, spec: LoraSpec, layer_type: str, as_matrix: bool) -> str | None:
-        """It needs one matrix to factorise."""
         return None if as_matrix else not_one_matrix("CorDA", layer_type)
 
     @torch.no_grad()

@@ -33,7 +33,6 @@ class LoraGA(Init):
     measured_by = "preprocess_loraga(model, config, train_step)"
 
     def refuses(self, spec: LoraSpec, layer_type: str, as_matrix: bool) -> str | None:
-        """It needs one matrix to factorise."""
         return None if as_matrix else not_one_matrix("LoRA-GA", layer_type)
 
     @torch.no_grad()

@@ -22,7 +22,6 @@ class OLora(Init):
     subtracts_start = True
 
     def refuses(self, spec: LoraSpec, layer_type: str, as_matrix: bool) -> str | None:
-        """It needs one matrix to factorise."""
         return None if as_matrix else not_one_matrix("OLoRA", layer_type)
 
     @torch.no_grad()

@@ -31,7 +31,6 @@ class Pissa(Init):
         return super().claims(value) or (isinstance(value, str) and _ROUNDS.fullmatch(value) is not None)
 
     def refuses(self, spec: LoraSpec, layer_type: str, as_matrix: bool) -> str | None:
-        """It needs one matrix to factorise."""
         return None if as_matrix else not_one_matrix("PiSSA", layer_type)
 
     @torch.no_grad()

@@ -57,17 +57,14 @@ class AdaptedWeight:
         return self.dense().transpose(first, second)
 
     def t(self) -> AdaptedWeight:
-        """As of a matrix."""
         return self.turned()
 
     @property
     def T(self) -> AdaptedWeight:
-        """As of a matrix."""
         return self.turned()
 
     @property
     def mT(self) -> AdaptedWeight:
-        """As of a tensor."""
         return self.turned()
 
     def contiguous(self) -> AdaptedWeight:
@@ -75,7 +72,6 @@ class AdaptedWeight:
         return self
 
     def to(self, *args: Any, **kwargs: Any) -> AdaptedWeight:
-        """As of a tensor."""
         return self.map(lambda t: t.to(*args, **kwargs))
 
     def __getitem__(self, index: Any) -> Any:

@@ -397,7 +397,6 @@ class Swept(nn.Module):
         self.inner = inner
 
     def forward(self, x: Tensor) -> Tensor:
-        """What the inner module gives."""
         return self.inner(x)  # type: ignore[no-any-return]
 
 
@@ -460,7 +459,6 @@ class Holder(nn.Module):
         self.inner = layer
 
     def forward(self, x: Tensor) -> Tensor:
-        """What the layer gives."""
         return self.inner(x)  # type: ignore[no-any-return]
 
 

@@ -84,13 +84,11 @@ class Made:
 
     @property
     def start(self) -> inits.Init:
-        """The initialisation."""
         init = self.config().init_lora_weights
         return inits.find(init if isinstance(init, bool) else init.lower())
 
     @property
     def kind(self) -> variants.Variant:
-        """The variant."""
         return variants.get(variant_name(self.config()))
 
     @property
@@ -108,7 +106,6 @@ class Made:
         return base
 
     def base(self) -> nn.Module:
-        """The base in the storage of the backend."""
         return self.store(self.dense())
 
     def layer(self, *, trained: bool = True, **more: Any) -> LoraLayer:

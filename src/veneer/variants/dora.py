@@ -41,7 +41,6 @@ class Dora(Variant):
         return both if spec.lora_bias else None
 
     def shapes(self, request: ParameterRequest) -> Mapping[str, tuple[int, ...]]:
-        """One magnitude for each output feature."""
         return {MAGNITUDE: request.vector_shape}
 
     @torch.no_grad()

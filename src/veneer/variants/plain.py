@@ -21,15 +21,12 @@ class Plain(Variant):
     def forward(
         self, layer: Branch, name: str, x: Tensor, result: Tensor, base: Callable[[], Tensor]
     ) -> Tensor:
-        """``result + s·BA x``."""
         return layer.add_branch(name, x, result)
 
     def whole(
         self, layer: Branch, name: str, x: Tensor, together: Callable[[], Tensor], bias: Tensor | None
     ) -> Tensor:
-        """``W x + b + s·BA x``."""
         return together()
 
     def merged(self, weight: Tensor, delta: Tensor, extra: Mapping[str, Tensor]) -> Tensor:
-        """``W + ΔW``."""
         return weight + delta

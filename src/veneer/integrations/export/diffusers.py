@@ -82,5 +82,4 @@ class Diffusers(Target):
         }
 
     def usage(self, place: object, parts: list[Part]) -> str:
-        """The call."""
         return f"pipeline.load_lora_weights({str(place)!r})"

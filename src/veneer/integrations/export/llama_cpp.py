@@ -45,7 +45,6 @@ class LlamaCpp(PeftFiles):
         return found
 
     def rank_of(self, a: Tensor, values: Mapping[str, Any]) -> int:
-        """That of each pair of factors."""
         return int(a.shape[0])
 
     def notes(self, source: Source) -> list[str]:
@@ -57,6 +56,5 @@ class LlamaCpp(PeftFiles):
         return []
 
     def usage(self, place: object, parts: list[Part]) -> str:
-        """The converter's command line."""
         base = shlex.quote(parts[0].source.base_name())
         return f"python convert_lora_to_gguf.py {shlex.quote(str(place))} --base-model-id {base}"

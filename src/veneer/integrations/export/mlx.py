@@ -92,6 +92,5 @@ class Mlx(Target):
         return {"": found}
 
     def usage(self, place: object, parts: list[Part]) -> str:
-        """The command line of mlx-lm."""
         base = shlex.quote(parts[0].source.base_name())
         return f"mlx_lm.generate --model {base} --adapter-path {shlex.quote(str(place))}"

@@ -55,7 +55,6 @@ class Ollama(PeftFiles):
         return found
 
     def rank_of(self, a: Tensor, values: Mapping[str, Any]) -> int:
-        """That of each pair of factors."""
         return int(a.shape[0])
 
     def notes(self, source: Source) -> list[str]:
@@ -67,6 +66,5 @@ class Ollama(PeftFiles):
         return []
 
     def usage(self, place: object, parts: list[Part]) -> str:
-        """The Modelfile."""
         base = parts[0].source.base_name()
         return f"ollama create, with a Modelfile of FROM (Ollama's name of {base}) and ADAPTER {place}"

@@ -106,5 +106,4 @@ class PeftFiles(Target):
         return Update(a, b, scaling, embedding, parts.get("B.bias"), parts.get("magnitude_vector"))
 
     def rank_of(self, a: Tensor, values: Mapping[str, Any]) -> int:
-        """The rank that the reader divides by."""
         return int(values["r"])

@@ -32,5 +32,4 @@ class Plain(PeftFiles):
         return {**super().others(part), **copies, **biases}
 
     def usage(self, place: object, parts: list[Part]) -> str:
-        """As any adapter."""
         return f"PeftModel.from_pretrained(base_model, {str(place)!r})"
