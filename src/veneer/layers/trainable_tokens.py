@@ -157,12 +157,8 @@ class TrainableTokens(Mergeable):
         weight = backends.find(base).read(base)
         return weight[torch.tensor(indices, device=weight.device)].clone()
 
-    def add_rows(self, name: str, indices: Sequence[int], rows: Tensor) -> None:
-        """Store an adapter's rows; neither active nor trainable yet."""
-        self.put_rows(name, self.prepared(indices, rows))
-
     def prepared(self, indices: Sequence[int], rows: Tensor) -> PreparedRows:
-        """Everything that `add_rows` has to make. Nothing is stored; `put_rows` does that."""
+        """An adapter's rows, ready to be stored by `put_rows`; nothing is stored here."""
         index = torch.tensor(indices, device=rows.device)
         delta = None
         if self.tied_adapter is None:

@@ -7,7 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from veneer import AdapterNameError, LoraConfig, MergeError, PeftModel, TargetError, get_peft_model
+from veneer import merge as merging
 from veneer.layers.trainable_tokens import TrainableTokens
+from veneer.rollback import Rows
 
 
 class Net(nn.Module):
@@ -58,3 +60,53 @@ def test_rows_that_are_not_finite_are_not_merged_safely() -> None:
 def test_an_embedding_is_adapted_in_one_way() -> None:
     with pytest.raises(TargetError, match=r"emb \(Embedding\): target_modules names it too"):
         get_peft_model(Net(), config(1, target="emb"))
+
+
+def two_apart() -> tuple[TrainableTokens, Tensor]:
+    model = get_peft_model(Net(), config(1, 4))
+    model.add_adapter("second", config(2))
+    layer = model.get_base_model().emb
+    layer.set_adapter(["default", "second"])
+    with torch.no_grad():
+        for number, name in enumerate(("default", "second"), 1):
+            layer.rows(name).fill_(float(number))
+    return layer, layer.get_base_layer().weight.detach().clone()
+
+
+def test_rows_are_merged_and_taken_out_adapter_by_adapter() -> None:
+    layer, before = two_apart()
+    layer.merge(adapter_names=["default"])
+    layer.merge(adapter_names=["second"])
+    weight = layer.get_base_layer().weight
+    assert weight[[1, 4]].eq(1.0).all() and weight[2].eq(2.0).all()
+    assert torch.equal(layer.original_base().weight, before)
+    layer.rename_adapter("second", "other")
+    with torch.no_grad():
+        layer.rows("other").zero_()
+    layer.unmerge(["default"])
+    assert torch.equal(weight[[0, 1, 3, 4, 5]], before[[0, 1, 3, 4, 5]])
+    assert weight[2].eq(2.0).all(), "what is merged stays as it was merged"
+    layer.unmerge()
+    assert torch.equal(weight, before) and not list(layer._undo or ())
+
+
+def test_rows_that_are_merged_beside_others_are_put_back_if_that_fails(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    layer, before = two_apart()
+    layer.merge(adapter_names=["default"])
+    merged, write = layer.get_base_layer().weight.detach().clone(), merging._write
+
+    def broken(layer: TrainableTokens, updates: list[Rows]) -> float:
+        write(layer, updates)
+        if any(update.rows.eq(2.0).all() for update in updates):
+            raise RuntimeError("late")
+        return 1.0
+
+    monkeypatch.setattr(merging, "_write", broken)
+    with pytest.raises(RuntimeError, match="late"):
+        layer.merge()
+    assert layer.merged_adapters == ["default"]
+    assert torch.equal(layer.get_base_layer().weight, merged)
+    layer.unmerge()
+    assert torch.equal(layer.get_base_layer().weight, before)
