@@ -152,11 +152,6 @@ class LoraModel(nn.Module):
                         "train: "
                         "unmerge_adapter() first"
                     )
-        if adapter_name in self.peft_config:
-            raise AdapterNameError(
-                f"the model has an adapter named {adapter_name!r} already; delete_adapter it first or "
-                "choose another name"
-            )
         return prepare(self.model, config, adapter_name, **options)
 
     def commit(self, injection: Injection, *, activate: bool, trainable: bool = True) -> None:

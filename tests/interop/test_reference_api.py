@@ -404,3 +404,11 @@ def test_generate(name: str) -> None:
     expected = theirs.generate(input_ids=prompt, **options)
     assert torch.equal(ours.generate(input_ids=prompt, **options), expected)
     assert torch.equal(ours.generate(prompt, **options), expected)
+
+
+def test_a_model_that_the_reference_has_adapted_is_refused() -> None:
+    given = {"r": 2, "target_modules": ["0"]}
+    theirs = peft.get_peft_model(nn.Sequential(nn.Linear(4, 4)), peft.LoraConfig(**given))
+    for whole, where in ((theirs, "its root"), (theirs.get_base_model(), "0")):
+        with pytest.raises(veneer.TargetError, match=rf"layers of the peft library \(at {where}\)"):
+            veneer.get_peft_model(whole, veneer.LoraConfig(**given))

@@ -524,6 +524,10 @@ def test_what_no_adapter_can_do_is_refused(tmp_path: Path) -> None:
         model.copy_adapter("default", "default")
     with pytest.raises(ConfigError, match="biases of the base"):
         model.copy_adapter("default", "second")
+    with pytest.raises(AdapterNameError, match="has an adapter named 'default' already"):
+        model.add_adapter("default", config())
+    with pytest.raises(MergeError, match="undo='residual' does not exist"):
+        model.merge_adapter(undo="residual")  # type: ignore[arg-type]
     with pytest.raises(CheckpointError, match="no adapter to save"):
         model.save_pretrained(tmp_path, selected_adapters=[])
     (tmp_path / "file").touch()
