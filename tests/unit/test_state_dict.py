@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from tests.laws.cases import train
 from veneer import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
-from veneer.base_fingerprint import base_fingerprint
 from veneer.errors import AdapterNameError, BaseMismatchError, LoadMismatchError, VeneerWarning
 from veneer.layers import LoraLayer
 from veneer.state_dict import set_adapter_state_dict, slots
@@ -128,17 +127,6 @@ def test_factors_without_values_get_them() -> None:
     assert all(p.requires_grad for p in model.linear.adapter_parameters("default"))
 
 
-def test_the_fingerprint_is_that_of_the_base_without_adapters() -> None:
-    torch.manual_seed(1)
-    model = get_peft_model(Net(), config("linear", "embed"))
-    train(model, "default")
-    fresh = base_fingerprint(model.get_base_model())
-    model.merge_adapter()
-    assert base_fingerprint(model.get_base_model()) == fresh
-    torch.manual_seed(2)
-    assert base_fingerprint(get_peft_model(Net(), config("linear", "embed")).get_base_model()) != fresh
-
-
 def test_only_what_is_saved_is_had_back_from_under_a_merge(monkeypatch: pytest.MonkeyPatch) -> None:
     model = get_peft_model(Net(), config("linear", "embed"))
     train(model, "default")
@@ -148,22 +136,6 @@ def test_only_what_is_saved_is_had_back_from_under_a_merge(monkeypatch: pytest.M
     monkeypatch.setattr(LoraLayer, "original_base", lambda self: asked.append(self) or original(self))
     get_peft_model_state_dict(model)
     assert not asked
-
-
-def test_a_fingerprint_asks_for_those_originals_alone_that_it_samples(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    model = get_peft_model(
-        nn.Sequential(*(nn.Linear(4, 4) for _ in range(40))), LoraConfig(target_modules="all-linear")
-    )
-    fresh = base_fingerprint(model.get_base_model())
-    train(model, "default")
-    model.merge_adapter()
-    asked: list[LoraLayer] = []
-    original = LoraLayer.original_base
-    monkeypatch.setattr(LoraLayer, "original_base", lambda self: asked.append(self) or original(self))
-    assert base_fingerprint(model.get_base_model()) == fresh
-    assert len(asked) == len(fresh["samples"]) == 16
 
 
 def test_an_embedding_with_merged_rows_is_saved_as_it_was_before() -> None:

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import os
 import re
-import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -19,7 +18,7 @@ from veneer.config import values as check
 from veneer.config.kinds import PeftType, TaskType
 from veneer.config.spelling import names_unknown_options, unknown_options
 from veneer.config.values import looks_like_regex
-from veneer.errors import AdapterFileError, ConfigError, Hint, Text, UnknownOptionError, VeneerWarning, short
+from veneer.errors import AdapterFileError, ConfigError, Hint, Text, UnknownOptionError, short
 from veneer.files.config import read_config_file
 from veneer.files.layout import CONFIG_NAME, BelongingConfig, find_config
 from veneer.wording import did_you_mean, some, warn
@@ -146,12 +145,12 @@ class PeftConfig:
 
     @property
     def is_prompt_learning(self) -> bool:
-        """False: Veneer has no prompt methods; callers of the field's API ask."""
+        """False: Veneer has no prompt methods; callers of PEFT's API ask."""
         return False
 
     @property
     def is_adaption_prompt(self) -> bool:
-        """False: Veneer has no prompt methods; callers of the field's API ask."""
+        """False: Veneer has no prompt methods; callers of PEFT's API ask."""
         return False
 
     def to_dict(self) -> dict[str, Any]:
@@ -220,9 +219,7 @@ class PeftConfig:
         refused = [k for k, v in values.items() if k not in known and not _is_harmless(k, v)]
         unknown = unknown_options([str(k) for k in refused], known, {str(k): values[k] for k in refused})
         if refused and not strict:
-            warnings.warn(
-                f"unknown options in an adapter configuration are ignored: {unknown}", VeneerWarning, 2
-            )
+            warn(f"unknown options in an adapter configuration are ignored: {unknown}")
         if not refused or not strict:
             return target(**accepted)
         message = Text(

@@ -30,7 +30,7 @@ _PISSA = "pissa_niter_<number>"
 _INITS = ("gaussian", "loftq", "pissa", "olora", "eva", "corda", "orthogonal", "lora_ga", "mica")
 
 
-#: Initialisations besides those of the field, by name, entered by who has them: whether what is saved depends
+#: Initialisations besides PEFT's, by name, entered by who has them: whether what is saved depends
 #: on the name, because the base was replaced.
 PLUGIN_INITS: dict[str, bool] = {}
 
@@ -163,7 +163,7 @@ class LoraConfig(PeftConfig):
         layer_replication: Ranges ``[start, end)`` of layers, of which the model is built anew.
         ensure_weight_tying: Give an embedding and the head that shares its weight one update.
         megatron_config, megatron_core: For layers of Megatron, which are refused.
-        variant: The name of a variant of the update that a plug-in has; the field's own have options of
+        variant: The name of a variant of the update that a plug-in has; PEFT's own have options of
             their own. Saved with it, the adapter is refused by readers that cannot compute it.
         variant_options: The options of that variant, JSON values.
         runtime_config: Options of the running process.
@@ -214,7 +214,7 @@ class LoraConfig(PeftConfig):
     variant_options: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """Every field and its value, as the field's libraries know them; those of plug-ins only in use."""
+        """Every field and its value, as PEFT knows them; those of plug-ins only in use."""
         values = super().to_dict()
         if self.variant is None:
             del values["variant"], values["variant_options"]
