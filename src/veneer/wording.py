@@ -82,5 +82,6 @@ def warn(*parts: str | Hint | Text) -> None:
 
 
 def _is_ours(file: str) -> bool:
-    # `contextlib` stands between a decorated function of ours and its caller.
-    return file.startswith(_PACKAGE) or file.endswith("contextlib.py")
+    # `contextlib` stands between a decorated function of ours and its caller, `veneer_as_peft` between
+    # a method of transformers and ours.
+    return file.startswith(_PACKAGE) or file.endswith(("contextlib.py", "veneer_as_peft.py"))
