@@ -77,9 +77,6 @@ def _print(options: RunOptions) -> None:
 
 
 def _say_how_to_go_on(left: Any, config: Path | None, given: dict[str, Any]) -> None:
-    if left.checkpoint is None:
-        say("Nothing was trained yet, so there is nothing to resume.")
-        return
     launched = ", under the same launcher" if "RANK" in os.environ else ""
     say(f"Stopped after step {left.step} of {left.steps}; checkpoint: {left.checkpoint}. To go on{launched}:")
     same = {name: value for name, value in given.items() if name not in ("resume", "overwrite_output_dir")}
