@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -63,30 +63,65 @@ def generate(
     """Ask an adapted model: one prompt, or a file of them; answers go to standard output or --output."""
     check_dtype(dtype)
     prompt = _prompt(prompt, data, output, batch_size)
-    from ..training import Terminal, read_records
+    import torch
+
+    from ..training import Terminal, prompt_ids, read_records
     from ..training.adapters import load_adapted, read_head
-    from ..training.generation import check_answer_file
+    from ..training.generation import (
+        ANSWER,
+        answer_file,
+        check_answer_file,
+        evaluating,
+        generate_answers,
+        prompts_of,
+    )
 
     sampling = sampling_of(max_new_tokens, do_sample, temperature, top_p, top_k, repetition_penalty)
     head = read_head(adapter)
     require_language_model(head)
     progress = Terminal()
-    if prompt is None and data is not None:
-        if output is not None:
-            check_answer_file(output)
-        records = read_records(data, "prompt")
+    if output is not None:
+        check_answer_file(output)
+    records = None if data is None else read_records(data, "prompt")
+    if records is not None:
         progress.say(records.line())
-        adapted, tokenizer = load_adapted(head, model, dtype, progress=progress)
-        made_by = {"adapter": str(head.directory.resolve()), "bytes": _stamp(head.file.path), "base": base,
-                   "model": model, "dtype": dtype}  # fmt: skip
-        _file(adapted, tokenizer, records, output, sampling, seed, batch_size, made_by, base, progress)
-        return
     adapted, tokenizer = load_adapted(head, model, dtype, progress=progress)
-    answer = _one(adapted, tokenizer, str(prompt), sampling, seed, base)
-    if as_json:
-        show_json({"prompt": prompt, "generated_text": answer})
-    else:
-        show_text(answer)
+    with evaluating(adapted, base):
+        if records is None:
+            torch.manual_seed(seed)
+            ids = [prompt_ids(str(prompt), tokenizer)]
+            (answer,) = generate_answers(adapted, tokenizer, ids, sampling=sampling)
+            if as_json:
+                show_json({"prompt": prompt, "generated_text": answer})
+            else:
+                show_text(answer)
+        elif output is None:
+            prompts = prompts_of(records, tokenizer)
+            torch.manual_seed(seed)
+            answers = generate_answers(
+                adapted, tokenizer, prompts, sampling=sampling, batch_size=batch_size, progress=progress
+            )
+            for record, answer in zip(records, answers, strict=True):
+                show_text(json.dumps({**record, ANSWER: answer}, ensure_ascii=False, default=str))
+        else:
+            made_by = {"adapter": str(head.directory.resolve()), "bytes": _stamp(head.file.path),
+                       "base": base, "model": model, "dtype": dtype}  # fmt: skip
+            try:
+                answer_file(
+                    adapted,
+                    tokenizer,
+                    records,
+                    output,
+                    sampling,
+                    seed=seed,
+                    batch_size=batch_size,
+                    made_by=made_by,
+                    progress=progress,
+                )
+            except KeyboardInterrupt:
+                progress.say("Stopped; the same command goes on from here")
+                raise
+            show(f"{len(records)} answers: {output}")
 
 
 def _prompt(prompt: str | None, data: str | None, output: Path | None, batch_size: int) -> str | None:
@@ -113,59 +148,3 @@ def _prompt(prompt: str | None, data: str | None, output: Path | None, batch_siz
 def _stamp(path: Path) -> list[int]:
     status = path.stat()
     return [status.st_size, status.st_mtime_ns]
-
-
-def _one(adapted: Any, tokenizer: Any, prompt: str, sampling: Any, seed: int, base: bool) -> str:
-    import torch
-
-    from ..training import generate_answers, prompt_ids
-    from ..training.generation import evaluating
-
-    torch.manual_seed(seed)
-    with evaluating(adapted, base):
-        return generate_answers(adapted, tokenizer, [prompt_ids(prompt, tokenizer)], sampling=sampling)[0]
-
-
-def _file(
-    adapted: Any,
-    tokenizer: Any,
-    records: Any,
-    output: Path | None,
-    sampling: Any,
-    seed: int,
-    batch_size: int,
-    made_by: dict[str, Any],
-    base: bool,
-    progress: Any,
-) -> None:
-    import torch
-
-    from ..training.generation import ANSWER, answer_file, evaluating, generate_answers, prompts_of
-
-    if output is None:
-        prompts = prompts_of(records, tokenizer)
-        torch.manual_seed(seed)
-        with evaluating(adapted, base):
-            answers = generate_answers(
-                adapted, tokenizer, prompts, sampling=sampling, batch_size=batch_size, progress=progress
-            )
-        for record, answer in zip(records, answers, strict=True):
-            show_text(json.dumps({**record, ANSWER: answer}, ensure_ascii=False, default=str))
-        return
-    try:
-        with evaluating(adapted, base):
-            answer_file(
-                adapted,
-                tokenizer,
-                records,
-                output,
-                sampling,
-                seed=seed,
-                batch_size=batch_size,
-                made_by=made_by,
-                progress=progress,
-            )
-    except KeyboardInterrupt:
-        progress.say("Stopped; the same command goes on from here")
-        raise
-    show(f"{len(records)} answers: {output}")
