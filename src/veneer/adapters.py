@@ -9,7 +9,7 @@ callers such as diffusion pipelines set each layer by itself; the view reports t
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Reversible, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Reversible, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -19,12 +19,12 @@ from torch import nn
 from veneer.errors import AdapterNameError, show
 
 
-def check_adapter_name(name: str) -> None:
-    """Refuse a name that cannot be a module name or a directory name.
+def check_adapter_name(name: str, taken: Container[str] = ()) -> None:
+    """Refuse a name that cannot be a module name or a directory name, or that an adapter has.
 
     Raises:
-        AdapterNameError: If the name is empty, contains a dot or a path separator, or hides a method
-            of the containers that adapters live in.
+        AdapterNameError: If the name is empty, contains a dot or a path separator, hides a method of the
+            containers that adapters live in, or is taken.
     """
     reason = ""
     if not isinstance(name, str) or not name:
@@ -41,6 +41,8 @@ def check_adapter_name(name: str) -> None:
         reason = "torch's module containers have an attribute of that name"
     if reason:
         raise AdapterNameError(f"{show(name)} cannot be the name of an adapter: {reason}")
+    if name in taken:
+        raise AdapterNameError(f"an adapter named {name!r} already exists: delete it or choose another name")
 
 
 def as_names(names: str | Sequence[str]) -> list[str]:
@@ -362,6 +364,9 @@ class AdapterSet:
         """The adapter modules, in model order."""
         return adapter_modules(self.model)
 
+    def __contains__(self, name: object) -> bool:
+        return any(name in module.held_adapters for module in self.modules())
+
     def names(self) -> list[str]:
         """Names of all adapters of the model, in order of appearance."""
         return list(dict.fromkeys(name for m in self.modules() for name in m.held_adapters))
@@ -413,11 +418,7 @@ class AdapterSet:
         Raises:
             AdapterNameError: If ``new`` is taken or unusable.
         """
-        check_adapter_name(new)
-        if new in self.names():
-            raise AdapterNameError(
-                f"an adapter named {new!r} already exists: delete it or choose another name"
-            )
+        check_adapter_name(new, self)
         for module in self.modules():
             module.rename_adapter(old, new)
 

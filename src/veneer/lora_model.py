@@ -18,7 +18,6 @@ from veneer.arithmetic import Combined, CombineReport
 from veneer.config import LoraConfig
 from veneer.dequantise import dequantise, forget_quantisation
 from veneer.errors import (
-    AdapterNameError,
     CombineError,
     ConfigError,
     MergeError,
@@ -141,16 +140,15 @@ class LoraModel(nn.Module):
         if others and getattr(config, "bias", "none") != "none":
             raise ConfigError(
                 f"the adapter {others[0]!r} trains biases of the base "
-                f"(bias={self.peft_config[others[0]].bias!r}); "
-                "there is one set of them, so a second adapter needs bias='none'"
+                f"(bias={self.peft_config[others[0]].bias!r}); there is one set of them, so a second "
+                "adapter needs bias='none'"
             )
         if getattr(config, "bias", "none") != "none":
             for path, layer in self.layers().items():
                 if any(layer.lora_bias[name] for name in layer.merged_adapters):
                     raise MergeError(
                         f"{path} has a lora_bias merged into its bias, which bias={config.bias!r} would "
-                        "train: "
-                        "unmerge_adapter() first"
+                        "train: unmerge_adapter() first"
                     )
         return prepare(self.model, config, adapter_name, **options)
 
@@ -286,9 +284,7 @@ class LoraModel(nn.Module):
             ConfigError: If ``old`` trains biases of the base, of which there is one set.
         """
         self.index.check([old], known=self.peft_config)
-        check_adapter_name(new)
-        if new in self.peft_config:
-            raise AdapterNameError(f"an adapter named {new!r} exists already")
+        check_adapter_name(new, self.peft_config)
         if self.peft_config[old].bias != "none":
             raise ConfigError(f"{old!r} trains biases of the base itself, so it cannot be copied")
         # What uses another module's tensors comes after it.
@@ -551,9 +547,7 @@ class LoraModel(nn.Module):
         Raises:
             CombineError: Listing everything that makes the combination impossible or wrong.
         """
-        check_adapter_name(adapter_name)
-        if adapter_name in self.peft_config:
-            raise AdapterNameError(f"an adapter named {adapter_name!r} exists already")
+        check_adapter_name(adapter_name, self.peft_config)
         adapters = [adapters] if isinstance(adapters, str) else list(adapters)
         names = as_names(adapters)
         self.index.check(names, known=self.peft_config)

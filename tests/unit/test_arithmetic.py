@@ -207,7 +207,7 @@ def test_unknown_and_taken_names_are_refused() -> None:
     model = made()
     with pytest.raises(AdapterNameError, match="'x'"):
         model.base_model.add_weighted_adapter(["a", "x"], [1.0, 1.0], "n", "cat")
-    with pytest.raises(AdapterNameError, match="exists already"):
+    with pytest.raises(AdapterNameError, match="already exists"):
         model.base_model.add_weighted_adapter(["a"], [1.0], "b", "cat")
 
 

@@ -520,7 +520,7 @@ def test_what_no_adapter_can_do_is_refused(tmp_path: Path) -> None:
     model = get_peft_model(net(), config(bias="lora_only"))
     with pytest.raises(ConfigError, match="LoraConfig is needed, got dict"):
         get_peft_model(net(), {"r": 2})
-    with pytest.raises(AdapterNameError, match="'default' exists already"):
+    with pytest.raises(AdapterNameError, match="'default' already exists"):
         model.copy_adapter("default", "default")
     with pytest.raises(ConfigError, match="biases of the base"):
         model.copy_adapter("default", "second")

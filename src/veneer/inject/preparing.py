@@ -10,7 +10,7 @@ from torch import nn
 from veneer import backends, inits, targets
 from veneer.adapters import AdapterModule, AdapterSet, check_adapter_name, walk
 from veneer.config import LoraConfig, looks_like_regex
-from veneer.errors import AdapterNameError, Hint, TargetError, Text
+from veneer.errors import Hint, TargetError, Text
 from veneer.inject.building import build
 from veneer.inject.injection import Addition, Copy, Injection
 from veneer.inject.places import Site, model_type, plan_sites, sites
@@ -51,14 +51,9 @@ def prepare(
         AdapterNameError: If the name is taken or unusable.
         TargetError: If nothing matches, or what matches cannot be adapted; all reasons at once.
     """
-    check_adapter_name(adapter_name)
+    check_adapter_name(adapter_name, AdapterSet(model))
     check_config(config)
     _refuse_foreign_layers(model)
-    if any(adapter_name in module.held_adapters for module in AdapterSet(model).modules()):
-        raise AdapterNameError(
-            f"the model has an adapter named {adapter_name!r} already; choose another name or "
-            "delete_adapter first"
-        )
     quiet = quiet or stored is not None
     if not quiet:
         for sentence in config._advice():

@@ -12,7 +12,7 @@ from torch import nn
 from veneer import backends, inits, variants
 from veneer.adapters import check_adapter_name
 from veneer.config import LoraConfig, unsupported_options
-from veneer.errors import AdapterNameError, ConfigError, Hint, TargetError, Text
+from veneer.errors import ConfigError, Hint, TargetError, Text
 from veneer.layers.layer import LoraLayer, find
 from veneer.layers.refused import refusal
 from veneer.layers.start import initialise
@@ -140,7 +140,7 @@ def wrap(
         AdapterNameError: If the name is taken or unusable.
         TargetError: If such a module cannot be adapted. It is then as it was.
     """
-    check_adapter_name(adapter_name)
+    check_adapter_name(adapter_name, module.held_adapters if isinstance(module, LoraLayer) else ())
     check_config(config)
     cls = find(module)
     reason: str | Text | None
@@ -151,8 +151,6 @@ def wrap(
         raise TargetError(f"a {type(module).__name__} cannot be adapted: {reason}")
     else:
         layer = cls(module)
-    if adapter_name in layer.held_adapters:
-        raise AdapterNameError(f"this layer has an adapter named {adapter_name!r} already")
     config = copy.deepcopy(config)
     spec = with_variant_options(resolve(config, adapter_name, ""), config)
     if (reason := why_not(layer, spec)) is not None:
