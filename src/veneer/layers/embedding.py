@@ -52,21 +52,17 @@ class LoraEmbedding(LoraLayer):
 
     @classmethod
     def refuses(cls, base: nn.Module, spec: LoraSpec) -> str | None:
-        """An embedding has no bias."""
         return "lora_bias has no meaning for an embedding" if spec.lora_bias else None
 
     def new_container(self) -> nn.Module:
-        """Factors are kept as parameters."""
         return nn.ParameterDict()
 
     def new_factors(
         self, name: str, a: Tensor, b: Tensor, bias: Tensor | None
     ) -> tuple[nn.Module | nn.Parameter, nn.Module | nn.Parameter]:
-        """Parameters."""
         return nn.Parameter(a), nn.Parameter(b)
 
     def factors(self, name: str) -> tuple[Tensor, Tensor, Tensor | None]:
-        """A, B and no bias."""
         return self.lora_embedding_A[name], self.lora_embedding_B[name], None
 
     def low_rank(self, name: str, x: Tensor) -> Tensor:

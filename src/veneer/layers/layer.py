@@ -359,7 +359,6 @@ class LoraLayer(Mergeable):
     # -- the base --------------------------------------------------------------------------------------
 
     def get_base_layer(self) -> nn.Module:
-        """The adapted module itself."""
         return self._modules["base_layer"]  # type: ignore[return-value]
 
     def base_device(self) -> torch.device:
@@ -393,7 +392,6 @@ class LoraLayer(Mergeable):
         return stand_in(base, {**parts, **own}, {**more, **undo.attributes})
 
     def inner(self) -> Reversible[tuple[str, nn.Module | None]]:
-        """The adapted module."""
         return (("base_layer", self._modules["base_layer"]),)
 
     def __getattr__(self, name: str) -> Any:
@@ -420,7 +418,6 @@ class LoraLayer(Mergeable):
 
     @property
     def held_adapters(self) -> tuple[str, ...]:
-        """Names of the adapters that have factors here."""
         return tuple(self._specs)
 
     @property
@@ -459,7 +456,6 @@ class LoraLayer(Mergeable):
         return partial(operate, a, None), partial(operate, b, bias)
 
     def adapter_parameters(self, name: str) -> Iterator[nn.Parameter]:
-        """A, B, the bias of B, and what the adapter's variant has beside them."""
         found: list[nn.Parameter] = []
         for key in self.adapter_layer_names:
             container: Any = self._modules.get(key)
@@ -578,7 +574,6 @@ class LoraLayer(Mergeable):
         self.adapters_changed()
 
     def copying(self, old: str, new: str) -> Callable[[], None]:
-        """A call that stores copies of an adapter's factors under another name, with the same strength."""
         start = InitResult(*self.factors(old), residual=self.residual(old), extra=self.extra(old))
         adapter = self.prepared(
             replace(self._specs[old], adapter=new),
@@ -596,7 +591,6 @@ class LoraLayer(Mergeable):
         del self._specs[name], self.scaling[name]
 
     def move_adapter(self, old: str, new: str) -> None:
-        """Keep an adapter under another name."""
         self._put(new, self._take(old))
         self._specs[new] = replace(self._specs.pop(old), adapter=new)
         self.scaling[new] = self.scaling.pop(old)
@@ -633,7 +627,6 @@ class LoraLayer(Mergeable):
         self.__dict__["fused"] = self.may_fuse()
 
     def set_strength(self, adapter_name: str, factor: float) -> None:
-        """Set ``s`` of an adapter to ``factor`` times what its configuration says."""
         if adapter_name in self._specs:
             self.scaling[adapter_name] = factor * self._specs[adapter_name].scaling
 
@@ -674,7 +667,6 @@ class LoraLayer(Mergeable):
         return merge.get_delta_weight(self, adapter)
 
     def update_of(self, name: str) -> Update:
-        """What merging an adapter now would add; its own tensors, detached."""
         a, b, bias = (None if t is None else t.detach() for t in self.update_factors(name))
         extra = {key: tensor.detach() for key, tensor in self.extra(name).items()}
         return Update(a, b, bias, extra, self.scaling[name], self._specs[name].variant)  # type: ignore[arg-type]

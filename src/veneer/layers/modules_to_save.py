@@ -41,11 +41,9 @@ class ModulesToSaveWrapper(AdapterModule):
 
     @property
     def held_adapters(self) -> tuple[str, ...]:
-        """Names of the adapters that have a copy."""
         return tuple(self.modules_to_save)
 
     def inner(self) -> Reversible[tuple[str, nn.Module | None]]:
-        """The original."""
         return (("original_module", self.original_module),)
 
     def adapter_parameters(self, name: str) -> Iterator[nn.Parameter]:
@@ -69,15 +67,12 @@ class ModulesToSaveWrapper(AdapterModule):
         return {key: f"modules_to_save.{adapter_name}.{key}" for key in own}
 
     def copying(self, old: str, new: str) -> Callable[[], None]:
-        """A call that gives another adapter its own copy of an adapter's copy."""
         return partial(self.add_copy, new, copy.deepcopy(self.modules_to_save[old]))
 
     def drop_adapter(self, name: str) -> None:
-        """Forget an adapter's copy."""
         del self.modules_to_save[name]
 
     def move_adapter(self, old: str, new: str) -> None:
-        """Keep a copy under another name."""
         self.modules_to_save[new] = self.modules_to_save.pop(old)
 
     def refuses_active(self, names: Sequence[str]) -> str | None:

@@ -76,7 +76,6 @@ class LoraTiedHead(LoraLinear):
         return iter(())
 
     def move_adapter(self, old: str, new: str) -> None:
-        """Keep an adapter under another name."""
         super().move_adapter(old, new)
         for container in (self.lora_A, self.lora_B):
             mirror: Any = container[new]
@@ -106,7 +105,6 @@ class LoraTiedHead(LoraLinear):
         super().adapters_changed()
 
     def original_base(self) -> nn.Module:
-        """The head as it is without any adapter, also while some are merged."""
         if not self._merged:
             return self.get_base_layer()
         return stand_in(self.base_layer, {"weight": self.tied_adapter.original_base().weight})  # type: ignore[dict-item]

@@ -125,12 +125,10 @@ class TrainableTokens(Mergeable):
         return self.token_adapter.base_layer
 
     def get_base_layer(self) -> nn.Module:
-        """The base."""
         return self.token_adapter.base_layer
 
     @property
     def held_adapters(self) -> tuple[str, ...]:
-        """Names of the adapters that train rows here."""
         return tuple(self.token_indices)
 
     def rows(self, name: str) -> Tensor:
@@ -173,14 +171,12 @@ class TrainableTokens(Mergeable):
         self.adapters_changed()
 
     def drop_adapter(self, name: str) -> None:
-        """Forget an adapter's rows."""
         self.unmerge([name])
         del self.token_indices[name], self._index[name]
         if self.tied_adapter is None:
             del self.token_adapter.trainable_tokens_delta[name]
 
     def move_adapter(self, old: str, new: str) -> None:
-        """Keep rows under another name."""
         containers: list[Any] = [self._index]
         if self.tied_adapter is None:
             containers.append(self.token_adapter.trainable_tokens_delta)
@@ -191,7 +187,6 @@ class TrainableTokens(Mergeable):
         self.rename_merged(old, new)
 
     def copying(self, old: str, new: str) -> Callable[[], None]:
-        """A call that gives another adapter copies of an adapter's rows."""
         return partial(self.put_rows, new, self.prepared(self.token_indices[old], self.rows(old)))
 
     def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
@@ -296,7 +291,6 @@ class TrainableTokens(Mergeable):
     # -- merging: see `veneer.merge` -----------------------------------------------------------------
 
     def original_base(self) -> nn.Module:
-        """The base as it is without any adapter, also while some are merged."""
         base, undo = self.get_base_layer(), self._owner._undo
         if undo is None:
             return base
