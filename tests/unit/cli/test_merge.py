@@ -65,7 +65,7 @@ def test_rounding_away_is_said(adapter: Path, tmp_path: Path, capsys: pytest.Cap
     captured = capsys.readouterr()
     assert json.loads(captured.out)["dtype"] == "bfloat16"
     assert "of the update survived rounding to bfloat16" in captured.err
-    assert captured.err.count("rounding") == 1
+    assert captured.err.count("rounding to") == 1
     assert "--dtype float32 keeps all" in captured.err
 
 

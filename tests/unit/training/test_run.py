@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from torch import nn
 
 from tests.tolerances import TRAINING, assert_close
 from tests.unit.training.tiny import RECORDS, tiny_model, tiny_tokenizer
-from veneer import ConfigError, LoraConfig, PeftModel, TrainingError, get_peft_model
+from veneer import ConfigError, LoraConfig, MissingExtraError, PeftModel, TrainingError, get_peft_model
 from veneer.training import Collator, RunOptions, TrainOptions, encode, train
 from veneer.training.losses import loss_sum
 from veneer.training.run import fine_tune
@@ -267,6 +268,20 @@ def test_what_transformers_does_not_know_is_refused_before_anything_is_made(
 ) -> None:
     with pytest.raises(ConfigError, match=says):
         run(tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_optimizer_whose_library_is_missing_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *more: None if name == "bitsandbytes" else find(name, *more)
+    )
+    with pytest.raises(
+        MissingExtraError, match=r"the optimizer adamw_8bit needs bitsandbytes.*veneer\[quant"
+    ):
+        run(tmp_path / "out", optim="adamw_8bit")
     assert not (tmp_path / "out").exists()
 
 
