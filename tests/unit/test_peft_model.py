@@ -524,7 +524,7 @@ def test_what_no_adapter_can_do_is_refused(tmp_path: Path) -> None:
         model.copy_adapter("default", "default")
     with pytest.raises(ConfigError, match="biases of the base"):
         model.copy_adapter("default", "second")
-    with pytest.raises(AdapterNameError, match="has an adapter named 'default' already"):
+    with pytest.raises(AdapterNameError, match="'default' already exists"):
         model.add_adapter("default", config())
     with pytest.raises(MergeError, match="undo='residual' does not exist"):
         model.merge_adapter(undo="residual")  # type: ignore[arg-type]
