@@ -1,12 +1,12 @@
-"""Let libraries that `import peft` themselves get Veneer: `register_as_peft()`.
+"""`register_as_peft()`: libraries that `import peft` get Veneer.
 
 transformers' `model.load_adapter`, Trainer's resume, TRL, diffusers, accelerate and sentence-transformers
-look for a package called `peft` and ask for its version. This module answers both questions: a finder on
-`sys.meta_path` builds the modules `peft` and `peft.*` from `veneer.integrations.as_peft`, and a finder of
-distributions answers `importlib.metadata.version("peft")`.
+look for a package called `peft` and for its version. Here a finder on `sys.meta_path` builds the modules
+`peft` and `peft.*` from `veneer.integrations.as_peft`, and a finder of distributions answers
+`importlib.metadata.version("peft")`.
 
-It imports nothing but the standard library, because it may run when the interpreter starts, long before
-torch: a `.pth` line that `python -m veneer.as_peft install` writes calls it where `VENEER_AS_PEFT=1` is set.
+Only the standard library is imported, because this may run when the interpreter starts, long before torch:
+the `.pth` file of `python -m veneer.as_peft install` calls it where `VENEER_AS_PEFT=1` is set.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from typing import Any
 __all__ = ["after_import", "register_as_peft"]
 
 FACADE = "veneer.integrations.as_peft"
-# Methods of other libraries' models that would go wrong in silence, or leave the model half changed: by the
-# module of their mixin, which module of the facade they go through, and their names.
+# Methods of other libraries' models that would fail silently or leave the model half changed. By the module
+# of their mixin: the module of the facade that wraps them, and their names.
 GUARDED = {
     "transformers.integrations.peft": (
         "mixin",
@@ -38,7 +38,7 @@ GUARDED = {
     ),
     "diffusers.loaders.peft": ("diffusion", ("load_lora_adapter", "add_adapter", "delete_adapters")),
 }
-# Whoever was imported earlier has asked whether peft is there, and remembers the answer.
+# These remember at their import whether peft is installed.
 FROZEN = ("transformers.trainer_utils", "trl.trainer.utils", "diffusers")
 
 
@@ -53,12 +53,12 @@ class _RunAfter(importlib.abc.Loader):
         return getattr(self._loader, name)
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
-        """Whatever the wrapped loader creates."""
-        made: ModuleType | None = self._loader.create_module(spec)
-        return made
+        """Create the module with the wrapped loader."""
+        created: ModuleType | None = self._loader.create_module(spec)
+        return created
 
     def exec_module(self, module: ModuleType) -> None:
-        """Load the module, with its own loader visible from inside, then run the actions."""
+        """Execute the module, with its original loader visible to it, and run the actions."""
         if module.__spec__ is not None:
             module.__spec__.loader = self._loader
         module.__loader__ = self._loader
@@ -68,7 +68,7 @@ class _RunAfter(importlib.abc.Loader):
 
 
 class _AfterImport(importlib.abc.MetaPathFinder):
-    """Finds nothing itself; hooks an action behind the import of the modules it knows."""
+    """Finds nothing itself; makes actions run after the import of the modules it knows."""
 
     def __init__(self) -> None:
         self.actions: dict[str, list[Callable[[ModuleType], None]]] = {}
@@ -77,7 +77,7 @@ class _AfterImport(importlib.abc.MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        """What the other finders find, with the actions hooked behind it."""
+        """The spec that the other finders return, with a loader that runs the actions."""
         if fullname not in self.actions or fullname in self._searching:
             return None
         self._searching.add(fullname)
@@ -102,7 +102,7 @@ def after_import(name: str, action: Callable[[ModuleType], None]) -> None:
 
     Args:
         name: Full name of the module, e.g. `"transformers.trainer"`. It is not imported by this call.
-        action: Called once an import; it must bear being called again after `importlib.reload`.
+        action: Called once per import, so again after `importlib.reload`.
     """
     if _after_import not in sys.meta_path:
         sys.meta_path.insert(0, _after_import)
@@ -113,7 +113,7 @@ def after_import(name: str, action: Callable[[ModuleType], None]) -> None:
 
 
 class _Distribution(importlib.metadata.Distribution):
-    """The metadata that a library reads to learn which peft is installed."""
+    """The metadata from which a library learns which version of peft is installed."""
 
     def __init__(self, version: str) -> None:
         self._texts = {
@@ -125,26 +125,26 @@ class _Distribution(importlib.metadata.Distribution):
         }
 
     def read_text(self, filename: str | os.PathLike[str]) -> str | None:
-        """One of the two files that are asked for; None for any other."""
+        """The text of one of the two files of this distribution; None for any other."""
         return self._texts.get(str(filename))
 
     def locate_file(self, path: str | os.PathLike[str]) -> Path:
-        """Files of this distribution do not exist; a path relative to this module is as good as any."""
+        """A path beside this module, though the distribution has no files."""
         return Path(__file__).parent / path
 
 
 class _FacadeLoader(importlib.abc.Loader):
-    """Makes one module of the facade; the same object each time."""
+    """Creates the modules of the facade, each of them once."""
 
     def __init__(self, finder: _PeftFinder) -> None:
         self._finder = finder
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
-        """The module made earlier under this name, or a fresh one."""
+        """The module of this name if it was created before, else a new one."""
         return self._finder.modules.setdefault(spec.name, ModuleType(spec.name))
 
     def exec_module(self, module: ModuleType) -> None:
-        """Lay out Veneer's objects in the module."""
+        """Fill the module with Veneer's objects."""
         fill: Callable[[ModuleType, str], None] = importlib.import_module(FACADE).fill
         fill(module, self._finder.version)
 
@@ -159,16 +159,16 @@ class _PeftFinder(importlib.metadata.DistributionFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        """A spec for `peft` and for the modules below it that the facade lays out.
+        """A spec for `peft` and for the modules below it that the facade has.
 
         Raises:
-            ModuleNotFoundError: For another module below `peft`. Whatever is installed is not looked for:
-                it would be the real peft's, beside Veneer's.
+            ModuleNotFoundError: For any other module below `peft`. An installed peft is not searched: its
+                modules would be mixed with Veneer's.
         """
         if fullname == "peft":
             package = True
         elif fullname.startswith("peft."):
-            # The parent has been imported by now, so the facade (and torch) are there already.
+            # The parent has been imported by now, and with it the facade and torch.
             package = importlib.import_module(FACADE).is_package(fullname)
         else:
             return None
@@ -179,11 +179,11 @@ class _PeftFinder(importlib.metadata.DistributionFinder):
     def find_distributions(
         self, context: importlib.metadata.DistributionFinder.Context | None = None
     ) -> Iterator[importlib.metadata.Distribution]:
-        """The one distribution, where everything installed is asked for, or peft by name."""
-        asked = {} if context is None else vars(context)
-        if "path" in asked:
+        """The distribution of peft, when all distributions or peft itself are searched for."""
+        search = {} if context is None else vars(context)
+        if "path" in search:
             return
-        name = asked.get("name")
+        name = search.get("name")
         if name is None or re.sub(r"[-_.]+", "-", str(name)).lower() == "peft":
             yield _Distribution(self.version)
 
@@ -192,14 +192,14 @@ _registered: _PeftFinder | None = None
 
 
 def register_as_peft(version: str = "0.21.2") -> None:
-    """From now on `import peft` gives Veneer, in this process.
+    """Make `import peft` give Veneer in this process, from now on.
 
-    Call it before transformers' Trainer, TRL or diffusers are imported: they ask once whether peft is there.
-    Where the real peft is installed but not imported yet, Veneer takes its place. Calling it again only
-    changes the version that is reported.
+    Call it before importing transformers' Trainer, TRL or diffusers: they check once whether peft is
+    installed. An installed peft that has not been imported yet is replaced. Calling this again only changes
+    the version that is reported.
 
     Args:
-        version: The version of peft whose interface is claimed. transformers asks for at least 0.20.
+        version: The version of peft to report. transformers requires at least 0.20.
 
     Raises:
         VeneerError: The real peft has been imported already; objects of both in one process would be mixed.
@@ -233,25 +233,25 @@ def _refuse_or_warn() -> None:
         from veneer.errors import VeneerWarning
 
         warnings.warn(
-            f"register_as_peft() was called after {', '.join(early)} had been imported; what was imported "
-            "has decided already whether peft exists, and may go on with that answer. Call it first, or "
-            "start the program with `python -m veneer.as_peft script.py`.",
+            f"register_as_peft() was called after {', '.join(early)} had been imported, which may already "
+            "have decided whether peft is installed. Call it first, or start the program with "
+            "`python -m veneer.as_peft script.py`.",
             VeneerWarning,
             stacklevel=3,
         )
 
 
 def _forget_answers() -> None:
-    """Clear what transformers has cached about peft, if it has asked already."""
-    questions = sys.modules.get("transformers.utils.import_utils")
+    """Clear what transformers has cached about peft."""
+    import_utils = sys.modules.get("transformers.utils.import_utils")
     for name in ("is_peft_available", "is_peft_greater_or_equal", "_package_distribution_mapping"):
-        clear = getattr(getattr(questions, name, None), "cache_clear", None)
+        clear = getattr(getattr(import_utils, name, None), "cache_clear", None)
         if clear is not None:
             clear()
 
 
 def _guard_mixin(module: ModuleType) -> None:
-    """Have the adapter methods of a library's models go through `veneer.integrations.as_peft`."""
+    """Route the adapter methods of a library's models through `veneer.integrations.as_peft`."""
     mixin = module.PeftAdapterMixin
     guard, names = GUARDED[module.__name__]
     for name in names:

@@ -1,4 +1,4 @@
-"""Exchange the tensors of an adapter in place, keeping its name and every parameter object."""
+"""Swap the tensors of an adapter in place: its name and its parameter objects stay."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ _RANK_AXIS = {
     0: {"lora_A", "lora_embedding_A", "lora_residual_A"},
     1: {"lora_B", "lora_embedding_B", "lora_residual_B"},
 }
-# What the swapped tensors cannot express.
+# Differences in these cannot be expressed by tensors.
 _MUST_AGREE = ("peft_type", "use_dora", "lora_bias", "bias", "fan_in_fan_out", "modules_to_save")
 
 
 def check_hotswap_configs_compatible(config0: PeftConfig, config1: PeftConfig) -> None:
-    """Refuse to swap where the tensors alone do not carry the difference.
+    """Refuse configurations that differ in more than their tensors.
 
     Raises:
-        ConfigError: Naming every field that differs and matters.
+        ConfigError: Listing the options in which they differ.
     """
     differing = [
         f"{name}: {getattr(config0, name, None)!r} and {getattr(config1, name, None)!r}"
@@ -50,33 +50,34 @@ def hotswap_adapter_from_state_dict(
     config: LoraConfig,
     parameter_prefix: str = "lora_",
 ) -> None:
-    """Put the tensors of another adapter in the place of `adapter_name`'s, in place.
+    """Replace the tensors of `adapter_name` with those of another adapter, in place.
 
-    A smaller rank is filled up with zeros, which changes nothing. The strength becomes that of `config`: as
-    the layer's scaling, or, after `prepare_model_for_compiled_hotswap`, as a factor of B.
+    A smaller rank is padded with zeros, which changes nothing. The strength becomes that of `config`: as the
+    layer's scaling, or, after `prepare_model_for_compiled_hotswap`, as a factor of B. If an error is raised,
+    nothing has changed.
 
     Args:
         model: A model with the adapter.
-        state_dict: Tensors by their name in the model, adapter name included.
-        adapter_name: The adapter whose tensors are exchanged.
+        state_dict: Tensors by their names in the model, which include the adapter's name.
+        adapter_name: The adapter whose tensors are replaced.
         config: The configuration of the new tensors.
-        parameter_prefix: Only "lora_" exists here.
+        parameter_prefix: Not used: Veneer has only "lora_".
 
     Raises:
         AdapterNameError: The model has no such adapter.
         MergeError: It is merged.
-        LoadMismatchError: Names or shapes do not fit. Nothing has changed then.
-        AdapterFileError: A tensor holds NaN or infinity, or is no floating-point number; the same.
+        LoadMismatchError: Names or shapes do not fit.
+        AdapterFileError: A tensor contains NaN or infinity, or is not of a floating-point type.
     """
     layers = _holding(model, [adapter_name])
-    own = {key.removeprefix(PREFIX): parameter for key, parameter in _places(layers, adapter_name).items()}
-    given = {key.removeprefix(PREFIX): value for key, value in state_dict.items()}
-    wrong = [f"the model has no {key}" for key in sorted(given.keys() - own.keys())]
-    wrong += [f"{key} is not given" for key in sorted(own.keys() - given.keys())]
+    old = {key.removeprefix(PREFIX): value for key, value in _parameters(layers, adapter_name).items()}
+    new = {key.removeprefix(PREFIX): value for key, value in state_dict.items()}
+    wrong = [f"the model has no {key}" for key in sorted(new.keys() - old.keys())]
+    wrong += [f"{key} is missing" for key in sorted(old.keys() - new.keys())]
     wrong += [
-        f"{key} is {tuple(given[key].shape)}, which does not fit into {tuple(own[key].shape)}"
-        for key in sorted(own.keys() & given.keys())
-        if not _fits(key, given[key], own[key])
+        f"{key} is {tuple(new[key].shape)}, which does not fit into {tuple(old[key].shape)}"
+        for key in sorted(old.keys() & new.keys())
+        if not _fits(key, new[key], old[key])
     ]
     if wrong:
         room = any("does not fit into" in line for line in wrong)
@@ -86,15 +87,15 @@ def hotswap_adapter_from_state_dict(
                "enable_peft_hotswap(target_rank=…) of transformers, enable_lora_hotswap(…) of diffusers"
                if room else "")
         )  # fmt: skip
-    check_values(given, "the tensors")
+    check_values(new, "the tensors")
     paths = {path: layer.specs[adapter_name].path for path, layer in layers.items()}
     resolved = resolve_all(config, adapter_name, dict.fromkeys(paths.values(), ""))
-    new = {path: resolved[own] for path, own in paths.items()}
+    specs = {path: resolved[base_path] for path, base_path in paths.items()}
     with torch.no_grad():
         for path, layer in layers.items():
-            strength = new[path].scaling if layer.specs[adapter_name].constant_scaling else 1.0
-            for name, parameter in _places({path: layer}, adapter_name).items():
-                value, key = given[name.removeprefix(PREFIX)], name.removeprefix(path)
+            strength = specs[path].scaling if layer.specs[adapter_name].constant_scaling else 1.0
+            for name, parameter in _parameters({path: layer}, adapter_name).items():
+                value, key = new[name.removeprefix(PREFIX)], name.removeprefix(path)
                 scaled = strength if "_B." in key else 1.0
                 parameter.zero_()
                 # With groups, each group has its own share of the rank.
@@ -103,16 +104,16 @@ def hotswap_adapter_from_state_dict(
                     place = part[tuple(slice(0, size) for size in of_group.shape)]
                     place.copy_(of_group if scaled == 1.0 else of_group * scaled)
     for path, layer in layers.items():
-        held, other = layer.specs[adapter_name], new[path]
-        if not held.constant_scaling:
-            same = held.r == other.r
-            alpha = other.lora_alpha if same else other.scaling * held.r
-            layer.respecify(replace(held, lora_alpha=alpha, use_rslora=same and other.use_rslora))
+        before, after = layer.specs[adapter_name], specs[path]
+        if not before.constant_scaling:
+            same = before.r == after.r
+            alpha = after.lora_alpha if same else after.scaling * before.r
+            layer.respecify(replace(before, lora_alpha=alpha, use_rslora=same and after.use_rslora))
     _restate(model, adapter_name, layers)
 
 
 def _holding(model: nn.Module, names: Iterable[str] | None) -> dict[str, LoraLayer]:
-    """The layers that hold one of the adapters (None: any), none of them merged."""
+    """The layers that have one of the adapters (None: any); a merged one is refused."""
     layers = {
         path: layer
         for path, layer in walk(model)
@@ -135,8 +136,8 @@ def _holding(model: nn.Module, names: Iterable[str] | None) -> dict[str, LoraLay
     return layers
 
 
-def _places(layers: Mapping[str, LoraLayer], adapter_name: str) -> dict[str, nn.Parameter]:
-    """The adapter's parameters by their name in the model."""
+def _parameters(layers: Mapping[str, LoraLayer], adapter_name: str) -> dict[str, nn.Parameter]:
+    """The adapter's parameters by their names in the model."""
     return {
         f"{path}.{key}": parameter
         for path, layer in layers.items()
@@ -146,17 +147,17 @@ def _places(layers: Mapping[str, LoraLayer], adapter_name: str) -> dict[str, nn.
 
 
 def _fits(key: str, new: Tensor, old: Tensor) -> bool:
-    """Equal in shape, or smaller along the axis that is the rank."""
+    """Whether the shapes are equal, or the new one is smaller along the axis of the rank."""
     if new.ndim != old.ndim:
         return False
     parts = key.split(".")
-    axis = next((axis for axis, names in _RANK_AXIS.items() if names & set(parts)), None)
-    pairs = enumerate(zip(new.shape, old.shape, strict=True))
-    return all(size == room or (place == axis and size < room) for place, (size, room) in pairs)
+    rank_axis = next((axis for axis, names in _RANK_AXIS.items() if names & set(parts)), None)
+    sizes = enumerate(zip(new.shape, old.shape, strict=True))
+    return all(a == b or (axis == rank_axis and a < b) for axis, (a, b) in sizes)
 
 
 def _restate(model: nn.Module, adapter_name: str, layers: Mapping[str, LoraLayer]) -> None:
-    """Let the model's configuration say what its layers have now, for whoever saves it."""
+    """Write the new ranks and strengths into the model's configuration."""
     configs = getattr(model, "peft_config", None)
     if isinstance(configs, dict) and isinstance(configs.get(adapter_name), LoraConfig):
         restate(configs[adapter_name], [layer.specs[adapter_name] for layer in layers.values()])
@@ -165,18 +166,18 @@ def _restate(model: nn.Module, adapter_name: str, layers: Mapping[str, LoraLayer
 def hotswap_adapter(
     model: Any, model_name_or_path: str, adapter_name: str, torch_device: str | None = None, **kwargs: Any
 ) -> None:
-    """Put an adapter from a directory or the hub in the place of `adapter_name`, in place.
+    """Replace the tensors of `adapter_name` with those of an adapter in a directory or on the hub, in place.
 
     Args:
         model: A `PeftModel` with the adapter.
-        model_name_or_path: Where the other adapter is.
-        adapter_name: The adapter whose tensors are exchanged; it keeps its name.
-        torch_device: Where to read the tensors to first; the CPU by default.
+        model_name_or_path: The directory or repository id of the other adapter.
+        adapter_name: The adapter whose tensors are replaced; it keeps its name.
+        torch_device: The device to read the tensors to; the CPU by default.
         **kwargs: ``subfolder``, ``revision``, ``token`` and the like.
 
     Raises:
-        ConfigError: The configurations cannot be exchanged.
-        LoadMismatchError: The tensors do not fit. Nothing has changed then.
+        ConfigError: The configurations differ in more than their tensors.
+        LoadMismatchError: The tensors do not fit; nothing has changed.
     """
     file = open_adapter(adapter_directory(model_name_or_path, **kwargs))
     config = PeftConfig.from_belonging(file.belonging_config())
@@ -185,8 +186,8 @@ def hotswap_adapter(
         raise AdapterNameError(f"this model has no adapter {adapter_name!r} to swap; it has: {have}")
     check_hotswap_configs_compatible(model.peft_config[adapter_name], config)
     weights = file.tensors(device=torch_device or "cpu")
-    places = _places(_holding(model, [adapter_name]), adapter_name)
-    names = {to_disk(name, adapter_name): name for name in places}
+    parameters = _parameters(_holding(model, [adapter_name]), adapter_name)
+    names = {to_disk(name, adapter_name): name for name in parameters}
     named = {names.get(key, key): value for key, value in weights.items()}
     hotswap_adapter_from_state_dict(model, named, adapter_name, config)
 
@@ -198,20 +199,20 @@ def prepare_model_for_compiled_hotswap(
     config: LoraConfig | Mapping[str, LoraConfig] | None = None,
     check_compiled: str = "error",
 ) -> None:
-    """Make room for other adapters, so that swapping them in compiles nothing anew.
+    """Make room for other adapters, so that swapping them in does not recompile the model.
 
-    Every adapter gets the rank ``target_rank``, filled up with zeros, and a scaling of 1: its strength goes
-    into B, which is rounded once more by that. Its output stays what it was. Call it after the first adapter
-    is loaded, before `torch.compile` and before an optimizer is made: padded factors are new parameters.
+    Every adapter is padded with zeros to ``target_rank`` and gets a scaling of 1: its strength goes into B,
+    which is rounded once more. Its output stays the same. Call this after the first adapter is loaded, before
+    `torch.compile` and before an optimizer is created: padded factors are new parameters.
 
     Args:
         model: A model with adapters.
         target_rank: The largest rank that will be swapped in; None keeps the ranks.
-        config: Configurations kept elsewhere that are to say the new ranks too.
-        check_compiled: What to do if the model is compiled already: ``"error"``, ``"warn"`` or ``"ignore"``.
+        config: Further configurations to write the new ranks into.
+        check_compiled: What to do if the model is already compiled: ``"error"``, ``"warn"`` or ``"ignore"``.
 
     Raises:
-        ConfigError: The model is compiled already, or has adapters of a larger rank.
+        ConfigError: The model is already compiled, or has adapters of a larger rank.
         AdapterNameError: The model has no adapter.
         MergeError: An adapter is merged.
     """
@@ -220,8 +221,8 @@ def prepare_model_for_compiled_hotswap(
     specs = {path: list(layer.specs.values()) for path, layer in layers.items()}
     larger = {
         f"{path} ({s.adapter!r}: {s.r})"
-        for path, own in specs.items()
-        for s in own
+        for path, of_layer in specs.items()
+        for s in of_layer
         if target_rank is not None and s.r > target_rank
     }
     if larger:
@@ -242,12 +243,12 @@ def prepare_model_for_compiled_hotswap(
     for layer in layers.values():
         for spec in list(layer.specs.values()):
             _pad(layer, spec, target_rank)
-    for name in {s.adapter for own in specs.values() for s in own}:
-        holding = {p: layer for p, layer in layers.items() if name in layer.held_adapters}
-        _restate(model, name, holding)
-        elsewhere = config.get(name) if isinstance(config, Mapping) else config
-        if isinstance(elsewhere, LoraConfig):
-            restate(elsewhere, [layer.specs[name] for layer in holding.values()])
+    for name in {s.adapter for of_layer in specs.values() for s in of_layer}:
+        with_adapter = {p: layer for p, layer in layers.items() if name in layer.held_adapters}
+        _restate(model, name, with_adapter)
+        other = config.get(name) if isinstance(config, Mapping) else config
+        if isinstance(other, LoraConfig):
+            restate(other, [layer.specs[name] for layer in with_adapter.values()])
 
 
 def _check_compiled(model: nn.Module, check_compiled: str) -> None:
@@ -257,10 +258,10 @@ def _check_compiled(model: nn.Module, check_compiled: str) -> None:
         hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in (model, base_of(model))
     )
     if check_compiled != "ignore" and compiled:
-        words = "the model is compiled already: prepare it for hot-swapping before torch.compile"
+        message = "the model is already compiled: prepare it for hot-swapping before torch.compile"
         if check_compiled == "error":
-            raise ConfigError(words)
-        warn(f"{words}, or it is compiled once more")
+            raise ConfigError(message)
+        warn(f"{message}, or it is compiled once more")
 
 
 def _widened(spec: LoraSpec, target_rank: int | None) -> LoraSpec:
@@ -270,7 +271,7 @@ def _widened(spec: LoraSpec, target_rank: int | None) -> LoraSpec:
 
 @torch.no_grad()
 def _pad(layer: LoraLayer, spec: LoraSpec, target_rank: int | None) -> None:
-    """Give an adapter of a layer its new rank, and the scaling 1."""
+    """Pad an adapter of a layer to its new rank, and set its scaling to 1."""
     if spec.constant_scaling and target_rank in (None, spec.r):
         return
     wide = _widened(spec, target_rank)
@@ -279,8 +280,8 @@ def _pad(layer: LoraLayer, spec: LoraSpec, target_rank: int | None) -> None:
     strength = layer.scaling[spec.adapter]
     groups = int(getattr(layer.geometry(), "groups", 1))
     new_a, new_b = a.new_zeros(shape_a), b.new_zeros(shape_b)
-    for part, held in zip(new_a.chunk(groups), a.chunk(groups), strict=True):
-        part[: held.shape[0]] = held
+    for new_part, part in zip(new_a.chunk(groups), a.chunk(groups), strict=True):
+        new_part[: part.shape[0]] = part
     new_b[:, : b.shape[1]] = b * strength
     trained = a.requires_grad
     layer.put_factors(spec.adapter, new_a, new_b, None if bias is None else bias * strength)

@@ -1,12 +1,12 @@
-"""What one call asks of a model's adapters: one for each row of the batch, or none while they are disabled.
+"""Which adapters one call uses: a different one for each row of the batch, or none while they are disabled.
 
-A `Routing` belongs to one forward, or to one `generate`, and to the thread that makes it: layers find it
-while the call runs. Contexts in which a thread has adapters disabled belong to that thread in the same way.
-Neither is state of a module.
+A `Routing` belongs to one forward or one `generate`, and to the thread that runs it; layers look it up during
+the call. In the same way, the contexts in which a thread has disabled adapters belong to that thread. Neither
+is state of a module.
 
-Neither outlives the call, with one exception: gradient checkpointing runs a part of the forward once more in
-the backward, perhaps in another thread. transformers' checkpointing hands on what the call asked for. Under
-any other checkpointing the second run would silently use the active adapters, so it is refused.
+Neither outlives the call, with one exception: gradient checkpointing repeats a part of the forward in the
+backward, perhaps in another thread. transformers' checkpointing is made to pass the routing on. Under any
+other checkpointing the second run would silently use the active adapters, so it is refused.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ BASE = "__base__"
 
 @dataclass(frozen=True)
 class Activation:
-    """From where on invoked adapters act, in each row of a batch.
+    """The positions from which invoked adapters (aLoRA) act, in each row of a batch.
 
     Args:
-        offsets: For each adapter and row: the number of positions, counted from the end of the input, on
-            which it acts; None for none.
-        length: Positions of the input; 0 where it is not known, so that offsets count from the end.
-        grows: Whether positions may follow the input (`generate`).
+        offsets: For each adapter and row, on how many of the last positions of the input it acts; None for
+            none.
+        length: Number of positions of the input; 0 if unknown, so that offsets count from the end.
+        grows: Whether more positions may follow the input (`generate`).
     """
 
     offsets: Mapping[str, Sequence[int | None]]
@@ -45,7 +45,7 @@ class Activation:
     grows: bool = False
 
     def starts(self, name: str, rows: Sequence[int], tokens: int, where: str) -> list[int]:
-        """The first position on which an adapter acts, in rows of a layer's input of so many positions.
+        """The first position on which an adapter acts, in rows of a layer's input with ``tokens`` positions.
 
         Raises:
             RoutingError: The positions are not those of the input.
@@ -65,11 +65,11 @@ class Routing:
 
     Args:
         names: One for each row; `BASE` for none.
-        expand: How many neighbouring rows of a layer's input one row may have become (beams, samples).
-        activation: From where on adapters act that are invoked.
-        adapters: All that rows of such batches may go through: a compiled layer computes with each of them,
-            so that which of them a batch has changes nothing but values. None means those of this batch.
-        device: Where the layers are.
+        expand: Into how many neighbouring rows of a layer's input each row may be expanded (beams, samples).
+        activation: The positions from which invoked adapters act.
+        adapters: All adapters that batches of this kind may use. A compiled layer computes with each of them,
+            so that another choice of adapters changes only values. By default those of this batch.
+        device: The device of the layers.
     """
 
     def __init__(
@@ -83,9 +83,9 @@ class Routing:
         self.names = tuple(names)
         #: The adapters of the batch, without the base, in order of appearance.
         self.used = tuple(dict.fromkeys(name for name in self.names if name != BASE))
-        #: Of the names; a compiler that asked for the names would compile once for each of them.
+        #: The number of names; a compiler that read the names would compile once for each batch of them.
         self.count = len(self.names)
-        #: Whether each row is an adapter's, by adapter: (rows,) of bool.
+        #: For each adapter, which rows are its own: (rows,) of bool.
         self.mine: dict[str, Tensor] = {}
         if self.names:
             slots = tuple(adapters) or self.used
@@ -94,23 +94,23 @@ class Routing:
             self.mine = dict(zip(slots, rows, strict=True))
         self.activation = activation
         self.expand = expand
-        #: Layers that ran inside a checkpoint that does not know of this routing.
+        #: Layers that ran inside a checkpoint that does not pass this routing on.
         self.recomputed: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._rows: dict[Any, Any] = {}
-        #: What layers computed for this call, by layer; they are held, so a key cannot be taken again.
+        #: Results that layers keep during this call, by layer. The keys are references, so none is reused.
         self.memo: dict[nn.Module, Any] = {}
 
     def concerns(self, held: Container[str]) -> bool:
-        """Whether any adapter of the batch is among these."""
+        """Whether any adapter of the batch is in ``held``."""
         return any(name in held for name in self.used)
 
     def rows(self, count: int, held: tuple[str, ...], where: Callable[[], str]) -> tuple[str | None, ...]:
-        """The adapter of each row of a layer's input, None where the layer has none for it.
+        """The adapter of each row of a layer's input, None for adapters that the layer does not have.
 
         Args:
-            count: Rows of the layer's input.
-            held: The adapters that the layer holds.
-            where: Gives what to call the layer in an error.
+            count: Number of rows of the layer's input.
+            held: The adapters of the layer.
+            where: Returns the layer's name for an error.
 
         Raises:
             RoutingError: The rows are not those of the batch.
@@ -130,19 +130,19 @@ class Routing:
             raise RoutingError(
                 f"adapter_names has {self.count} names, but the input of {where()} has {count} rows: "
                 "which adapter each belongs to is unknown. Pass one name for each row of the batch; a "
-                "model that lays the rows of a batch together inside cannot mix adapters in one batch"
+                "model that packs the rows of a batch together inside cannot mix adapters in one batch"
             )
         return times
 
     def slots(self, held: Sequence[str], x: Tensor, where: Callable[[], str]) -> Iterator[tuple[str, Tensor]]:
-        """Whether each row of a layer's input is an adapter's, for all adapters that it holds.
+        """For each adapter of a layer, which rows of the layer's input are its own: (rows,) of bool.
 
-        Nothing but the values of these tensors depends on the names: compilers see it.
+        Only the values of these tensors depend on the names, so compiled code can be reused.
 
         Args:
-            held: The adapters that the layer holds.
+            held: The adapters of the layer.
             x: (rows, ...), the layer's input.
-            where: Gives what to call the layer in an error.
+            where: Returns the layer's name for an error.
         """
         times = self._times(x.shape[0] if x.dim() else 0, where)
         for name in held:
@@ -151,14 +151,14 @@ class Routing:
                 yield name, mine if times == 1 else mine.repeat_interleave(times)
 
     def layouts(self, names: tuple[str | None, ...]) -> list[Layout]:
-        """`veneer.ops.mixed_batch.layouts`, computed once."""
+        """`veneer.ops.mixed_batch.layouts` of the names, computed once."""
         if names not in self._rows:
             self._rows[names] = layouts(names)
         found: list[Layout] = self._rows[names]
         return found
 
     def order(self, rows: tuple[int, ...], device: torch.device) -> Tensor:
-        """Numbers of rows as an index tensor."""
+        """Row numbers as an index tensor."""
         key = (rows, device)
         if key not in self._rows:
             self._rows[key] = torch.tensor(rows, device=device)
@@ -166,7 +166,7 @@ class Routing:
         return found
 
     def indices(self, names: tuple[str | None, ...], device: torch.device) -> dict[str | None, Tensor]:
-        """The places of each adapter's rows, as index tensors."""
+        """The rows of each adapter, as index tensors."""
         key = (names, device)
         if key not in self._rows:
             self._rows[key] = {
@@ -177,7 +177,7 @@ class Routing:
         return found
 
     def note(self, layer: nn.Module) -> None:
-        """Remember a layer that a checkpoint will run again without this routing."""
+        """Remember a layer that a checkpoint will recompute without this routing."""
         if torch.compiler.is_compiling() or _here.carried:
             return
         saved: object = torch._C._autograd._top_saved_tensors_default_hooks(True)
@@ -188,30 +188,30 @@ class Routing:
 
 
 class _Here(threading.local):
-    """What the thread's present call asks for. Compilers guard on the attributes."""
+    """The routing of the thread's current call. Compilers guard on the attributes."""
 
     def __init__(self) -> None:
         self.routing: Routing | None = None
-        #: The checkpoint around it can run again with the same.
+        #: Whether the checkpoint around the call passes the routing on.
         self.carried = False
 
 
 _here = _Here()
-#: Around what threads share: `_alive`, and the checkpointing functions of a model. A collected generator may
-#: close its context anywhere, so it is one that its holder can take again.
+#: Guards what threads share: `_alive`, and the checkpointing functions of a model. It is reentrant because
+#: the garbage collector may close a context anywhere.
 _lock = threading.RLock()
 _alive: weakref.WeakSet[Routing] = weakref.WeakSet()
-#: What layers get whose adapters are disabled in this thread: no row goes through any.
+#: The routing of layers whose adapters are disabled in this thread.
 _NO_ROWS = Routing(())
 
 
 def current(layer: AdapterModule) -> Routing | None:
-    """The routing of the call that runs, for a layer that is being called; None if active adapters act.
+    """The routing of the current call of a layer; None if the active adapters are used.
 
-    While this thread has the layer's adapters disabled, it is one in which no row has an adapter.
+    While this thread has the layer's adapters disabled, no row of the routing has an adapter.
 
     Raises:
-        RoutingError: The layer is called by a recomputation in a backward, whose routing is gone.
+        RoutingError: The layer is recomputed in a backward, and the routing of its call is lost.
     """
     routing, contexts = _here.routing, layer._contexts
     if routing is not None:
@@ -220,36 +220,36 @@ def current(layer: AdapterModule) -> Routing | None:
         return _NO_ROWS
     if routing is not None:
         return routing if routing.count else None
-    # In a backward, of which compilers know nothing; this is asked at every call of every layer.
+    # Inside a backward, which compilers do not trace. This runs at every call of every layer.
     if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
         _refuse_recomputation(layer)
     return None
 
 
 def acting(layer: nn.Module, name: str, where: str, x: Tensor) -> Tensor:
-    """Where the call that runs lets an adapter act. x: (rows, tokens, in) or (rows, in) -> (...) of bool.
+    """The positions on which an adapter acts in this call. x: (rows, tokens, in) or (rows, in) -> (...) bool.
 
     Args:
         layer: The layer that is being called.
         name: The adapter.
-        where: What to call the layer in an error.
-        x: The layer's input, or those of its rows that the adapter is for.
+        where: The layer's name for an error.
+        x: The layer's input, or the rows of it that use the adapter.
 
     Raises:
-        RoutingError: The call does not say, or not for rows like these.
+        RoutingError: The call defines no positions, or not for these rows.
     """
     routing = _here.routing
     activation = None if routing is None else routing.activation
     if routing is None or activation is None:
         raise RoutingError(
             f"{name!r} is an aLoRA: it acts from its invocation tokens on, and this call of {where} does not "
-            "say where they are. Call the PeftModel that holds it, with input_ids or alora_offsets; a part "
-            "of the model that is computed again in a backward needs transformers' own checkpointing"
+            "say where they are. Call the PeftModel that holds it, with input_ids or alora_offsets; for "
+            "gradient checkpointing use that of transformers"
         )
     if name not in activation.offsets:
         return torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)
     count = len(activation.offsets[name])
-    # A compiled layer gives every row to every adapter, and keeps what is the row's own.
+    # A compiled layer passes every row to every adapter, and selects afterwards.
     every = not routing.names or torch.compiler.is_compiling()
     mine = [row for row in range(count) if every or routing.names[row] == name]
     tokens = x.shape[1] if x.dim() == 3 else 1
@@ -266,7 +266,7 @@ def acting(layer: nn.Module, name: str, where: str, x: Tensor) -> Tensor:
 
 
 def last_invocations(input_ids: Tensor, tokens: Sequence[int]) -> list[int | None]:
-    """Positions from the start of the last occurrence of ``tokens`` to the end, by row; None without one.
+    """For each row, the number of positions from the last occurrence of ``tokens`` to the end, or None.
 
     input_ids: (rows, length) or (length,).
     """
@@ -285,10 +285,10 @@ def _refuse_recomputation(layer: nn.Module) -> None:
         known = any(layer in routing.recomputed for routing in _alive)
     if known:
         raise RoutingError(
-            "a part of the model is computed again in the backward (gradient checkpointing), and its call "
-            "named adapters for rows or had them disabled, which is not known any more. With adapter_names "
-            "and under disable_adapter use the model's own checkpointing (gradient_checkpointing_enable of "
-            "a transformers model), or none"
+            "a part of the model is computed again in the backward (gradient checkpointing), and whether its "
+            "call named adapters for rows or had them disabled is no longer known. With adapter_names and "
+            "under disable_adapter use the model's own checkpointing (gradient_checkpointing_enable of a "
+            "transformers model), or none"
         )
 
 
@@ -300,11 +300,11 @@ def routed(
     activation: Activation | None = None,
     adapters: Sequence[str] = (),
 ) -> Iterator[Routing]:
-    """A context in which the rows of a batch go through the adapters named.
+    """Send each row of a batch through its own adapter, inside this context.
 
     Args:
         model: The model that is called inside.
-        names: One for each row.
+        names: The adapter of each row.
         expand: See `Routing`.
         activation: See `Routing`.
         adapters: See `Routing`.
@@ -313,7 +313,7 @@ def routed(
     device = "cpu" if first is None or first.is_meta else first.device
     routing = Routing(names, expand, activation, adapters, device)
     routing.with_grad = torch.is_grad_enabled()
-    # Without a graph nothing is computed again.
+    # Nothing is recomputed without a graph.
     carried = _checkpoints_carry(model) if routing.with_grad else nullcontext()
     with carried, _as_current(routing):
         yield routing
@@ -321,11 +321,11 @@ def routed(
 
 @contextmanager
 def disabled(model: nn.Module, *more: Contexts) -> Iterator[None]:
-    """A context in which a model computes what its base computes, for the thread that opens it.
+    """Let a model compute what its base computes, in the thread that opens this context.
 
     Args:
         model: The model.
-        *more: Those of adapter modules that will come into the model meanwhile.
+        *more: Contexts of adapter modules that will be added to the model meanwhile.
     """
     everywhere = dict.fromkeys((*more, *(module._contexts for module in adapter_modules(model))))
     with _checkpoints_carry(model), opened(everywhere):
@@ -343,7 +343,7 @@ def _as_current(routing: Routing | None, carried: bool = False) -> Iterator[None
 
 
 def keep_for_backward(output: Any, routing: Routing) -> None:
-    """Let the routing live as long as the graph of an output, so that a recomputation is recognised."""
+    """Keep the routing alive as long as the graph of an output, so that a recomputation is recognised."""
     routing.memo.clear()
     if not routing.recomputed:
         return
@@ -367,7 +367,7 @@ def _tensors(output: Any) -> Iterator[Tensor]:
 
 
 class _Carried:
-    """A part of a call, which asks for the same when it runs again in the backward."""
+    """A part of a call that uses the same routing when it is recomputed in the backward."""
 
     def __init__(self, function: Callable[..., Any], contexts: Sequence[Contexts]) -> None:
         self.function, self.routing, self.contexts = function, _here.routing, contexts
@@ -378,11 +378,11 @@ class _Carried:
 
 
 class _Carrying:
-    """A checkpointing function that hands on what the calling thread asks for.
+    """A checkpointing function that passes on the routing of the calling thread.
 
     Args:
-        checkpoint: The function itself.
-        contexts: Those of the model's adapter modules.
+        checkpoint: The original function.
+        contexts: The contexts of the model's adapter modules.
     """
 
     users = 0
@@ -391,7 +391,7 @@ class _Carrying:
         self.checkpoint, self.contexts = checkpoint, contexts
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Checkpoint a part of this thread's call."""
+        """Checkpoint a part of a call together with its routing."""
         contexts = [each for each in self.contexts if each.hold()]
         if contexts or _here.routing is not None:
             function = _Carried(function, contexts)
@@ -400,7 +400,7 @@ class _Carrying:
 
 @contextmanager
 def _checkpoints_carry(model: nn.Module) -> Iterator[None]:
-    """Let transformers' checkpointing hand on what calls ask for, as long as any thread needs it."""
+    """Let transformers' checkpointing pass routings on, as long as any thread needs it."""
     name = "_gradient_checkpointing_func"
     places = [
         m.__dict__

@@ -48,7 +48,7 @@ def test_what_cannot_be_swapped_is_refused_and_nothing_changes() -> None:
         "does not fit into": in_memory(bigger),
         # Smaller, but not along the rank: made for a narrower model.
         r"lora_A.default.weight is \(2, \d+\), which does not fit": narrow,
-        "is not given": dict(list(before.items())[1:]),
+        "is missing": dict(list(before.items())[1:]),
         "the model has no": {**before, "base_model.model.third.lora_A.default.weight": torch.zeros(2, 6)},
     }
     for words, tensors in wrong.items():

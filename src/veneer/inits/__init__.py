@@ -1,4 +1,4 @@
-"""Where the factors start: one file an initialisation."""
+"""Initialisations of the factors, one per file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an initialisation is: a pure function from a request to the two factors."""
+"""An initialisation: a pure function from a request to the two factors."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ _inits: list[Init] = []
 
 @dataclass(frozen=True)
 class InitRequest:
-    """What an initialisation may look at.
+    """The inputs of an initialisation.
 
     Attributes:
-        spec: What this module gets from this adapter.
+        spec: The settings of the adapter on this module.
         shape_a: Shape of A as stored: (r, in) or (r, in, k…).
         shape_b: Shape of B as stored: (out, r) or (out, r, 1…).
         bias: Whether B has a bias.
-        lookup: True where the layer looks rows up instead of multiplying (an embedding).
-        matrix: Gives the base weight as a matrix (out, in·k…), in which the update is ``B @ A``.
-        seed: Number that the adapter drew; combined with the parameter's name for each generator.
-        stats: What was measured on data for this layer (see `note_statistics`), or None.
+        lookup: Whether the layer looks rows up instead of multiplying (an embedding).
+        matrix: Returns the base weight as a matrix (out, in·k…), to which the update ``B @ A`` is added.
+        seed: The adapter's random number; each generator combines it with a parameter's name.
+        stats: Statistics measured on data for this layer (see `note_statistics`), or None.
     """
 
     spec: LoraSpec
@@ -47,9 +47,9 @@ class InitRequest:
     stats: Any = None
 
     def generator(self, parameter: str) -> torch.Generator:
-        """A generator that depends on the adapter's draw and on the parameter's full name only.
+        """A random generator that depends only on the seed and the parameter's full name.
 
-        So neither the order of modules nor the way a model is sharded changes a value.
+        So the values do not depend on the order of modules, or on how a model is sharded.
         """
         key = f"{self.seed}:{self.spec.path}.{parameter}".encode()
         digest = hashlib.blake2b(key, digest_size=8).digest()
@@ -66,12 +66,11 @@ class InitResult:
         a: A, of the requested shape.
         b: B, of the requested shape.
         bias: Bias of B (out,), or None.
-        base: A replacement (out, in·k…) for the base weight, for the initialisations that by nature
-            replace it; None leaves the base exact.
-        extra: What the variant has beside the factors; the layer asks it, an initialisation leaves it empty.
+        base: A new base weight (out, in·k…), from initialisations that replace it; None leaves it unchanged.
+        extra: The variant's parameters. The layer fills them in; an initialisation leaves this empty.
         residual: ``(A₀, B₀)``, frozen: the update is ``s·(BA − B₀A₀)``; None where it is ``s·BA``.
-        fresh: Nobody else holds A, B and the bias, so a layer may keep these very tensors instead of copies.
-        unmeasured: It is the default start, and stands in until what was asked for is measured.
+        fresh: A, B and the bias are new tensors, which a layer may keep instead of copies.
+        unmeasured: This is the default start, used until the statistics have been measured.
     """
 
     a: Tensor
@@ -91,8 +90,8 @@ class InitResult:
 def folded(a: Tensor, b: Tensor, residual: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """``BA − B₀A₀`` as one product of twice the rank: ``[B − B₀, B₀] [A; A − A₀]``.
 
-    Zero at the start bit for bit, and precise after it in any type: the small differences are taken before
-    anything is multiplied or rounded. Differentiable by A and B.
+    It is exactly zero at the start, and precise afterwards in any dtype, since the small differences are
+    taken before anything is multiplied or rounded. Differentiable in A and B.
 
     Args:
         a: A (r, in, k…).
@@ -106,22 +105,22 @@ def folded(a: Tensor, b: Tensor, residual: tuple[Tensor, Tensor]) -> tuple[Tenso
 class Init(abc.ABC):
     """One initialisation. Defining a subclass registers it."""
 
-    #: The values of ``init_lora_weights`` that ask for it.
+    #: The values of ``init_lora_weights`` that select it.
     names: ClassVar[tuple[bool | str, ...]] = ()
     #: Whether the adapted model equals the base model until trained.
     identity: ClassVar[bool] = True
     #: Whether that holds bit for bit; otherwise up to rounding.
     exact: ClassVar[bool] = True
-    #: Whether it gives the base another weight: for every adapter beside it, and for good.
+    #: Whether it replaces the base weight, permanently and for all adapters.
     replaces_base: ClassVar[bool] = False
-    #: Whether its start, which is not zero, is taken off the update: ``s·(BA − B₀A₀)``. The method as
-    #: published takes it off the base weight instead, which would change the base for other adapters.
+    #: Whether its start, which is not zero, is subtracted from the update: ``s·(BA − B₀A₀)``. The published
+    #: methods subtract it from the base weight instead, which would change the base for other adapters.
     subtracts_start: ClassVar[bool] = False
-    #: Whether it starts from the inputs of the layer, which must be numbers then.
+    #: Whether it is computed from the layer's inputs, which therefore must be floating-point numbers.
     measures_inputs: ClassVar[bool] = False
-    #: How to measure what it needs to know from data, or "" if it needs nothing.
+    #: The call that measures the statistics it needs, or "" if it needs none.
     measured_by: ClassVar[str] = ""
-    #: Whether that is done once the adapter is in place, which starts as by default until then.
+    #: Whether that call is made after the adapter was added; until then it has the default start.
     measured_in_place: ClassVar[bool] = False
 
     def __init_subclass__(cls) -> None:
@@ -136,30 +135,30 @@ class Init(abc.ABC):
                 PLUGIN_INITS.setdefault(name.lower(), cls.replaces_base or cls.subtracts_start)
 
     def claims(self, value: bool | str) -> bool:
-        """Whether this value of ``init_lora_weights`` asks for this initialisation."""
+        """Whether this value of ``init_lora_weights`` selects this initialisation."""
         return any(value is name or (isinstance(name, str) and value == name) for name in self.names)
 
     def refuses(self, spec: LoraSpec, layer_type: str, as_matrix: bool) -> str | Text | None:
-        """Why it cannot start such a layer, or None.
+        """Why it cannot initialise such a layer, or None.
 
         Args:
-            spec: What the module would get.
+            spec: The settings of the adapter on the module.
             layer_type: Name of the base layer's type.
             as_matrix: Whether the layer's update is one matrix product ``B @ A``.
         """
         return None
 
     def lacks(self, stats: Any) -> bool:
-        """Whether it cannot start without what `measured_by` gives."""
+        """Whether it needs statistics that are missing."""
         return bool(self.measured_by) and not self.measured_in_place and stats is None
 
     @abc.abstractmethod
     def __call__(self, request: InitRequest) -> InitResult:
-        """Compute the factors; reads nothing but the request, and writes nothing."""
+        """Compute the factors from the request alone, without side effects."""
 
 
 def find(value: bool | str) -> Init:
-    """The initialisation that ``init_lora_weights=value`` asks for.
+    """The initialisation that ``init_lora_weights=value`` selects.
 
     Raises:
         ConfigError: If there is none.
@@ -189,20 +188,20 @@ _statistics: WeakKeyDictionary[nn.Module, dict[str, Any]] = WeakKeyDictionary()
 
 
 def note_statistics(module: nn.Module, stats: Any, weight: str = "weight") -> None:
-    """Keep what was measured for a base module until an adapter that starts from it is in place.
+    """Keep statistics of a base module until an adapter has been initialised from them.
 
-    It is kept beside the module, not on it: neither a copy nor a pickle of the model carries it.
+    They are not stored on the module: neither a copy nor a pickle of the model contains them.
     """
     _statistics.setdefault(module, {})[weight] = stats
 
 
 def statistics_of(module: nn.Module, weight: str = "weight") -> Any:
-    """What was measured for a weight of a base module, or None."""
+    """The statistics of a weight of a base module, or None."""
     return _statistics.get(module, {}).get(weight)
 
 
 def forget_statistics(module: nn.Module) -> None:
-    """Drop what was measured for a base module."""
+    """Drop the statistics of a base module."""
     _statistics.pop(module, None)
 
 
@@ -221,18 +220,17 @@ def normal(request: InitRequest, parameter: str, shape: tuple[int, ...], std: fl
 
 
 def zero_bias(request: InitRequest) -> Tensor | None:
-    """A bias of B that is zero, where B has one."""
+    """Zeros for the bias of B, or None if B has none."""
     return torch.zeros(request.shape_b[0], device="cpu") if request.bias else None
 
 
 def filled(request: InitRequest, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Factors of fewer than r rows and columns, in the shapes asked for; ``B @ A`` stays what it is.
+    """Extend factors of fewer than r rows and columns to the requested shapes; ``B @ A`` stays the same.
 
-    Where a matrix has fewer directions than the rank, the rest of one factor is zero and that of the other
-    random, so that it can learn.
+    The added part is zero in one factor and random in the other, so that it can learn.
 
     Args:
-        request: What was asked for.
+        request: The request.
         a: (k, in·k…), k ≤ r.
         b: (out, k).
     """
@@ -248,11 +246,11 @@ def filled(request: InitRequest, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def subtracted(request: InitRequest, a: Tensor, b: Tensor) -> InitResult:
-    """The start (a, b), and the same as the term that is taken off the update."""
+    """The start (a, b), with itself as the residual that is subtracted from the update."""
     a, b = filled(request, a, b)
     return InitResult(a, b, residual=(a, b))
 
 
 def not_one_matrix(what: str, layer_type: str) -> str:
-    """Why an initialisation that factorises a matrix cannot start a layer without one."""
+    """The reason why an initialisation that factorises a matrix refuses a layer that has none."""
     return f"{what} needs one matrix, and the update of this {layer_type} is none (groups, or a stack)"

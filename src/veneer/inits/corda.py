@@ -1,4 +1,4 @@
-"""CorDA: factorise the weight in the light of what its layer is given."""
+"""CorDA: factorise the weight weighted by the covariance of its layer's inputs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from veneer.errors import ConfigError, Hint
 from veneer.inits.base import Init, InitRequest, InitResult, not_one_matrix, subtracted
 from veneer.spec import LoraSpec
 
-#: The inverse of the covariance is taken as good from this distance of ``C C⁻¹`` to the identity on.
+#: The inverse of the covariance is accepted below this distance of ``C C⁻¹`` from the identity.
 _INVERSE_ERROR = 0.05
 
 
@@ -74,7 +74,7 @@ class Corda(Init):
     With the method "ipm" ``s·BA`` is the rank-r approximation of W of least error weighted by C,
     ``‖(W − s·BA) C‖``; with "kpm" it is the part of W that matters least for these inputs. ``stats`` are
     `ContextDirections`, from `preprocess_corda`. The published method leaves ``W − s·B₀A₀`` in the base.
-    Here the base stays W, and ``s·B₀A₀`` is taken off the update.
+    Here the base stays W, and ``s·B₀A₀`` is subtracted from the update.
 
     Source: Yang et al., "CorDA: Context-Oriented Decomposition Adaptation of Large Language Models", 2024,
     equations 2 to 6.
@@ -90,7 +90,7 @@ class Corda(Init):
 
     @torch.no_grad()
     def __call__(self, request: InitRequest) -> InitResult:
-        """The directions that matter for the inputs, and the same frozen.
+        """Compute the factors.
 
         Raises:
             ConfigError: If the statistics were measured for another rank or another layer.

@@ -25,7 +25,7 @@ class Eva(Init):
 
     @torch.no_grad()
     def __call__(self, request: InitRequest) -> InitResult:
-        """A from the statistics, B zero."""
+
         if request.stats is None:
             a = kaiming(request, "lora_A", request.shape_a)
             b = torch.zeros(request.shape_b, device="cpu")

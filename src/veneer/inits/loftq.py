@@ -1,4 +1,4 @@
-"""LoftQ: a rounded base weight, and factors that make up for the rounding."""
+"""LoftQ: a quantised base weight, and factors that compensate for the rounding."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from veneer.spec import LoraSpec
 class LoftQ(Init):
     """Alternates ``Q ← q(W − s·BA)`` and ``s·BA ← the best rank-r approximation of W − Q``.
 
-    By nature it replaces the base weight by Q (rounded to ``loftq_bits``, kept in the weight's own
-    dtype), so that the adapted layer, not the base, stays near W. The factors take the scaling into
-    account: what is approximated is ``W − Q ≈ s·BA`` for every ``lora_alpha``. The scale of a block
-    moves with its largest value, so a round can be worse than the one before: the best one is kept.
+    The base weight is replaced by Q (rounded to ``loftq_bits``, stored in the weight's dtype), so the adapted
+    layer, not the base, stays near W. The factors allow for the scaling: ``W − Q ≈ s·BA`` for every
+    ``lora_alpha``. The scale of a block changes with its largest value, so a round can be worse than the one
+    before: the best one is kept.
 
     Source: Li et al., "LoftQ: LoRA-Fine-Tuning-Aware Quantization", 2023, algorithm 1.
     """
@@ -25,14 +25,11 @@ class LoftQ(Init):
     replaces_base = True
 
     def refuses(self, spec: LoraSpec, layer_type: str, as_matrix: bool) -> str | None:
-        """It needs one matrix to factorise."""
-        if not as_matrix:
-            return not_one_matrix("LoftQ", layer_type)
-        return None
+        return None if as_matrix else not_one_matrix("LoftQ", layer_type)
 
     @torch.no_grad()
     def __call__(self, request: InitRequest) -> InitResult:
-        """The rounded weight and its correction."""
+
         options = request.spec.init_config
         weight = request.matrix().float()
         scaling = request.spec.scaling
@@ -45,7 +42,7 @@ class LoftQ(Init):
             u, s, vh = torch.linalg.svd(weight - rounded, full_matrices=False)
             root = (s[:rank] / scaling).sqrt()
             a, b = root[:, None] * vh[:rank], u[:, :rank] * root
-            error = float(s[rank:].square().sum())  # ‖W − Q − s·BA‖²: what the cut left out
+            error = float(s[rank:].square().sum())  # ‖W − Q − s·BA‖²
             if error < least:
                 best, best_a, best_b, least = rounded, a, b, error
         return InitResult(*filled(request, best_a, best_b), zero_bias(request), base=best)

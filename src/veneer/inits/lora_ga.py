@@ -22,10 +22,10 @@ class LoraGA(Init):
     value, "gd_scale" divides both factors by s, "unit" leaves them.
 
     ``stats`` are G (out, in·k…), from `preprocess_loraga`. The published method leaves ``W − s·B₀A₀`` in the
-    base. Here the base stays W, and ``s·B₀A₀`` is taken off the update.
+    base. Here the base stays W, and ``s·B₀A₀`` is subtracted from the update.
 
     Source: Wang et al., "LoRA-GA: Low-Rank Adaptation with Gradient Approximation", 2024, theorem 3.1 and
-    algorithm 1; the singular values in B are the field's library's.
+    algorithm 1; the singular values in B are as in PEFT.
     """
 
     names = ("lora_ga",)
@@ -56,7 +56,7 @@ class LoraGA(Init):
 
 
 def _directions(direction: str, r: int, top: int, request: InitRequest) -> tuple[Tensor, Tensor]:
-    """Which singular vectors go to A and to B: r each, fewer where the gradient has no more."""
+    """Indices of the singular vectors for A and for B: r each, or as many as the gradient has."""
     every = torch.arange(top)
     if direction == "random":
         drawn = torch.randperm(top, generator=request.generator("lora_ga.direction"))[:r]

@@ -11,8 +11,8 @@ from veneer.spec import LoraSpec
 class OLora(Init):
     """``W = Q R``: B is the first r columns of Q, A the first r rows of R.
 
-    The published method leaves ``W − s·B₀A₀`` in the base. Here the base stays W, and ``s·B₀A₀`` is taken
-    off the update.
+    The published method leaves ``W − s·B₀A₀`` in the base. Here the base stays W, and ``s·B₀A₀`` is
+    subtracted from the update.
 
     Source: Büyükakyüz, "OLoRA: Orthonormal Low-Rank Adaptation of Large Language Models", 2024,
     algorithm 1.

@@ -1,4 +1,4 @@
-"""Orthogonal starts: both factors are random, and their product is zero."""
+"""Orthogonal initialisation: both factors are random, and their product is zero."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Orthogonal(Init):
     exact = False
 
     def refuses(self, spec: LoraSpec, layer_type: str, as_matrix: bool) -> str | Text | None:
-        """One half of the rank goes to each factor, of one product."""
+
         if spec.r % 2:
             return Text("orthogonal factors need an even rank, got ", Hint("r", spec.r))
         return None if as_matrix else not_one_matrix("an orthogonal start", layer_type)

@@ -16,8 +16,9 @@ _ROUNDS = re.compile(r"pissa_niter_(\d+)")
 class Pissa(Init):
     """``s·BA`` is the best rank-r approximation of W: ``W = U S Vᵀ``, ``B = U √(S/s)``, ``A = √(S/s) Vᵀ``.
 
-    The published method leaves ``W − s·B₀A₀`` in the base. Here the base stays W, and ``s·B₀A₀`` is taken
-    off the update. ``"pissa_niter_N"`` finds the r singular values by N rounds of a random projection.
+    The published method leaves ``W − s·B₀A₀`` in the base. Here the base stays W, and ``s·B₀A₀`` is
+    subtracted from the update. ``"pissa_niter_N"`` computes the r singular values by N rounds of a random
+    projection.
 
     Source: Meng et al., "PiSSA: Principal Singular Values and Singular Vectors Adaptation of Large
     Language Models", 2024, equations 2 to 4; section 4.4 for the fast decomposition.

@@ -1,4 +1,4 @@
-"""The random starts: the reference implementation's, its Gaussian form, and none at all."""
+"""The random initialisations: PEFT's default, its Gaussian form, and one that is not an identity."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Default(Init):
 
 
 class Gaussian(Init):
-    """A ~ N(0, 1/r²), B = 0; an embedding starts as by default, as in the field.
+    """A ~ N(0, 1/r²), B = 0; for an embedding the default, as in PEFT.
 
     Source: Hu et al., "LoRA", 2021, section 4.1 ("a random Gaussian initialization for A and zero
     for B"), with the standard deviation 1/r that diffusion trainers use.
@@ -52,7 +52,7 @@ class Gaussian(Init):
 
 
 class Arbitrary(Init):
-    """Both factors random: not an identity. For debugging, so that an untrained adapter shows."""
+    """Both factors random, so not an identity: for debugging, where an untrained adapter should show."""
 
     names = (False,)
     identity = False

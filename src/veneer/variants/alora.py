@@ -14,8 +14,8 @@ from veneer.variants.base import Branch, Variant
 class ALora(Variant):
     """``y_t = W x_t + s·BA x_t`` for positions t from the last invocation on, ``W x_t`` before.
 
-    What was computed of a text before it is invoked (its keys and values) is that of the base model, and can
-    be shared. Which positions that are is no property of the layer: it finds it in the call that runs.
+    Before its invocation the keys and values of a text are those of the base model, and can be shared. The
+    positions belong to the call, not to the layer, which looks them up while it runs.
 
     Source: Greenewald et al., "Activated LoRA: Fine-tuned LLMs for Intrinsics", 2025, section 3.
     """
@@ -24,13 +24,13 @@ class ALora(Variant):
     reads_weight = False
 
     def refuses(self, spec: LoraSpec, layer_type: str) -> str | None:
-        """It goes by positions of a text: only layers that map (batch, tokens, in) row by row have them."""
+        # Only layers that map (batch, tokens, in) row by row have positions.
         if "Linear" in layer_type or layer_type == "Conv1D":
             return None
         return f"aLoRA acts on positions of a text, and the input of a {layer_type} is not laid out by them"
 
     def refuses_merge(self, spec: LoraSpec) -> str | None:
-        """No one weight does both."""
+
         return (
             f"{spec.adapter!r} is an aLoRA, which acts on the positions from its invocation on and not "
             "before it: no weight does that. Keep it unmerged"
@@ -41,10 +41,10 @@ class ALora(Variant):
     ) -> Tensor:
         """``result + s·BA x`` where the adapter acts, ``result`` elsewhere."""
         where = layer.acting(name, x).unsqueeze(-1)
-        if torch.is_grad_enabled():  # gradients of the factors are sums over all positions
+        if torch.is_grad_enabled():  # the factors' gradients are sums over all positions
             x = torch.where(where.to(x.device), x, x.new_zeros(()))
         return torch.where(where.to(result.device), layer.add_branch(name, x, result), result)
 
     def merged(self, weight: Tensor, delta: Tensor, extra: Mapping[str, Tensor]) -> Tensor:
-        """The weight of the positions on which it acts; `refuses_merge` keeps it from being written."""
+        """The weight on the positions where it acts; `refuses_merge` prevents a merge."""
         return weight + delta

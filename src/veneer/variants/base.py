@@ -1,4 +1,4 @@
-"""What a way of combining ``W`` and its update must answer."""
+"""The interface of a variant: a way of combining ``W`` with its update."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ registry: NameRegistry[Variant] = NameRegistry("variant")
 
 @dataclass(frozen=True)
 class ParameterRequest:
-    """What a variant may look at when its own parameters of one layer are made.
+    """The inputs from which a variant's own parameters of one layer are created.
 
     Attributes:
-        spec: What this layer gets from this adapter.
-        vector_shape: How one number for each output feature is stored: (out,), or (1, out, 1…) beside a
+        spec: The settings of the adapter on this layer.
+        vector_shape: Shape in which one number per output feature is stored: (out,), or (1, out, 1…) for a
             convolution.
         shape_a: Shape of A as stored.
         shape_b: Shape of B as stored.
-        matrix: Gives the base weight as a matrix (out, in·k…), as it is beside the starting factors.
-        update: Gives the starting update as B (out, r) and A (r, in·k…): ``W + s·B @ A``.
-        generator: Gives a random generator that depends on the adapter's draw and a parameter's name only.
+        matrix: Returns the base weight as a matrix (out, in·k…), after the initialisation.
+        update: Returns the initial update as B (out, r) and A (r, in·k…): ``W + s·B @ A``.
+        generator: Returns a random generator that depends only on the adapter's seed and a parameter's name.
     """
 
     spec: LoraSpec
@@ -44,7 +44,7 @@ class ParameterRequest:
 
 
 class Branch(Protocol):
-    """What a variant sees of the layer that it works in: see `veneer.layers.LoraLayer`.
+    """The layer as a variant sees it: see `veneer.layers.LoraLayer`.
 
     ``name`` is always the adapter's.
     """
@@ -74,50 +74,50 @@ class Branch(Protocol):
 class Variant(abc.ABC):
     """One way of combining the base weight with a low-rank update.
 
-    Defining a subclass registers it under its `name`. That is all: the parameters that it asks for are
-    initialised, stored in the layer, trained, saved, loaded, copied, renamed and merged with the factors.
+    Defining a subclass registers it under its `name`. The parameters that it declares are initialised, stored
+    in the layer, trained, saved, loaded, copied, renamed and merged together with the factors.
     """
 
     name: ClassVar[str] = ""
-    #: The update is simply added: merging, combining and the fused step may rely on it.
+    #: Whether the update is simply added; merging, combining and the fused step rely on it.
     additive: ClassVar[bool] = False
-    #: It asks for the base weight itself, which some storages do not give. An additive one never does.
+    #: Whether it reads the base weight, which some storages cannot return. An additive one never does.
     reads_weight: ClassVar[bool] = True
 
     def __init_subclass__(cls) -> None:
         registry.add(cls.name, cls())
 
     def options(self, config: LoraConfig) -> Mapping[str, Any]:
-        """What this variant needs of the configuration at run time; kept in ``spec.variant_options``.
+        """The options of the configuration that this variant needs; kept in ``spec.variant_options``.
 
-        A plug-in's own options come in ``config.variant_options``; refuse wrong ones with a `ConfigError`.
+        A plug-in finds its own options in ``config.variant_options``; refuse wrong ones with a `ConfigError`.
         """
         return config.variant_options
 
     def refuses(self, spec: LoraSpec, layer_type: str) -> str | Text | None:
-        """Why this variant cannot serve the spec on that type of layer, or None."""
+        """Why this variant cannot be used with these settings on that type of layer, or None."""
         return None
 
     def refuses_merge(self, spec: LoraSpec) -> str | None:
-        """Why no weight computes what the adapter does, or None where one does."""
+        """Why the adapter cannot be merged into a weight, or None."""
         return None
 
     def shapes(self, request: ParameterRequest) -> Mapping[str, tuple[int, ...]]:
-        """Shapes of the parameters that an adapter has beside A and B, by their names.
+        """Shapes of the parameters that an adapter has besides A and B, by name.
 
-        A name begins with ``lora_``. In memory such a parameter is called
-        ``<layer>.<name>.<adapter>.weight``, on disk ``<layer>.<name>``. Tensors of the request may not be
-        asked for here: a model can be without values.
+        A name begins with ``lora_``. In memory the parameter is called
+        ``<layer>.<name>.<adapter>.weight``, on disk ``<layer>.<name>``. The tensors of the request must not
+        be read here: a model may be on the meta device.
         """
         return {}
 
     def parameters(self, request: ParameterRequest) -> Mapping[str, Tensor]:
-        """Where the parameters of `shapes` start; it writes nothing."""
+        """Initial values of the parameters of `shapes`, computed without side effects."""
         return {}
 
     @functools.cached_property
     def has_parameters(self) -> bool:
-        """Whether it says anything of parameters of its own: most do not, and are not asked."""
+        """Whether it declares parameters of its own."""
         kind = type(self)
         return kind.shapes is not Variant.shapes or kind.parameters is not Variant.parameters
 
@@ -125,36 +125,36 @@ class Variant(abc.ABC):
     def forward(
         self, layer: Branch, name: str, x: Tensor, result: Tensor, base: Callable[[], Tensor]
     ) -> Tensor:
-        """``result`` and what the adapter ``name`` adds to it. It writes nothing.
+        """``result`` plus the contribution of the adapter ``name``, computed without side effects.
 
-        Adapters add up: what one adds depends on the base and on itself, never on the others, so that their
-        order does not matter and any of them may be merged.
+        Contributions add up: each depends on the base and its adapter alone, so the order of adapters does
+        not matter and any of them may be merged.
 
         Args:
             layer: The layer.
             name: The adapter.
             x: The layer's input.
-            result: The base's output, plus what the adapters before have added.
-            base: Gives the output of the base alone for x.
+            result: The base's output, plus the contributions of previous adapters.
+            base: Returns the output of the base alone for x.
         """
 
     def whole(
         self, layer: Branch, name: str, x: Tensor, together: Callable[[], Tensor], bias: Tensor | None
     ) -> Tensor | None:
-        """The same for a layer that can compute base and branch in one step; None where that is no help.
+        """As `forward`, for a layer that can compute base and branch in one step; None to use `forward`.
 
         Args:
             layer: The layer.
             name: The adapter, the first to be applied.
             x: The layer's input.
-            together: Gives ``W x + b + s·B(A(dropout(x)))``.
+            together: Returns ``W x + b + s·B(A(dropout(x)))``.
             bias: The base's bias b, or None.
         """
         return None
 
     @abc.abstractmethod
     def merged(self, weight: Tensor, delta: Tensor, extra: Mapping[str, Tensor]) -> Tensor:
-        """The weight with which the base alone computes what `forward` does. It writes nothing.
+        """The weight with which the base alone computes `forward`, without side effects.
 
         Args:
             weight: The base weight as a dense matrix (out, in·k…), without any adapter.

@@ -1,4 +1,4 @@
-"""DoRA: the direction of each row of the weight is low-ranked, its length is trained by itself."""
+"""DoRA: the direction of each row of the weight gets a low-rank update, its length is trained separately."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from veneer.variants.base import Branch, ParameterRequest, Variant
 
 MAGNITUDE = "lora_magnitude_vector"
 
-#: What is computed from the tensors of a layer, with what they were; it dies with the layer.
+#: Row norms of each layer, with the states of the tensors that they were computed from.
 _memos: WeakKeyDictionary[Any, dict[Any, tuple[object, Tensor]]] = WeakKeyDictionary()
 
 
@@ -36,7 +36,7 @@ class Dora(Variant):
     name = "dora"
 
     def refuses(self, spec: LoraSpec, layer_type: str) -> Text | None:
-        """A bias of B: what would be scaled by what is not defined."""
+        # Whether the magnitude scales the bias of B is not defined.
         both = Text(Hint("use_dora"), " and ", Hint("lora_bias"), " exclude one another: choose one")
         return both if spec.lora_bias else None
 
@@ -45,7 +45,7 @@ class Dora(Variant):
 
     @torch.no_grad()
     def parameters(self, request: ParameterRequest) -> Mapping[str, Tensor]:
-        """The norms that the rows have at the start."""
+        """The norms of the rows at the start."""
         weight = request.matrix()
         b, a = (factor.to(weight.device) for factor in request.update())
         norms = updated_row_norms(squared_row_norms(weight), weight, b, a, request.spec.scaling)
@@ -82,14 +82,14 @@ class Dora(Variant):
         return total * (extra[MAGNITUDE].reshape(-1) / _safe(norms)).unsqueeze(1)
 
     def _scale(self, layer: Branch, name: str, output: Tensor) -> Tensor:
-        """c, one for each output feature, shaped to multiply an output; its gradient is that of m."""
+        """c, one number per output feature, shaped to multiply an output; only m gets its gradient."""
         magnitude = layer.extra(name)[MAGNITUDE]
         norms = _safe(self._norms(layer, name, torch.is_grad_enabled())).to(magnitude.device)
         return layer.along_output(magnitude.reshape(-1) / norms).to(output.device)
 
     @torch.no_grad()
     def _norms(self, layer: Branch, name: str, grad: bool) -> Tensor:
-        """``‖W + s·BA‖`` of each row, (out,); in evaluation kept until one of its tensors changes."""
+        """``‖W + s·BA‖`` of each row, (out,); cached in evaluation until one of its tensors changes."""
         b, a = layer.update(name)
         scaling = layer.strength(name)
         states = None if wants_plain_torch(a, b) else layer.weight_state()
@@ -114,5 +114,5 @@ class Dora(Variant):
 
 
 def _safe(norms: Tensor) -> Tensor:
-    """A row of zeros has no direction: it stays zero, whatever it is multiplied with."""
+    """Norms without zeros: a row of zeros has no direction, and stays zero."""
     return torch.where(norms > 0, norms, 1.0)
