@@ -23,55 +23,55 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 HEAD = """\
 <!-- Made by `python tools/api_page.py` from the code itself; edits here are lost. -->
 
-# What there is
+# API
 
-The names are those of the field's reference library, peft {version}.
+The names are those of PEFT {version}.
 
 ## Options of `LoraConfig`
 
-An option marked "refused" may stand in a configuration at its default; with a real value it raises an error
-that says what cannot be honoured. Nothing is ignored in silence.
+An option marked "refused" may be in a configuration with its default value; any other value raises an error
+that says what is not supported. Nothing is silently ignored.
 
 | option | default | |
 |---|---|---|
 {options}
 
-## What combines with what
+## Combinations
 
-The registries hold {product} combinations of a layer, an initialisation, a variant and a storage of the
-base. In {total} of them the layer exists in that storage; {served} of these are served, and every other one
-is refused before anything changes. `make test` tries each of the {total}: that it is refused with this
-reason, or that it starts as its initialisation promises, trains nothing but the adapter, writes nothing in a
-forward, is the base bit for bit while disabled, merges as below, is the base again bit for bit once
-unmerged, and is the same bit for bit after saving and loading. Harder cases of each layer (shapes, types,
-groups, several adapters) are tried besides.
+The registries contain {product} combinations of a layer, an initialisation, a variant and a storage of the
+base. In {total} of them the layer exists in that storage. {served} of these are supported, and all others
+are refused before anything changes. `make test` tries each of the {total}: either it is refused with this
+reason, or it starts as its initialisation promises, trains only the adapter, writes nothing in a forward
+pass, equals the base bit for bit while disabled, merges as shown below, equals the base bit for bit again
+once unmerged, and is the same bit for bit after saving and loading. Harder cases of each layer (shapes,
+dtypes, groups, several adapters) have tests of their own.
 
-One table a variant; a line holds for each of its layers in each of its storages. "merge" is into the storage
-itself, by `merge_adapter`, quantised again where it must be. A number points to the reason below, where "…"
-stands for the name of the layer or the storage.
+There is one table per variant; a line covers each of its layers in each of its storages. "merge" means
+merging into the storage itself, by `merge_adapter`, quantised again where necessary. A number refers to the
+reason below, where "…" stands for the name of the layer or the storage.
 
 {combinations}
 
 {reasons}
 
-The libraries of these storages have no such layer, or do not compute with it:
+The libraries of these storages do not have this layer, or cannot compute with it:
 
 {absent}
 
-## Names of the reference library
+## Names of PEFT
 
-{works} of its public names work here:
+{works} of PEFT's public names work in Veneer:
 
 {names}
 
-{refused} belong to methods or options that Veneer has not got. With `veneer.as_peft` they can be imported,
-for code that only tests against them, and raise an error when they are used; `from veneer import …` does not
-know them:
+{refused} belong to methods or options that Veneer does not have. With `veneer.as_peft` they can be imported,
+for code that only checks for them, and raise an error when used. `from veneer import …` does not have
+them:
 
 {others}
 """
 
-#: A real value of options that are off by default, to ask whether they can be honoured.
+#: A real value of options that are off by default, to ask whether they are supported.
 ASKED: dict[str, dict[str, Any]] = {
     "alora_invocation_tokens": {"alora_invocation_tokens": [1]},
     "arrow_config": {"arrow_config": {}},
@@ -123,7 +123,7 @@ def _options() -> Iterator[str]:
         default = field.default
         empty = default is dataclasses.MISSING or default is None
         shown = "" if empty else f"`{default!r}`"
-        answer = "honoured"
+        answer = "supported"
         if field.name in ASKED:
             try:
                 check_config(LoraConfig(target_modules=["a"], **ASKED[field.name]))

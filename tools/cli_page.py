@@ -20,17 +20,18 @@ HEAD = """\
 # The command line
 
 `veneer` (or `python -m veneer`) has one command for each step of an adapter's life.
-Run a command with `--help` for what stands here.
+`--help` prints the same as this page.
 
-Flags may be written with dashes or underscores. `--verbose` may stand anywhere and shows tracebacks and the
-warnings of all libraries. Results go to standard output, progress and messages to standard error; `--json`
-makes the result one JSON document. There is no colour where there is no terminal, or where `NO_COLOR` is set.
+Flags may be written with dashes or underscores. `--verbose` may be anywhere on the line; it shows
+tracebacks and the warnings of all libraries. Results go to standard output, progress and messages to
+standard error. `--json` prints the result as one JSON document. Output is coloured only on a terminal, and
+not if `NO_COLOR` is set.
 
 | exit code | |
 |---|---|
 | 0 | done |
-| 1 | failed: the message says what, why and what to do; nothing half-written is left |
-| 2 | wrong usage: an unknown command or flag, or a value that cannot be right |
+| 1 | failed: the message says what went wrong, why, and what to do; nothing half-written is left |
+| 2 | wrong usage: an unknown command or flag, or an invalid value |
 | 130 | interrupted by Ctrl-C |
 
 | command | |
