@@ -1,6 +1,6 @@
 # make demo     set up, then watch a real language model learn a real task
-# make test     set up, then run all tests
-# make check    lint, formatting, types, architecture
+# make test     set up, then run the short suite: laws, units, golden files, readers, docs    make test-all   every test
+# make check    lint, formatting, types, architecture    make mutants   break one law at a time: the short suite notices
 # make tutorial run docs/tutorial.md from top to bottom and draw its pictures
 # make examples run all examples, some twenty minutes; make examples-data fetches only what they read
 # make bench    run the benchmarks; tables on the screen, JSON and pictures in benchmarks/results
@@ -14,8 +14,10 @@ VENV := .venv/bin
 ARGS ?=
 # Two workers, a file each: the suite is written for two cores, each worker computing with one thread.
 WORKERS ?= 2
+PYTEST = $(VENV)/python -m pytest -n $(WORKERS) --dist loadfile
+SHORT := tests/architecture tests/unit tests/laws tests/golden tests/readers tests/docs
 
-.PHONY: help setup setup-test demo tutorial examples examples-data test check format bench bench-quick bench-check lock clean
+.PHONY: help setup setup-test demo tutorial examples examples-data test test-all mutants check format bench bench-quick bench-check lock clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | head -10
@@ -41,9 +43,15 @@ examples-data: setup-test
 examples: examples-data
 	@$(VENV)/python -W ignore tools/examples.py $(ARGS)
 
-test: examples-data
-	@VENEER_NOPEFT_PYTHON="$$($(VENV)/python tools/make_nopeft_env.py)" \
-		$(VENV)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+test: setup-test
+	@$(PYTEST) -m "not slow" $(if $(findstring tests/,$(ARGS)),,$(SHORT)) $(ARGS)
+
+# Everything: other libraries live, whole runs of the command line, examples; and that every refusal was raised.
+test-all: examples-data
+	@VENEER_NOPEFT_PYTHON="$$($(VENV)/python tools/make_nopeft_env.py)" $(PYTEST) $(ARGS)
+
+mutants: setup-test
+	@$(VENV)/python tools/mutants.py $(ARGS)
 
 check: setup-test
 	$(VENV)/ruff check .
