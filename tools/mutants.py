@@ -98,7 +98,7 @@ MUTANTS = (
     Mutant(
         "trainable", "only active adapters are trainable", "adapters.py",
         "trainable = active and not inference_mode", "trainable = not inference_mode",
-        ("tests/unit/test_adapters.py", *LAYER_LAWS),
+        ("tests/unit/test_adapters.py", "tests/unit/test_lora_model.py"),
     ),
     Mutant(
         "contexts", "a context of one thread ends alone", "adapters.py",
@@ -113,12 +113,12 @@ MUTANTS = (
     Mutant(
         "merge-twice", "what is merged is not merged again", "merge.py",
         "if n in held and n not in layer._merged}", "if n in held}",
-        ("tests/unit/test_merge.py",),
+        ("tests/unit/layers/test_layer.py",),
     ),
     Mutant(
         "finite-update", "an update that is not finite is refused", "merge.py",
         "if not update.is_finite(sizes[name])]", "if False]",
-        ("tests/unit/test_merge.py", *LAYER_LAWS),
+        ("tests/unit/test_merge.py",),
     ),
     Mutant(
         "finite-bias", "a bias that would not be finite is refused", "merge.py",
@@ -130,7 +130,7 @@ MUTANTS = (
         "merged-stays", "what is merged stays as it was merged", "merge.py",
         "name: update.copied() for name, update in updates.items()",
         "name: update for name, update in updates.items()",
-        ("tests/unit/test_merge.py", "tests/laws/test_lifecycle_machine.py", *LAYER_LAWS),
+        ("tests/unit/test_merge.py", "tests/laws/test_lifecycle_machine.py"),
     ),
     Mutant(
         "rollback", "a merge that fails leaves the model as it was", "rollback.py",
@@ -146,7 +146,7 @@ MUTANTS = (
     Mutant(
         "untie-config", "untying says so in the model's configuration", "merge.py",
         "        config.tie_word_embeddings = False\n", "        pass\n",
-        ("tests/laws/test_models.py", "tests/unit/test_merge.py"),
+        ("tests/unit/test_lora_model.py",),
     ),
     Mutant(
         "dora-norm", "a merged DoRA has rows of length m", "variants/dora.py",
@@ -237,7 +237,7 @@ MUTANTS = (
         "alora", "an aLoRA acts from its invocation tokens on", "routing.py",
         "torch.arange(tokens, device=x.device) >= starts.unsqueeze(1)",
         "torch.arange(tokens, device=x.device) > starts.unsqueeze(1)",
-        ("tests/unit/test_routing.py", "tests/unit/variants"),
+        ("tests/unit/variants/test_alora.py",),
     ),
 )  # fmt: skip
 

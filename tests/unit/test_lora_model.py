@@ -176,6 +176,7 @@ def test_a_merge_that_fails_late_leaves_every_tensor_and_tie_as_it_was(
     assert torch.equal(logits(model), expected)
     model.merge_adapter(untie=True)
     assert base.lm_head.base_layer.weight is not base.model.embed_tokens.weight
+    assert not base.config.tie_word_embeddings
 
 
 def test_an_adapter_merged_over_another_is_taken_back_to_the_bit(monkeypatch: pytest.MonkeyPatch) -> None:

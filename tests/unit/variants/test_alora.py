@@ -43,6 +43,13 @@ def test_what_comes_before_the_invocation_changes_no_gradient(value: float) -> N
         assert torch.equal(actual, expected) and expected.any()
 
 
+def test_it_acts_from_its_invocation_on() -> None:
+    layer, x = layer_with("default"), torch.randn(2, 4, 6)
+    with torch.no_grad(), routed(layer, [], activation=Activation({"default": [3, None]}, 4)):
+        changed = (layer(x) != layer.original_base()(x)).any(-1)
+    assert changed.tolist() == [[False, True, True, True], [False] * 4]
+
+
 @pytest.mark.parametrize("expand", [1, 2])
 def test_compiled_rows_of_several_are_those_of_the_plain_layer(expand: int) -> None:
     layer, names = layer_with("a", "b"), ["a", BASE, "b", "a"]
