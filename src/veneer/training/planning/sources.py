@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ...errors import TrainingError
 from ...hub import is_local
+from ...wording import did_you_mean
 from ..libraries import quiet_libraries, require
 from ..models import NO_CODE
 
@@ -128,12 +129,7 @@ def _from_file(place: Path) -> Any:
             "libraries are planned in Python: veneer.plan(model, config)"
         )
     if kind not in CONFIG_MAPPING:
-        import difflib
-
-        near = difflib.get_close_matches(kind, list(CONFIG_MAPPING), n=1)
-        hint = (
-            f"; do you mean {near[0]}?" if near else ", or it brings code of its own, which is not run here"
-        )
+        hint = did_you_mean(kind, CONFIG_MAPPING) or ", or it brings code of its own, which is not run here"
         raise TrainingError(f"{place}: transformers knows no model_type {kind!r}{hint}")
     with quiet_libraries():
         try:

@@ -42,7 +42,7 @@ def test_the_task_chooses_the_class(tmp_path: Path) -> None:
         ("{", "no configuration of a model"),
         ("[]", "names no model_type"),
         ('{"hidden_size": 8}', "veneer.plan"),
-        ('{"model_type": "lama"}', "do you mean llama"),
+        ('{"model_type": "lama"}', "did you mean 'llama'"),
         ('{"model_type": "llama", "hidden_size": "many"}', "config.json"),
         ('{"model_type": "llama", "num_attention_heads": 0}', "config.json"),
         ('{"model_type": "vit"}', "no AutoModelForCausalLM"),
