@@ -1,4 +1,4 @@
-"""Make a second environment that lacks the reference library: ``.venv/bin/python tools/make_nopeft_env.py``.
+"""Make a second environment that lacks PEFT: ``.venv/bin/python tools/make_nopeft_env.py``.
 
 It is a virtual environment whose site-packages holds a link to every entry of the current one's, except
 peft's: nothing is downloaded, it takes no disk space, and there `import peft` fails, `find_spec("peft")`

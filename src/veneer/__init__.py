@@ -1,6 +1,6 @@
 """Veneer: low-rank adaptation (LoRA) of PyTorch models.
 
-The names are the field's: ``from veneer import LoraConfig, get_peft_model, PeftModel``.
+The names are PEFT's: ``from veneer import LoraConfig, get_peft_model, PeftModel``.
 Importing this package imports nothing heavy: the first public name brings torch and safetensors, and nothing
 else that is heavy. So the command line answers at once, Ctrl-C included.
 """

@@ -145,7 +145,7 @@ def plan(
         strict_targets: Raise for every pattern that matches nothing, not only when all of them do.
         loading: The adapter comes from a file, whose tensors will be accounted for one by one: say nothing
             about idle patterns, and let a module that is both targeted and in ``modules_to_save`` train in
-            full, as the field does.
+            full, as PEFT does.
         stored: Names of the tensors in that file. A module whose path merely ends in a name of
             ``modules_to_save`` is left out where the file has a tensor of none of these: it was written when
             Veneer took names for whole ones.

@@ -1,4 +1,4 @@
-"""The field's format as its first readers knew it: r, lora_alpha, factors, whole modules, biases."""
+"""PEFT's format as its first readers knew it: r, lora_alpha, factors, whole modules, biases."""
 
 from __future__ import annotations
 

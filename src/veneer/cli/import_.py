@@ -1,4 +1,4 @@
-"""``veneer import``: an adapter of diffusers or kohya's sd-scripts in the field's format."""
+"""``veneer import``: an adapter of diffusers or kohya's sd-scripts in PEFT's format."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def import_(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
-    """Read an adapter that diffusers or kohya's sd-scripts wrote, into the field's format.
+    """Read an adapter that diffusers or kohya's sd-scripts wrote, into PEFT's format.
 
     Every tensor is accounted for: what cannot be read is listed, and nothing is written then. An adapter of
     several parts of a pipeline becomes one directory for each.

@@ -94,7 +94,7 @@ class PeftConfig:
         task_type: One of :class:`TaskType`; picks the model class and the heads that train along.
         peft_type: The adapter method; Veneer implements ``LORA``.
         auto_mapping: How a reader without a task finds the class of the base model.
-        peft_version: The version of the reference library that wrote the file this was read from.
+        peft_version: The version of PEFT that wrote the file this was read from.
         base_model_name_or_path: The base model that the adapter belongs to.
         revision: The revision of that base model.
         inference_mode: True for an adapter that was loaded for use, not for training.

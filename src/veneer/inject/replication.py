@@ -149,7 +149,7 @@ def _order(ranges: Sequence[Sequence[int]], count: int) -> list[int]:
 
 
 def _layers_of(model: nn.Module) -> tuple[nn.Module, str]:
-    """The module that holds the list of layers, and the list's name, as the field looks for it."""
+    """The module that holds the list of layers, and the list's name, as PEFT looks for it."""
     inner: nn.Module = model
     while isinstance(getattr(inner, "model", None), nn.Module):
         inner = inner.model  # type: ignore[assignment]

@@ -27,7 +27,7 @@ def tie(model: nn.Module, found: Mapping[str, Site], config: LoraConfig, *, quie
     """The heads that are to follow the input embedding, by their path, with its path.
 
     Where the configuration names any of them among its targets or its modules to save, it names the embedding
-    instead afterwards, as the field's files do.
+    instead afterwards, as PEFT's files do.
 
     Args:
         model: The model.

@@ -43,7 +43,7 @@ def prepare_model_for_kbit_training(
             unless given.
         auto_clear_cache: After an upcast, give cached GPU memory back.
         upcast: Turn every 16-bit parameter that is not quantised into float32, embeddings and output head
-            included, as the field's function of this name does for bitsandbytes. Here it is off: nobody asked
+            included, as PEFT's function of this name does for bitsandbytes. Here it is off: nobody asked
             for it by calling this, it doubles those parameters, and the factors are float32 anyway.
 
     Returns:

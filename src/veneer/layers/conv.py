@@ -35,7 +35,7 @@ def _has_own_forward(base: Any) -> bool:
 class LoraConv(LoraLayer):
     """``y = W ∗ x + b + s · B ∗₁ (A ∗ x)``: A has the base's geometry, B is a 1×1 convolution.
 
-    A is (r, in, k…), whatever the base's groups, and B is (out, r / groups, 1…), as in the field's
+    A is (r, in, k…), whatever the base's groups, and B is (out, r / groups, 1…), as in PEFT's
     files. So with groups an update reaches across them; merging then gives the base the equivalent
     weight without groups.
 

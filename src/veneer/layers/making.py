@@ -103,7 +103,7 @@ def with_variant_options(spec: LoraSpec, config: LoraConfig) -> LoraSpec:
 def factor_dtype(layer: LoraLayer, autocast_adapter_dtype: bool = True) -> torch.dtype:
     """The type of new factors: the base's, but float32 beside 16-bit weights unless said otherwise.
 
-    Beside quantised weights it is float32 always, as in the field: these have no floating type of their own.
+    Beside quantised weights it is float32 always, as in PEFT: these have no floating type of their own.
     """
     backend = layer.backend
     if backend.quantization is not None:

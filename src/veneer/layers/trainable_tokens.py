@@ -21,7 +21,7 @@ from veneer.sharded import is_distributed
 
 
 class TokenRows(nn.Module):
-    """The base and the rows of each adapter, under the names that the field gives them.
+    """The base and the rows of each adapter, under PEFT's names.
 
     Args:
         base_layer: The embedding, or a head that shares its weight.

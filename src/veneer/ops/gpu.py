@@ -84,9 +84,8 @@ def _checked_step(device: torch.device, dtype: torch.dtype) -> type[torch.autogr
         from veneer.ops import triton_lora
 
         reason = triton_lora.disagreement(device, dtype)
-    except (
-        Exception
-    ) as error:  # no C compiler, a driver or a Triton too old, a block too large for the device
+    # No C compiler, a driver or a Triton that is too old, a block too large for the device.
+    except Exception as error:
         reason = f"{type(error).__name__}: {error}"
     if reason is None:
         return triton_lora.TritonLora

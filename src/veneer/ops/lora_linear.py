@@ -99,7 +99,7 @@ def lora_linear(
         bias: ``(out,)`` or None, the base layer's.
         A: ``(r, in)``.
         B: ``(out, r)``.
-        B_bias: ``(out,)`` or None; inside the scaling, as the field has it.
+        B_bias: ``(out,)`` or None; inside the scaling, as in PEFT.
         scaling: s, usually ``lora_alpha / r``.
         p: dropout probability for x in the branch; 0 in evaluation.
 

@@ -1,6 +1,6 @@
 """Which names lie in which module of the facade.
 
-Read from what transformers, TRL, diffusers, accelerate and sentence-transformers import, and from the field's
+Read from what transformers, TRL, diffusers, accelerate and sentence-transformers import, and from PEFT's
 guides. The names are attributes of `objects.py`.
 """
 

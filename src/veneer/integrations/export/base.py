@@ -179,7 +179,7 @@ def refuse(problems: Mapping[str, list[Problem]], target: Target, directory: Pat
 
 
 def plain_config(part: Part, **changes: Any) -> dict[str, Any]:
-    """The adapter's own configuration after folding, in the field's format."""
+    """The adapter's own configuration after folding, in PEFT's format."""
     config, folded = part.source.config, part.folded
     config = replace(
         config,

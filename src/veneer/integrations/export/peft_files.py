@@ -24,7 +24,7 @@ FILES = (CONFIG_NAME, SAFETENSORS_NAME)
 
 
 def factors(updates: Mapping[str, Update], prefix: str = PREFIX) -> dict[str, Tensor]:
-    """Updates as tensors by the field's names."""
+    """Updates as tensors by PEFT's names."""
     tensors = {}
     for path, update in updates.items():
         names = (

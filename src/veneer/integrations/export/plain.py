@@ -1,4 +1,4 @@
-"""Plain LoRA in the field's format: one rank, one whole-numbered alpha, no option that came later."""
+"""Plain LoRA in PEFT's format: one rank, one whole-numbered alpha, no option that came later."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from .peft_files import PeftFiles
 
 
 class Plain(PeftFiles):
-    """Readers that know the field's format as it began: factors, r, lora_alpha, modules_to_save, bias."""
+    """Readers that know PEFT's format as it began: factors, r, lora_alpha, modules_to_save, bias."""
 
     name = "plain"
-    reader = "any reader of the field's format, however old"
+    reader = "any reader of PEFT's format, however old"
     rules = Rules("integer")
     keeps = frozenset({"embedding", "head", "conv", "modules_to_save", "bias"})
 

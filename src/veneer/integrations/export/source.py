@@ -1,4 +1,4 @@
-"""What an adapter in the field's format holds, sorted by what other readers may or may not take."""
+"""What an adapter in PEFT's format holds, sorted by what other readers may or may not take."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""vLLM: the field's format, factors alone."""
+"""vLLM: PEFT's format, factors alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Adapters of other writers: their names, and what becomes of them in the field's format."""
+"""Adapters of other writers: their names, and what becomes of them in PEFT's format."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a file of diffusers or kohya's sd-scripts to adapters in the field's format."""
+"""From a file of diffusers or kohya's sd-scripts to adapters in PEFT's format."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def import_adapter(
     base_model_name_or_path: str | None = None,
     overwrite: bool = False,
 ) -> ImportReport:
-    """Turn an adapter of diffusers or of kohya's sd-scripts into one of the field's format.
+    """Turn an adapter of diffusers or of kohya's sd-scripts into one of PEFT's format.
 
     The strength of a module is ``alpha / r`` with its ``.alpha``, 1 without one, or what diffusers' metadata
     say. Every tensor is accounted for, and what was written is read back and compared.
@@ -125,7 +125,7 @@ def _located(source: Path) -> Path:
     if not source.is_dir():
         raise AdapterFileError(f"there is no file or directory {str(source)!r}")
     if (source / CONFIG_NAME).is_file():
-        raise AdapterFileError(f"{source} is in the field's format already: it has an {CONFIG_NAME}")
+        raise AdapterFileError(f"{source} is in PEFT's format already: it has an {CONFIG_NAME}")
     for name in (FILE, FILE.replace(".safetensors", ".bin")):
         if (source / name).is_file():
             return source / name
@@ -154,9 +154,7 @@ def _sorted(file: AdapterFile, base: Any) -> tuple[dict[str, _Part], str]:
             twice.append(f"{name} and {roles[found.role]} are the same tensor of {found.path}")
         roles[found.role] = name
     if unknown and not parts and any(name.startswith(PREFIX) for name in unknown):
-        raise ExportError(
-            f"{file.path} is in the field's format already: its names begin with base_model.model"
-        )
+        raise ExportError(f"{file.path} is in PEFT's format already: its names begin with base_model.model")
     _refuse(file.path, [*(_unexplained(name) for name in unknown), *twice])
     _take_metadata(file, parts)
     return parts, " and ".join(sorted(spellings))

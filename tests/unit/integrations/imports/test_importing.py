@@ -181,7 +181,7 @@ BROKEN: dict[str, tuple[dict[str, Tensor], str]] = {
     "half dora": (pair(STEM, KOHYA) | {f"{STEM}.dora_scale": torch.ones(6, 1)}
                   | pair(STEM.replace("attn1", "attn2"), KOHYA), "one configuration cannot say"),
     "twice": (pair(STEM, KOHYA) | pair(f"unet.{Q}", NEW), "are the same tensor"),
-    "already": (pair("base_model.model.q", NEW), "field's format already"),
+    "already": (pair("base_model.model.q", NEW), "PEFT's format already"),
 }  # fmt: skip
 
 
@@ -219,7 +219,7 @@ def test_files_that_are_missing_or_damaged(tmp_path: Path) -> None:
     with pytest.raises(AdapterFileError):
         import_adapter(tmp_path / "pickle.bin", out)
     (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(AdapterFileError, match="field's format already"):
+    with pytest.raises(AdapterFileError, match="PEFT's format already"):
         import_adapter(tmp_path, out)
     assert not out.exists()
 
