@@ -173,7 +173,11 @@ def refuses_merge(layer: Mergeable, names: Sequence[str]) -> list[str]:
     if isinstance(weight, Tensor) and in_pieces(weight):
         return [UNMERGEABLE]
     reasons = []
-    if isinstance(weight, Tensor) and weight.is_meta and layer.base_device().type == "meta":
+    if (
+        isinstance(weight, Tensor)
+        and weight.is_meta
+        and layer.backend.tensor_device(base, name).type == "meta"
+    ):
         reasons.append("the base weight is on the meta device: it has no values to merge into")
     if (reason := layer.backend.refuses_to_write(base, name)) is not None:
         reasons.append(reason)
@@ -243,7 +247,7 @@ def merge_updates(
             back.hold_values(backend, base, layer.weight_name)
     elif kept is None and weight is None:
         back.hold_values(backend, base, layer.weight_name, briefly=True)
-    if biased:
+    if biased or (kept_before is not None and "bias" in kept_before.tensors()):
         back.hold_values(backend, base, "bias")
     if kept is not None:
         if kept.updates:
@@ -284,12 +288,13 @@ def unmerge(layer: Mergeable, adapter_names: Sequence[str] | None = None) -> Non
     with Rollback() as back:
         back.on_failure(layer.adapters_changed)
         back.hold(layer, base, kept)
-        if "rows" in kept.tensors():
-            back.on_failure(_write, layer, list(kept.updates.values()))
-        elif rest:
+        if rest and "rows" not in kept.tensors():
             back.hold_values(backend, base, layer.weight_name)
             if "bias" in kept.tensors():
                 back.hold_values(backend, base, "bias")
+        else:  # merged once more, which takes no memory before that
+            back.on_failure(_write, layer, list(kept.updates.values()))
+            back.on_failure(_restore, layer, kept)
         _restore(layer, kept)
         layer._merged = list(rest)
         kept.updates = rest
@@ -331,7 +336,7 @@ def _keep(layer: Any, kept: Undo, updates: Collection[Update | Rows]) -> None:
     base, backend, name = layer.get_base_layer(), layer.backend, layer.weight_name
     if each := [update.places for update in updates if isinstance(update, Rows)]:
         weight = backend.read(base, name)
-        places = torch.cat(each).to(weight.device)
+        places = torch.cat([place.to(weight.device) for place in each])
         kept.keep(places=places, rows=weight[places])
         return
     if not kept.tensors():

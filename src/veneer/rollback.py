@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from types import MappingProxyType, TracebackType
+from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
@@ -166,7 +166,7 @@ class Undo(nn.Module):
 
     def __init__(self) -> None:
         begin(self)  # past `nn.Module.__setattr__`, which is slow: a merged model has hundreds of these
-        self.__dict__.update(attributes=MappingProxyType({}), coded=False, updates={})
+        self.__dict__.update(attributes={}, coded=False, updates={})
 
     def keep(self, **tensors: Tensor) -> None:
         """Keep tensors by their names on the base."""

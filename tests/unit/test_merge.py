@@ -228,6 +228,44 @@ def test_unmerging_one_of_two_that_stops_half_way(monkeypatch: pytest.MonkeyPatc
     assert all(torch.equal(tensor, original[name]) for name, tensor in made.base_layer.state_dict().items())
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_unmerging_all_that_stops_half_way(monkeypatch: pytest.MonkeyPatch, bias: bool) -> None:
+    made, x = layer(torch.bfloat16, lora_bias=bias), torch.randn(3, 6, dtype=torch.bfloat16)
+    original = copies(made)
+    made.merge()
+    before, expected = Snapshot(made), made(x)
+    put_back = type(made.backend).put_back
+
+    def broken(*arguments: Any) -> None:
+        put_back(*arguments)
+        monkeypatch.undo()
+        raise RuntimeError("late")
+
+    monkeypatch.setattr(type(made.backend), "put_back", broken)
+    with pytest.raises(RuntimeError, match="late"):
+        made.unmerge()
+    before.assert_same(made, written=True)
+    assert made.merged_adapters == ["a"] and torch.equal(made(x), expected)
+    made.unmerge()
+    assert all(torch.equal(tensor, original[name]) for name, tensor in made.base_layer.state_dict().items())
+
+
+def test_a_bias_that_was_merged_before_stays_if_a_merge_without_one_fails(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made, x = layer(lora_bias=True), torch.randn(3, 6)
+    wrap(made, LoraConfig(r=2, lora_alpha=6, init_lora_weights=False), "b")
+    made.set_adapter(["a", "b"])
+    made.merge(adapter_names=["a"])
+    before, expected = Snapshot(made), made(x)
+    with monkeypatch.context() as patch:
+        stop_half_way(patch, RuntimeError("out of memory"))
+        with pytest.raises(RuntimeError, match="out of memory"):
+            made.merge(adapter_names=["b"])
+    before.assert_same(made, written=True)
+    assert made.merged_adapters == ["a"] and torch.equal(made(x), expected)
+
+
 def test_a_convolution_gets_its_groups_and_its_very_weight_back(monkeypatch: pytest.MonkeyPatch) -> None:
     made = wrap(nn.Conv1d(4, 4, 3, groups=2), LoraConfig(r=2, lora_bias=True, init_lora_weights=False), "a")
     before, weight = Snapshot(made), made.base_layer.weight

@@ -106,6 +106,10 @@ class Offloaded(Backend):
 
         return put
 
+    def like(self, module: nn.Module, name: str = "weight") -> Tensor:
+        tensor: Tensor = getattr(module, name)  # the placeholder: nothing is read from a disk
+        return tensor.detach().to("meta")
+
     def device(self, module: nn.Module) -> torch.device:
         return torch.device(_hook(module).execution_device)
 

@@ -30,7 +30,6 @@ class ALora(Variant):
         return f"aLoRA acts on positions of a text, and the input of a {layer_type} is not laid out by them"
 
     def refuses_merge(self, spec: LoraSpec) -> str | None:
-
         return (
             f"{spec.adapter!r} is an aLoRA, which acts on the positions from its invocation on and not "
             "before it: no weight does that. Keep it unmerged"

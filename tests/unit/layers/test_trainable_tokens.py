@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
+import accelerate
 import pytest
 import torch
 from torch import Tensor, nn
@@ -110,3 +114,40 @@ def test_rows_that_are_merged_beside_others_are_put_back_if_that_fails(
     assert torch.equal(layer.get_base_layer().weight, merged)
     layer.unmerge()
     assert torch.equal(layer.get_base_layer().weight, before)
+
+
+def test_merged_rows_are_copied_pickled_and_moved() -> None:
+    layer, before = two_apart()
+    layer.merge(adapter_names=["default"])
+    ids = torch.arange(6)
+    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert torch.equal(twin(ids), layer(ids))
+        twin.unmerge()
+        assert torch.equal(twin.get_base_layer().weight, before)
+
+
+def test_rows_merged_on_one_device_are_kept_beside_rows_of_another() -> None:
+    layer, _ = two_apart()
+    layer.merge(adapter_names=["default"])
+    layer.to("meta")
+    with pytest.raises(MergeError, match="no values to merge into"):
+        layer.merge(adapter_names=["second"])
+    merging._keep(layer, layer._undo, [*layer._undo.updates.values(), layer.update_of("second")])
+    assert layer._undo.tensors()["places"].device.type == "meta" and layer._undo.tensors()["rows"].shape == (
+        3,
+        4,
+    )
+
+
+def test_rows_of_an_offloaded_embedding_are_merged() -> None:
+    module = nn.Embedding(6, 4)
+    before = module.weight.detach().clone()
+    holder = nn.Sequential(module)
+    accelerate.cpu_offload(holder, execution_device=torch.device("cpu"))
+    layer = TrainableTokens(module)
+    layer.put_rows("a", layer.prepared([1, 2], torch.ones(2, 4)))
+    layer.set_adapter("a")
+    layer.merge()
+    assert layer(torch.tensor([1, 2])).eq(1.0).all()
+    layer.unmerge()
+    assert torch.equal(layer.original_base()(torch.arange(6)), before)
