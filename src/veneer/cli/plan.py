@@ -115,9 +115,10 @@ def _show(found: PlanReport) -> None:
     console, said = PlainConsole(), found.estimate
     console.print(
         f"{found.model}: {found.architecture}, {said.parameters - said.trainable:,} parameters "
-        f"in {found.dtype}\n",
+        f"in {found.dtype}",
         soft_wrap=True,
     )
+    console.print()
     _targets(console, found)
     console.print()
     _needs(console, found)

@@ -126,6 +126,7 @@ class LoraLayer(Mergeable):
         for name in self.factor_names:
             self._modules[name] = self.new_container()
         self._modules["lora_dropout"] = empty()
+        self._modules["_undo"] = self._modules.pop("_undo")  # shown last
 
     def __init_subclass__(cls) -> None:
         if "wraps" in cls.__dict__:  # others, such as FSDP2's, only dress a class up

@@ -175,6 +175,8 @@ def train(
     progress = Silent() if progress is None else progress
     check_names(options)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if not rows:
+        raise TrainingError("there are no rows to train on")
     if not trainable:
         raise TrainingError(
             "no parameter of the model is trainable: a saved adapter is loaded for training with "
@@ -398,9 +400,11 @@ def _clear_away(run: Run, trainer: Any, error: BaseException) -> None:
         TrainingError: The error came from writing it.
     """
     place = run.output / f"checkpoint-{0 if trainer is None else trainer.state.global_step}"
-    if not place.is_dir() or (place / RUN_NAME).exists():
+    named = error.filename if isinstance(error, OSError) and isinstance(error.filename, str) else ""
+    not_made = bool(named) and Path(named).is_relative_to(place) and not place.is_dir()
+    if not not_made and (not place.is_dir() or (place / RUN_NAME).exists()):
         return
-    if _is_first():
+    if _is_first() and not not_made:
         remove_checkpoint(place)
     if isinstance(error, Exception):
         raise TrainingError(

@@ -76,6 +76,8 @@ class Trainer(transformers.Trainer):
         full = [*ordered, *[blank] * (-len(rows) % (self.args.eval_batch_size * self.args.world_size))]
         counted = (self.objective.collator([row])["labels"] != IGNORED for row in rows)
         self.items_per_row = sum(int(one.sum()) for one in counted) / len(full)
+        if not self.items_per_row:
+            raise TrainingError("no held-out row has a label: there is no loss to evaluate")
         return full
 
 

@@ -27,6 +27,7 @@ def test_plan(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", str(base), *SMALL, "--lora-r", "4"]) == 0
     out = capsys.readouterr().out
     assert "LlamaForCausalLM" in out and "gate_proj" in out and "activations" in out
+    assert out.splitlines()[1] == "" and "\\n" not in out
     assert max(map(len, out.replace(str(base), "").splitlines())) <= 80
     assert main(["plan", str(base), *SMALL, "--lora_r", "4", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

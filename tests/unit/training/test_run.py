@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import os
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -241,6 +242,28 @@ def test_a_checkpoint_that_cannot_be_written_is_not_left(
     with pytest.raises(TrainingError, match=r"checkpoint-2 cannot be written: No space left on device"):
         run(tmp_path / "out", max_steps=4, save_steps=2)
     assert not list((tmp_path / "out").rglob("*"))
+
+
+def test_a_checkpoint_whose_directory_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make = os.makedirs
+
+    def full(name: Any, *args: Any, **kwargs: Any) -> None:
+        if "checkpoint-2" in str(name):
+            raise OSError(28, "No space left on device", str(name))
+        make(name, *args, **kwargs)
+
+    monkeypatch.setattr(os, "makedirs", full)
+    with pytest.raises(TrainingError, match=r"checkpoint-2 cannot be written: No space.*after step 2"):
+        run(tmp_path / "out", max_steps=4, save_steps=2)
+
+
+def test_rows_that_nothing_can_be_learned_or_measured_on(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="no rows to train on"):
+        train(adapted(), TOKENIZER, [], tmp_path / "out")
+    blank = [{**row, "labels": [-100] * len(row["labels"])} for row in ROWS[:2]]
+    with pytest.raises(TrainingError, match="no held-out row has a label"):
+        train(adapted(), TOKENIZER, ROWS, tmp_path / "out", TrainOptions(max_steps=1), eval_rows=blank)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_result_that_cannot_be_written_is_said_with_the_way_on(

@@ -138,7 +138,7 @@ def _found(name: str) -> Source:
         return _directory(Path(stem).expanduser(), split)
     # A name with two slashes may be OWNER/NAME/CONFIG rather than a path.
     an_id = name.count("/") == 2 and not name.startswith((".", "/", "~")) and "\\" not in name
-    if (is_local(stem) and not an_id) or place.suffix.lower() in READERS:
+    if (is_local(stem) and not an_id) or Path(stem).suffix.lower() in READERS:
         raise DataError(f"cannot read the data file {name}: No such file or directory")
     return _hub(stem, split or "train")
 
@@ -252,7 +252,10 @@ def _parquet(place: Path) -> Source:
         table = parquet.read_table(place)
     except pyarrow.ArrowException as error:
         raise DataError(f"{place} is no Parquet file that can be read: {_first_line(error)}") from error
-    return _rows_of(datasets.Dataset(table))
+    try:
+        return _rows_of(datasets.Dataset(table))
+    except Exception:  # a type or metadata that datasets does not know, perhaps in a column that nobody reads
+        return _numbered(table.to_pylist()), None
 
 
 READERS: dict[str, Callable[[Path], Source]] = {

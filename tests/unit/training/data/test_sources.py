@@ -160,6 +160,21 @@ def test_parquet_with_names_of_classes(tmp_path: Path) -> None:
         read_records(tmp_path / "bad.parquet")
 
 
+@pytest.mark.parametrize("metadata", [None, b"not json", b'{"info": 3}'])
+def test_parquet_that_datasets_does_not_know(tmp_path: Path, metadata: bytes | None) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    columns = {"prompt": pyarrow.array(["a", "b"])}
+    if metadata is None:
+        columns["more"] = pyarrow.array([[("x", 1)], []], pyarrow.map_(pyarrow.string(), pyarrow.int64()))
+    table = pyarrow.table(columns)
+    if metadata is not None:
+        table = table.replace_schema_metadata({b"huggingface": metadata})
+    pyarrow.parquet.write_table(table, tmp_path / "data.parquet")
+    assert [record["prompt"] for record in read_records(tmp_path / "data.parquet", "prompt")] == ["a", "b"]
+
+
 def test_nulls_of_columns_that_a_table_has_for_other_rows(tmp_path: Path) -> None:
     from datasets import Dataset
 
