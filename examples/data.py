@@ -24,6 +24,13 @@ CLOTHES = (
 )  # fmt: skip
 
 
+def fast_dtype() -> torch.dtype:
+    """bfloat16, unless this processor emulates it, which takes many times as long as float32."""
+    native = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    fast = torch.cuda.is_available() or (native is not None and native())
+    return torch.bfloat16 if fast else torch.float32
+
+
 @dataclass(frozen=True)
 class Mail:
     """One e-mail with all its headers."""

@@ -136,9 +136,10 @@ def main() -> int:
         options, tokens = replace(options, max_steps=2, batch_size=2), 4
     heldout = mails["heldout"]
 
-    model, tokenizer = load_base(source)
+    dtype = str(data.fast_dtype()).removeprefix("torch.")
+    model, tokenizer = load_base(source, dtype)
     examiner = Examiner(tokenizer, heldout, study.progress, tokens)
-    with timed(study, f"1/5  The base model on {len(heldout)} held-out mails"):
+    with timed(study, f"1/5  The base model, in {dtype}, on {len(heldout)} held-out mails"):
         before = examiner.examine(model)
     steps = options.max_steps
     with timed(
@@ -155,12 +156,14 @@ def main() -> int:
         after = examiner.examine(adapted)
     del model, adapted
     with timed(study, "4/5  The adapter, loaded again onto a fresh base"):
-        fresh: Any = PeftModel.from_pretrained(load_base(source)[0], adapter)
+        fresh: Any = PeftModel.from_pretrained(load_base(source, dtype)[0], adapter)
         reloaded = examiner.examine(fresh)
+    del fresh
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", VeneerWarning)  # how much is lost is printed below
-        kept = fresh.merge_adapter().mean
-    del fresh
+        narrow: Any = PeftModel.from_pretrained(load_base(source, "bfloat16")[0], adapter)
+        kept = narrow.merge_adapter().mean
+    del narrow
     examiner = Examiner(tokenizer, heldout[:MERGED_MAILS], study.progress, tokens)
     with timed(study, f"5/5  Adapter and merged model in 32 bits, on {len(examiner.mails)} of the mails"):
         wide: Any = PeftModel.from_pretrained(load_base(source, "float32")[0], adapter)

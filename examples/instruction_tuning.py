@@ -45,7 +45,9 @@ def main() -> int:
     def build(method: str) -> Any:
         # Small updates are lost in weights of 16 bits: they are trained in 32, and computed with in 16.
         whole = method == "full fine-tuning"
-        model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32 if whole else torch.bfloat16)
+        model = AutoModelForCausalLM.from_pretrained(
+            place, dtype=torch.float32 if whole else data.fast_dtype()
+        )
         if method == LORA:
             config = LoraConfig(
                 r=16, lora_alpha=16, target_modules="all-linear", task_type=TaskType.CAUSAL_LM
@@ -62,7 +64,7 @@ def main() -> int:
             lr_scheduler_type="cosine",
             warmup_steps=2,
             activation_checkpointing=False,
-            bf16=method == "full fine-tuning",
+            bf16=method == "full fine-tuning" and data.fast_dtype() is torch.bfloat16,
             use_cpu=not torch.cuda.is_available(),
             seed=seed,
             **QUIET,
@@ -71,7 +73,7 @@ def main() -> int:
 
     @torch.no_grad()
     def score(model: Any) -> dict[str, float]:
-        model = model.to(torch.bfloat16).eval()
+        model = model.to(data.fast_dtype()).eval()
         prompts = [
             tokenizer.apply_chat_template(mail["prompt"], tokenize=False, add_generation_prompt=True)
             for mail in heldout
