@@ -190,7 +190,8 @@ class LoraLinear(LoraLayer):
     ) -> Callable[..., Tensor]:
         """How to add the rows' updates, called with x and the result."""
         dtype = mixed_batch.working_dtype(x)
-        layout, chosen = mixed_batch.chosen(routing.layouts(names), few_rows(x))
+        few = few_rows(x) or x.numel() == x.shape[0] * x.shape[-1]
+        layout, chosen = mixed_batch.chosen(routing.layouts(names), few)
         way: Callable[..., Tensor]
         if chosen == "runs":
             way = partial(mixed_batch.by_runs, terms=terms, runs=layout.runs)

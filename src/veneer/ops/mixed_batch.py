@@ -84,12 +84,13 @@ def working_dtype(x: Tensor) -> torch.dtype:
 def chosen(choices: Sequence[Layout], few: bool) -> tuple[Layout, str]:
     """The layout to use of those that `layouts` gives, and the way: ``"groups"`` or ``"runs"``.
 
-    Few rows are laid together, since their factors are dearer than they are; many stay where they are. Groups
-    take two calls, runs two each; but groups would copy factors too often where runs are of uneven length.
+    Few rows are laid together, since their factors are dearer than they are; others stay where they are.
+    Groups take two calls, runs two each; but groups would copy factors too often where runs are of uneven
+    length.
 
     Args:
         choices: Of `layouts`.
-        few: See `few_rows`.
+        few: There are `few_rows`, or each is one token.
     """
     layout = choices[-1] if few else choices[0]
     return layout, "groups" if len(layout.groups) <= 2 * len(layout.runs) else "runs"

@@ -70,7 +70,7 @@ def test_commands_that_do_not_exist_are_not_asked(
     lines = ["/adaptr", "/what", "/adapter nope", "/again", "/help"]
     code, answers, messages = chat(monkeypatch, capsys, lines, str(adapter))
     assert (code, answers) == (1, [])
-    assert messages[0] == "error: no command /adaptr; perhaps /adapter"
+    assert messages[0].startswith("error: no command /adaptr (did you mean '/adapter'?); there are /adapter,")
     assert messages[1].startswith("error: no command /what; there are /adapter, /base")
     assert messages[2] == "error: no adapter 'nope'; there are: default"
     assert messages[3] == "error: nothing was asked yet"

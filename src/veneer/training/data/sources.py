@@ -138,7 +138,7 @@ def _found(name: str) -> Source:
         return _directory(Path(stem).expanduser(), split)
     # A name with two slashes may be OWNER/NAME/CONFIG rather than a path.
     an_id = name.count("/") == 2 and not name.startswith((".", "/", "~")) and "\\" not in name
-    if (is_local(stem) and not an_id) or Path(stem).suffix.lower() in READERS:
+    if (is_local(stem) and not an_id) or {place.suffix.lower(), Path(stem).suffix.lower()} & READERS.keys():
         raise DataError(f"cannot read the data file {name}: No such file or directory")
     return _hub(stem, split or "train")
 
