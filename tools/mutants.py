@@ -130,7 +130,7 @@ MUTANTS = (
         "merged-stays", "what is merged stays as it was merged", "merge.py",
         "name: update.copied() for name, update in updates.items()",
         "name: update for name, update in updates.items()",
-        ("tests/unit/test_merge.py", "tests/laws/test_lifecycle_machine.py"),
+        LAYER_LAWS,
     ),
     Mutant(
         "rollback", "a merge that fails leaves the model as it was", "rollback.py",
