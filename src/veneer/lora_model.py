@@ -75,8 +75,7 @@ class LoraModel(nn.Module):
             raise TargetError(
                 f"the model holds adapters already ({', '.join(map(repr, present))}): on the PeftModel that "
                 "put them there use add_adapter(name, config) or load_adapter(path, name) for another one, "
-                "or "
-                "unload() first"
+                "or unload() first"
             )
         AdapterSet(model).enable(True)  # layers that an earlier, deleted adapter left behind
         self.model = model

@@ -254,7 +254,7 @@ def _parquet(place: Path) -> Source:
         raise DataError(f"{place} is no Parquet file that can be read: {_first_line(error)}") from error
     try:
         return _rows_of(datasets.Dataset(table))
-    except Exception:  # a type or metadata that datasets does not know, perhaps in a column that nobody reads
+    except (TypeError, ValueError):  # a type or metadata that datasets does not know; the rows are there
         return _numbered(table.to_pylist()), None
 
 
