@@ -25,7 +25,9 @@ from veneer.files.report import LoadReport
 from veneer.files.residual import PARTS, layers_of, parted
 from veneer.files.values import check_values
 from veneer.hub import adapter_directory
-from veneer.inject import Injection, merged_over, stacked
+from veneer.inject.base_tensors import merged_over
+from veneer.inject.experts import stacked
+from veneer.inject.injection import Injection
 from veneer.layers.start import initialise
 from veneer.lora_model import LoraModel
 from veneer.spec import specs_under

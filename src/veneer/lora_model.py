@@ -26,9 +26,11 @@ from veneer.errors import (
     Text,
     show,
 )
-from veneer.inject import Injection, bias_parameters, eject, prepare
-from veneer.inject.embeddings import embedding_of
-from veneer.inject.places import sites
+from veneer.inject.api import eject
+from veneer.inject.base_tensors import bias_parameters, embedding_of
+from veneer.inject.injection import Injection
+from veneer.inject.prepare import prepare
+from veneer.inject.sites import sites
 from veneer.layers import LoraLayer
 from veneer.layers.making import draw_seed
 from veneer.layers.modules_to_save import ModulesToSaveWrapper

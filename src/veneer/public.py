@@ -46,7 +46,8 @@ from veneer.errors import (
     VeneerWarning,
 )
 from veneer.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
-from veneer.inject import inject_adapter_in_model, plan
+from veneer.inject.api import inject_adapter_in_model
+from veneer.inject.sites import plan
 from veneer.integrations.kbit import prepare_model_for_kbit_training
 from veneer.load import load_peft_weights
 from veneer.lora_model import LoraModel

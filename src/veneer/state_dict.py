@@ -23,7 +23,7 @@ from veneer.files.match import match
 from veneer.files.report import LoadReport
 from veneer.files.residual import joined, layers_of, parted
 from veneer.files.values import check_values
-from veneer.inject import bias_parameters, differs_from_base, embedding_weights, merged_over
+from veneer.inject.base_tensors import bias_parameters, differs_from_base, embedding_weights, merged_over
 from veneer.layers import LoraLayer
 from veneer.layers.modules_to_save import ModulesToSaveWrapper
 from veneer.layers.trainable_tokens import TrainableTokens

@@ -19,7 +19,7 @@ from torch import nn
 from tests.laws.snapshots import Snapshot
 from tests.tolerances import assert_close
 from veneer import LoraConfig, PeftModel, TargetError, VeneerWarning, check_training, get_peft_model
-from veneer.inject import plan
+from veneer.inject.sites import plan
 from veneer.layers.refused import READ
 
 SETTING_UP = ("__init__", "_init_weights")

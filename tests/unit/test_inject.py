@@ -20,7 +20,8 @@ from veneer import (
     get_peft_model,
     inject_adapter_in_model,
 )
-from veneer.inject import eject, sites
+from veneer.inject.api import eject
+from veneer.inject.sites import sites
 from veneer.layers import LoraLayer
 
 
@@ -163,7 +164,7 @@ def test_a_module_in_several_places_is_adapted_once_in_all_of_them() -> None:
 def test_sites_name_every_module_once() -> None:
     found = sites(Tower())
     assert list(found) == ["first", "frozen", "list", "list.1"]
-    assert len(found["first"].places) == 3
+    assert len(found["first"].parents) == 3
 
 
 def test_a_model_that_is_one_layer_has_nothing_to_replace() -> None:

@@ -26,7 +26,7 @@ from veneer.calibration.measuring import Hook, in_mode, observe, planned
 from veneer.config import EvaConfig, LoraConfig
 from veneer.errors import AdapterNameError, ConfigError, Hint, LoadMismatchError, MergeError
 from veneer.files.keys import PREFIX
-from veneer.inject.places import sites
+from veneer.inject.sites import sites
 from veneer.layers import LoraLayer
 from veneer.layers.layer import Prepared
 from veneer.layers.start import initialise

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from veneer.atomic import atomic_file
 from veneer.config import LoraConfig
 from veneer.errors import ConfigError, Hint
-from veneer.inject import prepare
 from veneer.inject.injection import Addition
+from veneer.inject.prepare import prepare
 
 #: A hook before a module's forward: the module and its positional arguments.
 Hook = Callable[[nn.Module, tuple[Any, ...]], None]

@@ -12,9 +12,9 @@ from veneer.config import LoraConfig
 from veneer.errors import TargetError
 from veneer.files.keys import PREFIX
 from veneer.inject.encoder import give_back_fused_kernels
-from veneer.inject.places import sites
-from veneer.inject.preparing import prepare
+from veneer.inject.prepare import prepare
 from veneer.inject.replication import restore
+from veneer.inject.sites import sites
 from veneer.layers.making import draw_seed
 from veneer.layers.modules_to_save import ModulesToSaveWrapper
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from veneer import backends
 from veneer.adapters import AdapterModule, walk
-from veneer.inject.embeddings import embedding_of
 from veneer.layers import LoraLayer
 from veneer.layers.modules_to_save import ModulesToSaveWrapper
 from veneer.layers.trainable_tokens import TrainableTokens
@@ -54,6 +54,16 @@ def bias_parameters(
             yield f"{path}.base_layer.bias", parameter
         elif kind == "all":
             yield f"{path}.bias" if path else "bias", parameter
+
+
+def embedding_of(model: nn.Module, side: Literal["input", "output"]) -> nn.Module | None:
+    """The input embedding or output head of a transformers model; None where the model does not name it."""
+    getter = getattr(model, f"get_{side}_embeddings", None)
+    try:
+        module = getter() if callable(getter) else None
+    except (NotImplementedError, AttributeError):  # models that have none
+        return None
+    return module if isinstance(module, nn.Module) else None
 
 
 def embedding_weights(model: nn.Module, future: Mapping[str, str] | None = None) -> dict[str, nn.Parameter]:

@@ -12,7 +12,7 @@ from veneer.adapters import AdapterSet
 from veneer.config import LoraConfig
 from veneer.errors import Text
 from veneer.inject.injection import Addition
-from veneer.inject.places import Site
+from veneer.inject.sites import Site
 from veneer.layers import LoraLayer
 from veneer.layers.making import why_not
 from veneer.layers.parameter import LoraParameter, parameters_of, why_not_wrapped

@@ -21,8 +21,8 @@ from veneer.inject.base_tensors import (
     writing_base_tensor,
 )
 from veneer.inject.encoder import keep_out_of_fused_kernels
-from veneer.inject.places import Site
 from veneer.inject.replication import Replication, keep
+from veneer.inject.sites import Site
 from veneer.inject.tokens import Rows
 from veneer.layers import LoraLayer
 from veneer.layers.layer import Prepared

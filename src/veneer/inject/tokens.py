@@ -14,8 +14,8 @@ from veneer.config import LoraConfig
 from veneer.config.expressions import Paths
 from veneer.config.values import name_in, show
 from veneer.errors import Hint, TargetError, Text
-from veneer.inject.embeddings import embedding_of
-from veneer.inject.places import Site
+from veneer.inject.base_tensors import embedding_of
+from veneer.inject.sites import Site
 from veneer.layers.trainable_tokens import PreparedRows, TrainableTokens, indices_by_module
 from veneer.targets import by_ends
 from veneer.wording import some, warn

@@ -12,9 +12,9 @@ from veneer.adapters import AdapterModule
 from veneer.config import LoraConfig
 from veneer.config.expressions import Paths
 from veneer.errors import Hint, TargetError, Text
-from veneer.inject.embeddings import embedding_of
+from veneer.inject.base_tensors import embedding_of
 from veneer.inject.injection import Addition, Copy
-from veneer.inject.places import Site
+from veneer.inject.sites import Site
 from veneer.layers.embedding import LoraEmbedding
 from veneer.layers.making import why_not
 from veneer.layers.modules_to_save import ModulesToSaveWrapper

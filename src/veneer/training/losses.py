@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import Hint, TrainingError
-from ..inject.embeddings import embedding_of
+from ..inject.base_tensors import embedding_of
 from .data import IGNORED, bare, without_cache
 
 Batch = Mapping[str, Tensor]

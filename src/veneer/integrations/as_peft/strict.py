@@ -20,7 +20,8 @@ from ...errors import AdapterFileError, LoadMismatchError
 from ...files.layout import ATTEMPTS, BIN_NAME, SAFETENSORS_NAME, watched
 from ...files.values import check_values
 from ...hotswap import prepare_model_for_compiled_hotswap
-from ...inject import bias_parameters, sites
+from ...inject.base_tensors import bias_parameters
+from ...inject.sites import sites
 from ...wording import listed
 
 _CONTAINERS = (

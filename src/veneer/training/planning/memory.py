@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ...adapters import base_of
 from ...config import LoraConfig
 from ...errors import ConfigError, VeneerError, VeneerWarning
-from ...inject.embeddings import embedding_of
+from ...inject.base_tensors import embedding_of
 from ...peft_model import get_peft_model
 from ..libraries import quiet_libraries
 from .sources import shadow

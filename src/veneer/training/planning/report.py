@@ -11,7 +11,7 @@ from typing import Any
 
 from ...config import LoraConfig
 from ...errors import VeneerWarning
-from ...inject import plan
+from ...inject.sites import plan
 from ...targets import Plan, layer_index
 from .budget import Budget, Proposal, propose
 from .memory import MemoryEstimate, Step, estimate_memory

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from ...inject.embeddings import embedding_of
+from ...inject.base_tensors import embedding_of
 
 #: Allocators hand out memory in pieces of this many bytes: the CPU's of 64, CUDA's of 512.
 GRAIN = {"cpu": 64, "cuda": 512}

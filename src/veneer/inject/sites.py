@@ -10,7 +10,7 @@ from torch import nn
 from veneer import backends, layers, targets
 from veneer.adapters import AdapterModule, AdapterSet
 from veneer.config import LoraConfig
-from veneer.inject.embeddings import embedding_of
+from veneer.inject.base_tensors import embedding_of
 from veneer.layers import LoraLayer
 from veneer.layers.modules_to_save import ModulesToSaveWrapper
 from veneer.layers.trainable_tokens import TrainableTokens
@@ -19,14 +19,14 @@ from veneer.targets import Candidate, Plan
 
 @dataclass
 class Site:
-    """A module and every place of the model that refers to it.
+    """A module and every parent that refers to it, with its name there.
 
     Its ``path`` is that in the model without adapters, whatever layers lie around it now.
     """
 
     path: str
     module: nn.Module
-    places: list[tuple[nn.Module, str]]
+    parents: list[tuple[nn.Module, str]]
 
     @property
     def base(self) -> nn.Module:
@@ -45,11 +45,11 @@ class Site:
         """
         if backends.quantised(self.base) is not None:
             return None
-        return next((cls for parent, name in self.places if (cls := layers.reader(parent, name))), None)
+        return next((cls for parent, name in self.parents if (cls := layers.reader(parent, name))), None)
 
     def replace(self, module: nn.Module) -> None:
-        """Put another module in all the places."""
-        for parent, name in self.places:
+        """Put another module in its place, in every parent."""
+        for parent, name in self.parents:
             parent._modules[name] = module
 
 
@@ -63,7 +63,7 @@ def sites(model: nn.Module) -> dict[str, Site]:
                 continue
             site = found.get(id(child))
             if site is not None:
-                site.places.append((module, name))
+                site.parents.append((module, name))
                 continue
             path = f"{prefix}{name}"
             found[id(child)] = Site(path, child, [(module, name)])
@@ -129,7 +129,7 @@ def candidates(model: nn.Module, found: Mapping[str, Site], unread: bool = False
     head = embedding_of(model, "output")
     result = []
     for path, site in found.items():
-        base, parent = site.base, site.places[0][0]
+        base, parent = site.base, site.parents[0][0]
         cls = layers.find(base)
         reason = layers.refusal(base) or ""
         if isinstance(parent, nn.MultiheadAttention):

@@ -13,8 +13,8 @@ from veneer.config import LoraConfig, looks_like_regex
 from veneer.errors import Hint, TargetError, Text
 from veneer.inject.building import build
 from veneer.inject.injection import Addition, Copy, Injection
-from veneer.inject.places import Site, model_type, plan_sites, sites
 from veneer.inject.replication import planning, replication
+from veneer.inject.sites import Site, model_type, plan_sites, sites
 from veneer.inject.tokens import token_rows
 from veneer.inject.tying import check_tied, tie, tied_additions, tied_copies
 from veneer.layers.making import check_config, with_variant_options
