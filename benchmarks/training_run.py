@@ -7,7 +7,6 @@ one process. TRL with Veneer's adapter tells how much of it is the adapter, and 
 
 from __future__ import annotations
 
-import functools
 import importlib
 import tempfile
 import time
@@ -17,7 +16,8 @@ from typing import Any
 import torch
 
 from benchmarks._models import LINEARS, library, llama
-from benchmarks.harness import THREADS, Report, Row, question, ratio, take_turns, timed
+from benchmarks.harness import THREADS, Report, Row, question, ratio, take_turns
+from examples.data import fast_dtype
 
 #: A run of veneer train takes at most this share of TRL's with PEFT: 1.8 times as fast.
 BAR = 1 / 1.8
@@ -45,20 +45,9 @@ def tokenizer() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>")
 
 
-@functools.cache
-def kind() -> torch.dtype:
-    """bfloat16, unless this machine multiplies float32 faster."""
-
-    def seconds(dtype: torch.dtype) -> float:
-        x = torch.randn(HIDDEN, HIDDEN).to(dtype)
-        return min(timed(lambda: x @ x)() for _ in range(5))
-
-    return min(torch.bfloat16, torch.float32, key=seconds)
-
-
 def adapted(side: str, p: float) -> Any:
     lora = library(side)
-    base = llama(HIDDEN, LAYERS, kind(), head=True, vocabulary=VOCABULARY)
+    base = llama(HIDDEN, LAYERS, fast_dtype(), head=True, vocabulary=VOCABULARY)
     config = lora.LoraConfig(
         r=16, lora_alpha=16, lora_dropout=p, target_modules=LINEARS, task_type="CAUSAL_LM"
     )
@@ -138,7 +127,7 @@ def measure(quick: bool) -> Report:
             )
         )
     conditions = {
-        "model": f"Llama-shaped, hidden {HIDDEN}, {LAYERS} layers, {VOCABULARY} tokens, {kind()}",
+        "model": f"Llama-shaped, hidden {HIDDEN}, {LAYERS} layers, {VOCABULARY} tokens, {fast_dtype()}",
         "run": f"{steps} steps of {BATCH} rows, {PROMPT} tokens of prompt and {ANSWER} of answer",
         "adapter": "r = 16 on every linear, float32 factors",
     }

@@ -12,7 +12,7 @@ from typing import Any, TypeVar, get_args, get_type_hints
 
 from ..config import LoraConfig
 from ..errors import ConfigError, Hint, MissingExtraError, Text, UnknownOptionError
-from ..wording import did_you_mean, nearest
+from ..wording import did_you_mean, listed
 from .data.forms import Purpose
 
 T = TypeVar("T")
@@ -281,8 +281,8 @@ def check_names(options: TrainOptions) -> None:
 
     known = [str(name.value) for name in OptimizerNames]
     if options.optim not in known:
-        near = nearest(options.optim, known, most=3) or known[:4]
-        raise ConfigError(f"optim {options.optim!r} is unknown; near it: {', '.join(near)}")
+        suggestion = did_you_mean(options.optim, known) or f"; it knows {listed(known, 8)}"
+        raise ConfigError(Hint("optim"), f" {options.optim!r} is unknown to transformers{suggestion}")
     eight_bits = "8bit" in options.optim.replace("torch_8bit", "") or options.optim.startswith("paged")
     if eight_bits and importlib.util.find_spec("bitsandbytes") is None:
         raise MissingExtraError("bitsandbytes", "quant", f"the optimizer {options.optim}")

@@ -282,7 +282,8 @@ def test_a_result_that_cannot_be_written_is_said_with_the_way_on(
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"optim": "adamw_torhc"}, "optim 'adamw_torhc' is unknown; near it: adamw_torch"),
+        ({"optim": "adamw_torhc"}, r"optim 'adamw_torhc' .*transformers \(did you mean 'adamw_torch'\?\)"),
+        ({"optim": "zzz"}, "optim 'zzz' is unknown to transformers; it knows adamw_torch, "),
         ({"report_to": "nothing_like_it"}, "report_to: nothing_like_it is not installed or unknown"),
     ],
 )

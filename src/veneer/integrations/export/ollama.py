@@ -67,4 +67,7 @@ class Ollama(PeftFiles):
 
     def usage(self, place: object, parts: list[Part]) -> str:
         base = parts[0].source.base_name()
-        return f"ollama create, with a Modelfile of FROM (Ollama's name of {base}) and ADAPTER {place}"
+        return (
+            "ollama create NAME -f Modelfile, where the Modelfile has the two lines FROM (what Ollama calls "
+            f'{base}) and ADAPTER "{place}"'
+        )

@@ -143,6 +143,17 @@ def test_what_a_target_can_say_is_written_bit_for_bit(saved: Callable[[str], Sav
         assert all(torch.equal(written[name], source[name]) for name in source)
 
 
+@pytest.mark.parametrize("target", ["vllm", "llama.cpp", "mlx", "ollama"])
+def test_commands_quote_a_path_with_a_space(
+    target: str, saved: Callable[[str], Saved], tmp_path: Path
+) -> None:
+    place = tmp_path / "my adapter"
+    report = export_adapter(saved("linear").place, place, target)
+    # Ollama's command refers to a Modelfile, whose strings have double quotes.
+    quoted = {"vllm": f"'NAME={place}'", "ollama": f'ADAPTER "{place}"'}.get(target, f"'{place}'")
+    assert quoted in report.usage
+
+
 def test_vllm_divides_by_the_root_where_the_adapter_does(
     saved: Callable[[str], Saved], tmp_path: Path
 ) -> None:
