@@ -18,7 +18,7 @@ from torch import Tensor
 
 from veneer import variants
 from veneer.adapters import as_names
-from veneer.errors import CombineError, show
+from veneer.errors import CombineError, Text, show
 from veneer.inits import InitResult
 from veneer.layers import LoraLayer
 from veneer.ops import low_rank, pruning
@@ -135,6 +135,27 @@ def combine(
         result.append(combined)
         ranks[path], errors[path] = combined.spec.r, combined.error
     return result, CombineReport(combination_type, ranks, errors)
+
+
+def with_equal_biases(results: Sequence[Combined]) -> list[Combined]:
+    """If any layer has a ``lora_bias``, give the others one of zeros: the option applies to all layers.
+
+    Raises:
+        CombineError: If a layer that cannot have one, such as an embedding, is among them.
+    """
+    if not any(c.spec.lora_bias for c in results):
+        return list(results)
+    filled, problems = [], []
+    for combined in results:
+        spec, start = replace(combined.spec, lora_bias=True), combined.start
+        if reason := combined.layer.refuses(combined.layer.geometry(), spec):
+            problems.append(Text(f"{spec.path}: ", reason, ", and another of the layers has a lora_bias"))
+        elif start.bias is None:
+            start = replace(start, bias=start.b.new_zeros(start.b.shape[0]))
+        filled.append(replace(combined, spec=spec, start=start))
+    if problems:
+        raise CombineError(Text.join("\n  - ", ["these adapters cannot be combined:", *problems]))
+    return filled
 
 
 def _listed(weights: object) -> list[object]:

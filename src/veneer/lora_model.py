@@ -6,7 +6,6 @@ import copy
 import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from veneer import arithmetic, inits, targets
 from veneer.adapters import AdapterSet, Contexts, as_names, check_adapter_name, walk
-from veneer.arithmetic import Combined, CombineReport
+from veneer.arithmetic import CombineReport
 from veneer.config import LoraConfig
 from veneer.dequantise import dequantise, forget_quantisation
 from veneer.errors import (
@@ -23,7 +22,6 @@ from veneer.errors import (
     MergeError,
     RoutingError,
     TargetError,
-    Text,
     show,
 )
 from veneer.inject.api import eject
@@ -563,7 +561,7 @@ class LoraModel(nn.Module):
             density,
             majority_sign_method,
         )
-        results = _alike_in_bias(results)
+        results = arithmetic.with_equal_biases(results)
         config = copy.deepcopy(self.peft_config[names[0]])
         restate(config, [c.spec for c in results])
         config.lora_dropout, config.init_lora_weights = 0.0, True
@@ -640,27 +638,6 @@ def _init_of(config: LoraConfig) -> inits.Init:
 def _check_factor(factor: object) -> None:
     if isinstance(factor, bool) or not isinstance(factor, int | float) or not math.isfinite(factor):
         raise ConfigError(f"the strength of an adapter is a finite number, got {factor!r}")
-
-
-def _alike_in_bias(results: Sequence[Combined]) -> list[Combined]:
-    """Give every result a bias, zero where it has none, if any has one: a configuration says it for all.
-
-    Raises:
-        CombineError: If a layer that cannot have one, such as an embedding, is among them.
-    """
-    if not any(c.spec.lora_bias for c in results):
-        return list(results)
-    filled, problems = [], []
-    for combined in results:
-        spec, start = replace(combined.spec, lora_bias=True), combined.start
-        if reason := combined.layer.refuses(combined.layer.geometry(), spec):
-            problems.append(Text(f"{spec.path}: ", reason, ", and another of the layers has a lora_bias"))
-        elif start.bias is None:
-            start = replace(start, bias=start.b.new_zeros(start.b.shape[0]))
-        filled.append(replace(combined, spec=spec, start=start))
-    if problems:
-        raise CombineError(Text.join("\n  - ", ["these adapters cannot be combined:", *problems]))
-    return filled
 
 
 def _note_untied(model: nn.Module) -> None:

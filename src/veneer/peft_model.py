@@ -11,17 +11,17 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from veneer.adapters import as_names, walk
 from veneer.config import LoraConfig, PeftConfig, PeftType, TaskType
-from veneer.errors import AdapterNameError, CheckpointError, ConfigError, RoutingError
+from veneer.errors import AdapterNameError, CheckpointError, ConfigError
 from veneer.files.read import AdapterFile, open_adapter
 from veneer.files.report import LoadReport
 from veneer.hub import HUB_OPTIONS, adapter_directory, push_adapter, refuse_unknown
 from veneer.load import Checks, KeyMapping, load, renamer
 from veneer.lora_model import LoraModel, mention_biases
-from veneer.routing import Activation, Routing, disabled, keep_for_backward, last_invocations, routed
+from veneer.routing import Routing, disabled, keep_for_backward, routed
 from veneer.save import save, subtracted_start, update_card
 from veneer.state_dict import check_save_embedding_layers
 from veneer.status import (
@@ -31,10 +31,8 @@ from veneer.status import (
     get_layer_status,
     get_model_status,
 )
+from veneer.variants.alora import Activation, find_activation
 from veneer.wording import warn
-
-#: Ways of generating in which a call of the model has neither all positions nor the last one.
-_NOT_ONE_BY_ONE = ("assistant_model", "prompt_lookup_num_tokens", "prefill_chunk_size")
 
 #: Trainer calls these through the wrapper; transformers sees to the input of models of `input_ids` alone.
 _ENABLES_CHECKPOINTING = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
@@ -239,34 +237,19 @@ class PeftModel(nn.Module):
         return routed(self.get_base_model(), list(names or ()), expand, activation, list(self.peft_config))
 
     def _activation(
-        self, names: Sequence[str] | None, grows: bool, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, names: Sequence[str] | None, generates: bool, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Activation | None:
-        """From where on the aLoRA adapters of a call act; None without any. Takes ``alora_offsets`` out."""
-        given = kwargs.pop("alora_offsets", None)
+        """Where the aLoRA adapters of a call act; None if it uses none. Takes ``alora_offsets`` out."""
+        offsets = kwargs.pop("alora_offsets", None)
         if not self.base_model.invocable:
             return None
-        invoked = {n: getattr(c, "alora_invocation_tokens", None) for n, c in self.peft_config.items()}
         used = self.active_adapters if names is None else names
-        tokens = {name: list(invoked[name] or ()) for name in used if invoked.get(name)}
+        configs = {name: self.peft_config[name] for name in used if name in self.peft_config}
+        invocations = {name: getattr(c, "alora_invocation_tokens", None) for name, c in configs.items()}
+        tokens = {name: list(sequence) for name, sequence in invocations.items() if sequence}
         if not tokens or all(layer.disable_adapters for layer in self.base_model.layers().values()):
             return None
-        if grows and (way := next((k for k in _NOT_ONE_BY_ONE if kwargs.get(k)), None)):
-            raise RoutingError(f"generate({way}=…) lays positions out in pieces, so aLoRA cannot follow them")
-        if given is not None:
-            return Activation({name: list(given) for name in tokens}, 0, grows)
-        named = [kwargs.get("input_ids"), kwargs.get("inputs") if grows else None, *args[:1]]
-        ids = next((v for v in named if isinstance(v, Tensor) and not v.is_floating_point()), None)
-        if ids is None:
-            embeds = kwargs.get("inputs_embeds")
-            if embeds is None:
-                raise RoutingError("an aLoRA needs input_ids, or alora_offsets, to know where it is invoked")
-            warn(
-                "without input_ids an aLoRA does not know where it is invoked: this call is the base "
-                "model's. Pass alora_offsets"
-            )
-            return Activation({n: [None] * len(embeds) for n in tokens})
-        offsets = {name: last_invocations(ids, tokens[name]) for name in tokens}
-        return Activation(offsets, ids.shape[-1], grows)
+        return find_activation(tokens, offsets, args, kwargs, generates=generates)
 
     def train(self, mode: bool = True) -> PeftModel:
         """Set the training mode, and say so if there is nothing to train."""

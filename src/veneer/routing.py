@@ -15,7 +15,6 @@ import threading
 import weakref
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,40 +23,10 @@ from torch import Tensor, nn
 from veneer.adapters import AdapterModule, Contexts, adapter_modules, opened
 from veneer.errors import RoutingError
 from veneer.ops.mixed_batch import Layout, layouts
+from veneer.variants.alora import Activation
 
 #: The name that stands for the base model without an adapter.
 BASE = "__base__"
-
-
-@dataclass(frozen=True)
-class Activation:
-    """The positions from which invoked adapters (aLoRA) act, in each row of a batch.
-
-    Args:
-        offsets: For each adapter and row, on how many of the last positions of the input it acts; None for
-            none.
-        length: Number of positions of the input; 0 if unknown, so that offsets count from the end.
-        grows: Whether more positions may follow the input (`generate`).
-    """
-
-    offsets: Mapping[str, Sequence[int | None]]
-    length: int = 0
-    grows: bool = False
-
-    def starts(self, name: str, rows: Sequence[int], tokens: int, where: str) -> list[int]:
-        """The first position on which an adapter acts, in rows of a layer's input with ``tokens`` positions.
-
-        Raises:
-            RoutingError: The positions are not those of the input.
-        """
-        beyond = tokens - self.length if self.length and tokens > self.length else 0
-        if beyond and not self.grows:
-            raise RoutingError(
-                f"the input of the model has {self.length} positions and that of {where} {tokens}: from "
-                f"which of them on {name!r} acts is unknown. Pass alora_offsets, counted from the end"
-            )
-        counts = [self.offsets[name][row] for row in rows]
-        return [tokens if count is None else max(tokens - beyond - count, 0) for count in counts]
 
 
 class Routing:
@@ -263,19 +232,6 @@ def acting(layer: nn.Module, name: str, where: str, x: Tensor) -> Tensor:
     starts = torch.tensor(activation.starts(name, rows, tokens, where), device=x.device)
     mask = torch.arange(tokens, device=x.device) >= starts.unsqueeze(1)
     return mask if x.dim() == 3 else mask[:, 0]
-
-
-def last_invocations(input_ids: Tensor, tokens: Sequence[int]) -> list[int | None]:
-    """For each row, the number of positions from the last occurrence of ``tokens`` to the end, or None.
-
-    input_ids: (rows, length) or (length,).
-    """
-    ids = input_ids.reshape(-1, input_ids.shape[-1]).cpu()
-    length, size = ids.shape[1], len(tokens)
-    if length < size:
-        return [None] * ids.shape[0]
-    hits = (ids.unfold(1, size, 1) == torch.tensor(list(tokens))).all(-1)
-    return [length - int(row.nonzero()[-1]) if bool(row.any()) else None for row in hits]
 
 
 def _refuse_recomputation(layer: nn.Module) -> None:

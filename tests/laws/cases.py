@@ -29,11 +29,12 @@ from veneer.inits.base import inits, note_statistics
 from veneer.inits.corda import context_directions
 from veneer.layers import LoraLayer, find, registry
 from veneer.layers.making import why_not
-from veneer.routing import Activation, Routing, routed
+from veneer.routing import Routing, routed
 from veneer.spec import resolve
 from veneer.testing.made import LayerCase, Made
 from veneer.testing.made import train as train
 from veneer.variants import registry as variants
+from veneer.variants.alora import Activation
 
 
 def acting_everywhere() -> AbstractContextManager[Routing]:

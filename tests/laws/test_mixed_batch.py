@@ -13,8 +13,9 @@ from tests.laws.cases import ALL, Combination, acting_everywhere, train
 from veneer import LoraConfig, get_peft_model
 from veneer.layers import LoraLayer, wrap
 from veneer.ops import mixed_batch
-from veneer.routing import BASE, Activation, routed
+from veneer.routing import BASE, routed
 from veneer.testing.laws import close
+from veneer.variants.alora import Activation
 
 #: Cases whose first axis is that of the batch, each with more than one row.
 BATCHED = [

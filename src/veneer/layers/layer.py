@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Reversible, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -395,17 +395,19 @@ class LoraLayer(Mergeable):
     def inner(self) -> Reversible[tuple[str, nn.Module | None]]:
         return (("base_layer", self._modules["base_layer"]),)
 
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name in type(self).adapter_layer_names:
-                return NOTHING  # no adapter has such a tensor here
-            # Code around the model reads `weight`, `in_features`, `stride`, … of the module it knows.
-            base = self.__dict__.get("_modules", {}).get("base_layer")
-            if base is None or name.startswith("_"):
-                raise
-            return getattr(base, name)
+    if not TYPE_CHECKING:  # a type checker should notice a method that does not exist
+
+        def __getattr__(self, name: str) -> Any:
+            try:
+                return super().__getattr__(name)
+            except AttributeError:
+                if name in type(self).adapter_layer_names:
+                    return NOTHING  # no adapter has such a tensor here
+                # Code around the model reads `weight`, `in_features`, `stride`, … of the module it knows.
+                base = self.__dict__.get("_modules", {}).get("base_layer")
+                if base is None or name.startswith("_"):
+                    raise
+                return getattr(base, name)
 
     # -- what adapters hold here -----------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Reversible, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -134,13 +134,15 @@ class ModulesToSaveWrapper(AdapterModule):
             whole = whole.index_copy(0, rows, part)
         return whole
 
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if "original_module" not in self.__dict__.get("_modules", {}) or name.startswith("_"):
-                raise
-            return getattr(self.current, name)
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            try:
+                return super().__getattr__(name)
+            except AttributeError:
+                if "original_module" not in self.__dict__.get("_modules", {}) or name.startswith("_"):
+                    raise
+                return getattr(self.current, name)
 
 
 def _taken(value: Any, rows: Tensor, count: int) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Reversible, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -279,14 +279,16 @@ class TrainableTokens(Mergeable):
             weight = weight.index_copy(0, index, self.rows(name).to(weight))
         return weight
 
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            inner = self.__dict__.get("_modules", {}).get("token_adapter")
-            if inner is None or name.startswith("_"):
-                raise
-            return getattr(inner.base_layer, name)
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            try:
+                return super().__getattr__(name)
+            except AttributeError:
+                inner = self.__dict__.get("_modules", {}).get("token_adapter")
+                if inner is None or name.startswith("_"):
+                    raise
+                return getattr(inner.base_layer, name)
 
     # -- merging: see `veneer.merge` -----------------------------------------------------------------
 

@@ -10,7 +10,8 @@ from tests.laws.cases import train
 from tests.tolerances import assert_close
 from veneer import LoraConfig
 from veneer.layers import LoraLayer, wrap
-from veneer.routing import BASE, Activation, routed
+from veneer.routing import BASE, routed
+from veneer.variants.alora import Activation
 
 
 def layer_with(*names: str) -> LoraLayer:
