@@ -5,10 +5,12 @@ A repository needs huggingface_hub, which is imported when one is used; a local 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import sys
 import tempfile
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,8 @@ from veneer.files.layout import BIN_NAME, CONFIG_NAME, SAFETENSORS_NAME, find_co
 from veneer.wording import did_you_mean
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-
+#: Seconds that the hub has to answer a first request.
+PATIENCE = 4.0
 
 #: Keywords that say how to fetch from the hub, or that libraries pass along; a local path needs none of them.
 HUB_OPTIONS = frozenset(
@@ -43,6 +46,35 @@ def is_local(where: str | os.PathLike[str]) -> bool:
     if text.startswith((".", "/", "~")) or "\\" in text or text.count("/") > 1 or not text:
         return True
     return os.path.isabs(text) or ("/" in text and os.path.isdir(text.partition("/")[0]))
+
+
+@contextlib.contextmanager
+def cached_if_unreachable() -> Iterator[str]:
+    """Within the block, libraries look into their caches at once where the hub does not answer.
+
+    huggingface_hub repeats each request five times, which takes 24 seconds.
+
+    Yields:
+        Why the hub cannot be reached; empty if it can, or if offline mode is set already.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    reason = ""
+    if not constants.HF_HUB_OFFLINE:
+        try:
+            get_session().head(constants.ENDPOINT, timeout=PATIENCE)
+        except Exception as error:  # of requests or of httpx, by the version
+            reason = f"the hub at {constants.ENDPOINT} does not answer: {error}"
+    modules = [constants, sys.modules.get("datasets.config")] if reason else []
+    before = [(module, module.HF_HUB_OFFLINE) for module in modules if module is not None]
+    for module, _ in before:
+        module.HF_HUB_OFFLINE = True
+    try:
+        yield reason
+    finally:
+        for module, value in before:
+            module.HF_HUB_OFFLINE = value
 
 
 def refuse_unknown(

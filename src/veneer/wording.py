@@ -69,6 +69,12 @@ def did_you_mean(word: object, known: Iterable[str]) -> str:
     return f" (did you mean {near[0]!r}?)" if near else ""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, without a full stop; the name of its type if it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(". ") if lines else type(error).__name__
+
+
 def warn(*parts: str | Hint | Text) -> None:
     """Give a `VeneerWarning` at the line outside of Veneer that led here.
 

@@ -9,7 +9,7 @@ import pytest
 
 from veneer import wording
 from veneer.errors import VeneerWarning
-from veneer.wording import did_you_mean, listed, some, visible
+from veneer.wording import did_you_mean, first_line, listed, some, visible
 
 
 @pytest.mark.parametrize(
@@ -71,3 +71,8 @@ def test_a_warning_stands_where_the_caller_is() -> None:
     with pytest.warns(VeneerWarning, match="^x untie=True$") as caught, names["held"]():
         pass
     assert caught[0].filename == __file__
+
+
+def test_the_first_line_of_an_error() -> None:
+    assert first_line(OSError("\nNo room. \nmore")) == "No room"
+    assert first_line(NotImplementedError()) == "NotImplementedError"

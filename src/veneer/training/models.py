@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import Hint, TrainingError, VeneerError
-from ..hub import is_local
+from ..hub import cached_if_unreachable, is_local
+from ..wording import first_line
 from .data.batch import pad_token
 from .libraries import quiet_libraries, require
 
@@ -74,12 +75,15 @@ def load_base(
 
 @contextlib.contextmanager
 def _loading(source: str | os.PathLike[str]) -> Iterator[None]:
-    with quiet_libraries():
+    local = is_local(source)
+    with quiet_libraries(), contextlib.nullcontext("") if local else cached_if_unreachable() as unreachable:
         try:
             yield
         except (OSError, ValueError, KeyError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-            raise TrainingError(f"the model {str(source)!r} cannot be loaded: {reason}") from error
+            raise TrainingError(
+                f"the model {str(source)!r} cannot be loaded: {first_line(error)}"
+                f"{unreachable and f' ({unreachable})'}"
+            ) from error
 
 
 def quantization(name: str, dtype: str = "auto") -> dict[str, Any]:

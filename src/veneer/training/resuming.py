@@ -19,6 +19,7 @@ from typing import Any
 from ..atomic import atomic_file
 from ..errors import AdapterFileError, Blank, Hint, Text, TrainingError
 from ..files.read import open_adapter
+from ..wording import first_line
 from .options import TrainOptions
 from .stopping import Stop
 
@@ -284,4 +285,4 @@ def reason(error: BaseException) -> str:
     """Why something could not be written, in one line."""
     if isinstance(error, OSError) and error.strerror:
         return os.strerror(error.errno) if error.errno else error.strerror
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return first_line(error)

@@ -13,6 +13,7 @@ import torch
 
 from ..errors import Hint, Text, TrainingError, VeneerError
 from ..integrations.transformers import enable_trainer
+from ..wording import first_line
 from .data import (
     Collator,
     LabelCollator,
@@ -86,10 +87,10 @@ def fine_tune(options: RunOptions, progress: Progress | None = None) -> dict[str
         progress.say(part.line())
     tokenizer = load_tokenizer(options.model)
     rows, eval_rows, label_names = _encoded(options, records, tokenizer, progress)
+    torch.manual_seed(options.seed)  # a classifier's head is drawn while its base is loaded
     base, _ = load_base(options.model, options.dtype, quantize=options.quantize, label_names=label_names)
     if first:
         progress.say(_estimate(options, rows, label_names, base))
-    torch.manual_seed(options.seed)
     objective = _objective(options, base, tokenizer)
     model = adapted(
         base,
@@ -346,7 +347,7 @@ def _estimate(options: RunOptions, rows: Sequence[Any], label_names: list[str] |
         )
         once = seconds_per_step(found, device=device, dtype=next(base.parameters()).dtype)
     except (VeneerError, RuntimeError, NotImplementedError) as error:
-        return f"No estimate of time and memory: {str(error).splitlines()[0]}"
+        return f"No estimate of time and memory: {first_line(error)}"
     steps = total_steps(len(rows), options, processes)
     seconds = steps * options.gradient_accumulation_steps * once
     time = f"{seconds / 60:.0f} min" if seconds >= 90 else f"{max(seconds, 1):.0f} s"

@@ -104,6 +104,12 @@ def test_loading_what_is_not_there(tmp_path: Path) -> None:
         load_base("someone/something")
 
 
+@pytest.mark.parametrize("load", [models.load_tokenizer, load_base, empty_model])
+def test_an_unreachable_hub_is_asked_once(load: Callable[[str], object], unreachable_hub: str) -> None:
+    with pytest.raises(TrainingError, match=f"the hub at {unreachable_hub} does not answer"):
+        load("someone/something")
+
+
 def test_an_output_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(VeneerError, match="is a file; name a directory"):

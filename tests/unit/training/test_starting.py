@@ -77,6 +77,19 @@ def test_a_classifier_is_measured_on_all_its_tokens(tmp_path: Path) -> None:
     assert values["init_lora_weights"] == "eva"
 
 
+def test_the_seed_decides_a_classifiers_head_too(tmp_path: Path) -> None:
+    base, data = saved_tiny(tmp_path / "base"), tmp_path / "classes.jsonl"
+    data.write_text("".join(json.dumps({"text": name, "label": name}) + "\n" for name in "abab"))
+    heads = []
+    for number, seed in enumerate((3, 3, 4)):
+        torch.manual_seed(number)  # whatever was drawn before the run
+        output = tmp_path / str(number)
+        given = {"model": str(base), "data": str(data), "output": str(output)}
+        fine_tune(RunOptions(**given, task="seq-cls", seed=seed, **STILL))
+        heads.append(load_file(output / "adapter_model.safetensors")["base_model.model.score.weight"])
+    assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
+
+
 def test_what_a_run_cannot_start_from_is_refused_with_the_way_out() -> None:
     given = {"model": "m", "data": "d.jsonl", "output": "out"}
     with pytest.raises(ConfigError, match=r"'loftq' replaces weights.*replace_lora_weights_loftq"):

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, SupportsIndex
 
 from ...errors import DataError
-from ...hub import is_local
+from ...hub import cached_if_unreachable, is_local
+from ...wording import first_line
 from ..libraries import quiet_libraries, require
 from .forms import (
     Form,
@@ -138,7 +139,8 @@ def _found(name: str) -> Source:
         return _directory(Path(stem).expanduser(), split)
     # A name with two slashes may be OWNER/NAME/CONFIG rather than a path.
     an_id = name.count("/") == 2 and not name.startswith((".", "/", "~")) and "\\" not in name
-    if (is_local(stem) and not an_id) or {place.suffix.lower(), Path(stem).suffix.lower()} & READERS.keys():
+    suffixes = {place.suffix.lower(), Path(stem).suffix.lower()}
+    if (is_local(stem) and not an_id) or suffixes & {*READERS, ".txt"}:
         raise DataError(f"cannot read the data file {name}: No such file or directory")
     return _hub(stem, split or "train")
 
@@ -251,7 +253,7 @@ def _parquet(place: Path) -> Source:
     try:
         table = parquet.read_table(place)
     except pyarrow.ArrowException as error:
-        raise DataError(f"{place} is no Parquet file that can be read: {_first_line(error)}") from error
+        raise DataError(f"{place} is no Parquet file that can be read: {first_line(error)}") from error
     try:
         return _rows_of(datasets.Dataset(table))
     except (TypeError, ValueError):  # a type or metadata that datasets does not know; the rows are there
@@ -311,7 +313,7 @@ def _saved_dataset(place: Path, split: str | None) -> Source:
     try:
         found = datasets.load_from_disk(str(place))
     except (OSError, ValueError) as error:
-        raise DataError(f"the data set in {place} cannot be read: {_first_line(error)}") from error
+        raise DataError(f"the data set in {place} cannot be read: {first_line(error)}") from error
     if isinstance(found, datasets.DatasetDict):
         wanted = split or "train"
         if wanted not in found:
@@ -334,17 +336,14 @@ def _hub(name: str, split: str) -> Source:
     import datasets
 
     path, config = "/".join(parts[:2]), parts[2] if len(parts) == 3 else None
-    try:
-        with quiet_libraries():
-            return _rows_of(datasets.load_dataset(path, config, split=split))
-    except Exception as error:  # whatever the network, the hub or the files' reader raises
-        raise DataError(
-            f"{path!r} is no file or directory here, and as a data set of the hub it cannot be had "
-            f"(split {split!r}{f', configuration {config!r}' if config else ''}): {_first_line(error)}. "
-            "Check the name and the network, or give a file."
-        ) from error
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__
+    with cached_if_unreachable() as unreachable:
+        try:
+            with quiet_libraries():
+                return _rows_of(datasets.load_dataset(path, config, split=split))
+        except Exception as error:  # whatever the network, the hub or the files' reader raises
+            raise DataError(
+                f"{path!r} is no file or directory here, and as a data set of the hub it cannot be had "
+                f"(split {split!r}{f', configuration {config!r}' if config else ''}): "
+                f"{first_line(error)}{unreachable and f' ({unreachable})'}. "
+                "Check the name and the network, or give a file."
+            ) from error

@@ -20,6 +20,7 @@ from ...config import LoraConfig
 from ...errors import ConfigError, VeneerError, VeneerWarning
 from ...inject.base_tensors import embedding_of
 from ...peft_model import get_peft_model
+from ...wording import first_line
 from ..libraries import quiet_libraries
 from .sources import shadow
 from .tracing import Trace, trace_step
@@ -313,7 +314,7 @@ def _trace(model: nn.Module, step: Step) -> tuple[Trace, str]:
     except VeneerError:
         raise
     except Exception as error:
-        reason = next(iter(str(error).strip().splitlines()), "")[:100] or type(error).__name__
+        reason = first_line(error)[:100]
         return _rough(model, step.batch_size * step.sequence_length), (
             f"activations are only the inputs and outputs of the linear layers, added up: this model cannot "
             f"be run without values ({reason})"

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import TrainingError
-from ...hub import is_local
-from ...wording import did_you_mean
+from ...hub import cached_if_unreachable, is_local
+from ...wording import did_you_mean, first_line
 from ..libraries import quiet_libraries, require
 from ..models import NO_CODE
 
@@ -63,7 +63,7 @@ def empty_model(
         with quiet_libraries(), torch.device("meta"):
             model = loader.from_config(config, dtype=wanted)
     except Exception as error:  # each architecture fails in its own way on values that make no sense
-        reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+        reason = first_line(error)
         if "Unrecognized configuration class" in reason:
             reason = f"transformers has no {CLASSES[task]} of the type {config.model_type!r}"
         raise TrainingError(f"no model can be made of the configuration {str(source)!r}: {reason}") from error
@@ -105,13 +105,13 @@ def _read(source: str | os.PathLike[str]) -> Any:
         )
     if place.is_dir():
         return _from_file(place / "config.json")
-    with quiet_libraries():
+    with quiet_libraries(), cached_if_unreachable() as unreachable:
         try:
             return AutoConfig.from_pretrained(source, **NO_CODE)
         except (OSError, ValueError, KeyError) as error:
-            reason = next(iter(str(error).strip().splitlines()), "") or repr(error)
             raise TrainingError(
-                f"there is no directory {str(source)!r}, and as a hub id it cannot be had: {reason}"
+                f"there is no directory {str(source)!r}, and as a hub id it cannot be had: "
+                f"{first_line(error)}{unreachable and f' ({unreachable})'}"
             ) from error
 
 

@@ -264,7 +264,16 @@ def test_a_hub_that_does_not_answer_is_one_clear_error(monkeypatch: pytest.Monke
     )
 
 
-@pytest.mark.parametrize("name", ["data.jsonl", "./data", "/data/here", "a/b.csv", "a//b", "a/b/c/d"])
+@pytest.mark.parametrize("name", ["org/data", "data:test", "org/data/part"])
+def test_an_unreachable_hub_is_asked_once(name: str, unreachable_hub: str) -> None:
+    with pytest.raises(DataError, match=f"cannot be had .*the hub at {unreachable_hub} does not answer"):
+        read_records(name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    "data.jsonl data.txt data.jsonl:test ./data ~/data /data/here a/b.csv a/b/c.txt \\b a//b a/b/c/d".split(),
+)
 def test_missing_files_never_become_ids(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
