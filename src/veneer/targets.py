@@ -1,14 +1,19 @@
 """Which modules an adapter takes: names in, :class:`Plan` out. Nothing here knows torch.
 
 One rule for every pattern, alone or in a list: a name, the end of a dotted path, a full path, or a regular
-expression over the whole path. Whatever matches nothing is said, with the nearest names that exist.
+expression over the whole path. A pattern that matches nothing is reported with the nearest names that exist.
+
+`plan` comes first, then its steps, the words for what went wrong, the names that go into a file, and the
+table of default targets.
 """
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from veneer.config import LoraConfig, TaskType, looks_like_regex
 from veneer.config.expressions import Paths, path_ends
@@ -49,7 +54,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Unmatched:
-    """A pattern without the effect asked for: its field, the nearest names, what is known about it."""
+    """A pattern without the intended effect: its field, the nearest names, what is known about it."""
 
     field: str
     pattern: str
@@ -139,16 +144,14 @@ def plan(
 
     Args:
         candidates: All modules of the model, in its order.
-        config: What is asked for; not changed.
+        config: The configuration; not changed.
         adapter: The adapter's name.
         model_type: The model's type in the sense of transformers, for the default targets.
         strict_targets: Raise for every pattern that matches nothing, not only when all of them do.
         loading: The adapter comes from a file, whose tensors will be accounted for one by one: say nothing
             about idle patterns, and let a module that is both targeted and in ``modules_to_save`` train in
             full, as PEFT does.
-        stored: Names of the tensors in that file. A module whose path merely ends in a name of
-            ``modules_to_save`` is left out where the file has a tensor of none of these: it was written when
-            Veneer took names for whole ones.
+        stored: Names of the tensors in that file; see `by_ends`.
 
     Returns:
         The plan. Its ``unmatched`` patterns have been warned about.
@@ -159,292 +162,377 @@ def plan(
             or, with ``strict_targets``, if any pattern matches nothing. The message lists all of it.
     """
     config.validate()
-    planner = _Planner(candidates, config, model_type)
-    planner.choose_saved(stored)
-    planner.choose_targets()
-    planner.filter_layers()
-    planner.choose_parameters()
-    parameters = {path: planner.paths[path].parameter for path in planner.chosen}
-    specs = tuple(resolve_all(config, adapter, parameters, planner.all_paths).values())
-    if not loading:
-        planner.check_number_patterns()
-    if loading:
-        planner.conflicts.clear()
-    if planner.conflicts or planner.refused or not specs or (strict_targets and planner.unmatched):
-        raise TargetError(planner.complaint(adapter, nothing=not specs))
-    if planner.unmatched and not loading:
-        warn(planner.complaint(adapter, nothing=False))
-    for sentence in () if loading else planner.remarks:
+    modules = [c for c in candidates if c.path and not c.parameter]
+    parameters = [c for c in candidates if c.parameter]
+    paths = Paths([c.path for c in (*parameters, *modules)])
+    patterns = _as_patterns(config.target_modules) or _defaults(config, model_type, modules)
+
+    saved = _saved(config, modules, paths, stored)
+    reached = _reached(config, patterns, modules, paths, saved.paths)
+    in_layers, layers_unmatched = _in_layers(config, patterns, reached.chosen)
+    by_parameter = _parameters(config, parameters)
+
+    chosen = dict.fromkeys(in_layers, "")
+    chosen |= {c.path: c.parameter for hits in by_parameter.values() for c in hits if c.supported}
+    specs = tuple(resolve_all(config, adapter, chosen, paths).values())
+    unmatched = [
+        *saved.unmatched,
+        *reached.unmatched,
+        *_idle_targets(config, reached, saved.paths, modules),
+        *layers_unmatched,
+        *(Unmatched("target_parameters", p) for p, hits in by_parameter.items() if not hits),
+        *(() if loading else _idle_numbers(config, chosen, paths)),
+    ]
+    unmatched = _with_nearest(unmatched, modules, parameters, chosen)
+
+    refused = [*reached.refused, *(c for hits in by_parameter.values() for c in hits if not c.supported)]
+    problems = [*_by_reason(refused), *(() if loading else reached.conflicts)]
+    wrong = bool(problems) or not specs or (strict_targets and bool(unmatched))
+    if wrong or (unmatched and not loading):
+        message = _complaint(adapter, problems, unmatched, None if specs else modules)
+        if wrong:
+            raise TargetError(message)
+        warn(message)
+    for sentence in () if loading else saved.remarks:
         warn(sentence)
     return Plan(
         adapter=adapter,
         specs=specs,
-        modules_to_save=tuple(planner.saved),
-        unmatched=tuple(planner.unmatched),
-        skipped=tuple(Skipped(path, reason) for path, reason in planner.skipped.items()),
-        matched={p: tuple(x for x in paths if x in planner.chosen) for p, paths in planner.matched.items()},
+        modules_to_save=tuple(saved.paths),
+        unmatched=tuple(unmatched),
+        skipped=tuple(Skipped(path, reason) for path, reason in (saved.inside | reached.skipped).items()),
+        matched={
+            pattern: tuple(c.path for c in hits if c.path in chosen)
+            for pattern, hits in (reached.by_pattern | by_parameter).items()
+        },
     )
 
 
-class _Planner:
-    """The state of one call of :func:`plan`."""
+# --- the steps of a plan, each from what the steps before it found ---
 
-    def __init__(self, candidates: Sequence[Candidate], config: LoraConfig, model_type: str | None) -> None:
-        self.parameters = [c for c in candidates if c.parameter]
-        self.candidates = [c for c in candidates if c.path and not c.parameter]
-        self.paths = {c.path: c for c in [*self.parameters, *self.candidates]}
-        self.all_paths = Paths(list(self.paths))
-        self.config = config
-        self.unmatched: list[Unmatched] = []
-        self.refused: list[Candidate] = []
-        self.conflicts: list[Text] = []
-        self.remarks: list[Text] = []
-        self.parents = {end for c in self.candidates if (end := c.path.rpartition(".")[0])}
-        self.skipped: dict[str, str] = {}
-        self.saved: dict[str, None] = {}
-        self.chosen: dict[str, list[str]] = {}  # path -> the target patterns that matched it
-        self.matched: dict[str, list[str]] = {}  # target pattern -> paths
-        self.by_default = config.target_modules is None
-        self.patterns = _as_patterns(config.target_modules) or self._defaults(model_type)
 
-    def _defaults(self, model_type: str | None) -> list[str]:
-        if self.config.target_parameters and not self.by_default:
-            return []
-        defaults = DEFAULT_TARGETS.get(model_type or "")
-        if defaults is not None:
-            return _as_patterns(defaults)
-        if self.config.target_parameters:
-            return []
-        known = f"model type {model_type!r} has" if model_type else "a model without a model type has"
-        names = ", ".join(f"{name} ({count})" for name, count in linear_names(self.candidates).items())
-        raise TargetError(
-            f"{known} no default ",
-            Hint("target_modules"),
-            ": name them, or pass ",
-            Hint("target_modules", ALL_LINEAR),
-            f". Linear layers here: {names}" if names else ". There are no linear layers in this model",
-        )
+def _defaults(config: LoraConfig, model_type: str | None, modules: Sequence[Candidate]) -> list[str]:
+    """The patterns where ``target_modules`` has none."""
+    if config.target_parameters and config.target_modules is not None:
+        return []
+    if (defaults := DEFAULT_TARGETS.get(model_type or "")) is not None:
+        return _as_patterns(defaults)
+    if config.target_parameters:
+        return []
+    known = f"model type {model_type!r} has" if model_type else "a model without a model type has"
+    names = _counted(modules)
+    raise TargetError(
+        f"{known} no default ",
+        Hint("target_modules"),
+        ": name them, or pass ",
+        Hint("target_modules", ALL_LINEAR),
+        f". Linear layers here: {names}" if names else ". There are no linear layers in this model",
+    )
 
-    # --- modules that train in full
 
-    def choose_saved(self, stored: Collection[str] | None) -> None:
-        """Find the modules of ``modules_to_save`` and the heads of the task."""
-        heads = head_names(self.config.task_type)
-        asked = list(dict.fromkeys(self.config.modules_to_save or ()))
-        wanted = list(dict.fromkeys([*asked, *heads]))
-        modules = [c.path for c in self.candidates]
-        hits, remarks = by_ends(wanted, "modules_to_save", self.all_paths, modules, stored)
-        self.remarks += [remark for index, remark in remarks.items() if index < len(asked)]
-        used: set[int] = set()
-        for c in self.candidates:
-            used.update(hits[c.path])
-            if not hits[c.path]:
+class _Saved(NamedTuple):
+    """The modules that train in full.
+
+    Attributes:
+        paths: Their paths, in the model's order.
+        inside: Modules inside them that are named too, with a sentence about each.
+        unmatched: Names that match nothing.
+        remarks: What to say of names that take more than modules of that whole name.
+    """
+
+    paths: dict[str, None]
+    inside: dict[str, str]
+    unmatched: list[Unmatched]
+    remarks: list[Text]
+
+
+def _saved(
+    config: LoraConfig, modules: Sequence[Candidate], paths: Paths, stored: Collection[str] | None
+) -> _Saved:
+    """Find the modules of ``modules_to_save`` and the heads of the task."""
+    heads = head_names(config.task_type)
+    named = list(dict.fromkeys(config.modules_to_save or ()))
+    names = list(dict.fromkeys([*named, *heads]))
+    hits, remarks = by_ends(names, "modules_to_save", paths, [c.path for c in modules], stored)
+    saved: dict[str, None] = {}
+    inside: dict[str, str] = {}
+    used: set[int] = set()
+    for path in (c.path for c in modules if hits[c.path]):
+        used.update(hits[path])
+        if outer := _around(path, saved):
+            inside[path] = f"inside {outer}, which trains in full"
+        else:
+            saved[path] = None
+    unmatched = [
+        Unmatched("modules_to_save", name)
+        for index, name in enumerate(names)
+        if index not in used and name not in heads
+    ]
+    if heads and not saved:
+        task = TaskType(config.task_type).value
+        note = f"is the head that trains along for task {task}, and this model has none"
+        unmatched.append(Unmatched("modules_to_save", " or ".join(heads), note=note))
+    return _Saved(saved, inside, unmatched, [text for i, text in remarks.items() if i < len(named)])
+
+
+class _Reached(NamedTuple):
+    """What the target patterns match.
+
+    Attributes:
+        by_pattern: For each pattern all modules that it matches.
+        chosen: Paths of those that get factors, in the model's order.
+        skipped: Paths of the others, with the reason.
+        refused: Those of the others that are targeted by name and cannot be adapted.
+        conflicts: Sentences about modules that are named to get factors and to train in full.
+        unmatched: Exclusions that match nothing.
+    """
+
+    by_pattern: dict[str, list[Candidate]]
+    chosen: list[str]
+    skipped: dict[str, str]
+    refused: list[Candidate]
+    conflicts: list[Text]
+    unmatched: list[Unmatched]
+
+
+def _reached(
+    config: LoraConfig,
+    patterns: Sequence[str],
+    modules: Sequence[Candidate],
+    paths: Paths,
+    saved: Collection[str],
+) -> _Reached:
+    """Match the target patterns, less exclusions, modules that train in full, and what cannot be adapted."""
+    wildcard = next((p for p in patterns if p.lower() == ALL_LINEAR), None)
+    names = [p for p in patterns if p.lower() != ALL_LINEAR]
+    excluded = _as_patterns(config.exclude_modules)
+    hits = PatternSet(names, "target_modules").over(paths)
+    barred = PatternSet(excluded, "exclude_modules").over(paths)
+    asked = set(config.modules_to_save or ()).difference(head_names(config.task_type))
+    holders = {c.path.rpartition(".")[0] for c in modules}
+    by_pattern: dict[str, list[Candidate]] = {p: [] for p in patterns}
+    chosen: list[str] = []
+    skipped: dict[str, str] = {}
+    refused: list[Candidate] = []
+    conflicts: list[Text] = []
+    for c in modules:
+        found = [names[i] for i in hits[c.path]]
+        if wildcard and c.linear and not c.output_head and not c.router:
+            found.append(wildcard)
+        if not found:
+            continue
+        for pattern in found:
+            by_pattern[pattern].append(c)
+        by_name = [p for p in found if p != wildcard and not looks_like_regex(p)]
+        if barred[c.path]:
+            skipped[c.path] = f"excluded by {show(excluded[barred[c.path][0]])}"
+        elif outer := _around(c.path, saved):
+            skipped[c.path] = f"trains in full with {outer} of modules_to_save"
+            if both := asked.intersection(by_name):
+                conflicts.append(_named_twice(c.path, both.pop()))
+        elif c.supported:
+            chosen.append(c.path)
+        else:
+            holder = "only holds other modules" if c.path in holders else "cannot be adapted"
+            skipped[c.path] = f"{c.type_name}: {c.reason}" if c.reason else f"{c.type_name} {holder}"
+            if c.reason and by_name:
+                refused.append(c)
+    used = {index for c in modules for index in barred[c.path]}
+    idle = [Unmatched("exclude_modules", p) for index, p in enumerate(excluded) if index not in used]
+    return _Reached(by_pattern, chosen, skipped, refused, conflicts, idle)
+
+
+def _named_twice(path: str, pattern: str) -> Text:
+    return Text(
+        f"{path} is named by both ",
+        Hint("target_modules"),
+        " and ",
+        Hint("modules_to_save"),
+        f" ({show(pattern)}): it can get factors or train in full, not both",
+    )
+
+
+def _idle_targets(
+    config: LoraConfig, reached: _Reached, saved: Collection[str], modules: Sequence[Candidate]
+) -> list[Unmatched]:
+    """Target patterns that match nothing, or what cannot be adapted; not those that are refused for it."""
+    chosen, refused = set(reached.chosen), {c.path for c in reached.refused}
+    result = []
+    for pattern, hits in reached.by_pattern.items():
+        note = ""
+        if any(c.path in chosen for c in hits):
+            without = [c for c in hits if c.reason and not c.supported and c.path not in refused]
+            without = [c for c in without if not _around(c.path, saved)]
+            if not without:
                 continue
-            if outer := self._saved_around(c.path):
-                self.skipped[c.path] = f"inside {outer}, which trains in full"
-            else:
-                self.saved[c.path] = None
-        for index, name in enumerate(wanted):
-            if index not in used and name not in heads:
-                self._idle("modules_to_save", name)
-        if heads and not self.saved:
-            task = TaskType(self.config.task_type).value
-            note = f"is the head that trains along for task {task}, and this model has none"
-            self._idle("modules_to_save", " or ".join(heads), note)
+            note = f"also matches what cannot be adapted: {'; '.join(_by_reason(without))}"
+        elif (config.target_modules is None and chosen) or any(c.path in refused for c in hits):
+            continue
+        elif hits and all(not c.supported and not c.reason and c.path not in saved for c in hits):
+            note = _only_containers(hits, modules)
+        elif hits:
+            reasons = dict.fromkeys(reached.skipped[c.path] for c in hits)
+            note = f"matches only what is left out ({listed(reasons)})"
+        result.append(Unmatched("target_modules", pattern, note=note))
+    return result
 
-    def _saved_around(self, path: str) -> str | None:
-        return next((end for end in (path, *parents(path)) if end in self.saved), None)
 
-    # --- modules that get factors
+def _only_containers(hits: Sequence[Candidate], modules: Sequence[Candidate]) -> str:
+    roots = tuple(f"{c.path}." for c in hits)
+    inside = dict.fromkeys(
+        c.path.rpartition(".")[2] for c in modules if c.supported and c.path.startswith(roots)
+    )
+    more = f" and {len(hits) - 1} more like it" if len(hits) > 1 else ""
+    instead = f"; name the modules inside instead: {listed(inside, SHOWN)}" if inside else ""
+    return f"matches only {hits[0].path} ({hits[0].type_name}){more}, which cannot be adapted{instead}"
 
-    def choose_targets(self) -> None:
-        """Match the target patterns, less exclusions, modules that train in full, and what has no adapter."""
-        names = [p for p in self.patterns if p.lower() != ALL_LINEAR]
-        wildcard = next((p for p in self.patterns if p.lower() == ALL_LINEAR), None)
-        excluded = _as_patterns(self.config.exclude_modules)
-        hits = PatternSet(names, "target_modules").over(self.all_paths)
-        barred = PatternSet(excluded, "exclude_modules").over(self.all_paths)
-        self.matched = {p: [] for p in self.patterns}
-        reached: dict[str, list[Candidate]] = {p: [] for p in self.patterns}
-        exclusions: set[int] = set()
-        for c in self.candidates:
-            found = [names[i] for i in hits[c.path]]
-            if wildcard and c.linear and not c.output_head and not c.router:
-                found.append(wildcard)
-            outs = barred[c.path]
-            exclusions.update(outs)
-            for pattern in found:
-                reached[pattern].append(c)
-            if found and outs:
-                self.skipped[c.path] = f"excluded by {show(excluded[outs[0]])}"
-            elif found and self._is_open(c, found):
-                self.chosen[c.path] = found
-                for pattern in found:
-                    self.matched[pattern].append(c.path)
-        for index, pattern in enumerate(excluded):
-            if index not in exclusions:
-                self._idle("exclude_modules", pattern)
-        self._report_idle_targets(reached)
 
-    def _is_open(self, c: Candidate, found: list[str]) -> bool:
-        """Whether a matched module can be adapted; else note why, or refuse what was asked for by name."""
-        named = [p for p in found if p.lower() != ALL_LINEAR and not looks_like_regex(p)]
-        if outer := self._saved_around(c.path):
-            self.skipped[c.path] = f"trains in full with {outer} of modules_to_save"
-            asked = set(self.config.modules_to_save or ()) - set(head_names(self.config.task_type))
-            if both := asked.intersection(named):
-                self.conflicts.append(
-                    Text(
-                        f"{c.path} is named by both ",
-                        Hint("target_modules"),
-                        " and ",
-                        Hint("modules_to_save"),
-                        f" ({show(both.pop())}): it can get factors or train in full, not both",
-                    )
-                )
-            return False
-        if c.supported:
-            return True
-        if c.reason and named:
-            self.refused.append(c)
-        holder = "only holds other modules" if c.path in self.parents else "cannot be adapted"
-        self.skipped[c.path] = f"{c.type_name}: {c.reason}" if c.reason else f"{c.type_name} {holder}"
-        return False
+def _in_layers(
+    config: LoraConfig, patterns: Collection[str], chosen: Sequence[str]
+) -> tuple[list[str], list[Unmatched]]:
+    """The modules in ``layers_to_transform``, and its numbers that are not there.
 
-    def _report_idle_targets(self, reached: dict[str, list[Candidate]]) -> None:
-        complained = {c.path for c in self.refused}
-        for pattern in self.patterns:
-            hits = reached[pattern]
-            if self.matched[pattern]:
-                silent = complained.union(c.path for c in hits if self._saved_around(c.path))
-                barred = [c for c in hits if c.reason and not c.supported and c.path not in silent]
-                if barred:
-                    note = f"also matches what cannot be adapted: {'; '.join(_by_reason(barred))}"
-                    self._idle("target_modules", pattern, note, near=False)
-            elif (self.by_default and self.chosen) or any(c.path in complained for c in hits):
+    A module whose full path is among the targets is taken whatever its layer.
+    """
+    layers = config.layers_to_transform
+    if layers is None or layers == []:
+        return list(chosen), []
+    wanted = set(layers if isinstance(layers, list) else [layers])
+    before = _as_patterns(config.layers_pattern, ordered=True)
+    numbers = _numbers_after(before, chosen) if before else {path: layer_index(path) for path in chosen}
+    kept = [path for path in chosen if path in patterns or numbers[path] in wanted]
+    present = {n for path, n in numbers.items() if n is not None and path not in patterns}
+    if before and not present:
+        return kept, [Unmatched("layers_pattern", pattern) for pattern in before]
+    absent = sorted(wanted - present)
+    if not absent:
+        return kept, []
+    there = f"targets lie in layers {ranges(sorted(present))}"
+    note = f"is not there: {there if present else 'no target lies in a numbered layer'}"
+    return kept, [Unmatched("layers_to_transform", ranges(absent), note=note)]
+
+
+def _numbers_after(patterns: Sequence[str], paths: Iterable[str]) -> dict[str, int | None]:
+    """For each path the number after the first place in it that the earliest pattern matches."""
+    numbered = {path: _numbered(path) for path in paths}
+    owners = Paths(list(dict.fromkeys(owner for found in numbered.values() for owner in found)))
+    hits = PatternSet(patterns, "layers_pattern", anywhere=True).over(owners)
+    result: dict[str, int | None] = {}
+    for path, found in numbered.items():
+        matched = [owner for owner in found if hits[owner]]
+        result[path] = found[min(matched, key=lambda owner: hits[owner][0])] if matched else None
+    return result
+
+
+def _parameters(config: LoraConfig, parameters: Iterable[Candidate]) -> dict[str, list[Candidate]]:
+    """What each of ``target_parameters`` matches: it is the path of a parameter, or the end of one."""
+    reached: dict[str, list[Candidate]] = {p: [] for p in _as_patterns(config.target_parameters)}
+    for c in parameters:
+        for end in path_ends(c.path):
+            if end in reached:
+                reached[end].append(c)
+    return reached
+
+
+def _idle_numbers(config: LoraConfig, chosen: Collection[str], paths: Paths) -> list[Unmatched]:
+    """The keys of ``rank_pattern`` and ``alpha_pattern`` that match no target."""
+    result = []
+    for option in ("rank_pattern", "alpha_pattern"):
+        keys = list(getattr(config, option))
+        hits = PatternSet(keys, option, anywhere=True).over(paths)
+        used = {index for path in chosen for index in hits[path]}
+        there = {index: path for path, found in reversed(hits.items()) for index in found}
+        for index, key in enumerate(keys):
+            if index in used:
                 continue
-            elif not hits:
-                self._idle("target_modules", pattern)
-            elif all(not c.supported and not c.reason and c.path not in self.saved for c in hits):
-                self._suggest_inside(pattern, hits)
-            else:
-                reasons = list(dict.fromkeys(self.skipped[c.path] for c in hits))
-                note = f"matches only what is left out ({listed(reasons)})"
-                self._idle("target_modules", pattern, note, near=False)
+            other = there.get(index)
+            note = f"matches modules, such as {other}, but none that is adapted" if other else ""
+            result.append(Unmatched(option, key, note=note))
+    return result
 
-    def _suggest_inside(self, pattern: str, hits: list[Candidate]) -> None:
-        roots = tuple(c.path + "." for c in hits)
-        inside = dict.fromkeys(
-            c.path.rpartition(".")[2] for c in self.candidates if c.supported and c.path.startswith(roots)
-        )
-        note = f"matches only {hits[0].path} ({hits[0].type_name})"
-        if len(hits) > 1:
-            note += f" and {len(hits) - 1} more like it"
-        note += ", which cannot be adapted"
-        if inside:
-            note += f"; name the modules inside instead: {listed(inside, SHOWN)}"
-        self._idle("target_modules", pattern, note, near=False)
 
-    # --- layers
+# --- what to say of patterns that change nothing ---
 
-    def filter_layers(self) -> None:
-        """Leave out layers that are not in ``layers_to_transform``; a full path is taken at its word."""
-        layers = self.config.layers_to_transform
-        if layers is None or layers == []:
-            return
-        wanted = set(layers if isinstance(layers, list) else [layers])
-        before = _as_patterns(self.config.layers_pattern, ordered=True)
-        lists = {path: _numbered(path) for path in self.chosen} if before else {}
-        owners = Paths(list(dict.fromkeys(owner for found in lists.values() for owner in found)))
-        hits = PatternSet(before, "layers_pattern", anywhere=True).over(owners)
-        present: set[int] = set()
-        for path, found in list(self.chosen.items()):
-            if path in found:
-                continue
-            index = layer_index(path) if not before else _first_index(lists[path], hits)
-            if index is not None:
-                present.add(index)
-            if index not in wanted:
-                del self.chosen[path]
-        if before and not present:
-            near = _near(before, {m for path in self.paths for m in re.findall(r"([^.]+)\.\d+\.", path)})
-            self.unmatched.append(
-                Unmatched("layers_pattern", " or ".join(before), near, "precedes no numbered layer")
-            )
-        elif absent := sorted(wanted - present):
-            there = (
-                f"targets lie in layers {ranges(sorted(present))}"
-                if present
-                else "no target lies in a numbered layer"
-            )
-            self.unmatched.append(
-                Unmatched("layers_to_transform", ranges(absent), (), f"is not there: {there}")
-            )
+_NO_MATCH = {
+    "layers_pattern": "precedes no numbered layer",
+    "rank_pattern": "matches no adapted module",
+    "alpha_pattern": "matches no adapted module",
+}
 
-    # --- bare parameters
 
-    def choose_parameters(self) -> None:
-        """Match ``target_parameters``, each the path of a parameter or the end of one."""
-        reached: dict[str, list[Candidate]] = {
-            p: [] for p in sorted(set(self.config.target_parameters or ()))
-        }
-        for c in self.parameters:
-            for end in path_ends(c.path):
-                reached.get(end, []).append(c)
-        for pattern, hits in reached.items():
-            usable = [c for c in hits if c.supported]
-            self.matched[pattern] = [c.path for c in usable]
-            for c in usable:
-                self.chosen.setdefault(c.path, []).append(pattern)
-            self.refused += [c for c in hits if not c.supported]
-            if not hits:
-                self._idle("target_parameters", pattern)
+def _with_nearest(
+    unmatched: Iterable[Unmatched],
+    modules: Sequence[Candidate],
+    parameters: Sequence[Candidate],
+    chosen: Collection[str],
+) -> list[Unmatched]:
+    """Add the nearest names to the first of the patterns that nothing else is known about."""
 
-    # --- numbers for some modules
+    def names(option: str) -> list[str]:
+        if option == "layers_pattern":
+            every = (c.path for c in (*parameters, *modules))
+            return [name for path in every for name in _BEFORE_NUMBER.findall(path)]
+        if option in ("rank_pattern", "alpha_pattern"):
+            return _ends(chosen)
+        every_module = parameters if option == "target_parameters" else modules
+        return _ends(c.path for c in every_module if c.supported or not option.startswith("target_"))
 
-    def check_number_patterns(self) -> None:
-        """Name the keys of ``rank_pattern`` and ``alpha_pattern`` that match no target."""
-        for name in ("rank_pattern", "alpha_pattern"):
-            keys = list(getattr(self.config, name))
-            hits = PatternSet(keys, name, anywhere=True).over(self.all_paths)
-            used = {index for path in self.chosen for index in hits[path]}
-            there = {index: path for path, found in reversed(hits.items()) for index in found}
-            for index, key in enumerate(keys):
-                if index in used:
-                    continue
-                if index in there:
-                    note = f"matches modules, such as {there[index]}, but none that is adapted"
-                    self._idle(name, key, note, near=False)
-                else:
-                    self._idle(name, key, "matches no adapted module")
+    result: list[Unmatched] = []
+    for entry in unmatched:
+        if not entry.note:
+            near = _near(entry.pattern, names(entry.field)) if len(result) < SHOWN else ()
+            entry = replace(entry, suggestions=near, note=_NO_MATCH.get(entry.field, ""))
+        result.append(entry)
+    return result
 
-    # --- words
 
-    def _idle(self, name: str, pattern: str, note: str = "", near: bool = True) -> None:
-        suggestions: tuple[str, ...] = ()
-        if near and len(self.unmatched) < SHOWN:
-            if name in ("rank_pattern", "alpha_pattern"):
-                usable = list(self.chosen)
-            else:
-                every = self.parameters if name == "target_parameters" else self.candidates
-                usable = [c.path for c in every if c.supported or not name.startswith("target_")]
-            suggestions = _near(_words(pattern), _ends(usable))
-        self.unmatched.append(Unmatched(name, pattern, suggestions, note))
+def _ends(paths: Iterable[str]) -> list[str]:
+    """What can be suggested: the last one, two and three segments of paths, unless they hold a number."""
+    ends = dict.fromkeys(end for path in paths for end in path_ends(path)[:-4:-1])
+    return [end for end in ends if not any(part.isdigit() for part in end.split("."))]
 
-    def complaint(self, adapter: str, *, nothing: bool) -> Text:
-        """Everything that is wrong, in one text."""
-        lines: list[str | Text] = [*_by_reason(self.refused), *self.conflicts]
-        head = f"adapter {adapter!r}: " + (
-            "cannot be placed" if lines else "nothing to adapt" if nothing else ""
-        )
-        lines += [entry.message for entry in self.unmatched]
-        if head.endswith("nothing to adapt") and (names := linear_names(self.candidates)):
-            lines.append("linear layers here: " + ", ".join(f"{n} ({k})" for n, k in names.items()))
-        elif head.endswith(": "):
-            head += (
-                f"{len(lines)} pattern{'s' if len(lines) > 1 else ''} without the effect that was asked for"
-            )
-        return Text.join("\n  - ", [head, *some(lines)])
+
+def _near(pattern: str, names: Sequence[str]) -> tuple[str, ...]:
+    """The names most like a pattern, or like the words of an expression."""
+    words = [pattern.replace(" ", "_")]
+    if looks_like_regex(pattern):
+        words = re.findall(r"[A-Za-z_]\w{2,}", re.sub(r"\\[A-Za-z]", " ", pattern))[:SHOWN]
+    near = dict.fromkeys(name for word in words if len(word) <= LONGEST for name in nearest(word, names, 3))
+    return tuple(name for name in near if name not in words)[:5]
+
+
+def _complaint(
+    adapter: str,
+    problems: Sequence[str | Text],
+    unmatched: Sequence[Unmatched],
+    modules: Sequence[Candidate] | None,
+) -> Text:
+    """Everything that is wrong, in one text; ``modules`` are given where none of them can be adapted."""
+    lines: list[str | Text] = [*problems, *(entry.message for entry in unmatched)]
+    head = f"{len(lines)} pattern{'s' if len(lines) > 1 else ''} without the effect that was asked for"
+    if problems:
+        head = "cannot be placed"
+    elif modules is not None:
+        head = "nothing to adapt"
+        lines += [f"linear layers here: {names}"] if (names := _counted(modules)) else []
+    return Text.join("\n  - ", [f"adapter {adapter!r}: {head}", *some(lines)])
+
+
+def _by_reason(refused: Iterable[Candidate]) -> list[str]:
+    groups: dict[tuple[str, str], list[str]] = {}
+    for c in refused:
+        groups.setdefault((c.type_name, c.reason), []).append(c.path)
+    return [f"{listed(paths)} ({kind}): {reason}" for (kind, reason), paths in groups.items()]
+
+
+def _counted(modules: Iterable[Candidate], most: int = 24) -> str:
+    """The last names of the linear layers that ``"all-linear"`` takes, with how many there are of each."""
+    counts = Counter(
+        c.path.rpartition(".")[2]
+        for c in modules
+        if c.linear and c.supported and not c.output_head and not c.router
+    )
+    return ", ".join(f"{name} ({count})" for name, count in counts.most_common(most))
 
 
 # --- names ---
@@ -457,47 +545,13 @@ def layer_index(path: str) -> int | None:
 
 
 _LAYER = re.compile(r"(?:.*?\.)??(?!\d+\.)[^.]+\.(\d+)\.")
+_BEFORE_NUMBER = re.compile(r"([^.]+)\.\d+\.")
 
 
 def _numbered(path: str) -> dict[str, int]:
     """What stands before each number that lies inside a path, with that number."""
     parts = path.split(".")
     return {".".join(parts[:i]): int(part) for i, part in enumerate(parts[:-1]) if i and part.isdecimal()}
-
-
-def _first_index(numbered: Mapping[str, int], hits: Mapping[str, Sequence[int]]) -> int | None:
-    """The number after the first place that the earliest pattern matches."""
-    found = [(hits[owner][0], number) for owner, number in numbered.items() if hits[owner]]
-    return min(found, key=lambda entry: entry[0])[1] if found else None
-
-
-def linear_names(candidates: Iterable[Candidate], limit: int = 24) -> dict[str, int]:
-    """The last names of the linear layers that ``"all-linear"`` takes, with how many there are of each."""
-    counts: dict[str, int] = {}
-    for c in candidates:
-        if c.path and c.linear and c.supported and not c.output_head and not c.router:
-            name = c.path.rpartition(".")[2]
-            counts[name] = counts.get(name, 0) + 1
-    return dict(sorted(counts.items(), key=lambda item: -item[1])[:limit])
-
-
-def shortest_names(targets: Iterable[str], others: Iterable[str]) -> list[str]:
-    """The fewest ends of paths that match all targets and no other module: what readers of a file understand.
-
-    Args:
-        targets: Paths of the adapted modules.
-        others: Paths of all other modules.
-
-    Returns:
-        Sorted names. A target whose own path is the end of another module's path is listed with that path,
-        though names cannot tell the two apart.
-    """
-    forbidden = {end for path in others for end in path_ends(path)}
-    names = set()
-    for path in targets:
-        free = [end for end in path_ends(path) if end not in forbidden]
-        names.add(free[-1] if free else path)
-    return sorted(names)
 
 
 def by_ends(
@@ -591,17 +645,21 @@ def portable_targets(targets: Iterable[str], others: Iterable[str]) -> set[str] 
         others: Paths of all other modules.
 
     Returns:
-        The set of `shortest_names`, or an expression that matches the whole path of each target and no other.
+        For each target the shortest end of its path that no other module's path has; or one expression that
+        matches the whole path of each target and no other.
     """
-    paths, others = list(targets), set(others)
-    names = set(shortest_names(paths, others))
     covered = {end for path in others for end in path_ends(path)}
-    exact = sorted(names & covered)
+    names: set[str] = set()
+    exact: set[str] = set()
+    for path in targets:
+        free = [end for end in path_ends(path) if end not in covered]
+        names.update(free[-1:])
+        exact.update(() if free else (path,))
     if not exact:
         return names
-    free = "|".join(re.escape(name) for name in sorted(names - covered))
-    parts = [rf"(?:.*\.)?(?:{free})"] if free else []
-    return f"^(?:{'|'.join([*parts, *map(re.escape, exact)])})$"
+    ends = "|".join(re.escape(name) for name in sorted(names))
+    parts = [rf"(?:.*\.)?(?:{ends})"] if ends else []
+    return f"^(?:{'|'.join([*parts, *map(re.escape, sorted(exact))])})$"
 
 
 def parents(path: str) -> list[str]:
@@ -613,52 +671,17 @@ def parents(path: str) -> list[str]:
     return found
 
 
+def _around(path: str, paths: Collection[str]) -> str | None:
+    """Which of the paths is this one, or that of a module around it; the nearest."""
+    return next((outer for outer in (path, *parents(path)) if outer in paths), None)
+
+
 def _as_patterns(value: Iterable[str] | str | None, ordered: bool = False) -> list[str]:
     if value is None:
         return []
     if isinstance(value, str):
         return [value]
     return list(value) if ordered else sorted(set(value))
-
-
-def _ends(paths: Iterable[str]) -> list[str]:
-    """What can be suggested: the last one, two and three segments of paths, unless they hold a number."""
-    found: dict[str, str] = {}
-    for path in paths:
-        parts = path.split(".")
-        for length in (1, 2, 3):
-            end = parts[-length:]
-            if len(end) == length and not any(part.isdigit() for part in end):
-                found.setdefault(".".join(end).lower(), ".".join(end))
-    return list(found.values())
-
-
-def _words(pattern: str) -> list[str]:
-    """What is looked up for a pattern: itself, or the names in an expression."""
-    if not looks_like_regex(pattern):
-        return [pattern.replace(" ", "_")]
-    return re.findall(r"[A-Za-z_]\w{2,}", re.sub(r"\\[A-Za-z]", " ", pattern))
-
-
-def _bare(name: str) -> str:
-    return re.sub(r"[\W_]", "", name.lower())
-
-
-def _near(words: Iterable[str], names: Collection[str]) -> tuple[str, ...]:
-    """The names most like any of the words, or that hold one but for its punctuation."""
-    found: dict[str, None] = {}
-    for word in [word for word in words if len(word) <= LONGEST][:SHOWN]:
-        bare = _bare(word)
-        within = [n for n in names if len(bare) > 2 and "." not in n and bare in _bare(n)]
-        found.update(dict.fromkeys(name for name in (*nearest(word, names, 3), *within) if name != word))
-    return tuple(found)[:5]
-
-
-def _by_reason(refused: Iterable[Candidate]) -> list[str]:
-    groups: dict[tuple[str, str], list[str]] = {}
-    for c in refused:
-        groups.setdefault((c.type_name, c.reason), []).append(c.path)
-    return [f"{listed(paths)} ({kind}): {reason}" for (kind, reason), paths in groups.items()]
 
 
 def ranges(numbers: Sequence[int]) -> str:

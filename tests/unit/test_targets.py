@@ -19,7 +19,6 @@ from veneer.targets import (
     layer_index,
     plan,
     portable_targets,
-    shortest_names,
 )
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -437,19 +436,15 @@ def test_the_callers_config_is_not_written() -> None:
     assert config.to_dict() == before
 
 
-def test_shortest_names_match_the_targets_and_nothing_else() -> None:
+def test_portable_targets_are_the_shortest_names() -> None:
     candidates = decoder()
     targets = chosen(candidates, target_modules="all-linear")
     others = [c.path for c in candidates if c.path not in targets]
-    assert shortest_names(targets, others) == sorted((*ATTENTION, *MLP))
+    assert portable_targets(targets, others) == {*ATTENTION, *MLP}
     some = chosen(candidates, target_modules=["q_proj"], layers_to_transform=[1])
-    names = shortest_names(some, [c.path for c in candidates if c.path not in some])
-    assert names == ["1.self_attn.q_proj"]
+    names = portable_targets(some, [c.path for c in candidates if c.path not in some])
+    assert names == {"1.self_attn.q_proj"}
     assert chosen(candidates, target_modules=names) == some
-
-
-def test_shortest_names_of_a_target_at_the_end_of_another_module() -> None:
-    assert shortest_names(["lin"], ["a.lin"]) == ["lin"]
 
 
 @pytest.mark.parametrize(
