@@ -274,5 +274,5 @@ def test_where_an_invoked_adapter_acts_is_never_guessed(
 
 
 def test_an_invoked_adapter_needs_a_text() -> None:
-    with pytest.raises(RoutingError, match="needs input_ids, or alora_offsets"):
+    with pytest.raises(RoutingError, match="needs input_ids or alora_offsets"):
         invoked(lambda x: x)(inputs=torch.tensor([[1, 2]]))
