@@ -146,11 +146,9 @@ class AdapterModule(nn.Module):
         raise NotImplementedError
 
     def adapter_parameters(self, name: str) -> Iterator[nn.Parameter]:
-        """The parameters of one adapter in this module."""
         raise NotImplementedError
 
     def drop_adapter(self, name: str) -> None:
-        """Drop the adapter's tensors."""
         raise NotImplementedError
 
     def move_adapter(self, old: str, new: str) -> None:
@@ -175,7 +173,6 @@ class AdapterModule(nn.Module):
 
     @property
     def merged_adapters(self) -> list[str]:
-        """Names of the adapters that are merged into the base's tensors."""
         return []
 
     def base_device(self) -> torch.device:
@@ -235,7 +232,6 @@ class AdapterModule(nn.Module):
         raise NotImplementedError
 
     def copy_adapter(self, old: str, new: str) -> None:
-        """Add an inactive adapter ``new`` with copies of the tensors of ``old``."""
         self.copying(old, new)()
 
     def note_active(self, names: Sequence[str]) -> None:
@@ -244,7 +240,6 @@ class AdapterModule(nn.Module):
         self.adapters_changed()
 
     def enable_adapters(self, enabled: bool) -> None:
-        """Enable or disable all adapters of this module; the active ones stay the same."""
         self._disabled = not enabled
         self.adapters_changed()
 
@@ -361,14 +356,12 @@ class AdapterSet:
         self.model = model
 
     def modules(self) -> list[AdapterModule]:
-        """The adapter modules, in model order."""
         return adapter_modules(self.model)
 
     def __contains__(self, name: object) -> bool:
         return any(name in module.held_adapters for module in self.modules())
 
     def names(self) -> list[str]:
-        """Names of all adapters of the model, in order of appearance."""
         return list(dict.fromkeys(name for m in self.modules() for name in m.held_adapters))
 
     def active(self) -> list[str]:
@@ -403,12 +396,10 @@ class AdapterSet:
             module.set_adapter(names, inference_mode)
 
     def enable(self, enabled: bool) -> None:
-        """Enable or disable adapters in all modules."""
         for module in self.modules():
             module.enable_adapters(enabled)
 
     def delete(self, name: str) -> None:
-        """Delete an adapter from all modules."""
         for module in self.modules():
             module.delete_adapter(name)
 
@@ -423,6 +414,5 @@ class AdapterSet:
             module.rename_adapter(old, new)
 
     def parameters(self, name: str) -> Iterator[nn.Parameter]:
-        """All parameters of one adapter."""
         for module in self.modules():
             yield from module.adapter_parameters(name) if name in module.held_adapters else ()

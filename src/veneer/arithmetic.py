@@ -64,7 +64,6 @@ class Trim:
     majority_sign_method: str
 
     def __call__(self, tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-        """Combine tensors of one shape, entry by entry."""
         return pruning.combine(tensors, weights, self.method, self.density, self.majority_sign_method)
 
 

@@ -57,7 +57,6 @@ class BaseFiles:
         return self.headers[self._file[stored]][stored]
 
     def codes(self, stored: str) -> str | None:
-        """Why a tensor holds codes instead of values, or None."""
         return self._codes.why(stored, self.entry(stored)[0].startswith(("F8", "F4")))
 
     def read(self, stored: str) -> Tensor:

@@ -134,7 +134,6 @@ class _Buffers:
 
 
 def _cuda_random_states() -> list[Tensor]:
-    """The states of all devices; none if CUDA has not been initialised, which a query would do."""
     return torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
 
 

@@ -124,7 +124,6 @@ def _noting(problems: list[str]) -> Iterator[None]:
 
 
 def _short(problem: str, place: Path) -> str:
-    """A message without the directory, which stands beside it."""
     return problem.replace(f"{place}{os.sep}", "").replace(str(place), "the directory")
 
 

@@ -57,7 +57,6 @@ class Mergeable(AdapterModule):
     # -- what a subclass says --------------------------------------------------------------------------
 
     def get_base_layer(self) -> nn.Module:
-        """The adapted module itself."""
         raise NotImplementedError
 
     def update_of(self, name: str) -> Update | Rows:
@@ -72,7 +71,6 @@ class Mergeable(AdapterModule):
 
     @property
     def backend(self) -> Backend:
-        """How the adapted tensor of the base is stored."""
         return backends.find(self.get_base_layer(), self.weight_name)
 
     @property
@@ -84,7 +82,6 @@ class Mergeable(AdapterModule):
 
     @property
     def merged_adapters(self) -> list[str]:
-        """Names of the adapters that are merged into the base weight now."""
         held = self.held_adapters
         return [name for name in self._owner._merged if name in held]
 
@@ -472,7 +469,6 @@ def _term(layer: Any, update: Update) -> Term:
 
 
 def _dense(layer: Any, update: Update) -> Tensor:
-    """The scaled update as a matrix (out, in·k…)."""
     matrix: Tensor = layer.product(update.a, update.b)
     return matrix * update.scaling
 

@@ -636,7 +636,6 @@ def _opened(
 
 
 def _parameters(function: Callable[..., Any]) -> set[str]:
-    """Names that can be given to a method by keyword."""
     return set(inspect.signature(function).parameters) - {"self", "cls", "kwargs"}
 
 

@@ -72,7 +72,6 @@ class NameRegistry(Generic[T]):
         return self._items.get(name)
 
     def names(self) -> tuple[str, ...]:
-        """All registered names, sorted."""
         load_plugins()
         return tuple(sorted(self._items))
 
@@ -117,7 +116,6 @@ class TypeRegistry(Generic[T]):
         return self._items.get(type_name)
 
     def items(self) -> Iterator[tuple[str, T]]:
-        """Pairs of type name and item."""
         load_plugins()
         return iter(self._items.items())
 

@@ -144,7 +144,6 @@ class Rows(NamedTuple):
     bias: None = None
 
     def copied(self) -> Rows:
-        """The same with tensors of its own."""
         return Rows(self.places.clone(), self.rows.clone())
 
 
@@ -169,7 +168,6 @@ class Undo(nn.Module):
         self.__dict__.update(attributes={}, coded=False, updates={})
 
     def keep(self, **tensors: Tensor) -> None:
-        """Keep tensors by their names on the base."""
         self._buffers.update(tensors)
         self._non_persistent_buffers_set.update(tensors)
 

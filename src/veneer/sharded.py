@@ -30,7 +30,6 @@ UNMERGEABLE = (
 
 
 def is_distributed(tensor: object) -> bool:
-    """Whether it is a tensor of a device mesh, as FSDP2 makes them."""
     return hasattr(tensor, "full_tensor")
 
 

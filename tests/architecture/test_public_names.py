@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import json
 
 import pytest
@@ -34,6 +36,44 @@ def test_every_public_name_resolves_in_a_fresh_process_in_any_order() -> None:
 def test_all_has_no_doubles_and_dir_shows_it() -> None:
     assert len(veneer.__all__) == len(set(veneer.__all__))
     assert set(veneer.__all__) <= set(dir(veneer))
+
+
+#: The modules whose ``__all__`` users import from.
+PUBLIC_MODULES = (
+    "veneer veneer.calibration veneer.integrations.export veneer.optimizers veneer.training".split()
+)
+
+
+def undocumented(thing: object, name: str) -> list[str]:
+    """The name, and the public methods of its class, that have no docstring of their own or of a base."""
+    if not inspect.isclass(thing):
+        return [name] if callable(thing) and not inspect.getdoc(thing) else []
+    own = {n: m for n, m in vars(thing).items() if not n.startswith("_")}
+    methods = [n for n, m in own.items() if inspect.isroutine(m) or isinstance(m, property)]
+    found = [f"{name}.{n}" for n in methods if not inspect.getdoc(getattr(thing, n))]
+    return found if thing.__doc__ else [name, *found]
+
+
+@pytest.mark.parametrize("module", PUBLIC_MODULES)
+def test_public_names_are_documented(module: str) -> None:
+    public = importlib.import_module(module)
+    assert [x for name in public.__all__ for x in undocumented(getattr(public, name), name)] == []
+
+
+def test_a_missing_docstring_is_found() -> None:
+    class Documented:
+        """Yes."""
+
+        def method(self) -> None:
+            pass
+
+    class Override(Documented):
+        """The docstring of a method that is overridden counts."""
+
+    Documented.method.__doc__ = None
+    assert undocumented(Documented, "D") == ["D.method"]
+    assert undocumented(lambda: 0, "f") == ["f"]
+    assert undocumented(Override, "O") == []
 
 
 def test_every_error_is_caught_by_a_public_name() -> None:

@@ -214,7 +214,6 @@ class EightBits(_Quantised):
         return {"weight": weight.data, "scale_bits": self._scale(module).view(torch.int32)}
 
     def put_back(self, module: nn.Module, kept: Mapping[str, Tensor], name: str = "weight") -> None:
-        """A parameter with these codes. The present one and its state are left as they are."""
         self._put(module, self.parts(module, kept)[0]["weight"])
 
     def parts(

@@ -59,7 +59,6 @@ class Delegated(Backend):
         return int(layer.in_features), int(layer.out_features)
 
     def like(self, module: nn.Module, name: str = "weight") -> Tensor:
-        """The shape that the weight would have in an ``nn.Linear``."""
         size_in, size_out = self.features(module)
         return torch.empty(size_out, size_in, dtype=self.dtype(module), device="meta")
 

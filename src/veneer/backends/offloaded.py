@@ -65,7 +65,6 @@ class Offloaded(Backend):
     priority = 10
 
     def matches(self, module: nn.Module) -> bool:
-        """A weight on the meta device, with a hook that has its values."""
         return self.holds(module, "weight")
 
     def holds(self, module: nn.Module, name: str) -> bool:

@@ -23,7 +23,6 @@ _NO_CODE = "embed_scale"
 
 
 def is_float8(tensor: Tensor) -> bool:
-    """Whether a tensor is of a floating type of 8 bits or fewer."""
     return tensor.is_floating_point() and tensor.element_size() == 1
 
 

@@ -54,7 +54,6 @@ def preprocess_loraga(
 
 
 def _weight(addition: Addition) -> Tensor:
-    """The tensor that will be adapted."""
     return getattr(addition.layer.get_base_layer(), addition.layer.weight_name)  # type: ignore[no-any-return]
 
 

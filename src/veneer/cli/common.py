@@ -202,7 +202,6 @@ def flags_of(command: str) -> dict[str, Flag]:
 
 
 def show_json(content: object) -> None:
-    """Print a result for programs."""
     print(json.dumps(content, indent=2))
 
 
@@ -221,7 +220,6 @@ def adapter_place(adapter: str) -> Path:
 
 
 def show(line: str = "") -> None:
-    """One line on standard output."""
     print(visible(line), flush=True)
 
 

@@ -47,7 +47,6 @@ class Flag(NamedTuple):
 
 
 def say(line: str) -> None:
-    """One message on standard error."""
     print(visible(line, lines=True), file=sys.stderr, flush=True)
 
 

@@ -114,7 +114,6 @@ class Paths:
 
     @functools.cached_property
     def ends(self) -> dict[str, list[str]]:
-        """For each path itself and its ends after each dot."""
         return {path: path_ends(path) for path in self.paths}
 
     def matching(self, pattern: str, *, anywhere: bool = False) -> list[str]:

@@ -198,7 +198,6 @@ def _classes(saved: Mapping[str, Any], present: Mapping[str, Any]) -> str:
 
 
 def _resized(expected: tuple[int, ...], found: tuple[int, ...], vocabularies: tuple[Any, Any]) -> bool:
-    """A weight with one row per token, of a model whose vocabulary was resized."""
     return expected[1:] == found[1:] and expected[:1] != found[:1] and vocabularies == (found[0], expected[0])
 
 

@@ -173,6 +173,5 @@ def _parts_named(head: list[str]) -> frozenset[str]:
 
 
 def _is_part(short: list[str], long: list[str]) -> bool:
-    """Whether `long` is `short` with one run of segments put in."""
     extra = len(long) - len(short)
     return extra >= 0 and any(long[:i] + long[i + extra :] == short for i in range(len(short) + 1))

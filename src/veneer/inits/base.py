@@ -179,7 +179,6 @@ def _claiming(value: bool | str) -> Init | None:
 
 
 def inits() -> tuple[Init, ...]:
-    """All registered initialisations."""
     load_plugins()
     return tuple(_inits)
 
@@ -196,12 +195,10 @@ def note_statistics(module: nn.Module, stats: Any, weight: str = "weight") -> No
 
 
 def statistics_of(module: nn.Module, weight: str = "weight") -> Any:
-    """The statistics of a weight of a base module, or None."""
     return _statistics.get(module, {}).get(weight)
 
 
 def forget_statistics(module: nn.Module) -> None:
-    """Drop the statistics of a base module."""
     _statistics.pop(module, None)
 
 
@@ -215,12 +212,10 @@ def kaiming(request: InitRequest, parameter: str, shape: tuple[int, ...]) -> Ten
 
 
 def normal(request: InitRequest, parameter: str, shape: tuple[int, ...], std: float = 1.0) -> Tensor:
-    """N(0, std²)."""
     return torch.empty(shape, device="cpu").normal_(0.0, std, generator=request.generator(parameter))
 
 
 def zero_bias(request: InitRequest) -> Tensor | None:
-    """Zeros for the bias of B, or None if B has none."""
     return torch.zeros(request.shape_b[0], device="cpu") if request.bias else None
 
 

@@ -28,7 +28,6 @@ class Pissa(Init):
     subtracts_start = True
 
     def claims(self, value: bool | str) -> bool:
-        """Also ``"pissa_niter_N"``."""
         return super().claims(value) or (isinstance(value, str) and _ROUNDS.fullmatch(value) is not None)
 
     def refuses(self, spec: LoraSpec, layer_type: str, as_matrix: bool) -> str | None:

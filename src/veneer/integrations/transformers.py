@@ -98,7 +98,6 @@ def _ours(word: str) -> Any:
 
 
 def _accepts(present: Any, ours: Any) -> bool:
-    """Is it ours, or widened by us before?"""
     return present is ours or getattr(present, "veneer_accepts", None) is ours
 
 

@@ -64,7 +64,6 @@ class LoraMultiheadAttention(LoraLayer):
         return None
 
     def refuses_combination(self) -> str | None:
-        """The two projections count differently."""
         return "adapters of nn.MultiheadAttention cannot be combined; activate them together"
 
     @property

@@ -134,7 +134,6 @@ class LoraConv(LoraLayer):
 
     @property
     def out_axis(self) -> int:
-        """The channels stand before the image."""
         base: Any = self.geometry()
         return -len(base.kernel_size) - 1
 

@@ -92,7 +92,6 @@ class LoraEmbedding(LoraLayer):
         return 0.0
 
     def dropped(self, name: str, x: Tensor) -> Tensor:
-        """The input itself, on the factors' device."""
         return self.to_factors(name, x)
 
     def before_merge(self, weight: Tensor) -> tuple[Tensor, dict[str, Any]]:

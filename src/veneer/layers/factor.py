@@ -79,7 +79,6 @@ class Factor(nn.Module):
         return (held,) if isinstance(held, nn.Parameter) else [*held.parameters()]
 
     def extra_repr(self) -> str:
-        """The shape, for ``print(model)``."""
         return "×".join(map(str, self.weight.shape)) + (" + bias" if self.bias is not None else "")
 
 
@@ -108,7 +107,6 @@ class Mirror(nn.Module):
         return factor.T
 
     def forward(self, x: Tensor, operation: Callable[..., Tensor] = F.linear) -> Tensor:
-        """``operation(x, weight)`` in the type of ``x``."""
         return operate(self.weight, None, x, operation)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -138,7 +136,6 @@ class Frozen(nn.Module):
 def operate(
     weight: Tensor, bias: Tensor | None, x: Tensor, operation: Callable[..., Tensor] = F.linear
 ) -> Tensor:
-    """What a `Factor` with that weight computes."""
     return operation(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 

@@ -363,7 +363,6 @@ class LoraLayer(Mergeable):
         return self._modules["base_layer"]  # type: ignore[return-value]
 
     def base_device(self) -> torch.device:
-        """Where the factors belong."""
         return self.backend.tensor_device(self.get_base_layer(), self.weight_name)
 
     def geometry(self) -> nn.Module:
@@ -425,7 +424,6 @@ class LoraLayer(Mergeable):
 
     @property
     def specs(self) -> Mapping[str, LoraSpec]:
-        """What each adapter gave this layer when it was made."""
         return MappingProxyType(self._specs)
 
     def factors(self, name: str) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -505,7 +503,6 @@ class LoraLayer(Mergeable):
     # -- adapters come, change and go ------------------------------------------------------------------
 
     def new_container(self) -> nn.Module:
-        """An empty container of factors by adapter name."""
         return empty()
 
     def new_factors(
@@ -515,7 +512,6 @@ class LoraLayer(Mergeable):
         return Factor(a), Factor(b, bias)
 
     def put_factors(self, name: str, a: Tensor, b: Tensor, bias: Tensor | None) -> None:
-        """Store other factors of an adapter."""
         self._put(name, dict(zip(self.factor_names, self.new_factors(name, a, b, bias), strict=True)))
 
     def prepared(
@@ -634,7 +630,6 @@ class LoraLayer(Mergeable):
             self.scaling[adapter_name] = factor * self._specs[adapter_name].scaling
 
     def set_scale(self, adapter: str, scale: float) -> None:
-        """The same as `set_strength`: PEFT's name, which diffusers calls."""
         self.set_strength(adapter, scale)
 
     def scale_layer(self, scale: float) -> None:
@@ -658,7 +653,6 @@ class LoraLayer(Mergeable):
         return self
 
     def _where(self) -> str:
-        """What to call this layer in an error."""
         return next(iter(self._specs.values())).path or type(self).__name__
 
     # -- merging: see `veneer.merge` -------------------------------------------------------------------

@@ -58,7 +58,6 @@ class ModulesToSaveWrapper(AdapterModule):
         self.modules_to_save[name] = module.requires_grad_(False)
 
     def new_copy(self) -> nn.Module:
-        """A deep copy of the original, for an adapter to train."""
         return backends.copied(self.original_module)
 
     def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:

@@ -52,7 +52,6 @@ class LoraParameter(LoraLayer):
             layer = layer.base_layer
 
     def get_base_layer(self) -> nn.Module:
-        """The module that holds the parameter."""
         return list(self.chain())[-1].base_layer
 
     # -- geometry ------------------------------------------------------------------------------------
@@ -101,7 +100,6 @@ class LoraParameter(LoraLayer):
         return None
 
     def is_matrix(self) -> bool:
-        """Only if it is not a stack."""
         return getattr(self.get_base_layer(), self.weight_name).dim() == 2  # type: ignore[no-any-return]
 
     def refuses_combination(self) -> str | None:
@@ -184,7 +182,6 @@ class LoraParameter(LoraLayer):
         raise NotImplementedError("a bare parameter is adapted inside its module's forward")
 
     def extra_repr(self) -> str:
-        """The parameter's name, for ``print(model)``."""
         return f"parameter_name={self.parameter_name!r}"
 
 

@@ -52,7 +52,6 @@ class Strengths(dict[str, float]):
     setdefault = MutableMapping.setdefault
 
     def pop(self, name: str, *default: Any) -> Any:
-        """As of a dict."""
         self.tensors.pop(name, None)
         return super().pop(name, *default)
 

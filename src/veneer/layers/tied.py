@@ -39,7 +39,6 @@ class LoraTiedHead(LoraLinear):
 
     @property
     def tied_adapter(self) -> LoraEmbedding:
-        """The embedding's layer."""
         return self._tied_to[0]
 
     @classmethod
@@ -72,7 +71,6 @@ class LoraTiedHead(LoraLinear):
             self.tied_adapter.followers.append(self)
 
     def adapter_parameters(self, name: str) -> Iterator[nn.Parameter]:
-        """None: they are the embedding's."""
         return iter(())
 
     def move_adapter(self, old: str, new: str) -> None:

@@ -116,12 +116,10 @@ class TrainableTokens(Mergeable):
 
     @property
     def tied_adapter(self) -> TrainableTokens | None:
-        """The embedding that this head follows, or None."""
         return self._tied_to[0] if self._tied_to else None
 
     @property
     def original_module(self) -> nn.Module:
-        """The base."""
         return self.token_adapter.base_layer
 
     def get_base_layer(self) -> nn.Module:
@@ -132,21 +130,17 @@ class TrainableTokens(Mergeable):
         return tuple(self.token_indices)
 
     def rows(self, name: str) -> Tensor:
-        """D of an adapter, (n, dim)."""
         rows: Tensor = self.token_adapter.trainable_tokens_delta[name]
         return rows
 
     def adapter_parameters(self, name: str) -> Iterator[nn.Parameter]:
-        """D; nothing for a head that follows."""
         if self.tied_adapter is None:
             yield self.token_adapter.trainable_tokens_delta[name]
 
     def inner(self) -> Reversible[tuple[str, nn.Module | None]]:
-        """The base, and the rows beside it."""
         return (("token_adapter", self.token_adapter),)
 
     def base_dtype(self) -> torch.dtype:
-        """The type of the base's weight."""
         return self.backend.dtype(self.get_base_layer())
 
     def start(self, indices: Sequence[int]) -> Tensor:

@@ -45,7 +45,6 @@ class AdaptedWeight:
         return AdaptedWeight(change(self.weight), [(change(a), change(b), s) for a, b, s in self.terms])
 
     def turned(self) -> AdaptedWeight:
-        """The transpose of the last two axes."""
         terms = [(b.transpose(-2, -1), a.transpose(-2, -1), s) for a, b, s in self.terms]
         return AdaptedWeight(self.weight.transpose(-2, -1), terms)
 

@@ -191,7 +191,6 @@ def _oriented(term: Term, device: torch.device, dtype: torch.dtype, transpose: b
 
 
 def _pair_of_buffers(elements: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Two rows of so many elements, or more."""
     return _buffer("sums", 2, elements, dtype, device)
 
 

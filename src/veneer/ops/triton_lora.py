@@ -140,7 +140,6 @@ def correlation(g: Tensor, x: Tensor, dropout: Dropout) -> Tensor:
 
 
 def _block(rank: int) -> int:
-    """The block of a rank: matrix units take 16 at least; beyond 64 there are several."""
     return min(max(1 << (rank - 1).bit_length(), 16), 64)
 
 
@@ -253,5 +252,4 @@ def disagreement(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def _flat(tensor: Tensor) -> Tensor:
-    """``(..., n) -> (T, n)``, a view where its strides allow."""
     return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])

@@ -38,7 +38,6 @@ class Law:
 
     @property
     def name(self) -> str:
-        """What it says."""
         return self.holds.__name__
 
 

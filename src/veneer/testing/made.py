@@ -69,7 +69,6 @@ class Made:
 
     @property
     def quantised(self) -> bool:
-        """Whether the base's weight is stored as codes."""
         return False
 
     @property
@@ -93,7 +92,6 @@ class Made:
 
     @property
     def is_dense(self) -> bool:
-        """Whether the base is stored as an ordinary module."""
         return not self.quantised and not any(p.is_meta for p in self.base().parameters())
 
     def dense(self) -> nn.Module:

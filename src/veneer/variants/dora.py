@@ -114,5 +114,4 @@ class Dora(Variant):
 
 
 def _safe(norms: Tensor) -> Tensor:
-    """Norms without zeros: a row of zeros has no direction, and stays zero."""
     return torch.where(norms > 0, norms, 1.0)

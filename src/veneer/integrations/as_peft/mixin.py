@@ -114,6 +114,5 @@ def disable_adapters(original: Callable[..., Any], model: Any) -> None:
 
 
 def enable_adapters(original: Callable[..., Any], model: Any) -> None:
-    """Take `disable_adapters` back, in every module."""
     original(model)
     AdapterSet(model).enable(True)

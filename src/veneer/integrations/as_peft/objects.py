@@ -77,7 +77,6 @@ def set_adapter(
     inference_mode: bool = False,
     layer_cls: type = AdapterModule,
 ) -> None:
-    """Make these adapters the active ones in every layer of a model."""
     AdapterSet(model).activate(adapter_name, inference_mode=inference_mode)
 
 
@@ -177,12 +176,10 @@ def gather_params_ctx(
 
 
 def init_empty_weights() -> AbstractContextManager[Any]:
-    """Modules made inside have shapes and no values."""
     return torch.device("meta")
 
 
 def is_bnb_available() -> bool:
-    """Is bitsandbytes installed?"""
     return importlib.util.find_spec("bitsandbytes") is not None
 
 

@@ -252,7 +252,6 @@ def _remove(model: nn.Module, name: str) -> None:
 
 
 def _belongs(key: str, adapter: str) -> bool:
-    """Is this, by its name, a tensor of the adapter?"""
     parts = key.split(".")
     return any(a in _CONTAINERS and b == adapter for a, b in itertools.pairwise(parts))
 

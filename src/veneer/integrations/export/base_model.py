@@ -38,7 +38,6 @@ class BaseModel:
         self._read = lambda name: None if (n := files.stored_name(name)) is None else files.read(n)
 
     def tensor(self, path: str, name: str = "weight") -> Tensor | None:
-        """The weight or bias of a module, None where there is none of that name."""
         return self._read(f"{path}.{name}")
 
     def codes(self, path: str) -> str | None:
@@ -51,5 +50,4 @@ class BaseModel:
         return None if weight.is_floating_point() else f"its weight is stored as {weight.dtype}"
 
     def paths(self) -> list[str]:
-        """The paths of all modules that have a weight."""
         return [name.removesuffix(".weight") for name in self._names if name.endswith(".weight")]

@@ -62,7 +62,6 @@ class PeftFiles(Target):
         )
 
     def config(self, part: Part) -> dict[str, Any]:
-        """The content of the configuration file."""
         return plain_config(part)
 
     def others(self, part: Part) -> dict[str, Tensor]:

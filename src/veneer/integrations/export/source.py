@@ -66,11 +66,9 @@ class Update:
 
     @property
     def r(self) -> int:
-        """The rank."""
         return int(self.a.shape[0])
 
     def is_finite(self) -> bool:
-        """Whether none of its tensors holds NaN or infinity."""
         tensors = (self.a, self.b, self.bias, self.magnitude)
         return all(tensor is None or is_finite(tensor) for tensor in tensors)
 
