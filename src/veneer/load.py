@@ -196,7 +196,7 @@ def _fill(injection: Injection, tensors: StoredTensors, file: AdapterFile, check
         )
     # After the account of tensors: where names or shapes differ, that says more.
     if checks.base:
-        check_base(injection.model, file.metadata, where, injection._targets(), carried=file.shapes)
+        check_base(injection.model, file.metadata, where, injection.targets, carried=file.shapes)
     if report.notice:
         warn(f"{where}: {report.notice}")
     if changed:

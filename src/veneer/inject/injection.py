@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor, nn
 
 from veneer import backends
-from veneer.adapters import AdapterModule, AdapterSet
+from veneer.adapters import AdapterSet
 from veneer.config import LoraConfig
 from veneer.errors import LoadMismatchError
 from veneer.inits import InitResult, forget_statistics
@@ -23,15 +23,17 @@ from veneer.inject.base_tensors import (
 from veneer.inject.encoder import keep_out_of_fused_kernels
 from veneer.inject.replication import Replication, keep
 from veneer.inject.sites import Site
-from veneer.inject.tokens import Rows
 from veneer.layers import LoraLayer
 from veneer.layers.layer import Prepared
 from veneer.layers.making import factor_dtype
 from veneer.layers.modules_to_save import ModulesToSaveWrapper
 from veneer.layers.start import initialise, start_from, tensor_shapes
-from veneer.layers.trainable_tokens import PreparedRows
+from veneer.layers.trainable_tokens import PreparedRows, TrainableTokens
 from veneer.spec import LoraSpec
-from veneer.targets import Plan
+
+# An adapter has three kinds of parts. Each has `keys`, the names on disk and the shapes of its tensors;
+# `fill` takes their values from a file; `ready` makes all that the part needs in the model, and returns the
+# call that puts it there. That call makes no tensor, so it does not fail for want of memory.
 
 
 @dataclass
@@ -63,10 +65,30 @@ class Addition:
         """The same with the module's path."""
         return {f"{self.path}.{name}": shape for name, shape in self.shapes.items()}
 
+    def initialise(self, seed: int, *, meta: bool) -> None:
+        """Compute the starting factors; shapes without values for ``meta`` and on a base without values."""
+        if meta or self.layer.base_device().type == "meta":
+            self.fill({key: torch.empty(shape, device="meta") for key, shape in self.keys().items()})
+        else:
+            self.start = initialise(self.layer, self.spec, seed)
+
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
         """Take the values from tensors with the names of `keys`, as far as they are there."""
         own = {name: tensors[key] for name in self.shapes if (key := f"{self.path}.{name}") in tensors}
         self.start = start_from(self.layer, self.spec, own, self.shapes)
+
+    def ready(self, adapter: str, *, widen: bool, trainable: bool) -> Callable[[], None]:
+        """Make the parameters; the returned call gives them to the layer and puts it in its place."""
+        start, self.start = self.start, None  # what has been copied need not be kept
+        assert start is not None
+        dtype = factor_dtype(self.layer, widen)
+        return partial(self._put, self.layer.prepared(self.spec, start, dtype=dtype, training=trainable))
+
+    def _put(self, made: Prepared) -> None:
+        self.layer.put_adapter(made)
+        if self.new:
+            self.site.replace(self.layer)
+        forget_statistics(self.layer.get_base_layer())
 
 
 @dataclass
@@ -78,26 +100,68 @@ class Copy:
     module: nn.Module
     follows: Copy | None = None
 
+    def keys(self) -> dict[str, tuple[int, ...]]:
+        """Names on disk of its tensors, and their shapes."""
+        return {f"{self.site.path}.{k}": tuple(t.shape) for k, t in self.module.state_dict().items()}
 
-@dataclass(frozen=True)
-class _Prepared:
-    """What `Injection.commit` puts in: each layer's part, rows, and how base tensors get other values.
+    def fill(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take the values from tensors with the names of `keys`, as far as they are there."""
+        own = {
+            k: tensors[key] for k in self.module.state_dict() if (key := f"{self.site.path}.{k}") in tensors
+        }
+        meta = any(p.is_meta for p in self.module.parameters())
+        self.module.load_state_dict(own, strict=False, assign=meta)
 
-    Attributes:
-        layers: One for each addition.
-        rows: One for each embedding whose tokens are trained.
-        biases: The base biases that the adapter trains.
-        writes: Calls that give base tensors the values that the adapter's file has.
-        modules: The modules with adapters that the model has already.
-        first: Whether none of these holds an adapter.
-    """
+    def ready(self, adapter: str, *, widen: bool, trainable: bool) -> Callable[[], None]:
+        """The call that gives the copy to its wrapper and puts that in its place."""
+        return partial(self._put, adapter)
 
-    layers: list[Prepared]
-    rows: list[PreparedRows]
-    biases: list[nn.Parameter]
-    writes: list[Callable[[], None]]
-    modules: list[AdapterModule]
-    first: bool
+    def _put(self, adapter: str) -> None:
+        self.wrapper.add_copy(adapter, self.module)
+        if self.site.module is not self.wrapper:
+            self.site.replace(self.wrapper)
+
+
+@dataclass
+class Rows:
+    """The rows of one embedding whose tokens will be trained, or of a head that follows one."""
+
+    site: Site
+    layer: TrainableTokens
+    indices: list[int]
+    rows: Tensor
+
+    @property
+    def key(self) -> str:
+        """The name on disk of the rows."""
+        return f"{self.site.path}.token_adapter.trainable_tokens_delta"
+
+    @property
+    def own(self) -> bool:
+        """Whether the adapter has a tensor here."""
+        return self.layer.tied_adapter is None
+
+    def keys(self) -> dict[str, tuple[int, ...]]:
+        """Names on disk of its tensors, and their shapes."""
+        return {self.key: tuple(self.rows.shape)} if self.own else {}
+
+    def fill(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take the rows from a tensor of that name, if it is there."""
+        self.rows = tensors.get(self.key, self.rows)
+
+    def ready(self, adapter: str, *, widen: bool, trainable: bool) -> Callable[[], None]:
+        """Make the parameter, in the base's type or wider; the returned call puts it in its place."""
+        base = self.layer.get_base_layer()
+        device, dtype = backends.find(base).device(base), self.layer.base_dtype()
+        if widen and dtype in (torch.float16, torch.bfloat16):
+            dtype = torch.float32
+        rows = self.layer.prepared(self.indices, self.rows.to(device=device, dtype=dtype))
+        return partial(self._put, adapter, rows)
+
+    def _put(self, adapter: str, rows: PreparedRows) -> None:
+        self.layer.put_rows(adapter, rows)
+        if self.site.module is not self.layer:
+            self.site.replace(self.layer)
 
 
 @dataclass
@@ -107,23 +171,33 @@ class Injection:
     Attributes:
         model: The model; unchanged until `commit`.
         config: The caller's configuration, copied and completed.
-        plan: What matched and what did not.
+        adapter: The adapter's name.
         additions: Layers with their future factors.
         copies: Modules with their future copies.
         tokens: Embeddings with their future rows.
         change: What becomes of the model's layers before anything is adapted.
+        widen: Keep the parameters beside 16-bit weights in float32.
     """
 
     model: nn.Module
     config: LoraConfig
     adapter: str
-    plan: Plan
     additions: list[Addition]
     copies: list[Copy]
-    tokens: list[Rows] = field(default_factory=list)
-    change: Replication | None = None
-    autocast_adapter_dtype: bool = True
-    _places: dict[str, Tensor] = field(default_factory=dict)
+    tokens: list[Rows]
+    change: Replication | None
+    widen: bool
+    _filled: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def parts(self) -> list[Addition | Copy | Rows]:
+        """All parts, in the order in which they are put in."""
+        return [*self.additions, *self.copies, *self.tokens]
+
+    @property
+    def targets(self) -> dict[str, LoraLayer]:
+        """The layers that get factors, by their paths on disk."""
+        return {addition.path: addition.layer for addition in self.additions}
 
     def initialise(self, seed: int, meta: bool = False) -> None:
         """Compute the starting factors of every layer.
@@ -136,35 +210,18 @@ class Injection:
             ConfigError: If the initialisation starts from data, and nothing was measured.
         """
         for addition in self.additions:
-            if meta or _is_meta(addition.layer):
-                addition.fill({k: torch.empty(s, device="meta") for k, s in addition.keys().items()})
-            else:
-                addition.start = initialise(addition.layer, addition.spec, seed)
+            addition.initialise(seed, meta=meta)
+
+    # --- values from a file
 
     def expected(self) -> dict[str, tuple[int, ...]]:
         """Names on disk (without any prefix) of every tensor of the adapter, with their shapes."""
-        result: dict[str, tuple[int, ...]] = {}
-        for addition in self.additions:
-            result.update(addition.keys())
-        for trained in self.copies:
-            for name, tensor in trained.module.state_dict().items():
-                result[f"{trained.site.path}.{name}"] = tuple(tensor.shape)
-        for token in self.tokens:
-            if token.own:
-                result[token.key] = tuple(token.rows.shape)
-        for name, parameter in self.biases():
-            result[name] = tuple(parameter.shape)
-        return result
+        result = {name: shape for part in self.parts for name, shape in part.keys().items()}
+        return {**result, **{name: tuple(parameter.shape) for name, parameter in self.biases()}}
 
     def optional(self) -> dict[str, tuple[int, ...]]:
         """Names on disk of base tensors that a file may carry along: input and output embeddings."""
         return {name: tuple(p.shape) for name, p in self._embeddings().items()}
-
-    def _embeddings(self) -> dict[str, nn.Parameter]:
-        """Base embeddings, less those of which the adapter gets a copy of its own."""
-        own = tuple(f"{trained.site.path}." for trained in self.copies)
-        weights = embedding_weights(self.model, self._wrapped())
-        return {name: weight for name, weight in weights.items() if not name.startswith(own)}
 
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
         """Take all values from tensors with the names of `expected`; the base is not touched yet.
@@ -173,16 +230,30 @@ class Injection:
             LoadMismatchError: If two modules are to be tied whose values differ.
         """
         self._check_tied(tensors)
-        for addition in self.additions:
-            addition.fill(tensors)
-        for trained in self.copies:
-            prefix = f"{trained.site.path}."
-            own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-            own = {k: v for k, v in own.items() if k in trained.module.state_dict()}
-            trained.module.load_state_dict(own, strict=False, assign=_has_meta(trained.module))
-        for token in self.tokens:
-            token.rows = tensors.get(token.key, token.rows)
-        self._places = dict(tensors)
+        for part in self.parts:
+            part.fill(tensors)
+        self._filled = dict(tensors)
+
+    def changed_embeddings(self) -> list[str]:
+        """Names of base embeddings that the file would replace by other values."""
+        return [
+            name
+            for name in self._embeddings()
+            if name in self._filled and differs_from_base(self.model, name, self._filled[name])
+        ]
+
+    def biases(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The base biases that the adapter trains, by their name on disk (without prefix)."""
+        copied = [trained.site.path for trained in self.copies]
+        return bias_parameters(self.model, self.config.bias, self.adapter, self.targets, copied)
+
+    def _embeddings(self) -> dict[str, nn.Parameter]:
+        """Base embeddings, less those of which the adapter gets a copy of its own."""
+        wrapped = dict.fromkeys(self.targets, "base_layer")
+        wrapped |= dict.fromkeys((rows.site.path for rows in self.tokens), "token_adapter.base_layer")
+        own = tuple(f"{trained.site.path}." for trained in self.copies)
+        weights = embedding_weights(self.model, wrapped)
+        return {name: weight for name, weight in weights.items() if not name.startswith(own)}
 
     def _check_tied(self, tensors: Mapping[str, Tensor]) -> None:
         pairs = [
@@ -206,18 +277,7 @@ class Injection:
                     '"ensure_weight_tying" to false, and name both modules'
                 )
 
-    def biases(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """The base biases that the adapter trains, by their name on disk (without prefix)."""
-        copied = [trained.site.path for trained in self.copies]
-        return bias_parameters(self.model, self.config.bias, self.adapter, self._targets(), copied)
-
-    def _wrapped(self) -> dict[str, str]:
-        """Paths of modules that will be wrapped, with where each will lie in its wrapper."""
-        rows = {t.site.path: "token_adapter.base_layer" for t in self.tokens}
-        return {**dict.fromkeys(self._targets(), "base_layer"), **rows}
-
-    def _targets(self) -> dict[str, LoraLayer]:
-        return {addition.path: addition.layer for addition in self.additions}
+    # --- into the model
 
     def commit(self, *, active: list[str] | None = None, trainable: bool = True) -> None:
         """Put everything in its place; where that fails, the model is as it was.
@@ -227,80 +287,44 @@ class Injection:
             trainable: Whether the activated parameters require gradients, and the adapter's dropout acts. The
                 base's own mode stays.
         """
-        self._put(self._prepared(trainable), active, trainable)
-
-    def _prepared(self, trainable: bool) -> _Prepared:
-        """All tensors, made and where they belong: what may fail for want of memory."""
-        layers = []
-        for addition in self.additions:
-            start, addition.start = addition.start, None  # what has been copied need not be kept
-            assert start is not None
-            dtype = factor_dtype(addition.layer, self.autocast_adapter_dtype)
-            layers.append(addition.layer.prepared(addition.spec, start, dtype=dtype, training=trainable))
-        rows = [token.prepared(widen=self.autocast_adapter_dtype) for token in self.tokens]
+        # What may fail, for want of memory: every tensor is made before anything is put in.
+        puts = [part.ready(self.adapter, widen=self.widen, trainable=trainable) for part in self.parts]
         biases = dict(self.biases())
-        writes = [
-            writing_base_tensor(self.model, name, self._places[name])
-            for name in (*biases, *self._embeddings())
-            if name in self._places
-        ]
-        modules = AdapterSet(self.model).modules()
-        first = not any(m.held_adapters for m in modules)
+        puts += self._base_writes(biases)
+        present = AdapterSet(self.model).modules()
+        first = not any(module.held_adapters for module in present)
+        disabled = bool(present) and all(module._disabled for module in present)
         if first:
             backends.settle(self.model)
-        return _Prepared(layers, rows, list(biases.values()), [w for w in writes if w], modules, first)
 
-    def _put(self, made: _Prepared, active: list[str] | None, trainable: bool) -> None:
-        """Put what was made in its place. No tensor is made here: it only swaps modules and sets flags."""
+        # From here on modules are swapped and flags are set, and no tensor is made.
         if self.change is not None:
             keep(self.model, self.change)
-        disabled = bool(made.modules) and all(m._disabled for m in made.modules)
-        if made.first:
+        if first:
             # The first adapter freezes the base; what trains beside an adapter later on is meant to.
-            own = set(map(id, made.biases))
+            own = set(map(id, biases.values()))
             for parameter in self.model.parameters():
                 if id(parameter) not in own:
                     parameter.requires_grad_(False)
-        for addition, adapter in zip(self.additions, made.layers, strict=True):
-            addition.layer.put_adapter(adapter)
-            if addition.new:
-                addition.site.replace(addition.layer)
-            forget_statistics(addition.layer.get_base_layer())
-        for trained in self.copies:
-            trained.wrapper.add_copy(self.adapter, trained.module)
-            if trained.site.module is not trained.wrapper:
-                trained.site.replace(trained.wrapper)
-        for token, rows in zip(self.tokens, made.rows, strict=True):
-            token.put(self.adapter, rows)
-        for write in made.writes:
-            write()
+        for put in puts:
+            put()
         keep_out_of_fused_kernels(self.model)
         index = AdapterSet(self.model)
         if active is None:
             index.activate([self.adapter], inference_mode=not trainable)
         else:
-            known = {id(m) for m in made.modules}
+            known = {id(module) for module in present}
             for module in index.modules():
                 if id(module) not in known:
                     module.note_active(active)
         if disabled:
             index.enable(False)
         if trainable and (active is None or self.adapter in active):
-            for parameter in made.biases:
+            for parameter in biases.values():
                 parameter.requires_grad_(True)
 
-    def changed_embeddings(self) -> list[str]:
-        """Names of base embeddings that the file would replace by other values."""
-        return [
-            name
-            for name in self._embeddings()
-            if name in self._places and differs_from_base(self.model, name, self._places[name])
-        ]
-
-
-def _is_meta(layer: LoraLayer) -> bool:
-    return layer.base_device().type == "meta"
-
-
-def _has_meta(module: nn.Module) -> bool:
-    return any(p.is_meta for p in module.parameters())
+    def _base_writes(self, biases: Mapping[str, nn.Parameter]) -> list[Callable[[], None]]:
+        """Calls that give base tensors the values that the adapter's file has."""
+        names = [name for name in (*biases, *self._embeddings()) if name in self._filled]
+        writes = [writing_base_tensor(self.model, name, self._filled[name]) for name in names]
+        return [write for write in writes if write is not None]

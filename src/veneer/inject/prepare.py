@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 
 from torch import nn
 
-from veneer import backends, inits, targets
+from veneer import backends, inits, layers, targets
 from veneer.adapters import AdapterModule, AdapterSet, check_adapter_name, walk
 from veneer.config import LoraConfig, looks_like_regex
 from veneer.errors import Hint, TargetError, Text
-from veneer.inject.building import build
-from veneer.inject.injection import Addition, Copy, Injection
+from veneer.inject.injection import Addition, Copy, Injection, Rows
 from veneer.inject.replication import planning, replication
 from veneer.inject.sites import Site, model_type, plan_sites, sites
 from veneer.inject.tokens import token_rows
 from veneer.inject.tying import check_tied, tie, tied_additions, tied_copies
-from veneer.layers.making import check_config, with_variant_options
+from veneer.layers import LoraLayer
+from veneer.layers.making import check_config, why_not, with_variant_options
 from veneer.layers.modules_to_save import ModulesToSaveWrapper
+from veneer.layers.parameter import LoraParameter, parameters_of, why_not_wrapped
 from veneer.sharded import is_sharded
 from veneer.spec import LoraSpec
 from veneer.wording import listed, some, warn
@@ -64,55 +66,174 @@ def prepare(
             "whole on every rank: nobody averages their gradients. Add adapters before FSDP (or average "
             "yourself, as transformers' Trainer does for a model that was sharded when it was loaded)"
         )
-    own_config = copy.deepcopy(config)
-    change = replication(model, own_config)
+    own = copy.deepcopy(config)
+    change = replication(model, own)
     with planning(change):
-        injection = _built(model, own_config, adapter_name, strict_targets, stored, quiet)
-    injection.change, injection.autocast_adapter_dtype = change, autocast_adapter_dtype
-    return injection
+        additions, copies, tokens = _parts(model, own, adapter_name, strict_targets, stored, quiet)
+    return Injection(model, own, adapter_name, additions, copies, tokens, change, autocast_adapter_dtype)
 
 
-def _built(
+def _parts(
     model: nn.Module,
-    own_config: LoraConfig,
-    adapter_name: str,
-    strict_targets: bool,
+    config: LoraConfig,
+    adapter: str,
+    strict: bool,
     stored: Collection[str] | None,
     quiet: bool,
-) -> Injection:
-    """The parts of an adapter for a model that has its final layers."""
+) -> tuple[list[Addition], list[Copy], list[Rows]]:
+    """The parts of an adapter for a model that has its final layers; ``config``, our copy, is completed."""
     found = sites(model)
-    ties = tie(model, found, own_config, quiet=quiet)
-    given = stored is not None or own_config.inference_mode  # made elsewhere, perhaps with what never acts
+    ties = tie(model, found, config, quiet=quiet)
+    finished = stored is not None or config.inference_mode  # trained elsewhere, perhaps with what never acts
     chosen = plan_sites(
-        model,
-        found,
-        own_config,
-        adapter_name,
-        strict=strict_targets,
-        loading=quiet,
-        unread=given,
-        stored=stored,
+        model, found, config, adapter, strict=strict, loading=quiet, unread=finished, stored=stored
     )
-    if given:
+    if finished:
         _mention_unread(found, chosen.specs)
-    specs = [with_variant_options(spec, own_config) for spec in chosen.specs if spec.path not in ties]
-    additions, reasons = build(model, found, specs, own_config)
-    if reasons:
-        raise TargetError(Text.join("\n  - ", ["these modules cannot be adapted as asked:", *some(reasons)]))
-    if reasons := [r for path in chosen.modules_to_save if (r := _not_to_copy(found[path])) is not None]:
-        raise TargetError("\n  - ".join(["these modules cannot be trained whole:", *some(reasons)]))
-    copies = [_copy_of(found[path]) for path in chosen.modules_to_save if path not in ties]
+    specs = [with_variant_options(spec, config) for spec in chosen.specs if spec.path not in ties]
+    additions, reasons = _additions(found, specs, config)
+    _refuse("these modules cannot be adapted as asked:", reasons)
+    saved = [found[path] for path in chosen.modules_to_save]
+    _refuse(
+        "these modules cannot be trained whole:", [r for s in saved if (r := _not_to_copy(s)) is not None]
+    )
+    copies = [_copy_of(site) for site in saved if site.path not in ties]
     check_tied(found, additions, copies, ties)
-    additions += tied_additions(found, additions, ties, own_config, adapter_name)
+    additions += tied_additions(found, additions, ties, config, adapter)
     copies += tied_copies(found, copies, ties)
-    _complete(own_config, model, found, additions, copies)
+    _complete(config, model, found, additions, copies)
     if not quiet:
         _mention_replaced_bases(additions)
     taken = dict.fromkeys((a.site.path for a in additions), "target_modules")
     taken |= dict.fromkeys((c.site.path for c in copies), "modules_to_save")
-    tokens = token_rows(model, found, own_config, taken, stored, quiet=quiet)
-    return Injection(model, own_config, adapter_name, chosen, additions, copies, tokens)
+    return additions, copies, token_rows(model, found, config, taken, stored, quiet=quiet)
+
+
+def _refuse(what: str, reasons: Sequence[str | Text]) -> None:
+    if reasons:
+        raise TargetError(Text.join("\n  - ", [what, *some(reasons)]))
+
+
+# --- layers with factors
+
+
+def _additions(
+    found: Mapping[str, Site], specs: Sequence[LoraSpec], config: LoraConfig
+) -> tuple[list[Addition], list[str | Text]]:
+    """A layer for each spec, new or the one that is there; and all reasons why one cannot be."""
+    additions: list[Addition] = []
+    reasons: list[str | Text] = []
+    by_owner: dict[str, list[LoraSpec]] = {}
+    for spec in specs:
+        if spec.parameter:
+            by_owner.setdefault(spec.path.removesuffix(f".{spec.parameter}"), []).append(spec)
+            continue
+        site = found[spec.path]
+        reason: str | Text | None
+        if isinstance(site.module, LoraParameter):
+            reason = "a parameter of it is adapted (target_parameters): name the module or the parameter"
+        else:
+            layer = _layer_on(site.module)
+            reason = why_not(layer, spec)
+        if reason is not None:
+            reasons.append(Text(f"{spec.path} ({type(site.base).__name__}): ", reason))
+            continue
+        additions.append(Addition(site, layer, spec, spec.path, new=layer is not site.module))
+        additions += _inside(layer, spec)
+    modules = {spec.path for spec in specs if not spec.parameter}
+    for owner, own in by_owner.items():
+        made, problems = _on_parameters(found[owner], own, owner in modules)
+        additions += made
+        reasons += problems
+    if not reasons and config.bias != "none" and any(a.layer.transparent for a in additions):
+        kinds = sorted({type(a.layer.get_base_layer()).__name__ for a in additions if a.layer.transparent})
+        reasons.append(
+            f"bias={config.bias!r} beside adapters of {', '.join(kinds)}: their biases go by other names, "
+            "which readers of adapter files do not agree on; leave bias='none'"
+        )
+    _name_on_disk(found, additions)
+    return additions, reasons
+
+
+def _layer_on(module: nn.Module) -> LoraLayer:
+    """The layer that a module is, or a new one around it."""
+    if isinstance(module, LoraLayer):
+        return module
+    cls = layers.find(module)
+    assert cls is not None  # the plan holds supported modules only
+    return cls(module)
+
+
+def _inside(layer: LoraLayer, spec: LoraSpec) -> list[Addition]:
+    """The children that are adapted along with their module."""
+    result = []
+    base = layer.get_base_layer()
+    for name, times in layer.adapts_inside.items():
+        child = base._modules[name]
+        assert child is not None
+        inner, path = _layer_on(child), f"{spec.path}.{name}"
+        own = replace(spec, path=path, owner=spec.path, times=times)
+        result.append(Addition(Site(path, child, [(base, name)]), inner, own, path, new=inner is not child))
+    return result
+
+
+def _on_parameters(
+    site: Site, specs: Sequence[LoraSpec], whole: bool
+) -> tuple[list[Addition], list[str | Text]]:
+    """Layers for parameters of one module, each around the one before, in the module's own order.
+
+    Args:
+        site: The module.
+        specs: Those of its parameters.
+        whole: The module itself is to be adapted too.
+    """
+    kind = type(site.base).__name__
+    present = parameters_of(site.module)
+    reason: str | Text | None = why_not_wrapped(site.module, [spec.parameter for spec in specs])
+    if whole:
+        reason = "both it and a parameter of it are named: name one of them"
+    if not isinstance(site.module, LoraLayer) and (names := AdapterSet(site.base).names()):
+        reason = (
+            f"{', '.join(map(repr, names))} adapts modules inside it, whose names in a file would change: "
+            "load or add this adapter first"
+        )
+    if reason is not None:
+        return [], [Text(f"{specs[0].path} ({kind}): ", reason)]
+    order = list(site.base._parameters)
+    additions: list[Addition] = []
+    reasons: list[str | Text] = []
+    outer = site.module
+    for spec in sorted(specs, key=lambda s: order.index(s.parameter)):
+        layer = present.get(spec.parameter) or LoraParameter(outer, spec.parameter)
+        if (reason := why_not(layer, spec)) is not None:
+            reasons.append(Text(f"{spec.path} ({kind}): ", reason))
+        additions.append(Addition(site, layer, spec, site.path, new=spec.parameter not in present))
+        outer = layer
+    return additions, reasons
+
+
+def _name_on_disk(found: Mapping[str, Site], additions: Sequence[Addition]) -> None:
+    """Give every layer its path in the adapted model: one ``base_layer`` for each layer around it."""
+    depth = {path: count for path, site in found.items() if (count := _layers_around(site.module))}
+    for path in {a.site.path for a in additions if a.layer.transparent}:
+        own = [a for a in additions if a.site.path == path]
+        depth[path] = len(own)
+        for count, addition in enumerate(reversed(own)):
+            addition.path = path + ".base_layer" * count
+    for addition in additions:
+        outer = [path for path in depth if addition.site.path.startswith(f"{path}.")]
+        for path in sorted(outer, key=len, reverse=True):
+            addition.path = path + ".base_layer" * depth[path] + addition.path.removeprefix(path)
+
+
+def _layers_around(module: nn.Module) -> int:
+    """How many layers lie around a base module whose children are adapted by themselves."""
+    if not isinstance(module, LoraLayer) or not module.transparent:
+        return 0
+    return len(parameters_of(module)) or 1
+
+
+# --- modules that are trained whole
 
 
 def _not_to_copy(site: Site) -> str | None:
@@ -141,6 +262,9 @@ def _copy_of(site: Site) -> Copy:
         site.module if isinstance(site.module, ModulesToSaveWrapper) else ModulesToSaveWrapper(site.module)
     )
     return Copy(site, wrapper, wrapper.new_copy())
+
+
+# --- the completed configuration, and what is said of the adapter
 
 
 def _complete(

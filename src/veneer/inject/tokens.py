@@ -3,58 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from veneer import backends
 from veneer.adapters import AdapterModule
 from veneer.config import LoraConfig
 from veneer.config.expressions import Paths
 from veneer.config.values import name_in, show
 from veneer.errors import Hint, TargetError, Text
 from veneer.inject.base_tensors import embedding_of
+from veneer.inject.injection import Rows
 from veneer.inject.sites import Site
-from veneer.layers.trainable_tokens import PreparedRows, TrainableTokens, indices_by_module
+from veneer.layers.trainable_tokens import TrainableTokens, indices_by_module
 from veneer.targets import by_ends
 from veneer.wording import some, warn
-
-_KEY = "token_adapter.trainable_tokens_delta"
-
-
-@dataclass
-class Rows:
-    """The rows of one embedding, or of a head that follows one."""
-
-    site: Site
-    layer: TrainableTokens
-    indices: list[int]
-    rows: Tensor
-
-    @property
-    def key(self) -> str:
-        """The name on disk, under the model's prefix."""
-        return f"{self.site.path}.{_KEY}"
-
-    @property
-    def own(self) -> bool:
-        """Whether the adapter has a tensor here."""
-        return self.layer.tied_adapter is None
-
-    def prepared(self, *, widen: bool) -> PreparedRows:
-        """The rows as the layer will hold them, in the base's type or wider."""
-        base = self.layer.get_base_layer()
-        device, dtype = backends.find(base).device(base), self.layer.base_dtype()
-        if widen and dtype in (torch.float16, torch.bfloat16):
-            dtype = torch.float32
-        return self.layer.prepared(self.indices, self.rows.to(device=device, dtype=dtype))
-
-    def put(self, adapter: str, rows: PreparedRows) -> None:
-        """Give the layer the rows, and put it in its place."""
-        self.layer.put_rows(adapter, rows)
-        if self.site.module is not self.layer:
-            self.site.replace(self.layer)
 
 
 def token_rows(
