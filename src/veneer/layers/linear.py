@@ -19,7 +19,14 @@ from veneer import backends
 from veneer.layers.factor import RESIDUAL, Factor, stand_in
 from veneer.layers.layer import LoraLayer
 from veneer.ops import mixed_batch
-from veneer.ops.lora_linear import add_lora_, autocasts, few_rows, lora_linear
+from veneer.ops.lora_linear import (
+    add_lora_,
+    autocasts,
+    few_rows,
+    is_decoding_step,
+    linear_of_few_rows,
+    lora_linear,
+)
 from veneer.routing import Routing, current
 
 _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -92,17 +99,15 @@ class LoraLinear(LoraLayer):
         if not self._live:
             return nn.functional.linear(x, weight, bias)
         first, *rest = self._live
-        factors = self._plain_factors(first)
-        if (
-            factors is None
-            or x.dtype != weight.dtype
-            or autocasts(x.device.type)
-            or not factors[0].device == x.device == weight.device
-        ):
+        factors, variant, p = self._plain_factors(first), self.variant(first), self.dropout_of(first)
+        if factors is None or x.dtype != weight.dtype:
             return None
-        s, p = self.strength(first), self.dropout_of(first)
-        together = partial(lora_linear, x, weight, bias, *factors, s, p)
-        result = self.variant(first).whole(self, first, x, together, bias)
+        if not (rest or p) and variant.additive and is_decoding_step(x, weight, *factors[:2]):
+            return linear_of_few_rows(x, weight, bias, *factors, self.scaling[first])
+        if autocasts(x.device.type) or not factors[0].device == x.device == weight.device:
+            return None
+        together = partial(lora_linear, x, weight, bias, *factors, self.strength(first), p)
+        result = variant.whole(self, first, x, together, bias)
         if result is None:
             return None
         for name in rest:
@@ -115,9 +120,11 @@ class LoraLinear(LoraLayer):
         a, b = held["lora_A"]._modules[name], held["lora_B"]._modules[name]  # type: ignore[union-attr]
         if not (Factor.is_plain(a) and Factor.is_plain(b)):  # type: ignore[arg-type]
             return None
-        if RESIDUAL[0] in held:
+        # Past `nn.Module.__getattr__`, which takes as long as a small product.
+        weight_a, weight_b = a._parameters.get("weight"), b._parameters.get("weight")  # type: ignore[union-attr]
+        if weight_a is None or weight_b is None or RESIDUAL[0] in held:
             return self.update_factors(name)
-        return a.weight, b.weight, b.bias  # type: ignore[union-attr, return-value]
+        return weight_a, weight_b, b._parameters.get("bias")  # type: ignore[union-attr]
 
     def add_branch(self, name: str, x: Tensor, result: Tensor) -> Tensor:
         """``result + s · dropout(x) Aᵀ Bᵀ``; one step, no full-size temporary."""

@@ -135,11 +135,9 @@ def _fused(
     scaling: float,
     p: float,
 ) -> Tensor:
-    step: Any = None
     if not torch.is_grad_enabled() and p == 0.0 and few_rows(x):
         return linear_of_few_rows(x, weight, bias, A, B, B_bias, scaling)
-    if x.is_cuda:
-        step = triton_step(x, weight, bias, A, B, B_bias)
+    step: Any = triton_step(x, weight, bias, A, B, B_bias) if x.is_cuda else None
     if step is not None:
         A, B, B_bias = A.to(x.dtype), B.to(x.dtype), _to(B_bias, x.dtype)
         return step.apply(x, weight, bias, A, B, B_bias, scaling, p)  # type: ignore[no-any-return]
@@ -214,6 +212,23 @@ def few_rows(x: Tensor) -> bool:
     return x.is_cpu and x.numel() <= FEW_ROWS * x.shape[-1]
 
 
+def is_decoding_step(x: Tensor, weight: Tensor, A: Tensor, B: Tensor) -> bool:
+    """Whether `linear_of_few_rows` gives what `lora_linear` would. x has the dtype of weight.
+
+    A layer that asks this first spares a token the questions of the general step, which take longer than
+    the products.
+    """
+    return (
+        not torch.is_grad_enabled()
+        and few_rows(x)
+        and weight.is_cpu
+        and A.is_cpu
+        and B.is_cpu
+        and not wants_plain_torch(x, weight, A, B)
+        and not autocasts("cpu")
+    )
+
+
 def linear_of_few_rows(
     x: Tensor,
     weight: Tensor,
@@ -223,10 +238,9 @@ def linear_of_few_rows(
     B_bias: Tensor | None,
     scaling: float,
 ) -> Tensor:
-    """`lora_linear` for the `few_rows` of a decoding step: no graph, no dropout, and nothing asked.
+    """`lora_linear` for the `few_rows` of a decoding step, without a graph, dropout or any check.
 
-    Only where `lora_linear` would compute with these tensors as they are: not under autocast, a compiler or
-    a transform, no tensor subclasses.
+    Only where `is_decoding_step`, or for tensors that `lora_linear` has found to be ordinary ones.
     """
     y = F.linear(x, weight, bias)
     return _add_branch_of_few_rows_(y.clone() if y._is_view() else y, x, A, B, B_bias, scaling)

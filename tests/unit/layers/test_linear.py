@@ -13,8 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from tests.laws.cases import train
 from tests.tolerances import assert_close
 from veneer import LoraConfig
-from veneer.layers import wrap
-from veneer.ops import lora_linear
+from veneer.layers import linear, wrap
 from veneer.routing import routed
 
 
@@ -40,13 +39,13 @@ def test_matrices(kind: str, lora_bias: bool) -> None:
 def test_a_decoding_step_asks_what_the_general_way_asks(monkeypatch: pytest.MonkeyPatch) -> None:
     """The shortest way is taken where it is right, gives the same, and leaves the rest to the general way."""
     short: list[torch.Size] = []
-    way = lora_linear.linear_of_few_rows
+    way = linear.linear_of_few_rows
 
     def watched(x: torch.Tensor, *args: Any) -> torch.Tensor:
         short.append(x.shape)
         return way(x, *args)
 
-    monkeypatch.setattr(lora_linear, "linear_of_few_rows", watched)
+    monkeypatch.setattr(linear, "linear_of_few_rows", watched)
     layer = wrapped(nn.Linear(6, 5), lora_dropout=0.5).eval()
     x = torch.randn(2, 1, 6, dtype=torch.float64)
     a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
