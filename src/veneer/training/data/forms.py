@@ -16,6 +16,7 @@ from ...wording import did_you_mean, nearest
 
 Record = Mapping[str, Any]
 Message = dict[str, Any]
+Reader = Callable[[Record], dict[str, Any]]
 Purpose = Literal["sft", "dpo", "classification", "prompt"]
 #: (place, what is wrong) of a bad record.
 Problem = tuple[str, "str | Text"]
@@ -60,7 +61,7 @@ class Form:
     title: str
     purpose: Purpose
     columns: tuple[str, ...]
-    read: Callable[[Record], dict[str, Any]] = field(repr=False, compare=False)
+    read: Reader = field(repr=False, compare=False)
     example: str
     more: tuple[str, ...] = ()
     separator: str = ""
@@ -116,7 +117,7 @@ def _message(value: object, name: str) -> Message:
     if not isinstance(value, Mapping):
         raise Unfit(f"{name} is {kind_of(value)}, not an object with role and content")
     if "role" not in value and "from" in value:
-        return _said(value, name)
+        return _sharegpt_message(value, name)
     message = {key: part for key, part in value.items() if part is not None}
     if isinstance(message.get("content"), list):
         raise Unfit(f"{name}.content is a list of parts; only text is understood")
@@ -126,22 +127,12 @@ def _message(value: object, name: str) -> Message:
     return message
 
 
-def _said(value: Record, name: str) -> Message:
-    """A message of ShareGPT: from and value."""
+def _sharegpt_message(value: Record, name: str) -> Message:
     speaker = text_of(value.get("from"), f"{name}.from")
     if speaker.lower() not in SPEAKERS:
         near = did_you_mean(speaker, SPEAKERS)
         raise Unfit(f"{name}.from is {speaker!r}, which is none of {', '.join(SPEAKERS)}{near}")
-    return {
-        "role": SPEAKERS[speaker.lower()],
-        "content": text_of(value.get("value"), f"{name}.value"),
-    }
-
-
-def _answered(messages: list[Message], name: str) -> list[Message]:
-    if not any(message["role"] == "assistant" for message in messages):
-        raise Unfit(f"{name} has no message of the role 'assistant', so there is nothing to learn")
-    return messages
+    return _turn(SPEAKERS[speaker.lower()], value.get("value"), f"{name}.value")
 
 
 def _with_tools(record: Record, found: dict[str, Any]) -> dict[str, Any]:
@@ -153,61 +144,103 @@ def _with_tools(record: Record, found: dict[str, Any]) -> dict[str, Any]:
     return {**found, "tools": tools}
 
 
-def _messages(record: Record) -> dict[str, Any]:
-    return _with_tools(
-        record, {"messages": _answered(messages_of(record["messages"], "messages"), "messages")}
-    )
+def _turn(role: str, text: object, name: str) -> Message:
+    return {"role": role, "content": text_of(text, name)}
 
 
-def _sharegpt(record: Record) -> dict[str, Any]:
-    messages = messages_of(record["conversations"], "conversations")
-    if record.get("system"):
-        messages = [{"role": "system", "content": text_of(record["system"], "system")}, *messages]
-    return _with_tools(record, {"messages": _answered(messages, "conversations")})
+def _text_or_messages(value: object, name: str) -> str | list[Message]:
+    return messages_of(value, name) if isinstance(value, list) else text_of(value, name)
+
+
+def _conversation(record: Record, column: str) -> list[Message]:
+    """The messages in a column; ShareGPT may have a text for the system beside them."""
+    messages = messages_of(record[column], column)
+    if column == "conversations" and record.get("system"):
+        messages.insert(0, _turn("system", record["system"], "system"))
+    return messages
+
+
+def _answered(messages: list[Message], name: str) -> dict[str, Any]:
+    if not any(message["role"] == "assistant" for message in messages):
+        raise Unfit(f"{name} has no message of the role 'assistant', so there is nothing to learn")
+    return {"messages": messages}
+
+
+def _learned(column: str) -> Reader:
+    return lambda record: _with_tools(record, _answered(_conversation(record, column), column))
+
+
+def _asked(column: str) -> Reader:
+    """What stands before the last answer, or everything if the last message is the user's."""
+
+    def read(record: Record) -> dict[str, Any]:
+        messages = _conversation(record, column)
+        if messages[-1]["role"] == "assistant":
+            messages.pop()
+        if not messages:
+            raise Unfit(f"{column} holds an answer only, and nothing to answer")
+        return _with_tools(record, {"prompt": messages})
+
+    return read
 
 
 def _prompt_completion(record: Record) -> dict[str, Any]:
-    prompt, completion = record["prompt"], record["completion"]
-    if isinstance(prompt, str) and isinstance(completion, str):
-        return {"prompt": text_of(prompt, "prompt"), "completion": text_of(completion, "completion")}
-    both = _turns(prompt, "prompt", "user") + _turns(completion, "completion", "assistant")
-    return _with_tools(record, {"messages": _answered(both, "completion")})
+    turns = []
+    for column, role in (("prompt", "user"), ("completion", "assistant")):
+        value = record[column]
+        turns += messages_of(value, column) if isinstance(value, list) else [_turn(role, value, column)]
+    if isinstance(record["prompt"], str) and isinstance(record["completion"], str):
+        return {"prompt": record["prompt"], "completion": record["completion"]}
+    return _with_tools(record, _answered(turns, "completion"))
 
 
-def _turns(value: object, name: str, role: str) -> list[Message]:
-    """Messages, or a text as the one message of a role."""
-    if isinstance(value, list):
-        return messages_of(value, name)
-    return [{"role": role, "content": text_of(value, name)}]
+def _prompt(record: Record) -> dict[str, Any]:
+    prompt = _text_or_messages(record["prompt"], "prompt")
+    if isinstance(prompt, str) and not prompt.strip():
+        raise Unfit("prompt is empty")
+    return _with_tools(record, {"prompt": prompt})
 
 
-def _alpaca(record: Record) -> dict[str, Any]:
+def _instruction(record: Record) -> dict[str, Any]:
     prompt = text_of(record["instruction"], "instruction")
     if record.get("input"):
         prompt = f"{prompt}\n\n{text_of(record['input'], 'input')}"
-    answer = text_of(record["output"], "output")
     if not record.get("system"):
-        return {"prompt": prompt, "completion": answer}
-    system = {"role": "system", "content": text_of(record["system"], "system")}
-    return {"messages": [system, *_turns(prompt, "", "user"), *_turns(answer, "", "assistant")]}
+        return {"prompt": prompt}
+    return {"prompt": [_turn("system", record["system"], "system"), _turn("user", prompt, "instruction")]}
+
+
+def _alpaca(record: Record) -> dict[str, Any]:
+    prompt = _instruction(record)["prompt"]
+    answer = _turn("assistant", record["output"], "output")
+    if isinstance(prompt, str):
+        return {"prompt": prompt, "completion": answer["content"]}
+    return {"messages": [*prompt, answer]}
 
 
 def _text(record: Record) -> dict[str, Any]:
     return {"text": text_of(record["text"], "text")}
 
 
+def _classified(column: str) -> Reader:
+    def read(record: Record) -> dict[str, Any]:
+        label = record["label"]
+        if not isinstance(label, int | str) or isinstance(label, bool):
+            raise Unfit(f"label is {kind_of(label)}, not a name or a whole number")
+        return {"text": text_of(record[column], column), "label": label}
+
+    return read
+
+
 def _preference(record: Record) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for column in ("prompt", "chosen", "rejected"):
-        value = record[column]
-        found[column] = messages_of(value, column) if isinstance(value, list) else text_of(value, column)
+    found = {column: _text_or_messages(record[column], column) for column in ("prompt", "chosen", "rejected")}
     if isinstance(found["chosen"], str) != isinstance(found["rejected"], str):
         raise Unfit("chosen and rejected are not alike: one is a text, the other a list of messages")
     return _differing(found)
 
 
 def _preference_whole(record: Record) -> dict[str, Any]:
-    """Two whole conversations; the prompt is what they begin with in common."""
+    """Two whole conversations; the prompt is what both begin with."""
     chosen, rejected = (messages_of(record[column], column) for column in ("chosen", "rejected"))
     shared = 0
     while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
@@ -225,47 +258,11 @@ def _differing(found: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _classified(column: str) -> Callable[[Record], dict[str, Any]]:
-    def read(record: Record) -> dict[str, Any]:
-        label = record["label"]
-        if not isinstance(label, int | str) or isinstance(label, bool):
-            raise Unfit(f"label is {kind_of(label)}, not a name or a whole number")
-        return {"text": text_of(record[column], column), "label": label}
-
-    return read
-
-
-def _asked(record: Record) -> dict[str, Any]:
-    """What stands before the last answer, or all of it where the last word is the user's."""
-    column = "messages" if record.get("messages") is not None else "conversations"
-    messages = messages_of(record[column], column)
-    if record.get("system") and column == "conversations":
-        messages = [{"role": "system", "content": text_of(record["system"], "system")}, *messages]
-    if messages[-1]["role"] == "assistant":
-        messages = messages[:-1]
-    if not messages:
-        raise Unfit(f"{column} holds an answer only, and nothing to answer")
-    return _with_tools(record, {"prompt": messages})
-
-
-def _prompt(record: Record) -> dict[str, Any]:
-    prompt = record["prompt"]
-    prompt = messages_of(prompt, "prompt") if isinstance(prompt, list) else text_of(prompt, "prompt")
-    if isinstance(prompt, str) and not prompt.strip():
-        raise Unfit("prompt is empty")
-    return _with_tools(record, {"prompt": prompt})
-
-
-def _instruction(record: Record) -> dict[str, Any]:
-    found = _alpaca({**record, "output": ""})
-    return {"prompt": found["messages"][:-1] if "messages" in found else found["prompt"]}
-
-
 #: In the order in which they are looked for.
 FORMS: tuple[Form, ...] = (
     Form(
         name="messages", title="conversation", purpose="sft",
-        columns=("messages",), more=("tools",), read=_messages,
+        columns=("messages",), more=("tools",), read=_learned("messages"),
         example='{"messages": [{"role": …, "content": …}, …]}',
     ),
     Form(
@@ -275,7 +272,7 @@ FORMS: tuple[Form, ...] = (
     ),
     Form(
         name="sharegpt", title="ShareGPT", purpose="sft",
-        columns=("conversations",), more=("system", "tools"), read=_sharegpt,
+        columns=("conversations",), more=("system", "tools"), read=_learned("conversations"),
         example='{"conversations": [{"from": …, "value": …}, …]}',
     ),
     Form(
@@ -310,7 +307,7 @@ FORMS: tuple[Form, ...] = (
     ),
     Form(
         name="prompt-messages", title="conversation", purpose="prompt",
-        columns=("messages",), more=("tools",), read=_asked,
+        columns=("messages",), more=("tools",), read=_asked("messages"),
         example='{"messages": [{"role": …, "content": …}, …]}',
     ),
     Form(
@@ -320,7 +317,7 @@ FORMS: tuple[Form, ...] = (
     ),
     Form(
         name="prompt-sharegpt", title="ShareGPT", purpose="prompt",
-        columns=("conversations",), more=("system", "tools"), read=_asked,
+        columns=("conversations",), more=("system", "tools"), read=_asked("conversations"),
         example='{"conversations": [{"from": …, "value": …}, …]}',
     ),
     Form(
