@@ -91,6 +91,7 @@ def fine_tune(options: RunOptions, progress: Progress | None = None) -> dict[str
     base, _ = load_base(options.model, options.dtype, quantize=options.quantize, label_names=label_names)
     if first:
         progress.say(_estimate(options, rows, label_names, base))
+    torch.manual_seed(options.seed)  # the estimate, which one process makes, may have drawn numbers
     objective = _objective(options, base, tokenizer)
     model = adapted(
         base,

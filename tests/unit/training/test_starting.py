@@ -90,6 +90,15 @@ def test_the_seed_decides_a_classifiers_head_too(tmp_path: Path) -> None:
     assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
 
 
+def test_an_estimate_changes_no_factor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of several processes only one makes it, and all must start alike."""
+    _, expected, _ = run(tmp_path, "true")
+    monkeypatch.setattr("veneer.training.run._estimate", lambda *given: str(torch.rand(1)))
+    (tmp_path / "again").mkdir()
+    _, found, _ = run(tmp_path / "again", "true")
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
 def test_what_a_run_cannot_start_from_is_refused_with_the_way_out() -> None:
     given = {"model": "m", "data": "d.jsonl", "output": "out"}
     with pytest.raises(ConfigError, match=r"'loftq' replaces weights.*replace_lora_weights_loftq"):
