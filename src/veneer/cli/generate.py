@@ -67,14 +67,8 @@ def generate(
 
     from ..training import Terminal, prompt_ids, read_records
     from ..training.adapters import load_adapted, read_head
-    from ..training.generation import (
-        ANSWER,
-        answer_file,
-        check_answer_file,
-        evaluating,
-        generate_answers,
-        prompts_of,
-    )
+    from ..training.forward import evaluating
+    from ..training.generation import ANSWER, answer_file, check_answer_file, generate_answers, prompts_of
 
     sampling = sampling_of(max_new_tokens, do_sample, temperature, top_p, top_k, repetition_penalty)
     head = read_head(adapter)

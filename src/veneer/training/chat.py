@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import signal
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from ..errors import AdapterNameError, VeneerError
 from .data import has_template, prompt_ids
-from .generation import Sampling, evaluating
+from .forward import evaluating
+from .generation import Sampling
+from .stopping import stop_on_signals
 
 Write = Callable[[str], None]
 
@@ -132,14 +132,17 @@ class Chat:
         config = self.sampling.config(self.model, self.tokenizer)
         if room is not None:
             config.max_new_tokens = min(config.max_new_tokens, room)
-        with evaluating(self.model, base=self.adapter is None), ctrl_c() as pressed:
+        with (
+            evaluating(self.model, base=self.adapter is None),
+            stop_on_signals(kinds=[signal.SIGINT]) as stop,
+        ):
             self.model.generate(
                 input_ids=given,
                 attention_mask=torch.ones_like(given),
                 generation_config=config,
                 streamer=Pieces(self.tokenizer, skip_prompt=True, skip_special_tokens=True),
                 stopping_criteria=StoppingCriteriaList(
-                    [lambda tokens, scores, **more: _all(tokens, pressed())]
+                    [lambda tokens, scores, **more: _all(tokens, stop.asked)]
                 ),
             )
         return "".join(pieces).strip()
@@ -148,28 +151,3 @@ class Chat:
 def _all(tokens: Any, value: bool) -> Any:
     """The same answer for every row of a batch, as transformers wants it."""
     return torch.full((tokens.shape[0],), value, device=tokens.device, dtype=torch.bool)
-
-
-@contextlib.contextmanager
-def ctrl_c() -> Iterator[Callable[[], bool]]:
-    """Note Ctrl-C instead of raising; pressed once more, it raises as always.
-
-    Yields:
-        Whether it was pressed.
-    """
-    pressed = False
-
-    def note(number: int, frame: Any) -> None:
-        nonlocal pressed
-        if pressed:
-            raise KeyboardInterrupt
-        pressed = True
-
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: pressed
-        return
-    before = signal.signal(signal.SIGINT, note)
-    try:
-        yield lambda: pressed
-    finally:
-        signal.signal(signal.SIGINT, before)

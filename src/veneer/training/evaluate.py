@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from .data import Collator, Row
+from .forward import batches, evaluating
 from .losses import loss_sum
-from .progress import Progress, Silent
+from .progress import Progress
 
 
 @torch.no_grad()
@@ -22,19 +23,11 @@ def answer_loss(
     progress: Progress | None = None,
 ) -> float:
     """Mean negative log-likelihood of an answer's token (natural logarithm)."""
-    was_training = model.training
-    model.eval()
-    device = next(model.parameters()).device
-    ordered = sorted(rows, key=lambda row: len(row["input_ids"]))
     total, count = 0.0, 0
-    with (progress or Silent()).bar("held-out loss", len(rows)) as advance:
-        for start in range(0, len(ordered), batch_size):
-            chosen = ordered[start : start + batch_size]
-            batch = {name: value.to(device) for name, value in collator(chosen).items()}
+    with evaluating(model):
+        for batch in batches(model, rows, collator, batch_size, progress, "held-out loss"):
             part, tokens = loss_sum(model, batch)
             total, count = total + part.item(), count + int(tokens)
-            advance(len(chosen), "")
-    model.train(was_training)
     return total / count
 
 

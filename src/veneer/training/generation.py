@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -18,6 +18,7 @@ from ..atomic import atomic_file
 from ..errors import ConfigError, Hint, Text, VeneerError
 from .data import Records, pad_token
 from .data.encoding import each, prompt_tokens
+from .forward import evaluating
 from .progress import Progress, Silent
 
 #: The column of answers, as transformers' pipelines name it.
@@ -105,18 +106,6 @@ class Sampling:
             eos_token_id=ends or None,
             **settings,
         )
-
-
-@contextmanager
-def evaluating(model: Any, base: bool = False) -> Iterator[None]:
-    """Without dropout, and with the adapters turned off if it is the base that is asked."""
-    was_training = model.training
-    model.eval()
-    try:
-        with model.disable_adapter() if base else nullcontext():
-            yield
-    finally:
-        model.train(was_training)
 
 
 @torch.no_grad()

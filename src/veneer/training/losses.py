@@ -7,7 +7,6 @@ are computed once more for the gradients.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -18,7 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 from ..errors import Hint, TrainingError
 from ..inject.base_tensors import embedding_of
-from .data import IGNORED, bare, without_cache
+from .data import IGNORED
+from .forward import bare, evaluating, takes, without_cache
 
 Batch = Mapping[str, Tensor]
 Collate = Callable[[Sequence[Any]], dict[str, Tensor]]
@@ -98,7 +98,7 @@ def loss_sum(model: Any, batch: Batch, *, chunk: int = 0) -> tuple[Tensor, Tenso
         return _chunked(model, batch, labels, chunk)
     inputs = _inputs(batch) | without_cache(model)
     keep = (labels != IGNORED).any(dim=0).nonzero().squeeze(1)
-    if _keeps_logits(model):
+    if takes(model, "logits_to_keep"):
         logits = model(**inputs, logits_to_keep=keep).logits
     else:
         logits = model(**inputs).logits[:, keep]
@@ -111,10 +111,6 @@ def loss_sum(model: Any, batch: Batch, *, chunk: int = 0) -> tuple[Tensor, Tenso
 
 def _inputs(batch: Batch) -> dict[str, Any]:
     return {name: value for name, value in batch.items() if name != "labels"}
-
-
-def _keeps_logits(model: Any) -> bool:
-    return "logits_to_keep" in inspect.signature(bare(model).forward).parameters
 
 
 def _chunked(model: Any, batch: Batch, labels: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
@@ -144,8 +140,6 @@ def check_chunks(model: Any) -> None:
         TrainingError: It is such a model, or it has no head of its own.
     """
     head = _head(model)
-    was_training = model.training
-    model.eval()
     ids = torch.arange(1, 5, device=next(model.parameters()).device)[None]
     made: list[Tensor] = []
 
@@ -158,11 +152,10 @@ def check_chunks(model: Any) -> None:
 
     handle = head.register_forward_hook(large)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), evaluating(model):
             logits = model(input_ids=ids, **without_cache(model)).logits
     finally:
         handle.remove()
-        model.train(was_training)
     if len(made) != 1 or not torch.equal(logits.float(), made[0].float()):
         raise TrainingError(
             f"{type(bare(model)).__name__} does not give the logits that its head makes as they are, so "

@@ -10,12 +10,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 
 from .data import Collator, Form, LabelCollator, Records, encode, encode_classification, pad_token
 from .data.encoding import each, last_turn, prompt_tokens
 from .evaluate import answer_loss
-from .generation import Sampling, evaluating, generate_answers
+from .forward import batches, evaluating
+from .generation import Sampling, generate_answers
+from .losses import Classes
 from .progress import Progress, Silent
 
 
@@ -194,18 +195,13 @@ def accuracy(
         DataError: Records that cannot be used, or classes that the model does not know.
     """
     encoded = encode_classification(records, tokenizer, max_length, label_names)
-    collator, device = LabelCollator(pad_token(tokenizer)), next(model.parameters()).device
-    rows = sorted(encoded.rows, key=lambda row: len(row["input_ids"]))
+    classes, rows = Classes(LabelCollator(pad_token(tokenizer))), encoded.rows
     loss, correct = 0.0, 0
-    with evaluating(model), (progress or Silent()).bar("texts", len(rows)) as advance:
-        for start in range(0, len(rows), batch_size):
-            chosen = rows[start : start + batch_size]
-            batch = {name: value.to(device) for name, value in collator(chosen).items()}
-            labels = batch.pop("labels")
-            logits = model(**batch).logits.float()
-            loss += float(nn.functional.cross_entropy(logits, labels, reduction="sum"))
-            correct += int((logits.argmax(-1) == labels).sum())
-            advance(len(chosen), "")
+    with evaluating(model):
+        for batch in batches(model, rows, classes.collator, batch_size, progress, "texts"):
+            part, outputs = classes.loss(model, batch)
+            loss += part.item()
+            correct += int((outputs["logits"].argmax(-1) == batch["labels"]).sum())
     commonest = max(Counter(row["labels"] for row in rows).values()) / len(rows)
     return Comparison(
         adapter=Score(loss / len(rows), correct=correct),

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import LoraConfig, get_peft_model, initialize_lora_eva_weights, preprocess_corda, preprocess_loraga
 from .data import IGNORED
+from .forward import batches
 from .losses import Objective
 from .options import MEASURED
 from .progress import Progress
@@ -48,37 +49,24 @@ def adapted(
     if init not in MEASURED or objective is None:
         return get_peft_model(base, config)
     chosen = random.Random(seed).sample(range(len(rows)), min(SAMPLES, len(rows)))
-    chosen.sort(key=lambda i: len(rows[i]["input_ids"]))
     progress.say(f"Measuring the start of the adapter ({init}) on {len(chosen)} examples")
-    device = _placed(base)
-    collate = objective.collator
-    batches = [
-        {name: value.to(device) for name, value in collate([rows[i] for i in part]).items()}
-        for part in (chosen[at : at + batch_size] for at in range(0, len(chosen), batch_size))
-    ]
+    if next(base.parameters()).device.type == "cpu" and torch.cuda.is_available():
+        base.to(torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))))  # where it will be trained
+    measured = list(batches(base, [rows[i] for i in chosen], objective.collator, batch_size))
     if init == "corda":
-        preprocess_corda(base, config, lambda: _forward(base, batches, objective))
+        preprocess_corda(base, config, lambda: _forward(base, measured, objective))
     elif init == "lora_ga":
-        preprocess_loraga(base, config, lambda: _backward(base, batches, objective))
+        preprocess_loraga(base, config, lambda: _backward(base, measured, objective))
     model = get_peft_model(base, config)
     if init == "eva":
         initialize_lora_eva_weights(
             model,
-            batches,
+            measured,
             forward_fn=objective.loss,
             prepare_model_inputs_fn=_positions,
             show_progress_bar=False,
         )
     return model
-
-
-def _placed(base: Any) -> torch.device:
-    """Where the base is; one that lies on the CPU goes where it will be trained."""
-    device: torch.device = next(base.parameters()).device
-    if device.type == "cpu" and torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        base.to(device)
-    return device
 
 
 def _forward(base: Any, batches: Sequence[Mapping[str, Tensor]], objective: Objective) -> None:

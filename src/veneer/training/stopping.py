@@ -1,4 +1,4 @@
-"""Ctrl-C during training: finish the step, save, leave; a second one leaves at once."""
+"""Ctrl-C: finish the step or the answer in hand; a second one leaves at once."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -48,17 +48,21 @@ class Stop:
 
 #: Launchers pass on the signal that the terminal has sent already.
 ECHO_SECONDS = 1.0
+KINDS = (signal.SIGINT,) if sys.platform == "win32" else (signal.SIGINT, signal.SIGTERM)
 STOPPING = "Stopping after this step, with a checkpoint; once more leaves at once."
 
 
 @contextmanager
-def stop_on_signals(say: Callable[[str], None]) -> Iterator[Stop]:
-    """SIGINT and SIGTERM ask the run to stop; the second of a kind raises KeyboardInterrupt.
-
-    Args:
-        say: Told what happens, when the first one comes.
+def stop_on_signals(
+    say: Callable[[str], None] | None = None, kinds: Sequence[signal.Signals] = KINDS
+) -> Iterator[Stop]:
+    """The first signal asks for a stop; a second one of the same kind raises KeyboardInterrupt.
 
     Outside the main thread, where Python lets nobody handle signals, nothing is changed.
+
+    Args:
+        say: Called with `STOPPING` when the first one comes.
+        kinds: Which signals.
     """
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
@@ -75,12 +79,11 @@ def stop_on_signals(say: Callable[[str], None]) -> Iterator[Stop]:
         first = not came
         came.setdefault(number, now)
         stop.asked = True
-        if first:
+        if first and say is not None:
             # In a thread: the signal may have come in the middle of a line, with the console in use.
             telling.append(threading.Thread(target=say, args=(STOPPING,), daemon=True))
             telling[0].start()
 
-    kinds = [signal.SIGINT] + ([signal.SIGTERM] if sys.platform != "win32" else [])
     former: dict[signal.Signals, Any] = {kind: signal.signal(kind, handle) for kind in kinds}
     try:
         yield stop

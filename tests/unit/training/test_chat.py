@@ -12,7 +12,6 @@ import torch
 from tests.unit.training.tiny import tiny_model, tiny_tokenizer
 from veneer import AdapterNameError, DataError, LoraConfig, VeneerError, get_peft_model
 from veneer.training import Chat, Sampling, generate_answers, prompt_ids
-from veneer.training.chat import ctrl_c
 
 TOKENIZER = tiny_tokenizer()
 
@@ -125,11 +124,3 @@ def test_ctrl_c_ends_the_answer_and_keeps_what_there_is() -> None:
     answer = chat.ask("Hello", write)
     assert 3 <= len(pieces) < 10 and chat.messages[-1]["content"] == answer == "".join(pieces).strip()
     assert signal.getsignal(signal.SIGINT) is before
-
-
-def test_ctrl_c_twice_interrupts() -> None:
-    with pytest.raises(KeyboardInterrupt), ctrl_c() as pressed:
-        assert not pressed()
-        os.kill(os.getpid(), signal.SIGINT)
-        assert pressed()
-        os.kill(os.getpid(), signal.SIGINT)

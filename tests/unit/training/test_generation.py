@@ -14,7 +14,8 @@ from tests.unit.training.tiny import RECORDS, saved_records, tiny_model, tiny_to
 from veneer import ConfigError, DataError, LoraConfig, VeneerError, get_peft_model
 from veneer.training import Sampling, answer_file, generate_answers, generation, prompt_ids, read_records
 from veneer.training.data import Records
-from veneer.training.generation import check_answer_file, evaluating, prompts_of
+from veneer.training.forward import evaluating
+from veneer.training.generation import check_answer_file, prompts_of
 
 TOKENIZER = tiny_tokenizer()
 

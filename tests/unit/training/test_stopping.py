@@ -23,6 +23,13 @@ def test_the_first_asks_and_the_second_leaves(kind: signal.Signals) -> None:
     assert signal.getsignal(kind) is before
 
 
+def test_only_the_signals_that_are_named_are_caught() -> None:
+    with stop_on_signals(kinds=[signal.SIGINT]) as stop:
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.asked
+
+
 def test_one_of_each_kind_is_one_wish(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     with stop_on_signals(said.append) as stop:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import bisect
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from ...adapters import base_of
 from ...errors import DataError, TrainingError
+from ..forward import bare, evaluating, without_cache
 from .batch import IGNORED, Collator, Row, Separation
 
 
@@ -91,23 +90,14 @@ def packing_for(model: Any) -> Separation:
     Raises:
         TrainingError: Neither does.
     """
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         for way in ("position_ids", "mask"):
             if _separates(model, Collator(0, way)):
                 return way
-    finally:
-        model.train(was_training)
     raise TrainingError(
         f"{type(bare(model)).__name__} cannot keep packed examples apart: it lets each see those before "
         "it, whether told by position_ids or by a mask. Train without packing."
     )
-
-
-def bare(model: Any) -> Any:
-    """The base model, without the adapters' face and the wrapper of DistributedDataParallel around it."""
-    return base_of(getattr(model, "module", model))
 
 
 def _separates(model: Any, collator: Collator) -> bool:
@@ -131,11 +121,3 @@ def _last_logits(model: Any, collator: Collator, rows: Sequence[Row]) -> torch.T
     inputs = {name: value.to(device) for name, value in batch.items() if name != "labels"}
     logits: torch.Tensor = model(**inputs, **without_cache(model)).logits
     return logits[0, -len(rows[-1]["input_ids"]) :].float()
-
-
-def without_cache(model: Any) -> dict[str, bool]:
-    """``use_cache=False`` where a model has the switch.
-
-    In training a cache is never read, and with one transformers takes packed rows for one sequence.
-    """
-    return {"use_cache": False} if "use_cache" in inspect.signature(bare(model).forward).parameters else {}

@@ -6,7 +6,7 @@ from .batch import IGNORED, Collator, LabelCollator, Row, pad_token
 from .encoding import Encoded, encode, has_template, pieces, prompt_ids
 from .forms import FORMS, PURPOSES, Form, Purpose, form_of
 from .labels import EncodedLabels, encode_classification
-from .packing import Packed, bare, pack, packing_for, without_cache
+from .packing import Packed, pack, packing_for
 from .preferences import Preferences, encode_preferences
 from .sources import Records, read_records
 
@@ -35,6 +35,4 @@ __all__ = [
     "pieces",
     "prompt_ids",
     "read_records",
-    "bare",
-    "without_cache",
 ]
