@@ -56,6 +56,13 @@ def bias_parameters(
             yield f"{path}.bias" if path else "bias", parameter
 
 
+def base_of(module: nn.Module) -> nn.Module:
+    """The module that the model was built with, which an adapter module may stand for now."""
+    if isinstance(module, LoraLayer | TrainableTokens):
+        return module.get_base_layer()
+    return module.original_module if isinstance(module, ModulesToSaveWrapper) else module
+
+
 def embedding_of(model: nn.Module, side: Literal["input", "output"]) -> nn.Module | None:
     """The input embedding or output head of a transformers model; None where the model does not name it."""
     getter = getattr(model, f"get_{side}_embeddings", None)
@@ -80,15 +87,14 @@ def embedding_weights(model: nn.Module, future: Mapping[str, str] | None = None)
         path = next((p for p, m in walk(model) if m is module), None)
         if path is None or isinstance(module, ModulesToSaveWrapper):
             continue
+        inside = (future or {}).get(path, "")
         if isinstance(module, LoraLayer):
-            module, path = module.base_layer, f"{path}.base_layer"
+            inside = "base_layer"
         elif isinstance(module, TrainableTokens):
-            module, path = module.get_base_layer(), f"{path}.token_adapter.base_layer"
-        elif path in (future or {}):
-            path = f"{path}.{(future or {})[path]}"
-        weight = getattr(module, "weight", None)
+            inside = "token_adapter.base_layer"
+        weight = getattr(base_of(module), "weight", None)
         if isinstance(weight, nn.Parameter):
-            result[f"{path}.weight"] = weight
+            result[".".join(filter(None, (path, inside, "weight")))] = weight
     return result
 
 
@@ -96,14 +102,8 @@ def _owner(model: nn.Module, name: str) -> tuple[nn.Module, nn.Module, str]:
     """The module at a base tensor's name on disk, the base module in it, and the tensor's own name."""
     path, _, last = name.rpartition(".")
     path = path.removesuffix(".base_layer").removesuffix(".token_adapter")
-    module = model.get_submodule(path) if path else model
-    if isinstance(module, LoraLayer):
-        return module, module.base_layer, last
-    if isinstance(module, ModulesToSaveWrapper):
-        return module, module.original_module, last
-    if isinstance(module, TrainableTokens):
-        return module, module.get_base_layer(), last
-    return module, module, last
+    module = model.get_submodule(path)
+    return module, base_of(module), last
 
 
 def merged_over(model: nn.Module, name: str) -> bool:

@@ -10,7 +10,7 @@ from torch import nn
 from veneer import backends, layers, targets
 from veneer.adapters import AdapterModule, AdapterSet
 from veneer.config import LoraConfig
-from veneer.inject.base_tensors import embedding_of
+from veneer.inject.base_tensors import base_of, embedding_of
 from veneer.layers import LoraLayer
 from veneer.layers.modules_to_save import ModulesToSaveWrapper
 from veneer.layers.trainable_tokens import TrainableTokens
@@ -31,11 +31,7 @@ class Site:
     @property
     def base(self) -> nn.Module:
         """The module that the model was built with."""
-        if isinstance(self.module, LoraLayer):
-            return self.module.get_base_layer()
-        if isinstance(self.module, ModulesToSaveWrapper):
-            return self.module.original_module
-        return self.module.get_base_layer() if isinstance(self.module, TrainableTokens) else self.module
+        return base_of(self.module) if isinstance(self.module, AdapterModule) else self.module
 
     @property
     def reader(self) -> str | None:
@@ -76,6 +72,20 @@ def sites(model: nn.Module) -> dict[str, Site]:
     return {site.path: site for site in found.values()}
 
 
+def input_embedding(model: nn.Module, found: Mapping[str, Site]) -> str:
+    """The path of the input embedding; empty where the model does not name one."""
+    module = embedding_of(model, "input")
+    return next((p for p, s in found.items() if module is not None and module in (s.module, s.base)), "")
+
+
+def sharing(found: Mapping[str, Site], path: str) -> list[str]:
+    """The paths of the other modules that have the weight of the one at ``path``."""
+    weight = getattr(found[path].base, "weight", None) if path else None
+    if weight is None:
+        return []
+    return [p for p, site in found.items() if p != path and getattr(site.base, "weight", None) is weight]
+
+
 def _is_router(path: str, parent: nn.Module) -> bool:
     """A linear that chooses experts: named so beside a list of experts, or inside a router."""
     name = path.rpartition(".")[2]
@@ -96,11 +106,7 @@ def parameter_candidates(model: nn.Module, found: Mapping[str, Site], unread: bo
     """What `targets.plan` needs to know of each parameter that a module holds by itself."""
     result = [
         Candidate(
-            name,
-            "Parameter",
-            False,
-            parameter=name,
-            reason="the model itself holds it, which nothing wraps",
+            name, "Parameter", False, parameter=name, reason="the model itself holds it, which nothing wraps"
         )
         for name, tensor in model._parameters.items()
         if tensor is not None
@@ -129,36 +135,42 @@ def candidates(model: nn.Module, found: Mapping[str, Site], unread: bool = False
     head = embedding_of(model, "output")
     result = []
     for path, site in found.items():
-        base, parent = site.base, site.parents[0][0]
+        base = site.base
         cls = layers.find(base)
-        reason = layers.refusal(base) or ""
-        if isinstance(parent, nn.MultiheadAttention):
-            reason = (
-                "nn.MultiheadAttention reads this module's weight without calling it: target the attention "
-                "itself, whose two projections are adapted together"
-            )
-        elif cls is not None and not unread and (reader := site.reader) is not None:
-            reason = _never_called(reader)
-        if isinstance(site.module, ModulesToSaveWrapper) and cls is not None:
-            named = ", ".join(map(repr, site.module.held_adapters))
-            reason = f"{named} trains it whole (modules_to_save)" if named else reason
-        if isinstance(site.module, TrainableTokens) and site.module.held_adapters:
-            named = ", ".join(map(repr, site.module.held_adapters))
-            reason = f"{named} trains single tokens of it (trainable_token_indices)"
+        reason = _why_not(site, cls is not None, unread)
         whole = isinstance(site.module, ModulesToSaveWrapper | TrainableTokens)
-        supported = cls is not None and not reason and not whole
+        linear = cls is not None and cls.linear
         result.append(
             Candidate(
                 path=path,
                 type_name=type(base).__name__,
-                supported=supported,
-                linear=cls is not None and cls.linear,
+                supported=cls is not None and not reason and not whole,
+                linear=linear,
                 output_head=base is head or site.module is head,
-                router=cls is not None and cls.linear and _is_router(path, parent),
+                router=linear and _is_router(path, site.parents[0][0]),
                 reason=reason,
             )
         )
     return result
+
+
+def _why_not(site: Site, has_layer: bool, unread: bool) -> str:
+    """Why a module cannot get factors; empty if it can, or if it is of no type that anybody would adapt."""
+    module = site.module
+    if isinstance(module, ModulesToSaveWrapper | TrainableTokens) and module.held_adapters:
+        names = ", ".join(map(repr, module.held_adapters))
+        if isinstance(module, TrainableTokens):
+            return f"{names} trains single tokens of it (trainable_token_indices)"
+        if has_layer:
+            return f"{names} trains it whole (modules_to_save)"
+    if isinstance(site.parents[0][0], nn.MultiheadAttention):
+        return (
+            "nn.MultiheadAttention reads this module's weight without calling it: target the attention "
+            "itself, whose two projections are adapted together"
+        )
+    if has_layer and not unread and (reader := site.reader) is not None:
+        return _never_called(reader)
+    return layers.refusal(site.base) or ""
 
 
 def model_type(model: nn.Module) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from torch import nn
 
@@ -11,9 +11,8 @@ from veneer.config import LoraConfig
 from veneer.config.expressions import Paths
 from veneer.config.values import name_in, show
 from veneer.errors import Hint, TargetError, Text
-from veneer.inject.base_tensors import embedding_of
 from veneer.inject.injection import Rows
-from veneer.inject.sites import Site
+from veneer.inject.sites import Site, input_embedding, sharing
 from veneer.layers.trainable_tokens import TrainableTokens, indices_by_module
 from veneer.targets import by_ends
 from veneer.wording import some, warn
@@ -47,38 +46,11 @@ def token_rows(
         return []
     named, remarks, reasons = _named(model, found, config, stored)
     for path, indices in named.items():
-        site = found[path]
-        reason = TrainableTokens.refuses(site.base, indices)
-        if path in taken:
-            reason = f"{taken[path]} names it too: an embedding is adapted in one way"
-        elif isinstance(site.module, AdapterModule) and not isinstance(site.module, TrainableTokens):
-            held = ", ".join(map(repr, site.module.held_adapters))
-            reason = f"{held} adapts it as a whole; an embedding is adapted in one way at a time"
-        if reason is not None:
-            reasons.append(f"{path} ({type(site.base).__name__}): {reason}")
+        if (reason := _why_not(found[path], indices, taken.get(path))) is not None:
+            reasons.append(f"{path} ({type(found[path].base).__name__}): {reason}")
     result: list[Rows] = []
-    heads = {} if reasons else _followers(found, named)
-    for path, indices in named.items():
-        if reasons or path in heads:
-            continue
-        layer = _layer(found[path])
-        result.append(Rows(found[path], layer, indices, layer.start(indices)))
-        for head in (h for h, leader in heads.items() if leader == path):
-            site = found[head]
-            if head in taken or (
-                isinstance(site.module, AdapterModule) and _layer(site).tied_adapter is None
-            ):
-                reasons.append(
-                    f"{head} shares the weight of {path} and is adapted in another way: its outputs could "
-                    "not follow the trained rows. Leave it out, or untie the two"
-                )
-                continue
-            follower = (
-                _layer(site)
-                if isinstance(site.module, TrainableTokens)
-                else TrainableTokens(site.base, layer)
-            )
-            result.append(Rows(site, follower, indices, result[-1].rows))
+    if not reasons:
+        result, reasons = _built(found, named, taken)
     if reasons:
         lines: list[str | Text] = ["these tokens cannot be trained:", *some(reasons), *remarks]
         raise TargetError(Text.join("\n  - ", lines))
@@ -90,16 +62,51 @@ def token_rows(
     return result
 
 
-def _layer(site: Site) -> TrainableTokens:
-    return site.module if isinstance(site.module, TrainableTokens) else TrainableTokens(site.base)
+def _why_not(site: Site, indices: Sequence[int], option: str | None) -> str | None:
+    """Why an adapter cannot train tokens of a module, which an option may name already."""
+    if option is not None:
+        return f"{option} names it too: an embedding is adapted in one way"
+    if isinstance(site.module, AdapterModule) and not isinstance(site.module, TrainableTokens):
+        names = ", ".join(map(repr, site.module.held_adapters))
+        return f"{names} adapts it as a whole; an embedding is adapted in one way at a time"
+    return TrainableTokens.refuses(site.base, indices)
+
+
+def _built(
+    found: Mapping[str, Site], named: Mapping[str, list[int]], taken: Collection[str]
+) -> tuple[list[Rows], list[str]]:
+    """The rows of every embedding, and those of the heads that follow it; and why a head cannot follow."""
+    result: list[Rows] = []
+    reasons = []
+    leaders = _leaders(found, named)
+    for path, indices in named.items():
+        if path in leaders:
+            continue
+        layer = _layer(found[path])
+        rows = layer.start(indices)
+        result.append(Rows(found[path], layer, indices, rows))
+        for head in (head for head, leader in leaders.items() if leader == path):
+            module = found[head].module
+            follows = isinstance(module, TrainableTokens) and module.tied_adapter is not None
+            if head in taken or (isinstance(module, AdapterModule) and not follows):
+                reasons.append(
+                    f"{head} shares the weight of {path} and is adapted in another way: its outputs could "
+                    "not follow the trained rows. Leave it out, or untie the two"
+                )
+            else:
+                result.append(Rows(found[head], _layer(found[head], layer), indices, rows))
+    return result, reasons
+
+
+def _layer(site: Site, leader: TrainableTokens | None = None) -> TrainableTokens:
+    return site.module if isinstance(site.module, TrainableTokens) else TrainableTokens(site.base, leader)
 
 
 def _named(
     model: nn.Module, found: Mapping[str, Site], config: LoraConfig, stored: Collection[str] | None
 ) -> tuple[dict[str, list[int]], list[Text], list[str]]:
     """The indices by path, what to say of them, and what is wrong."""
-    module = embedding_of(model, "input")
-    default = next((path for path, site in found.items() if site.module is module), "embed_tokens")
+    default = input_embedding(model, found) or "embed_tokens"
     assert config.trainable_token_indices is not None
     wanted = indices_by_module(config.trainable_token_indices, default)
     names, option = list(wanted), "trainable_token_indices"
@@ -129,18 +136,14 @@ def _means(keys: Iterable[str], named: Collection[str], paths: Iterable[str]) ->
     return all(name_in(end) == end for end in ends) and {p for p in paths if p.endswith(ends)} == named
 
 
-def _followers(found: Mapping[str, Site], named: Mapping[str, list[int]]) -> dict[str, str]:
+def _leaders(found: Mapping[str, Site], named: Mapping[str, list[int]]) -> dict[str, str]:
     """Heads and embeddings that share the weight of one whose tokens are trained: their path to its path."""
-    result = {}
+    result: dict[str, str] = {}
     for path, indices in named.items():
-        if not isinstance(found[path].base, nn.Embedding):
+        if path in result or not isinstance(found[path].base, nn.Embedding):
             continue
-        weight = getattr(found[path].base, "weight", None)
-        for other, site in found.items():
-            if other == path or other in result or path in result:
-                continue
-            if not isinstance(site.base, nn.Linear | nn.Embedding):
-                continue
-            if getattr(site.base, "weight", None) is weight and named.get(other, indices) == indices:
-                result[other] = path
+        for other in sharing(found, path):
+            has_rows = isinstance(found[other].base, nn.Linear | nn.Embedding)
+            if has_rows and named.get(other, indices) == indices:
+                result.setdefault(other, path)
     return result

@@ -12,14 +12,13 @@ from veneer.adapters import AdapterModule
 from veneer.config import LoraConfig
 from veneer.config.expressions import Paths
 from veneer.errors import Hint, TargetError, Text
-from veneer.inject.base_tensors import embedding_of
 from veneer.inject.injection import Addition, Copy
-from veneer.inject.sites import Site
+from veneer.inject.sites import Site, input_embedding, sharing
 from veneer.layers.embedding import LoraEmbedding
 from veneer.layers.making import why_not
 from veneer.layers.modules_to_save import ModulesToSaveWrapper
 from veneer.layers.tied import LoraTiedHead
-from veneer.spec import PatternSet, resolve
+from veneer.spec import LoraSpec, PatternSet, resolve
 from veneer.wording import warn
 
 
@@ -40,7 +39,8 @@ def tie(model: nn.Module, found: Mapping[str, Site], config: LoraConfig, *, quie
     """
     if not config.ensure_weight_tying:
         return {}
-    lead, heads = tied_modules(model, found)
+    lead = input_embedding(model, found)
+    heads = sharing(found, lead)
     group = [lead, *heads]
     named_targets = config.target_modules
     named_targets = [named_targets] if isinstance(named_targets, str) else named_targets
@@ -69,17 +69,6 @@ def tie(model: nn.Module, found: Mapping[str, Site], config: LoraConfig, *, quie
     if problem and not quiet:
         warn(f"ensure_weight_tying=True ties nothing: {problem}")
     return dict.fromkeys(heads, lead) if whole or adapted else {}
-
-
-def tied_modules(model: nn.Module, found: Mapping[str, Site]) -> tuple[str, list[str]]:
-    """The path of the input embedding, and those of the modules that share its weight."""
-    module = embedding_of(model, "input")
-    lead = next((p for p, s in found.items() if module is not None and module in (s.module, s.base)), "")
-    weight = getattr(found[lead].base, "weight", None) if lead else None
-    if weight is None:
-        return lead, []
-    same = [p for p, s in found.items() if getattr(s.base, "weight", None) is weight]
-    return lead, [path for path in same if path != lead]
 
 
 def _hits(patterns: PatternSet, paths: Sequence[str]) -> dict[str, set[str]]:
@@ -114,26 +103,14 @@ def tied_additions(
     for path, lead in ties.items():
         if lead not in leads:
             continue
-        site, leader, spec = found[path], leads[lead].layer, resolve(config, adapter, path)
-        present = site.module if isinstance(site.module, LoraTiedHead) else None
-        reason: str | Text | None = None
-        if not isinstance(leader, LoraEmbedding) or not isinstance(site.base, nn.Linear):
-            reason = "only a linear head can follow, and only an embedding"
-        elif getattr(leader.base_layer, "max_norm", None) is not None:
-            reason = "the embedding's max_norm renormalises rows, which the head does not"
-        elif present is None and (isinstance(site.module, AdapterModule) or leader.held_adapters):
-            names = {*leader.held_adapters, *getattr(site.module, "held_adapters", ())}
-            reason = (
-                f"{', '.join(map(repr, sorted(names)))} adapts the two without tying them: tie all adapters "
-                "of a pair, or none"
-            )
-        elif (spec.r, spec.scaling) != (leads[lead].spec.r, leads[lead].spec.scaling):
-            reason = f"the patterns give it another rank or strength than {lead}"
+        site, leader, spec = found[path], leads[lead], resolve(config, adapter, path)
+        layer = site.module if isinstance(site.module, LoraTiedHead) else None
+        reason = _why_not_tied(site, layer, leader, spec)
         if reason is None:
-            assert isinstance(leader, LoraEmbedding)
-            layer = present or LoraTiedHead(site.base, leader)
+            assert isinstance(leader.layer, LoraEmbedding)
+            layer = layer or LoraTiedHead(site.base, leader.layer)
             reason = why_not(layer, spec)
-            result.append(Addition(site, layer, spec, path, new=present is None))
+            result.append(Addition(site, layer, spec, path, new=layer is not site.module))
         if reason is not None:
             reasons.append(Text(f"{path} ({type(site.base).__name__}): ", reason))
     if reasons:
@@ -143,6 +120,22 @@ def tied_additions(
             )
         )
     return result
+
+
+def _why_not_tied(
+    site: Site, present: LoraTiedHead | None, leader: Addition, spec: LoraSpec
+) -> str | Text | None:
+    """Why a head cannot follow an embedding, whatever its own layer says."""
+    embedding = leader.layer
+    if not isinstance(embedding, LoraEmbedding) or not isinstance(site.base, nn.Linear):
+        return "only a linear head can follow, and only an embedding"
+    if getattr(embedding.base_layer, "max_norm", None) is not None:
+        return "the embedding's max_norm renormalises rows, which the head does not"
+    if present is None and (names := _untied(site.module, embedding)) is not None:
+        return f"{names} adapts the two without tying them: {_ALL_OR_NONE}"
+    if (spec.r, spec.scaling) != (leader.spec.r, leader.spec.scaling):
+        return f"the patterns give it another rank or strength than {leader.site.path}"
+    return None
 
 
 def tied_copies(found: Mapping[str, Site], copies: Sequence[Copy], ties: Mapping[str, str]) -> list[Copy]:
@@ -157,21 +150,29 @@ def tied_copies(found: Mapping[str, Site], copies: Sequence[Copy], ties: Mapping
         if lead not in leads:
             continue
         site, leader = found[path], leads[lead]
-        known = isinstance(site.module, ModulesToSaveWrapper) and site.module.tied_adapter is leader.wrapper
-        others = set(getattr(site.module, "held_adapters", ()))
-        if known:
-            assert isinstance(site.module, ModulesToSaveWrapper)
-            wrapper = site.module
-        elif isinstance(site.module, AdapterModule) or leader.wrapper.held_adapters:
-            names = ", ".join(map(repr, sorted({*others, *leader.wrapper.held_adapters})))
-            raise TargetError(
-                f"ensure_weight_tying=True: {names} adapts {path} or {lead} without tying them: tie all "
-                "adapters of a pair, or none"
-            )
-        else:
+        wrapper = site.module
+        if not isinstance(wrapper, ModulesToSaveWrapper) or wrapper.tied_adapter is not leader.wrapper:
+            if (names := _untied(site.module, leader.wrapper)) is not None:
+                raise TargetError(
+                    f"ensure_weight_tying=True: {names} adapts {path} or {lead} without tying them: "
+                    f"{_ALL_OR_NONE}"
+                )
             wrapper = ModulesToSaveWrapper(site.base, leader.wrapper)
         result.append(Copy(site, wrapper, wrapper.new_copy(), follows=leader))
     return result
+
+
+_ALL_OR_NONE = "tie all adapters of a pair, or none"
+
+
+def _untied(head: nn.Module, leader: AdapterModule) -> str | None:
+    """The adapters of a head, and of an embedding that it does not follow yet; None if both are free."""
+    names = set(leader.held_adapters)
+    if isinstance(head, AdapterModule):
+        names.update(head.held_adapters)
+    elif not names:
+        return None
+    return ", ".join(map(repr, sorted(names)))
 
 
 def check_tied(
