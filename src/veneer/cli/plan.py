@@ -89,17 +89,7 @@ def plan(
         for name, settled in CHANGEABLE.items()
         if given.get(name) is not None or getattr(options, name) != usual[name]
     }
-    step = Step(
-        batch_size=options.batch_size,
-        sequence_length=options.max_length,
-        gradient_checkpointing=options.gradient_checkpointing,
-        gradient_accumulation_steps=options.gradient_accumulation_steps,
-        optim=options.optim,
-        quantize=options.quantize,
-        loss_chunk_size=options.loss_chunk_size,
-        padded=False if options.packing else None,
-        device=device,
-    )
+    step = Step.of(options, device=device)
     found = plan_training(
         options.model, options.lora_config(), step, budget=limit, fixed=fixed, dtype=options.dtype
     )

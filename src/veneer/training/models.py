@@ -13,6 +13,7 @@ from ..errors import Hint, TrainingError, VeneerError
 from ..hub import cached_if_unreachable, is_local
 from ..wording import first_line
 from .data.batch import pad_token
+from .launcher import own_gpu
 from .libraries import quiet_libraries, require
 
 #: An adapter's file may say which base is loaded, so code that comes with it is not run. transformers asks.
@@ -126,7 +127,7 @@ def quantization(name: str, dtype: str = "auto") -> dict[str, Any]:
                 bnb_4bit_compute_dtype=computed,
             )
         )
-    place = int(os.environ.get("LOCAL_RANK", "0")) if torch.cuda.is_available() else "cpu"
+    place = own_gpu() if torch.cuda.is_available() else "cpu"
     return {"quantization_config": config, "device_map": {"": place}}
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from .data import (
     pad_token,
     read_records,
 )
+from .launcher import check_launcher, is_first, is_sharded, processes
 from .libraries import quiet_libraries, require
 from .losses import Answers, Classes, Objective, Pairs, check_chunks
 from .models import check_output, load_base, load_tokenizer, refuse_file
@@ -71,37 +73,25 @@ def fine_tune(options: RunOptions, progress: Progress | None = None) -> dict[str
         VeneerError: As its parts do; nothing is written then but whole checkpoints.
         Interrupted: SIGINT or SIGTERM came; a checkpoint lies in the output.
     """
-    _check_launcher()
+    check_launcher()
     require("transformers", "train", "training")
-    first = _is_first()
-    progress = progress if progress is not None and first else Silent()
+    progress = progress if progress is not None and is_first() else Silent()
     check_names(options)
     output = Path(options.output)
     refuse_file(output)
     if Path(options.model).is_dir():
         # The adapter notes where its base is, for whoever stands elsewhere later.
         options = dataclasses.replace(options, model=str(Path(options.model).resolve()))
-    sources = [options.data, *([options.eval_data] if options.eval_data else [])]
-    records = [read_records(source, options.purpose) for source in sources]
-    for part in records:
-        progress.say(part.line())
+    records = _read(options, progress)
     tokenizer = load_tokenizer(options.model)
     rows, eval_rows, label_names = _encoded(options, records, tokenizer, progress)
     torch.manual_seed(options.seed)  # a classifier's head is drawn while its base is loaded
     base, _ = load_base(options.model, options.dtype, quantize=options.quantize, label_names=label_names)
-    if first:
+    if is_first():
         progress.say(_estimate(options, rows, label_names, base))
     torch.manual_seed(options.seed)  # the estimate, which one process makes, may have drawn numbers
     objective = _objective(options, base, tokenizer)
-    model = adapted(
-        base,
-        options.lora_config(),
-        rows,
-        None if isinstance(objective, Pairs) else objective,
-        batch_size=options.batch_size,
-        seed=options.seed,
-        progress=progress,
-    )
+    model = adapted(base, options, rows, objective, progress)
     trainable, total = model.get_nb_trainable_parameters()
     progress.say(f"Training {trainable:,} of {total:,} parameters ({trainable / total:.2%})")
     check_output(output)
@@ -117,7 +107,7 @@ def fine_tune(options: RunOptions, progress: Progress | None = None) -> dict[str
             objective=objective,
             stop=stop,
         )
-    if first and can_plot():
+    if is_first() and can_plot():
         loss_picture(
             output / "loss.png",
             [entry["loss"] for entry in metrics["losses"]],
@@ -176,21 +166,11 @@ def train(
     options = TrainOptions() if options is None else options
     progress = Silent() if progress is None else progress
     check_names(options)
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    if not rows:
-        raise TrainingError("there are no rows to train on")
-    if not trainable:
-        raise TrainingError(
-            "no parameter of the model is trainable: a saved adapter is loaded for training with "
-            "is_trainable=True"
-        )
-    if options.loss_chunk_size:
-        check_chunks(model)
-    from .trainer import Reporter, evaluations, load, total_steps
+    _check_trainable(model, rows, options)
+    from .trainer import total_steps
 
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    steps = total_steps(len(rows), options, processes)
-    record = run_record(model, rows, eval_rows, options, processes, steps)
+    steps = total_steps(len(rows), options, processes())
+    record = run_record(model, rows, eval_rows, options, processes(), steps)
     if options.resume and (metrics := finished_run(Path(output), record)) is not None:
         progress.say(f"The run in {output} is finished: nothing is left to train.")
         return metrics
@@ -202,84 +182,23 @@ def train(
             f"The run was to have {run.planned} steps and goes on to {steps}. From here the learning rate "
             f"follows the {options.lr_scheduler_type} schedule of {steps} steps."
         )
-    existed = run.output.exists()
-    trainer: Any = None
-    try:
-        with ExitStack() as stack, quiet_libraries():
-            reporter = Reporter(run, progress, stack)
-            trainer = _trainer(model, tokenizer, rows, eval_rows, run, objective)
-            reporter.join(trainer, callbacks)
-            if run.checkpoint is not None and run.finished:
-                load(trainer, run.checkpoint)
-                reporter.evaluate_if_due(trainer.state)
-                trainer.accelerator.wait_for_everyone()  # what is loaded may be removed next
-            else:
-                trainer.train(resume_from_checkpoint=run.checkpoint and str(run.checkpoint))
-    except BaseException as error:
-        _clear_away(run, trainer, error)
-        if not existed and run.output.is_dir() and not any(run.output.iterdir()):
-            run.output.rmdir()
-        raise
-    state = trainer.state
-    if reporter.stopped:
+    make = partial(_trainer, model, tokenizer, rows, eval_rows, run, objective)
+    state, seconds, stopped = _steps(run, make, callbacks, progress)
+    if stopped:
         place = run.output / f"checkpoint-{state.global_step}"
         raise Interrupted(state.global_step, state.max_steps, place)
-    metrics = {
-        "steps": state.global_step,
-        "seconds": round(reporter.seconds(), 2),
-        "tokens": int(state.num_input_tokens_seen or 0),
-        "trainable": trainable,
-        "processes": processes,
-        "options": dataclasses.asdict(options),
-        "losses": [
-            {name: entry[name] for name in ("step", "loss", "learning_rate")}
-            for entry in state.log_history
-            if "loss" in entry
-        ],
-        "evaluations": evaluations(state.log_history),
-    }
-    if names := _class_names(model):
-        metrics["label_names"] = names
+    metrics = _metrics(run, model, state, seconds)
     _write(run, model, tokenizer, metrics)
     return metrics
 
 
-def _is_first() -> bool:
-    return os.environ.get("RANK", "0") == "0"
-
-
-def _check_launcher() -> None:
-    """Refuse what a launcher asks for and nobody would do.
-
-    Raises:
-        TrainingError: Naming the variable that the launcher set.
-    """
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
-        raise TrainingError(
-            "ACCELERATE_USE_DEEPSPEED asks for DeepSpeed, which is not supported here. To train a model in "
-            f"shards: {_SHARDED}"
-        )
-    if not _is_sharded():
-        return
-    if os.environ.get("FSDP_VERSION") != "2":
-        raise TrainingError(
-            "ACCELERATE_USE_FSDP asks for a model in shards, and of the two ways to shard FSDP2 is "
-            f"supported: {_SHARDED}"
-        )
-    if not torch.cuda.is_available():
-        raise TrainingError(
-            "ACCELERATE_USE_FSDP asks for a model in shards, and accelerate shards on GPUs only: on CPUs "
-            "launch without it (torchrun, accelerate launch --multi_gpu), and each process holds the whole "
-            "model"
-        )
-
-
-#: How to launch a run that shards the model.
-_SHARDED = "accelerate launch --use_fsdp --fsdp_version 2"
-
-
-def _is_sharded() -> bool:
-    return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+def _read(options: RunOptions, progress: Progress) -> list[Records]:
+    """The records to learn from and those held out, where there are some."""
+    sources = [options.data, *([options.eval_data] if options.eval_data else [])]
+    records = [read_records(source, options.purpose) for source in sources]
+    for part in records:
+        progress.say(part.line())
+    return records
 
 
 def _encoded(
@@ -321,10 +240,9 @@ def _estimate(options: RunOptions, rows: Sequence[Any], label_names: list[str] |
     """One line: about how long the run takes and how much memory, reckoned for its longest row."""
     from .trainer import total_steps
 
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pairs = options.method == "dpo"
-    if _is_sharded():
+    if is_sharded():
         return "No estimate of time and memory for a model in shards."
     try:
         model = base
@@ -334,29 +252,36 @@ def _estimate(options: RunOptions, rows: Sequence[Any], label_names: list[str] |
         found = estimate_memory(
             model,
             options.lora_config(),
-            Step(
-                # Of a pair both answers are read.
-                batch_size=options.batch_size * (2 if pairs else 1),
+            Step.of(
+                options,
+                batch_size=options.batch_size * (2 if pairs else 1),  # both answers of a pair are read
                 sequence_length=options.max_length if pairs else max(len(row["input_ids"]) for row in rows),
-                gradient_checkpointing=options.gradient_checkpointing,
-                gradient_accumulation_steps=options.gradient_accumulation_steps,
-                optim=options.optim,
-                quantize=options.quantize,
-                loss_chunk_size=options.loss_chunk_size,
                 device=device,
             ),
         )
         once = seconds_per_step(found, device=device, dtype=next(base.parameters()).dtype)
     except (VeneerError, RuntimeError, NotImplementedError) as error:
         return f"No estimate of time and memory: {first_line(error)}"
-    steps = total_steps(len(rows), options, processes)
+    steps = total_steps(len(rows), options, processes())
     seconds = steps * options.gradient_accumulation_steps * once
     time = f"{seconds / 60:.0f} min" if seconds >= 90 else f"{max(seconds, 1):.0f} s"
     return (
         f"Estimate: {steps} steps in about {time}, {found.peak / 1e9:.2g} GB of memory at the peak"
-        + (" in each process" if processes > 1 else "")
+        + (" in each process" if processes() > 1 else "")
         + " (if all rows were as long as the longest)"
     )
+
+
+def _check_trainable(model: Any, rows: Sequence[Any], options: TrainOptions) -> None:
+    if not rows:
+        raise TrainingError("there are no rows to train on")
+    if not any(p.requires_grad for p in model.parameters()):
+        raise TrainingError(
+            "no parameter of the model is trainable: a saved adapter is loaded for training with "
+            "is_trainable=True"
+        )
+    if options.loss_chunk_size:
+        check_chunks(model)
 
 
 def _begin(output: Path, options: TrainOptions, record: dict[str, Any], evaluated: bool, stop: Stop) -> Run:
@@ -365,7 +290,7 @@ def _begin(output: Path, options: TrainOptions, record: dict[str, Any], evaluate
     if options.resume:
         checkpoint = last_checkpoint(output, record["processes"])
         seconds, planned = check_same_run(checkpoint, record)
-    elif _is_first():
+    elif is_first():
         begin_afresh(output, options.overwrite_output_dir)
     return Run(output, options, record, evaluated, stop, checkpoint, seconds, planned)
 
@@ -395,6 +320,33 @@ def _trainer(
     return Trainer(model=model, args=args, objective=objective, rows=rows, eval_rows=eval_rows)
 
 
+def _steps(
+    run: Run, make: Callable[[], Any], callbacks: Sequence[Any], progress: Progress
+) -> tuple[Any, float, bool]:
+    """Train to the end, or until it is asked to stop: (the trainer's state, seconds, whether it stopped)."""
+    from .trainer import Reporter, load
+
+    existed = run.output.exists()
+    trainer: Any = None
+    try:
+        with ExitStack() as stack, quiet_libraries():
+            reporter = Reporter(run, progress, stack)
+            trainer = make()
+            reporter.join(trainer, callbacks)
+            if run.checkpoint is not None and run.finished:
+                load(trainer, run.checkpoint)
+                reporter.evaluate_if_due(trainer.state)
+                trainer.accelerator.wait_for_everyone()  # what is loaded may be removed next
+            else:
+                trainer.train(resume_from_checkpoint=run.checkpoint and str(run.checkpoint))
+    except BaseException as error:
+        _clear_away(run, trainer, error)
+        if not existed and run.output.is_dir() and not any(run.output.iterdir()):
+            run.output.rmdir()
+        raise
+    return trainer.state, reporter.seconds(), reporter.stopped
+
+
 def _clear_away(run: Run, trainer: Any, error: BaseException) -> None:
     """Remove the checkpoint that an error left half written.
 
@@ -406,7 +358,7 @@ def _clear_away(run: Run, trainer: Any, error: BaseException) -> None:
     not_made = bool(named) and Path(named).is_relative_to(place) and not place.is_dir()
     if not not_made and (not place.is_dir() or (place / RUN_NAME).exists()):
         return
-    if _is_first() and not not_made:
+    if is_first() and not not_made:
         remove_checkpoint(place)
     if isinstance(error, Exception):
         raise TrainingError(
@@ -415,6 +367,29 @@ def _clear_away(run: Run, trainer: Any, error: BaseException) -> None:
             Hint("resume", True),
             " goes on from the last one",
         ) from error
+
+
+def _metrics(run: Run, model: Any, state: Any, seconds: float) -> dict[str, Any]:
+    """What ``metrics.json`` holds, see `train`."""
+    from .trainer import evaluations
+
+    metrics = {
+        "steps": state.global_step,
+        "seconds": round(seconds, 2),
+        "tokens": int(state.num_input_tokens_seen or 0),
+        "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "processes": run.record["processes"],
+        "options": dataclasses.asdict(run.options),
+        "losses": [
+            {name: entry[name] for name in ("step", "loss", "learning_rate")}
+            for entry in state.log_history
+            if "loss" in entry
+        ],
+        "evaluations": evaluations(state.log_history),
+    }
+    if names := _class_names(model):
+        metrics["label_names"] = names
+    return metrics
 
 
 def _class_names(model: Any) -> list[str]:
@@ -431,8 +406,8 @@ def _write(run: Run, model: Any, tokenizer: Any, metrics: dict[str, Any]) -> Non
     only = {"selected_adapters": adapters} if adapters else {}
     try:
         # Every process takes part: a model in shards is put together for the one that writes.
-        model.save_pretrained(run.output, is_main_process=_is_first(), **only)
-        if not _is_first():
+        model.save_pretrained(run.output, is_main_process=is_first(), **only)
+        if not is_first():
             return
         tokenizer.save_pretrained(run.output)
         write_json(run.output / METRICS_NAME, metrics)

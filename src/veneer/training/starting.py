@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,8 +12,9 @@ from torch import Tensor
 from .. import LoraConfig, get_peft_model, initialize_lora_eva_weights, preprocess_corda, preprocess_loraga
 from .data import IGNORED
 from .forward import batches
-from .losses import Objective
-from .options import MEASURED
+from .launcher import own_gpu
+from .losses import Objective, Pairs
+from .options import MEASURED, RunOptions
 from .progress import Progress
 
 #: Examples that are looked at: about a hundred show what the layers are given.
@@ -23,36 +23,31 @@ SAMPLES = 128
 
 def adapted(
     base: Any,
-    config: LoraConfig,
+    options: RunOptions,
     rows: Sequence[Mapping[str, Any]],
-    objective: Objective | None,
-    *,
-    batch_size: int,
-    seed: int,
+    objective: Objective | Pairs,
     progress: Progress,
 ) -> Any:
-    """`get_peft_model`, with a start that is measured on rows where the configuration asks for one.
+    """`get_peft_model`, with a start that is measured on some of the rows where the options ask for one.
 
     Args:
         base: The base model.
-        config: Configuration of the adapter.
-        rows: What it will learn from; some are drawn.
+        options: Which adapter, and how many rows at a time.
+        rows: What it will learn from.
         objective: What a row is trained for.
-        batch_size: Rows at a time.
-        seed: Of the draw.
         progress: Where to say so.
 
     Raises:
         ConfigError, TargetError: As `get_peft_model` and the measuring functions do.
     """
-    init = str(config.init_lora_weights).lower()
-    if init not in MEASURED or objective is None:
+    config, init = options.lora_config(), options.init_lora_weights.lower()
+    if init not in MEASURED or isinstance(objective, Pairs):
         return get_peft_model(base, config)
-    chosen = random.Random(seed).sample(range(len(rows)), min(SAMPLES, len(rows)))
+    chosen = random.Random(options.seed).sample(range(len(rows)), min(SAMPLES, len(rows)))
     progress.say(f"Measuring the start of the adapter ({init}) on {len(chosen)} examples")
     if next(base.parameters()).device.type == "cpu" and torch.cuda.is_available():
-        base.to(torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))))  # where it will be trained
-    measured = list(batches(base, [rows[i] for i in chosen], objective.collator, batch_size))
+        base.to(torch.device("cuda", own_gpu()))  # where it will be trained
+    measured = list(batches(base, [rows[i] for i in chosen], objective.collator, options.batch_size))
     if init == "corda":
         preprocess_corda(base, config, lambda: _forward(base, measured, objective))
     elif init == "lora_ga":

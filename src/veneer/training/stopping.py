@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 import threading
@@ -12,6 +11,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
+
+import torch
+
+from .launcher import launched
 
 
 class Interrupted(KeyboardInterrupt):
@@ -36,8 +39,6 @@ class Stop:
 
     def anywhere(self) -> bool:
         """Whether this or another process of the run was asked; all of them must call it."""
-        import torch
-
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             return self.asked
         on_cpu = "gloo" in torch.distributed.get_backend()
@@ -70,11 +71,10 @@ def stop_on_signals(
         return
     came: dict[int, float] = {}
     telling: list[threading.Thread] = []
-    launched = "RANK" in os.environ
 
     def handle(number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        if number in came and not (launched and now - came[number] < ECHO_SECONDS):
+        if number in came and not (launched() and now - came[number] < ECHO_SECONDS):
             raise KeyboardInterrupt
         first = not came
         came.setdefault(number, now)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -18,6 +17,7 @@ from transformers.integrations import INTEGRATION_TO_CALLBACK
 
 from ..errors import TrainingError
 from .data import IGNORED
+from .launcher import launched
 from .losses import Classes, Objective
 from .options import TrainOptions, trackers
 from .progress import Progress
@@ -125,7 +125,7 @@ def arguments(run: Run) -> dict[str, Any]:
         again: options.gradient_checkpointing,
         f"{again}_kwargs": {"use_reentrant": False},
     }
-    if "RANK" in os.environ and not torch.cuda.is_available():
+    if launched() and not torch.cuda.is_available():
         # Both: without the first, accelerate starts the group and then lets each process go its own way.
         found |= {"use_cpu": True, "ddp_backend": "gloo"}
     return found

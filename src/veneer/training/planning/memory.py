@@ -22,6 +22,7 @@ from ...inject.base_tensors import embedding_of
 from ...peft_model import get_peft_model
 from ...wording import first_line
 from ..libraries import quiet_libraries
+from ..options import RunOptions
 from .sources import shadow
 from .tracing import Trace, trace_step
 
@@ -138,6 +139,14 @@ class Step:
     loss_chunk_size: int = 0
     padded: bool | None = None
     device: str = "cpu"
+
+    @classmethod
+    def of(cls, options: RunOptions, **more: Any) -> Step:
+        """The step of a run with these options; ``more`` goes before them."""
+        names = {part.name for part in dataclasses.fields(cls)}
+        shared = {part.name for part in dataclasses.fields(options)} & names
+        given = {name: getattr(options, name) for name in shared} | {"sequence_length": options.max_length}
+        return cls(**{**given, "padded": False if options.packing else None, **more})
 
     def __post_init__(self) -> None:
         least = {

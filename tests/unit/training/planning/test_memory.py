@@ -15,6 +15,7 @@ from torch import nn
 from tests.unit.training.tiny import tiny_model
 from veneer import LoraConfig
 from veneer.errors import ConfigError, TargetError
+from veneer.training import RunOptions
 from veneer.training.planning import (
     Step,
     empty_model,
@@ -143,3 +144,10 @@ def test_a_time_is_guessed_from_the_machine() -> None:
     found = estimate_memory(tiny_model(), CONFIG, STEP)
     seconds = seconds_per_step(found)
     assert 0 < seconds < 60
+
+
+def test_the_step_of_a_run() -> None:
+    given = {"model": "m", "data": "d", "output": "o", "batch_size": 3, "max_length": 77, "quantize": "nf4"}
+    step = Step.of(RunOptions(**given), batch_size=6, device="cuda")
+    assert step == Step(batch_size=6, sequence_length=77, quantize="nf4", device="cuda")
+    assert Step.of(RunOptions(**given, packing=True)).padded is False
