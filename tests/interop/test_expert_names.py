@@ -95,6 +95,20 @@ def test_every_expert_gets_its_own_update(parts: list[str], rslora: bool, tmp_pa
             assert torch.equal(merged.get_parameter(name)[:, 24:], base.get_parameter(name)[:, 24:])
 
 
+@pytest.mark.parametrize("kind", NAMES)
+def test_a_second_adapter_of_single_experts_loads_beside_the_first(kind: str, tmp_path: Path) -> None:
+    build, _, sizes = NAMES[kind]
+    base = build().eval()
+    write(tmp_path / "first", kind, [*sizes, "gate"])
+    write(tmp_path / "second", kind, [*sizes, "gate"], r=2)
+    both = veneer.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "first")
+    both.load_adapter(tmp_path / "second", "second")
+    both.set_adapter("second")
+    alone = veneer.PeftModel.from_pretrained(base, tmp_path / "second")
+    inputs = {"input_ids": torch.randint(3, 31, (2, 7))}
+    assert_close(output(both, inputs), output(alone, inputs), BY_DTYPE[torch.float32])
+
+
 def test_dropout_is_said_and_a_missing_expert_refused(tmp_path: Path) -> None:
     write(tmp_path / "old", "mixtral", ["w2"], lora_dropout=0.1)
     with pytest.warns(veneer.VeneerWarning, match="lora_dropout"):

@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from operator import itemgetter
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,40 +17,60 @@ from veneer import layers, targets
 from veneer.config import LoraConfig
 from veneer.errors import Hint, LoadMismatchError
 from veneer.files.keys import PREFIX
-from veneer.spec import LoraSpec, resolve_all
+from veneer.inject.sites import sites
+from veneer.spec import resolve_all
 from veneer.wording import warn
 
-#: Names of an expert's projections, and the half of which stack each became.
+#: The stacks of today, the outermost layer last, and the projections of an expert that each holds.
+_STACKS = {
+    "gate_up_proj": (("gate_proj", "w1"), ("up_proj", "w3")),
+    "down_proj": (("down_proj", "w2"),),
+}
 _PARTS = {
-    **dict.fromkeys(("gate_proj", "w1"), ("gate_up_proj", 0)),
-    **dict.fromkeys(("up_proj", "w3"), ("gate_up_proj", 1)),
-    **dict.fromkeys(("down_proj", "w2"), ("down_proj", 0)),
+    name: (stack, half)
+    for stack, halves in _STACKS.items()
+    for half, names in enumerate(halves)
+    for name in names
 }
 _EXPERT = re.compile(rf"(.*\.experts)\.(\d+)\.({'|'.join(_PARTS)})\.lora_([AB])\.weight")
 _FACTOR = re.compile(r"(.*)\.lora_([AB])\.weight")
 
+#: The keys of one stack in a file: by half, expert, and factor.
+_Keys = dict[tuple[int, int, str], str]
 
-@dataclass
+
+class Source(NamedTuple):
+    """A tensor of an adapter under its name of today: its shape, and how it comes of those in the file."""
+
+    shape: tuple[int, ...]
+    names: Sequence[str]
+    make: Callable[[Mapping[str, Tensor]], Tensor]
+
+
+@dataclass(frozen=True)
 class Stacked:
     """An adapter's file under the names of today.
 
     Attributes:
         config: The configuration, with the stacks among ``target_parameters``.
-        shapes: Shapes by new name.
-        sources: For each new name the old ones, and how the tensor comes of theirs.
+        sources: The tensors by their names of today.
     """
 
     config: LoraConfig
-    shapes: dict[str, tuple[int, ...]]
-    sources: dict[str, tuple[list[str], Callable[[Mapping[str, Tensor]], Tensor]]] = field(repr=False)
+    sources: Mapping[str, Source]
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes by the names of today."""
+        return {name: source.shape for name, source in self.sources.items()}
 
     def tensors(
         self, names: Iterable[str], read: Callable[[Iterable[str]], Mapping[str, Tensor]]
     ) -> dict[str, Tensor]:
-        """Tensors of new names, of old ones."""
-        sources = {name: self.sources[name] for name in names}
-        held = read(dict.fromkeys(old for olds, _ in sources.values() for old in olds))
-        return {name: make(held) for name, (_, make) in sources.items()}
+        """Tensors by their names of today; ``read`` gives those of the file."""
+        wanted = {name: self.sources[name] for name in names}
+        found = read(dict.fromkeys(name for source in wanted.values() for name in source.names))
+        return {name: source.make(found) for name, source in wanted.items()}
 
 
 def stacked(model: nn.Module, config: LoraConfig, shapes: Mapping[str, tuple[int, ...]]) -> Stacked | None:
@@ -61,125 +83,112 @@ def stacked(model: nn.Module, config: LoraConfig, shapes: Mapping[str, tuple[int
     Raises:
         LoadMismatchError: If an expert is missing, or ranks differ between experts.
     """
-    old = {m[1]: [] for key in shapes if (m := _EXPERT.fullmatch(key))}  # type: dict[str, list[str]]
-    for key in shapes:
-        if match := _EXPERT.fullmatch(key):
-            old[match[1]].append(key)
-    places = {place: where for place in old if (where := _stack(model, place)) is not None}
-    if not places:
+    experts = _experts_in(shapes)
+    bases = {path: site.base for path, site in sites(model).items()} if experts else {}
+    moved = {old: new for old in experts if (new := _path_of_stacks(bases, old)) is not None}
+    if not moved:
         return None
-    own = copy.deepcopy(config)
-    result = Stacked(own, {}, {})
-    own.rank_pattern, own.alpha_pattern = dict(own.rank_pattern), dict(own.alpha_pattern)
-    parameters: set[str] = set(own.target_parameters or ())
-    first = [k for place in places for k in old[place] if (m := _EXPERT.fullmatch(k)) and int(m[2]) == 0]
+    sources: dict[str, Source] = {}
+    parameters = set(config.target_parameters or ())
+    ranks, alphas = dict(config.rank_pattern), dict(config.alpha_pattern)
+    taken = {key for old in moved for keys in experts[old].values() for key in keys.values()}
+    first = (m[0] for m in map(_EXPERT.fullmatch, taken) if m is not None and int(m[2]) == 0)
     specs = resolve_all(config, "", {_module_of(key): "" for key in first})
-    for place, where in places.items():
-        parameters.update(_stack_one(result, specs, model, where, old[place], shapes))
-    taken = {key for place in places for key in old[place]}
+    for old, new in moved.items():
+        stacks = experts[old]
+        path = new.removeprefix(PREFIX)
+        for stack in (stack for stack in _STACKS if stack in stacks):
+            weight = bases[path]._parameters[stack]
+            assert weight is not None
+            a, b = _factors_of_stack(new, stack, weight, stacks[stack], shapes)
+            # Of two stacks, the layer around `down_proj` lies around that of `gate_up_proj`.
+            inner = ".base_layer" if len(stacks) == 2 and stack == "gate_up_proj" else ""
+            sources[f"{new}{inner}.lora_A.weight"], sources[f"{new}{inner}.lora_B.weight"] = a, b
+            parameters.add(f"{path}.{stack}")
+            rank, spec = a.shape[0] // len(weight), specs[_module_of(a.names[0])]
+            ranks[f"^{path}.{stack}$"] = rank
+            alphas[f"^{path}.{stack}$"] = spec.scaling * (math.sqrt(rank) if spec.use_rslora else rank)
+    # The modules around the experts may have been renamed with them.
+    around = {old.removesuffix("experts"): new.removesuffix("experts") for old, new in moved.items()}
     modules = set()
-    for key, shape in shapes.items():
-        if key in taken:
-            continue
-        new = next((where + key[len(p) :] for p, where in _beside(places).items() if key.startswith(p)), key)
-        result.shapes[new] = shape
-        result.sources[new] = ([key], lambda held, key=key: held[key])  # type: ignore[misc]
-        if match := _FACTOR.fullmatch(new.removeprefix(PREFIX)):
-            module = model.get_submodule(match[1])
-            if layers.find(module) is None and isinstance(getattr(module, "weight", None), nn.Parameter):
+    for key in (key for key in shapes if key not in taken):
+        name = next((new + key[len(old) :] for old, new in around.items() if key.startswith(old)), key)
+        sources[name] = Source(shapes[key], [key], itemgetter(key))
+        if match := _FACTOR.fullmatch(name.removeprefix(PREFIX)):
+            module = bases.get(match[1])
+            weight = getattr(module, "weight", None)
+            if module is not None and layers.find(module) is None and isinstance(weight, nn.Parameter):
                 parameters.add(f"{match[1]}.weight")
             else:
                 modules.add(match[1])
-    others = {path for path, _ in model.named_modules()} - modules
-    own.target_modules = targets.portable_targets(modules, others) if modules else []
+    own = copy.deepcopy(config)
+    own.target_modules = targets.portable_targets(modules, set(bases) - modules) if modules else []
     own.exclude_modules = own.layers_to_transform = own.layers_pattern = None
     own.target_parameters = sorted(parameters)
+    own.rank_pattern, own.alpha_pattern = ranks, alphas
     if own.lora_dropout:
         warn(
             Hint("lora_dropout", own.lora_dropout),
             " is set to 0: the experts are bare parameters here, on which dropout is not defined",
         )
         own.lora_dropout = 0.0
-    return result
+    return Stacked(own, sources)
+
+
+def _experts_in(keys: Iterable[str]) -> dict[str, dict[str, _Keys]]:
+    """The keys of single experts, by the path of the experts and the stack that they belong to."""
+    found: dict[str, dict[str, _Keys]] = {}
+    for key in keys:
+        if match := _EXPERT.fullmatch(key):
+            stack, half = _PARTS[match[3]]
+            found.setdefault(match[1], {}).setdefault(stack, {})[half, int(match[2]), match[4]] = key
+    return found
 
 
 def _module_of(key: str) -> str:
     return key.removeprefix(PREFIX).rpartition(".lora_")[0]
 
 
-def _stack(model: nn.Module, place: str) -> str | None:
-    """Where the model holds the stacks of the experts of an old path; None if it does not."""
-    for old, new in (("", ""), (".block_sparse_moe.", ".mlp.")):
-        path = place.replace(old, new) if old else place
-        try:
-            module = model.get_submodule(path.removeprefix(PREFIX))
-        except AttributeError:
-            continue
-        if {"gate_up_proj", "down_proj"} <= set(module._parameters):
+def _path_of_stacks(modules: Mapping[str, nn.Module], old: str) -> str | None:
+    """Where a model holds the stacks of the experts of an old path; None if it does not."""
+    for path in (old, old.replace(".block_sparse_moe.", ".mlp.")):
+        module = modules.get(path.removeprefix(PREFIX))
+        if module is not None and _STACKS.keys() <= module._parameters.keys():
             return path
     return None
 
 
-def _beside(places: Mapping[str, str]) -> dict[str, str]:
-    """The modules around the experts, which may have been renamed with them."""
-    cut = len("experts")
-    return {old[:-cut]: new[:-cut] for old, new in places.items()}
+def _factors_of_stack(
+    where: str, stack: str, weight: Tensor, keys: _Keys, shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[Source, Source]:
+    """A and B of one stack, from those of its experts."""
+    count, size_out = weight.shape[:2]
+    halves = sorted({half for half, _, _ in keys})
+    wanted = [(half, expert, factor) for half in halves for expert in range(count) for factor in "AB"]
+    if absent := [entry for entry in wanted if entry not in keys]:
+        raise LoadMismatchError(
+            f"{where}: {len(absent)} of the {len(wanted)} factors of its experts are missing, such as "
+            f"those of expert {absent[0][1]}; a stack takes an update for every expert"
+        )
+    ranks = {shapes[keys[entry]][0] for entry in wanted if entry[2] == "A"}
+    if len(ranks) > 1:
+        raise LoadMismatchError(f"{where}: ranks differ between experts ({sorted(ranks)})")
+    a, b = ([[keys[half, expert, f] for half in halves] for expert in range(count)] for f in "AB")
+    rank, size_in = count * len(halves) * ranks.pop(), shapes[a[0][0]][1]
+    offsets = [half * (size_out // len(_STACKS[stack])) for half in halves]
+    return (
+        Source((rank, size_in), _flat(a), _joined_a(a)),
+        Source((size_out, rank), _flat(b), _joined_b(b, size_out, offsets)),
+    )
 
 
-def _stack_one(
-    result: Stacked,
-    specs: Mapping[str, LoraSpec],
-    model: nn.Module,
-    where: str,
-    keys: list[str],
-    shapes: Mapping[str, tuple[int, ...]],
-) -> list[str]:
-    """Add the tensors of one layer's stacks; the paths of the parameters that they belong to."""
-    path = where.removeprefix(PREFIX)
-    module = model.get_submodule(path)
-    held: dict[tuple[str, int, int, str], str] = {}
-    for key in keys:
-        match = _EXPERT.fullmatch(key)
-        assert match is not None
-        stack, half = _PARTS[match[3]]
-        held[stack, half, int(match[2]), match[4]] = key
-    present = [s for s in ("gate_up_proj", "down_proj") if any(k[0] == s for k in held)]
-    both = len(present) == 2
-    for stack in present:
-        count, size_out = module._parameters[stack].shape[:2]  # type: ignore[union-attr]
-        halves = sorted({h for s, h, _, _ in held if s == stack})
-        wanted = [(stack, h, e, f) for h in halves for e in range(count) for f in "AB"]
-        if absent := [k for k in wanted if k not in held]:
-            raise LoadMismatchError(
-                f"{where}: {len(absent)} of the {len(wanted)} factors of its experts are missing, such as "
-                f"those of expert {absent[0][2]}; a stack takes an update for every expert"
-            )
-        ranks = {shapes[held[k]][0] for k in wanted if k[3] == "A"}
-        if len(ranks) > 1:
-            raise LoadMismatchError(f"{where}: ranks differ between experts ({sorted(ranks)})")
-        r = ranks.pop()
-        outer = where + (".base_layer" if both and stack == "gate_up_proj" else "")
-        parts = size_out // (2 if stack == "gate_up_proj" else 1)
-        names = {f: [[held[stack, h, e, f] for h in halves] for e in range(count)] for f in "AB"}
-        size_in = shapes[names["A"][0][0]][1]
-        whole = r * len(halves)
-        result.shapes[f"{outer}.lora_A.weight"] = (whole * count, size_in)
-        result.shapes[f"{outer}.lora_B.weight"] = (size_out, whole * count)
-        flat = {f: [key for expert in names[f] for key in expert] for f in "AB"}
-        result.sources[f"{outer}.lora_A.weight"] = (flat["A"], _joined_a(names["A"]))
-        offsets = [h * parts for h in halves]
-        result.sources[f"{outer}.lora_B.weight"] = (flat["B"], _joined_b(names["B"], size_out, offsets))
-        spec = specs[_module_of(names["A"][0][0])]
-        strength = spec.scaling
-        root = math.sqrt(whole) if spec.use_rslora else whole
-        result.config.rank_pattern[f"^{path}.{stack}$"] = whole
-        result.config.alpha_pattern[f"^{path}.{stack}$"] = strength * root
-    return [f"{path}.{stack}" for stack in present]
+def _flat(names: list[list[str]]) -> list[str]:
+    return [key for expert in names for key in expert]
 
 
 def _joined_a(names: list[list[str]]) -> Callable[[Mapping[str, Tensor]], Tensor]:
     """(E·k·r, in): the A of every expert, gate above up."""
-    return lambda held: torch.cat([held[key] for expert in names for key in expert])
+    return lambda found: torch.cat([found[key] for key in _flat(names)])
 
 
 def _joined_b(
@@ -187,13 +196,13 @@ def _joined_b(
 ) -> Callable[[Mapping[str, Tensor]], Tensor]:
     """(out, k·r·E): the B of every expert, block-diagonal over gate and up, experts side by side."""
 
-    def join(held: Mapping[str, Tensor]) -> Tensor:
+    def join(found: Mapping[str, Tensor]) -> Tensor:
         experts = []
         for keys in names:
-            r = held[keys[0]].shape[1]
-            b = held[keys[0]].new_zeros(size_out, r * len(keys))
+            r = found[keys[0]].shape[1]
+            b = found[keys[0]].new_zeros(size_out, r * len(keys))
             for i, (key, offset) in enumerate(zip(keys, offsets, strict=True)):
-                part = held[key]
+                part = found[key]
                 b[offset : offset + len(part), i * r : (i + 1) * r] = part
             experts.append(b)
         return torch.stack(experts, dim=-1).flatten(1)
