@@ -1,6 +1,7 @@
 # make demo     set up, then watch a real language model learn a real task
 # make test     set up, then run the short suite: laws, units, golden files, readers, docs    make test-all   every test
-# make check    lint, formatting, types, architecture    make mutants   break one law at a time: the short suite notices
+# make check    lint, formatting, types, architecture, the documentation    make mutants   break one law at a time: the short suite notices
+# make docs     build the documentation as a site, strictly, into build/site
 # make tutorial run docs/tutorial.md from top to bottom and draw its pictures
 # make examples run all examples, some twenty minutes; make examples-data fetches only what they read
 # make bench    run the benchmarks; tables on the screen, JSON and pictures in benchmarks/results
@@ -15,12 +16,14 @@ ARGS ?=
 # Two workers, a file each: the suite is written for two cores, each worker computing with one thread.
 WORKERS ?= 2
 PYTEST = $(VENV)/python -m pytest -n $(WORKERS) --dist loadfile
+# The variable silences an advertisement of the theme's.
+SITE = @NO_MKDOCS_2_WARNING=1 $(VENV)/python -m mkdocs build --strict --quiet
 SHORT := tests/architecture tests/unit tests/laws tests/golden tests/readers tests/docs
 
-.PHONY: help setup setup-test demo tutorial examples examples-data test test-all mutants check format bench bench-quick bench-check lock clean
+.PHONY: help setup setup-test demo tutorial examples examples-data test test-all mutants check docs format bench bench-quick bench-check lock clean
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -10
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -11
 
 setup:
 	@$(PYTHON) tools/setup.py base
@@ -58,6 +61,11 @@ check: setup-test
 	$(VENV)/ruff format --check .
 	$(VENV)/mypy --strict src
 	$(VENV)/python -m pytest -q tests/architecture
+	$(SITE)
+
+docs: setup-test
+	$(SITE)
+	@echo "The site: build/site/index.html"
 
 format: setup-test
 	$(VENV)/ruff check --fix .

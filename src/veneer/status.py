@@ -55,7 +55,12 @@ class TunerModelStatus:
         trainable_params: Number of trainable parameters.
         total_params: Number of all parameters.
         num_adapter_layers: Number of modules that hold adapters.
-        enabled, active_adapters, merged_adapters, requires_grad, available_adapters, devices,
+        enabled: As in `TunerLayerStatus`, over all modules.
+        active_adapters: As in `TunerLayerStatus`, over all modules.
+        merged_adapters: As in `TunerLayerStatus`, over all modules.
+        requires_grad: As in `TunerLayerStatus`, over all modules.
+        available_adapters: As in `TunerLayerStatus`, over all modules.
+        devices: As in `TunerLayerStatus`, over all modules.
         quantization_backend: As in `TunerLayerStatus`, over all modules.
     """
 

@@ -298,9 +298,12 @@ def initialize_lora_eva_weights(
         model: A PeftModel.
         dataloader: Gives batches; not needed with ``eva_state_dict``.
         eva_state_dict: Directions by layer, from `get_eva_state_dict`.
-        forward_fn, prepare_model_inputs_fn, prepare_layer_inputs_fn, gather_distributed_inputs,
-            show_progress_bar: See `get_eva_state_dict`.
+        forward_fn: See `get_eva_state_dict`.
+        prepare_model_inputs_fn: See `get_eva_state_dict`.
+        prepare_layer_inputs_fn: See `get_eva_state_dict`.
         adapter_name: The adapter.
+        gather_distributed_inputs: See `get_eva_state_dict`.
+        show_progress_bar: See `get_eva_state_dict`.
 
     Raises:
         ConfigError: If the adapter has another initialisation, or there is nothing to start from.

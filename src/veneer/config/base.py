@@ -91,7 +91,7 @@ class PeftConfig:
     """What every adapter configuration has.
 
     Args:
-        task_type: One of :class:`TaskType`; picks the model class and the heads that train along.
+        task_type: One of `TaskType`; picks the model class and the heads that train along.
         peft_type: The adapter method; Veneer implements ``LORA``.
         auto_mapping: How a reader without a task finds the class of the base model.
         peft_version: The version of PEFT that wrote the file this was read from.
@@ -277,7 +277,7 @@ class PeftConfig:
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> Any:
-        """Read one ``adapter_config.json``, whatever lies beside it; see :meth:`from_pretrained`."""
+        """Read one ``adapter_config.json``, whatever lies beside it; see `from_pretrained`."""
         return cls._named(path, read_config_file(path))
 
     @classmethod

@@ -152,17 +152,27 @@ class LoraConfig(PeftConfig):
         layers_pattern: The name before the layer's number, if it is not the first numbered one.
         rank_pattern: Another ``r`` for modules; the first pattern that matches the end of a path wins.
         alpha_pattern: Another ``lora_alpha`` for modules, by the same rule.
-        loftq_config: A :class:`LoftQConfig` or its dictionary, for ``init_lora_weights="loftq"``.
+        loftq_config: A `LoftQConfig` or its dictionary, for ``init_lora_weights="loftq"``.
         lora_bias: Give B a trainable bias.
-        eva_config, corda_config, lora_ga_config: Options of the initialisation of that name.
-        use_dora, velora_config, alora_invocation_tokens, use_qalora, qalora_group_size, monteclora_config,
-        use_bdlora, arrow_config, kasa_config: Variants of the update; see :func:`veneer.spec.variant_name`.
+        eva_config: Options of the initialisation ``"eva"``.
+        corda_config: Options of the initialisation ``"corda"``.
+        lora_ga_config: Options of the initialisation ``"lora_ga"``.
+        use_dora: Train magnitude and direction of the weight apart.
+        alora_invocation_tokens: Act from the last place on where these tokens stand in a row.
+        use_qalora: A variant of PEFT that is refused, as those of the next lines are.
+        qalora_group_size: Refused with ``use_qalora``.
+        velora_config: Refused.
+        monteclora_config: Refused.
+        use_bdlora: Refused.
+        arrow_config: Refused.
+        kasa_config: Refused.
         trainable_token_indices: Rows of the input embedding that train, or rows by module pattern; a name
             takes modules as in ``modules_to_save``.
         target_parameters: Parameters that are no module's weight, by their path or the end of it.
         layer_replication: Ranges ``[start, end)`` of layers, of which the model is built anew.
         ensure_weight_tying: Give an embedding and the head that shares its weight one update.
-        megatron_config, megatron_core: For layers of Megatron, which are refused.
+        megatron_config: For layers of Megatron, which are refused.
+        megatron_core: As ``megatron_config``.
         variant: The name of a variant of the update that a plug-in has; PEFT's own have options of
             their own. Saved with it, the adapter is refused by readers that cannot compute it.
         variant_options: The options of that variant, JSON values.
@@ -223,7 +233,7 @@ class LoraConfig(PeftConfig):
     def to_json(
         self, *, target_modules: Iterable[str] | None = None, inference_mode: bool | None = True
     ) -> dict[str, Any]:
-        """The content of ``adapter_config.json``; see :meth:`PeftConfig.to_json`.
+        """The content of ``adapter_config.json``; see `PeftConfig.to_json`.
 
         A variant of a plug-in makes another ``peft_type`` of it, which readers without the plug-in refuse. An
         initialisation of a plug-in is left out where the saved factors say all.
