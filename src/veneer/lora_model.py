@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer import arithmetic, inits, targets
+from veneer import arithmetic, inits, module_names
 from veneer.adapters import AdapterSet, Contexts, as_names, check_adapter_name, walk
 from veneer.arithmetic import CombineReport
 from veneer.config import LoraConfig
@@ -566,7 +566,7 @@ class LoraModel(nn.Module):
         restate(config, [c.spec for c in results])
         config.lora_dropout, config.init_lora_weights = 0.0, True
         config.lora_bias = any(c.spec.lora_bias for c in results)
-        config.target_modules = targets.portable_targets(
+        config.target_modules = module_names.portable_targets(
             report.ranks, set(sites(self.model)) - set(report.ranks)
         )
         config.exclude_modules = config.layers_to_transform = config.layers_pattern = None

@@ -1,7 +1,7 @@
 """Who may import whom, read from the syntax trees.
 
     errors -> wording -> registry · lazy · atomic · ops -> files -> hub -> config -> spec
-           -> targets · adapters · inits · variants · backends · sharded
+           -> module_names -> targets · adapters · inits · variants · backends · sharded
            -> routing · rollback · base_files -> merge -> layers -> inject · arithmetic
            -> state_dict · base_fingerprint · hotswap · status -> lora_model -> load · save -> peft_model
            -> calibration -> integrations -> training -> as_peft -> cli
@@ -32,6 +32,7 @@ RANKS: tuple[tuple[str, ...], ...] = (
     ("hub",),
     ("config",),
     ("spec",),
+    ("module_names",),
     ("targets", "adapters", "inits", "variants", "backends", "sharded"),
     ("routing", "rollback", "base_files"),
     ("merge",),
@@ -60,7 +61,18 @@ DOORS = {
 #: Modules of kernels, and the optional library that each may import.
 KERNELS = {"ops/triton_kernels.py": "triton", "ops/triton_lora.py": "triton"}
 USES_PUBLIC_FACE = {"training", "as_peft", "cli"}
-STDLIB_ONLY = {"errors", "version", "wording", "registry", "lazy", "atomic", "config", "spec", "targets"}
+STDLIB_ONLY = {
+    "errors",
+    "version",
+    "wording",
+    "registry",
+    "lazy",
+    "atomic",
+    "config",
+    "spec",
+    "module_names",
+    "targets",
+}
 CORE_LIBRARIES = {"torch", "safetensors"}
 OPTIONAL_ALLOWED = {"hub", "backends", "integrations", "training", "as_peft", "cli"}
 

@@ -10,6 +10,7 @@ import pytest
 from veneer.config import LoraConfig
 from veneer.config.expressions import Paths
 from veneer.errors import ConfigError, TargetError, VeneerWarning
+from veneer.module_names import portable_targets
 from veneer.spec import PatternSet
 from veneer.targets import (
     DEFAULT_TARGETS,
@@ -18,7 +19,6 @@ from veneer.targets import (
     head_names,
     layer_index,
     plan,
-    portable_targets,
 )
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -445,26 +445,3 @@ def test_portable_targets_are_the_shortest_names() -> None:
     names = portable_targets(some, [c.path for c in candidates if c.path not in some])
     assert names == {"1.self_attn.q_proj"}
     assert chosen(candidates, target_modules=names) == some
-
-
-@pytest.mark.parametrize(
-    ("targets", "others"),
-    [
-        (["lin"], ["a", "a.lin"]),
-        (["lin", "b.up", "c.up"], ["a", "b", "c", "a.lin"]),
-        (["a.lin", "x-y", "b.up"], ["z", "z.a", "z.a.lin", "aXlin", "z.x-y", "b", "lin"]),
-        (["fc", "sub.fc"], ["sub"]),
-    ],
-)
-def test_portable_targets_match_the_targets_and_nothing_else(targets: list[str], others: list[str]) -> None:
-    written = portable_targets(targets, others)
-    paths = [*targets, *others]
-    if isinstance(written, str):
-        assert [p for p in paths if re.fullmatch(written, p)] == targets  # as the field reads a lone string
-    patterns = PatternSet([written] if isinstance(written, str) else written, "target_modules")
-    hits = patterns.over(Paths(paths))
-    assert [p for p in paths if hits[p]] == targets
-
-
-def test_portable_targets_are_names_where_names_can_tell() -> None:
-    assert portable_targets(["a.up", "b.up"], ["a", "b", "a.down"]) == {"up"}

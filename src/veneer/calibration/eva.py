@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer import inits, targets
+from veneer import inits, module_names
 from veneer.calibration.eva_inputs import (
     first_tensor,
     forward_fn_dict,
@@ -407,5 +407,5 @@ def _commit(
         f"^{p}$": s.lora_alpha for p, s in held.items() if s.lora_alpha != config.lora_alpha
     }
     others = set(sites(model.base_model.model)) - set(held)
-    config.target_modules = targets.portable_targets(held, others)
+    config.target_modules = module_names.portable_targets(held, others)
     config.exclude_modules = config.layers_to_transform = config.layers_pattern = None

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from veneer import layers, targets
+from veneer import layers, module_names
 from veneer.config import LoraConfig
 from veneer.errors import Hint, LoadMismatchError
 from veneer.files.keys import PREFIX
@@ -122,7 +122,7 @@ def stacked(model: nn.Module, config: LoraConfig, shapes: Mapping[str, tuple[int
             else:
                 modules.add(match[1])
     own = copy.deepcopy(config)
-    own.target_modules = targets.portable_targets(modules, set(bases) - modules) if modules else []
+    own.target_modules = module_names.portable_targets(modules, set(bases) - modules) if modules else []
     own.exclude_modules = own.layers_to_transform = own.layers_pattern = None
     own.target_parameters = sorted(parameters)
     own.rank_pattern, own.alpha_pattern = ranks, alphas

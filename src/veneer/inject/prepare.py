@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from veneer import backends, inits, layers, targets
+from veneer import backends, inits, layers, module_names, targets
 from veneer.adapters import AdapterModule, AdapterSet, check_adapter_name, walk
 from veneer.config import LoraConfig, looks_like_regex
 from veneer.errors import Hint, TargetError, Text
@@ -285,11 +285,11 @@ def _complete(
         config.target_modules = names if isinstance(names, str) else set(names)
     elif _only_here(config):
         paths = {a.spec.path for a in additions if a.spec.path in found}
-        config.target_modules = targets.portable_targets(paths, set(found) - paths)
+        config.target_modules = module_names.portable_targets(paths, set(found) - paths)
         if config.layers_to_transform is not None:
             config.layers_to_transform = config.layers_pattern = None
     heads = {c.site.path for c in copies if c.follows is None}
-    config.modules_to_save = targets.portable_saved(config.modules_to_save or (), heads, found) or None
+    config.modules_to_save = module_names.portable_saved(config.modules_to_save or (), heads, found) or None
 
 
 def _mention_replaced_bases(additions: list[Addition]) -> None:

@@ -14,7 +14,7 @@ from veneer.errors import Hint, TargetError, Text
 from veneer.inject.injection import Rows
 from veneer.inject.sites import Site, input_embedding, sharing
 from veneer.layers.trainable_tokens import TrainableTokens, indices_by_module
-from veneer.targets import by_ends
+from veneer.module_names import by_ends
 from veneer.wording import some, warn
 
 

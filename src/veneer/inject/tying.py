@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 
-from veneer import targets
+from veneer import module_names
 from veneer.adapters import AdapterModule
 from veneer.config import LoraConfig
 from veneer.config.expressions import Paths
@@ -44,7 +44,7 @@ def tie(model: nn.Module, found: Mapping[str, Site], config: LoraConfig, *, quie
     group = [lead, *heads]
     named_targets = config.target_modules
     named_targets = [named_targets] if isinstance(named_targets, str) else named_targets
-    whole = _hits(targets.saved_modules(config.modules_to_save or ()), group)
+    whole = _hits(module_names.saved_modules(config.modules_to_save or ()), group)
     adapted = _hits(PatternSet(named_targets or (), "target_modules"), group)
     if whole and adapted:
         raise TargetError(

@@ -16,9 +16,9 @@ from ...config.expressions import Paths
 from ...errors import AdapterFileError
 from ...files.keys import PREFIX
 from ...lora_file import factor_names, open_lora
+from ...module_names import parents, saved_modules
 from ...ops.merging import is_finite
 from ...spec import variant_name
-from ...targets import parents, saved_modules
 from ...wording import some
 
 #: Initialisations under whose name a file's factors count from a base that the initialisation changed.
