@@ -32,6 +32,7 @@ from veneer.inject.sites import sites
 from veneer.layers import LoraLayer
 from veneer.layers.making import draw_seed
 from veneer.layers.modules_to_save import ModulesToSaveWrapper
+from veneer.layers.parameter import LoraParameter
 from veneer.layers.trainable_tokens import TrainableTokens
 from veneer.merge import Mergeable, Undoing, merge_all, merge_updates, unmerge_all
 from veneer.merge_report import MergeReport, mention_lost
@@ -107,6 +108,17 @@ class LoraModel(nn.Module):
     def layers(self) -> dict[str, LoraLayer]:
         """The low-ranked layers by their path in the base model."""
         return {path: m for path, m in walk(self.model) if isinstance(m, LoraLayer)}
+
+    @property
+    def targeted_module_names(self) -> list[str]:
+        """Paths of the adapted modules in the base model."""
+        return [path for path, m in self.layers().items() if not isinstance(m, LoraParameter)]
+
+    @property
+    def targeted_parameter_names(self) -> list[str]:
+        """Paths of the bare parameters that are adapted (``target_parameters``)."""
+        specs = {s.path: s for layer in self.layers().values() for s in layer.specs.values()}
+        return [path for path, spec in specs.items() if spec.parameter]
 
     def mergeable(self) -> dict[str, Mergeable]:
         """The modules whose adapters go into the base weights, by their path in the base model."""
@@ -381,10 +393,15 @@ class LoraModel(nn.Module):
 
         Whatever is raised, the model is then as it was, bit for bit.
         """
+        names = self.active_adapters if adapter_names is None else as_names(adapter_names)
+        merged = {name for layer in self.mergeable().values() for name in layer.merged_adapters}
+        done = [name for name in names if name in merged]
         with Rollback() as back:
-            report = self._merge(adapter_names, safe_merge, untie, undo, back)
+            report = self._merge(names, safe_merge, untie, undo, back)
         self.merge_report = report
         mention_lost(report)
+        if done:
+            warn(f"{', '.join(map(repr, done))} had been merged before and stays as it was merged")
         return report
 
     def _merge(

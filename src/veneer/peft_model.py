@@ -103,7 +103,8 @@ class PeftModel(nn.Module):
             **options,
         )
         self.training = self.base_model.training
-        self.config = getattr(model, "config", {"model_type": "custom"})
+        if hasattr(model, "config"):
+            self.config: Any = model.config
         _let_checkpointing_pass_gradients(model)
 
     @classmethod
@@ -154,6 +155,11 @@ class PeftModel(nn.Module):
     def active_adapter(self) -> str | list[str]:
         """The active adapter's name; a list where it is not exactly one."""
         return self.base_model.active_adapter
+
+    @property
+    def has_active_enabled_adapter(self) -> bool:
+        """Whether some adapter is active and not disabled."""
+        return any(m.active_adapters and not m.disable_adapters for m in self.base_model.index.modules())
 
     @property
     def modules_to_save(self) -> set[str] | None:
@@ -262,6 +268,15 @@ class PeftModel(nn.Module):
         if mode:
             self.base_model.mention_unmeasured(self.active_adapters)
         return self
+
+    def prepare_model_for_gradient_checkpointing(self, model: nn.Module) -> None:
+        """Let gradients pass through the frozen embeddings of a model that is not quantised.
+
+        Not needed for the base model itself: enabling its gradient checkpointing does this.
+        """
+        enable = getattr(model, "enable_input_require_grads", None)
+        if callable(enable) and not getattr(model, "is_quantized", False):
+            enable()
 
     # -- adapters ----------------------------------------------------------------------------------------
 

@@ -767,3 +767,11 @@ def test_messages_about_unknown_options_are_short(values: dict[str, Any]) -> Non
     with pytest.raises(ConfigError) as refused:
         PeftConfig.from_dict({"peft_type": "LORA", **values})
     assert len(str(refused.value)) < 4000
+
+
+def test_the_content_of_a_file_as_it_is(tmp_path: Path) -> None:
+    LoraConfig(r=3).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    assert LoraConfig.from_json_file(file) == json.loads(file.read_text())
+    with pytest.raises(AdapterFileError):
+        LoraConfig.from_json_file(tmp_path / "none.json")

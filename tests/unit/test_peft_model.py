@@ -12,6 +12,7 @@ from typing import Any
 import accelerate
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tests.laws.cases import train
@@ -565,3 +566,63 @@ def test_a_merge_that_is_not_finite_is_refused_where_the_weight_is_written_anew(
     with pytest.raises(MergeError, match=r"second: .*NaN or infinite"):
         model.merge_adapter(safe_merge=True)
     assert torch.equal(model.get_base_model().first.base_layer.weight, weight)
+
+
+# -- names that PEFT's users call
+
+
+def test_the_report_of_a_load_has_the_names_of_peft_and_torch(tmp_path: Path) -> None:
+    model = get_peft_model(net(), config())
+    model.save_pretrained(tmp_path)
+    report = model.load_adapter(tmp_path, "second")
+    assert (report.missing_keys, report.unexpected_keys) == ([], [])
+    tensors = load_peft_weights(tmp_path)
+    removed = sorted(tensors)[0]
+    (tmp_path / "less").mkdir()
+    save_file({k: t for k, t in tensors.items() if k != removed}, tmp_path / "less/adapter_model.safetensors")
+    (tmp_path / "less/adapter_config.json").write_text((tmp_path / "adapter_config.json").read_text())
+    report = model.load_adapter(tmp_path / "less", "third", strict=False)
+    assert (report.missing_keys, report.unexpected_keys) == ([removed], [])
+
+
+def test_an_adapter_that_is_disabled_or_not_active_is_not_at_work() -> None:
+    model = get_peft_model(net(), config())
+    assert model.has_active_enabled_adapter
+    with model.disable_adapter():
+        assert not model.has_active_enabled_adapter
+    assert model.has_active_enabled_adapter
+    model.set_adapter([])
+    assert not model.has_active_enabled_adapter
+
+
+def test_a_model_without_a_config_gets_none() -> None:
+    model = get_peft_model(net(), config())
+    assert not hasattr(model, "config")
+    base = net()
+    base.config = {"model_type": "own"}
+    assert get_peft_model(base, config()).config is base.config
+
+
+def test_a_model_can_be_prepared_for_gradient_checkpointing() -> None:
+    model, called = get_peft_model(net(), config()), []
+    other = net()
+    model.prepare_model_for_gradient_checkpointing(other)  # it has no method for it
+    other.enable_input_require_grads = lambda: called.append(1)
+    model.prepare_model_for_gradient_checkpointing(other)
+    other.is_quantized = True
+    model.prepare_model_for_gradient_checkpointing(other)
+    assert called == [1]
+
+
+def test_merging_what_is_merged_is_said() -> None:
+    model = get_peft_model(net(), config(init_lora_weights=False))
+    model.merge_adapter()
+    with pytest.warns(VeneerWarning, match="'default' had been merged before and stays as it was merged"):
+        model.merge_adapter()
+
+
+def test_adapted_modules_and_parameters_are_named() -> None:
+    model = get_peft_model(net(), LoraConfig(target_modules=["first"], target_parameters=["second.weight"]))
+    assert model.targeted_module_names == ["first"]
+    assert model.targeted_parameter_names == ["second.weight"]
+    assert model.get_submodule("base_model.model.first").supports_lora_conversion()

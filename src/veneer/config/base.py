@@ -281,6 +281,15 @@ class PeftConfig:
         return cls._named(path, read_config_file(path))
 
     @classmethod
+    def from_json_file(cls, path_json_file: str | os.PathLike[str], **kwargs: Any) -> dict[str, Any]:
+        """The content of one ``adapter_config.json`` as a dictionary; see :meth:`from_file`.
+
+        Raises:
+            AdapterFileError: If the file is missing, unreadable, or no JSON object.
+        """
+        return dict(read_config_file(path_json_file))
+
+    @classmethod
     def _named(cls, path: str | os.PathLike[str], values: Mapping[str, Any]) -> Any:
         """The configuration in a file's content, with the file's name in errors."""
         try:

@@ -43,6 +43,16 @@ class LoadReport:
         return not (self.missing or self.unexpected or self.mismatched)
 
     @property
+    def missing_keys(self) -> list[str]:
+        """``missing``, by the name that PEFT's and torch's results have."""
+        return list(self.missing)
+
+    @property
+    def unexpected_keys(self) -> list[str]:
+        """``unexpected``, by the name that PEFT's and torch's results have."""
+        return list(self.unexpected)
+
+    @property
     def notice(self) -> str | None:
         """What was re-mapped, to be said to the user; None when all keys were as expected."""
         said = list(self.remarks)

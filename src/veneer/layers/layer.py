@@ -357,6 +357,10 @@ class LoraLayer(Mergeable):
         known = (*self.factor_names, *RESIDUAL, "lora_dropout")
         return {key: Factor.read(part) for key, part in self._parts(name).items() if key not in known}
 
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """True, for code that asks each layer of PEFT: every adapter here is a LoRA."""
+        return True
+
     # -- the base --------------------------------------------------------------------------------------
 
     def get_base_layer(self) -> nn.Module:
@@ -407,6 +411,20 @@ class LoraLayer(Mergeable):
                 if base is None or name.startswith("_"):
                     raise
                 return getattr(base, name)
+
+    @property
+    def in_features(self) -> int:
+        """Features of the input: rows of an embedding, channels of a convolution."""
+        base = self.get_base_layer()
+        size = getattr(base, "in_features", getattr(base, "in_channels", None))
+        return self.shapes(self.geometry(), 1)[0][1] if size is None else size
+
+    @property
+    def out_features(self) -> int:
+        """Features of the output: the width of an embedding, channels of a convolution."""
+        base = self.get_base_layer()
+        size = getattr(base, "out_features", getattr(base, "out_channels", None))
+        return self.shapes(self.geometry(), 1)[1][0] if size is None else size
 
     # -- what adapters hold here -----------------------------------------------------------------------
 

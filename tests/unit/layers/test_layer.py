@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from tests.laws.cases import train
 from tests.tolerances import assert_close
@@ -35,6 +36,21 @@ def test_views_with_the_fields_names() -> None:
         _ = made.does_not_exist
     with pytest.raises(AdapterNameError, match="'b'"):
         made.get_delta_weight("b")
+
+
+@pytest.mark.parametrize(
+    ("base", "sizes"),
+    [
+        (nn.Embedding(7, 3), (7, 3)),
+        (nn.Conv2d(3, 4, 3), (3, 4)),
+        (nn.Conv1d(4, 6, 3, groups=2), (4, 6)),
+        (Conv1D(5, 4), (4, 5)),
+        (nn.MultiheadAttention(8, 2), (8, 24)),
+    ],
+)
+def test_every_layer_has_its_sizes(base: nn.Module, sizes: tuple[int, int]) -> None:
+    made = wrap(base, LoraConfig(r=2), "a")
+    assert (made.in_features, made.out_features) == sizes
 
 
 def test_names_in_memory_are_the_fields() -> None:

@@ -59,7 +59,7 @@ def fill(module: ModuleType, version: str) -> None:
             if not hasattr(module, name):
                 setattr(module, name, others.stub(name))
     module.__doc__ = "Veneer, in the place of peft."
-    if module.__name__ == "peft":
+    if module.__name__ in ("peft", "peft.config"):
         module.__version__ = version  # type: ignore[attr-defined]
     module.__getattr__ = _missing(module.__name__)  # type: ignore[method-assign]
 
