@@ -126,13 +126,7 @@ def load_adapted(
             raise ConfigError(
                 f"{other.name} is an adapter for {other.task}, {first.name} one for {first.task}"
             )
-    named = model or first.config.base_model_name_or_path
-    if not named:
-        raise AdapterFileError(
-            f"the adapter {first.name} does not name its base model: say which with ", Hint("model")
-        )
-    if progress is not None:
-        say_base(progress, named, first.name if model is None else None)
+    named = base_name(first.name, first.config, model, progress)
     classes = first.classes()
     head: dict[str, Any] = {} if classes is None else {"label_names": classes}
     base, tokenizer = load_base(named, dtype, **head)
@@ -142,11 +136,21 @@ def load_adapted(
     return adapted, _own_tokenizer(first.directory) or tokenizer
 
 
-def say_base(progress: Progress, base: str, adapter: str | None) -> None:
-    """Say which base of the hub is about to be loaded, and which adapter named it, if nobody else did."""
-    if not is_local(base):
-        who = "" if adapter is None else f", which {adapter!r} names"
-        progress.say(f"The base model is {base!r} of the Hugging Face hub{who}.")
+def base_name(adapter: str, config: PeftConfig, model: str | None, progress: Progress | None) -> str:
+    """The base model that was named, or else the one that the adapter names; one of the hub is reported.
+
+    Raises:
+        AdapterFileError: Neither names one.
+    """
+    named = model or config.base_model_name_or_path
+    if not named:
+        raise AdapterFileError(
+            f"the adapter {adapter} does not name its base model: say which with ", Hint("model")
+        )
+    if progress is not None and not is_local(named):
+        who = "" if model else f", which {adapter!r} names"
+        progress.say(f"The base model is {named!r} of the Hugging Face hub{who}.")
+    return named
 
 
 def _own_tokenizer(adapter: str | os.PathLike[str]) -> Any:
@@ -240,13 +244,13 @@ def describe(adapter: str | os.PathLike[str] | OpenLora) -> dict[str, Any]:
         "base": config.base_model_name_or_path,
         "task_type": _word(config.task_type),
         "peft_type": _word(config.peft_type),
-        "target_modules": _plain(config.target_modules),
+        "target_modules": plain_targets(config.target_modules),
         "ranks": sorted({spec.r for spec in specs.values()}),
         "alphas": sorted({spec.lora_alpha for spec in specs.values()}),
         "scalings": sorted({spec.scaling for spec in specs.values()}),
         "use_rslora": config.use_rslora,
         "variant": variant_name(config),
-        "modules_to_save": _plain(config.modules_to_save),
+        "modules_to_save": plain_targets(config.modules_to_save),
         "parameters": sum(_count(shape) for shape in file.shapes.values()),
         "bytes": file.path.stat().st_size,
         "dtypes": sorted({str(dtype).removeprefix("torch.") for dtype in file.dtypes.values()}),
@@ -277,5 +281,6 @@ def _word(value: Any) -> str | None:
     return None if value is None else str(getattr(value, "value", value))
 
 
-def _plain(targets: Any) -> Any:
+def plain_targets(targets: Any) -> Any:
+    """Names or an expression, for JSON."""
     return targets if targets is None or isinstance(targets, str) else sorted(targets)

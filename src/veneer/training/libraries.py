@@ -22,21 +22,21 @@ def require(library: str, extra: str, purpose: str | Hint) -> None:
 
 @contextlib.contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Keep the bars and notices of transformers and datasets off the terminal; errors still come through."""
-    from transformers.utils import logging
+    """Keep the bars and notices of transformers and datasets off the terminal; errors still come through.
 
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    datasets = sys.modules.get("datasets")
-    shown = datasets is not None and not datasets.are_progress_bars_disabled()
-    if datasets is not None and shown:
-        datasets.disable_progress_bars()
-    try:
+    A library that is not imported yet stays so.
+    """
+    with contextlib.ExitStack() as restored:
+        if "transformers" in sys.modules:
+            from transformers.utils import logging
+
+            restored.callback(logging.set_verbosity, logging.get_verbosity())
+            logging.set_verbosity_error()
+            if logging.is_progress_bar_enabled():
+                restored.callback(logging.enable_progress_bar)
+                logging.disable_progress_bar()
+        datasets = sys.modules.get("datasets")
+        if datasets is not None and not datasets.are_progress_bars_disabled():
+            restored.callback(datasets.enable_progress_bars)
+            datasets.disable_progress_bars()
         yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
-        if datasets is not None and shown:
-            datasets.enable_progress_bars()

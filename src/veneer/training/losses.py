@@ -115,20 +115,30 @@ def _inputs(batch: Batch) -> dict[str, Any]:
 
 def _chunked(model: Any, batch: Batch, labels: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
     """The model runs whole, but its head gets no token; the answers' tokens go through the head in chunks."""
-    head = _head(model)
-    hidden = _into_head(model, head, _inputs(batch))[:, :-1]
+    head = head_of(model)
+    hidden = into_head(model, head, _inputs(batch))[:, :-1]
     counted = labels != IGNORED
-    kept, targets = hidden[counted], labels[counted]
+    return chunked_sum(head, hidden[counted], labels[counted], chunk), counted.sum()
+
+
+def chunked_sum(head: nn.Module, hidden: Tensor, targets: Tensor, chunk: int) -> Tensor:
+    """Sum of the cross entropy of tokens, the logits of so many at a time made and made again.
+
+    Args:
+        head: Makes logits.
+        hidden: (tokens, width).
+        targets: (tokens,).
+        chunk: How many tokens.
+    """
 
     def part(tokens: Tensor, wanted: Tensor) -> Tensor:
         return nn.functional.cross_entropy(head(tokens).float(), wanted, reduction="sum")
 
-    # Without any token the sum is an empty one, but still of the graph.
-    total = kept.float().sum() * 0
-    for tokens, wanted in zip(torch.split(kept, chunk), torch.split(targets, chunk), strict=True):
+    total = hidden[:0].float().sum()  # without any token it is 0, but still of the graph
+    for tokens, wanted in zip(torch.split(hidden, chunk), torch.split(targets, chunk), strict=True):
         if len(tokens):
             total = total + checkpoint(part, tokens, wanted, use_reentrant=False)
-    return total, counted.sum()
+    return total
 
 
 def check_chunks(model: Any) -> None:
@@ -139,7 +149,7 @@ def check_chunks(model: Any) -> None:
     Raises:
         TrainingError: It is such a model, or it has no head of its own.
     """
-    head = _head(model)
+    head = head_of(model)
     ids = torch.arange(1, 5, device=next(model.parameters()).device)[None]
     made: list[Tensor] = []
 
@@ -164,7 +174,12 @@ def check_chunks(model: Any) -> None:
         )
 
 
-def _head(model: Any) -> nn.Module:
+def head_of(model: Any) -> nn.Module:
+    """What makes logits of hidden states.
+
+    Raises:
+        TrainingError: The model has no such head.
+    """
     head = embedding_of(bare(model), "output")
     if head is None:
         raise TrainingError(
@@ -174,7 +189,7 @@ def _head(model: Any) -> nn.Module:
     return head
 
 
-def _into_head(model: Any, head: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+def into_head(model: Any, head: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
     """The hidden states (rows, length, width) that the head would have got."""
     caught: list[Tensor] = []
 

@@ -21,7 +21,6 @@ from ..base_files import WEIGHTS, BaseFiles, opened
 from ..base_fingerprint import FINGERPRINT, SIZES
 from ..config import LoraConfig
 from ..errors import (
-    AdapterFileError,
     BaseMismatchError,
     CheckpointError,
     Hint,
@@ -39,7 +38,7 @@ from ..merge_report import MergeReport
 from ..ops.merging import merge_into_, shared_buffers
 from ..spec import LoraSpec, variant_name
 from ..wording import some
-from .adapters import say_base
+from .adapters import base_name
 from .libraries import require
 from .progress import Progress
 
@@ -156,19 +155,13 @@ def base_directory(
         AdapterFileError: The adapter names no base, and none is given.
         TrainingError: The base is not there, or cannot be fetched.
     """
-    named = model or open_lora(adapter)[0].base_model_name_or_path
-    if not named:
-        raise AdapterFileError(
-            f"the adapter {adapter} does not name its base model: say which with ", Hint("model")
-        )
+    named = base_name(os.fspath(adapter), open_lora(adapter)[0], model, progress)
     if (Path(named) / "config.json").is_file():
         return Path(named)
     if is_local(named):
         raise TrainingError(
             f"no model at {named!r}: there is no config.json. Say where it is with ", Hint("model")
         )
-    if progress is not None:
-        say_base(progress, named, os.fspath(adapter) if model is None else None)
     require("huggingface_hub", "hf", "fetching a model")
     from huggingface_hub import snapshot_download
 

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import sys
 import time
 import warnings
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,26 +28,8 @@ _DOUBLE = 0.5 + 1 / 64 + 4 / (64 * 256)
 #: Bytes a weight in a quantised linear layer: bitsandbytes' 4 bits with a scale for 64 weights, itself in 8
 #: bits with one for 256, its 8 bits with a scale a row, torchao's 4 bits with scale and zero for 128 weights.
 QUANTIZED = {"nf4": _DOUBLE, "fp4": _DOUBLE, "int8": 1.0, "int4": 0.5 + 4 / 128}
-#: (part of an optimizer's name, its state, kind): a multiple of the parameters' own bytes or, where the kind
-#: is True, bytes a parameter. Of several that are found in a name the first is taken.
-_STATES: tuple[tuple[str, float, bool], ...] = (
-    ("adafactor", 0.0, True),
-    ("galore", 2.0, False),
-    ("lion_8bit", 1.0, True),
-    ("lion", 1.0, False),
-    ("ademamix_8bit", 3.0, True),
-    ("ademamix", 3.0, False),
-    ("rmsprop_bnb_8bit", 1.0, True),
-    ("adam_8bit", 2.0, True),
-    ("adamw_8bit", 2.0, True),
-    ("adamw_bnb_8bit", 2.0, True),
-    ("adamw_torch_8bit", 2.0, True),
-    ("adamw_torch_4bit", 1.0, True),
-    ("adam", 2.0, False),
-    ("sgd", 0.0, False),
-    ("adagrad", 1.0, False),
-    ("rmsprop", 1.0, False),
-)
+#: Part of an optimizer's name -> how many numbers it keeps for each parameter; the first that fits counts.
+_STATES = {"adafactor": 0, "lion": 1, "ademamix": 3, "adam": 2, "sgd": 0, "adagrad": 1, "rmsprop": 1}
 #: bitsandbytes keeps the state of smaller tensors in 32 bits.
 _SMALLEST_8BIT = 4096
 #: Share of a plain matrix product's rate that a training step reaches: an estimate, see
@@ -193,21 +173,18 @@ def estimate_memory(
     trained = [p for p in adapted.parameters() if p.requires_grad]
     factors = _bytes(trained)
     base, unpacked = base_bytes(adapted, step.quantize, frozen_only=True)
-    accumulating = step.gradient_accumulation_steps > 1
-    if accumulating:
+    accumulated = factors if step.gradient_accumulation_steps > 1 else 0
+    if accumulated:
         for parameter in trained:
             parameter.grad = torch.empty_like(parameter)
     trace, reason = _trace(adapted, step)
-    if reason:
-        notes.append(reason)
+    state, said = optimizer_bytes(step.optim, trained)
+    notes += [reason] if reason else []
     if step.quantize:
         notes.append(
             f"quantised weights are counted as {QUANTIZED[step.quantize]:.3g} bytes each, and one layer at a "
             "time is unpacked"
         )
-    state, said = optimizer_bytes(step.optim, trained)
-    notes += said
-    transient = trace.peak + unpacked + (factors if accumulating else 0)
     # The optimizer works with all gradients there; a CPU needs one tensor of scratch, CUDA one for all.
     scratch = factors if step.device == "cuda" else max((_bytes([p]) for p in trained), default=0)
     return MemoryEstimate(
@@ -217,7 +194,7 @@ def estimate_memory(
         optimizer=state,
         activations=trace.activations,
         logits=trace.logits,
-        peak=base + factors + state + max(transient, factors + scratch),
+        peak=base + factors + state + max(trace.peak + unpacked + accumulated, factors + scratch),
         trainable=sum(p.numel() for p in trained),
         parameters=sum(p.numel() for p in adapted.parameters()),
         adapter_bytes=factors,
@@ -225,7 +202,7 @@ def estimate_memory(
         forward_flops=trace.forward_flops,
         tokens=step.batch_size * step.sequence_length,
         traced=not reason,
-        notes=tuple(notes),
+        notes=(*notes, *said),
     )
 
 
@@ -249,21 +226,19 @@ def adapt_shadow(
         return get_peft_model(empty, plain, low_cpu_mem_usage=True).train()
 
 
-def optimizer_bytes(optim: str, trained: Iterable[Tensor]) -> tuple[int, list[str]]:
+def optimizer_bytes(optim: str, trained: Sequence[Tensor]) -> tuple[int, list[str]]:
     """(bytes of an optimizer's state, what is to be said about it)."""
-    found = next((entry for entry in _STATES if entry[0] in optim), None)
-    if found is None:
+    name = next((part for part in _STATES if part in optim), None)
+    if name is None:
         return 2 * _bytes(trained), [f"the optimizer {optim!r} is not known here: counted like AdamW"]
-    name, amount, compact = found
-    if name == "adafactor":
+    if name == "adafactor":  # a number for each row and column
         return sum(4 * sum(p.shape) if p.dim() > 1 else 4 * p.numel() for p in trained), []
-    if not compact:
-        return int(amount * _bytes(trained)), []
-    total = 0.0
-    for p in trained:
-        small = p.numel() < _SMALLEST_8BIT
-        total += p.numel() * amount * (4 if small else 1 + 4 / 256)
-    return int(total), []
+    bits = next((bits for bits in (8, 4) if f"{bits}bit" in optim), None)
+    if bits is None:
+        return _STATES[name] * _bytes(trained), []
+    each = _STATES[name] * bits / 8
+    sizes = (p.numel() for p in trained)
+    return int(sum(n * each * (4 if n < _SMALLEST_8BIT else 1 + 4 / 256) for n in sizes)), []
 
 
 def seconds_per_step(
@@ -275,27 +250,20 @@ def seconds_per_step(
     estimate (small models reach less).
     """
     wanted = dtype if isinstance(dtype, torch.dtype) else getattr(torch, str(dtype), torch.float32)
-    return estimate.flops / (REACHED * product_rate(device, wanted))
-
-
-def product_rate(device: str = "cpu", dtype: torch.dtype = torch.float32, seconds: float = 0.2) -> float:
-    """FLOPs a second of a square matrix product on this machine, measured."""
     side = 4096 if device == "cuda" else 768
-    a = torch.ones(side, side, dtype=dtype, device=device)
-    b = torch.ones(side, side, dtype=dtype, device=device)
+    a = torch.ones(side, side, dtype=wanted, device=device)
 
-    def wait() -> None:
+    def multiply() -> float:
+        a @ a
         if device == "cuda":
             torch.cuda.synchronize()
+        return time.perf_counter()
 
-    a @ b
-    wait()
-    begun, rounds = time.perf_counter(), 0
-    while time.perf_counter() - begun < seconds:
-        a @ b
-        wait()
-        rounds += 1
-    return 2.0 * side**3 * rounds / (time.perf_counter() - begun)
+    begun, ended, rounds = multiply(), 0.0, 0
+    while ended - begun < 0.2:
+        ended, rounds = multiply(), rounds + 1
+    rate = 2.0 * side**3 * rounds / (ended - begun)
+    return estimate.flops / (REACHED * rate)
 
 
 def _checkpoint(model: Any) -> list[str]:
@@ -303,7 +271,7 @@ def _checkpoint(model: Any) -> list[str]:
         enable = getattr(model, name, None)
         if callable(enable):
             try:
-                with _quiet():
+                with quiet_libraries():
                     enable({"use_reentrant": False})
             except ValueError:
                 break
@@ -316,7 +284,7 @@ def _trace(model: nn.Module, step: Step) -> tuple[Trace, str]:
     padded = step.batch_size > 1 if step.padded is None else step.padded
     try:
         inputs = dummy_inputs(model, step.batch_size, step.sequence_length)
-        with _quiet():
+        with quiet_libraries():
             return trace_step(
                 model, inputs, device=step.device, loss_chunk_size=step.loss_chunk_size, padded=padded
             ), ""
@@ -328,10 +296,6 @@ def _trace(model: nn.Module, step: Step) -> tuple[Trace, str]:
             f"activations are only the inputs and outputs of the linear layers, added up: this model cannot "
             f"be run without values ({reason})"
         )
-
-
-def _quiet() -> AbstractContextManager[None]:
-    return quiet_libraries() if "transformers" in sys.modules else nullcontext()
 
 
 def dummy_inputs(model: Any, batch: int, length: int) -> dict[str, Tensor]:

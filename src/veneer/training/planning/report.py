@@ -13,6 +13,7 @@ from ...config import LoraConfig
 from ...errors import VeneerWarning
 from ...inject.sites import plan
 from ...targets import Plan, layer_index
+from ..adapters import plain_targets
 from .budget import Budget, Proposal, propose
 from .memory import MemoryEstimate, Step, estimate_memory
 from .sources import empty_model
@@ -50,7 +51,7 @@ class PlanReport:
             "dtype": self.dtype,
             "lora_r": self.config.r,
             "lora_alpha": self.config.lora_alpha,
-            "target_modules": _plain(self.config.target_modules),
+            "target_modules": plain_targets(self.config.target_modules),
             **dataclasses.asdict(self.step),
             "patterns": {
                 pattern: {"modules": len(paths), "layers": layers(paths), "paths": list(paths)}
@@ -118,7 +119,3 @@ def _quiet_plan(model: Any, config: LoraConfig) -> Plan:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", VeneerWarning)  # the report itself says what matches nothing
         return plan(model, config)
-
-
-def _plain(targets: Any) -> Any:
-    return targets if targets is None or isinstance(targets, str) else sorted(targets)

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from ...inject.base_tensors import embedding_of
+from ..losses import chunked_sum, head_of, into_head
 
 #: Allocators hand out memory in pieces of this many bytes: the CPU's of 64, CUDA's of 512.
 GRAIN = {"cpu": 64, "cuda": 512}
@@ -254,25 +255,14 @@ def _watching_head(model: nn.Module, mark: Callable[[], None]) -> Iterator[None]
 
 def _loss(model: nn.Module, inputs: Mapping[str, Tensor], chunk: int) -> Tensor:
     """A loss over all tokens (or the rows' classes), in float32 as Veneer and transformers compute it."""
-    given: dict[str, Any] = dict(inputs)
     if chunk:
-        hidden = model.get_base_model().base_model(**given)[0]  # type: ignore[operator]
-        return _chunked(model.get_output_embeddings(), hidden[:, :-1], chunk)  # type: ignore[operator]
-    out = model(**given)
-    scores = out["logits"] if "logits" in out else out[0]
-    return _cross_entropy(scores)
+        head = head_of(model)
+        hidden = into_head(model, head, inputs)[:, :-1].flatten(0, 1)
+        return chunked_sum(head, hidden, _targets(hidden), chunk)
+    out = model(**inputs)
+    scores = (out["logits"] if "logits" in out else out[0]).float().flatten(0, -2)
+    return nn.functional.cross_entropy(scores, _targets(scores), reduction="sum")
 
 
-def _cross_entropy(scores: Tensor) -> Tensor:
-    flat = scores.float().flatten(0, -2)
-    targets = torch.zeros(flat.shape[0], dtype=torch.long, device=flat.device)
-    return nn.functional.cross_entropy(flat, targets, reduction="sum")
-
-
-def _chunked(head: nn.Module, hidden: Tensor, chunk: int) -> Tensor:
-    from torch.utils.checkpoint import checkpoint
-
-    total = torch.zeros((), device=hidden.device)
-    for part in torch.split(hidden.flatten(0, 1), chunk):
-        total = total + checkpoint(lambda rows: _cross_entropy(head(rows)), part, use_reentrant=False)
-    return total
+def _targets(tokens: Tensor) -> Tensor:
+    return torch.zeros(len(tokens), dtype=torch.long, device=tokens.device)
