@@ -6,8 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -19,7 +18,7 @@ from ..errors import ConfigError, Hint, Text, VeneerError
 from .data import Records, pad_token
 from .data.encoding import each, prompt_tokens
 from .forward import evaluating
-from .progress import Progress, Silent
+from .progress import Advance, Progress, Silent
 
 #: The column of answers, as transformers' pipelines name it.
 ANSWER = "generated_text"
@@ -108,7 +107,6 @@ class Sampling:
         )
 
 
-@torch.no_grad()
 def generate_answers(
     model: Any,
     tokenizer: Any,
@@ -136,25 +134,37 @@ def generate_answers(
         The answers in the order of the prompts, without special tokens.
     """
     config = (sampling or Sampling(max_new_tokens, temperature=temperature)).config(model, tokenizer)
+    with evaluating(model), (progress or Silent()).bar("answers", len(prompts)) as advance:
+        return _answers(model, tokenizer, prompts, config, batch_size, advance)
+
+
+@torch.no_grad()
+def _answers(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[list[int]],
+    config: Any,
+    batch_size: int,
+    advance: Advance,
+) -> list[str]:
     device, pad = next(model.parameters()).device, pad_token(tokenizer)
     answers = [""] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
-    with evaluating(model), (progress or Silent()).bar("answers", len(prompts)) as advance:
-        for start in range(0, len(order), batch_size):
-            places = order[start : start + batch_size]
-            longest = max(len(prompts[place]) for place in places)
-            gaps = [longest - len(prompts[place]) for place in places]
-            ids = [[pad] * gap + prompts[place] for gap, place in zip(gaps, places, strict=True)]
-            mask = [[0] * gap + [1] * (longest - gap) for gap in gaps]
-            out = model.generate(
-                input_ids=torch.tensor(ids, device=device),
-                attention_mask=torch.tensor(mask, device=device),
-                generation_config=config,
-            )
-            texts = tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)
-            for place, text in zip(places, texts, strict=True):
-                answers[place] = text
-            advance(len(places), "")
+    for start in range(0, len(order), batch_size):
+        places = order[start : start + batch_size]
+        longest = max(len(prompts[place]) for place in places)
+        gaps = [longest - len(prompts[place]) for place in places]
+        ids = [[pad] * gap + prompts[place] for gap, place in zip(gaps, places, strict=True)]
+        mask = [[0] * gap + [1] * (longest - gap) for gap in gaps]
+        out = model.generate(
+            input_ids=torch.tensor(ids, device=device),
+            attention_mask=torch.tensor(mask, device=device),
+            generation_config=config,
+        )
+        texts = tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)
+        for place, text in zip(places, texts, strict=True):
+            answers[place] = text
+        advance(len(places), "")
     return answers
 
 
@@ -205,43 +215,28 @@ def answer_file(
     part = output.with_name(f".{output.name}.part")
     how = {"sampling": asdict(sampling), "seed": seed, "block": block, **(made_by or {})}
     mark = hashlib.sha256(json.dumps([how, list(records)], sort_keys=True, default=str).encode()).hexdigest()
+    config = sampling.config(model, tokenizer)
     done = _begun(part, mark, block)
     if done:
         progress.say(f"Going on after {done} answers from before, in {part}")
-    if not done:
+    else:
         part.unlink(missing_ok=True)  # what was begun otherwise, or a link to somebody else's file
-    with open(part, "a" if done else "x", encoding="utf-8", newline="") as file:
+    with (
+        open(part, "a" if done else "x", encoding="utf-8", newline="") as file,
+        evaluating(model),
+        progress.bar("answers", len(records)) as advance,
+    ):
         if not done:
             _write(file, [{"begun": mark}])
-        with progress.bar("answers", len(records)) as advance:
-            advance(done, "")
-            for start in range(done, len(records), block):
-                torch.manual_seed(seed + start)
-                chosen = prompts[start : start + block]
-                answers = generate_answers(
-                    model,
-                    tokenizer,
-                    chosen,
-                    sampling=sampling,
-                    batch_size=batch_size,
-                    progress=_Onward(progress, advance),
-                )
-                found = zip(records[start : start + block], answers, strict=True)
-                _write(file, [{**record, ANSWER: answer} for record, answer in found])
+        advance(done, "")
+        for start in range(done, len(records), block):
+            torch.manual_seed(seed + start)
+            chosen = prompts[start : start + block]
+            answers = _answers(model, tokenizer, chosen, config, batch_size, advance)
+            found = zip(records[start : start + block], answers, strict=True)
+            _write(file, [{**record, ANSWER: answer} for record, answer in found])
     _without_first_line(part, output)
     return done
-
-
-class _Onward:
-    """Reports the steps of a part to the bar of the whole."""
-
-    def __init__(self, progress: Progress, advance: Callable[[int, str], None]) -> None:
-        self.say, self._advance = progress.say, advance
-
-    @contextmanager
-    def bar(self, title: str, total: int) -> Iterator[Callable[[int, str], None]]:
-        """The bar of the whole."""
-        yield self._advance
 
 
 def _write(file: IO[str], records: Sequence[Mapping[str, Any]]) -> None:

@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -197,18 +197,7 @@ def _updates(
 ) -> dict[str, _Update]:
     """Name of a stored tensor -> its update; refuses everything at once, before anything is written."""
     keys, others = factor_names(file)
-    problems = []
-    if variant_name(config) != "plain":
-        problems.append(f"the adapter is a {variant_name(config)}, whose update is no product of two factors")
-    if others:
-        problems.append(f"it holds {len(others)} tensors beside its factors, such as {others[0]}")
-    if config.target_parameters or config.layer_replication:
-        problems.append("it adapts bare parameters or replicated layers")
-    if settings.get("quantization_config") or settings.get("compression_config"):
-        problems.append("the base is stored quantised")
-    for key in files:
-        if len(files.entry(key)[1]) > 1 and (why := files.codes(key)) is not None:
-            problems.append(f"{key.rpartition('.')[0]}: {why}")
+    problems = _unmergeable(settings, config, others, files)
     found: dict[str, _Update] = {}
     for path, roles in keys.items():
         lookup = "lora_embedding_A" in roles["A"]
@@ -233,6 +222,25 @@ def _updates(
         lines = "".join(f"\n  - {line}" for line in some(problems, 5))
         raise MergeError(f"{file.path.parent} cannot be merged file to file:{lines}\n", WAY_OUT)
     return found
+
+
+def _unmergeable(
+    settings: Mapping[str, Any], config: LoraConfig, others: Sequence[str], files: BaseFiles
+) -> list[str]:
+    """What about an adapter or a base cannot be merged file to file, whatever the module."""
+    problems = []
+    if variant_name(config) != "plain":
+        problems.append(f"the adapter is a {variant_name(config)}, whose update is no product of two factors")
+    if others:
+        problems.append(f"it holds {len(others)} tensors beside its factors, such as {others[0]}")
+    if config.target_parameters or config.layer_replication:
+        problems.append("it adapts bare parameters or replicated layers")
+    if settings.get("quantization_config") or settings.get("compression_config"):
+        problems.append("the base is stored quantised")
+    for key in files:
+        if len(files.entry(key)[1]) > 1 and (why := files.codes(key)) is not None:
+            problems.append(f"{key.rpartition('.')[0]}: {why}")
+    return problems
 
 
 def _check_base(base: Path, settings: Mapping[str, Any], file: AdapterFile, files: BaseFiles) -> None:

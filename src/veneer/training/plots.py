@@ -42,42 +42,49 @@ def loss_picture(
     figure = Figure(figsize=(10 if shares else 6.4, 4), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     columns = figure.subplots(1, 2, width_ratios=(3, 2)) if shares else [figure.subplots()]
-    curve = columns[0]
-    steps = range(1, len(losses) + 1)
-    marker = "o" if len(losses) <= 60 else ""
-    curve.plot(steps, losses, color=STRONG, marker=marker, markersize=4, label="training")
-    if held_out:
-        label = "held-out, before and after" if len(held_out) == 2 else "held-out"
-        curve.plot(
-            [step for step, _ in held_out],
-            [loss for _, loss in held_out],
-            "D" if len(held_out) == 2 else "D-",
-            color=INK,
-            markersize=7 if len(held_out) == 2 else 5,
-            label=label,
-        )
-        ends = (held_out[0], held_out[-1]) if len(held_out) > 1 else held_out
-        for (x, y), side, gap in zip(ends, ("right", "left"), (-8, 8), strict=False):
-            curve.annotate(f"{y:.3f}", (x, y), xytext=(gap, -4), textcoords="offset points", ha=side)
-        room = 0.14 * len(losses)
-        curve.set_xlim(-room, len(losses) + room)
-    curve.xaxis.set_major_locator(MaxNLocator(integer=True))
-    curve.set(xlabel="step", ylabel=ylabel, ylim=(0, None))
-    curve.legend(frameon=False)
+    _curve(columns[0], losses, held_out)
+    columns[0].xaxis.set_major_locator(MaxNLocator(integer=True))
+    columns[0].set(xlabel="step", ylabel=ylabel, ylim=(0, None))
+    columns[0].legend(frameon=False)
     if shares:
-        bars = columns[1]
-        for offset, place, color, name in ((-0.2, 0, PALE, "before"), (0.2, 1, STRONG, "after")):
-            values = [pair[place] for pair in shares.values()]
-            drawn = bars.bar([x + offset for x in range(len(values))], values, 0.38, color=color, label=name)
-            bars.bar_label(drawn, [f"{value:.0%}" for value in values], padding=2)
-        bars.set_xticks(range(len(shares)), list(shares))
-        bars.set(ylim=(0, 1.18), yticks=[])
-        bars.spines["left"].set_visible(False)
-        bars.legend(frameon=False, ncols=2, loc="upper left")
+        _bars(columns[1], shares)
     for axes in columns:
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title, color=INK, fontweight="bold")
     save_figure(figure, path)
+
+
+def _curve(axes: Any, losses: Sequence[float], held_out: Sequence[tuple[int, float]]) -> None:
+    steps = range(1, len(losses) + 1)
+    marker = "o" if len(losses) <= 60 else ""
+    axes.plot(steps, losses, color=STRONG, marker=marker, markersize=4, label="training")
+    if not held_out:
+        return
+    only_ends = len(held_out) == 2
+    axes.plot(
+        [step for step, _ in held_out],
+        [loss for _, loss in held_out],
+        "D" if only_ends else "D-",
+        color=INK,
+        markersize=7 if only_ends else 5,
+        label="held-out, before and after" if only_ends else "held-out",
+    )
+    ends = (held_out[0], held_out[-1]) if len(held_out) > 1 else held_out
+    for (x, y), side, gap in zip(ends, ("right", "left"), (-8, 8), strict=False):
+        axes.annotate(f"{y:.3f}", (x, y), xytext=(gap, -4), textcoords="offset points", ha=side)
+    room = 0.14 * len(losses)
+    axes.set_xlim(-room, len(losses) + room)
+
+
+def _bars(axes: Any, shares: Mapping[str, tuple[float, float]]) -> None:
+    for offset, place, color, name in ((-0.2, 0, PALE, "before"), (0.2, 1, STRONG, "after")):
+        values = [pair[place] for pair in shares.values()]
+        drawn = axes.bar([x + offset for x in range(len(values))], values, 0.38, color=color, label=name)
+        axes.bar_label(drawn, [f"{value:.0%}" for value in values], padding=2)
+    axes.set_xticks(range(len(shares)), list(shares))
+    axes.set(ylim=(0, 1.18), yticks=[])
+    axes.spines["left"].set_visible(False)
+    axes.legend(frameon=False, ncols=2, loc="upper left")
 
 
 def save_figure(figure: Any, path: Path) -> None:
