@@ -1,4 +1,4 @@
-"""Learning from preferences: TRL's DPOTrainer."""
+"""Direct preference optimisation, by TRL's DPOTrainer."""
 
 from __future__ import annotations
 
@@ -19,8 +19,7 @@ def preference_trainer(
 ) -> Any:
     """TRL's DPOTrainer on rows of ``prompt``, ``chosen`` and ``rejected``.
 
-    What is strayed from is the model as it is now: TRL keeps a frozen copy of the adapter beside it, and
-    none of the base.
+    The reference is the model as it is now: TRL keeps a frozen copy of the adapter, not of the base.
 
     Source: Rafailov et al. 2023, "Direct Preference Optimization", equation 7.
     """

@@ -1,8 +1,8 @@
-"""What a row is trained for, and its loss: logits are computed only where an answer is.
+"""Training objectives: the loss of a batch, with logits only at the tokens of answers.
 
-For a short answer to a long prompt, the logits are most of the memory and a good part of the time of a step.
-In chunks, T answer tokens and a vocabulary of V take 4·c·V bytes with c tokens a chunk instead of 4·T·V, and
-are computed once more for the gradients.
+For a short answer to a long prompt, the logits take most of the memory and much of the time of a step. In
+chunks of c tokens, the logits of T answer tokens and a vocabulary of V take 4·c·V bytes instead of 4·T·V, and
+are computed again in the backward pass.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ Collate = Callable[[Sequence[Any]], dict[str, Tensor]]
 
 
 class Objective(Protocol):
-    """How rows become a batch, and the loss of a batch."""
+    """Makes batches of rows, and their loss."""
 
     @property
     def collator(self) -> Collate:
         """Rows -> a batch; its ``labels`` are -100 where no loss falls."""
 
     def loss(self, model: Any, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """(the sum of the losses, with gradients; further outputs, each with a row per row of the batch)."""
+        """(sum of the losses, with gradients; further outputs, with a row for each row of the batch)."""
 
 
 @dataclass(frozen=True)
 class Answers:
-    """The next token, on the tokens of the answers.
+    """Language modelling on the tokens of answers.
 
     Attributes:
         collator: Rows -> a batch.
@@ -54,7 +54,7 @@ class Answers:
 
 @dataclass(frozen=True)
 class Classes:
-    """The class of each row.
+    """Classification of whole rows.
 
     Attributes:
         collator: Rows -> a batch.
@@ -71,10 +71,10 @@ class Classes:
 
 @dataclass(frozen=True)
 class Pairs:
-    """The better one of two answers, by TRL's DPOTrainer.
+    """Preferences between two answers, learned by TRL's DPOTrainer.
 
     Attributes:
-        beta: How much straying from the base model costs.
+        beta: How strongly the model is kept near the base.
         max_length: Longest prompt and answer, in tokens.
     """
 
@@ -114,7 +114,7 @@ def _inputs(batch: Batch) -> dict[str, Any]:
 
 
 def _chunked(model: Any, batch: Batch, labels: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
-    """The model runs whole, but its head gets no token; the answers' tokens go through the head in chunks."""
+    """Run the model with its head on no token at all, then the head on chunks of the answers' tokens."""
     head = head_of(model)
     hidden = into_head(model, head, _inputs(batch))[:, :-1]
     counted = labels != IGNORED
@@ -122,13 +122,13 @@ def _chunked(model: Any, batch: Batch, labels: Tensor, chunk: int) -> tuple[Tens
 
 
 def chunked_sum(head: nn.Module, hidden: Tensor, targets: Tensor, chunk: int) -> Tensor:
-    """Sum of the cross entropy of tokens, the logits of so many at a time made and made again.
+    """Sum of the cross entropy of tokens; the logits of a chunk are computed again in the backward pass.
 
     Args:
         head: Makes logits.
         hidden: (tokens, width).
         targets: (tokens,).
-        chunk: How many tokens.
+        chunk: Tokens whose logits exist at a time.
     """
 
     def part(tokens: Tensor, wanted: Tensor) -> Tensor:
@@ -142,12 +142,10 @@ def chunked_sum(head: nn.Module, hidden: Tensor, targets: Tensor, chunk: int) ->
 
 
 def check_chunks(model: Any) -> None:
-    """Refuse a model whose logits are not simply what its head makes of the hidden states.
-
-    Some models bound or scale their logits after the head, which the chunks would leave out.
+    """Refuse a model that changes its logits after the head, by scaling or bounding them.
 
     Raises:
-        TrainingError: It is such a model, or it has no head of its own.
+        TrainingError: It does, or it has no output head.
     """
     head = head_of(model)
     ids = torch.arange(1, 5, device=next(model.parameters()).device)[None]
@@ -175,7 +173,7 @@ def check_chunks(model: Any) -> None:
 
 
 def head_of(model: Any) -> nn.Module:
-    """What makes logits of hidden states.
+    """The module that makes logits of hidden states.
 
     Raises:
         TrainingError: The model has no such head.
@@ -190,7 +188,7 @@ def head_of(model: Any) -> nn.Module:
 
 
 def into_head(model: Any, head: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
-    """The hidden states (rows, length, width) that the head would have got."""
+    """The hidden states (rows, length, width) in front of the head."""
     caught: list[Tensor] = []
 
     def catch(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -1,4 +1,4 @@
-"""Loading a base model from a directory or the hub; where results may be written."""
+"""Load base models and tokenizers from a directory or the hub; check where results are written."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .data.batch import pad_token
 from .launcher import own_gpu
 from .libraries import quiet_libraries, require
 
-#: An adapter's file may say which base is loaded, so code that comes with it is not run. transformers asks.
+#: An adapter may name any base, so code in its repository is not run. By default transformers would ask.
 NO_CODE: dict[str, Any] = {"trust_remote_code": False}
 
 
@@ -45,16 +45,19 @@ def load_base(
     quantize: str | None = None,
     label_names: Sequence[str] | None = None,
 ) -> tuple[Any, Any]:
-    """(model, tokenizer) of a language model in a directory or on the hub; code that it brings is not run.
+    """Load a language model and its tokenizer; code in its repository is not run.
 
     Args:
         source: A directory, or a repository id of the hub.
-        dtype: ``auto`` (as it was saved), ``float32``, ``bfloat16`` or ``float16``.
-        quantize: Keep its weights as ``nf4``, ``fp4``, ``int8`` or ``int4``, see `quantization`.
-        label_names: Names of classes: load it with a head for them instead of one for the next token.
+        dtype: ``auto`` (as saved), ``float32``, ``bfloat16`` or ``float16``.
+        quantize: Keep the weights as ``nf4``, ``fp4``, ``int8`` or ``int4``, see `quantization`.
+        label_names: Load the model as a classifier with these classes.
+
+    Returns:
+        (model, tokenizer).
 
     Raises:
-        TrainingError: It is not there, is no language model, or cannot do without code of its own.
+        TrainingError: The model is missing, is no language model, or needs code of its own.
         MissingExtraError: The library of a quantisation is not installed.
     """
     tokenizer = load_tokenizer(source)
@@ -69,7 +72,7 @@ def load_base(
     with _loading(source):
         model = kind.from_pretrained(source, dtype=dtype, **NO_CODE, **more)
     if label_names is not None and getattr(model.config, "pad_token_id", None) is None:
-        # Without it, models that read the class off the last token take that of the padding.
+        # Otherwise models that classify by the last token would take a padding token for it.
         model.config.pad_token_id = pad_token(tokenizer)
     return model, tokenizer
 
@@ -88,7 +91,7 @@ def _loading(source: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def quantization(name: str, dtype: str = "auto") -> dict[str, Any]:
-    """What ``from_pretrained`` must be given to keep a model's weights quantised.
+    """Arguments of ``from_pretrained`` that quantise the weights of a model.
 
     Args:
         name: ``nf4``, ``fp4`` (4 bits) or ``int8`` of bitsandbytes, or ``int4`` of torchao.
@@ -137,7 +140,7 @@ def directory_bytes(place: str | os.PathLike[str], pattern: str = "*") -> int:
 
 
 def refuse_file(place: Path) -> None:
-    """Raise if the place for results is a file; nothing is made yet.
+    """Refuse a file as the directory for results.
 
     Raises:
         VeneerError: Naming it.
@@ -147,7 +150,7 @@ def refuse_file(place: Path) -> None:
 
 
 def check_output(place: Path) -> None:
-    """Raise unless results can be written into a directory.
+    """Make the directory for results, and check that files can be written there.
 
     Raises:
         VeneerError: It is a file, cannot be made, or cannot be written to.

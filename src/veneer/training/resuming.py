@@ -1,7 +1,7 @@
-"""Checkpoints of a run: which one is whole, whether it belongs to the run that goes on, what is left to do.
+"""Checkpoints: which are complete, and whether they belong to the run that is resumed.
 
-A checkpoint, and the output of a run that is finished, hold a file that says which run wrote them. It is the
-last to be written and the first to be removed, so that a directory that holds it is whole.
+A checkpoint and the output of a finished run contain a file that identifies the run. It is written last and
+removed first, so a directory that contains it is complete.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from ..wording import first_line
 from .options import TrainOptions
 from .stopping import Stop
 
-#: Says which run wrote a directory; written last.
+#: Identifies the run that wrote a directory; written last.
 RUN_NAME = "veneer_run.json"
 METRICS_NAME = "metrics.json"
-#: Options that say how long a run is. It may become longer.
+#: Options for the length of a run, which may grow between a checkpoint and its resumption.
 _LENGTH = {"epochs", "max_steps"}
 _RECORD = {"steps", "options", "adapters", "data", "evaluation data", "processes"}
 RESUME, OVERWRITE = Hint("resume", True), Hint("overwrite_output_dir", True)
@@ -34,17 +34,17 @@ RESUME, OVERWRITE = Hint("resume", True), Hint("overwrite_output_dir", True)
 
 @dataclass(frozen=True)
 class Run:
-    """One run: what it does, and where it begins.
+    """One run and the checkpoint that it starts from.
 
     Attributes:
-        output: Where adapter and checkpoints go.
+        output: Directory of the adapter and the checkpoints.
         options: How to train.
-        record: What tells this run from others, see `run_record`; written into each checkpoint.
+        record: Identifies the run, see `run_record`; written into each checkpoint.
         evaluated: Whether there are held-out rows.
-        stop: Whether it was asked to stop.
-        checkpoint: What it goes on from.
-        seconds: Spent until that checkpoint.
-        planned: Steps that it was to have when the checkpoint was written.
+        stop: Ends the run early.
+        checkpoint: Where it resumes from, if anywhere.
+        seconds: Time spent before that checkpoint.
+        planned: Length of the run, in steps, when that checkpoint was written.
     """
 
     output: Path
@@ -64,7 +64,7 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether the checkpoint is that of the last step."""
+        """Whether the checkpoint is one of the last step."""
         return self.checkpoint is not None and step_of(self.checkpoint) >= self.steps
 
 
@@ -83,7 +83,7 @@ def run_record(
     processes: int,
     steps: int,
 ) -> dict[str, Any]:
-    """All that the losses of a run depend on, and how many steps it has."""
+    """Everything that the losses of a run depend on, and its number of steps."""
     adapters = getattr(model, "peft_config", None) or {}
     return {
         "steps": steps,
@@ -100,14 +100,14 @@ def run_record(
 
 
 def _plain(content: Mapping[str, Any]) -> dict[str, Any]:
-    """As JSON would give it back; sets have no order, and paths do not matter."""
+    """As read back from JSON, with sets sorted and other objects as texts."""
     told = json.dumps(content, default=lambda value: sorted(value) if isinstance(value, set) else str(value))
     plain: dict[str, Any] = json.loads(told)
     return plain
 
 
 def digest(rows: Sequence[Any]) -> str:
-    """A number that tells other rows, or another order of them."""
+    """A hash of the rows and their order."""
     taken = hashlib.sha256()
     for row in rows:
         taken.update(json.dumps(row, sort_keys=True, default=str).encode())
@@ -115,7 +115,7 @@ def digest(rows: Sequence[Any]) -> str:
 
 
 def last_checkpoint(output: Path, processes: int = 1) -> Path:
-    """The newest checkpoint that is whole; `check_same_run` says whose it is.
+    """The newest complete checkpoint, of whatever run; see `check_same_run`.
 
     Raises:
         TrainingError: There is none.
@@ -144,7 +144,7 @@ def last_checkpoint(output: Path, processes: int = 1) -> Path:
 
 
 def checkpoints(output: Path) -> list[Path]:
-    """All checkpoints in a directory, whole or not, by their step."""
+    """All checkpoints in a directory, complete or not, in the order of their steps."""
     found = [place for place in output.glob("checkpoint-*") if place.name.partition("-")[2].isdigit()]
     return sorted(found, key=step_of)
 
@@ -169,7 +169,7 @@ def _sizes(place: Path) -> dict[str, int]:
 
 
 def _record(place: Path) -> dict[str, Any] | None:
-    """Which run a checkpoint or an output is of, see `run_record`; None where nothing says so."""
+    """The `run_record` that a checkpoint or an output contains, if any."""
     found = _json(place / RUN_NAME)
     return found if isinstance(found, dict) and found.keys() >= _RECORD else None
 
@@ -182,22 +182,22 @@ def _json(path: Path) -> Any:
 
 
 def complete_checkpoint(place: Path, record: Mapping[str, Any], seconds: float) -> None:
-    """Say that a checkpoint is whole: which run it is of, what it took, and what it holds."""
+    """Mark a checkpoint as complete: write the record of its run, the time spent, and its files."""
     write_json(place / RUN_NAME, {**record, "seconds": seconds, "files": _sizes(place)})
 
 
 def remove_checkpoint(place: Path) -> None:
-    """Remove a checkpoint; a part that is left after a kill is not taken for a whole one."""
+    """Remove a checkpoint so that what a kill leaves of it does not count as complete."""
     (place / RUN_NAME).unlink(missing_ok=True)
     shutil.rmtree(place, ignore_errors=True)
 
 
 def check_same_run(checkpoint: Path, now: Mapping[str, Any]) -> tuple[float, int]:
-    """(seconds that the run took until its checkpoint, steps that it was to have).
+    """(seconds spent before the checkpoint, planned steps at that time).
 
     Raises:
-        TrainingError: It belongs to a run with other options, data or processes, or to a longer one; names
-            each difference.
+        TrainingError: The checkpoint belongs to a run with other options, data or processes, or to a longer
+            one; lists the differences.
     """
     then = _json(checkpoint / RUN_NAME)
     if differences := _differences(then, now):
@@ -213,7 +213,7 @@ def check_same_run(checkpoint: Path, now: Mapping[str, Any]) -> tuple[float, int
 
 
 def finished_run(output: Path, now: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The metrics of a run that went to its end in this directory, and whose adapter is there; else None."""
+    """The metrics of this run if it has finished in this directory and its adapters are there."""
     then, metrics = _record(output), _json(output / METRICS_NAME)
     if then is None or not isinstance(metrics, dict):
         return None
@@ -228,7 +228,7 @@ def finished_run(output: Path, now: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[Text]:
-    """How a run differs from the one that would go on from it; that it is longer is no difference alone."""
+    """How two runs differ; more steps alone are no difference."""
     options = {
         name: Text(Hint(name), f" was {_told(was)} and is {_told(now['options'].get(name))}")
         for name, was in then["options"].items()
@@ -258,10 +258,10 @@ def _told(value: object) -> str:
 
 
 def begin_afresh(output: Path, overwrite: bool) -> None:
-    """See to it that nothing of an earlier run lies where it would be taken for a part of this one.
+    """Make sure that the output has no checkpoints of an earlier run.
 
     Raises:
-        TrainingError: A checkpoint does, and it is not to be removed.
+        TrainingError: It has some, and ``overwrite`` is False.
     """
     found = checkpoints(output)
     if found and not overwrite:
@@ -282,7 +282,7 @@ def begin_afresh(output: Path, overwrite: bool) -> None:
 
 
 def reason(error: BaseException) -> str:
-    """Why something could not be written, in one line."""
+    """Why writing failed, in one line."""
     if isinstance(error, OSError) and error.strerror:
         return os.strerror(error.errno) if error.errno else error.strerror
     return first_line(error)

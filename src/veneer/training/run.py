@@ -1,4 +1,4 @@
-"""A training run: `train` an adapted model on rows, or `fine_tune` one from data to picture."""
+"""A training run: `train` an adapted model on rows, or `fine_tune` a base on files."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ from .resuming import (
 from .starting import adapted
 from .stopping import Interrupted, Stop, stop_on_signals
 
-#: What the loss of a run is of.
+#: What the curve of a run shows.
 MEASURES = {
     "sft": "loss per token of the answer",
     "classification": "loss per example",
@@ -61,16 +61,17 @@ MEASURES = {
 
 
 def fine_tune(options: RunOptions, progress: Progress | None = None) -> dict[str, Any]:
-    """Do a whole run, and leave adapter, tokenizer, ``metrics.json`` and ``loss.png`` in the output.
+    """Do a whole run: read the data, load the base, train, and write adapter, tokenizer, metrics and picture.
 
-    In a distributed run (``torchrun``, ``accelerate launch``) every process calls it; the first one writes
+    In a distributed run (``torchrun``, ``accelerate launch``) every process calls this; the first one writes
     and reports.
 
     Returns:
         What ``metrics.json`` holds, see `train`.
 
     Raises:
-        VeneerError: As its parts do; nothing is written then but whole checkpoints.
+        VeneerError: Something is wrong with the options, the data or the model; only whole checkpoints are
+            left in the output.
         Interrupted: SIGINT or SIGTERM came; a checkpoint lies in the output.
     """
     check_launcher()
@@ -80,7 +81,7 @@ def fine_tune(options: RunOptions, progress: Progress | None = None) -> dict[str
     output = Path(options.output)
     refuse_file(output)
     if Path(options.model).is_dir():
-        # The adapter notes where its base is, for whoever stands elsewhere later.
+        # Saved in the adapter's configuration, where a relative path would mean another place later.
         options = dataclasses.replace(options, model=str(Path(options.model).resolve()))
     records = _read(options, progress)
     tokenizer = load_tokenizer(options.model)
@@ -133,33 +134,32 @@ def train(
 ) -> dict[str, Any]:
     """Train an adapted model on token rows, and save the adapter and the tokenizer.
 
-    With ``options.resume`` a run that was cut off goes on from its last checkpoint, to the losses that it
-    would have had. One that has reached its last step is not trained; what is missing is written. One that is
-    to have more steps now goes on to them.
+    With ``options.resume``, an interrupted run continues from its last checkpoint and reaches the losses that
+    it would have reached without the interruption. A run at its last step is not trained further; only
+    missing files are written. If the options now ask for more steps, it continues to the new last one.
 
     Args:
         model: From `get_peft_model` (or any model of transformers with trainable parameters).
-        tokenizer: Saved along; its padding token fills batches.
-        rows: From `encode`, or what the objective's collator takes.
+        tokenizer: Saved beside the adapter; its padding token fills up batches.
+        rows: From `encode`, or whatever the objective's collator takes.
         output: Directory for the adapter, checkpoints, ``metrics.json`` and the tokenizer.
         options: How to train.
-        progress: Where to report loss and time left.
-        eval_rows: Held-out rows; their loss is taken before the first step, after the last, and between them
-            as often as the options say.
-        objective: What a row is trained for; the tokens of the answers where None.
-        callbacks: More callbacks for transformers' Trainer.
-        stop: Asked after each step whether to go on.
+        progress: Reports loss and time left.
+        eval_rows: Held-out rows, evaluated before the first step, after the last, and every ``eval_steps``.
+        objective: What is learned from a row; by default the tokens of its answers.
+        callbacks: Further callbacks for transformers' Trainer.
+        stop: Checked after each step; ends the run with a checkpoint.
 
     Returns:
         What ``metrics.json`` holds: ``losses`` (step, loss, learning rate), ``evaluations`` (step, loss, …),
-        ``steps``, ``seconds``, ``tokens`` seen without padding, ``trainable`` parameters, ``options``. Of
-        several processes the first one writes.
+        ``steps``, ``seconds``, ``tokens`` seen without padding, ``trainable`` parameters, ``options``. In a
+        distributed run, the first process writes them.
 
     Raises:
         ConfigError: An option that transformers does not know.
-        TrainingError: Nothing is trainable, the loss stopped being a number, a checkpoint cannot be written,
-            or there is nothing to resume from, or only another run.
-        Interrupted: It was asked to stop; a checkpoint lies in the output.
+        TrainingError: Nothing is trainable, the loss became NaN or infinite, a checkpoint cannot be written,
+            or the output holds no checkpoint of this run to resume from.
+        Interrupted: ``stop`` ended the run; a checkpoint is in the output.
     """
     require("transformers", "train", "training")
     require("accelerate", "train", "training")
@@ -193,7 +193,7 @@ def train(
 
 
 def _read(options: RunOptions, progress: Progress) -> list[Records]:
-    """The records to learn from and those held out, where there are some."""
+    """The records to train on and, if there are any, the held-out ones."""
     sources = [options.data, *([options.eval_data] if options.eval_data else [])]
     records = [read_records(source, options.purpose) for source in sources]
     for part in records:
@@ -204,7 +204,7 @@ def _read(options: RunOptions, progress: Progress) -> list[Records]:
 def _encoded(
     options: RunOptions, records: Sequence[Records], tokenizer: Any, progress: Progress
 ) -> tuple[Sequence[Any], Sequence[Any], list[str] | None]:
-    """(rows, held-out rows, names of classes) of the data; says what became of them."""
+    """Tokenise the records: (rows, held-out rows, names of classes)."""
     length = min(getattr(tokenizer, "model_max_length", options.max_length), options.max_length)
     if length < options.max_length:
         progress.say(f"The model takes {length} tokens at most: that is the longest example.")
@@ -237,7 +237,7 @@ def _objective(options: RunOptions, base: Any, tokenizer: Any) -> Objective | Pa
 
 
 def _estimate(options: RunOptions, rows: Sequence[Any], label_names: list[str] | None, base: Any) -> str:
-    """One line: about how long the run takes and how much memory, reckoned for its longest row."""
+    """One line: roughly the time and memory of the run, as if every row were as long as the longest."""
     from .trainer import total_steps
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -285,7 +285,7 @@ def _check_trainable(model: Any, rows: Sequence[Any], options: TrainOptions) -> 
 
 
 def _begin(output: Path, options: TrainOptions, record: dict[str, Any], evaluated: bool, stop: Stop) -> Run:
-    """A run that starts, or that goes on from its last checkpoint."""
+    """Start a run, or resume it from its last checkpoint."""
     checkpoint, seconds, planned = None, 0.0, record["steps"]
     if options.resume:
         checkpoint = last_checkpoint(output, record["processes"])
@@ -323,7 +323,7 @@ def _trainer(
 def _steps(
     run: Run, make: Callable[[], Any], callbacks: Sequence[Any], progress: Progress
 ) -> tuple[Any, float, bool]:
-    """Train to the end, or until it is asked to stop: (the trainer's state, seconds, whether it stopped)."""
+    """Train to the end or until ``run.stop``: (state of the trainer, seconds, whether it was stopped)."""
     from .trainer import Reporter, load
 
     existed = run.output.exists()
@@ -393,19 +393,22 @@ def _metrics(run: Run, model: Any, state: Any, seconds: float) -> dict[str, Any]
 
 
 def _class_names(model: Any) -> list[str]:
-    """Names of a classifier's classes in the order of their numbers: its head alone does not tell them."""
+    """The names of a classifier's classes, by number; its head does not contain them."""
     if not any(c.task_type == "SEQ_CLS" for c in getattr(model, "peft_config", {}).values()):
         return []
     return [name for _, name in sorted(model.get_base_model().config.id2label.items())]
 
 
 def _write(run: Run, model: Any, tokenizer: Any, metrics: dict[str, Any]) -> None:
-    """Adapter, tokenizer, metrics, then whose they are; checkpoints that nobody asked for are removed."""
-    # A trainer may have put an adapter of its own beside ours.
+    """Write adapter, tokenizer, metrics and, last, the record.
+
+    Without ``save_steps`` the checkpoints are removed.
+    """
+    # TRL's DPOTrainer adds an adapter of its own, as the reference.
     adapters = list(run.record["adapters"])
     only = {"selected_adapters": adapters} if adapters else {}
     try:
-        # Every process takes part: a model in shards is put together for the one that writes.
+        # All processes take part: a sharded model is gathered for the one that writes.
         model.save_pretrained(run.output, is_main_process=is_first(), **only)
         if not is_first():
             return

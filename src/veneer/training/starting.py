@@ -1,4 +1,4 @@
-"""Starts of an adapter that are measured on the examples that it will learn from."""
+"""Data-driven initialisation (EVA, CorDA, LoRA-GA) on the examples of a run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .losses import Objective, Pairs
 from .options import MEASURED, RunOptions
 from .progress import Progress
 
-#: Examples that are looked at: about a hundred show what the layers are given.
+#: Number of examples to measure on; about a hundred are enough.
 SAMPLES = 128
 
 
@@ -28,14 +28,14 @@ def adapted(
     objective: Objective | Pairs,
     progress: Progress,
 ) -> Any:
-    """`get_peft_model`, with a start that is measured on some of the rows where the options ask for one.
+    """`get_peft_model`, initialised on some of the rows if the options ask for that.
 
     Args:
         base: The base model.
-        options: Which adapter, and how many rows at a time.
-        rows: What it will learn from.
-        objective: What a row is trained for.
-        progress: Where to say so.
+        options: The adapter's configuration, batch size and seed.
+        rows: The rows of the run.
+        objective: Gives the loss of a batch.
+        progress: Where to report.
 
     Raises:
         ConfigError, TargetError: As `get_peft_model` and the measuring functions do.
@@ -76,7 +76,7 @@ def _backward(base: Any, batches: Sequence[Mapping[str, Tensor]], objective: Obj
 
 
 def _positions(batch: Mapping[str, Tensor], config: LoraConfig) -> Tensor:
-    """The positions (n, 2) of the tokens that count: those of answers, or all that are no padding."""
+    """The positions (n, 2) of tokens of answers or, for a classifier, of all tokens but padding."""
     labels = batch["labels"]
     counts = labels != IGNORED if labels.dim() == 2 else batch["attention_mask"].bool()
     return counts.nonzero()

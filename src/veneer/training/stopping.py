@@ -18,12 +18,12 @@ from .launcher import launched
 
 
 class Interrupted(KeyboardInterrupt):
-    """A run that was asked to stop, and stopped between two steps.
+    """A run was stopped between two steps.
 
     Attributes:
         step: Optimizer steps done.
-        steps: Those that the run would have had.
-        checkpoint: Where it goes on from.
+        steps: Optimizer steps of the whole run.
+        checkpoint: Where it can be resumed from.
     """
 
     def __init__(self, step: int, steps: int, checkpoint: Path) -> None:
@@ -32,13 +32,13 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Stop:
-    """Whether a run was asked to stop."""
+    """A request to stop."""
 
     def __init__(self) -> None:
         self.asked = False
 
     def anywhere(self) -> bool:
-        """Whether this or another process of the run was asked; all of them must call it."""
+        """Whether any process of the run has the request; all of them must call this."""
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             return self.asked
         on_cpu = "gloo" in torch.distributed.get_backend()
@@ -47,7 +47,7 @@ class Stop:
         return bool(flag.item())
 
 
-#: Launchers pass on the signal that the terminal has sent already.
+#: Within so many seconds, a second signal is the terminal's first, passed on by the launcher.
 ECHO_SECONDS = 1.0
 KINDS = (signal.SIGINT,) if sys.platform == "win32" else (signal.SIGINT, signal.SIGTERM)
 STOPPING = "Stopping after this step, with a checkpoint; once more leaves at once."

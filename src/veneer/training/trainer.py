@@ -1,4 +1,4 @@
-"""transformers' Trainer with a loss that computes logits only where an answer is, and what it reports."""
+"""transformers' Trainer with the loss of an `Objective`, and the callback that reports and evaluates."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ MEASURES = ("loss", "accuracy", "rewards/accuracies", "rewards/margins")
 
 
 class Trainer(transformers.Trainer):
-    """transformers' Trainer; the loss of a batch is an objective's.
+    """transformers' Trainer with the loss of an objective.
 
     Args:
-        objective: How rows become a batch, and its loss.
-        rows: To learn from.
-        eval_rows: Held out; may be empty.
-        more: As transformers' Trainer takes it.
+        objective: Makes batches of rows, and their loss.
+        rows: Rows to train on.
+        eval_rows: Held-out rows; may be empty.
+        more: Further arguments of transformers' Trainer.
     """
 
     def __init__(
@@ -49,25 +49,25 @@ class Trainer(transformers.Trainer):
             compute_metrics=_accuracy if isinstance(objective, Classes) else None,
             **more,
         )
-        # Have it count what a step's loss falls on in all batches and processes: the loss is divided by it.
+        # The Trainer then counts the labels of a step over all batches and processes, to divide the loss by.
         self.model_accepts_loss_kwargs = True
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The loss of one batch: its part of the mean over all tokens of a step or of an evaluation."""
+        """The share of one batch in the mean over all tokens of a step or of an evaluation."""
         total, outputs = self.objective.loss(model, inputs)
         if model.training:
             # Gradients are averaged over the processes, so each one's part counts that often.
             loss = total * self.accelerator.num_processes / num_items_in_batch.clamp(min=1)
         else:
-            # The evaluation takes the mean over rows: dividing by what a row has on average makes it one
-            # over tokens.
+            # The Trainer averages over rows: dividing by the average labels of a row gives the mean over
+            # tokens.
             loss = total / (len(inputs["labels"]) * self.items_per_row)
         return (loss, outputs) if return_outputs else loss
 
     def _full_batches(self, rows: Sequence[Any]) -> list[Any]:
-        """Rows by length, and at the end some without a loss, so that every process has full batches."""
+        """The rows by length, filled up with rows without labels so that every process has full batches."""
         if not rows:
             return []
         ordered = sorted(rows, key=lambda row: -len(row["input_ids"]))
@@ -88,7 +88,7 @@ def _accuracy(predicted: Any) -> dict[str, float]:
 
 
 def arguments(run: Run) -> dict[str, Any]:
-    """The options as arguments of transformers' TrainingArguments, which TRL's configurations are too."""
+    """The options as arguments of TrainingArguments, which TRL's configurations extend."""
     options = run.options
     names = {part.name for part in dataclasses.fields(TrainingArguments)}
     again = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
@@ -132,13 +132,13 @@ def arguments(run: Run) -> dict[str, Any]:
 
 
 def one_device(args: Any) -> Any:
-    """Training arguments that take one device a process; several are for torchrun."""
+    """Training arguments limited to one device for each process; torchrun starts more of them."""
     args._n_gpu = min(args.n_gpu, 1)
     return args
 
 
 class Reporter(TrainerCallback):
-    """Progress, evaluation, stopping, whole checkpoints, and an end to a loss that is no number."""
+    """Reports progress, evaluates, stops, completes checkpoints, and ends a run whose loss is no number."""
 
     def __init__(self, run: Run, progress: Progress, stack: ExitStack) -> None:
         self.run, self.progress, self.stack = run, progress, stack
@@ -147,8 +147,8 @@ class Reporter(TrainerCallback):
         self.trainer: Any = None
 
     def join(self, trainer: Any, callbacks: Sequence[Any]) -> None:
-        """Take part in a trainer, with more callbacks."""
-        # It prints every log entry to standard output, which is for results.
+        """Add this and further callbacks to a trainer."""
+        # It prints the log to standard output, which is reserved for results.
         trainer.remove_callback(PrinterCallback)
         handler, every = trainer.callback_handler, self.run.options.logging_steps
         elsewhere = tuple(INTEGRATION_TO_CALLBACK.values())
@@ -160,20 +160,20 @@ class Reporter(TrainerCallback):
             trainer.add_callback(one)
 
     def seconds(self) -> float:
-        """Of the whole run, also before its last checkpoint."""
+        """Time of the whole run, including what came before its checkpoint."""
         return self.run.seconds + time.monotonic() - self.begun
 
     def on_train_begin(
         self, args: Any, state: Any, control: Any, lr_scheduler: Any = None, **kwargs: Any
     ) -> None:
-        """Go on from where the run was cut off."""
+        """Continue where the run was interrupted."""
         self.tokens = state.num_input_tokens_seen or 0
-        # What the checkpoint says of these goes before what the options say now.
+        # The Trainer takes this from the checkpoint, whatever the options are now.
         state.save_steps = args.save_steps
         if self.run.planned < self.run.steps:
             lr_scheduler.last_epoch -= 1
             lr_scheduler.step()
-        if args.should_save:  # else a later checkpoint, not whole, would be written over
+        if args.should_save:  # a later, incomplete checkpoint must not mix with the one written next
             for place in checkpoints(self.run.output):
                 if step_of(place) > state.global_step:
                     remove_checkpoint(place)
@@ -184,11 +184,11 @@ class Reporter(TrainerCallback):
         self.advance(state.global_step, "")
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Take the time."""
+        """Start the clock."""
         self.step_begun = time.monotonic()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        """Stop, with a checkpoint, if that was asked for."""
+        """Stop, with a checkpoint, on request."""
         self.working += time.monotonic() - self.step_begun
         if state.global_step < state.max_steps and self.run.stop.anywhere():
             control.should_save = control.should_training_stop = True
@@ -216,7 +216,7 @@ class Reporter(TrainerCallback):
             self.evaluate_if_due(state)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Say that the checkpoint is whole, and remove older ones: not before, as the Trainer would."""
+        """Mark the checkpoint as complete, and only then remove older ones."""
         self.trainer.accelerator.wait_for_everyone()  # each process writes a file of its own
         if args.should_save:
             place = self.run.output / f"checkpoint-{state.global_step}"
@@ -225,9 +225,9 @@ class Reporter(TrainerCallback):
                 remove_checkpoint(old)
 
     def evaluate_if_due(self, state: Any) -> None:
-        """Evaluate before the first step, after the last and every so many, unless the history has it.
+        """Evaluate before the first step, after the last and every ``eval_steps``, unless already done.
 
-        No random number of training is drawn, so that a run with evaluations has the losses of one without.
+        The random state is restored, so that evaluations do not change the losses of training.
         """
         every, step = self.run.options.eval_steps, state.global_step
         due = step in (0, state.max_steps) or bool(every and step % every == 0)
@@ -239,7 +239,7 @@ class Reporter(TrainerCallback):
 
 
 class Thinned:
-    """A callback that hears of the loss only every so many steps, and then of their mean."""
+    """A callback that gets the loss only every so many steps, as their mean."""
 
     def __init__(self, callback: Any, every: int) -> None:
         self._callback, self._every = callback, every
@@ -248,7 +248,7 @@ class Thinned:
         return getattr(self._callback, name)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> Any:
-        """Pass on what is no loss at once, and losses when they are due."""
+        """Pass on other logs at once, and losses when they are due."""
         if logs and "loss" in logs:
             if state.global_step % self._every and state.global_step != state.max_steps:
                 return None
@@ -261,7 +261,7 @@ class Thinned:
 def load(trainer: Any, checkpoint: Path) -> None:
     """Load the weights and the history of a checkpoint after which there is nothing to train.
 
-    The Trainer's loop has no such case: it takes one step more and then asks whether that was the last.
+    The Trainer has no such case: resumed after its last step, it takes another one.
     """
     trainer.state = transformers.TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
     if trainer.is_fsdp_enabled:  # what was saved in shards is loaded into shards
