@@ -135,11 +135,11 @@ def generate_answers(
     """
     config = (sampling or Sampling(max_new_tokens, temperature=temperature)).config(model, tokenizer)
     with evaluating(model), (progress or Silent()).bar("answers", len(prompts)) as advance:
-        return _answers(model, tokenizer, prompts, config, batch_size, advance)
+        return batched_answers(model, tokenizer, prompts, config, batch_size, advance)
 
 
 @torch.no_grad()
-def _answers(
+def batched_answers(
     model: Any,
     tokenizer: Any,
     prompts: Sequence[list[int]],
@@ -147,6 +147,7 @@ def _answers(
     batch_size: int,
     advance: Advance,
 ) -> list[str]:
+    """The answers in the order of the prompts; see `generate_answers`."""
     device, pad = next(model.parameters()).device, pad_token(tokenizer)
     answers = [""] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
@@ -232,7 +233,7 @@ def answer_file(
         for start in range(done, len(records), block):
             torch.manual_seed(seed + start)
             chosen = prompts[start : start + block]
-            answers = _answers(model, tokenizer, chosen, config, batch_size, advance)
+            answers = batched_answers(model, tokenizer, chosen, config, batch_size, advance)
             found = zip(records[start : start + block], answers, strict=True)
             _write(file, [{**record, ANSWER: answer} for record, answer in found])
     _without_first_line(part, output)

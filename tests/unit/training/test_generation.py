@@ -15,7 +15,7 @@ from veneer import ConfigError, DataError, LoraConfig, VeneerError, get_peft_mod
 from veneer.training import Sampling, answer_file, generate_answers, generation, prompt_ids, read_records
 from veneer.training.data import Records
 from veneer.training.forward import evaluating
-from veneer.training.generation import check_answer_file, prompts_of
+from veneer.training.generation import batched_answers, check_answer_file, prompts_of
 
 TOKENIZER = tiny_tokenizer()
 
@@ -128,9 +128,9 @@ def test_a_run_that_broke_off_goes_on(tmp_path: Path, torn: bytes, monkeypatch: 
         asked.append(len(given[2]))
         if len(asked) == 2:
             raise KeyboardInterrupt
-        return generate_answers(*given, **more)
+        return batched_answers(*given, **more)
 
-    monkeypatch.setattr(generation, "generate_answers", breaking)
+    monkeypatch.setattr(generation, "batched_answers", breaking)
     with pytest.raises(KeyboardInterrupt):
         answer_file(model, TOKENIZER, records, out, sampling, batch_size=1, seed=5)
     assert not out.exists() and len(part.read_bytes().splitlines()) == 1 + 8

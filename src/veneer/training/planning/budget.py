@@ -1,4 +1,4 @@
-"""Settings that keep training within a budget: a ladder of them, tried in order."""
+"""Settings that keep training within a budget: a fixed ladder, tried from the top."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ LOSS_CHUNK = 256
 
 @dataclass(frozen=True)
 class Budget:
-    """What may be used: bytes of memory, or a share of the base's parameters.
+    """A limit for bytes of memory, or for trainable parameters as a share of the base's.
 
     Attributes:
-        text: As it was given.
+        text: As the user wrote it.
         memory: Bytes, or None.
-        share: Of the parameters, or None.
+        share: Share of the parameters, or None.
     """
 
     text: str
@@ -39,10 +39,10 @@ class Budget:
 
 
 def parse_budget(text: str) -> Budget:
-    """``24GB``, ``16 GiB``, ``800M`` or ``1%``.
+    """Parse ``24GB``, ``16 GiB``, ``800M`` or ``1%``.
 
     Raises:
-        ConfigError: It is neither.
+        ConfigError: The text is neither a size nor a share.
     """
     word = text.strip()
     if word.endswith("%"):
@@ -67,13 +67,13 @@ def parse_budget(text: str) -> Budget:
 
 @dataclass(frozen=True)
 class Proposal:
-    """Settings that keep to a budget.
+    """Settings within a budget.
 
     Attributes:
         config: The adapter.
-        step: Batch size, quantisation and the rest.
-        estimate: What they take.
-        given_up: What was changed to get there, in words.
+        step: Batch size, quantisation and so on.
+        estimate: Memory and arithmetic of these settings.
+        given_up: What was changed for the budget, in words.
     """
 
     config: LoraConfig
@@ -89,23 +89,23 @@ def propose(
     step: Step | None = None,
     fixed: Collection[str] = (),
 ) -> Proposal:
-    """Settings under which training keeps to a budget.
+    """Find settings that keep training within a budget.
 
-    Of memory: first gradients are checkpointed, then logits are computed in chunks, then batches become
-    smaller (with as many more of them an optimizer step); all of this again over a base in 4 bits; then the
-    rank falls, and at last only the model's usual targets are adapted. The first that leaves 5 % free is
-    taken. Of parameters: the highest rank that keeps to it, on the given targets or else on the usual ones.
+    For memory, in this order: gradient checkpointing, logits in chunks, smaller batches (more of them for
+    each optimizer step), all of this with the base in 4 bits, lower ranks, and only the model's default
+    targets. The first settings that leave 5 % free are taken. For parameters: the highest rank within the
+    budget, on the configured targets or else on the default ones.
 
     Args:
         model: As for `estimate_memory`.
-        config: The adapter to begin with.
-        budget: Bytes or share, or its text.
-        step: How a step is taken to begin with.
-        fixed: Names that may not be changed: ``r``, ``target_modules``, ``quantize``, ``batch_size``,
+        config: The adapter to start from.
+        budget: A budget or its text.
+        step: The step to start from.
+        fixed: Names of settings to keep: ``r``, ``target_modules``, ``quantize``, ``batch_size``,
             ``gradient_checkpointing``, ``loss_chunk_size``.
 
     Raises:
-        TrainingError: Nothing keeps to it; says what the least would be.
+        TrainingError: No settings are within the budget; names the smallest.
     """
     budget = parse_budget(budget) if isinstance(budget, str) else budget
     step = Step() if step is None else step
@@ -145,7 +145,7 @@ def propose(
 def _ladder(
     model: nn.Module, config: LoraConfig, step: Step, fixed: Collection[str]
 ) -> Iterator[tuple[LoraConfig, Step]]:
-    """From what was asked for to ever less of it."""
+    """The settings to try, from the given ones downwards."""
     rungs = [step]
     if "gradient_checkpointing" not in fixed and not step.gradient_checkpointing:
         rungs.append(replace(rungs[-1], gradient_checkpointing=True))
@@ -165,7 +165,7 @@ def _ladder(
 
 
 def _given_up(config: LoraConfig, step: Step, adapter: LoraConfig, taken: Step) -> Iterator[str]:
-    """What separates settings from those that were asked for."""
+    """How the settings differ from the given ones."""
     if taken.gradient_checkpointing != step.gradient_checkpointing:
         yield "activations are computed again in the backward pass"
     if taken.loss_chunk_size != step.loss_chunk_size:
@@ -181,7 +181,7 @@ def _given_up(config: LoraConfig, step: Step, adapter: LoraConfig, taken: Step) 
 
 
 def _targets(model: nn.Module, config: LoraConfig, fixed: Collection[str]) -> Iterator[LoraConfig]:
-    """The adapter as it is, and on the model's usual targets."""
+    """The adapter as it is, then on the model's default targets."""
     yield config
     usual = DEFAULT_TARGETS.get(getattr(getattr(model, "config", None), "model_type", None) or "")
     if "target_modules" not in fixed and usual is not None and config.target_modules != usual:

@@ -1,4 +1,4 @@
-"""How much memory and arithmetic a training step takes, before anything of it exists."""
+"""Estimate the memory and arithmetic of a training step without running it."""
 
 from __future__ import annotations
 
@@ -42,22 +42,22 @@ class MemoryEstimate:
     """What training needs, in bytes.
 
     Attributes:
-        base: The frozen weights and buffers, quantised where that is asked for.
-        factors: What trains: factors, and modules of ``modules_to_save``.
-        gradients: One for each trainable parameter.
-        optimizer: Its state.
-        activations: Kept for the backward pass when the logits begin to be made.
-        logits: On top of that until the loss is there, at most.
-        peak: The most at one moment of a step after the first. Not the sum of the above: gradients come
-            while activations go.
+        base: Frozen weights and buffers, quantised if the step says so.
+        factors: Trainable parameters: factors and modules of ``modules_to_save``.
+        gradients: Gradients of the trainable parameters.
+        optimizer: State of the optimizer.
+        activations: Kept for the backward pass just before the output head.
+        logits: The most on top of that until the loss.
+        peak: The most at any moment of a step after the first. Less than the sum of the above, as gradients
+            are made while activations are freed.
         trainable: Number of trainable parameters.
-        parameters: Number of all parameters, of the base and trainable.
-        adapter_bytes: Of the saved adapter's tensors.
-        flops: Of the products of one forward and backward pass.
-        forward_flops: Of its forward pass.
-        tokens: In the batch.
-        traced: Whether the step was run on the meta device; otherwise activations are a rough sum.
-        notes: What the figures leave out or take for granted.
+        parameters: Number of all parameters.
+        adapter_bytes: Size of the saved adapter.
+        flops: FLOPs of one forward and backward pass.
+        forward_flops: FLOPs of the forward pass.
+        tokens: Tokens in the batch.
+        traced: Whether the step was traced on the meta device; otherwise activations are a rough sum.
+        notes: Assumptions, and what the figures leave out.
     """
 
     base: int
@@ -78,7 +78,7 @@ class MemoryEstimate:
 
     @property
     def flops_per_token(self) -> int:
-        """Of both passes."""
+        """FLOPs of both passes for each token."""
         return self.flops // max(1, self.tokens)
 
     def to_dict(self) -> dict[str, Any]:
@@ -92,18 +92,18 @@ class MemoryEstimate:
 
 @dataclass(frozen=True)
 class Step:
-    """How a training step is taken.
+    """The settings of a training step that its memory depends on.
 
     Attributes:
-        batch_size: Rows a forward pass.
-        sequence_length: Tokens a row, of the longest batch.
-        gradient_checkpointing: Activations are computed again in the backward pass.
-        gradient_accumulation_steps: Above 1, gradients are there during the whole step.
+        batch_size: Rows in a forward pass.
+        sequence_length: Tokens in a row of the longest batch.
+        gradient_checkpointing: Whether activations are computed again in the backward pass.
+        gradient_accumulation_steps: If above 1, gradients exist during the whole step.
         optim: transformers' name of the optimizer.
         quantize: Storage of the base's weights: ``nf4``, ``fp4``, ``int8``, ``int4`` or None.
         loss_chunk_size: Tokens whose logits are computed at a time; 0 is all.
-        padded: Whether rows have padding, for which attention keeps a mask of length times length for each
-            layer; None says yes to more than one row.
+        padded: Whether rows have padding, for which each layer keeps a mask of length × length; None means
+            yes if there is more than one row.
         device: ``cpu`` or ``cuda``.
 
     Raises:
@@ -122,7 +122,7 @@ class Step:
 
     @classmethod
     def of(cls, options: RunOptions, **more: Any) -> Step:
-        """The step of a run with these options; ``more`` goes before them."""
+        """The step of a run with these options; ``more`` overrides them."""
         names = {part.name for part in dataclasses.fields(cls)}
         shared = {part.name for part in dataclasses.fields(options)} & names
         given = {name: getattr(options, name) for name in shared} | {"sequence_length": options.max_length}
@@ -152,17 +152,17 @@ def estimate_memory(
     step: Step | None = None,
     dtype: str | torch.dtype | None = None,
 ) -> MemoryEstimate:
-    """What a training step would take; the step is run on the meta device, where tensors have no memory.
+    """Estimate a training step by running it on the meta device, where tensors take no memory.
 
     Args:
-        model: Without adapters, from `empty_model` or a real one that is not quantised; left as it is.
-        config: The adapter; None trains every parameter of the model.
-        step: How the step is taken; ``Step()`` when None.
-        dtype: Type of the base's weights; None leaves what the model has.
+        model: A model without adapters, from `empty_model` or a real one that is not quantised; not changed.
+        config: The adapter; None trains all parameters of the model.
+        step: Settings of the step; ``Step()`` if None.
+        dtype: Type of the base's weights; the model's own if None.
 
     Returns:
-        The estimate. On a CPU it is that of torch's allocator, beside which Python, the libraries and the
-        buffers of their kernels take some 0.5 GB.
+        The estimate. On a CPU it is the memory of torch's allocator; Python, libraries and buffers of their
+        kernels take about 0.5 GB more.
 
     Raises:
         TargetError: The adapter does not fit the model.
@@ -209,7 +209,7 @@ def estimate_memory(
 def adapt_shadow(
     model: nn.Module, config: LoraConfig | None, dtype: str | torch.dtype | None = None
 ) -> nn.Module:
-    """A shadow of the model with the adapter on it, ready to be trained."""
+    """A copy of the model on the meta device with the adapter on it, ready for training."""
     empty: Any = shadow(model, dtype)
     own: Any = getattr(empty, "config", None)
     if hasattr(own, "use_cache"):
@@ -220,14 +220,14 @@ def adapt_shadow(
         for parameter in empty.parameters():
             parameter.requires_grad_(parameter.is_floating_point())
         return empty.train()  # type: ignore[no-any-return]
-    plain = dataclasses.replace(config, init_lora_weights=True)  # other ways to begin would look at weights
+    plain = dataclasses.replace(config, init_lora_weights=True)  # others would read weights
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", VeneerWarning)  # the plan has said what matches nothing
+        warnings.simplefilter("ignore", VeneerWarning)  # the plan has reported what matches nothing
         return get_peft_model(empty, plain, low_cpu_mem_usage=True).train()
 
 
 def optimizer_bytes(optim: str, trained: Sequence[Tensor]) -> tuple[int, list[str]]:
-    """(bytes of an optimizer's state, what is to be said about it)."""
+    """(bytes of an optimizer's state, notes)."""
     name = next((part for part in _STATES if part in optim), None)
     if name is None:
         return 2 * _bytes(trained), [f"the optimizer {optim!r} is not known here: counted like AdamW"]
@@ -244,10 +244,10 @@ def optimizer_bytes(optim: str, trained: Sequence[Tensor]) -> tuple[int, list[st
 def seconds_per_step(
     estimate: MemoryEstimate, *, device: str = "cpu", dtype: str | torch.dtype | None = None
 ) -> float:
-    """A rough time of one forward and backward pass, from the rate at which this machine multiplies matrices.
+    """A rough time of one forward and backward pass on this machine.
 
-    A square product is timed for a fifth of a second; a step is taken to reach 60 % of its rate, which is an
-    estimate (small models reach less).
+    Times a square matrix product for a fifth of a second and assumes that a step reaches 60 % of its rate;
+    small models reach less.
     """
     wanted = dtype if isinstance(dtype, torch.dtype) else getattr(torch, str(dtype), torch.float32)
     side = 4096 if device == "cuda" else 768
@@ -280,7 +280,7 @@ def _checkpoint(model: Any) -> list[str]:
 
 
 def _trace(model: nn.Module, step: Step) -> tuple[Trace, str]:
-    """(the trace, "") or (a rough sum, why it could not be traced)."""
+    """(trace, "") or, if the model cannot be traced, (rough sum, reason)."""
     padded = step.batch_size > 1 if step.padded is None else step.padded
     try:
         inputs = dummy_inputs(model, step.batch_size, step.sequence_length)
@@ -299,10 +299,10 @@ def _trace(model: nn.Module, step: Step) -> tuple[Trace, str]:
 
 
 def dummy_inputs(model: Any, batch: int, length: int) -> dict[str, Tensor]:
-    """What a batch looks like to a model, on the meta device.
+    """A batch for the model, on the meta device.
 
     Raises:
-        ValueError: The model takes something else than token ids or pictures.
+        ValueError: The model takes neither token ids nor pictures.
     """
     base = base_of(model)
     config: Any = getattr(base, "config", None)
@@ -321,7 +321,7 @@ def dummy_inputs(model: Any, batch: int, length: int) -> dict[str, Tensor]:
 
 
 def _rough(model: nn.Module, tokens: int) -> Trace:
-    """Inputs and outputs of all linear layers; 2 FLOPs a weight and token forward, 4 for both passes."""
+    """The inputs and outputs of all linear layers, and 2 FLOPs for each weight and token in each pass."""
     kept = weights = 0
     head = 0
     out = embedding_of(model, "output")
@@ -338,11 +338,11 @@ def _rough(model: nn.Module, tokens: int) -> Trace:
 
 
 def base_bytes(model: Any, quantize: str | None, *, frozen_only: bool = False) -> tuple[int, int]:
-    """(bytes of what does not train, bytes of the largest quantised weight when unpacked).
+    """(bytes of the base, bytes of its largest quantised weight when unpacked).
 
     Args:
         model: With or without an adapter.
-        quantize: As for `estimate_memory`.
+        quantize: As for `Step`.
         frozen_only: Leave out what requires gradients.
     """
     frozen = [t for t in (*model.parameters(), *model.buffers()) if not (frozen_only and t.requires_grad)]
@@ -361,5 +361,5 @@ def base_bytes(model: Any, quantize: str | None, *, frozen_only: bool = False) -
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
-    """Of the storages behind tensors, each once."""
+    """Bytes of the storages behind tensors, each counted once."""
     return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())

@@ -1,4 +1,4 @@
-"""What `veneer plan` tells: the plan of the targets, the estimate, and what a budget leaves."""
+"""The report of `veneer plan`: planned targets, estimate, and a proposal for a budget."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from .sources import empty_model
 
 @dataclass(frozen=True)
 class PlanReport:
-    """A training run that was only thought.
+    """The plan of a training run.
 
     Attributes:
-        model: Its configuration's name or place, as given.
+        model: Path or hub id of the model.
         architecture: transformers' class.
-        dtype: Of the base's weights.
+        dtype: Type of the base's weights.
         config: The adapter.
         plan: Which modules get factors, which do not, and what matched nothing.
-        step: What the estimate was made for: batch size, length and the rest.
+        step: Batch size, length and so on.
         estimate: Memory and arithmetic.
-        proposal: What a budget leaves, where one was given; then all of the above is the proposal's.
+        proposal: The proposal for a budget, if there is one; the attributes above are then the proposal's.
     """
 
     model: str
@@ -66,7 +66,7 @@ class PlanReport:
 
 
 def layers(paths: Collection[str]) -> list[int]:
-    """The numbers of the layers that modules lie in."""
+    """The numbers of the layers that contain modules."""
     return sorted({index for path in paths if (index := layer_index(path)) is not None})
 
 
@@ -84,19 +84,19 @@ def plan_training(
     Args:
         source: As for `empty_model`; the adapter's task chooses the class.
         config: The adapter.
-        step: How a step is taken, see `Step`.
-        budget: Memory or share of the parameters to keep to.
-        fixed: What a budget may not change, see `propose`.
-        dtype: Of the base's weights; None or ``auto`` takes the configuration's.
+        step: Settings of a step.
+        budget: A limit for memory or for the share of trainable parameters.
+        fixed: Settings that a budget does not change, see `propose`.
+        dtype: Type of the base's weights; the configuration's if None or ``auto``.
 
     Raises:
-        TrainingError: There is no such model, or nothing keeps to the budget.
-        TargetError: The adapter does not fit the model; the message says all that is wrong.
+        TrainingError: There is no such model, or no settings are within the budget.
+        TargetError: The adapter does not fit the model; lists everything that is wrong.
         ConfigError: The budget is neither a size nor a share.
     """
     task = getattr(config.task_type, "value", config.task_type)
     model = empty_model(source, task, dtype=dtype)
-    _quiet_plan(model, config)  # what cannot be placed is said before any budget is looked at
+    _quiet_plan(model, config)  # bad targets are refused before the budget
     step, proposal = Step() if step is None else step, None
     if budget is not None:
         proposal = propose(model, config, budget, step, fixed)
@@ -117,5 +117,5 @@ def plan_training(
 
 def _quiet_plan(model: Any, config: LoraConfig) -> Plan:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", VeneerWarning)  # the report itself says what matches nothing
+        warnings.simplefilter("ignore", VeneerWarning)  # the report itself lists what matches nothing
         return plan(model, config)

@@ -1,4 +1,4 @@
-"""Models without weights: from a configuration alone, or as the shadow of a real one, on the meta device."""
+"""Models on the meta device, without weights: from a configuration, or as a copy of a real model."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ def empty_model(
     dtype: str | None = None,
     num_labels: int | None = None,
 ) -> Any:
-    """A transformers model on the meta device, from its configuration alone: no weights are read or made.
+    """A transformers model on the meta device, from its configuration; no weights are read.
 
     Args:
-        source: A directory of a model, a ``config.json`` by any name, or a hub id.
-        task: What it is for, in the words of `TaskType`; told from the architecture's name when None.
-        dtype: ``float32``, ``bfloat16`` or ``float16``; None or ``auto`` takes the configuration's.
-        num_labels: Classes, for tasks that have some.
+        source: The directory of a model, a configuration file, or a hub id.
+        task: A `TaskType`; inferred from the name of the architecture if None.
+        dtype: ``float32``, ``bfloat16`` or ``float16``; the configuration's if None or ``auto``.
+        num_labels: Number of classes of a classifier.
 
     Raises:
         TrainingError: There is no such configuration, or transformers knows no such model.
@@ -71,7 +71,7 @@ def empty_model(
 
 
 def task_of(config: Any) -> str:
-    """The task that the architecture's name in a configuration speaks of; CAUSAL_LM where it says nothing."""
+    """The task in the name of a configuration's architecture; CAUSAL_LM if there is none."""
     name = (getattr(config, "architectures", None) or [""])[0]
     for ending, task in (
         ("ForSequenceClassification", "SEQ_CLS"),
@@ -147,11 +147,11 @@ def _dtype(value: Any) -> torch.dtype | None:
 
 
 def shadow(model: nn.Module, dtype: str | torch.dtype | None = None) -> nn.Module:
-    """A copy of a model on the meta device; nothing of the model is read or changed.
+    """Copy a model to the meta device without reading its weights.
 
     Args:
-        model: Any module that holds its weights as plain tensors.
-        dtype: Type of the copy's floating-point parameters; None or ``auto`` leaves them.
+        model: Any module whose weights are plain tensors; not changed.
+        dtype: Type of the copy's floating-point parameters; unchanged if None or ``auto``.
     """
     wanted = None if dtype == "auto" else _dtype(dtype)
     memo: dict[int, Any] = {}

@@ -1,7 +1,7 @@
-"""One training step on the meta device: every tensor is made and freed as it would be, none has any memory.
+"""Run one training step on the meta device, where tensors are made and freed as usual but take no memory.
 
-That gives what a step keeps for its backward pass, the most that lives at one moment, and the products it
-computes, of any architecture that transformers can run, in seconds for 70 billion parameters.
+That gives the memory kept for the backward pass, the peak, and the FLOPs of any architecture of transformers,
+in seconds for 70 billion parameters.
 """
 
 from __future__ import annotations
@@ -43,15 +43,15 @@ _GROUPED: Any = getattr(getattr(torch.ops.aten, "_grouped_mm", None), "default",
 
 @dataclass(frozen=True)
 class Trace:
-    """What one forward and backward pass did, in bytes beyond the model's own tensors.
+    """What one forward and backward pass takes, in bytes beyond the model's own tensors.
 
     Attributes:
-        activations: Alive when the logits begin to be made.
-        logits: What came on top of that until the loss was there, at most.
-        peak: The most that was alive at one moment, gradients included.
-        left: Alive at the end: the gradients.
-        forward_flops: Of the products of the forward pass, a multiplication and an addition being two.
-        flops: Of both passes.
+        activations: In use just before the output head.
+        logits: The most on top of that until the loss.
+        peak: The most at any moment, gradients included.
+        left: In use at the end: the gradients.
+        forward_flops: FLOPs of the products of the forward pass, two for a multiplication and an addition.
+        flops: FLOPs of both passes.
     """
 
     activations: int
@@ -63,7 +63,7 @@ class Trace:
 
 
 class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Adds up the storages that operations make, until they are freed, and the operations' FLOPs."""
+    """Counts the bytes of storages from their allocation until they are freed, and FLOPs."""
 
     def __init__(self, known: Iterator[Tensor], grain: int, answer: bool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -76,7 +76,7 @@ class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default and args[0].dtype == torch.bool:
-            return self.answer  # models ask whether a mask hides nothing
+            return self.answer  # a model branches on whether the mask is all ones
         if func in _IN_PLACE:
             return args[0]
         out = self._grouped(*args) if func is _GROUPED else func(*args, **(kwargs or {}))
@@ -90,18 +90,18 @@ class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return out
 
     def _grouped(self, a: Tensor, b: Tensor, *rest: Any) -> Tensor:
-        """Products of each expert's rows; the implementation for meta knows bfloat16 alone."""
+        """Products of each expert's rows; torch's meta implementation takes bfloat16 only."""
         experts = [] if a.dim() == 2 and b.dim() == 3 else [b.shape[0]] if b.dim() == 3 else rest[0].shape
         self.count(2 * a.shape[-2] * a.shape[-1] * b.shape[-1] * (a.shape[0] if a.dim() == 3 else 1))
         return a.new_empty((*experts, a.shape[-2], b.shape[-1]))
 
     def restart(self) -> int:
-        """The most that was alive since the last call; from now on it is what is alive now."""
+        """Return the peak since the last call, and start a new one."""
         most, self.peak = self.peak, self.live
         return most
 
     def count(self, flops: int) -> None:
-        """Note products that no operation seen here stands for."""
+        """Add FLOPs that no dispatched operation stands for."""
         self.flops += flops
 
     def add(self, storage: torch.UntypedStorage) -> None:
@@ -119,9 +119,9 @@ class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _unasked(function: Any) -> Any:
-    """The function without the question whether a mode overrides it, with which it begins.
+    """A copy of the function that skips its initial check for modes.
 
-    torch leaves a mode to run what the mode was asked about, and with it all that this calls in its turn.
+    torch disables a mode while it handles a function, and so for everything that this function calls.
     """
     names = {**function.__globals__, "has_torch_function": lambda tensors: False}
     copy = FunctionType(function.__code__, names, function.__name__, function.__defaults__)
@@ -134,15 +134,14 @@ _backward = _unasked(torch.autograd.backward)
 
 
 class _KernelsOfAttention(TorchFunctionMode):
-    """On meta tensors, attention that keeps queries, keys, values and sums instead of the scores.
+    """Attention on meta tensors that keeps queries, keys, values and sums, but not the scores.
 
-    That is what the devices' kernels do. torch chooses the kernel by the device of the tensors and has none
-    for meta, where it would keep every score. With dropout a CPU has none either. Other threads do not see
-    any of this.
+    This is what the kernels of real devices do. torch has none for meta and would keep all scores there. With
+    dropout the CPU has none either. The mode is active in the current thread only.
 
     Args:
         device: ``cpu`` or ``cuda``.
-        count: Told the FLOPs of each forward product.
+        count: Called with the FLOPs of each product.
     """
 
     def __init__(self, device: str, count: Callable[[int], None]) -> None:
@@ -153,26 +152,13 @@ class _KernelsOfAttention(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         given = kwargs or {}
-        if func is nn.functional.scaled_dot_product_attention and self._fits(*args, **given):
-            return self._attend(*args, **given)
+        if func is nn.functional.scaled_dot_product_attention:
+            out = self._attend(*args, **given)
+            return func(*args, **given) if out is None else out
         if func is nn.functional.multi_head_attention_forward:
             with self:
                 return _multi_head(*args, **given)
         return func(*args, **given)
-
-    def _fits(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        *rest: Any,
-        **more: Any,
-    ) -> bool:
-        fits = query.is_meta and query.dim() == 4 and query.shape[-1] == key.shape[-1] == value.shape[-1]
-        learned = attn_mask is not None and attn_mask.requires_grad
-        return fits and not learned and not (dropout_p and self.device == "cpu")
 
     def _attend(
         self,
@@ -184,7 +170,12 @@ class _KernelsOfAttention(TorchFunctionMode):
         is_causal: bool = False,
         scale: float | None = None,
         enable_gqa: bool = False,
-    ) -> Tensor:
+    ) -> Tensor | None:
+        """What a kernel of the device computes; None where it has none."""
+        plain = query.is_meta and query.dim() == 4 and query.shape[-1] == key.shape[-1] == value.shape[-1]
+        learned = attn_mask is not None and attn_mask.requires_grad
+        if not plain or learned or (dropout_p and self.device == "cpu"):
+            return None
         if attn_mask is not None and attn_mask.dtype == torch.bool:
             attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype)
         out: Tensor = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
@@ -208,17 +199,14 @@ def trace_step(
     """Run one forward and backward pass on the meta device.
 
     Args:
-        model: On the meta device, adapted, its trainable parameters requiring gradients.
-        inputs: On the meta device too; labels are not needed.
-        device: ``cpu`` or ``cuda``: whose kernels and allocator.
+        model: On the meta device, adapted, with gradients required for what trains.
+        inputs: On the meta device, without labels.
+        device: Whose kernels and allocator to assume, ``cpu`` or ``cuda``.
         loss_chunk_size: Tokens whose logits are computed at a time, and again in the backward pass; 0 is all.
-        padded: What the model is told when it asks whether the mask among the inputs hides anything.
-
-    Returns:
-        Bytes and FLOPs.
+        padded: Whether the attention mask counts as hiding something.
 
     Raises:
-        Exception: Whatever the model raises that cannot run without values.
+        Exception: Whatever a model raises that cannot run without values.
     """
     known = (tensor for group in (model.parameters(), model.buffers()) for tensor in group)
     ledger = _Ledger(known, GRAIN.get(device, GRAIN["cuda"]), answer=not padded)
@@ -230,7 +218,7 @@ def trace_step(
 
     with ledger, _KernelsOfAttention(device, ledger.count), _watching_head(model, at_head):
         loss = _loss(model, inputs, loss_chunk_size)
-        # Heads that are no output projection make scores of no size worth telling apart.
+        # The scores of a classifier's head are too small to matter.
         kept, most = before[0] if before else (ledger.live, ledger.restart())
         logits = max(0, ledger.peak - kept)
         forward = ledger.flops
