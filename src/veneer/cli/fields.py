@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import shlex
+import textwrap
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_type_hints
@@ -74,6 +75,21 @@ def options_of(kind: type[Any], config: Path | None, given: Mapping[str, Any]) -
     """
     found = {} if config is None else read_yaml(config, kind)
     return kind(**found | {name: value for name, value in given.items() if value is not None})
+
+
+def commented(options: TrainOptions) -> str:
+    """All options as YAML that `read_yaml` takes, each below what it does."""
+    import yaml
+
+    parts = dataclasses.fields(options)
+    lines = []
+    for group in GROUPS:
+        lines.append(f"# ==== {group} ====\n")
+        for part in (part for part in parts if part.metadata["group"] == group):
+            value = yaml.safe_dump({part.name: getattr(options, part.name)}, allow_unicode=True)
+            help = textwrap.fill(part.metadata["help"], 100, initial_indent="# ", subsequent_indent="# ")
+            lines.append(f"{help}\n{value}")
+    return "\n".join(lines)
 
 
 def command_line(command: str, config: Path | None, given: Mapping[str, Any], *more: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,8 +11,11 @@ import typer
 from ..errors import VeneerError
 from ..training.options import RunOptions
 from .common import FAILED, INTERRUPTED, app, show, show_json, show_text, size
-from .fields import command_line, options_of, with_flags
+from .fields import command_line, commented, options_of, with_flags
 from .messages import say
+
+#: What the template of a configuration has for options without a default.
+EXAMPLE = {"model": "HuggingFaceTB/SmolLM2-135M-Instruct", "data": "train.jsonl", "output": "my-adapter"}
 
 
 @app.command()
@@ -28,7 +30,11 @@ def train(
     ] = False,
     print_config: Annotated[
         bool,
-        typer.Option("--print-config", help="Print all options as YAML and leave.", rich_help_panel="Output"),
+        typer.Option(
+            "--print-config",
+            help="Print all options as commented YAML and leave; alone, a template.",
+            rich_help_panel="Output",
+        ),
     ] = False,
     **given: Any,
 ) -> int | None:
@@ -36,9 +42,11 @@ def train(
 
     Ctrl-C finishes the step, saves a checkpoint and says how to go on; torchrun and accelerate launch work.
     """
+    if print_config and config is None and all(value is None for value in given.values()):
+        given = EXAMPLE
     options = options_of(RunOptions, config, given)
     if print_config:
-        _print(options)
+        show_text(commented(options), end="")
         return None
     from ..training import Terminal
     from ..training.run import fine_tune
@@ -68,12 +76,6 @@ def train(
     weights = (output / "adapter_model.safetensors").stat().st_size
     show(f"adapter ({size(weights)}): {output}")
     return None
-
-
-def _print(options: RunOptions) -> None:
-    import yaml
-
-    show_text(yaml.safe_dump(dataclasses.asdict(options), sort_keys=False), end="")
 
 
 def _say_how_to_go_on(left: Any, config: Path | None, given: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ import pytest
 from tests.unit.cli.words import train_words
 from tests.unit.training.tiny import saved_records
 from veneer.cli import main
+from veneer.training.options import RunOptions, read_yaml
 
 
 def test_train_writes_the_adapter(adapter: Path) -> None:
@@ -167,3 +168,37 @@ def test_train_classes_and_preferences(
     first, last = metrics["evaluations"][0], metrics["evaluations"][-1]
     assert last["loss"] < first["loss"] and measure in last
     assert not [place for place in (tmp_path / "out").iterdir() if place.is_dir()]
+
+
+def test_the_template_of_a_configuration_trains(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", "--print-config"]) == 0
+    template = capsys.readouterr().out
+    options = RunOptions(model="a", data="b", output="c")
+    assert all(f"\n{name}: " in template for name in vars(options))
+    comments = [line for line in template.splitlines() if line.startswith("# ")]
+    assert len(comments) >= len(vars(options)) and max(map(len, template.splitlines())) <= 100
+    file = tmp_path / "run.yaml"
+    file.write_text(template)
+    assert main(["train", str(file), "--print-config"]) == 0
+    assert capsys.readouterr().out == template
+    words = train_words(base, saved_records(tmp_path / "data.jsonl"), tmp_path / "out", "--max-steps", "1")
+    assert main([*words, str(file)]) == 0
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+
+
+def test_all_options_are_printed_as_they_would_be_used(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("model: m\ndata: d\noutput: o\nlora_r: 5\nlora_modules_to_save: [head, norm]\n")
+    assert main(["train", str(file), "--print-config", "--lora-r", "6", "--use-dora"]) == 0
+    file.write_text(capsys.readouterr().out)
+    want = {"model": "m", "data": "d", "output": "o", "lora_r": 6, "use_dora": True}
+    assert RunOptions(**read_yaml(file)) == RunOptions(**want, lora_modules_to_save="head,norm")
+
+
+def test_a_configuration_that_lacks_something_is_not_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--print-config", "--model", "m"]) == 2
+    assert "--data is missing" in capsys.readouterr().err
