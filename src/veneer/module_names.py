@@ -74,7 +74,7 @@ def portable_saved(named: Iterable[str], saved: Collection[str], paths: Iterable
     """Names that mean in a file exactly the modules that train in full, to PEFT too.
 
     Args:
-        named: The names and expressions that they were asked for with; those that do are kept.
+        named: The names and expressions in the configuration; those that do are kept.
         saved: Paths of the modules that train in full.
         paths: Paths of all modules.
     """

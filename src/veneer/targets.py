@@ -237,7 +237,7 @@ class _Saved(NamedTuple):
         paths: Their paths, in the model's order.
         inside: Modules inside them that are named too, with a sentence about each.
         unmatched: Names that match nothing.
-        remarks: What to say of names that take more than modules of that whole name.
+        remarks: Sentences about names that take more than modules of that whole name.
     """
 
     paths: dict[str, None]
@@ -308,7 +308,7 @@ def _reached(
     excluded = _as_patterns(config.exclude_modules)
     hits = PatternSet(names, "target_modules").over(paths)
     barred = PatternSet(excluded, "exclude_modules").over(paths)
-    asked = set(config.modules_to_save or ()).difference(head_names(config.task_type))
+    to_save = set(config.modules_to_save or ()).difference(head_names(config.task_type))
     holders = {c.path.rpartition(".")[0] for c in modules}
     by_pattern: dict[str, list[Candidate]] = {p: [] for p in patterns}
     chosen: list[str] = []
@@ -328,7 +328,7 @@ def _reached(
             skipped[c.path] = f"excluded by {show(excluded[barred[c.path][0]])}"
         elif outer := around(c.path, saved):
             skipped[c.path] = f"trains in full with {outer} of modules_to_save"
-            if both := asked.intersection(by_name):
+            if both := to_save.intersection(by_name):
                 conflicts.append(_named_twice(c.path, both.pop()))
         elif c.supported:
             chosen.append(c.path)
@@ -451,7 +451,7 @@ def _idle_numbers(config: LoraConfig, chosen: Collection[str], paths: Paths) -> 
     return result
 
 
-# --- what to say of patterns that change nothing ---
+# --- words for patterns that change nothing ---
 
 _NO_MATCH = {
     "layers_pattern": "precedes no numbered layer",
@@ -507,7 +507,7 @@ def _complaint(
     unmatched: Sequence[Unmatched],
     modules: Sequence[Candidate] | None,
 ) -> Text:
-    """Everything that is wrong, in one text; ``modules`` are given where none of them can be adapted."""
+    """Everything that is wrong, in one text; ``modules`` is None unless nothing at all is adapted."""
     lines: list[str | Text] = [*problems, *(entry.message for entry in unmatched)]
     head = f"{len(lines)} pattern{'s' if len(lines) > 1 else ''} without the effect that was asked for"
     if problems:

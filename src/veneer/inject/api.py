@@ -31,7 +31,7 @@ def inject_adapter_in_model(
     """Put an adapter into any torch module, in place.
 
     Args:
-        peft_config: What to adapt.
+        peft_config: The configuration; not changed.
         model: The module; every parameter but the adapter's is frozen.
         adapter_name: The adapter's name; it becomes the active one.
         low_cpu_mem_usage: Create the factors on the meta device, to be loaded.
@@ -88,11 +88,10 @@ def eject(model: nn.Module, *, trained_copies: bool = False) -> nn.Module:
     Returns:
         The same model.
     """
-    found = [site for site in sites(model).values() if isinstance(site.module, AdapterModule)]
-    for site in found:
+    for site in sites(model).values():
         if trained_copies and isinstance(site.module, ModulesToSaveWrapper):
             site.replace(site.module.current)
-        else:
+        elif isinstance(site.module, AdapterModule):
             site.replace(site.base)
     restore(model, merged=trained_copies)
     give_back_fused_kernels(model)

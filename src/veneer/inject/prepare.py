@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 
 from torch import nn
@@ -13,10 +14,10 @@ from veneer.adapters import AdapterModule, AdapterSet, check_adapter_name, walk
 from veneer.config import LoraConfig, looks_like_regex
 from veneer.errors import Hint, TargetError, Text
 from veneer.inject.injection import Addition, Copy, Injection, Rows
-from veneer.inject.replication import planning, replication
+from veneer.inject.replication import replication
 from veneer.inject.sites import Site, model_type, plan_sites, sites
 from veneer.inject.tokens import token_rows
-from veneer.inject.tying import check_tied, tie, tied_additions, tied_copies
+from veneer.inject.tying import followers, tie
 from veneer.layers import LoraLayer
 from veneer.layers.making import check_config, why_not, with_variant_options
 from veneer.layers.modules_to_save import ModulesToSaveWrapper
@@ -40,13 +41,13 @@ def prepare(
 
     Args:
         model: The model.
-        config: What is asked for; not changed.
+        config: The configuration; not changed.
         adapter_name: The adapter's name.
         autocast_adapter_dtype: Keep the factors beside 16-bit weights in float32.
         strict_targets: Raise where part of the configuration matches nothing.
-        stored: For an adapter from a file, the names of its tensors: say nothing of options without an
+        stored: For an adapter from a file, the names of its tensors: do not warn of options without an
             effect, and take what another library would have adapted.
-        quiet: Say nothing of options without an effect.
+        quiet: Do not warn of options without an effect.
 
     Raises:
         ConfigError: If an option cannot be honoured.
@@ -68,7 +69,7 @@ def prepare(
         )
     own = copy.deepcopy(config)
     change = replication(model, own)
-    with planning(change):
+    with nullcontext() if change is None else change.installed():
         additions, copies, tokens = _parts(model, own, adapter_name, strict_targets, stored, quiet)
     return Injection(model, own, adapter_name, additions, copies, tokens, change, autocast_adapter_dtype)
 
@@ -98,9 +99,9 @@ def _parts(
         "these modules cannot be trained whole:", [r for s in saved if (r := _not_to_copy(s)) is not None]
     )
     copies = [_copy_of(site) for site in saved if site.path not in ties]
-    check_tied(found, additions, copies, ties)
-    additions += tied_additions(found, additions, ties, config, adapter)
-    copies += tied_copies(found, copies, ties)
+    layers_of_heads, copies_of_heads = followers(found, additions, copies, ties, config, adapter)
+    additions += layers_of_heads
+    copies += copies_of_heads
     _complete(config, model, found, additions, copies)
     if not quiet:
         _mention_replaced_bases(additions)
@@ -264,7 +265,7 @@ def _copy_of(site: Site) -> Copy:
     return Copy(site, wrapper, wrapper.new_copy())
 
 
-# --- the completed configuration, and what is said of the adapter
+# --- the completed configuration, and warnings
 
 
 def _complete(
@@ -293,7 +294,7 @@ def _complete(
 
 
 def _mention_replaced_bases(additions: list[Addition]) -> None:
-    """Say whose base changes too where an initialisation gives the layers another weight."""
+    """Warn of adapters whose base changes too where an initialisation gives the layers another weight."""
     others = {
         name for a in additions if inits.find(a.spec.init).replaces_base for name in a.layer.held_adapters
     }
@@ -306,7 +307,7 @@ def _mention_replaced_bases(additions: list[Addition]) -> None:
 
 
 def _mention_unread(found: Mapping[str, Site], specs: Sequence[LoraSpec]) -> None:
-    """Say which modules of a file's adapter the model reads without calling them."""
+    """Warn of modules of a file's adapter that the model reads without calling them."""
     owners = {spec.path: spec.path.removesuffix(f".{spec.parameter}") for spec in specs}
     readers = {path: cls for path, own in owners.items() if (cls := found[own].reader) is not None}
     if readers:

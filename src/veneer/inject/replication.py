@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +33,7 @@ class Replication:
         before: The list.
         after: The list that takes its place.
         config: The model's configuration, if it has one.
-        counts: What the configuration says about layers, before and after.
+        counts: What the configuration has about layers, before and after.
         ranges: ``layer_replication``.
     """
 
@@ -107,11 +107,6 @@ def replication(model: nn.Module, config: LoraConfig) -> Replication | None:
     }
     later = {key: len(order) if isinstance(v, int) else [v[i] for i in order] for key, v in before.items()}
     return Replication(owner, name, layers, after, settings, (before, later), ranges)
-
-
-def planning(change: Replication | None) -> Any:
-    """A context in which the model is as it will be."""
-    return nullcontext() if change is None else change.installed()
 
 
 def keep(model: nn.Module, change: Replication) -> None:

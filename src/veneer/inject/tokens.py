@@ -35,7 +35,7 @@ def token_rows(
         model: The model.
         found: Its modules.
         config: Our copy of the configuration.
-        taken: Paths that the same adapter adapts otherwise, with the option that says so.
+        taken: Paths that the same adapter adapts otherwise, with the option that names them.
         stored: Names of the tensors in the adapter's file, see `by_ends`.
         quiet: Do not warn of names that take more than modules of that whole name.
 
@@ -105,13 +105,13 @@ def _layer(site: Site, leader: TrainableTokens | None = None) -> TrainableTokens
 def _named(
     model: nn.Module, found: Mapping[str, Site], config: LoraConfig, stored: Collection[str] | None
 ) -> tuple[dict[str, list[int]], list[Text], list[str]]:
-    """The indices by path, what to say of them, and what is wrong."""
+    """The indices by path, remarks about them, and what is wrong."""
     default = input_embedding(model, found) or "embed_tokens"
     assert config.trainable_token_indices is not None
     wanted = indices_by_module(config.trainable_token_indices, default)
     names, option = list(wanted), "trainable_token_indices"
     hits, remarks = by_ends(names, option, Paths(list(found)), found, stored)
-    said = list(remarks.values())
+    texts = list(remarks.values())
     reasons = []
     first: dict[str, str] = {}
     for index, name in enumerate(names):
@@ -120,14 +120,14 @@ def _named(
             reasons.append(f"no module is called {show(name)}")
         for path in reached:
             if wanted[first.setdefault(path, name)] != wanted[name]:
-                said.append(
+                texts.append(
                     Text(
                         Hint(option),
                         f" {show(name)}: {path} trains the tokens of {show(first[path])}, the first key "
                         "that takes it, as in PEFT",
                     )
                 )
-    return {path: wanted[name] for path, name in first.items()}, said, reasons
+    return {path: wanted[name] for path, name in first.items()}, texts, reasons
 
 
 def _means(keys: Iterable[str], named: Collection[str], paths: Iterable[str]) -> bool:

@@ -86,18 +86,55 @@ def _naming(named: Iterable[str] | str | None, hits: Mapping[str, set[str]], lea
     return rest if of_lead else {*rest, lead}
 
 
-def tied_additions(
+def followers(
+    found: Mapping[str, Site],
+    additions: Sequence[Addition],
+    copies: Sequence[Copy],
+    ties: Mapping[str, str],
+    config: LoraConfig,
+    adapter: str,
+) -> tuple[list[Addition], list[Copy]]:
+    """What the heads get that follow an embedding: layers over its factors, or copies with its copy's weight.
+
+    Args:
+        found: The modules of the model.
+        additions: The layers of the adapter.
+        copies: Its copies.
+        ties: What `tie` gave.
+        config: The configuration.
+        adapter: The adapter's name.
+
+    Raises:
+        TargetError: If a head cannot follow, or if other adapters tie a pair that this one does not.
+    """
+    _check_tied(found, additions, copies, ties)
+    return _layers_of_heads(found, additions, ties, config, adapter), _copies_of_heads(found, copies, ties)
+
+
+def _check_tied(
+    found: Mapping[str, Site], additions: Sequence[Addition], copies: Sequence[Copy], ties: Mapping[str, str]
+) -> None:
+    """Refuse an untied adapter of a pair that others have tied."""
+    tied: dict[int, tuple[str, ...]] = {}
+    for site in found.values():
+        if isinstance(site.module, AdapterModule) and (lead := site.module.tied_adapter) is not None:
+            tied.update(dict.fromkeys((id(site.module), id(lead)), site.module.held_adapters))
+    parts: list[tuple[str, nn.Module]] = [(a.site.path, a.layer) for a in additions]
+    for path, module in [*parts, *((c.site.path, c.wrapper) for c in copies)]:
+        if path not in {*ties, *ties.values()} and (names := tied.get(id(module))):
+            raise TargetError(
+                f"{path}: {', '.join(map(repr, names))} ties the embedding and the head; another adapter of "
+                "either needs ensure_weight_tying=True too"
+            )
+
+
+def _layers_of_heads(
     found: Mapping[str, Site],
     additions: Sequence[Addition],
     ties: Mapping[str, str],
     config: LoraConfig,
     adapter: str,
 ) -> list[Addition]:
-    """What the heads get that follow an adapted embedding.
-
-    Raises:
-        TargetError: Listing every reason why one cannot follow.
-    """
     leads = {a.site.path: a for a in additions}
     result, reasons = [], []
     for path, lead in ties.items():
@@ -125,7 +162,7 @@ def tied_additions(
 def _why_not_tied(
     site: Site, present: LoraTiedHead | None, leader: Addition, spec: LoraSpec
 ) -> str | Text | None:
-    """Why a head cannot follow an embedding, whatever its own layer says."""
+    """Why a head cannot follow an embedding, whatever its own layer can do."""
     embedding = leader.layer
     if not isinstance(embedding, LoraEmbedding) or not isinstance(site.base, nn.Linear):
         return "only a linear head can follow, and only an embedding"
@@ -138,12 +175,9 @@ def _why_not_tied(
     return None
 
 
-def tied_copies(found: Mapping[str, Site], copies: Sequence[Copy], ties: Mapping[str, str]) -> list[Copy]:
-    """Copies of the heads whose weight is that of the embedding's copy.
-
-    Raises:
-        TargetError: If a head is adapted in another way.
-    """
+def _copies_of_heads(
+    found: Mapping[str, Site], copies: Sequence[Copy], ties: Mapping[str, str]
+) -> list[Copy]:
     leads = {trained.site.path: trained for trained in copies}
     result = []
     for path, lead in ties.items():
@@ -173,24 +207,3 @@ def _untied(head: nn.Module, leader: AdapterModule) -> str | None:
     elif not names:
         return None
     return ", ".join(map(repr, sorted(names)))
-
-
-def check_tied(
-    found: Mapping[str, Site], additions: Sequence[Addition], copies: Sequence[Copy], ties: Mapping[str, str]
-) -> None:
-    """Refuse an untied adapter of a pair that others have tied.
-
-    Raises:
-        TargetError: Naming the module.
-    """
-    tied: dict[int, tuple[str, ...]] = {}
-    for site in found.values():
-        if isinstance(site.module, AdapterModule) and (lead := site.module.tied_adapter) is not None:
-            tied.update(dict.fromkeys((id(site.module), id(lead)), site.module.held_adapters))
-    parts: list[tuple[str, nn.Module]] = [(a.site.path, a.layer) for a in additions]
-    for path, module in [*parts, *((c.site.path, c.wrapper) for c in copies)]:
-        if path not in {*ties, *ties.values()} and (names := tied.get(id(module))):
-            raise TargetError(
-                f"{path}: {', '.join(map(repr, names))} ties the embedding and the head; another adapter of "
-                "either needs ensure_weight_tying=True too"
-            )
