@@ -30,6 +30,25 @@ TopK = Annotated[int | None, typer.Option(help="Draw from this many of the likel
 Penalty = Annotated[float | None, typer.Option(help="Above 1 keeps the answer from repeating itself.")]
 Seed = Annotated[int, typer.Option(help="Of drawing.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16: type of the base.")]
+Device = Annotated[
+    str,
+    typer.Option(
+        help="cpu, cuda, cuda:1, mps, …; auto takes the GPU that is there, and spreads a base that does not "
+        "fit on it."
+    ),
+]
+Quantize = Annotated[
+    str,
+    typer.Option(
+        help="Keep the base in nf4, fp4, int8 or int4; none: as it was saved; auto: as in the training."
+    ),
+]
+Attention = Annotated[
+    str | None,
+    typer.Option(
+        "--attn-implementation", help="eager, sdpa, flash_attention_2, …; transformers' choice without it."
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 

@@ -10,12 +10,16 @@ import typer
 
 from veneer.wording import did_you_mean
 
+from ..training.loading import Loading
 from .asking import (
     Adapter,
+    Attention,
+    Device,
     DoSample,
     Dtype,
     Model,
     Penalty,
+    Quantize,
     Seed,
     Temperature,
     TopK,
@@ -24,7 +28,6 @@ from .asking import (
     sampling_of,
 )
 from .common import DONE, FAILED, app, show, show_text
-from .fields import check_dtype
 from .messages import say
 
 COMMANDS = {
@@ -56,9 +59,12 @@ def chat(
     repetition_penalty: Penalty = None,
     seed: Seed = 0,
     dtype: Dtype = "auto",
+    device: Device = "auto",
+    quantize: Quantize = "auto",
+    attn_implementation: Attention = None,
 ) -> int:
     """Talk to an adapted model; /base turns the adapter off, /adapter NAME switches, /help shows the rest."""
-    check_dtype(dtype)
+    loading = Loading(dtype, device, quantize, attn_implementation)
     others = _named(more or [])
     import torch
 
@@ -68,7 +74,7 @@ def chat(
     sampling = sampling_of(max_new_tokens, do_sample, temperature, top_p, top_k, repetition_penalty)
     head = read_head(adapter)
     require_language_model(head)
-    adapted, tokenizer = load_adapted(head, model, dtype, others, Terminal())
+    adapted, tokenizer = load_adapted(head, model, loading, others, Terminal())
     torch.manual_seed(seed)
     talk = Chat(adapted, tokenizer, sampling, system)
     alone = sys.stdin.isatty()

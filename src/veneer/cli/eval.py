@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .asking import Adapter, AsJson, Dtype, Model
+from ..training.loading import Loading
+from .asking import Adapter, AsJson, Attention, Device, Dtype, Model, Quantize
 from .common import app, show_json
-from .fields import check_dtype
 
 if TYPE_CHECKING:
     from ..training.scores import Comparison
@@ -32,10 +32,13 @@ def evaluate(
         bool, typer.Option(help="Generate the answers, too, and count those that are as expected.")
     ] = True,
     dtype: Dtype = "auto",
+    device: Device = "auto",
+    quantize: Quantize = "auto",
+    attn_implementation: Attention = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure loss, perplexity and exact match of an adapter and its base; a classifier's accuracy."""
-    check_dtype(dtype)
+    loading = Loading(dtype, device, quantize, attn_implementation)
     for name, value in (
         ("--max-length", max_length),
         ("--batch-size", batch_size),
@@ -55,7 +58,7 @@ def evaluate(
     if max_samples is not None and max_samples < len(records):
         records = records.first(max_samples)
         progress.say(f"Measuring the first {max_samples} of them")
-    adapted, tokenizer = load_adapted(head, model, dtype, progress=progress)
+    adapted, tokenizer = load_adapted(head, model, loading, progress=progress)
     common: dict[str, Any] = {"max_length": max_length, "batch_size": batch_size, "progress": progress}
     if names is None:
         found = compare(adapted, tokenizer, records, exact_match=exact_match, **common)

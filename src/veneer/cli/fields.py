@@ -12,8 +12,7 @@ from typing import Annotated, Any, TypeVar, get_type_hints
 
 import typer
 
-from ..errors import ConfigError, Hint
-from ..training.options import DTYPES, TrainOptions, plain_type, read_yaml
+from ..training.options import TrainOptions, plain_type, read_yaml
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 #: The headings of ``--help``, in this order.
@@ -101,13 +100,3 @@ def command_line(command: str, config: Path | None, given: Mapping[str, Any], *m
         elif value is not None:
             words += [_dashed(name), str(value)]
     return shlex.join([*words, *more])
-
-
-def check_dtype(dtype: str) -> None:
-    """Refuse a type that models are not loaded in.
-
-    Raises:
-        ConfigError: Naming those that they are.
-    """
-    if dtype not in DTYPES:
-        raise ConfigError(Hint("dtype"), f" is one of {', '.join(DTYPES)}, not {dtype!r}")

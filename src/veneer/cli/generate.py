@@ -9,13 +9,17 @@ from typing import Annotated
 
 import typer
 
+from ..training.loading import Loading
 from .asking import (
     Adapter,
     AsJson,
+    Attention,
+    Device,
     DoSample,
     Dtype,
     Model,
     Penalty,
+    Quantize,
     Seed,
     Temperature,
     TopK,
@@ -24,7 +28,6 @@ from .asking import (
     sampling_of,
 )
 from .common import app, show, show_json, show_text
-from .fields import check_dtype
 
 
 @app.command()
@@ -55,13 +58,16 @@ def generate(
     repetition_penalty: Penalty = None,
     seed: Seed = 0,
     dtype: Dtype = "auto",
+    device: Device = "auto",
+    quantize: Quantize = "auto",
+    attn_implementation: Attention = None,
     base: Annotated[
         bool, typer.Option("--base", help="Turn the adapter off: what the base model answers.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Ask an adapted model: one prompt, or a file of them; answers go to standard output or --output."""
-    check_dtype(dtype)
+    loading = Loading(dtype, device, quantize, attn_implementation)
     prompt = _prompt(prompt, data, output, batch_size)
     import torch
 
@@ -79,7 +85,7 @@ def generate(
     records = None if data is None else read_records(data, "prompt")
     if records is not None:
         progress.say(records.line())
-    adapted, tokenizer = load_adapted(head, model, dtype, progress=progress)
+    adapted, tokenizer = load_adapted(head, model, loading, progress=progress)
     with evaluating(adapted, base):
         if records is None:
             torch.manual_seed(seed)
@@ -99,7 +105,7 @@ def generate(
                 show_text(json.dumps({**record, ANSWER: answer}, ensure_ascii=False, default=str))
         else:
             made_by = {"adapter": str(head.directory.resolve()), "bytes": _stamp(head.file.path),
-                       "base": base, "model": model, "dtype": dtype}  # fmt: skip
+                       "base": base, "model": model, "dtype": dtype, "quantize": quantize}  # fmt: skip
             try:
                 answer_file(
                     adapted,

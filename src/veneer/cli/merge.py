@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..training.loading import Loading
+from .asking import Device
 from .common import adapter_place, app, console, show, show_json, size, table
-from .fields import check_dtype
 
 if TYPE_CHECKING:
     from ..merge_report import MergeReport
@@ -33,6 +34,10 @@ def merge(
             "float32 loses nothing."
         ),
     ] = "auto",
+    device: Device = "auto",
+    quantize: Annotated[
+        str, typer.Option(help="Merge into the base as nf4, fp4, int8 or int4, and save it as that.")
+    ] = "none",
     untie: Annotated[
         bool,
         typer.Option(
@@ -58,7 +63,10 @@ def merge(
     Tokenizer, chat template and generation settings go along. Weights of 16 bits cannot hold a small update
     whole: which share of it they kept is said for each kind of module.
     """
-    check_dtype(dtype)
+    loading = Loading(dtype, device, quantize)
+    in_memory = {"--untie": untie, "--quantize": quantize != "none", "--device": device != "auto"}
+    if low_memory and (given := [flag for flag, used in in_memory.items() if used]):
+        raise typer.BadParameter(f"{', '.join(given)}: not with --low-memory, which loads no model")
     from ..files.overwrite import check_replaceable
     from ..training import Terminal
     from ..training.adapters import check_not_a_source
@@ -69,11 +77,9 @@ def merge(
     check_replaceable(output, overwrite)
     place = adapter_place(adapter)
     if low_memory:
-        if untie:
-            raise typer.BadParameter("--untie needs the model in memory: leave --low-memory out")
         report, stored = _from_file_to_file(place, output, base, dtype, overwrite, progress)
     else:
-        report, stored = _in_memory(place, output, base, dtype, overwrite, untie, progress)
+        report, stored = _in_memory(place, output, base, loading, overwrite, untie, progress)
     weights = directory_bytes(output, "*.safetensors")
     if report.undefined:
         progress.say(f"warning: {report}, as the base did")
@@ -95,7 +101,7 @@ def _in_memory(
     adapter: Path,
     output: Path,
     base: str | None,
-    dtype: str,
+    loading: Loading,
     overwrite: bool,
     untie: bool,
     progress: Progress,
@@ -103,10 +109,10 @@ def _in_memory(
     """What was kept, and the type of the merged weights."""
     from ..training.adapters import check_not_a_source, load_adapted, save_merged
 
-    adapted, tokenizer = load_adapted(adapter, base, dtype, progress=progress)
+    adapted, tokenizer = load_adapted(adapter, base, loading, progress=progress)
     check_not_a_source(output, getattr(adapted.config, "_name_or_path", ""))
     progress.say(f"Merging {adapter} and writing {output}")
-    stored = str(adapted.dtype).removeprefix("torch.")
+    stored = str(adapted.dtype).removeprefix("torch.") if loading.quantize == "none" else loading.quantize
     return save_merged(adapted, tokenizer, output, untie=untie, overwrite=overwrite), stored
 
 

@@ -32,7 +32,7 @@ CHANGEABLE = {
     "gradient_checkpointing": "gradient_checkpointing",
     "loss_chunk_size": "loss_chunk_size",
 }
-DEVICES = ("cpu", "cuda")
+DEVICES = ("auto", "cpu", "cuda")
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,11 @@ def plan(
         ),
     ] = None,
     device: Annotated[
-        str, typer.Option(help="cpu or cuda: what it will be trained on.", rich_help_panel="Memory")
-    ] = "cpu",
+        str,
+        typer.Option(
+            help="cpu or cuda: what it will be trained on; auto: what is there.", rich_help_panel="Memory"
+        ),
+    ] = "auto",
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the plan as JSON.", rich_help_panel="Output")
     ] = False,
@@ -75,7 +78,12 @@ def plan(
     """
     if device not in DEVICES:
         raise ConfigError(f"device is one of {', '.join(DEVICES)}, not {device!r}")
+    from ..training.loading import training_device
     from ..training.planning import Step, parse_budget, plan_training
+
+    if device == "auto":
+        place = training_device()
+        device = "cuda" if place is not None and place.type == "cuda" else "cpu"
 
     if model.endswith((".yaml", ".yml")) and config is None:
         config = Path(model)

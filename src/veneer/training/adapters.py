@@ -7,13 +7,13 @@ import os
 import re
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..adapters import check_adapter_name
 from ..config import LoraConfig, PeftConfig
-from ..errors import AdapterFileError, ConfigError, Hint, VeneerError, VeneerWarning
+from ..errors import AdapterFileError, ConfigError, Hint, MissingExtraError, VeneerError, VeneerWarning
 from ..files.layout import CONFIG_NAME
 from ..files.overwrite import check_replaceable, check_room, replacing
 from ..files.read import AdapterFile, open_adapter
@@ -23,7 +23,9 @@ from ..merge_report import MergeReport
 from ..peft_model import PeftModel
 from ..spec import variant_name
 from .libraries import quiet_libraries
-from .models import NO_CODE, load_base
+from .loading import Loading, device_map
+from .models import NO_CODE, load_base, quantization
+from .options import QUANTIZATIONS
 from .progress import Progress
 
 #: The last layer of a classifier's head, which has a row for each class.
@@ -69,14 +71,18 @@ class Head:
             raise AdapterFileError(f"{self.name} is an adapter of a classifier, but holds no head of one")
         return names
 
+    def noted(self, what: str) -> Any:
+        """What `train` noted in ``metrics.json`` beside the adapter; None where it did not."""
+        try:
+            return json.loads((self.directory / "metrics.json").read_text(encoding="utf-8"))[what]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
     def label_names(self) -> list[str] | None:
         """Names of a classifier's classes: as `train` noted them, else a number for each row of the head."""
-        try:
-            noted = json.loads((self.directory / "metrics.json").read_text(encoding="utf-8"))["label_names"]
-            if noted:
-                return [str(name) for name in noted]
-        except (OSError, ValueError, KeyError, TypeError):
-            pass
+        noted = self.noted("label_names")
+        if isinstance(noted, list) and noted:
+            return [str(name) for name in noted]
         heads = [shape for key, shape in self.file.shapes.items() if _CLASSES.search(key)]
         return [str(number) for number in range(heads[0][0])] if heads else None
 
@@ -98,7 +104,7 @@ def read_head(adapter: str | os.PathLike[str]) -> Head:
 def load_adapted(
     adapter: str | os.PathLike[str] | Head,
     model: str | None = None,
-    dtype: str = "auto",
+    loading: Loading | None = None,
     others: Mapping[str, str] | None = None,
     progress: Progress | None = None,
 ) -> tuple[Any, Any]:
@@ -109,9 +115,9 @@ def load_adapted(
     Args:
         adapter: Directory of the adapter, or a hub id; or what `read_head` found there.
         model: Base model; the one that the adapter names when None.
-        dtype: Type of the base, see `load_base`.
+        loading: Type, storage and device of the base; None loads it as it was saved, where it computes.
         others: More adapters of the same base by the names that they get; the first stays active.
-        progress: Told which base of the hub is about to be loaded.
+        progress: Told which base is about to be loaded, and where it goes.
 
     Raises:
         AdapterFileError: There is no adapter, it is broken, or it names no base and none is given.
@@ -127,13 +133,42 @@ def load_adapted(
                 f"{other.name} is an adapter for {other.task}, {first.name} one for {first.task}"
             )
     named = base_name(first.name, first.config, model, progress)
-    classes = first.classes()
-    head: dict[str, Any] = {} if classes is None else {"label_names": classes}
-    base, tokenizer = load_base(named, dtype, **head)
+    loading, said = _as_trained(loading or Loading(), first)
+    place, where = device_map(named, loading)
+    for line in (said, where):
+        if progress is not None and line is not None:
+            progress.say(line)
+    base, tokenizer = load_base(
+        named,
+        loading.dtype,
+        quantize=None if loading.quantize == "none" else loading.quantize,
+        device_map=place,
+        attn_implementation=loading.attn_implementation,
+        label_names=first.classes(),
+    )
     adapted = PeftModel.from_pretrained(base, first.directory)
     for name, other in more.items():
         adapted.load_adapter(other.directory, name)
     return adapted, _own_tokenizer(first.directory) or tokenizer
+
+
+def _as_trained(loading: Loading, head: Head) -> tuple[Loading, str | None]:
+    """``quantize="auto"`` replaced by what the adapter was trained over; and what to say of that."""
+    if loading.quantize != "auto":
+        return loading, None
+    options = head.noted("options")
+    noted = options.get("quantize") if isinstance(options, dict) else None
+    if noted not in QUANTIZATIONS:
+        return replace(loading, quantize="none"), None
+    try:
+        quantization(noted, loading.dtype)
+    except VeneerError as error:
+        why = "its library is not installed" if isinstance(error, MissingExtraError) else "it needs a GPU"
+        return replace(loading, quantize="none"), (
+            f"{head.name} was trained over {noted}, which this machine cannot use ({why}): the base is "
+            "loaded as it was saved."
+        )
+    return replace(loading, quantize=noted), f"The base is kept in {noted}, as in the adapter's training."
 
 
 def base_name(adapter: str, config: PeftConfig, model: str | None, progress: Progress | None) -> str:

@@ -43,6 +43,8 @@ def load_base(
     dtype: str = "auto",
     *,
     quantize: str | None = None,
+    device_map: Any = None,
+    attn_implementation: str | None = None,
     label_names: Sequence[str] | None = None,
 ) -> tuple[Any, Any]:
     """Load a language model and its tokenizer; code in its repository is not run.
@@ -51,6 +53,8 @@ def load_base(
         source: A directory, or a repository id of the hub.
         dtype: ``auto`` (as saved), ``float32``, ``bfloat16`` or ``float16``.
         quantize: Keep the weights as ``nf4``, ``fp4``, ``int8`` or ``int4``, see `quantization`.
+        device_map, attn_implementation: As in transformers. Without a map the model is loaded onto the CPU,
+            a quantised one onto this process's GPU if there is one.
         label_names: Load the model as a classifier with these classes.
 
     Returns:
@@ -64,6 +68,10 @@ def load_base(
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     more: dict[str, Any] = {} if quantize is None else quantization(quantize, dtype)
+    if device_map is not None:
+        more["device_map"] = device_map
+    if attn_implementation is not None:
+        more["attn_implementation"] = attn_implementation
     kind = AutoModelForCausalLM
     if label_names is not None:
         kind = AutoModelForSequenceClassification

@@ -186,6 +186,9 @@ class RunOptions(TrainOptions):
     )
     dtype: str = option("auto", "Memory", "Type of the base's weights:", choices=DTYPES)
     quantize: str | None = option(None, "Memory", "Keep the base quantised:", choices=QUANTIZATIONS)
+    attn_implementation: str | None = option(
+        None, "Memory", "eager, sdpa, flash_attention_2, …; transformers' choice without it."
+    )
 
     def problems(self) -> list[Text]:
         """What cannot be right, a sentence each."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -29,6 +29,7 @@ from .data import (
 )
 from .launcher import check_launcher, is_first, is_sharded, processes
 from .libraries import quiet_libraries, require
+from .loading import accelerators, training_device
 from .losses import Answers, Classes, Objective, Pairs, check_chunks
 from .models import check_output, load_base, load_tokenizer, refuse_file
 from .options import TASKS, RunOptions, TrainOptions, check_names
@@ -87,7 +88,18 @@ def fine_tune(options: RunOptions, progress: Progress | None = None) -> dict[str
     tokenizer = load_tokenizer(options.model)
     rows, eval_rows, label_names = _encoded(options, records, tokenizer, progress)
     torch.manual_seed(options.seed)  # a classifier's head is drawn while its base is loaded
-    base, _ = load_base(options.model, options.dtype, quantize=options.quantize, label_names=label_names)
+    # Straight onto the device that trains it: not every process of a machine holds it on the CPU first.
+    place = None if is_sharded() else training_device()
+    base, _ = load_base(
+        options.model,
+        options.dtype,
+        quantize=options.quantize,
+        device_map=None if place is None else {"": str(place)},
+        attn_implementation=options.attn_implementation,
+        label_names=label_names,
+    )
+    for line in _about_devices(base):
+        progress.say(line)
     if is_first():
         progress.say(_estimate(options, rows, label_names, base))
     torch.manual_seed(options.seed)  # the estimate, which one process makes, may have drawn numbers
@@ -234,6 +246,19 @@ def _objective(options: RunOptions, base: Any, tokenizer: Any) -> Objective | Pa
         return Classes(LabelCollator(pad))
     collator = Collator(pad, packing_for(base)) if options.packing else Collator(pad)
     return Answers(collator, options.loss_chunk_size)
+
+
+def _about_devices(base: Any) -> Iterator[str]:
+    """What to say of GPUs that stay idle, and of weights that are wider than they need to be."""
+    there = accelerators()
+    if len(there) > 1 and "WORLD_SIZE" not in os.environ:
+        launch = f"torchrun --nproc-per-node {len(there)} -m veneer train …"
+        yield f"Training on one of {len(there)} GPUs; to use them all: {launch}"
+    if there and base.dtype == torch.float32:
+        yield (
+            f"The base's weights are float32. In bfloat16 (dtype bfloat16) they take half the memory, and "
+            f"{there[0].type} multiplies them several times faster."
+        )
 
 
 def _estimate(options: RunOptions, rows: Sequence[Any], label_names: list[str] | None, base: Any) -> str:

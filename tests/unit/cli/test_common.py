@@ -77,6 +77,8 @@ def test_no_command_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
         (["generate", "x", "hello", "--temperature", "-1"], "--temperature"),
         (["generate", "x", "hello", "--max-new-tokens", "0"], "--max-new-tokens"),
         (["generate", "x", "hello", "--dtype", "int4"], "--dtype is one of"),
+        (["chat", "x", "--device", "gpu"], "--device is auto, cpu, cuda"),
+        (["eval", "x", "--data", "y", "--quantize", "int3"], "--quantize is one of auto, none, nf4"),
         (["generate", "x", ""], "empty"),
     ],
     ids=" ".join,

@@ -16,6 +16,7 @@ from tests.unit.cli.words import train_words
 from tests.unit.training.test_merge_files import adapter_of, base_of
 from tests.unit.training.tiny import saved_records
 from veneer.cli import main
+from veneer.training import load_base
 
 
 def test_merge(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -131,8 +132,15 @@ def test_from_file_to_file(adapter: Path, tmp_path: Path, capsys: pytest.Capture
     assert main([*words, "--json"]) == 0
     assert len(json.loads(capsys.readouterr().out)["kept"]["modules"]) == 14
     assert (tmp_path / "merged" / "tokenizer.json").is_file()
-    assert main([*words, "--untie", "--overwrite-output-dir"]) == 2
-    assert "--untie" in capsys.readouterr().err
+    assert main([*words, "--untie", "--device", "cpu", "--quantize", "nf4"]) == 2
+    assert "--untie, --quantize, --device: not with --low-memory" in capsys.readouterr().err
+
+
+def test_into_a_quantised_base(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["merge", str(adapter), "--output", str(tmp_path), "--quantize", "nf4"]) == 0
+    assert "14 modules merged into nf4" in capsys.readouterr().out
+    model, _ = load_base(tmp_path)
+    assert type(model.model.layers[0].mlp.up_proj).__name__ == "Linear4bit"
 
 
 @pytest.mark.parametrize("way", [[], ["--low-memory"]])

@@ -18,6 +18,7 @@ from tests.tolerances import assert_close
 from tests.unit.training.tiny import tiny_model, tiny_tokenizer
 from veneer import AdapterFileError, BaseMismatchError, LoraConfig, MergeError, TrainingError, get_peft_model
 from veneer.training.adapters import load_adapted, save_merged
+from veneer.training.loading import Loading
 from veneer.training.merge_files import base_directory, merge_files
 
 DOWN = "model.layers.1.mlp.down_proj"
@@ -56,7 +57,7 @@ def test_the_same_bytes_as_in_memory(dtype: str, shards: int, tmp_path: Path) ->
     adapter = adapter_of(base, tmp_path / "adapter")
     told: list[tuple[int, int]] = []
     report = merge_files(adapter, base, tmp_path / "files", dtype, tell=lambda *n: told.append(n))
-    model, tokenizer = load_adapted(adapter, dtype=dtype)
+    model, tokenizer = load_adapted(adapter, loading=Loading(dtype))
     expected = save_merged(model, tokenizer, tmp_path / "memory")
     assert dict(report.kept) == pytest.approx(dict(expected.kept))
     weights = sorted((tmp_path / "files").glob("*.safetensors"))

@@ -1,0 +1,151 @@
+"""How a base model is loaded that an adapter is asked or merged on: type, storage, devices."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ConfigError, Hint, Text, TrainingError, VeneerError
+from ..wording import first_line
+from .options import DTYPES, QUANTIZATIONS
+
+if TYPE_CHECKING:
+    import torch
+
+#: Of a device's free memory, the share that weights may take; the rest is for activations and the cache.
+ROOM = 0.85
+_DEVICE = re.compile(r"auto|cpu|mps|(cuda|xpu|npu|hpu)(:\d+)?")
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How to load a base model.
+
+    Attributes:
+        dtype: ``auto`` (as it was saved), ``float32``, ``bfloat16`` or ``float16``.
+        device: ``cpu``, ``cuda``, ``cuda:1``, ``mps``, …; ``auto`` takes the accelerator that is there, and
+            spreads a model that it cannot hold over all accelerators and the CPU's memory.
+        quantize: Keep the weights as ``nf4``, ``fp4``, ``int8`` or ``int4``; ``none`` as they were saved;
+            ``auto`` as the adapter was trained.
+        attn_implementation: ``eager``, ``sdpa``, ``flash_attention_2``, … as in transformers; None leaves
+            the choice to it.
+
+    Raises:
+        ConfigError: Values that cannot be right, all of them at once.
+    """
+
+    dtype: str = "auto"
+    device: str = "auto"
+    quantize: str = "none"
+    attn_implementation: str | None = None
+
+    def __post_init__(self) -> None:
+        choices = {"dtype": DTYPES, "quantize": ("auto", "none", *QUANTIZATIONS)}
+        wrong = [
+            Text(Hint(name), f" is one of {', '.join(known)}, not {getattr(self, name)!r}")
+            for name, known in choices.items()
+            if getattr(self, name) not in known
+        ]
+        if not _DEVICE.fullmatch(self.device):
+            wrong.append(Text(Hint("device"), f" is auto, cpu, cuda, cuda:1, mps, …, not {self.device!r}"))
+        if wrong:
+            raise ConfigError(Text.join("; ", wrong))
+
+
+def accelerators() -> list[torch.device]:
+    """The accelerators that torch sees, or an empty list."""
+    import torch
+
+    found = torch.accelerator.current_accelerator(check_available=True)
+    if found is None:
+        return []
+    if found.type == "mps":
+        return [found]
+    return [torch.device(found.type, number) for number in range(torch.accelerator.device_count())]
+
+
+def check_device(name: str) -> None:
+    """Refuse a device that is not there.
+
+    Raises:
+        TrainingError: Naming those that are.
+    """
+    there = [str(device) for device in accelerators()]
+    if name not in ("auto", "cpu", *there, *(device.partition(":")[0] for device in there)):
+        raise TrainingError(
+            Hint("device", name), f": there is no such device here; there are: {', '.join(['cpu', *there])}"
+        )
+
+
+def training_device() -> torch.device | None:
+    """The accelerator that this process trains on, None for the CPU."""
+    there = accelerators()
+    return there[int(os.environ.get("LOCAL_RANK", "0")) % len(there)] if there else None
+
+
+def device_map(source: str | os.PathLike[str], loading: Loading) -> tuple[Any, str | None]:
+    """Where ``from_pretrained`` is to put a base model, and a sentence about it where it is not the CPU.
+
+    Args:
+        source: A directory, or a repository id of the hub; only its configuration is read.
+        loading: What was asked for.
+
+    Returns:
+        What transformers calls ``device_map``, or None for the CPU; and the sentence, or None.
+
+    Raises:
+        TrainingError: The device is not there.
+    """
+    check_device(loading.device)
+    there = accelerators()
+    if loading.device == "cpu" or (loading.device == "auto" and not there):
+        return None, None
+    if loading.device != "auto":
+        return {"": loading.device}, None
+    first, free = there[0], _free_bytes(there[0])
+    if free is None:
+        return {"": str(first)}, f"The base model goes to {first}."
+    try:
+        needed = weight_bytes(source, loading)
+    except VeneerError as error:  # whoever loads the model says what is wrong with it
+        return {"": str(first)}, f"The base model goes to {first}; its size is unknown: {first_line(error)}"
+    if needed <= ROOM * free:
+        return {"": str(first)}, f"The base model goes to {first}."
+    return "auto", (
+        f"The base model takes {needed / 1e9:.3g} GB and {first} has {free / 1e9:.3g} GB free: it is spread "
+        "over all devices and the CPU's memory, which is slower. To make it smaller, quantise it."
+    )
+
+
+def weight_bytes(source: str | os.PathLike[str], loading: Loading) -> int:
+    """Bytes that the weights of a base model take, told from its configuration alone.
+
+    Quantised, its matrices count by their bits; what belongs to the codes adds about a tenth.
+    """
+    from torch import nn
+
+    from .planning.sources import empty_model
+
+    model = empty_model(source, dtype=None if loading.dtype == "auto" else loading.dtype)
+    bits = {"nf4": 4, "fp4": 4, "int4": 4, "int8": 8}.get(loading.quantize)
+    coded = {id(m.weight) for m in model.modules() if bits and isinstance(m, nn.Linear)}
+    output = model.get_output_embeddings()
+    coded -= set() if output is None else {id(output.weight)}
+    return sum(
+        int(p.numel() * bits / 8 * 1.1) if bits and id(p) in coded else p.numel() * p.element_size()
+        for p in model.parameters()
+    )
+
+
+def _free_bytes(device: torch.device) -> int | None:
+    """Free memory of an accelerator, None where torch cannot tell."""
+    import torch
+
+    module = getattr(torch, device.type, None)
+    try:
+        free, _ = module.mem_get_info(device)  # type: ignore[union-attr]
+    except (AttributeError, RuntimeError):
+        return None
+    return int(free)
