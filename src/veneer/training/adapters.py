@@ -1,8 +1,9 @@
-"""Adapters on disk and the models they belong to: load, describe, merge and save."""
+"""Saved adapters and their base models: load, describe, merge and save."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import warnings
@@ -34,11 +35,11 @@ _CLASSES = re.compile(r"(^|\.)(score|classifier|classifier\.out_proj|classificat
 
 @dataclass(frozen=True)
 class Head:
-    """What is known of an adapter before its base is loaded.
+    """An adapter's files, read without its base.
 
     Attributes:
-        name: What the user named: a directory, or a hub id.
-        directory: Where its files are.
+        name: The directory or hub id that the user named.
+        directory: Directory of its files.
         config: Its configuration.
         file: The header of its tensors.
     """
@@ -50,15 +51,15 @@ class Head:
 
     @property
     def task(self) -> str:
-        """``SEQ_CLS`` and the like; an adapter that names no task is taken for one of a language model."""
+        """The task, such as ``SEQ_CLS``; by default that of a language model."""
         return _word(self.config.task_type) or "CAUSAL_LM"
 
     def classes(self) -> list[str] | None:
         """Names of a classifier's classes; None for a model that writes text.
 
         Raises:
-            AdapterFileError: A classifier without a head.
-            VeneerError: It is for neither of them.
+            AdapterFileError: It is a classifier without a head.
+            VeneerError: It is for another task.
         """
         if self.task == "CAUSAL_LM":
             return None
@@ -72,14 +73,14 @@ class Head:
         return names
 
     def noted(self, what: str) -> Any:
-        """What `train` noted in ``metrics.json`` beside the adapter; None where it did not."""
+        """A value of ``metrics.json`` beside the adapter, if `train` wrote one."""
         try:
             return json.loads((self.directory / "metrics.json").read_text(encoding="utf-8"))[what]
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
     def label_names(self) -> list[str] | None:
-        """Names of a classifier's classes: as `train` noted them, else a number for each row of the head."""
+        """Names of the classes, from ``metrics.json`` or else a number for each row of the head."""
         noted = self.noted("label_names")
         if isinstance(noted, list) and noted:
             return [str(name) for name in noted]
@@ -88,10 +89,10 @@ class Head:
 
 
 def read_head(adapter: str | os.PathLike[str]) -> Head:
-    """Configuration and header of an adapter; no model is loaded, and no tensor.
+    """Read the configuration of an adapter and the header of its tensors.
 
     Raises:
-        AdapterFileError: It is missing or broken, or no LoRA.
+        AdapterFileError: The adapter is missing, broken, or no LoRA.
     """
     local = is_local(adapter) or "/" not in os.fspath(adapter)
     directory = Path(adapter).expanduser() if local else adapter_directory(adapter)
@@ -108,20 +109,23 @@ def load_adapted(
     others: Mapping[str, str] | None = None,
     progress: Progress | None = None,
 ) -> tuple[Any, Any]:
-    """(model, tokenizer) of a language model with saved adapters on it, for asking and merging.
+    """Load a language model with saved adapters, for generation and merging.
 
-    The files of all adapters are looked at before the base is loaded.
+    The files of all adapters are checked before the base is loaded.
 
     Args:
-        adapter: Directory of the adapter, or a hub id; or what `read_head` found there.
-        model: Base model; the one that the adapter names when None.
-        loading: Type, storage and device of the base; None loads it as it was saved, where it computes.
-        others: More adapters of the same base by the names that they get; the first stays active.
-        progress: Told which base is about to be loaded, and where it goes.
+        adapter: Directory or hub id of the adapter, or the result of `read_head`.
+        model: Base model; by default the one that the adapter names.
+        loading: Type, storage and device of the base; None loads it as saved, where it computes.
+        others: Further adapters of the same base by name; the first one stays active.
+        progress: Reports the base and its device before it is loaded.
+
+    Returns:
+        (model, tokenizer).
 
     Raises:
-        AdapterFileError: There is no adapter, it is broken, or it names no base and none is given.
-        AdapterNameError: A name cannot be one.
+        AdapterFileError: An adapter is missing or broken, or no base is named.
+        AdapterNameError: A name is no valid name of an adapter.
         TrainingError: The base cannot be loaded.
     """
     first = adapter if isinstance(adapter, Head) else read_head(adapter)
@@ -153,7 +157,7 @@ def load_adapted(
 
 
 def _as_trained(loading: Loading, head: Head) -> tuple[Loading, str | None]:
-    """``quantize="auto"`` replaced by what the adapter was trained over; and what to say of that."""
+    """(``loading`` with the storage that the adapter was trained over for ``quantize="auto"``, a line about it)."""
     if loading.quantize != "auto":
         return loading, None
     options = head.noted("options")
@@ -172,7 +176,7 @@ def _as_trained(loading: Loading, head: Head) -> tuple[Loading, str | None]:
 
 
 def base_name(adapter: str, config: PeftConfig, model: str | None, progress: Progress | None) -> str:
-    """The base model that was named, or else the one that the adapter names; one of the hub is reported.
+    """The base model: ``model``, or else the one that the adapter names; a base of the hub is reported.
 
     Raises:
         AdapterFileError: Neither names one.
@@ -189,7 +193,7 @@ def base_name(adapter: str, config: PeftConfig, model: str | None, progress: Pro
 
 
 def _own_tokenizer(adapter: str | os.PathLike[str]) -> Any:
-    """The tokenizer that was saved beside an adapter, if there is one."""
+    """The tokenizer saved beside an adapter, if there is one."""
     if not (Path(adapter) / "tokenizer_config.json").is_file():
         return None
     from transformers import AutoTokenizer
@@ -199,12 +203,12 @@ def _own_tokenizer(adapter: str | os.PathLike[str]) -> Any:
 
 
 def check_not_a_source(place: Path, source: str) -> None:
-    """Raise if a merged model would overwrite what it is made of, or lie beside an adapter.
+    """Refuse to write a merged model over its source or beside an adapter.
 
-    transformers applies an adapter that it finds beside a model, so the update would count twice.
+    transformers applies an adapter that lies beside a model, so the update would count twice.
 
     Raises:
-        VeneerError: Naming the directory.
+        VeneerError: The directory is one of these.
     """
     if source and Path(source).exists() and place.resolve() == Path(source).resolve():
         raise VeneerError(f"{place} holds what is to be merged; name another directory for the output")
@@ -218,22 +222,21 @@ def check_not_a_source(place: Path, source: str) -> None:
 def save_merged(
     model: Any, tokenizer: Any, place: Path, *, untie: bool = False, overwrite: bool = False
 ) -> MergeReport:
-    """Merge a model's adapter into its base and save that with tokenizer and generation config.
+    """Merge an adapter into its base and save the model with tokenizer and generation config.
 
     Args:
-        model: An adapted causal language model; it is used up.
-        tokenizer: Saved along.
-        place: Directory; the model in it loads where neither Veneer nor PEFT is installed. It appears
-            whole, or not at all where something fails.
-        untie: Give an adapted layer whose weight is another's too a weight of its own.
-        overwrite: Replace the model in a directory that holds files already.
+        model: An adapted causal language model, which is consumed.
+        tokenizer: Saved beside the model.
+        place: The directory; it appears when it is complete. The model needs neither Veneer nor PEFT to load.
+        untie: Give an adapted layer that shares its weight a weight of its own.
+        overwrite: Replace the model in a directory that is not empty.
 
     Returns:
-        The share of the update that the base's type could hold, for each module.
+        For each module, the share of the update that the base's type could hold.
 
     Raises:
-        MergeError: Naming every layer that cannot be merged.
-        VeneerError: The directory is taken, cannot be written, or its disk is too small.
+        MergeError: Some layers cannot be merged; names all of them.
+        VeneerError: The directory is not empty, cannot be written, or its disk is too small.
     """
     check_replaceable(place, overwrite)
     plain, report = merge(model, untie=untie)
@@ -245,9 +248,9 @@ def save_merged(
 
 
 def merge(model: Any, *, untie: bool = False) -> tuple[Any, MergeReport]:
-    """(plain model, what was kept of the update for each module); the adapted model is used up.
+    """(plain model, report of the merge); the adapted model is consumed.
 
-    How much was kept is for the caller to say, so the library's own warning about it is not given.
+    Without the warning about lost updates, as the caller has the report.
     """
     tuner = model.base_model
     with warnings.catch_warnings():
@@ -260,13 +263,13 @@ def merge(model: Any, *, untie: bool = False) -> tuple[Any, MergeReport]:
 
 
 def describe(adapter: str | os.PathLike[str] | OpenLora) -> dict[str, Any]:
-    """What an adapter is, from its configuration and the header of its tensors.
+    """Describe an adapter by its configuration and the header of its tensors.
 
     Args:
-        adapter: Its directory, or what `open_lora` gave for it.
+        adapter: Its directory, or the result of `open_lora`.
 
     Raises:
-        AdapterFileError: It is missing or broken, or its configuration is not that of a LoRA.
+        AdapterFileError: The adapter is missing, broken, or no LoRA.
     """
     config, file, specs = open_lora(adapter)
     keys, others = factor_names(file)
@@ -286,7 +289,7 @@ def describe(adapter: str | os.PathLike[str] | OpenLora) -> dict[str, Any]:
         "use_rslora": config.use_rslora,
         "variant": variant_name(config),
         "modules_to_save": plain_targets(config.modules_to_save),
-        "parameters": sum(_count(shape) for shape in file.shapes.values()),
+        "parameters": sum(math.prod(shape) for shape in file.shapes.values()),
         "bytes": file.path.stat().st_size,
         "dtypes": sorted({str(dtype).removeprefix("torch.") for dtype in file.dtypes.values()}),
         "layers": len(layers),
@@ -296,20 +299,13 @@ def describe(adapter: str | os.PathLike[str] | OpenLora) -> dict[str, Any]:
                 "count": len(paths),
                 "A": list(a),
                 "B": list(b),
-                "parameters": len(paths) * (_count(a) + _count(b)),
+                "parameters": len(paths) * (math.prod(a) + math.prod(b)),
                 "paths": paths,
             }
             for (name, a, b), paths in kinds.items()
         ],
         "others": sorted(others),
     }
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    product = 1
-    for side in shape:
-        product *= side
-    return product
 
 
 def _word(value: Any) -> str | None:

@@ -1,4 +1,4 @@
-"""A conversation with one base model and several adapters, any of which answers the next turn."""
+"""A conversation with a base model and its adapters, any of which can answer the next turn."""
 
 from __future__ import annotations
 
@@ -18,14 +18,13 @@ Write = Callable[[str], None]
 
 
 class Chat:
-    """What was said so far, and who answers next.
+    """A conversation so far, and the adapter that answers next.
 
     Args:
         model: From `load_adapted`.
-        tokenizer: Its tokenizer. Without a chat template each question is continued as it is, without what
-            was said before.
+        tokenizer: Its tokenizer. Without a chat template each question is continued on its own.
         sampling: How tokens are chosen.
-        system: What the model is told before everything else.
+        system: The system message.
 
     Raises:
         VeneerError: A system message without a chat template.
@@ -51,15 +50,15 @@ class Chat:
 
     @property
     def remembers(self) -> bool:
-        """Whether the model sees what was said before."""
+        """Whether the model sees earlier turns."""
         return has_template(self.tokenizer)
 
     def clear(self) -> None:
-        """Forget what was said."""
+        """Forget all turns."""
         self.messages = [{"role": "system", "content": self.system}] if self.system else []
 
     def use(self, adapter: str | None) -> None:
-        """Let an adapter answer from now on, or the base model.
+        """Let an adapter answer from now on, or with None the base model.
 
         Raises:
             AdapterNameError: There is no such adapter; nothing has changed.
@@ -73,17 +72,17 @@ class Chat:
     def ask(self, text: str, write: Write) -> str:
         """Answer one turn, piece by piece.
 
-        Ctrl-C ends the answer where it is; what there is of it stays part of the conversation.
+        Ctrl-C ends the answer early; what there is of it stays in the conversation.
 
         Args:
-            text: What the user says.
-            write: Is given the answer as it comes.
+            text: The user's turn.
+            write: Called with each piece of the answer.
 
         Returns:
             The whole answer.
 
         Raises:
-            VeneerError: The turn cannot be laid out or is too long; nothing has been added.
+            VeneerError: The turn cannot be laid out or is too long; the conversation is unchanged.
         """
         turn = {"role": "user", "content": text}
         ids = prompt_ids([*self.messages, turn] if self.remembers else text, self.tokenizer)
@@ -99,10 +98,10 @@ class Chat:
         return answer
 
     def again(self, write: Write) -> str:
-        """Answer the last turn once more, with whoever answers now.
+        """Answer the last turn again, with the current adapter.
 
         Raises:
-            VeneerError: Nothing was asked yet.
+            VeneerError: There is no turn yet.
         """
         if not self.messages or self.messages[-1]["role"] != "assistant":
             raise VeneerError("nothing was asked yet")
@@ -121,7 +120,7 @@ class Chat:
         pieces: list[str] = []
 
         class Pieces(TextStreamer):
-            """Hands on what is decoded instead of printing it."""
+            """Passes text on instead of printing it."""
 
             def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
                 pieces.append(text)
@@ -149,5 +148,5 @@ class Chat:
 
 
 def _all(tokens: Any, value: bool) -> Any:
-    """The same answer for every row of a batch, as transformers wants it."""
+    """The value for every row, as transformers expects of a stopping criterion."""
     return torch.full((tokens.shape[0],), value, device=tokens.device, dtype=torch.bool)

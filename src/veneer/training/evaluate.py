@@ -1,4 +1,4 @@
-"""How good a model answers: loss of the right answers, and the answers it gives itself."""
+"""Measures of answers: loss of the right ones, and checks of generated ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Asking an adapted model: one prompt, many in batches, or a file of them."""
+"""Generate answers to prompts: in batches, or for a file of records."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from .data.encoding import each, prompt_tokens
 from .forward import evaluating
 from .progress import Advance, Progress, Silent
 
-#: The column of answers, as transformers' pipelines name it.
+#: The column of answers; the name is that of transformers' pipelines.
 ANSWER = "generated_text"
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen; names and meanings are transformers'.
+    """How the next token is chosen, with the names and meanings of transformers.
 
     Attributes:
-        max_new_tokens: Longest answer.
-        do_sample: Draw the token; else the likeliest is taken. None: draw if one of the three below is given
-            (and the temperature is not 0).
+        max_new_tokens: Maximum length of an answer.
+        do_sample: Draw tokens instead of taking the likeliest. None draws if ``temperature`` (not 0),
+            ``top_p`` or ``top_k`` is given.
         temperature: Divides the logits before drawing.
         top_p: Draw from the likeliest tokens that make up this share.
         top_k: Draw from this many of the likeliest tokens.
-        repetition_penalty: Divides the scores of tokens that are there already; 1 changes nothing.
+        repetition_penalty: Divides the scores of tokens that occur already; 1 changes nothing.
     """
 
     max_new_tokens: int = 128
@@ -80,7 +80,7 @@ class Sampling:
         return any((self.temperature, self.top_p, self.top_k))
 
     def config(self, model: Any, tokenizer: Any) -> Any:
-        """As transformers' ``GenerationConfig``; an answer ends where the model or the tokenizer ends one."""
+        """As a ``GenerationConfig``; an answer ends at the end tokens of the model and of the tokenizer."""
         from transformers import GenerationConfig
 
         own = getattr(model, "generation_config", None)
@@ -90,7 +90,7 @@ class Sampling:
             ends.append(tokenizer.eos_token_id)
         settings: dict[str, Any] = {"do_sample": self.draws}
         if self.draws:
-            # Not what the model's own configuration draws with: what is not given changes nothing.
+            # Neutral values, or transformers would take those of the model's own configuration.
             settings |= {
                 "temperature": self.temperature or 1.0,
                 "top_p": self.top_p or 1.0,
@@ -118,16 +118,16 @@ def generate_answers(
     sampling: Sampling | None = None,
     progress: Progress | None = None,
 ) -> list[str]:
-    """What the model answers to tokenised prompts, batched with padding on the left.
+    """Answer tokenised prompts, in batches padded on the left.
 
     Args:
         model: A causal language model of transformers, adapted or not.
         tokenizer: Its tokenizer.
         prompts: Token ids of each prompt.
-        max_new_tokens: Longest answer.
-        batch_size: Prompts at a time, those of similar length together.
+        max_new_tokens: Maximum length of an answer.
+        batch_size: Prompts in a batch; those of similar length are batched together.
         temperature: 0 takes the likeliest token at each step.
-        sampling: Instead of ``max_new_tokens`` and ``temperature``: all that can be chosen.
+        sampling: Replaces ``max_new_tokens`` and ``temperature``.
         progress: Where to report.
 
     Returns:
@@ -173,7 +173,7 @@ def prompts_of(records: Records, tokenizer: Any) -> list[list[int]]:
     """The tokens of each record's prompt, laid out as in training.
 
     Raises:
-        DataError: Records that cannot be laid out; one error for all of them.
+        DataError: Some records cannot be laid out; one error for all of them.
     """
     return list(
         each(records, "prompt", lambda example, form: prompt_tokens(example, tokenizer, form.separator))
@@ -192,9 +192,9 @@ def answer_file(
     made_by: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> int:
-    """Answer every record and write them with their answers as JSONL, whole or not at all.
+    """Answer every record and write records and answers as JSONL; the file appears when it is complete.
 
-    What is answered is kept in a file beside the output until all is; the same call goes on from there.
+    Until then, answers are kept in a file beside it, and the same call resumes from there.
 
     Args:
         model: A causal language model of transformers, adapted or not.
@@ -202,13 +202,13 @@ def answer_file(
         records: Read with the purpose ``prompt``.
         output: The file; each line is a record with ``generated_text``.
         sampling: How tokens are chosen.
-        seed: Of drawing; each block of records draws on its own, so that a run that went on draws the same.
-        batch_size: Prompts at a time.
-        made_by: What else the answers depend on; a file begun with something else is begun anew.
+        seed: Seed of drawing, applied to each block of records, so that a resumed call draws the same.
+        batch_size: Prompts in a batch.
+        made_by: What else the answers depend on; a file begun with something else is not resumed.
         progress: Where to report.
 
     Returns:
-        How many answers were there from before.
+        How many answers were there already.
     """
     progress = Silent() if progress is None else progress
     prompts = prompts_of(records, tokenizer)
@@ -221,7 +221,7 @@ def answer_file(
     if done:
         progress.say(f"Going on after {done} answers from before, in {part}")
     else:
-        part.unlink(missing_ok=True)  # what was begun otherwise, or a link to somebody else's file
+        part.unlink(missing_ok=True)  # begun with other settings, or a link to another file
     with (
         open(part, "a" if done else "x", encoding="utf-8", newline="") as file,
         evaluating(model),
@@ -247,7 +247,7 @@ def _write(file: IO[str], records: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _begun(part: Path, mark: str, block: int) -> int:
-    """How many answers of whole blocks a file holds that was begun alike; what follows them is cut off."""
+    """The number of answers in complete blocks of a file with this mark; the rest is cut off."""
     if part.is_symlink():
         return 0
     try:
@@ -265,7 +265,7 @@ def _begun(part: Path, mark: str, block: int) -> int:
 
 
 def _without_first_line(part: Path, output: Path) -> None:
-    """The finished file in place of the unfinished one."""
+    """Move the answers to the output."""
     with atomic_file(output) as whole, open(part, "rb") as source, open(whole, "wb") as target:
         source.readline()
         shutil.copyfileobj(source, target, 1 << 20)
@@ -273,10 +273,10 @@ def _without_first_line(part: Path, output: Path) -> None:
 
 
 def check_answer_file(output: Path) -> None:
-    """Raise unless a file for answers can be made; before any model is loaded.
+    """Check that the file for answers can be made, before a model is loaded.
 
     Raises:
-        VeneerError: It is there already, or its directory is not.
+        VeneerError: It exists, or its directory does not exist or cannot be written.
     """
     if output.is_dir():
         raise VeneerError(f"{output} is a directory; name a file for the answers")

@@ -1,4 +1,4 @@
-"""Merging from file to file: one tensor in memory at a time, however large the model is."""
+"""Merge an adapter into the files of its base, one tensor in memory at a time."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ from .libraries import require
 from .progress import Progress
 
 INDEX = f"{WEIGHTS}.index.json"
-#: Names of the types in a safetensors header; only these can take an update.
+#: The names of types in a safetensors header; only these types can be merged into.
 NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 TYPES = {name: dtype for dtype, name in NAMES.items()}
-#: Names of files that go with a model's weights. No others are taken along, whatever lies in the directories.
+#: Files that are copied beside the weights; all others are left out.
 _OF_MODEL = re.compile(
     r"(config|generation_config|(image_|video_)?(pre)?processor_config)\.json"
     r"|(configuration|modeling|tokenization|processing|image_processing)_\w+\.py"
@@ -64,7 +64,7 @@ WAY_OUT = Text(
 
 @dataclass(frozen=True)
 class _Update:
-    """One module's update, not read yet."""
+    """The update of one module, with the names of its factors in the file."""
 
     path: str
     a: str
@@ -83,27 +83,26 @@ def merge_files(
 ) -> MergeReport:
     """Merge an adapter into a base model's safetensors files, shard by shard, into a new directory.
 
-    No model is made: for each tensor ``W`` of a shard that has an update, ``W + s·B A`` is formed in float32,
-    rounded once and written. The largest tensor is what has to fit into memory. Configuration, tokenizer,
-    chat templates and licence of known names go along; links to files elsewhere are not followed.
+    No model is made. For each adapted tensor ``W`` of a shard, ``W + s·B A`` is computed in float32, rounded
+    once and written; only the largest tensor has to fit into memory. Configuration, tokenizer, chat templates
+    and licence are copied if they have known names; links to files elsewhere are not followed.
 
     Args:
         adapter: Directory of the adapter.
         base: Directory of the base model, as transformers saves it.
-        place: Directory to write; it appears whole or not at all.
-        dtype: ``auto`` (as it is stored), ``float32``, ``bfloat16`` or ``float16``.
-        overwrite: Replace the model in a directory that holds files already.
-        tell: Called with (how many tensors are written, how many there are).
+        place: The directory; it appears when it is complete.
+        dtype: ``auto`` (as stored), ``float32``, ``bfloat16`` or ``float16``.
+        overwrite: Replace the model in a directory that is not empty.
+        tell: Called with (tensors written, all tensors).
 
     Returns:
-        The share of the update that each module kept.
+        For each module, the share of the update that its type could hold.
 
     Raises:
         AdapterFileError: The adapter is missing, broken, or no LoRA.
-        MergeError: What can only be merged in a model: other variants than the plain one, modules saved
-            whole, biases, convolutions, bases stored as codes, shared weights, names that the files do not
-            have; an adapter that is not finite, or would leave the range of a weight's type; or files that go
-            along and are links to another directory.
+        MergeError: The merge needs a model (variants other than the plain one, modules saved whole, biases,
+            convolutions, quantised bases, shared weights, names the files lack), the update is not
+            finite or leaves the range of a weight's type, or a file to copy is a link to another directory.
         BaseMismatchError: The adapter was made on another base model.
     """
     base = Path(base)
@@ -144,16 +143,16 @@ def merge_files(
 def base_directory(
     adapter: str | os.PathLike[str], model: str | None = None, progress: Progress | None = None
 ) -> Path:
-    """The directory of an adapter's base model; one of the hub is fetched, weights as safetensors.
+    """The directory of an adapter's base model; a base of the hub is fetched, with its safetensors files.
 
     Args:
         adapter: Directory of the adapter.
-        model: Directory or hub id of the base; what the adapter names when None.
-        progress: Told which model is about to be fetched.
+        model: Directory or hub id of the base; by default the one that the adapter names.
+        progress: Reports a base of the hub before it is fetched.
 
     Raises:
-        AdapterFileError: The adapter names no base, and none is given.
-        TrainingError: The base is not there, or cannot be fetched.
+        AdapterFileError: No base is named.
+        TrainingError: The base is missing, or cannot be fetched.
     """
     named = base_name(os.fspath(adapter), open_lora(adapter)[0], model, progress)
     if (Path(named) / "config.json").is_file():
@@ -179,7 +178,7 @@ def _merged(
     tensor: Tensor, update: _Update, file: AdapterFile, target: torch.dtype | None
 ) -> tuple[Tensor, float]:
     factors = file.tensors([update.a, update.b])
-    # A copy: what safetensors gives may be the file itself.
+    # A copy, as the tensor may be memory-mapped.
     weight = tensor.to(target or tensor.dtype, copy=True)
     terms = [(factors[update.b], factors[update.a], update.scaling)]
     try:
@@ -195,7 +194,11 @@ def _updates(
     specs: Mapping[str, LoraSpec],
     files: BaseFiles,
 ) -> dict[str, _Update]:
-    """Name of a stored tensor -> its update; refuses everything at once, before anything is written."""
+    """Name of a stored tensor -> its update.
+
+    Raises:
+        MergeError: Something cannot be merged; lists everything.
+    """
     keys, others = factor_names(file)
     problems = _unmergeable(settings, config, others, files)
     found: dict[str, _Update] = {}
@@ -244,7 +247,7 @@ def _unmergeable(
 
 
 def _check_base(base: Path, settings: Mapping[str, Any], file: AdapterFile, files: BaseFiles) -> None:
-    """Refuse a base of the right shapes that is another model; the adapter carries samples of its own."""
+    """Refuse another base of the same shapes, by the fingerprint in the adapter."""
     try:
         saved = json.loads(file.metadata[FINGERPRINT])
         paths = (list(saved["samples"]), list(saved.get("others", {})))
@@ -270,7 +273,7 @@ def _check_base(base: Path, settings: Mapping[str, Any], file: AdapterFile, file
 def _layout(
     header: Mapping[str, tuple[str, tuple[int, ...]]], target: torch.dtype | None
 ) -> tuple[dict[str, Any], int]:
-    """The header of the new shard, and how many bytes its tensors take."""
+    """(header of the new shard, bytes of its tensors)."""
     layout: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
     for name, (kind, shape) in header.items():
@@ -294,10 +297,10 @@ def _packed(layout: Mapping[str, Any]) -> bytes:
 
 
 def _companions(base: Path, adapter: Path) -> dict[str, Path]:
-    """Name -> file of what goes with the weights; the adapter's own tokenizer goes before the base's.
+    """Name -> file to copy beside the weights; the tokenizer is the adapter's, if it has one.
 
     Raises:
-        MergeError: One of them is a link to a file elsewhere, which nobody asked to have in the model.
+        MergeError: Some are links to files elsewhere.
     """
     own = (adapter / "tokenizer_config.json").is_file()
     kinds = {base: [_OF_MODEL], adapter: [_OF_TOKENIZER]} if own else {base: [_OF_MODEL, _OF_TOKENIZER]}

@@ -1,4 +1,4 @@
-"""Where a long job says what it does and how far it is: standard error, never standard output."""
+"""Progress reports of long jobs, on standard error and never on standard output."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ Advance = Callable[[int, str], None]
 
 
 class Progress(Protocol):
-    """What the functions of this package report to."""
+    """Receives the reports of this package."""
 
     def say(self, line: str) -> None:
         """One line about what happens now."""
 
     def bar(self, title: str, total: int) -> AbstractContextManager[Advance]:
-        """A context manager whose value is called with (how many steps more, a note)."""
+        """A context manager whose value is called with (steps done since the last call, note)."""
 
 
 class Silent:
@@ -46,7 +46,7 @@ class Terminal:
 
     @contextmanager
     def bar(self, title: str, total: int) -> Iterator[Advance]:
-        """A bar with a note and the time left; without a terminal about six lines in all."""
+        """A bar with a note and the time left, or about six lines if this is no terminal."""
         if self.console.is_terminal:
             with self._live(title, total) as live:
                 yield live

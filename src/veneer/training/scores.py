@@ -1,4 +1,4 @@
-"""How good an adapted model is on data, beside its base: loss, perplexity, exact match; accuracy."""
+"""Measure an adapted model and its base on data: loss, perplexity, exact match, accuracy."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from .progress import Progress, Silent
 
 @dataclass(frozen=True)
 class Score:
-    """What one model reaches.
+    """The measures of one model.
 
     Attributes:
         loss: Mean negative log-likelihood of an answer's token, or of the right class (natural logarithm).
         perplexity: ``exp(loss)`` of a language model; None where it is too large for a float.
-        exact: How many answers are the expected text, but for space around it.
-        correct: How many classes are right.
+        exact: Number of answers that equal the expected text, without surrounding space.
+        correct: Number of correct classes.
     """
 
     loss: float
@@ -39,16 +39,16 @@ class Score:
 
 @dataclass(frozen=True)
 class Comparison:
-    """An adapter on data.
+    """The measures of an adapter and of its base.
 
     Attributes:
         adapter: With the adapter.
         base: Without it; None for a classifier, whose head belongs to the adapter.
-        examples: How many the loss is of.
-        tokens: How many tokens the loss is of, for a language model.
-        asked: How many answers exact match is of.
-        commonest: Share of the commonest class: what guessing reaches.
-        notes: What to say about the data.
+        examples: Number of examples.
+        tokens: Number of tokens with a loss, for a language model.
+        asked: Number of answers compared for exact match.
+        commonest: Share of the most frequent class, which guessing reaches.
+        notes: Lines about the data.
     """
 
     adapter: Score
@@ -60,7 +60,7 @@ class Comparison:
     notes: tuple[str, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
-        """Everything that was measured, for programs."""
+        """All measures, for JSON."""
         whole = {name: value for name, value in asdict(self).items() if name != "notes" and value is not None}
         for name in ("base", "adapter"):
             if name in whole:
@@ -89,13 +89,9 @@ class Comparison:
 
 
 def _short(perplexity: float | None) -> str:
-    return (
-        "too large"
-        if perplexity is None
-        else f"{perplexity:.2f}"
-        if perplexity < 1e6
-        else f"{perplexity:.2e}"
-    )
+    if perplexity is None:
+        return "too large"
+    return f"{perplexity:.2f}" if perplexity < 1e6 else f"{perplexity:.2e}"
 
 
 def compare(
@@ -110,16 +106,16 @@ def compare(
 ) -> Comparison:
     """Loss, perplexity and exact match of an adapted language model and of its base.
 
-    The answer that exact match looks at is the last of a record, given all before it; nothing is drawn. It
-    ends one token after the longest expected answer, since a longer one cannot be the expected one.
+    Exact match is about the last answer of a record, generated without drawing. It may be one token longer
+    than the longest expected answer; a longer one cannot match.
 
     Args:
         model: From `load_adapted`.
         tokenizer: Its tokenizer.
         records: Read with the purpose ``sft``.
-        max_length: Where examples are cut for the loss.
-        batch_size: Examples at a time.
-        exact_match: Generate answers, too; that takes longest. Plain text has none.
+        max_length: Maximum length of an example for the loss, in tokens.
+        batch_size: Examples in a batch.
+        exact_match: Generate answers too, which takes longest; plain text has none.
         progress: Where to report.
 
     Raises:
@@ -180,15 +176,15 @@ def accuracy(
     batch_size: int = 8,
     progress: Progress | None = None,
 ) -> Comparison:
-    """Loss and right classes of an adapted classifier.
+    """Loss and accuracy of an adapted classifier.
 
     Args:
         model: From `load_adapted`.
         tokenizer: Its tokenizer.
         records: Read with the purpose ``classification``.
-        label_names: Names of the classes in the order in which the model was trained on them.
-        max_length: Where texts are cut.
-        batch_size: Texts at a time.
+        label_names: Names of the classes, by number.
+        max_length: Maximum length of a text, in tokens.
+        batch_size: Texts in a batch.
         progress: Where to report.
 
     Raises:

@@ -1,8 +1,7 @@
-"""Data: reading records, recognising their form, tokens and labels, packing, batches.
+"""Training data: from files to batches.
 
-``read_records`` gives records of one known form; ``encode``, ``encode_classification`` and
-``encode_preferences`` make of them what is trained on; ``pack`` lays examples together; the collators make
-tensors.
+``read_records`` reads records and recognises their form; ``encode``, ``encode_classification`` and
+``encode_preferences`` make rows of tokens; ``pack`` joins short rows; the collators make tensors.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ class Collator:
     """Rows -> a batch padded at its right end to the longest row.
 
     Attributes:
-        pad: Token that fills up; masked out, so which one does not matter.
+        pad: Padding token; it is masked, so any one will do.
         packed: What keeps the examples of packed rows apart, see `packing_for`.
     """
 
@@ -28,22 +28,22 @@ class Collator:
     packed: Separation = "position_ids"
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
-        """``input_ids`` and ``labels``: (rows, longest), and what the model may attend to.
+        """Make a batch: ``input_ids`` and ``labels`` (rows, longest), and what tokens may attend to.
 
-        That is ``attention_mask``: (rows, longest) for plain rows; for packed ones ``position_ids``: (rows,
-        longest), which begin at 0 with every example, and, where ``packed`` is ``mask``, beside them
-        ``attention_mask``: (rows, 1, longest, longest), added to the scores.
+        For plain rows that is ``attention_mask`` (rows, longest); for packed rows ``position_ids`` (rows,
+        longest), which start at 0 with every example; if ``packed`` is ``mask``, there is also an
+        ``attention_mask`` (rows, 1, longest, longest), which is added to the scores.
         """
         longest = max(len(row["input_ids"]) for row in rows)
         batch = {
             "input_ids": _filled([row["input_ids"] for row in rows], self.pad, longest),
-            # Nothing stands before the first token of a row to predict it from.
+            # The first token of a row is predicted from nothing.
             "labels": _filled([[IGNORED, *row["labels"][1:]] for row in rows], IGNORED, longest),
         }
         if "position_ids" not in rows[0]:
             mask = _filled([[1] * len(row["input_ids"]) for row in rows], 0, longest)
             return {"input_ids": batch["input_ids"], "attention_mask": mask, "labels": batch["labels"]}
-        # What fills up is one more example, so that nothing attends to it and no row needs a mask for it.
+        # The padding is one more example, so nothing attends to it and no mask is needed.
         batch["position_ids"] = torch.tensor(
             [[*row["position_ids"], *range(longest - len(row["position_ids"]))] for row in rows]
         )
@@ -53,10 +53,10 @@ class Collator:
 
 
 def block_mask(position_ids: Tensor) -> Tensor:
-    """The causal mask of packed rows: 0 within an example, the least number elsewhere.
+    """The causal mask of packed rows: 0 within an example, the lowest float elsewhere.
 
     Args:
-        position_ids: (rows, length), beginning at 0 with every example.
+        position_ids: (rows, length), starting at 0 with every example.
 
     Returns:
         (rows, 1, length, length), float32.
@@ -72,7 +72,7 @@ class LabelCollator:
     """Rows of a classifier -> a batch padded at its right end.
 
     Attributes:
-        pad: Token that fills up.
+        pad: Padding token.
     """
 
     pad: int
@@ -92,7 +92,7 @@ def _filled(values: Sequence[Sequence[int]], filler: int, longest: int) -> Tenso
 
 
 def pad_token(tokenizer: Any) -> int:
-    """A token to fill batches with."""
+    """The padding token of a tokenizer, or what can stand for one."""
     for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if token is not None:
             return int(token)

@@ -1,7 +1,7 @@
-"""Records -> token rows whose loss falls on the answers only.
+"""Records -> rows of tokens with labels on the answers only.
 
-Where the tokenizer has a chat template, a prompt and its completion are one turn of the user and one of the
-assistant; where it has none, they are joined as they are and closed by the end-of-sequence token.
+With a chat template, a prompt and its completion are a turn of the user and a turn of the assistant; without
+one, they are joined as they are and closed by the end-of-sequence token.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token rows and what happened on the way.
+    """Rows of tokens, and what was cut or left out.
 
     Attributes:
-        rows: ``input_ids`` and ``labels`` of each example; labels are -100 where no loss falls.
-        cut: How many examples were cut at the maximum length.
-        dropped: How many were left out because nothing to learn was left of them.
-        empty: How many have an empty answer, which teaches to say nothing.
-        max_length: Where they were cut.
+        rows: ``input_ids`` and ``labels`` of each example; labels are -100 where there is no loss.
+        cut: Number of examples that were cut at the maximum length.
+        dropped: Number of examples left out because no label is left within that length.
+        empty: Number of examples with an empty answer.
+        max_length: The maximum length.
     """
 
     rows: list[Row]
@@ -38,12 +38,12 @@ class Encoded:
 
     @property
     def tokens(self) -> int:
-        """Tokens of all rows."""
+        """Number of tokens in all rows."""
         return sum(len(row["input_ids"]) for row in self.rows)
 
     @property
     def learned(self) -> int:
-        """Tokens that loss falls on: not the first of a row, which nothing stands before."""
+        """Number of tokens with a loss; the first of a row has none."""
         return sum(label != IGNORED for row in self.rows for label in row["labels"][1:])
 
     def lines(self) -> list[str]:
@@ -71,20 +71,20 @@ def count(number: int, word: str) -> str:
 
 
 def longer(number: int, word: str, max_length: int) -> str:
-    """The beginning of a warning."""
+    """``2 examples longer than 1024 tokens``."""
     return f"{count(number, word)} longer than {max_length} tokens"
 
 
 def encode(records: Sequence[Record], tokenizer: Any, max_length: int = 1024) -> Encoded:
-    """Tokenise records; pieces are tokenised one by one, as generation will see the prompt.
+    """Tokenise records; the tokens of a prompt are those that it has in generation.
 
     Args:
         records: From `read_records`, or mappings of one form.
-        tokenizer: Of transformers; its chat template lays out conversations.
-        max_length: Where examples are cut.
+        tokenizer: A tokenizer of transformers; its chat template lays out conversations.
+        max_length: Maximum length of an example, in tokens.
 
     Raises:
-        DataError: Records that cannot be laid out (one error for all), or nothing to learn in any of them.
+        DataError: Some records cannot be laid out (one error for all), or no record has a label left.
     """
     rows: list[Row] = []
     cut = empty = 0
@@ -105,10 +105,10 @@ def encode(records: Sequence[Record], tokenizer: Any, max_length: int = 1024) ->
 def each(
     records: Sequence[Record], purpose: Purpose, make: Callable[[dict[str, Any], Form], T]
 ) -> Iterator[T]:
-    """What is made of each record, after the form; one error for all records of which nothing can be made.
+    """Apply a function to each record in plain words and to the form; raise one error for all bad records.
 
     Raises:
-        DataError: Counts them and names the first few.
+        DataError: With their number and the first few of them.
     """
     known = records if isinstance(records, Records) and records.form.purpose == purpose else None
     form = form_of(records, purpose) if known is None else known.form
@@ -125,7 +125,7 @@ def each(
 
 
 def _row(example: dict[str, Any], form: Form, tokenizer: Any) -> tuple[Row, bool]:
-    """(row, whether an answer is empty) of a record in plain words."""
+    """(row, whether an answer is empty)."""
     ids: list[int] = []
     labels: list[int] = []
     parts = pieces(example, tokenizer, form.separator)
@@ -156,15 +156,15 @@ def as_messages(prompt: str | Sequence[Message], role: str = "user") -> list[Mes
 
 
 def pieces(example: Record, tokenizer: Any, separator: str = "") -> list[tuple[str, bool]]:
-    """The text of an example in order, each piece with whether loss falls on it.
+    """The text of an example in pieces, each with whether it has a loss.
 
     Args:
         example: A record in plain words: ``text``, ``prompt`` and ``completion``, or ``messages``.
-        tokenizer: Of transformers.
-        separator: Between prompt and completion where there is no chat template.
+        tokenizer: A tokenizer of transformers.
+        separator: Stands between prompt and completion if there is no chat template.
 
     Raises:
-        Unfit: Messages without a chat template, or a template that fails or rewrites earlier turns.
+        Unfit: There are messages and no chat template, or the template fails or rewrites earlier turns.
     """
     end = tokenizer.eos_token or ""
     if "text" in example:
@@ -203,16 +203,16 @@ def pieces(example: Record, tokenizer: Any, separator: str = "") -> list[tuple[s
 def laid_out(
     tokenizer: Any, messages: Sequence[Message], tools: Any = None, *, answer_next: bool = False
 ) -> str:
-    """The text that a chat template makes of messages.
+    """Apply a chat template to messages.
 
     Raises:
-        Unfit: The template fails; carries what it says.
+        Unfit: The template fails.
     """
     try:
         text: str = tokenizer.apply_chat_template(
             list(messages), tools=tools, tokenize=False, add_generation_prompt=answer_next
         )
-    except Exception as error:  # a template is a program of somebody else's, and jinja is not imported here
+    except Exception as error:  # a template may raise anything
         words = str(error).strip() or type(error).__name__
         roles = ", ".join(message["role"] for message in messages)
         raise Unfit(
@@ -222,19 +222,19 @@ def laid_out(
 
 
 def prompt_ids(prompt: str | Sequence[Message], tokenizer: Any, tools: Any = None) -> list[int]:
-    """The tokens that a model is given before it answers: ``prompt`` laid out as in training.
+    """The tokens of a prompt, laid out as in training.
 
     Raises:
-        DataError: Messages without a chat template, or a template that fails.
+        DataError: There are messages and no chat template, or the template fails.
     """
     return prompt_tokens({"prompt": prompt, "tools": tools}, tokenizer)
 
 
 def prompt_tokens(example: Record, tokenizer: Any, separator: str = "") -> list[int]:
-    """As `prompt_ids`, of a record with ``prompt`` and perhaps ``tools``.
+    """As `prompt_ids`, for a record with ``prompt`` and perhaps ``tools``.
 
     Raises:
-        Unfit: Messages without a chat template, or a template that fails.
+        Unfit: There are messages and no chat template, or the template fails.
     """
     prompt = example["prompt"]
     if not has_template(tokenizer):
@@ -246,7 +246,7 @@ def prompt_tokens(example: Record, tokenizer: Any, separator: str = "") -> list[
 
 
 def last_turn(example: Record) -> tuple[dict[str, Any], str] | None:
-    """(what stands before the last answer, that answer) of a record in plain words, if there is one."""
+    """(what precedes the last answer, that answer) of a record in plain words, if it has one."""
     if "completion" in example:
         return {"prompt": example["prompt"]}, example["completion"]
     messages = example.get("messages", [])
@@ -257,7 +257,7 @@ def last_turn(example: Record) -> tuple[dict[str, Any], str] | None:
 
 
 def opening(text: str, tokenizer: Any) -> list[int]:
-    """The tokens of a text that something follows: with the tokenizer's first token, without its last."""
+    """The tokens of a text that is continued: with the tokenizer's first special token, without its last."""
     first = tokenizer.bos_token is None or not text.startswith(tokenizer.bos_token)
     ids = list(tokenizer(text, add_special_tokens=first)["input_ids"])
     closed = ids[-1:] == [tokenizer.eos_token_id] and not text.endswith(tokenizer.eos_token or "")

@@ -1,7 +1,7 @@
-"""The forms that records come in: which columns each has, what a good record of it is, what it means.
+"""The forms of records: their columns, and how each is read.
 
-One entry of `FORMS` is one form. Its `read` gives the record in plain words (``prompt`` and ``completion``,
-``messages``, ``text``, …), or raises `Unfit` with what is wrong about that record.
+`FORMS` has an entry for each form. Its ``read`` returns a record in plain words (``prompt`` and
+``completion``, ``messages``, ``text``, …), or raises `Unfit` with what is wrong.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Problem = tuple[str, "str | Text"]
 PURPOSES: tuple[Purpose, ...] = ("sft", "dpo", "classification", "prompt")
 SHOWN = 3
 
-#: ShareGPT's names of who speaks -> roles of chat templates.
+#: ShareGPT's speakers -> roles of chat templates.
 SPEAKERS = {
     "system": "system",
     "human": "user",
@@ -39,7 +39,7 @@ SPEAKERS = {
 
 
 class Unfit(DataError):
-    """What is wrong with one record; where many are read, one line of a `DataError`."""
+    """One record is wrong; readers of many records collect these into one `DataError`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,14 +47,14 @@ class Form:
     """A form of records.
 
     Attributes:
-        name: What it is called in code.
-        title: What it is called in sentences.
-        purpose: What it trains.
-        columns: Columns that a record of this form has.
-        more: Columns that it may have.
-        read: Record -> the record in plain words, see this module's first lines.
-        example: A record in short, for messages.
-        separator: Between prompt and answer where a model has no chat template.
+        name: Its name in code.
+        title: Its name in messages.
+        purpose: What it is used for.
+        columns: Required columns.
+        more: Optional columns.
+        read: Record -> record in plain words.
+        example: A short record, for messages.
+        separator: Stands between prompt and answer if the model has no chat template.
     """
 
     name: str
@@ -70,12 +70,12 @@ class Form:
         return f"columns {' + '.join(self.columns)} ({self.title})"
 
     def fits(self, record: Record) -> bool:
-        """Whether the record has the columns of this form; null is as good as absent."""
+        """Whether the record has all required columns, not null."""
         return all(record.get(column) is not None for column in self.columns)
 
 
 def text_of(value: object, name: str) -> str:
-    """A text that tokenizers take.
+    """Check that a value is text that tokenizers take.
 
     Raises:
         Unfit: It is something else.
@@ -102,7 +102,7 @@ def kind_of(value: object) -> str:
 
 
 def messages_of(value: object, name: str) -> list[Message]:
-    """A list of messages with role and content; what is null in them is left out.
+    """Check a list of messages with role and content, and drop what is null in them.
 
     Raises:
         Unfit: It is no such list.
@@ -153,7 +153,7 @@ def _text_or_messages(value: object, name: str) -> str | list[Message]:
 
 
 def _conversation(record: Record, column: str) -> list[Message]:
-    """The messages in a column; ShareGPT may have a text for the system beside them."""
+    """The messages in a column, with ShareGPT's system text in front."""
     messages = messages_of(record[column], column)
     if column == "conversations" and record.get("system"):
         messages.insert(0, _turn("system", record["system"], "system"))
@@ -171,7 +171,7 @@ def _learned(column: str) -> Reader:
 
 
 def _asked(column: str) -> Reader:
-    """What stands before the last answer, or everything if the last message is the user's."""
+    """Reads the messages without the last answer, if they end in one."""
 
     def read(record: Record) -> dict[str, Any]:
         messages = _conversation(record, column)
@@ -240,7 +240,7 @@ def _preference(record: Record) -> dict[str, Any]:
 
 
 def _preference_whole(record: Record) -> dict[str, Any]:
-    """Two whole conversations; the prompt is what both begin with."""
+    """Two whole conversations; their common beginning is the prompt."""
     chosen, rejected = (messages_of(record[column], column) for column in ("chosen", "rejected"))
     shared = 0
     while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
@@ -258,7 +258,7 @@ def _differing(found: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-#: In the order in which they are looked for.
+#: In the order in which they are tried.
 FORMS: tuple[Form, ...] = (
     Form(
         name="messages", title="conversation", purpose="sft",
@@ -327,7 +327,7 @@ FORMS: tuple[Form, ...] = (
     ),
 )  # fmt: skip
 
-#: Where data of one purpose is given for another: what to do about it.
+#: What to say about data that is for another purpose.
 ELSEWHERE: dict[Purpose, str | Text] = {
     "sft": "that is data for fine-tuning on answers, not for this",
     "dpo": Text("that is preference data", Hint("method", "dpo", ": train on it with {}")),
@@ -337,14 +337,14 @@ ELSEWHERE: dict[Purpose, str | Text] = {
 
 
 def form_of(records: Sequence[object], purpose: Purpose = "sft") -> Form:
-    """The form of most records; where as many have another one, the one looked for first.
+    """The form of most records; of two equally frequent ones, the first in `FORMS`.
 
     Args:
         records: At least one.
         purpose: ``sft``, ``dpo``, ``classification`` or ``prompt``.
 
     Raises:
-        DataError: No record has a form of that purpose; names the columns found and the nearest right ones.
+        DataError: No record has a form for the purpose; names the columns found and the nearest right ones.
     """
     form = most_common_form(records, purpose)
     if form is None:
@@ -356,7 +356,7 @@ def form_of(records: Sequence[object], purpose: Purpose = "sft") -> Form:
 
 
 def most_common_form(records: Sequence[object], purpose: Purpose) -> Form | None:
-    """As `form_of`; None where no record has a form of that purpose.
+    """As `form_of`, but None if no record has a form for the purpose.
 
     Raises:
         DataError: There is no such purpose.
@@ -368,10 +368,10 @@ def most_common_form(records: Sequence[object], purpose: Purpose) -> Form | None
 
 
 def read_as(form: Form, record: object) -> dict[str, Any]:
-    """A record in plain words.
+    """Read a record in plain words.
 
     Raises:
-        Unfit: It has not the form.
+        Unfit: The record does not have the form.
     """
     if isinstance(record, Mapping) and form.fits(record):
         return form.read(record)
@@ -388,7 +388,7 @@ def _first_fit(record: object, purpose: Purpose) -> Form | None:
 
 
 def lacking(record: object, purpose: Purpose) -> str | Text:
-    """What is wrong with the columns of a record that has no form of a purpose."""
+    """What is wrong with the columns of a record that has no form for a purpose."""
     if not isinstance(record, Mapping):
         return f"it is no object but {kind_of(record)}"
     found = ", ".join(repr(name) for name in record) or "no column"
@@ -405,7 +405,7 @@ def _hints(record: Record, purpose: Purpose) -> list[str | Text]:
 
 
 def near_columns(record: Record, columns: Collection[str]) -> list[str]:
-    """Which of a record's columns are perhaps misspelt."""
+    """Which columns of a record may be misspelt."""
     absent = [column for column in columns if column not in record]
     unknown = [name for name in record if name not in set(columns)]
     near = ((name, nearest(str(name).strip(), absent, cutoff=0.7)) for name in unknown)
@@ -413,17 +413,17 @@ def near_columns(record: Record, columns: Collection[str]) -> list[str]:
 
 
 def understood(purpose: Purpose) -> str:
-    """The forms of a purpose, for the end of a message."""
+    """The forms for a purpose, for the end of a message."""
     return "Understood: " + ", ".join(form.example for form in FORMS if form.purpose == purpose)
 
 
 def problem_list(problems: Sequence[Problem], total: int, source: str, way_out: str = "") -> Text:
-    """One message for all bad records: how many, the first few with their places, what to do.
+    """One message for all bad records: their number, the first few, and a way out.
 
     Args:
-        problems: Of each bad record.
-        total: How many records there are, bad ones included.
-        source: What the user named.
+        problems: (place, problem) of each bad record.
+        total: Number of all records.
+        source: Where they come from.
         way_out: A last line.
     """
     alike: dict[str | Text, list[str]] = {}

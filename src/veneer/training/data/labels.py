@@ -1,4 +1,4 @@
-"""Records with a text and a label -> rows of a classifier."""
+"""Records with text and label -> rows of a classifier."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class EncodedLabels:
 
     Attributes:
         rows: ``input_ids`` and ``labels`` (the number of the class) of each example.
-        label_names: Names of the classes in the order of their numbers.
-        cut: How many examples were cut at the maximum length.
-        max_length: Where they were cut.
+        label_names: Names of the classes, by number.
+        cut: Number of examples that were cut at the maximum length.
+        max_length: The maximum length.
     """
 
     rows: list[dict[str, Any]]
@@ -30,7 +30,7 @@ class EncodedLabels:
     max_length: int = 512
 
     def lines(self) -> list[str]:
-        """What to say about it: how many of each class, the shares being what guessing would reach."""
+        """Lines for the user: the number of examples of each class, and what was cut."""
         found = Counter(row["labels"] for row in self.rows)
         shown = [f"{name} {found[number]}" for number, name in enumerate(self.label_names)][:8]
         more = f", … ({len(self.label_names)} classes)" if len(self.label_names) > 8 else ""
@@ -52,13 +52,13 @@ def encode_classification(
         records: From `read_records` with the purpose ``classification``, or mappings with ``text`` (or
             ``sentence``) and ``label``.
         tokenizer: Of transformers.
-        max_length: Where texts are cut.
-        label_names: Names of the classes that a model knows. Without them they are those that the source
-            tells, else the labels found, in order. A label that is a number stands for the class of that
-            number where the names are told, and is a name of its own where they are not.
+        max_length: Maximum length of a text, in tokens.
+        label_names: The classes of a model. By default those of the records' source or else the labels found,
+            sorted. A number as a label is the number of a class if names are known, else a name itself.
 
     Raises:
-        DataError: Texts and numbers as labels, fewer than two classes, or labels that a model does not know.
+        DataError: Labels are partly texts and partly numbers, there are fewer than two classes, or a label is
+            not among ``label_names``.
     """
     examples = list(each(records, "classification", lambda example, form: example))
     told = label_names if label_names is not None else getattr(records, "label_names", None)
@@ -71,10 +71,8 @@ def encode_classification(
     for example, label in zip(examples, labels, strict=True):
         ids = list(tokenizer(example["text"])["input_ids"])
         if len(ids) > max_length:
-            ids, cut = (
-                list(tokenizer(example["text"], truncation=True, max_length=max_length)["input_ids"]),
-                cut + 1,
-            )
+            ids = list(tokenizer(example["text"], truncation=True, max_length=max_length)["input_ids"])
+            cut += 1
         rows.append({"input_ids": ids, "labels": label})
     return EncodedLabels(rows, names, cut, max_length)
 
@@ -87,7 +85,7 @@ def _names(examples: Sequence[Record]) -> list[str]:
 
 
 def _number(label: str | int, numbers: dict[str, int]) -> int:
-    """The number of a class that is named, or already numbered.
+    """The number of a class, by name or number.
 
     Raises:
         Unfit: There is no such class.

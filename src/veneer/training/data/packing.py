@@ -1,4 +1,4 @@
-"""Several examples in one row, none of which sees another."""
+"""Packing: several examples in one row, none of which attends to another."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class Packed:
     """Packed rows.
 
     Attributes:
-        rows: ``input_ids``, ``labels`` and ``position_ids``, which begin at 0 with every example.
-        examples: How many examples there are in the rows.
-        max_length: Longest row allowed.
+        rows: ``input_ids``, ``labels`` and ``position_ids``, which start at 0 with every example.
+        examples: Number of examples in the rows.
+        max_length: Maximum length of a row.
     """
 
     rows: list[Row]
@@ -38,13 +38,13 @@ class Packed:
 
 
 def pack(rows: Sequence[Row], max_length: int = 1024) -> Packed:
-    """Lay whole examples together until rows are full: the longest first, each where it fits best.
+    """Join whole examples into rows, the longest first, each where it leaves the least room.
 
-    No loss falls on the first token of an example: before it stands the end of another one.
+    The first token of an example has no loss: it follows the end of another example.
 
     Args:
         rows: From `encode`, none longer than ``max_length``.
-        max_length: Longest packed row.
+        max_length: Maximum length of a packed row.
 
     Raises:
         DataError: An example is longer than a row.
@@ -79,16 +79,16 @@ def _joined(rows: Sequence[Row]) -> Row:
 
 @torch.no_grad()
 def packing_for(model: Any) -> Separation:
-    """What keeps packed examples apart in a model: its own reading of ``position_ids``, or a mask.
+    """How to keep packed examples apart in a model: by ``position_ids`` alone, or by a mask too.
 
-    The model is asked: of two examples in one row, the first is changed, and the second must not notice;
-    nor may its logits differ from those that it has alone. Eight tokens, a forward pass or two each.
+    Tried on the model with two short examples in a row: changing the first must not change the logits of the
+    second, which must be the same as without the first.
 
     Args:
         model: A causal language model of transformers, adapted or not.
 
     Raises:
-        TrainingError: Neither does.
+        TrainingError: Neither keeps them apart.
     """
     with evaluating(model):
         for way in ("position_ids", "mask"):
@@ -108,7 +108,7 @@ def _separates(model: Any, collator: Collator) -> bool:
         after_first, after_other, alone = (
             _last_logits(model, collator, pack_of) for pack_of in (rows[::2], rows[1:], rows[2:])
         )
-    except (TypeError, ValueError, RuntimeError):  # a model that does not take what this way gives it
+    except (TypeError, ValueError, RuntimeError):  # a model without such an argument
         return False
     scale = float(alone.abs().max())
     near = float((after_first - alone).abs().max()) <= 0.05 * scale

@@ -1,4 +1,4 @@
-"""Records with a better and a worse answer -> what TRL's DPOTrainer takes."""
+"""Records with a better and a worse answer -> rows of TRL's DPOTrainer."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ class Preferences:
     """Pairs of answers.
 
     Attributes:
-        rows: ``prompt``, ``chosen`` and ``rejected`` of each: lists of messages where the tokenizer has a
-            chat template, else texts.
-        cut: How many are longer than the maximum length with one of their answers.
-        max_length: Where the trainer cuts them.
+        rows: ``prompt``, ``chosen`` and ``rejected``: lists of messages if the tokenizer has a chat template,
+            else texts.
+        cut: Number of pairs in which prompt and answer exceed the maximum length.
+        max_length: The maximum length, at which the trainer cuts.
     """
 
     rows: list[dict[str, Any]]
@@ -34,18 +34,17 @@ class Preferences:
 
 
 def encode_preferences(records: Sequence[Record], tokenizer: Any, max_length: int = 1024) -> Preferences:
-    """Pairs in the layout in which the model is asked later.
+    """Lay out pairs of answers as the model will see them in generation.
 
-    A prompt that is a text becomes a turn of the user where the tokenizer has a chat template, as `encode`
-    and `prompt_ids` have it: else a model would be trained on prompts that it never sees.
+    With a chat template, a prompt that is a text becomes a turn of the user, as in `encode` and `prompt_ids`.
 
     Args:
         records: From `read_records` with the purpose ``dpo``, or mappings of a form of preferences.
         tokenizer: Of transformers.
-        max_length: Longest prompt and answer together, in tokens; longer ones are counted.
+        max_length: Maximum length of prompt and answer together, in tokens.
 
     Raises:
-        DataError: Records that cannot be laid out; one error for all of them.
+        DataError: Some records cannot be laid out; one error for all of them.
     """
     found = list(each(records, "dpo", lambda example, form: _pair(example, form, tokenizer)))
     rows = [row for row, _ in found]

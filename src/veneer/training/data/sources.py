@@ -1,4 +1,4 @@
-"""Where records come from: files, directories and data sets of the hub -> `Records` of one known form."""
+"""Read `Records` from files, directories and data sets of the hub."""
 
 from __future__ import annotations
 
@@ -30,27 +30,27 @@ from .forms import (
     understood,
 )
 
-#: A place, as ``line 7``, and what stands there: a record of whatever type, or why there is none.
+#: A place, such as ``line 7``, and the record there or the `Unfit` that says why there is none.
 Found = tuple[str, Any]
-#: All that a source holds, and the names of its classes, where it tells them.
+#: The contents of a source, and the names of its classes, if it has them.
 Source = tuple[list[Found], "list[str] | None"]
-#: Words in the names of files that tell of which split they are.
+#: Words in names of files that identify their split.
 SPLITS = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev", "eval"),
     "test": ("test", "testing"),
 }
-#: Columns of lists that a CSV file can only hold as JSON.
+#: Columns with lists, which are JSON in a CSV file.
 LISTS = ("messages", "conversations", "tools")
 
 
 class Records(list[dict[str, Any]]):
-    """Records, with where each comes from and the form that they have.
+    """Records of one form, with the place of each.
 
     Attributes:
         source: What the user named.
         form: Their form.
-        label_names: Names of the classes, where the source tells them.
+        label_names: Names of the classes, if the source has them.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Records(list[dict[str, Any]]):
         self._places = places
 
     def where(self, index: SupportsIndex) -> str:
-        """The place of a record, as ``line 7``."""
+        """The place of a record, such as ``line 7``."""
         number = int(index)
         return self._places[number] if self._places is not None else f"record {number + 1}"
 
@@ -82,7 +82,7 @@ class Records(list[dict[str, Any]]):
         )
 
     def line(self) -> str:
-        """How many, from where, of which form, and which columns are not used."""
+        """A line for the user: number, source and form of the records, and unused columns."""
         used = {*self.form.columns, *self.form.more}
         unused = sorted({str(name) for record in self for name in record} - used)
         line = f"{len(self)} {'record' if len(self) == 1 else 'records'} from {self.source}: {self.form}"
@@ -93,17 +93,17 @@ class Records(list[dict[str, Any]]):
 
 
 def read_records(source: str | os.PathLike[str], purpose: Purpose = "sft") -> Records:
-    """The records of a file, a directory or a data set of the hub, all checked.
+    """Read and check the records of a file, a directory or a data set of the hub.
 
     Args:
         source: A ``.jsonl``, ``.json``, ``.csv``, ``.tsv`` or ``.parquet`` file, a directory of such files,
-            or an id of the hub: ``name``, ``owner/name`` or ``owner/name/config``; directories and ids take
-            ``:split`` if it is not ``train``. Any other file is read as JSONL.
-        purpose: ``sft``, ``dpo``, ``classification`` or ``prompt``: which forms are looked for.
+            or an id of the hub: ``name``, ``owner/name`` or ``owner/name/config``. Directories and ids may be
+            followed by ``:split``, by default ``train``. Other files are read as JSONL.
+        purpose: ``sft``, ``dpo``, ``classification`` or ``prompt``.
 
     Raises:
-        DataError: It is missing, empty or cannot be read, or some of its records cannot be used: one error.
-        MissingExtraError: A library that reads the source is not installed.
+        DataError: The source is missing, empty or cannot be read, or some of its records cannot be used.
+        MissingExtraError: A library to read the source is not installed.
     """
     name = os.fspath(source)
     found, label_names = _found(name)
@@ -189,7 +189,7 @@ def _jsonl(place: Path) -> Source:
 
 
 def _json_file(place: Path) -> Source:
-    """One list of objects, or JSONL under another name."""
+    """A list of objects, or JSONL with this suffix."""
     text = _text(place)
     if not text.lstrip().startswith("["):
         return _jsonl(place)
@@ -205,7 +205,7 @@ def _numbered(records: Iterable[Any]) -> list[Found]:
 
 
 def _csv(place: Path) -> Source:
-    """Every cell stays the text that it is; lists of messages are JSON in their cell."""
+    """Cells are kept as text, except for lists, which are JSON."""
     text = _text(place)
     head = text.partition("\n")[0]
     delimiter = max("\t;,", key=head.count) if re.search("[\t;,]", head) else ","
@@ -256,7 +256,7 @@ def _parquet(place: Path) -> Source:
         raise DataError(f"{place} is no Parquet file that can be read: {first_line(error)}") from error
     try:
         return _rows_of(datasets.Dataset(table))
-    except (TypeError, ValueError):  # a type or metadata that datasets does not know; the rows are there
+    except (TypeError, ValueError):  # a type or metadata that datasets does not know
         return _numbered(table.to_pylist()), None
 
 
@@ -270,7 +270,7 @@ READERS: dict[str, Callable[[Path], Source]] = {
 
 
 def _directory(place: Path, split: str | None) -> Source:
-    """The files of one split, in the order of their names."""
+    """The files of one split, in alphabetical order."""
     if (place / "dataset_dict.json").is_file() or (place / "state.json").is_file():
         return _saved_dataset(place, split)
     files = [
@@ -323,7 +323,7 @@ def _saved_dataset(place: Path, split: str | None) -> Source:
 
 
 def _rows_of(found: Any) -> Source:
-    """The rows of a data set, and the names of its classes."""
+    """The rows of a data set and, if it has them, the names of its classes."""
     names = getattr(found.features.get("label"), "names", None)
     return _numbered(found.to_list()), None if names is None else list(names)
 
@@ -340,7 +340,7 @@ def _hub(name: str, split: str) -> Source:
         try:
             with quiet_libraries():
                 return _rows_of(datasets.load_dataset(path, config, split=split))
-        except Exception as error:  # whatever the network, the hub or the files' reader raises
+        except Exception as error:  # of the network, the hub or a reader of files
             raise DataError(
                 f"{path!r} is no file or directory here, and as a data set of the hub it cannot be had "
                 f"(split {split!r}{f', configuration {config!r}' if config else ''}): "
