@@ -157,7 +157,7 @@ def load_adapted(
 
 
 def _as_trained(loading: Loading, head: Head) -> tuple[Loading, str | None]:
-    """(``loading`` with the storage that the adapter was trained over for ``quantize="auto"``, a line about it)."""
+    """(``loading`` with the storage of the training for ``quantize="auto"``, a line about it)."""
     if loading.quantize != "auto":
         return loading, None
     options = head.noted("options")

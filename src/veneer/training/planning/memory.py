@@ -146,19 +146,13 @@ class Step:
             raise ConfigError("; ".join(wrong))
 
 
-def estimate_memory(
-    model: nn.Module,
-    config: LoraConfig | None,
-    step: Step | None = None,
-    dtype: str | torch.dtype | None = None,
-) -> MemoryEstimate:
+def estimate_memory(model: nn.Module, config: LoraConfig, step: Step | None = None) -> MemoryEstimate:
     """Estimate a training step by running it on the meta device, where tensors take no memory.
 
     Args:
         model: A model without adapters, from `empty_model` or a real one that is not quantised; not changed.
-        config: The adapter; None trains all parameters of the model.
+        config: The adapter.
         step: Settings of the step; ``Step()`` if None.
-        dtype: Type of the base's weights; the model's own if None.
 
     Returns:
         The estimate. On a CPU it is the memory of torch's allocator; Python, libraries and buffers of their
@@ -168,7 +162,7 @@ def estimate_memory(
         TargetError: The adapter does not fit the model.
     """
     step = Step() if step is None else step
-    adapted = adapt_shadow(model, config, dtype)
+    adapted = adapt_shadow(model, config)
     notes = _checkpoint(adapted) if step.gradient_checkpointing else []
     trained = [p for p in adapted.parameters() if p.requires_grad]
     factors = _bytes(trained)
@@ -206,20 +200,14 @@ def estimate_memory(
     )
 
 
-def adapt_shadow(
-    model: nn.Module, config: LoraConfig | None, dtype: str | torch.dtype | None = None
-) -> nn.Module:
+def adapt_shadow(model: nn.Module, config: LoraConfig) -> nn.Module:
     """A copy of the model on the meta device with the adapter on it, ready for training."""
-    empty: Any = shadow(model, dtype)
+    empty: Any = shadow(model)
     own: Any = getattr(empty, "config", None)
     if hasattr(own, "use_cache"):
         own.use_cache = False
     if own is not None and hasattr(own, "pad_token_id") and own.pad_token_id is None:
         own.pad_token_id = 0  # classifiers refuse several rows without one
-    if config is None:
-        for parameter in empty.parameters():
-            parameter.requires_grad_(parameter.is_floating_point())
-        return empty.train()  # type: ignore[no-any-return]
     plain = dataclasses.replace(config, init_lora_weights=True)  # others would read weights
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", VeneerWarning)  # the plan has reported what matches nothing

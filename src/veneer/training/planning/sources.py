@@ -146,26 +146,15 @@ def _dtype(value: Any) -> torch.dtype | None:
     return found if isinstance(found, torch.dtype) and found.is_floating_point else None
 
 
-def shadow(model: nn.Module, dtype: str | torch.dtype | None = None) -> nn.Module:
-    """Copy a model to the meta device without reading its weights.
-
-    Args:
-        model: Any module whose weights are plain tensors; not changed.
-        dtype: Type of the copy's floating-point parameters; unchanged if None or ``auto``.
-    """
-    wanted = None if dtype == "auto" else _dtype(dtype)
+def shadow(model: nn.Module) -> nn.Module:
+    """Copy a model to the meta device without reading its weights, which are plain tensors."""
     memo: dict[int, Any] = {}
     for module in model.modules():
         groups: tuple[dict[str, Any], ...] = (module._parameters, module._buffers, module.__dict__)
-        for group in groups:
-            for value in group.values():
-                if isinstance(value, Tensor) and id(value) not in memo:
-                    memo[id(value)] = _emptied(value, wanted)
+        for value in (value for group in groups for value in group.values()):
+            if isinstance(value, Tensor) and id(value) not in memo:
+                empty = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+                if isinstance(value, nn.Parameter):
+                    empty = nn.Parameter(empty, requires_grad=value.requires_grad)
+                memo[id(value)] = empty
     return copy.deepcopy(model, memo)
-
-
-def _emptied(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    trained = isinstance(tensor, nn.Parameter)
-    kind = dtype if dtype is not None and trained and tensor.is_floating_point() else tensor.dtype
-    empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=kind, device="meta")
-    return nn.Parameter(empty, requires_grad=tensor.requires_grad) if trained else empty

@@ -53,14 +53,12 @@ def test_each_option_moves_what_it_is_for() -> None:
     assert other(gradient_checkpointing=True).activations < plain.activations / 4
     assert other(gradient_checkpointing=True).flops > plain.flops
     assert other(loss_chunk_size=8).logits < plain.logits / 2
-    assert estimate_memory(model, CONFIG, STEP, "bfloat16").base < 0.6 * plain.base
+    assert estimate_memory(tiny_model().bfloat16(), CONFIG, STEP).base < 0.6 * plain.base
     assert other(batch_size=4).activations > 1.9 * plain.activations
     assert other(padded=False).activations < other(padded=True).activations == plain.activations
     assert other(gradient_accumulation_steps=4).peak > plain.peak
     assert other(quantize="nf4").base < 0.6 * plain.base and other(quantize="nf4").notes
     assert other(optim="sgd").optimizer == 0 and other(optim="sgd").peak == plain.peak - plain.optimizer
-    whole = estimate_memory(model, None, STEP)
-    assert whole.factors == sum(p.nbytes for p in model.parameters()) and whole.peak > plain.peak
 
 
 def test_batches_and_ranks_count_once() -> None:
