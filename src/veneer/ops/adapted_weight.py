@@ -12,17 +12,17 @@ from torch.nn import functional as F
 #: One term: ``s · lhs @ rhs`` with lhs (..., m, r) and rhs (..., r, n).
 Term = tuple[Tensor, Tensor, float]
 
-#: What a grouped kernel asks of the size of a row, in bytes.
+#: Grouped kernels need rows of a multiple of this many bytes.
 _ALIGNMENT = 16
 
 
 class AdaptedWeight:
-    """``W + Σ s · L R`` for W (..., m, n), summed only where nothing cheaper computes the same.
+    """``W + Σ s · L R`` for W (..., m, n), added up only where there is no cheaper way.
 
-    It stands where a module reads its parameter. Whatever takes one of its experts (``weight[i]``), turns it
-    round (``weight.transpose(-2, -1)``) or multiplies with it (`torch.nn.functional.linear`, ``@``, ``bmm``,
-    ``grouped_mm``) gets ``x W + s · (x L) R``: no tensor of the size of W is made. Any other operation gets
-    the sum, which is the same number at a higher price.
+    A module reads it in place of its parameter. Taking an expert (``weight[i]``), transposing
+    (``weight.transpose(-2, -1)``) and multiplying (`torch.nn.functional.linear`, ``@``, ``bmm``,
+    ``grouped_mm``) compute ``x W + s · (x L) R``, without a tensor of the size of W. Any other operation
+    computes the sum first.
 
     Args:
         weight: W.
@@ -41,7 +41,7 @@ class AdaptedWeight:
         return total
 
     def map(self, change: Callable[[Tensor], Tensor]) -> AdaptedWeight:
-        """The same with W, L and R changed alike."""
+        """Apply a function to W, to every L and to every R."""
         return AdaptedWeight(change(self.weight), [(change(a), change(b), s) for a, b, s in self.terms])
 
     def turned(self) -> AdaptedWeight:
@@ -49,7 +49,7 @@ class AdaptedWeight:
         return AdaptedWeight(self.weight.transpose(-2, -1), terms)
 
     def transpose(self, first: int, second: int) -> Any:
-        """As of a tensor."""
+        """As `torch.Tensor.transpose`."""
         axes = {first % self.weight.dim(), second % self.weight.dim()}
         if axes == {self.weight.dim() - 2, self.weight.dim() - 1}:
             return self.turned()
@@ -67,7 +67,7 @@ class AdaptedWeight:
         return self.turned()
 
     def contiguous(self) -> AdaptedWeight:
-        """Itself: every product lays out what it needs."""
+        """Itself: products make their operands contiguous where necessary."""
         return self
 
     def to(self, *args: Any, **kwargs: Any) -> AdaptedWeight:
@@ -138,11 +138,11 @@ def _linear(func: Callable[..., Any], x: Tensor, weight: AdaptedWeight, bias: Te
 
 
 def _grouped(func: Callable[..., Any], x: Tensor, weight: AdaptedWeight, **options: Any) -> Tensor:
-    """Rows of x through the matrix of their group each."""
+    """Multiply each row of x with the matrix of its group."""
     result: Tensor = func(x, weight.weight, **options)
     for lhs, rhs, scale in weight.terms:
         step = max(_ALIGNMENT // lhs.element_size(), 1)
-        missing = -lhs.shape[-1] % step  # the kernels ask for aligned rows; columns of zeros add nothing
+        missing = -lhs.shape[-1] % step  # the kernels need aligned rows; columns of zeros add nothing
         lhs = F.pad(lhs, (0, missing)).contiguous()
         rhs = F.pad(rhs, (0, 0, 0, missing)).contiguous()
         result = result + scale * func(func(x, lhs, **options), rhs, **options)

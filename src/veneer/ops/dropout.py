@@ -1,8 +1,8 @@
-"""Dropout whose cost follows the share that is dropped, and whose backward replays it without a mask.
+"""Dropout whose cost grows with p, and whose backward needs no mask.
 
-Drawing one random number for each element is what dropout costs on a CPU. The gaps between dropped
-elements are geometric, so drawing the gaps gives the same distribution with ``p * numel`` draws. The
-positions, in 32-bit integers, are all that the backward pass has to keep.
+On a CPU, most of the time of dropout is spent on drawing one random number per element. The gaps between
+dropped elements have a geometric distribution, so drawing the gaps gives the same result with
+``p * numel`` draws. For the backward pass only the positions are kept, as 32-bit integers.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-#: Above this p, one draw per element and a boolean mask are no dearer than the gaps (see `benchmarks/`).
+#: Above this p, one draw per element and a boolean mask are as fast as drawing gaps (see `benchmarks/`).
 DENSE_FROM = 0.5
-#: Below this size the launch of a few small operations costs more than the draws that they save.
+#: Below this size, calling a few more operations takes longer than the draws that they save.
 SPARSE_FROM_NUMEL = 4096
 #: float32 draws lie on a grid of 2**-24; for smaller p the draws are few, and float64 keeps the tail exact.
 _FLOAT32_FROM_P = 1 / 256
@@ -28,21 +28,21 @@ _transforms_active: Callable[[], object] = getattr(
 
 
 def wants_plain_torch(*tensors: Tensor) -> bool:
-    """Whether anything but the plain reverse-mode engine will look at what is computed from these tensors.
+    """Whether anything other than plain reverse-mode autograd will differentiate or trace the computation.
 
     True under `torch.compile` and export, `torch.func` transforms and forward-mode differentiation, and for
-    tensor subclasses and complex numbers: a hand-written backward would be refused there, or be wrong.
+    tensor subclasses and complex numbers. A hand-written backward would fail or be wrong there.
     """
     if torch.compiler.is_compiling():
         return True
-    for tensor in tensors:  # no generator: this is asked at every call of every layer
+    for tensor in tensors:  # a loop, not a generator: this runs at every call of every layer
         if type(tensor) not in _PLAIN_TYPES or tensor.dtype.is_complex:
             return True
     return bool(_transforms_active()) or forward_ad._current_level >= 0
 
 
 def check_probability(p: float) -> None:
-    """Refuse what is not a probability.
+    """Raise if p is not a probability.
 
     Raises:
         ValueError: p is outside [0, 1] or not a number.
@@ -61,8 +61,8 @@ def drop_positions(numel: int, p: float, device: torch.device | str = "cpu") -> 
     Args:
         numel: number of elements, N.
         p: probability of dropping one, 0 to 1.
-        device: where the indices are made; off the CPU they are found from N dense draws. On the meta device
-            there are as many as are expected.
+        device: where the indices are created; on other devices than the CPU with N draws. On the meta device
+            the number is the expected one.
 
     Returns:
         ``(about p * N,)``, int64.
@@ -98,7 +98,7 @@ def _positions_from_gaps(numel: int, p: float) -> Tensor:
 
 
 def _running_gaps(numel: int, p: float) -> Tensor:
-    """One draw of gaps, enough to pass `numel` all but one time in 30,000, as zero-based int64 positions."""
+    """Enough gaps to pass `numel` except once in 30,000 times, as zero-based int64 positions."""
     expected = numel * p
     count = int(expected + 4.0 * math.sqrt(expected * (1.0 - p))) + 8
     dtype = torch.float32 if p >= _FLOAT32_FROM_P else torch.float64
@@ -127,12 +127,12 @@ def draw(x: Tensor, p: float) -> Tensor:
 
 
 def packed(drop: Tensor, numel: int) -> Tensor:
-    """A draw in the form in which it is kept for a backward: positions in int32 where `numel` allows."""
+    """The form in which `draw` is kept for the backward: positions as int32 where `numel` allows."""
     return drop.to(torch.int32) if drop.dtype == torch.int64 and numel <= _INT32_LIMIT else drop
 
 
 def unpacked(drop: Tensor) -> Tensor:
-    """A draw that was kept, in the form in which it is used."""
+    """The inverse of `packed`: positions as int64."""
     return drop if drop.dtype == torch.bool else drop.long()
 
 

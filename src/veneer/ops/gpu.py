@@ -1,9 +1,9 @@
-"""Whether the fused linear step runs in Triton: the door to it, and the only place that imports it.
+"""Whether the fused linear step runs in Triton; nothing else imports the kernels.
 
-Triton is optional, heavy, and of use on CUDA devices alone, so `import veneer` and work on a CPU never meet
-it. A device is asked once: before the kernels compute anything for a user they compute a small step, values
-and gradients, which must agree with plain torch; where it does not, or cannot be compiled, there is a warning
-and plain torch.
+Triton is optional, large, and useful on CUDA devices only, so `import veneer` and work on a CPU never import
+it. Each device is tested once: before the kernels are used they compute a small step, values and gradients,
+which must agree with plain torch. If it does not, or cannot be compiled, there is a warning and plain torch
+is used.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from torch import Tensor
 
 from veneer.wording import warn
 
-#: Set to 1 in the environment, it lets Triton in; plain torch is the default until a GPU has run the kernels.
+#: The environment variable that turns Triton on; off by default until the kernels have run on a GPU.
 SWITCH = "VENEER_TRITON"
-#: The largest rank that the kernels have been compiled and tried with.
+#: The largest rank that the kernels are tested with.
 LARGEST_RANK = 256
-#: Elements of a block of the output. Each multiprocessor gets one at least: an estimate, not a measurement.
+#: Elements of a block of the output, of which each multiprocessor should get one: an estimate, not measured.
 BLOCK = 128 * 128
 
 
@@ -30,9 +30,9 @@ def triton_step(
 ) -> type[torch.autograd.Function] | None:
     """The autograd function that computes `lora_linear` for these CUDA tensors in Triton, or None.
 
-    None where torch's own products are the better choice or the only one: types other than float16 and
-    bfloat16, sizes too small to fill the device, shapes that do not fit one another (torch then raises), no
-    Triton, a device that is not NVIDIA's or older than Ampere; and everywhere unless ``VENEER_TRITON=1``.
+    None where torch's own products are faster or the only ones: for types other than float16 and bfloat16,
+    sizes too small to fill the device, shapes that do not match (torch then raises), without Triton, on
+    devices of other makers than NVIDIA or older than Ampere, and unless ``VENEER_TRITON=1``.
 
     Args:
         x, weight, bias, A, B, B_bias: as for `lora_linear`; the factors may have another dtype than x.

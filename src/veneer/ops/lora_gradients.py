@@ -26,7 +26,7 @@ class Needs(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What a forward keeps for its backward: ``x, W, A, B, h = x Aᵀ`` and what replays the dropout."""
+    """What a forward keeps for its backward: ``x, W, A, B, h = x Aᵀ`` and what was dropped."""
 
     x: Tensor | None
     weight: Tensor | None
@@ -36,7 +36,7 @@ class Saved(NamedTuple):
     drop: Tensor | None
 
     def for_gradients(self, needs: Needs) -> Saved:
-        """Only what a gradient that is needed depends on."""
+        """Only the tensors that the needed gradients depend on."""
         return Saved(
             x=self.x if needs.weight or needs.A else None,
             weight=self.weight if needs.x else None,
@@ -69,7 +69,7 @@ def branch_gradients(
         saved: What the forward kept.
         needs: Which gradients are wanted.
         scale: With the ``1 / (1 - p)`` of dropout.
-        dx: (T, in), the base's share, which the branch's is added to in place; None where there is none.
+        dx: (T, in), the gradient through the base, to which the branch's is added in place, or None.
         dtypes: Of A and B.
     """
     dB = None if saved.h is None else _outer(saved.h, G, scale, dtypes[1]).t()
@@ -121,7 +121,7 @@ def differentiable_gradients(
         dx = kept(g @ A) if needs.x and A is not None else None
         dA = g.t() @ kept(as_rows(x)) if needs.A and x is not None else None
     if h is not None and not needs.x and not needs.A:
-        dB = G.t() @ h  # h depends on nothing that is differentiated
+        dB = G.t() @ h  # no gradient flows through h
     elif needs.B:
         if x is None or A is None:
             raise RuntimeError(
@@ -136,17 +136,17 @@ def differentiable_gradients(
 def _outer(thin: Tensor, wide: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     """``scale · thinᵀ wide`` for ``thin: (T, r)``, ``wide: (T, n)``: the gradient of a factor, in its dtype.
 
-    Which order is faster depends on the dtype: alone the two hardly differ (`benchmarks/products.py`), but in
-    float32 a whole step is slower with the thin side first.
+    Which order is faster depends on the dtype: by itself the difference is small (`benchmarks/products.py`),
+    but in float32 a whole step is slower with the thin side first.
     """
     product = (wide.t() @ thin).t() if wide.dtype == torch.float32 else thin.t() @ wide
     if dtype.itemsize > product.dtype.itemsize:
-        product = product.to(dtype)  # the scale rounds in the finer of the two
+        product = product.to(dtype)  # the scale is applied in the wider type
     return (product if scale == 1.0 else product.mul_(scale)).to(dtype)
 
 
 def _add_to_kept_(dx: Tensor, g: Tensor, A: Tensor, scale: float, drop: Tensor | None) -> None:
-    """``dx += keep * (scale · g A)`` for ``dx: (T, in)``: where x was dropped, the base's gradient stays."""
+    """``dx += keep * (scale · g A)`` for ``dx: (T, in)``: only the base's gradient where x was dropped."""
     if drop is None:
         dx.addmm_(g, A, alpha=scale)
     elif drop.dtype == torch.bool:
@@ -159,7 +159,7 @@ def _add_to_kept_(dx: Tensor, g: Tensor, A: Tensor, scale: float, drop: Tensor |
 
 
 def _dropped_mask(drop: Tensor, rows: int, width: int) -> Tensor:
-    """``(T, in)``, True where x was dropped, from either form of a draw."""
+    """``(T, in)``, True where x was dropped."""
     if drop.dtype == torch.bool:
         return ~drop.view(rows, width)
     mask = torch.zeros(rows * width, dtype=torch.bool, device=drop.device)

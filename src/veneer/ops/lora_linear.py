@@ -1,4 +1,4 @@
-"""The linear step of LoRA, fused; its plain twin; and the branch alone, for base layers that cannot be fused.
+"""The linear step of LoRA: fused, in plain torch, and the branch alone for base layers that cannot be fused.
 
 Notation: ``X: (T, in)``, ``W: (out, in)``, ``A: (r, in)``, ``B: (out, r)``, ``s`` the scaling, ``G = dY``.
 Forward::
@@ -9,11 +9,10 @@ Backward, with ``g = G B`` computed once for both uses::
 
     dB = s (hᵀ G)ᵀ      dA = s gᵀ X      dX = G W        dX += s g A     in place
 
-Where the gradient is to be differentiated again (``create_graph=True``) the same is said out of place, with
-h made anew from X and A, which autograd then follows.
+If the gradient is to be differentiated again (``create_graph=True``), the same is computed out of place, with
+h recomputed from X and A so that autograd can follow.
 
-What is kept for it is X, which the base's neighbours share, the r-wide h, and the positions that dropout
-drew.
+Kept for the backward are X (which neighbouring operations keep too), h of width r, and the dropped positions.
 
 Source: LoRA, arXiv:2106.09685, equation 3.
 """
@@ -31,7 +30,7 @@ from veneer.ops.dropout import check_probability, draw, packed, wants_plain_torc
 from veneer.ops.gpu import triton_step
 from veneer.ops.lora_gradients import Needs, Saved, as_rows, branch_gradients, differentiable_gradients
 
-#: Up to this many rows a 16-bit product on a CPU costs a fixed price, some five times that of a float32 one.
+#: Up to this many rows a 16-bit product on a CPU takes constant time, about five times that in float32.
 FEW_ROWS = 64
 
 
@@ -85,13 +84,12 @@ def lora_linear(
 ) -> Tensor:
     """A linear layer and its low-rank branch in one differentiable step.
 
-    ``y = x Wᵀ + b + s (drop(x) Aᵀ Bᵀ + b_B)``. The factors may have another dtype than x (float32 masters
-    on a 16-bit base): they are cast, x never is. Any subset of the tensors may require grad. Under
-    `torch.compile`, `torch.func` transforms and forward-mode differentiation, for tensor subclasses and for
-    p = 1 it is `lora_linear_reference`. With ``VENEER_TRITON=1`` it runs in Triton, on CUDA devices that
-    suit. Under autocast its inputs are cast as `F.linear` would cast them.
-    Derivatives of any order are right, dropout included; with a frozen A beside a trained B the input is not
-    kept, and ``create_graph=True`` raises.
+    ``y = x Wᵀ + b + s (drop(x) Aᵀ Bᵀ + b_B)``. The factors may have another dtype than x (float32 on a 16-bit
+    base): they are cast, x never is. Any subset of the tensors may require grad. Under `torch.compile`,
+    `torch.func` transforms and forward-mode differentiation, for tensor subclasses and for p = 1 it is
+    `lora_linear_reference`. With ``VENEER_TRITON=1`` it runs in Triton on suitable CUDA devices. Under
+    autocast the inputs are cast as `F.linear` would cast them. Derivatives of any order are correct, also
+    with dropout. If A is frozen and B is trained, the input is not kept, and ``create_graph=True`` raises.
 
     Args:
         x: ``(..., in)``, any strides, 1-D and empty batches too.
@@ -104,7 +102,7 @@ def lora_linear(
         p: dropout probability for x in the branch; 0 in evaluation.
 
     Returns:
-        ``x: (..., in) -> (..., out)``, a fresh tensor and not a view.
+        ``x: (..., in) -> (..., out)``, a new tensor, not a view.
 
     Raises:
         ValueError: p is not a probability.
@@ -156,21 +154,21 @@ def add_lora_(
     *,
     inplace: bool = False,
 ) -> Tensor:
-    """Add the low-rank branch to the output y of a base layer whose inside is not ours (quantised, hooked).
+    """Add the low-rank branch to the output y of a base layer that cannot be fused (quantised, hooked).
 
-    ``y + s (drop(x) Aᵀ Bᵀ + b_B)``. The factors are cast to x's dtype (to autocast's where that is on),
-    and the sum has y's dtype.
+    ``y + s (drop(x) Aᵀ Bᵀ + b_B)``. The factors are cast to x's dtype (or to that of autocast), and the sum
+    has y's dtype.
 
     Args:
         y: ``(..., out)``, what the base layer returned for x.
         x: ``(..., in)`` with the leading dimensions of y.
         A, B, B_bias, scaling, p: as for `lora_linear`.
-        inplace: write into y. Only for a y that nobody else holds and the base layer did not save. Where y
-            is a view, a leaf that requires grad or an inference tensor, or under a compiler, a new tensor
-            is made.
+        inplace: write into y. Only for a y that nothing else refers to and that the base layer did not save.
+            If y is a view, a leaf that requires grad or an inference tensor, and under a compiler, a new
+            tensor is created.
 
     Returns:
-        ``(..., out)`` of y's dtype: y itself where it was written in place, else a fresh tensor.
+        ``(..., out)`` of y's dtype: y itself if it was written in place, else a new tensor.
 
     Raises:
         ValueError: p is not a probability, or the leading dimensions of x and y differ.
@@ -208,7 +206,7 @@ def _added(
 
 
 def few_rows(x: Tensor) -> bool:
-    """Whether x: (..., in) is so short that the calls, and not the products, are what a branch costs."""
+    """Whether x: (..., in) is so short that a branch's time goes into the calls, not into the products."""
     return x.is_cpu and x.numel() <= FEW_ROWS * x.shape[-1]
 
 
@@ -249,13 +247,13 @@ def linear_of_few_rows(
 def _add_branch_of_few_rows_(
     y: Tensor, x: Tensor, A: Tensor, B: Tensor, B_bias: Tensor | None, scaling: float
 ) -> Tensor:
-    """``y += s (x Aᵀ Bᵀ + b_B)`` in float32 (float64), graph-free: in decoding the calls are the cost.
+    """``y += s (x Aᵀ Bᵀ + b_B)`` in float32 (float64), without a graph and with as few calls as possible.
 
-    y: contiguous. Adding inside of the product, to a wide copy of y where y is narrow, beats adding after it.
-    A single row is a vector, whose products are quicker called than those of a matrix of one row; where y is
-    narrow, it is added to after them.
+    y must be contiguous. Adding as part of the product (to a float32 copy of a 16-bit y) is faster than
+    adding afterwards. A single row is treated as a vector, whose products take less time to call; to a 16-bit
+    y it is added afterwards.
     """
-    widened = Tensor.double if x.dtype == torch.float64 else Tensor.float  # `to` takes longer to do nothing
+    widened = Tensor.double if x.dtype == torch.float64 else Tensor.float  # faster than `to`
     if x.numel() == x.shape[-1] != 0:
         h = widened(A).mv(widened(x).reshape(-1))
         row = y.view(-1)
@@ -274,11 +272,11 @@ def _add_branch_of_few_rows_(
 
 
 def autocasts(kind: str) -> bool:
-    """Whether autocast is on for a kind of device; kinds that have none (meta) may not be asked."""
+    """Whether autocast is on for a type of device; torch raises for types that have none (meta)."""
     return _has_autocast(kind) and torch.is_autocast_enabled(kind)
 
 
-#: Asked at every call of every layer; it is a property of the build of torch.
+#: Cached, because every call of a layer uses it: a property of the build of torch.
 _has_autocast = functools.cache(torch.amp.is_autocast_available)
 
 
@@ -296,12 +294,12 @@ def _writable(y: Tensor) -> bool:
 
 
 def _project(x: Tensor, A: Tensor, drop: Tensor | None) -> Tensor:
-    """``h = drop(x) Aᵀ``, with the rows of x copied where elements have to be zeroed."""
+    """``h = drop(x) Aᵀ``; x is copied if elements have to be zeroed."""
     return (x if drop is None else zero_dropped_(x.clone(), drop)) @ A.t()
 
 
 class _Lora(torch.autograd.Function):
-    """The branch onto ``y``, or onto ``x Wᵀ + b`` where y is None."""
+    """Adds the branch to ``y``, or to ``x Wᵀ + b`` if y is None."""
 
     @staticmethod
     def forward(
@@ -319,7 +317,7 @@ class _Lora(torch.autograd.Function):
     ) -> Tensor:
         if y is None:
             y = F.linear(x.contiguous(), weight, bias)  # type: ignore[arg-type]
-            if y._is_view():  # of a 1-D x: later in-place operations on a view lose hooks
+            if y._is_view():  # of a 1-D x: in-place operations on a view would lose hooks
                 y = y.clone()
         elif inplace:
             ctx.mark_dirty(y)

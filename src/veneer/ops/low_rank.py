@@ -1,8 +1,8 @@
-"""Algebra on products of two thin factors: sum, truncate, compare; the dense product is never formed.
+"""Sums, truncation and norms of products of two thin factors; the dense product is never formed.
 
 A sum ``Σ wᵢ Bᵢ Aᵢ`` is the product of two stacked factors ``L: (out, R)`` and ``M: (R, in)``. With
-``L = Q₁ R₁`` and ``Mᵀ = Q₂ R₂`` everything about it, singular values, norm and truncation error, is that
-of the small core ``R₁ R₂ᵀ``. Everything is computed in float32, in float64 where an input is float64.
+``L = Q₁ R₁`` and ``Mᵀ = Q₂ R₂`` its singular values, norm and truncation error are those of the small core
+``R₁ R₂ᵀ``. Everything is computed in float32, in float64 where an input is float64.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ def compress(terms: Sequence[Term], rank: int | None = None) -> tuple[Tensor, Te
 
     Args:
         terms: ``(B: (out, rᵢ), A: (rᵢ, in), wᵢ)``.
-        rank: of the result; where it exceeds what D can have, the rest is zeros. None keeps D exactly, in
-            ``min(Σ rᵢ, out, in)``.
+        rank: of the result; padded with zeros if it exceeds the rank that D can have. None keeps D exactly,
+            with rank ``min(Σ rᵢ, out, in)``.
 
     Returns:
         ``B: (out, rank)``, ``A: (rank, in)`` and the relative error ``||D - BA|| / ||D||`` in Frobenius norm:
-        the root of the discarded share of the energy, 0.0 where nothing was discarded or D is 0.
+        the root of the discarded share of the energy; 0.0 if nothing was discarded or D is 0.
 
     Raises:
         CombineError: as for `svd`, or a rank below 1.
@@ -84,7 +84,7 @@ def spectrum(B: Tensor, A: Tensor) -> Tensor:
 
 @torch.no_grad()
 def norm(B: Tensor, A: Tensor) -> float:
-    """Frobenius norm of ``B A``, without the loss of half the digits that Gram matrices bring."""
+    """Frobenius norm of ``B A``. By Gram matrices half of the digits would be lost."""
     return float(torch.linalg.matrix_norm(_core(B, A)))
 
 
@@ -103,7 +103,7 @@ def _stacked(terms: Sequence[Term]) -> tuple[Tensor, Tensor]:
     dtype = torch.float64 if double else torch.float32
     left = torch.cat([B.detach().to(dtype) * weight for B, _, weight in terms], dim=1)
     right = torch.cat([A.detach().to(dtype) for _, A, _ in terms], dim=0)
-    # A sum is quick and lets nothing through; only a finite one that overflows needs the second look.
+    # A finite sum proves that all terms are finite; an infinite one may only have overflowed.
     suspect = not math.isfinite(float(left.sum() + right.sum()))
     if suspect and not bool(left.isfinite().all() and right.isfinite().all()):
         raise CombineError("the factors or weights to combine hold NaN or infinite values")

@@ -1,7 +1,7 @@
-"""Adding low-rank updates into stored weights, with one rounding, and saying how much of them arrived.
+"""Adding low-rank updates to stored weights with a single rounding, and measuring the share that was kept.
 
 A 16-bit weight cannot hold a small update: of an update of 0.3 % of a bfloat16 weight, about half is
-rounded away. So the sum is formed in float32, rounded once, and compared with what was asked for.
+rounded away. So the sum is computed in float32, rounded once, and compared with the exact update.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from veneer.errors import MergeError
 
-#: Elements of a chunk. Smaller ones stay in a nearer cache; starting threads for them costs more than that.
+#: Elements of a chunk. Smaller chunks fit a faster cache, but starting threads for them costs more.
 CHUNK_ELEMENTS = 1 << 20
 
-#: Nothing that a type wider than float16 holds is brought to an end of its range by less than this.
+#: A smaller update cannot overflow any type that is wider than float16.
 SMALL = 1e30
 
 #: One summand ``scaling · B A``: ``(B: (out, r), A: (r, in), scaling)``.
@@ -32,7 +32,7 @@ _buffers = ContextVar("buffers", default=None)
 
 @contextmanager
 def shared_buffers() -> Iterator[None]:
-    """Merges inside use the same buffers: new memory costs more than the sums that are formed in it."""
+    """Share buffers between the merges in this context: allocating them takes longer than the sums."""
     token = _buffers.set({})
     try:
         yield
@@ -49,23 +49,23 @@ def merge_into_(
     check_finite: bool = False,
     checked: bool = False,
 ) -> float:
-    """``W += Σ sᵢ Bᵢ Aᵢ`` in place; says which share of the update the stored weight took up.
+    """``W += Σ sᵢ Bᵢ Aᵢ`` in place; returns the share of the update that the stored weight kept.
 
-    float32 and float64 weights are added to directly. Any other dtype goes by chunks of rows through a small
-    float32 buffer and is rounded once for all terms together.
+    Updates are added to float32 and float64 weights directly. Any other dtype is converted by chunks of rows
+    in a small float32 buffer, and rounded once for all terms together.
 
     Args:
-        weight: ``(out, in)``, or ``(in, out)`` with `transpose`; any strides, changed in place. Whether it
-            requires grad does not matter; autograd is told that it changed.
+        weight: ``(out, in)``, or ``(in, out)`` with `transpose`; any strides, changed in place. It may
+            require grad; autograd notices the change.
         terms: ``(B: (out, r), A: (r, in), s)`` for each update; any floating dtype and device.
         transpose: the weight is stored as ``(in, out)``.
         check_finite: see `check_merge`.
-        checked: `check_merge` was asked before.
+        checked: `check_merge` has been called already.
 
     Returns:
         ``kept = 1 - ||(W_new - W) - D|| / ||D||`` for the whole update D, in float32; 1.0 when D is 0. For
-        float32 and float64 weights it is 1.0 by definition, not measured: what is lost there is rounding
-        of the last place. NaN when the merged weight is not finite.
+        float32 and float64 weights it is 1.0 by definition and not measured: only rounding in the last place
+        is lost. NaN when the merged weight is not finite.
 
     Raises:
         MergeError: shapes do not fit, the weight is not of a floating dtype, or the merged weight would
@@ -88,14 +88,14 @@ def merge_into_(
 def check_merge(
     weight: Tensor, terms: Sequence[Term], *, transpose: bool = False, check_finite: bool = False
 ) -> None:
-    """Refuse what `merge_into_` would refuse; nothing is written.
+    """Raise if `merge_into_` would; nothing is written.
 
     Args:
         weight: as for `merge_into_`.
         terms: as for `merge_into_`.
         transpose: the weight is stored as ``(in, out)``.
-        check_finite: refuse also where an element of the weight is NaN or infinite already. An update that
-            makes a finite one so is refused without it.
+        check_finite: also refuse a weight that already has NaN or infinite elements. An update that makes
+            finite elements infinite is always refused.
 
     Raises:
         MergeError: see `merge_into_`.
@@ -107,7 +107,7 @@ def check_merge(
 
 
 def written_at_once(weight: Tensor, terms: Sequence[Term]) -> bool:
-    """Whether `merge_into_` writes in one operation, which is done or not, and never by half."""
+    """Whether `merge_into_` writes in a single operation, so that it cannot stop halfway."""
     return weight.dtype == _work(weight) and len(terms) == 1
 
 
@@ -116,9 +116,9 @@ def is_finite(tensor: Tensor) -> bool:
     if tensor.numel() == 0 or not tensor.is_floating_point():
         return True
     values = tensor.detach()
-    if values.element_size() == 1:  # torch cannot compare 8-bit floats; bfloat16 holds all of their values
+    if values.element_size() == 1:  # torch cannot compare 8-bit floats; bfloat16 has all of their values
         values = values.to(torch.bfloat16)
-    low, high = torch.aminmax(values)  # NaN where there is one; no copy of the tensor's size
+    low, high = torch.aminmax(values)  # propagates NaN; no copy of the tensor's size
     return math.isfinite(float(low)) and math.isfinite(float(high))
 
 
@@ -128,7 +128,7 @@ def _work(weight: Tensor) -> torch.dtype:
 
 @torch.no_grad()
 def merge_dense(weight: Tensor, delta: Tensor) -> tuple[Tensor, float]:
-    """``W + D`` for a dense D of W's shape, formed in float32 (float64 where W is) and rounded once.
+    """``W + D`` for a dense D of W's shape, computed in float32 (float64 if W is) and rounded once.
 
     Args:
         weight: any shape; not changed.
@@ -155,11 +155,11 @@ def merge_dense(weight: Tensor, delta: Tensor) -> tuple[Tensor, float]:
 
 
 def kept_share(wanted: Tensor, error: Tensor) -> float:
-    """``1 − ‖error‖ / ‖wanted‖``: the share of an update that a weight took up; below 0 if it lost by it.
+    """``1 − ‖error‖ / ‖wanted‖``: the share of an update that a weight kept, which may be negative.
 
     Args:
         wanted: The update.
-        error: What the stored weight differs by from the sum, of the same shape.
+        error: The difference between the stored weight and the exact sum, of the same shape.
     """
     return _kept(float(error.norm()), float(wanted.norm()))
 
@@ -183,7 +183,7 @@ def _check_shapes(weight: Tensor, terms: Sequence[Term], transpose: bool) -> Non
 
 
 def _oriented(term: Term, device: torch.device, dtype: torch.dtype, transpose: bool) -> Term:
-    """``(L, R, s)`` with ``s L R`` the term in the weight's own orientation."""
+    """``(L, R, s)`` such that ``s L R`` has the weight's orientation."""
     B, A, scaling = term
     B = B.detach().to(device=device, dtype=dtype)
     A = A.detach().to(device=device, dtype=dtype)
@@ -195,7 +195,7 @@ def _pair_of_buffers(elements: int, dtype: torch.dtype, device: torch.device) ->
 
 
 def spare_copy(tensor: Tensor) -> Tensor:
-    """A copy of a tensor, in memory that the next such copy takes inside `shared_buffers`."""
+    """A copy of a tensor. Inside `shared_buffers` the next such copy overwrites it."""
     if type(tensor) not in (Tensor, nn.Parameter):
         return tensor.clone()
     memory = _buffer("copy", 1, tensor.numel(), tensor.dtype, tensor.device)
@@ -203,7 +203,7 @@ def spare_copy(tensor: Tensor) -> Tensor:
 
 
 def _buffer(purpose: str, rows: int, elements: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Rows of so many elements, or more."""
+    """A buffer with at least this many elements in each row."""
     held, key = _buffers.get(), (purpose, dtype, device)
     found = None if held is None else held.get(key)
     if found is None or found.shape[1] < elements:
@@ -214,9 +214,9 @@ def _buffer(purpose: str, rows: int, elements: int, dtype: torch.dtype, device: 
 
 
 def _sums(weight: Tensor, terms: Sequence[Term]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """By chunks of rows: those of the weight, their sum with the update before rounding, and scratch.
+    """For each chunk: the rows of the weight, their sum with the update before rounding, and a scratch buffer.
 
-    The two float32 (float64) buffers are used again for the next chunk.
+    Both float32 (float64) buffers are reused for the next chunk.
     """
     rows, columns = weight.shape
     step = max(1, min(rows, CHUNK_ELEMENTS // max(1, columns)))
@@ -243,7 +243,7 @@ def _merge_rounded_(weight: Tensor, terms: Sequence[Term]) -> float:
 
 
 def _norm(terms: Sequence[Term]) -> float:
-    """``||D||`` from the Gram matrices of the stacked factors; in float64 where the sum nearly cancels."""
+    """``||D||`` from the Gram matrices of the stacked factors; in float64 if the terms nearly cancel."""
     left, right, factor = terms[0]
     if len(terms) > 1:
         left = torch.cat([left * scaling for left, _, scaling in terms], dim=1)
@@ -290,7 +290,7 @@ def _refuse_non_finite(weight: Tensor, terms: Sequence[Term], *, base_too: bool)
 
 
 def _surely_finite(weight: Tensor, size: float) -> bool:
-    """A bound that costs one reading of the weight: max|W| + Σ |s| ‖L‖ ‖R‖."""
+    """Whether an upper bound, max|W| + Σ |s| ‖L‖ ‖R‖, is in range. Reads the weight once."""
     low, high = torch.aminmax(weight)
     bound = max(abs(float(low)), abs(float(high))) + size
-    return bound < 0.99 * torch.finfo(weight.dtype).max  # False also where the bound is NaN
+    return bound < 0.99 * torch.finfo(weight.dtype).max  # also False if the bound is NaN

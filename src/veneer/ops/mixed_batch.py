@@ -1,17 +1,17 @@
-"""Rows of one batch through different adapters.
+"""Several adapters in one batch.
 
-Ways to add ``s · (x Aᵀ) Bᵀ`` with the factors of each row's own adapter. In none of them does a row meet the
-factors or the values of another one, so that an infinity stays where it is:
+Three ways to add ``s · (x Aᵀ) Bᵀ`` with the factors of each row's own adapter. In all of them a row is
+computed without the factors and values of other adapters' rows, so an infinity stays where it is:
 
-* `by_groups`: groups of neighbouring rows, all of one size, each with its own adapter's factors: two batched
-  products and no wasted one, but factors are copied once for each group, and smaller ranks are filled up.
-* `by_runs`: neighbouring rows of one adapter together, each run with its own two products: nothing is copied
-  and nothing wasted, but there are some calls a run.
-* `by_slots`: every row through every adapter, one after the other, and only its own is kept: what a compiler
-  sees, since nothing but values depends on which row is whose.
+* `by_groups`: groups of neighbouring rows, all of the same size, each with the factors of its adapter: two
+  batched products in total, but the factors are copied for each group, and smaller ranks are padded.
+* `by_runs`: runs of neighbouring rows with the same adapter, two products each: nothing is copied or padded,
+  but there are several calls for each run.
+* `by_slots`: every row through every adapter in turn, and only its own result is kept. Used under a compiler,
+  because only values depend on which row has which adapter.
 
-Where rows of one adapter are scattered over the batch, they can be laid together first (`laid_together`):
-fewer and larger groups and runs, for three calls that copy rows. `chosen` says what is done.
+If the rows of an adapter are scattered over the batch, they can be gathered first (`on_gathered_rows`): this
+makes fewer and larger groups and runs, and takes three calls that copy rows. `choose` decides.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from torch.nn import functional as F
 
 from veneer.ops.lora_linear import few_rows
 
-#: Neighbouring rows with one adapter: (its name or None for the base, first row, row after the last).
+#: Neighbouring rows with the same adapter: (its name or None for the base, first row, row after the last).
 Run = tuple[str | None, int, int]
 #: The factors of an adapter, A (r, in) and B (out, r), and its strength.
 Term = tuple[Tensor, Tensor, float]
 
 
 class Layout(NamedTuple):
-    """Rows of a batch that lie in some order.
+    """An order of the rows of a batch, and its runs and groups.
 
     Attributes:
-        order: The rows, those with an adapter only; None for all rows as they come.
-        runs: Neighbours of one adapter.
+        order: The rows that have an adapter, gathered; None for all rows in their original order.
+        runs: Neighbouring rows with the same adapter.
         groups: The adapter of each group; see `groups_of`.
     """
 
@@ -47,7 +47,7 @@ class Layout(NamedTuple):
 
 
 def layouts(names: Sequence[str | None]) -> list[Layout]:
-    """The rows as they come, and with those of one adapter together where that makes fewer runs."""
+    """The original order, and the one gathered by adapter if that makes fewer runs."""
     runs = runs_of(names)
     found = [Layout(None, runs, groups_of(runs))]
     used = list(dict.fromkeys(name for name in names if name is not None))
@@ -59,7 +59,7 @@ def layouts(names: Sequence[str | None]) -> list[Layout]:
 
 
 def runs_of(names: Sequence[str | None]) -> list[Run]:
-    """Neighbouring equal names together."""
+    """Runs of equal names."""
     found: list[Run] = []
     for row, name in enumerate(names):
         if found and found[-1][0] == name:
@@ -70,27 +70,27 @@ def runs_of(names: Sequence[str | None]) -> list[Run]:
 
 
 def groups_of(runs: Sequence[Run]) -> tuple[str | None, ...]:
-    """The adapter of each group: the batch is cut into the largest groups of one size that its runs allow."""
+    """The adapter of each group: the runs are cut into groups of one size, the largest possible."""
     size = math.gcd(*(stop - start for _, start, stop in runs))
     return tuple(name for name, start, stop in runs for _ in range((stop - start) // size))
 
 
 def working_dtype(x: Tensor) -> torch.dtype:
-    """The type to compute a branch in: few rows of 16 bits on a CPU are dearer than the same in float32."""
+    """The type to compute a branch in: on a CPU, a few rows of 16 bits take longer than in float32."""
     few = few_rows(x)
     return torch.float32 if few and x.dtype in (torch.float16, torch.bfloat16) else x.dtype
 
 
 def chosen(choices: Sequence[Layout], few: bool) -> tuple[Layout, str]:
-    """The layout to use of those that `layouts` gives, and the way: ``"groups"`` or ``"runs"``.
+    """Which of the `layouts` to use, and how: ``"groups"`` or ``"runs"``.
 
-    Few rows are laid together, since their factors are dearer than they are; others stay where they are.
-    Groups take two calls, runs two each; but groups would copy factors too often where runs are of uneven
-    length.
+    A few rows are gathered, because copying them takes less time than further products; many rows stay in
+    place. Groups take two calls in total and runs two calls each, but groups copy the factors too often if
+    the lengths of the runs are uneven.
 
     Args:
-        choices: Of `layouts`.
-        few: There are `few_rows`, or each is one token.
+        choices: What `layouts` returned.
+        few: Whether there are `few_rows`, or rows of one token.
     """
     layout = choices[-1] if few else choices[0]
     return layout, "groups" if len(layout.groups) <= 2 * len(layout.runs) else "runs"
@@ -100,7 +100,7 @@ def stacked(terms: Sequence[Term | None], dtype: torch.dtype) -> tuple[Tensor, T
     """The factors of each group for `by_groups`, and their strengths: (G, r, in), (G, out, r) and (G, 1, 1).
 
     Args:
-        terms: Of each group's adapter; None for none, which becomes zeros.
+        terms: The term of each group's adapter; None for the base, which becomes zeros.
         dtype: To compute in.
     """
     first = next(term for term in terms if term is not None)
@@ -113,16 +113,16 @@ def stacked(terms: Sequence[Term | None], dtype: torch.dtype) -> tuple[Tensor, T
 
 
 def _padded(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """A (r, in) and B (out, r) with zeros up to a larger rank."""
+    """A (r, in) and B (out, r), padded with zeros to a larger rank."""
     short = rank - a.shape[0]
     return (F.pad(a, (0, 0, 0, short)), F.pad(b, (0, short))) if short else (a, b)
 
 
 def by_groups(x: Tensor, result: Tensor, a: Tensor, b: Tensor, scales: Tensor, fresh: bool = True) -> Tensor:
-    """``result`` plus each group's own update.
+    """``result`` plus the update of each group's adapter.
 
     Args:
-        x: (rows, ..., in), the rows being those of the first group, of the second, ….
+        x: (rows, ..., in): the rows of the first group, of the second, and so on.
         result: (rows, ..., out); where it is fresh and no gradient is recorded, it is written.
         a: (G, r, in) of `stacked`.
         b: (G, out, r) of `stacked`.
@@ -140,7 +140,7 @@ def by_groups(x: Tensor, result: Tensor, a: Tensor, b: Tensor, scales: Tensor, f
 def by_runs(
     x: Tensor, result: Tensor, terms: Mapping[str, Term], runs: Sequence[Run], fresh: bool = True
 ) -> Tensor:
-    """``result`` plus each run's own update.
+    """``result`` plus the update of each run's adapter.
 
     Args:
         x: (rows, ..., in).
@@ -168,12 +168,12 @@ def by_runs(
 def laid_together(
     x: Tensor, result: Tensor, way: Callable[..., Tensor], order: Tensor, fresh: bool = True
 ) -> Tensor:
-    """Another way on some rows, in their order.
+    """Apply one of the other functions to some rows, in a given order.
 
     Args:
         x: (rows, ..., in).
         result: (rows, ..., out); where it is fresh and no gradient is recorded, it is written.
-        way: Called with these rows of both, and ``fresh``.
+        function: Called with these rows of both, and ``fresh``.
         order: The rows, each once.
         fresh: Whether nobody else holds the result.
 
@@ -205,14 +205,14 @@ def by_slots(x: Tensor, result: Tensor, slots: Sequence[tuple[Tensor, Tensor, An
 
 
 def along_rows(mine: Tensor, like: Tensor) -> Tensor:
-    """One value for each row, shaped so that it chooses among the rows of a tensor (rows, ...)."""
+    """One value for each row, shaped to broadcast with a tensor (rows, ...)."""
     return mine.view(-1, *(1,) * (like.dim() - 1))
 
 
 def own_rows(x: Tensor, mine: Tensor) -> Tensor:
-    """``x`` without the values of other rows, where gradients are sums over all rows.
+    """``x`` without the values of other rows: the gradients of the factors are sums over all rows.
 
-    Zeros stand for them; beside indices, which are looked up, the first of the own rows.
+    They are replaced by zeros, or, if x contains indices, by the first of the own rows.
     """
     if not torch.is_grad_enabled():
         return x

@@ -1,4 +1,4 @@
-"""Combining task tensors entry by entry: trim, elect a sign, merge what agrees.
+"""Combining task tensors entry by entry: trim, elect a sign, and merge the entries that agree.
 
 Tensors of one shape, one for each task; everything is computed in their own type.
 """
@@ -30,7 +30,7 @@ def combine(
     density: float,
     majority_sign_method: str = "total",
 ) -> Tensor:
-    """One tensor of several, as ties, dare_linear, dare_ties or magnitude_prune define it.
+    """Combine several tensors into one by ties, dare_linear, dare_ties or magnitude_prune.
 
     Each tensor keeps a share ``density`` of its entries: the largest, or random ones scaled by
     ``1 / density``. Without a vote the result is ``Σ wᵢ tᵢ``; with one it is, entry by entry, the mean of
@@ -65,7 +65,7 @@ def combine(
 
 
 def refused(method: str, density: object, majority_sign_method: str) -> list[str]:
-    """Sentences on what of a request cannot be done."""
+    """Reasons for which a request cannot be fulfilled, as sentences."""
     found = []
     if method not in METHODS:
         found.append(f"{method!r} is none of {', '.join(METHODS)}")

@@ -1,9 +1,9 @@
 """Lengths of the rows of a weight and of its low-rank update, without the dense update.
 
-For each row, ``‖w + s·(BA)‖² = ‖w‖² + 2s⟨w, (BA)⟩ + s²‖(BA)‖²``, where the two last terms need no more than
-``W Aᵀ`` and the Gram matrix ``A Aᵀ``: both are as thin as the factors.
+For each row, ``‖w + s·(BA)‖² = ‖w‖² + 2s⟨w, (BA)⟩ + s²‖(BA)‖²``, where the last two terms only need ``W Aᵀ``
+and the Gram matrix ``A Aᵀ``, which are as thin as the factors.
 
-Source: the identity is that of a squared sum; its use for DoRA is Veneer's.
+Source: expansion of the square; its use for DoRA is Veneer's own.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch.nn import functional as F
 
 from veneer.ops.dropout import wants_plain_torch
 
-#: The share of ‖w‖² below which the sum has lost too many digits, by whether it is formed in the weight's own
-#: type: a product with a 16-bit weight comes out rounded to 16 bits.
+#: The share of ‖w‖² below which the sum has lost too many digits, by whether it is computed in the weight's
+#: own type: a product with a 16-bit weight is rounded to 16 bits.
 _CANCELLED = {True: 1e-3, False: 0.25}
 
 
@@ -35,14 +35,14 @@ def squared_row_norms(weight: Tensor) -> Tensor:
 def updated_row_norms(squared: Tensor, weight: Tensor, B: Tensor, A: Tensor, scaling: float) -> Tensor:
     """``‖W + s·BA‖`` of every row.
 
-    A row that the update nearly cancels is a small difference of large terms, so it is computed as it stands.
-    Not so under a compiler, a transform or a CUDA graph, which cannot look at values: there it has the
-    precision of the terms.
+    For a row that the update nearly cancels, this formula is a small difference of large terms, so its norm
+    is computed directly. A compiler, a transform or a CUDA graph cannot look at values: there the result has
+    the precision of the terms.
 
     Args:
         squared: (out,), from `squared_row_norms`.
-        weight: (out, in), of any floating type. A is brought to its type for the one product with it; the
-            rest is float32 (float64 where W is).
+        weight: (out, in), of any floating type. A is cast to its type for their product; everything else is
+            float32 (float64 if W is).
         B: (out, r).
         A: (r, in).
         scaling: s.
@@ -66,10 +66,10 @@ def updated_row_norms(squared: Tensor, weight: Tensor, B: Tensor, A: Tensor, sca
 
 
 class State:
-    """What tells whether a tensor still holds what it held: its memory, place in it, and version.
+    """Tells whether a tensor has changed: its memory, its position there, and its version.
 
-    Another tensor in the same memory is told apart, however that memory came to be used again. Writing
-    through ``tensor.data`` in place goes unnoticed by torch, and so by this.
+    A different tensor that reuses the same memory is recognised. Writing in place through ``tensor.data`` is
+    not noticed by torch, and so not here.
     """
 
     def __init__(self, tensor: Tensor) -> None:
@@ -78,7 +78,7 @@ class State:
 
     @staticmethod
     def of(*tensors: Tensor | None) -> tuple[State, ...] | None:
-        """The states of tensors, those that are None left out; None where one cannot be told."""
+        """The states of tensors, without those that are None; None if a state cannot be determined."""
         held = [tensor for tensor in tensors if tensor is not None]
         if any(t.is_meta or t.is_inference() or type(t) not in _PLAIN for t in held):
             return None

@@ -1,4 +1,4 @@
-"""How many bytes a tensor takes, also one that stores codes beside their scales."""
+"""How many bytes a tensor takes, including quantised ones."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import Tensor
 def stored_bytes(tensor: Tensor) -> int:
     """Bytes of a tensor as it is stored.
 
-    A tensor that is made of others counts as these; one with the state of a block-wise quantisation, or with
-    the scales of a row-wise one, counts with it.
+    A tensor that consists of others counts as their sum. The state of block-wise quantisation and the scales
+    of row-wise quantisation are included.
     """
     if hasattr(tensor, "__tensor_flatten__"):
         return sum(stored_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])

@@ -1,4 +1,4 @@
-"""Singular value decompositions: by random projections, and of rows that come in batches."""
+"""Singular value decompositions by random projection, and of rows that come in batches."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-#: Batches with a smaller side of more than this many times the components are reduced by random projection.
+#: Batches whose smaller side exceeds this many times the number of components are reduced by random
+#: projection.
 _EXACT_UP_TO = 8
 
 
@@ -17,8 +18,8 @@ def randomised_svd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The ``rank`` largest singular values and their vectors, from a random projection.
 
-    The range of ``(M Mᵀ)^q M Ω`` is made orthonormal after every product, with Ω (in, l) normal and
-    ``l = 2·rank``, at least 8 more than the rank; where l reaches a side of the matrix the result is exact.
+    The range of ``(M Mᵀ)^q M Ω`` is orthonormalised after every product, with Ω (in, l) normal and
+    ``l = 2·rank``, but at least ``rank + 8``. If l reaches a side of the matrix, the result is exact.
 
     Args:
         matrix: M (out, in).
@@ -43,7 +44,7 @@ def randomised_svd(
 
 @dataclass(frozen=True)
 class Components:
-    """The principal components of rows seen so far: all that the next batch needs.
+    """The principal components of the rows seen so far.
 
     Attributes:
         count: Number of rows seen.
@@ -67,14 +68,14 @@ class Components:
 
 @torch.no_grad()
 def update_components(before: Components | None, rows: Tensor, k: int) -> Components:
-    """The ``k`` principal components of all rows so far, from those of the rows before and a new batch.
+    """Update ``k`` principal components with a new batch of rows.
 
-    The centred matrix of everything has, up to what was cut off before, the singular values and right
-    vectors of ``[diag(values) vectors; rows − mean(rows); √(n m / (n + m)) (mean before − mean(rows))]``.
-    Memory is that of the batch and of k vectors, whatever the number of rows.
+    The centred matrix of all rows has, up to earlier truncation, the singular values and right vectors of
+    ``[diag(values) vectors; rows − mean(rows); √(n m / (n + m)) (mean before − mean(rows))]``. Memory is that
+    of the batch and of k vectors, whatever the number of rows.
 
     Args:
-        before: Of the rows before, None for the first batch.
+        before: The components of the previous rows; None for the first batch.
         rows: (m, d), at least k of them in the first batch.
         k: Number of components.
 

@@ -1,8 +1,8 @@
 """Kernels for the fused linear step on a GPU, in Triton's language. Only `veneer.ops.triton_lora` calls them.
 
-Whether an element of X is kept is a pure function of a seed and of its place: a Philox generator gives four
-32-bit words for the counter (column // 4, row), and the element is dropped where its word lies below
-``p * 2**32``. Each kernel makes the words that it needs, so no mask, no positions and no second X exist.
+Whether an element of X is kept is a pure function of a seed and the element's position: a Philox generator
+gives four 32-bit words for the counter (column // 4, row), and the element is dropped if its word is below
+``p * 2**32``. Each kernel computes the words that it needs, so no mask, positions or second X are stored.
 
 Offsets of rows and columns are 64-bit, so that tensors may have more than 2**31 elements. All sums are
 float32. Ranks are padded to a block of at least 16, which is what the matrix units take.
@@ -35,10 +35,10 @@ def product(
 ):  # fmt: skip
     """``out = keep * (left right) + x y + bias + scaling branch_bias``, one block of out a program.
 
-    ``left: (M, R)``, ``right: (R, N)``, ``x: (M, K)``, ``y: (K, N)``, ``out: (M, N)``; keep where there is a
-    seed. The accumulator starts from the low-rank product, so that it costs no pass over out.
+    ``left: (M, R)``, ``right: (R, N)``, ``x: (M, K)``, ``y: (K, N)``, ``out: (M, N)``; keep only if there is
+    a seed. The accumulator starts with the low-rank product, so it needs no pass over out.
     """
-    # Blocks that share rows of x or columns of y run close together, for the sake of the cache.
+    # Blocks that share rows of x or columns of y run close together, which helps the cache.
     down, across = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     program = tl.program_id(0)
     group = program // (GROUP * across)
@@ -65,7 +65,7 @@ def product(
     if seed is not None:
         sums = tl.where(kept(seed, threshold, m, block_n * BLOCK_N, BLOCK_N), sums, 0.0)
 
-    # Rows and columns outside are read again from inside: their sums are never stored.
+    # Rows and columns outside wrap around to valid ones; their sums are never stored.
     k = tl.arange(0, BLOCK_K)
     at_x = x + (rows % M)[:, None] * x_row + k[None, :] * x_column
     at_y = y + k[:, None] * y_row + (columns % N)[None, :] * y_column
@@ -125,8 +125,8 @@ def correlation(
 ):  # fmt: skip
     """``out[i] = gᵀ (keep * x)`` over the i-th `rows_each` rows: ``g: (M, R)``, ``x: (M, N)``.
 
-    ``out: (parts, R, N)``. Rows are shared out among programs, since R x N alone has too few blocks to fill a
-    GPU. The caller adds the parts up, which always gives the same sum; atomic additions would not.
+    ``out: (parts, R, N)``. The rows are divided among programs, since R x N has too few blocks to fill a GPU.
+    The caller adds up the parts, which always gives the same sum; atomic additions would not.
     """
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -154,7 +154,7 @@ def correlation(
 
 @triton.jit(do_not_specialize=["threshold"])
 def mask(out, seed, threshold, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Write which elements are kept, as bytes: ``out: (M, N)``."""
+    """Write as bytes which elements are kept: ``out: (M, N)``."""
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     keep = kept(seed, threshold, m, tl.program_id(1) * BLOCK_N, BLOCK_N)

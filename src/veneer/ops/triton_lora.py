@@ -1,18 +1,17 @@
 """The fused linear step on a GPU: `lora_linear` by the kernels of `veneer.ops.triton_kernels`.
 
-The formulae are those of `veneer.ops.lora_linear`, and two products of full size are all that reads or writes
-anything of full size more than once::
+The formulae are those of `veneer.ops.lora_linear`. Only the two products of full size read or write tensors
+of full size more than once::
 
     h = s drop(X) Aᵀ      y = h Bᵀ + X Wᵀ + b + s b_B          h Bᵀ is where the sum of a block of y begins
     g = s G B             dX = keep * (g A) + G W               likewise
     dA = gᵀ drop(X)       dB = (hᵀ G)ᵀ
 
-Dropout keeps one 64-bit seed, drawn by torch's generator of the device and read by the kernels there, without
-waiting for the device.
+For dropout, one 64-bit seed is drawn from torch's generator of the device and read by the kernels, without
+synchronising with the device.
 
-This has been run in Triton's interpreter and through its compiler, and not on a GPU yet: `disagreement` is
-what a device is asked before it is trusted. Importing this imports Triton; `veneer.ops.gpu` does so where it
-is wanted.
+This has been run in Triton's interpreter and through its compiler, but not on a GPU yet: `disagreement` tests
+a device before it is used. Importing this module imports Triton; only `veneer.ops.gpu` does so.
 
 Source: LoRA, arXiv:2106.09685, equation 3; Philox: Salmon et al., "Parallel random numbers: as easy as 1, 2,
 3", SC 2011.
@@ -32,15 +31,15 @@ from torch import Tensor
 from veneer.ops import triton_kernels as kernels
 from veneer.ops.lora_gradients import Needs, Saved, differentiable_gradients
 
-#: Shared memory of one block, in bytes, from which the larger of two tilings fits.
+#: Shared memory per block, in bytes, that the larger of two tilings needs.
 ROOMY = 160_000
-#: A share of rows for one program of `correlation`, and how many shares there are at most.
+#: Rows for one program of `correlation`, and the largest number of programs.
 ROWS_EACH, SHARES = 512, 8
 
 
 @dataclass(frozen=True)
 class Tiling:
-    """Sizes of the blocks of the two large products, and how they are run."""
+    """Block sizes and launch options of the two large products."""
 
     BLOCK_M: int
     BLOCK_N: int
@@ -56,7 +55,7 @@ SMALL = Tiling(128, 128, 32, num_warps=4, num_stages=4)
 
 @functools.cache
 def tiling(device: torch.device) -> Tiling:
-    """The larger tiling where the shared memory of a block can hold it."""
+    """The larger tiling if it fits the shared memory of a block."""
     if device.type == "cuda":
         found = torch.cuda.get_device_properties(device)
         if getattr(found, "shared_memory_per_block_optin", 0) >= ROOMY:
@@ -66,18 +65,18 @@ def tiling(device: torch.device) -> Tiling:
 
 @dataclass(frozen=True)
 class Dropout:
-    """What decides which elements of an input are dropped: a seed on the device, and ``p * 2**32``."""
+    """Decides which elements of an input are dropped: a seed on the device, and ``p * 2**32``."""
 
     seed: Tensor | None
     threshold: int
 
     @classmethod
     def of(cls, seed: Tensor | None, p: float) -> Dropout:
-        """Dropout with probability p, to within 2**-32; none where there is no seed."""
+        """Dropout with probability p, to within 2**-32; none without a seed."""
         return cls(seed, min(round(p * 2**32), 2**32 - 1))
 
     def mask(self, rows: int, width: int) -> Tensor:
-        """``(rows, width)``, True where an input of that shape is kept."""
+        """``(rows, width)``, True where elements are kept."""
         assert self.seed is not None
         out = torch.empty(rows, width, dtype=torch.bool, device=self.seed.device)
         grid = (triton.cdiv(rows, 64), triton.cdiv(width, 64))
@@ -96,7 +95,7 @@ def product(
     branch_bias: Tensor | None = None,
     scaling: float = 1.0,
 ) -> Tensor:
-    """``out = keep * (left right) + x y + bias + scaling branch_bias``, keep where there is dropout.
+    """``out = keep * (left right) + x y + bias + scaling branch_bias``, keep only with dropout.
 
     ``x: (M, K)``, ``y: (K, N)``, ``left: (M, R)`` contiguous, ``right: (R, N)``, ``out: (M, N)`` contiguous.
     """
@@ -144,7 +143,7 @@ def _block(rank: int) -> int:
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], *given: Any, **options: Any) -> None:
-    """Run a kernel on the device of its first tensor; nothing, where there is nothing to compute."""
+    """Run a kernel on the device of its first tensor, unless there is nothing to compute."""
     if math.prod(grid):
         with torch.cuda.device(given[0].device if given[0].is_cuda else -1):
             kernel[grid](*given, **options)
@@ -179,7 +178,7 @@ class TritonLora(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of what requires them; a graph of plain torch with ``create_graph=True``."""
+        """The gradients that are needed; with ``create_graph=True`` as a graph of plain torch."""
         with torch.autocast(grad.device.type, enabled=False):  # as in forward, wherever backward is called
             return TritonLora._gradients(ctx, _flat(grad))
 
@@ -217,16 +216,16 @@ class TritonLora(torch.autograd.Function):
 
 @torch.no_grad()
 def disagreement(device: torch.device, dtype: torch.dtype) -> str | None:
-    """What the kernels get wrong on a device, or None: a small step, values and gradients, beside float64.
+    """What the kernels get wrong on a device, or None.
 
-    The global generators are left as they are. It waits for the device.
+    A small step, values and gradients, is compared with float64. The global generators are not changed. Synchronises with the device.
     """
     numbers = torch.Generator("cpu").manual_seed(0)
 
     def normal(*size: int) -> Tensor:
         return torch.randn(*size, generator=numbers, device="cpu").to(device, dtype)
 
-    rows, inside, out, r, p = 208, 272, 304, 16, 0.25  # several blocks, none of them whole; multiples of 16
+    rows, inside, out, r, p = 208, 272, 304, 16, 0.25  # several blocks, none of them full; multiples of 16
     x, W, A, B, bias, G = (
         normal(*size) for size in ((rows, inside), (out, inside), (r, inside), (out, r), (out,), (rows, out))
     )
