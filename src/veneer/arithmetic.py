@@ -116,7 +116,7 @@ def combine(
     """
     adapters = [adapters] if isinstance(adapters, str) else list(adapters)
     names = as_names(adapters)
-    numbers = [_number(w) for w in _listed(weights)]
+    numbers = [_number(w) for w in _as_list(weights)]
     problems = _problems(layers, adapters, numbers, weights, combination_type, svd_rank)
     problems += _pruning_problems(layers, names, combination_type, density, majority_sign_method)
     if problems:
@@ -157,7 +157,7 @@ def with_equal_biases(results: Sequence[Combined]) -> list[Combined]:
     return filled
 
 
-def _listed(weights: object) -> list[object]:
+def _as_list(weights: object) -> list[object]:
     """The weights one by one; a lone number stands for itself."""
     if isinstance(weights, Iterable) and not isinstance(weights, str) and getattr(weights, "ndim", 1) > 0:
         return list(weights)

@@ -106,7 +106,7 @@ def _write_or_remove(words: list[str]) -> int:
     return 0
 
 
-def _not_there(words: list[str]) -> str | None:
+def _why_not_runnable(words: list[str]) -> str | None:
     """Why the script or module cannot be run, or None."""
     if words[0] != "-m":
         return None if os.path.exists(words[0]) else f"there is no script {words[0]!r}"
@@ -121,7 +121,7 @@ def _run(words: list[str]) -> int:
     """Run a script or a module as the main program, Veneer in the place of peft."""
     register_as_peft()
     # Looking a module up imports its package.
-    if missing := _not_there(words):
+    if missing := _why_not_runnable(words):
         return _failed(missing)
     # Child processes obey this where `install` has been run.
     os.environ[ENVIRONMENT] = "1"

@@ -14,7 +14,7 @@ def dequantise(model: nn.Module, back: Rollback, dtype: torch.dtype | None = Non
 
     Args:
         model: The model, adapted or not; changed in place.
-        back: Is given what puts the quantised modules back.
+        back: Restores the quantised modules after a failure.
         dtype: Type of the dense weights; None takes that of the model's configuration, or else the one that
             was quantised.
 
@@ -22,8 +22,8 @@ def dequantise(model: nn.Module, back: Rollback, dtype: torch.dtype | None = Non
         MergeError: If one cannot be read. Nothing has changed then.
     """
     if dtype is None:
-        given = getattr(getattr(model, "config", None), "dtype", None)
-        dtype = given if isinstance(given, torch.dtype) else None
+        dtype = getattr(getattr(model, "config", None), "dtype", None)
+        dtype = dtype if isinstance(dtype, torch.dtype) else None
     twins: dict[int, nn.Module] = {}
     places: list[tuple[nn.Module, str, nn.Module]] = []
     for parent in list(model.modules()):

@@ -69,7 +69,7 @@ def hotswap_adapter_from_state_dict(
         LoadMismatchError: Names or shapes do not fit.
         AdapterFileError: A tensor contains NaN or infinity, or is not of a floating-point type.
     """
-    layers = _holding(model, [adapter_name])
+    layers = _swappable_layers(model, [adapter_name])
     old = {key.removeprefix(PREFIX): value for key, value in _parameters(layers, adapter_name).items()}
     new = {key.removeprefix(PREFIX): value for key, value in state_dict.items()}
     wrong = [f"the model has no {key}" for key in sorted(new.keys() - old.keys())]
@@ -112,7 +112,7 @@ def hotswap_adapter_from_state_dict(
     _restate(model, adapter_name, layers)
 
 
-def _holding(model: nn.Module, names: Iterable[str] | None) -> dict[str, LoraLayer]:
+def _swappable_layers(model: nn.Module, names: Iterable[str] | None) -> dict[str, LoraLayer]:
     """The layers that have one of the adapters (None: any); a merged one is refused."""
     layers = {
         path: layer
@@ -186,7 +186,7 @@ def hotswap_adapter(
         raise AdapterNameError(f"this model has no adapter {adapter_name!r} to swap; it has: {have}")
     check_hotswap_configs_compatible(model.peft_config[adapter_name], config)
     weights = file.tensors(device=torch_device or "cpu")
-    parameters = _parameters(_holding(model, [adapter_name]), adapter_name)
+    parameters = _parameters(_swappable_layers(model, [adapter_name]), adapter_name)
     names = {to_disk(name, adapter_name): name for name in parameters}
     named = {names.get(key, key): value for key, value in weights.items()}
     hotswap_adapter_from_state_dict(model, named, adapter_name, config)
@@ -217,7 +217,7 @@ def prepare_model_for_compiled_hotswap(
         MergeError: An adapter is merged.
     """
     _check_compiled(model, check_compiled)
-    layers = _holding(model, None)
+    layers = _swappable_layers(model, None)
     specs = {path: list(layer.specs.values()) for path, layer in layers.items()}
     larger = {
         f"{path} ({s.adapter!r}: {s.r})"

@@ -76,10 +76,12 @@ def find_adapters(directory: str | os.PathLike[str]) -> list[AdapterEntry]:
         what = "is a file, not a directory" if root.exists() else "does not exist"
         raise AdapterFileError(f"{root} {what}")
     headers: HeaderMemo = {}
-    return sorted((_entry(place, root, headers) for place in _places(root)), key=lambda entry: entry.path)
+    return sorted(
+        (_entry(place, root, headers) for place in _adapter_directories(root)), key=lambda entry: entry.path
+    )
 
 
-def _places(root: Path) -> Iterator[Path]:
+def _adapter_directories(root: Path) -> Iterator[Path]:
     """Directories that hold an adapter, or half of one."""
     seen: set[tuple[int, int]] = set()
     for folder, inside, files in os.walk(root, followlinks=True):
@@ -98,11 +100,11 @@ def _entry(place: Path, root: Path, headers: HeaderMemo) -> AdapterEntry:
     problems: list[str] = []
     config = functools.partial(find_config, place)
     shapes: Shapes | None = None
-    with _noting(problems):
+    with _collecting(problems):
         found |= _of_file(locate_tensors(place))
-        (metadata, shapes), beside = together(place, functools.partial(_opened, headers=headers))
+        (metadata, shapes), beside = together(place, functools.partial(_metadata_and_shapes, headers=headers))
         config = functools.partial(belonging_config, place, metadata, beside)
-    with _noting(problems):
+    with _collecting(problems):
         belonging = config()
         if belonging.cut_short:
             problems.append("a save was cut short; Veneer reads its new state, other libraries a mixture")
@@ -116,7 +118,7 @@ def _entry(place: Path, root: Path, headers: HeaderMemo) -> AdapterEntry:
 
 
 @contextlib.contextmanager
-def _noting(problems: list[str]) -> Iterator[None]:
+def _collecting(problems: list[str]) -> Iterator[None]:
     try:
         yield
     except (VeneerError, OSError) as error:
@@ -152,7 +154,7 @@ def _of_file(path: Path) -> dict[str, Any]:
     return {"bytes": status.st_size, "modified": when}
 
 
-def _opened(path: Path, headers: HeaderMemo) -> tuple[dict[str, str], Shapes | None]:
+def _metadata_and_shapes(path: Path, headers: HeaderMemo) -> tuple[dict[str, str], Shapes | None]:
     """The metadata and the shapes of tensors; a pickle has no header that says its shapes."""
     if path.name == BIN_NAME:
         return bin_metadata(path), None

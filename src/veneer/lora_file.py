@@ -39,13 +39,13 @@ def open_lora(adapter: str | os.PathLike[str] | OpenLora) -> OpenLora:
     if isinstance(adapter, OpenLora):
         return adapter
     file = open_adapter(adapter)
-    with blaming(adapter):
+    with blame_file(adapter):
         config = PeftConfig.from_belonging(file.belonging_config())
         variant_name(config)
     factors = factor_names(file)[0]
     # What is adapted inside a wrapper takes the wrapper's rank and strength.
     outer = {path: _WRAPPED.split(path, maxsplit=1)[0] for path in factors}
-    with blaming(adapter):
+    with blame_file(adapter):
         resolved = resolve_all(config, "default", dict.fromkeys(outer.values(), ""))
     specs, wrong = {path: resolved[outer[path]] for path in factors}, []
     for path, roles in factors.items():
@@ -85,7 +85,7 @@ def factor_names(file: AdapterFile) -> tuple[dict[str, dict[str, str]], list[str
 
 
 @contextlib.contextmanager
-def blaming(adapter: str | os.PathLike[str]) -> Iterator[None]:
+def blame_file(adapter: str | os.PathLike[str]) -> Iterator[None]:
     """What is wrong in an adapter's configuration is an error of that file, not of the caller's options."""
     try:
         yield

@@ -38,7 +38,7 @@ from veneer.merge import Mergeable, Undoing, merge_all, merge_updates, unmerge_a
 from veneer.merge_report import MergeReport, mention_lost
 from veneer.rollback import Rollback
 from veneer.routing import BASE
-from veneer.sharded import settle
+from veneer.sharded import reshard
 from veneer.spec import resolve, restate
 from veneer.wording import listed, warn
 
@@ -417,7 +417,7 @@ class LoraModel(nn.Module):
         names = self.active_adapters if adapter_names is None else as_names(adapter_names)
         self.index.check(names, known=self.peft_config)
         self.mention_unmeasured(names)
-        settle(self)
+        reshard(self)
         layers = self.mergeable()
         kept = merge_all(
             self.model,
@@ -441,7 +441,7 @@ class LoraModel(nn.Module):
         Raises:
             MergeError: Naming every layer whose weight cannot be had back. Nothing has changed then.
         """
-        settle(self)
+        reshard(self)
         unmerge_all(self.mergeable())
 
     def merge_and_unload(

@@ -82,8 +82,8 @@ class Mergeable(AdapterModule):
 
     @property
     def merged_adapters(self) -> list[str]:
-        held = self.held_adapters
-        return [name for name in self._owner._merged if name in held]
+        present = self.held_adapters
+        return [name for name in self._owner._merged if name in present]
 
     @property
     def merged(self) -> bool:
@@ -158,9 +158,9 @@ def merge(
 
 
 def updates_of(layer: Mergeable, names: Sequence[str]) -> dict[str, Update | Rows]:
-    """What merging those of the adapters would write that are held by the module and not merged yet."""
-    held = layer.held_adapters
-    return {n: layer.update_of(n) for n in names if n in held and n not in layer._merged}
+    """What merging would write, for those of the adapters that the module has and that are not merged yet."""
+    present = layer.held_adapters
+    return {n: layer.update_of(n) for n in names if n in present and n not in layer._merged}
 
 
 def refuses_merge(layer: Mergeable, names: Sequence[str]) -> list[str]:

@@ -52,13 +52,13 @@ class MergeReport:
                 f"merged {len(self.kept)} modules; {len(lost)} of them hold NaN or infinity now, for example "
                 f"{lost[0]}"
             )
-        said = (
+        text = (
             f"merged {len(self.kept)} modules; {self.mean:.1%} of the update kept (least: {self.worst:.1%})"
         )
         if not self.requantised:
-            return said
+            return text
         error = sum(self.error[path] for path in self.requantised) / len(self.requantised)
-        return f"{said}; {len(self.requantised)} quantised again, with an error of {error:.1%} of the update"
+        return f"{text}; {len(self.requantised)} quantised again, with an error of {error:.1%} of the update"
 
 
 def mention_lost(report: MergeReport) -> None:

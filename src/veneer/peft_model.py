@@ -658,12 +658,12 @@ def _expansion(model: nn.Module, kwargs: Mapping[str, Any]) -> int:
     """How many rows `generate` makes of one: beams, or samples."""
     configs = (kwargs.get("generation_config"), getattr(model, "generation_config", None))
 
-    def asked(name: str) -> int:
+    def option(name: str) -> int:
         if kwargs.get(name) is not None:
             return int(kwargs[name])
         return next((int(value) for c in configs if (value := getattr(c, name, None)) is not None), 1)
 
-    return max(asked("num_beams"), asked("num_return_sequences"))
+    return max(option("num_beams"), option("num_return_sequences"))
 
 
 def name_of(model: nn.Module) -> str | None:

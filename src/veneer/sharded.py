@@ -103,7 +103,7 @@ def whole_by_unit(model: nn.Module, writeback: bool = False) -> Iterator[set[int
             yield own | whole_storages(model)
 
 
-def settle(model: nn.Module) -> None:
+def reshard(model: nn.Module) -> None:
     """Have FSDP2 take back the whole tensors that it left after a forward.
 
     They are copies: what is written into them is lost, and they are gone once something asks for the pieces.

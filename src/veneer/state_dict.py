@@ -67,10 +67,10 @@ def slots(model: nn.Module, adapter: str) -> Iterator[Slot]:
 
 
 def _container_tensors(layer: LoraLayer, container: str, adapter: str) -> Iterator[tuple[str, Tensor]]:
-    held = getattr(layer, container)
-    if adapter not in held:
+    parts = getattr(layer, container)
+    if adapter not in parts:
         return
-    value = held[adapter]
+    value = parts[adapter]
     if isinstance(value, Tensor):
         yield f"{container}.{adapter}", value
     else:
@@ -117,7 +117,7 @@ def adapter_state_dict(
         LoadMismatchError: If ``state_dict`` lacks a tensor of the adapter.
         CheckpointError: FSDP1 keeps the adapter in pieces, and wraps the model from outside.
     """
-    sharded.settle(model)
+    sharded.reshard(model)
     wanted = wanted_slots(model, adapter, save_embedding_layers)
     root, prefix = _root(model)
     merged = _before_merging(root, prefix, wanted)
@@ -127,7 +127,7 @@ def adapter_state_dict(
         values = {disk: elsewhere.get(id(slot.tensor), slot.tensor) for disk, slot in wanted.items()}
         values |= put_together
         return _on_disk({disk: merged.get(disk, value).detach() for disk, value in values.items()}, gather)
-    given = {without_wrappers(name): tensor for name, tensor in state_dict.items()}
+    renamed = {without_wrappers(name): tensor for name, tensor in state_dict.items()}
     # A state dict of the wrapped model may lack the face's prefix, or already be an adapter's own.
     result, absent = {}, []
     for disk, slot in wanted.items():
@@ -135,8 +135,8 @@ def adapter_state_dict(
             result[disk] = merged[disk].detach()
             continue
         for name in (slot.memory, slot.memory.removeprefix(PREFIX), f"{PREFIX}{slot.memory}", disk):
-            if name in given:
-                result[disk] = given[name].detach()
+            if name in renamed:
+                result[disk] = renamed[name].detach()
                 break
         else:
             if isinstance(slot.tensor, nn.Parameter) or slot.tensor.is_meta or sharded.in_pieces(slot.tensor):
@@ -159,7 +159,7 @@ def saved_together(
     """Whether saving adapters takes all ranks: to gather pieces from the model, or from its state dict."""
     if state_dict is not None:
         return sharded.takes_all_ranks(model, state_dict.values(), given=True)
-    sharded.settle(model)
+    sharded.reshard(model)
     found = (wanted_slots(model, name) for name in adapters)
     tensors = [slot.tensor for slots in found for slot in slots.values()]
     return sharded.takes_all_ranks(model, tensors, given=False)
@@ -316,7 +316,7 @@ def set_adapter_state_dict(
         LoadMismatchError: If no tensor fits, or shapes differ. Nothing has been written then.
         CheckpointError: FSDP1 keeps the adapter in pieces, and wraps the model from outside.
     """
-    sharded.settle(model)
+    sharded.reshard(model)
     own = {slot.disk for slot in slots(model, adapter)}
     if not own:
         raise AdapterNameError(f"no module of the model holds the adapter {adapter!r}")

@@ -102,7 +102,7 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
 
 
 def _layer_status(path: str, module: AdapterModule) -> TunerLayerStatus:
-    held = {name: list(module.adapter_parameters(name)) for name in module.held_adapters}
+    parameters = {name: list(module.adapter_parameters(name)) for name in module.held_adapters}
     storage = module.backend.quantization if isinstance(module, LoraLayer) else None
     return TunerLayerStatus(
         name=path,
@@ -110,9 +110,11 @@ def _layer_status(path: str, module: AdapterModule) -> TunerLayerStatus:
         enabled=not module.disable_adapters,
         active_adapters=module.active_adapters,
         merged_adapters=module.merged_adapters,
-        requires_grad={name: _agreed(p.requires_grad for p in own) for name, own in held.items() if own},
-        available_adapters=sorted(held),
-        devices={name: sorted({p.device.type for p in own}) for name, own in held.items()},
+        requires_grad={
+            name: _agreed(p.requires_grad for p in own) for name, own in parameters.items() if own
+        },
+        available_adapters=sorted(parameters),
+        devices={name: sorted({p.device.type for p in own}) for name, own in parameters.items()},
         quantization_backend=storage,
     )
 

@@ -18,7 +18,7 @@ from tests.interop.tiny import llama
 from tests.storages import eight_bits, four_bits, half_quadratic, torchao
 from tests.tolerances import assert_close
 from veneer import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
-from veneer.backends import find, quantised, settle
+from veneer.backends import find, prepare_backward, quantised
 
 X = torch.arange(12).reshape(2, 6)
 STORAGES: dict[str, Callable[[nn.Module], nn.Module]] = {
@@ -48,7 +48,7 @@ def base(storage: str) -> Any:
             if type(child) is nn.Linear:
                 setattr(parent, name, STORAGES[storage](child))
     model.is_loaded_in_4bit, model.is_loaded_in_8bit = "4" in storage, storage == "int8"
-    settle(model)  # the layout that both compute alike with
+    prepare_backward(model)  # the layout that both compute alike with
     return model.eval()
 
 

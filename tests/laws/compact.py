@@ -26,7 +26,7 @@ from veneer import (
     preprocess_loraga,
 )
 from veneer.adapters import AdapterSet
-from veneer.backends import find, settle
+from veneer.backends import find, prepare_backward
 from veneer.errors import ConfigError, MergeError, TargetError
 from veneer.testing import laws
 
@@ -62,7 +62,7 @@ class Trial:
         target = base if dense else self.made.store(base)
         model = Holder(target, self.choice.layer in product.ATTENTION).eval()
         if self.choice.storage != "dense" and not dense and hasattr(target, "weight"):
-            settle(target)
+            prepare_backward(target)
         return model
 
     def config(self) -> LoraConfig:

@@ -204,7 +204,7 @@ def test_nor_in_any_way_of_a_product(
         used.append(way)
         return layouts[together], way
 
-    monkeypatch.setattr(mixed_batch, "chosen", chosen)
+    monkeypatch.setattr(mixed_batch, "choose_layout", chosen)
     assert_apart(layer_with_three(made), several_rows(made))
     assert used
 

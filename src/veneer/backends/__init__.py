@@ -30,11 +30,11 @@ def quantised(module: nn.Module) -> Backend | None:
     return next((b for b in possible if b.quantization is not None and b.matches(module)), None)
 
 
-def settle(model: nn.Module) -> None:
+def prepare_backward(model: nn.Module) -> None:
     """Make all modules of a model ready to have gradients flow through them. No value changes."""
     for module in model.modules():
         if (backend := quantised(module)) is not None:
-            backend.settle(module)
+            backend.prepare_backward(module)
 
 
 __all__ = [
@@ -47,6 +47,6 @@ __all__ = [
     "holds_codes",
     "is_float8",
     "quantised",
-    "settle",
+    "prepare_backward",
     "stored_elsewhere",
 ]

@@ -20,16 +20,16 @@ _T = TypeVar("_T")
 _cached: dict[Any, dict[Any, Any]] = {}
 
 
-def _remembered(function: Callable[[Any], _T]) -> Callable[[Any], _T]:
+def _cached_by_type(function: Callable[[Any], _T]) -> Callable[[Any], _T]:
     """`function` of a type or a name, computed once until a backend is registered."""
 
-    def call(given: Any) -> _T:
+    def call(key: Any) -> _T:
         if torch.compiler.is_compiling():  # what a graph is made from is not written meanwhile
-            return function(given)
+            return function(key)
         known = _cached.setdefault(function, {})
-        if given not in known:
-            known[given] = function(given)
-        return known[given]  # type: ignore[no-any-return]
+        if key not in known:
+            known[key] = function(key)
+        return known[key]  # type: ignore[no-any-return]
 
     return call
 
@@ -118,7 +118,7 @@ class Backend(abc.ABC):
 
     def refuses_to_write(self, module: nn.Module, name: str) -> str | None:
         """Why the tensor of that name cannot be written, or None."""
-        return self.refuses_merge(module) if name == "weight" else computed_anew(module, name)
+        return self.refuses_merge(module) if name == "weight" else refuses_computed(module, name)
 
     def keep(self, module: nn.Module, name: str = "weight") -> dict[str, Tensor]:
         """The stored tensor of that name, to be put back bit for bit; a later `write` does not reach it.
@@ -137,7 +137,7 @@ class Backend(abc.ABC):
         """Parameters and attributes with which a copy of the module computes with what `keep` gave."""
         return dict(kept), {}
 
-    def settle(self, module: nn.Module) -> None:
+    def prepare_backward(self, module: nn.Module) -> None:
         """Make a module ready to have gradients flow through it. Its values stay."""
         return None
 
@@ -146,7 +146,7 @@ class Backend(abc.ABC):
         return module
 
 
-def computed_anew(module: nn.Module, name: str) -> str | None:
+def refuses_computed(module: nn.Module, name: str) -> str | None:
     """Why a tensor cannot be written that is computed for each call, or None."""
     if module._parameters.get(name) is not None:
         return None
@@ -174,7 +174,7 @@ def serving(kind: type) -> tuple[Backend, ...]:
     return _serving(kind)
 
 
-@_remembered
+@_cached_by_type
 def _serving(kind: type) -> tuple[Backend, ...]:
     return tuple(backend for backend in _backends if backend.serves(kind))
 
@@ -184,7 +184,7 @@ def type_names(cls: type) -> tuple[str, ...]:
     return _names_of(cls)
 
 
-@_remembered
+@_cached_by_type
 def _names_of(cls: type) -> tuple[str, ...]:
     return tuple(f"{base.__module__}.{base.__qualname__}" for base in cls.__mro__)
 
@@ -194,7 +194,7 @@ def geometry(cls: type) -> str | None:
     return next((_geometries[name] for name in type_names(cls) if name in _geometries), None)
 
 
-@_remembered
+@_cached_by_type
 def _fresh(name: str) -> bool:
     return any(name in backend.fresh_output for backend in _backends)
 

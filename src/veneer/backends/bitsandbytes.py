@@ -74,8 +74,8 @@ class FourBits(_Quantised):
 
     def dtype(self, module: nn.Module) -> torch.dtype:
         """``bnb_4bit_compute_dtype`` where it is set, else the type that was quantised."""
-        given = getattr(module, "compute_dtype", None)
-        return given if isinstance(given, torch.dtype) else self.like(module).dtype
+        dtype = getattr(module, "compute_dtype", None)
+        return dtype if isinstance(dtype, torch.dtype) else self.like(module).dtype
 
     def like(self, module: nn.Module, name: str = "weight") -> Tensor:
         state = _state(module)
@@ -129,7 +129,7 @@ class FourBits(_Quantised):
         weight: Any = kept["weight"]
         return {"weight": weight}, {"quant_state": weight.quant_state}
 
-    def settle(self, module: nn.Module) -> None:
+    def prepare_backward(self, module: nn.Module) -> None:
         """Keep the layout that gradients can pass through.
 
         In evaluation, on CPUs with bfloat16 instructions, bitsandbytes lays the weight out anew, rounds its

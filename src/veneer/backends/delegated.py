@@ -170,8 +170,8 @@ class HQQ(Delegated):
     geometry: ClassVar[Mapping[str, str]] = _linears("hqq.core.quantize.HQQLinear")
 
     def dtype(self, module: nn.Module) -> torch.dtype:
-        given = getattr(module, "compute_dtype", None)
-        return given if isinstance(given, torch.dtype) else torch.float16
+        dtype = getattr(module, "compute_dtype", None)
+        return dtype if isinstance(dtype, torch.dtype) else torch.float16
 
     def read(self, module: nn.Module, name: str = "weight") -> Tensor:
         """What it dequantises to."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from veneer.backends.base import Backend, computed_anew
+from veneer.backends.base import Backend, refuses_computed
 
 
 class Dense(Backend):
@@ -39,4 +39,4 @@ class Dense(Backend):
         return True
 
     def refuses_merge(self, module: nn.Module) -> str | None:
-        return computed_anew(module, "weight")
+        return refuses_computed(module, "weight")

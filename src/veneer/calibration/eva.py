@@ -58,7 +58,7 @@ class _Watch:
     gather: bool
     model_input: Any = None
     components: Components | None = None
-    settled: Tensor | None = None
+    converged: Tensor | None = None
     digest: bytes = b""
 
     def rows(self, args: tuple[Any, ...]) -> Tensor:
@@ -89,7 +89,7 @@ class _Watch:
             values = self.components.values
             # Directions without any variance are arbitrary, and turn for ever.
             nothing = values <= values[0] * torch.finfo(values.dtype).eps * max(rows.shape)
-            self.settled = ((turned >= self.tau) | nothing).cpu()
+            self.converged = ((turned >= self.tau) | nothing).cpu()
 
 
 @torch.no_grad()
@@ -152,7 +152,7 @@ def get_eva_state_dict(
     run = _Run(model, dataloader, config, forward_fn, prepare_model_inputs_fn)
     resting: AbstractContextManager[None] = disabled(model) if is_adapted else nullcontext()
     with resting, in_mode(model, False):
-        sharing = _sharing(run, watches)
+        sharing = _shared_inputs(run, watches)
         ranks = _measure(run, watches, sharing, show_progress_bar)
     result = {}
     for name in found:
@@ -208,7 +208,7 @@ class _Run:
         observe(hooks, lambda: self.forward_fn(self.model, inputs))
 
 
-def _sharing(run: _Run, watches: Mapping[str, _Watch]) -> dict[str, str]:
+def _shared_inputs(run: _Run, watches: Mapping[str, _Watch]) -> dict[str, str]:
     """For each layer the first one that is given the same input."""
     first = next(iter(run.dataloader), None)
     if first is None:
@@ -233,7 +233,7 @@ def _measure(
     waiting = dict(holders)
     for turn in range(_MOST_PASSES):
         for batch in run.dataloader:
-            waiting = {n: w for n, w in holders.items() if not _has_settled(n, w, sharing, ranks)}
+            waiting = {n: w for n, w in holders.items() if not _has_converged(n, w, sharing, ranks)}
             if not waiting:
                 return ranks
             run(batch, waiting.values(), lambda watch: watch.update)
@@ -247,7 +247,7 @@ def _measure(
         if say:
             done = len(holders) - len(waiting)
             logger.info("EVA: %d of %d inputs have settled after pass %d", done, len(holders), turn + 1)
-    if waiting := {n: w for n, w in holders.items() if not _has_settled(n, w, sharing, ranks)}:
+    if waiting := {n: w for n, w in holders.items() if not _has_converged(n, w, sharing, ranks)}:
         warn(
             f"the directions of {len(waiting)} of {len(holders)} inputs still turn after {_MOST_PASSES} "
             f"passes over the data (tau={next(iter(waiting.values())).tau}): {', '.join(list(waiting)[:3])}"
@@ -255,9 +255,9 @@ def _measure(
     return ranks
 
 
-def _has_settled(name: str, watch: _Watch, sharing: Mapping[str, str], ranks: Mapping[str, int]) -> bool:
+def _has_converged(name: str, watch: _Watch, sharing: Mapping[str, str], ranks: Mapping[str, int]) -> bool:
     needed = max(ranks[n] for n, at in sharing.items() if at == name)
-    return needed == 0 or (watch.settled is not None and bool(watch.settled[:needed].all()))
+    return needed == 0 or (watch.converged is not None and bool(watch.converged[:needed].all()))
 
 
 def _ranks(holders: Mapping[str, _Watch], sharing: Mapping[str, str], budget: int) -> dict[str, int]:
@@ -331,14 +331,14 @@ def initialize_lora_eva_weights(
             adapter_name, gather_distributed_inputs, show_progress_bar,
         )  # fmt: skip
     layers = {p: x for p, x in model.base_model.layers().items() if adapter_name in x.held_adapters}
-    given = {name.removeprefix(PREFIX): rows for name, rows in eva_state_dict.items()}
-    _check_directions(layers, given, adapter_name)
+    directions = {name.removeprefix(PREFIX): rows for name, rows in eva_state_dict.items()}
+    _check_directions(layers, directions, adapter_name)
     changes = {
         path: _start(layers[path], rows, adapter_name, config)
-        for path, rows in given.items()
+        for path, rows in directions.items()
         if rows.shape[0]
     }
-    _commit(model, layers, given, changes, adapter_name)
+    _commit(model, layers, directions, changes, adapter_name)
 
 
 def _check_directions(layers: Mapping[str, LoraLayer], given: Mapping[str, Tensor], adapter: str) -> None:
@@ -401,11 +401,11 @@ def _commit(
                 parameter.requires_grad_(trains)
         layer.adapters_changed()
     config = model.peft_config[adapter]
-    held = {path: x.specs[adapter] for path, x in layers.items() if adapter in x.held_adapters}
-    config.rank_pattern = {f"^{p}$": s.r for p, s in held.items() if s.r != config.r}
+    specs = {path: x.specs[adapter] for path, x in layers.items() if adapter in x.held_adapters}
+    config.rank_pattern = {f"^{p}$": s.r for p, s in specs.items() if s.r != config.r}
     config.alpha_pattern = {
-        f"^{p}$": s.lora_alpha for p, s in held.items() if s.lora_alpha != config.lora_alpha
+        f"^{p}$": s.lora_alpha for p, s in specs.items() if s.lora_alpha != config.lora_alpha
     }
-    others = set(sites(model.base_model.model)) - set(held)
-    config.target_modules = module_names.portable_targets(held, others)
+    others = set(sites(model.base_model.model)) - set(specs)
+    config.target_modules = module_names.portable_targets(specs, others)
     config.exclude_modules = config.layers_to_transform = config.layers_pattern = None

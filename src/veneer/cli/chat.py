@@ -65,7 +65,7 @@ def chat(
 ) -> int:
     """Talk to an adapted model; /base turns the adapter off, /adapter NAME switches, /help shows the rest."""
     loading = Loading(dtype, device, quantize, attn_implementation)
-    others = _named(more or [])
+    others = _paths_by_name(more or [])
     import torch
 
     from ..training import Chat, Terminal
@@ -85,7 +85,7 @@ def chat(
     return _talk(talk, alone)
 
 
-def _named(pairs: list[str]) -> dict[str, str]:
+def _paths_by_name(pairs: list[str]) -> dict[str, str]:
     """Paths by name."""
     found: dict[str, str] = {}
     for pair in pairs:

@@ -66,7 +66,7 @@ def export(
     find(target)
     place = adapter_place(adapter)
     if output is None:
-        output = _beside(place if Path(adapter).expanduser().exists() else Path(adapter).name, target)
+        output = _default_output(place if Path(adapter).expanduser().exists() else Path(adapter).name, target)
     base_model = _base(place, base) if base is not None or dora_to_plain else None
     with _progress(dora_to_plain) as tell:
         report = export_adapter(
@@ -87,7 +87,7 @@ def export(
         _show(report, targets.get(target).reader)  # type: ignore[union-attr]
 
 
-def _beside(adapter: Path | str, target: str) -> Path:
+def _default_output(adapter: Path | str, target: str) -> Path:
     """Where the files go when nobody says: beside the adapter, or here for one of the hub."""
     place = Path(adapter)
     place = place.resolve() if place.name in ("", "..") else place

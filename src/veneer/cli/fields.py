@@ -51,14 +51,14 @@ def _flag(part: dataclasses.Field[Any], kind: Any) -> inspect.Parameter:
     if plain is bool and not part.metadata["free"]:  # so that a flag can undo what a YAML file says
         names = [f"{name}/--no-{name[2:]}" for name in names]
     unset = plain is bool or part.default in (None, "")
-    told = typer.Option(
+    option = typer.Option(
         *names,
         help=part.metadata["help"] + ("" if unset else f" Default: {part.default}."),
         rich_help_panel=part.metadata["group"],
         show_default=False,
     )
     return inspect.Parameter(
-        part.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[plain | None, told]
+        part.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[plain | None, option]
     )
 
 

@@ -70,8 +70,8 @@ def _method_problem(name: str, value: object) -> list[Text]:
     if value is None or isinstance(value, PeftType):
         return []
     near = did_you_mean(value, [method.value for method in PeftType])
-    said = f" {check.show(value)} is no known adapter method{near}; Veneer implements LORA"
-    return [Text(Hint(name), said)]
+    message = f" {check.show(value)} is no known adapter method{near}; Veneer implements LORA"
+    return [Text(Hint(name), message)]
 
 
 _CHECKS: dict[str, check.Check] = {

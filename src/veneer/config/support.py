@@ -22,7 +22,7 @@ def init_options(config: LoraConfig) -> Any:
 
 def variants_of(config: LoraConfig) -> list[str]:
     """The variants of the update that a configuration asks for, by name; none for plain low-rank updates."""
-    asked = {
+    requested = {
         "dora": config.use_dora,
         "alora": bool(config.alora_invocation_tokens),
         "velora": config.velora_config is not None,
@@ -32,7 +32,9 @@ def variants_of(config: LoraConfig) -> list[str]:
         "kasa": config.kasa_config is not None,
         "monteclora": config.monteclora_config is not None,
     }
-    return [name for name, wanted in asked.items() if wanted] + ([config.variant] if config.variant else [])
+    return [name for name, wanted in requested.items() if wanted] + (
+        [config.variant] if config.variant else []
+    )
 
 
 _VARIANT_OPTIONS = {
@@ -60,10 +62,12 @@ def unsupported_options(
     Returns:
         Sentences for people; empty when all of it can be done.
     """
-    asked = variants_of(config)
+    requested = variants_of(config)
     if config.variant in ("plain", *_VARIANT_OPTIONS):
         way_out = _VARIANT_OPTIONS.get(config.variant, "no option at all")
-        return [f"variant={show(config.variant)} is asked for by {way_out}; variant names those of plug-ins"]
+        return [
+            f"variant={show(config.variant)} is selected by {way_out}; the option variant is for plug-ins"
+        ]
     if config.variant and config.variant not in variants:
         return [
             f"variant={show(config.variant)} belongs to a plug-in that is not here: install its package, or "
@@ -71,11 +75,11 @@ def unsupported_options(
         ]
     found = [
         f"{_VARIANT_OPTIONS[name]} asks for the variant {name!r}, which does not exist here yet"
-        for name in asked
+        for name in requested
         if name not in variants
     ]
-    if len(asked) > 1:
-        found.append(f"the variants {', '.join(asked)} cannot be combined: choose one")
+    if len(requested) > 1:
+        found.append(f"the variants {', '.join(requested)} cannot be combined: choose one")
     init = str(init_name(config.init_lora_weights)).split("_niter_")[0]
     if inits is not None and init not in ("True", "False") and init not in inits:
         found.append(f"init_lora_weights={config.init_lora_weights!r} does not exist here yet")

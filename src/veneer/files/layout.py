@@ -55,7 +55,7 @@ _File = TypeVar("_File")
 
 def saved_metadata(root: Path, text: str) -> dict[str, str]:
     """What the metadata of tensors say of the configuration `text` that is to be saved beside them."""
-    beside, saved = _beside(root), {SAVED_CONFIG: text}
+    beside, saved = _config_bytes(root), {SAVED_CONFIG: text}
     return saved if beside in (None, text.encode()) else {**saved, REPLACED_CONFIG: _digest(beside or b"")}
 
 
@@ -92,7 +92,7 @@ def belonging_config(root: Path, metadata: Mapping[str, str], beside: bytes | No
             remark = f"a save into {root} was cut short; its configuration is read from {older[0].name}"
             return BelongingConfig(path, parse_config(read_config_bytes(older[0]), str(older[0])), remark)
         if beside is None:
-            raise AdapterFileError(f"no {CONFIG_NAME} in {root}.{_what_is_there(root)}")
+            raise AdapterFileError(f"no {CONFIG_NAME} in {root}.{_contents(root)}")
         return BelongingConfig(path, parse_config(beside, str(path)))
     raw = metadata[SAVED_CONFIG].encode("utf-8", "surrogatepass")
     if beside == raw:
@@ -124,7 +124,7 @@ def together(root: Path, read: Callable[[Path], _File]) -> tuple[_File, bytes | 
                 file = read(path)
             except AdapterFileError as error:
                 refused = error
-            beside = _beside(root)
+            beside = _config_bytes(root)
             if not unchanged():
                 continue
             if refused is not None:
@@ -141,13 +141,13 @@ def watched(path: Path) -> Iterator[Callable[[], bool]]:
         FileNotFoundError: There is no such file.
     """
     try:
-        held = path.open("rb")  # while it is open, no other file gets its number
+        stream = path.open("rb")  # while it is open, no other file gets its number
     except FileNotFoundError:
         raise
     except OSError as error:
         raise AdapterFileError(f"cannot read {path}: {error.strerror or error}") from error
-    with held:
-        before = identity(os.fstat(held.fileno()))
+    with stream:
+        before = identity(os.fstat(stream.fileno()))
 
         def unchanged() -> bool:
             try:
@@ -170,7 +170,7 @@ def find_config(root: Path) -> BelongingConfig:
         AdapterFileError: Missing, too large, or not a JSON object.
     """
     root = check_directory(root)
-    metadata, beside = together(root, _metadata) if _tensors(root) else ({}, _beside(root))
+    metadata, beside = together(root, _metadata) if _tensors(root) else ({}, _config_bytes(root))
     return belonging_config(root, metadata, beside)
 
 
@@ -191,7 +191,7 @@ def locate_tensors(directory: str | Path) -> Path:
         if (root / CONFIG_NAME).is_file()
         else f"no {CONFIG_NAME}"
     )
-    raise AdapterFileError(f"{lacks} in {root}.{_what_is_there(root)}")
+    raise AdapterFileError(f"{lacks} in {root}.{_contents(root)}")
 
 
 def check_directory(directory: str | Path) -> Path:
@@ -251,7 +251,7 @@ def _metadata(path: Path) -> dict[str, str]:
         return {}
 
 
-def _beside(root: Path) -> bytes | None:
+def _config_bytes(root: Path) -> bytes | None:
     """The content of ``adapter_config.json``; None where there is none."""
     try:
         return read_config_bytes(root / CONFIG_NAME)
@@ -275,7 +275,7 @@ def _adapters_in(root: Path) -> str:
     return listed(repr(str(root / name)) for name in inside)
 
 
-def _what_is_there(root: Path) -> str:
+def _contents(root: Path) -> str:
     """One or two sentences on what a directory without an adapter does hold."""
     if inside := _adapters_in(root):
         return f" Sub-directories hold one: {inside}; pass one of these."

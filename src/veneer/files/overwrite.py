@@ -104,7 +104,7 @@ def replacing(
     new = [parent for parent in real.parents if not parent.exists()]
     real.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with _beside(real) as folder:
+        with _temporary_directory(real) as folder:
             made = folder / _NEW
             made.mkdir()
             yield made
@@ -169,7 +169,7 @@ def link_or_copy(source: str | os.PathLike[str], target: str | os.PathLike[str])
 
 
 @contextlib.contextmanager
-def _beside(place: Path) -> Iterator[Path]:
+def _temporary_directory(place: Path) -> Iterator[Path]:
     """A hidden directory beside a place, which is removed at the end; it is locked while its run is alive."""
     while True:
         folder = place.with_name(f".{place.name}.{secrets.token_hex(8)}")

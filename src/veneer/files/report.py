@@ -54,17 +54,17 @@ class LoadReport:
 
     @property
     def notice(self) -> str | None:
-        """What was re-mapped, to be said to the user; None when all keys were as expected."""
-        said = list(self.remarks)
+        """What was re-mapped, as a sentence for the user; None when all keys were as expected."""
+        lines = list(self.remarks)
         if self.prefix:
             old, new = self.prefix
             if not old:
-                said.append(f"{new!r} was put before the file's keys")
+                lines.append(f"{new!r} was put before the file's keys")
             elif not new:
-                said.append(f"{old!r} was taken from the front of the file's keys")
+                lines.append(f"{old!r} was taken from the front of the file's keys")
             else:
-                said.append(f"{old!r} at the front of the file's keys was read as {new!r}")
-        return "; ".join(said) if said else None
+                lines.append(f"{old!r} at the front of the file's keys was read as {new!r}")
+        return "; ".join(lines) if lines else None
 
     def message(self, where: object) -> str:
         """Account for everything in one text: counts, up to three examples a kind, likely causes, way out."""

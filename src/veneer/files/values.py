@@ -41,11 +41,11 @@ def check_values(
     broken = [name for name, tensor in tensors.items() if not _finite(tensor)]
     if not broken:
         return
-    said = f"{where}: {len(broken)} of {len(tensors)} tensors hold NaN or infinity: {listed(broken)}"
+    message = f"{where}: {len(broken)} of {len(tensors)} tensors hold NaN or infinity: {listed(broken)}"
     if check_finite is not False:
         way_out = () if check_finite is None else (Hint("check_finite", False, "; {} loads it all the same"),)
-        raise AdapterFileError(f"{said}. Training diverged, or the file is damaged", *way_out)
-    warn(said)
+        raise AdapterFileError(f"{message}. Training diverged, or the file is damaged", *way_out)
+    warn(message)
 
 
 def _finite(tensor: torch.Tensor) -> bool:

@@ -295,7 +295,7 @@ class Injection:
         first = not any(module.held_adapters for module in present)
         disabled = bool(present) and all(module._disabled for module in present)
         if first:
-            backends.settle(self.model)
+            backends.prepare_backward(self.model)
 
         # From here on modules are swapped and flags are set, and no tensor is made.
         if self.change is not None:

@@ -53,7 +53,7 @@ def prepare_model_for_kbit_training(
     coded = {name: b for name, m in model.named_modules() if (b := backends.quantised(m)) is not None}
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    backends.settle(model)
+    backends.prepare_backward(model)
     if upcast:
         _upcast(model, set(coded))
         if auto_clear_cache and torch.cuda.is_available():

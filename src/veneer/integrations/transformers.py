@@ -23,7 +23,7 @@ from typing import Any
 
 from veneer.wording import warn
 
-from ..sharded import settle
+from ..sharded import reshard
 from . import trl
 
 # Which names of a module are tested against. Where peft was not there, the module never got them.
@@ -64,7 +64,7 @@ def widen(module: ModuleType) -> None:
     if name.startswith("accelerate."):
         _widen_accelerate(module)
         return
-    absent = not _peft_there(module)
+    absent = not _is_peft_installed(module)
     if absent and hasattr(module, "is_peft_available"):
         module.is_peft_available = _always  # type: ignore[attr-defined]
     for word in NAMES.get(name, trl.GIVEN if absent else trl.TESTED):
@@ -79,7 +79,7 @@ def widen(module: ModuleType) -> None:
         _check_trainer(module)
 
 
-def _peft_there(module: ModuleType) -> bool:
+def _is_peft_installed(module: ModuleType) -> bool:
     """Did the module, when it was imported, find a peft, real or ours?"""
     answer = getattr(module, "is_peft_available", None)
     if answer is None:
@@ -173,7 +173,7 @@ def _widen_checkpoints(module: ModuleType) -> None:
             inner = importlib.import_module("accelerate.utils.other").extract_model_from_parallel(model)
             full = sd_options is not None and sd_options.full_state_dict
             if isinstance(inner, ours):  # torch does not expect what a forward without gradients leaves
-                settle(inner)
+                reshard(inner)
             if not adapter_only or full or not isinstance(inner, ours):
                 return theirs(model, *args, adapter_only=adapter_only, sd_options=sd_options)
             return _ours(function)(model, *args, adapter_name=inner.active_adapter)

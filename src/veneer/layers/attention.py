@@ -128,7 +128,8 @@ class LoraMultiheadAttention(LoraLayer):
             query, key, value = (t.unsqueeze(1) for t in (query, key, value))
             key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
         causal = is_causal and key_padding_mask is None and not need_weights
-        mask = _joined(key_padding_mask, None if causal else attn_mask, query, self.base_layer.num_heads)  # type: ignore[arg-type]
+        heads: int = self.base_layer.num_heads  # type: ignore[assignment]
+        mask = _combined_mask(key_padding_mask, None if causal else attn_mask, query, heads)
         inputs = [query] if same else [query, key, value]
         q, k, v = self._project_in(inputs, self._rows(query.shape[1], query.device))
         result, weights = self._attend(q, k, v, mask, need_weights, causal)
@@ -195,7 +196,9 @@ class LoraMultiheadAttention(LoraLayer):
         return result.transpose(1, 2).reshape(batch, length, size), weights
 
 
-def _joined(padding: Tensor | None, attention: Tensor | None, query: Tensor, heads: int) -> Tensor | None:
+def _combined_mask(
+    padding: Tensor | None, attention: Tensor | None, query: Tensor, heads: int
+) -> Tensor | None:
     """Both masks as numbers to add to the scores, (N or 1, H or 1, L or 1, S); None without any."""
 
     def numbers(mask: Tensor) -> Tensor:

@@ -116,13 +116,13 @@ class LoraLinear(LoraLayer):
 
     def _plain_factors(self, name: str) -> tuple[Tensor, Tensor, Tensor | None] | None:
         """`update_factors`, where the modules that hold them need not be called; else None."""
-        held = self._modules
-        a, b = held["lora_A"]._modules[name], held["lora_B"]._modules[name]  # type: ignore[union-attr]
+        modules = self._modules
+        a, b = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]  # type: ignore[union-attr]
         if not (Factor.is_plain(a) and Factor.is_plain(b)):  # type: ignore[arg-type]
             return None
         # Past `nn.Module.__getattr__`, which takes as long as a small product.
         weight_a, weight_b = a._parameters.get("weight"), b._parameters.get("weight")  # type: ignore[union-attr]
-        if weight_a is None or weight_b is None or RESIDUAL[0] in held:
+        if weight_a is None or weight_b is None or RESIDUAL[0] in modules:
             return self.update_factors(name)
         return weight_a, weight_b, b._parameters.get("bias")  # type: ignore[union-attr]
 
@@ -155,20 +155,20 @@ class LoraLinear(LoraLayer):
         """
         kept = None if torch.is_grad_enabled() else routing.memo.get(self)
         key = (names, x.shape, x.dtype)
-        way = None if kept is None else kept.get(key)
-        if way is None:
+        function = None if kept is None else kept.get(key)
+        if function is None:
             used = tuple(dict.fromkeys(name for name in names if name is not None))
             terms = self._products(used, x, result)
             if terms is None:
                 return super().add_rows(routing, names, x, result)
-            way = self._way(routing, names, terms, x)
+            function = self._row_products(routing, names, terms, x)
             if kept is not None:
-                kept[key] = way
+                kept[key] = function
             elif not torch.is_grad_enabled():
                 routing.memo[self] = {}
         base: Any = self._modules["base_layer"]
         fresh = _is_plain(base) or backends.gives_fresh_output(base)
-        return way(x, result, fresh=fresh)
+        return function(x, result, fresh=fresh)
 
     def _products(
         self, names: Sequence[str], x: Tensor, result: Tensor
@@ -188,7 +188,7 @@ class LoraLinear(LoraLayer):
             terms[name] = (a, b, self.strength(name))
         return None if autocasts(x.device.type) else terms
 
-    def _way(
+    def _row_products(
         self,
         routing: Routing,
         names: tuple[str | None, ...],
@@ -198,17 +198,17 @@ class LoraLinear(LoraLayer):
         """How to add the rows' updates, called with x and the result."""
         dtype = mixed_batch.working_dtype(x)
         few = few_rows(x) or x.numel() == x.shape[0] * x.shape[-1]
-        layout, chosen = mixed_batch.chosen(routing.layouts(names), few)
-        way: Callable[..., Tensor]
+        layout, chosen = mixed_batch.choose_layout(routing.layouts(names), few)
+        function: Callable[..., Tensor]
         if chosen == "runs":
-            way = partial(mixed_batch.by_runs, terms=terms, runs=layout.runs)
+            function = partial(mixed_batch.by_runs, terms=terms, runs=layout.runs)
         else:
             a, b, scales = mixed_batch.stacked([terms.get(n) for n in layout.groups], dtype)  # type: ignore[arg-type]
-            way = partial(mixed_batch.by_groups, a=a, b=b, scales=scales)
+            function = partial(mixed_batch.by_groups, a=a, b=b, scales=scales)
         if layout.order is None:
-            return way
+            return function
         order = routing.order(layout.order, x.device)
-        return partial(mixed_batch.laid_together, way=way, order=order)
+        return partial(mixed_batch.on_gathered_rows, function=function, order=order)
 
     def add_slots(self, routing: Routing, x: Tensor, result: Tensor) -> Tensor:
         """Each row's own adapter's update, where that is only a product."""
@@ -225,7 +225,7 @@ class LoraLinear(LoraLayer):
 
     @torch.no_grad()
     def _multiplies(self, names: Sequence[str]) -> bool:
-        """Whether a dense base's forward, given A for its weight, computes ``x Aᵀ``."""
+        """Whether a dense base's forward, with A in place of its weight, computes ``x Aᵀ``."""
         base = self.base_layer
         kind = f"{type(base).__module__}.{type(base).__qualname__}"
         if not names or kind in self.wraps:
@@ -237,8 +237,8 @@ class LoraLinear(LoraLayer):
             return True
         a = self.factors(names[0])[0].detach()
         x = torch.linspace(-1.0, 1.0, 2 * a.shape[1], device=a.device, dtype=a.dtype).view(2, -1)
-        given = type(base).forward(stand_in(base, {"weight": a, "bias": None}), x)
-        return torch.allclose(given, x @ a.t(), rtol=1e-2, atol=1e-2 * float(a.abs().max()))
+        output = type(base).forward(stand_in(base, {"weight": a, "bias": None}), x)
+        return torch.allclose(output, x @ a.t(), rtol=1e-2, atol=1e-2 * float(a.abs().max()))
 
 
 class LoraConv1D(LoraLinear):

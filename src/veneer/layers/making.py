@@ -52,10 +52,10 @@ def check_config(config: Any) -> LoraConfig:
 def why_not(layer: LoraLayer, spec: LoraSpec) -> str | Text | None:
     """Why a layer cannot get what ``spec`` asks for, or None."""
     kind = type(layer.base_layer).__name__
-    asked = Hint("init_lora_weights", spec.init)
+    option = Hint("init_lora_weights", spec.init)
     if layer.merged and inits.find(spec.init).replaces_base:
         merged = ", ".join(map(repr, layer.merged_adapters))
-        return Text(asked, f" replaces the base weight, which holds the merged {merged}: unmerge first")
+        return Text(option, f" replaces the base weight, which holds the merged {merged}: unmerge first")
     if (reason := layer.refuses(layer.geometry(), spec)) is not None:
         return reason
     init = inits.find(spec.init)
@@ -67,20 +67,20 @@ def why_not(layer: LoraLayer, spec: LoraSpec) -> str | Text | None:
         )
         by = layer.backend.quantization
         return Text(
-            asked,
+            option,
             f" needs the unquantised weight, and this one is quantised by {by}: start with ",
             Hint("init_lora_weights", True),
             way_out,
         )
     if (init.subtracts_start or not init.exact) and not layer.is_linear():
         return Text(
-            asked,
+            option,
             f" needs a branch that is linear in A, and the forward of this {kind} does more with its weight "
             "than multiply",
         )
     if init.measures_inputs and not layer.takes_rows:
         return Text(
-            asked,
+            option,
             f" starts from directions of the layer's inputs, and a {kind} has none: it is given indices, "
             "several inputs, or looks after bare parameters",
         )
@@ -157,7 +157,7 @@ def wrap(
         raise TargetError(f"this {type(layer.base_layer).__name__} cannot be adapted as asked: ", reason)
     start, dtype = initialise(layer, spec, draw_seed()), factor_dtype(layer, autocast_adapter_dtype)
     adapter = layer.prepared(spec, start, dtype=dtype, training=not config.inference_mode)
-    backends.settle(layer.base_layer)
+    backends.prepare_backward(layer.base_layer)
     for parameter in layer.base_layer.parameters():
         parameter.requires_grad_(False)
     layer.put_adapter(adapter)

@@ -121,8 +121,8 @@ class ModulesToSaveWrapper(AdapterModule):
         whole: Tensor | None = None
         for name, rows in routing.indices(names, first.device).items():
             module = self.original_module if name is None else self.modules_to_save[name]
-            part = module(*(_taken(v, rows, count) for v in args),
-                          **{k: _taken(v, rows, count) for k, v in kwargs.items()})  # fmt: skip
+            part = module(*(_select_rows(v, rows, count) for v in args),
+                          **{k: _select_rows(v, rows, count) for k, v in kwargs.items()})  # fmt: skip
             if not isinstance(part, Tensor) or part.shape[:1] != rows.shape:
                 raise RoutingError(
                     f"a {type(module).__name__} that is trained whole gives no tensor with one row for each "
@@ -144,6 +144,6 @@ class ModulesToSaveWrapper(AdapterModule):
                 return getattr(self.current, name)
 
 
-def _taken(value: Any, rows: Tensor, count: int) -> Any:
+def _select_rows(value: Any, rows: Tensor, count: int) -> Any:
     """The rows of a value that has one for each row of the batch; anything else as it is."""
     return value[rows] if isinstance(value, Tensor) and value.shape[:1] == (count,) else value

@@ -62,9 +62,9 @@ class LoraParameter(LoraLayer):
         if len(shape) == 2:
             return 1, shape[1], shape[0]
         count, rows, columns = shape
-        return (count, rows, columns) if self._lies_turned() else (count, columns, rows)
+        return (count, rows, columns) if self._is_transposed() else (count, columns, rows)
 
-    def _lies_turned(self) -> bool:
+    def _is_transposed(self) -> bool:
         return bool(getattr(self.get_base_layer(), "is_transposed", False))
 
     def shapes(  # type: ignore[override]
@@ -122,7 +122,7 @@ class LoraParameter(LoraLayer):
             return b, a
         left = b.view(size_out, -1, count).permute(2, 0, 1)
         right = a.view(count, -1, size_in)
-        if self._lies_turned():
+        if self._is_transposed():
             left, right = right.transpose(-2, -1), left.transpose(-2, -1)
         return left, right
 
@@ -147,7 +147,7 @@ class LoraParameter(LoraLayer):
             "once for each adapter"
         )
 
-    def _adapted(self) -> Tensor | AdaptedWeight | None:
+    def _adapted_weight(self) -> Tensor | AdaptedWeight | None:
         """What stands for the parameter in a forward; None where the module's own is right.
 
         Raises:
@@ -167,15 +167,14 @@ class LoraParameter(LoraLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the module computes with the parameters of all layers of the chain adapted."""
-        given = {
-            layer.weight_name: adapted for layer in self.chain() if (adapted := layer._adapted()) is not None
-        }
+        weights = {layer.weight_name: layer._adapted_weight() for layer in self.chain()}
+        adapted = {name: weight for name, weight in weights.items() if weight is not None}
         base = self.get_base_layer()
-        if not given:
+        if not adapted:
             return base(*args, **kwargs)
         # A stand-in has no hook that would fetch what else is offloaded.
-        more = {n: _fetched(base, n) for n, p in base._parameters.items() if p is not None and p.is_meta}
-        return stand_in(base, {**more, **given})(*args, **kwargs)  # type: ignore[dict-item]
+        offloaded = {n: _fetched(base, n) for n, p in base._parameters.items() if p is not None and p.is_meta}
+        return stand_in(base, {**offloaded, **adapted})(*args, **kwargs)  # type: ignore[dict-item]
 
     def low_rank(self, name: str, x: Tensor) -> Tensor:
         """A bare parameter has no input of its own."""

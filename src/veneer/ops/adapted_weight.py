@@ -44,7 +44,7 @@ class AdaptedWeight:
         """Apply a function to W, to every L and to every R."""
         return AdaptedWeight(change(self.weight), [(change(a), change(b), s) for a, b, s in self.terms])
 
-    def turned(self) -> AdaptedWeight:
+    def transposed(self) -> AdaptedWeight:
         terms = [(b.transpose(-2, -1), a.transpose(-2, -1), s) for a, b, s in self.terms]
         return AdaptedWeight(self.weight.transpose(-2, -1), terms)
 
@@ -52,19 +52,19 @@ class AdaptedWeight:
         """As `torch.Tensor.transpose`."""
         axes = {first % self.weight.dim(), second % self.weight.dim()}
         if axes == {self.weight.dim() - 2, self.weight.dim() - 1}:
-            return self.turned()
+            return self.transposed()
         return self.dense().transpose(first, second)
 
     def t(self) -> AdaptedWeight:
-        return self.turned()
+        return self.transposed()
 
     @property
     def T(self) -> AdaptedWeight:
-        return self.turned()
+        return self.transposed()
 
     @property
     def mT(self) -> AdaptedWeight:
-        return self.turned()
+        return self.transposed()
 
     def contiguous(self) -> AdaptedWeight:
         """Itself: products make their operands contiguous where necessary."""

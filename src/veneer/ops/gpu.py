@@ -48,12 +48,12 @@ def triton_step(
 def _suits(
     x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, B_bias: Tensor | None
 ) -> bool:
-    given = [tensor for tensor in (x, weight, bias, A, B, B_bias) if tensor is not None]
+    tensors = [tensor for tensor in (x, weight, bias, A, B, B_bias) if tensor is not None]
     return (
         x.dtype in (torch.float16, torch.bfloat16)
         and weight.dtype == x.dtype
         and (bias is None or bias.dtype == x.dtype)
-        and all(tensor.device == x.device for tensor in given)
+        and all(tensor.device == x.device for tensor in tensors)
         and weight.dim() == A.dim() == B.dim() == 2
         and x.dim() > 0
         and x.numel() > 0

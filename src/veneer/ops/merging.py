@@ -214,7 +214,7 @@ def _buffer(purpose: str, rows: int, elements: int, dtype: torch.dtype, device: 
 
 
 def _sums(weight: Tensor, terms: Sequence[Term]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """For each chunk: the rows of the weight, their sum with the update before rounding, and a scratch buffer.
+    """For each chunk: the rows of the weight, their sum with the update, and a scratch buffer.
 
     Both float32 (float64) buffers are reused for the next chunk.
     """

@@ -81,7 +81,7 @@ def working_dtype(x: Tensor) -> torch.dtype:
     return torch.float32 if few and x.dtype in (torch.float16, torch.bfloat16) else x.dtype
 
 
-def chosen(choices: Sequence[Layout], few: bool) -> tuple[Layout, str]:
+def choose_layout(choices: Sequence[Layout], few: bool) -> tuple[Layout, str]:
     """Which of the `layouts` to use, and how: ``"groups"`` or ``"runs"``.
 
     A few rows are gathered, because copying them takes less time than further products; many rows stay in
@@ -165,8 +165,8 @@ def by_runs(
     return result if in_place else torch.cat(parts)
 
 
-def laid_together(
-    x: Tensor, result: Tensor, way: Callable[..., Tensor], order: Tensor, fresh: bool = True
+def on_gathered_rows(
+    x: Tensor, result: Tensor, function: Callable[..., Tensor], order: Tensor, fresh: bool = True
 ) -> Tensor:
     """Apply one of the other functions to some rows, in a given order.
 
@@ -180,7 +180,7 @@ def laid_together(
     Returns:
         (rows, ..., out).
     """
-    own = way(x[order], result[order], fresh=True)
+    own = function(x[order], result[order], fresh=True)
     if torch.is_grad_enabled() or not fresh:
         return result.index_copy(0, order, own)
     return result.index_copy_(0, order, own)

@@ -79,10 +79,10 @@ class State:
     @staticmethod
     def of(*tensors: Tensor | None) -> tuple[State, ...] | None:
         """The states of tensors, without those that are None; None if a state cannot be determined."""
-        held = [tensor for tensor in tensors if tensor is not None]
-        if any(t.is_meta or t.is_inference() or type(t) not in _PLAIN for t in held):
+        present = [tensor for tensor in tensors if tensor is not None]
+        if any(t.is_meta or t.is_inference() or type(t) not in _PLAIN for t in present):
             return None
-        return tuple(map(State, held))
+        return tuple(map(State, present))
 
     def __eq__(self, other: Any) -> bool:
         same = isinstance(other, State) and self._storage.cdata == other._storage.cdata

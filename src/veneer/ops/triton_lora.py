@@ -218,7 +218,8 @@ class TritonLora(torch.autograd.Function):
 def disagreement(device: torch.device, dtype: torch.dtype) -> str | None:
     """What the kernels get wrong on a device, or None.
 
-    A small step, values and gradients, is compared with float64. The global generators are not changed. Synchronises with the device.
+    A small step, values and gradients, is compared with float64. The global generators are not changed. The
+    call synchronises with the device.
     """
     numbers = torch.Generator("cpu").manual_seed(0)
 

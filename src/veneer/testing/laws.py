@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer.backends import find, settle
+from veneer.backends import find, prepare_backward
 from veneer.errors import MergeError
 from veneer.layers import Factor, LoraLayer, wrap
 from veneer.peft_model import PeftModel, get_peft_model
@@ -141,7 +141,7 @@ def a_fresh_adapter_is_an_identity_where_its_init_promises_it(made: Made) -> Non
         # The fused step lays its input out anew, and torch's kernels differ by layout in the last place.
         assert torch.equal(layer(x), base(x.contiguous() if fused else x))
         alone = made.base() if made.quantised else made.dense()
-        settle(alone)
+        prepare_backward(alone)
         assert torch.equal(alone.eval()(x), base(x)), "the init replaced the base weight"
     elif x.numel():
         assert not torch.equal(layer(x), base(x))

@@ -19,7 +19,7 @@ from ..files.layout import CONFIG_NAME
 from ..files.overwrite import check_replaceable, check_room, replacing
 from ..files.read import AdapterFile, open_adapter
 from ..hub import adapter_directory, is_local
-from ..lora_file import OpenLora, blaming, factor_names, open_lora
+from ..lora_file import OpenLora, blame_file, factor_names, open_lora
 from ..merge_report import MergeReport
 from ..peft_model import PeftModel
 from ..spec import variant_name
@@ -97,7 +97,7 @@ def read_head(adapter: str | os.PathLike[str]) -> Head:
     local = is_local(adapter) or "/" not in os.fspath(adapter)
     directory = Path(adapter).expanduser() if local else adapter_directory(adapter)
     file = open_adapter(directory)
-    with blaming(adapter):
+    with blame_file(adapter):
         config = PeftConfig.from_belonging(file.belonging_config())
     return Head(os.fspath(adapter), directory, config, file)
 

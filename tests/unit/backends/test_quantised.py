@@ -34,7 +34,7 @@ from veneer import (
     VeneerWarning,
     get_peft_model,
 )
-from veneer.backends import find, quantised, settle
+from veneer.backends import find, prepare_backward, quantised
 from veneer.layers import wrap
 from veneer.ops.sizes import stored_bytes
 
@@ -88,7 +88,7 @@ def adapted(make: Make, **options: object) -> PeftModel:
 @each
 def test_writing_rounds_and_keeps_the_old_tensors(make: Make) -> None:
     base = make(linear())
-    settle(base)
+    prepare_backward(base)
     backend = find(base)
     before, kept = backend.read(base).clone(), backend.keep(base)
     assert backend.like(base).shape == before.shape == (32, 64)

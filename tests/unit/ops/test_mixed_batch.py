@@ -42,12 +42,12 @@ def by_runs(x: Tensor, result: Tensor, terms: dict[str, mixed_batch.Term]) -> Te
 def runs_together(x: Tensor, result: Tensor, terms: dict[str, mixed_batch.Term]) -> Tensor:
     layout = mixed_batch.layouts(NAMES)[1]
     way = partial(mixed_batch.by_runs, terms=terms, runs=layout.runs)
-    return mixed_batch.laid_together(x, result, way, torch.tensor(layout.order))
+    return mixed_batch.on_gathered_rows(x, result, way, torch.tensor(layout.order))
 
 
 def groups_together(x: Tensor, result: Tensor, terms: dict[str, mixed_batch.Term]) -> Tensor:
     layout = mixed_batch.layouts(NAMES)[1]
-    return mixed_batch.laid_together(x, result, groups_in(layout, x, terms), torch.tensor(layout.order))
+    return mixed_batch.on_gathered_rows(x, result, groups_in(layout, x, terms), torch.tensor(layout.order))
 
 
 def by_slots(x: Tensor, result: Tensor, terms: dict[str, mixed_batch.Term]) -> Tensor:
@@ -176,7 +176,7 @@ def test_scattered_rows_of_one_adapter_are_laid_together() -> None:
 
 def test_few_rows_are_laid_together_and_uneven_runs_are_computed_one_by_one() -> None:
     def chosen(names: list[str | None], few: bool) -> tuple[bool, str]:
-        layout, way = mixed_batch.chosen(mixed_batch.layouts(names), few)
+        layout, way = mixed_batch.choose_layout(mixed_batch.layouts(names), few)
         return layout.order is not None, way
 
     eight = [str(row) for row in range(8)]

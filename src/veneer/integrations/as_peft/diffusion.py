@@ -29,9 +29,9 @@ def load_lora_adapter(original: Callable[..., Any], model: Any, *args: Any, **kw
     Raises:
         VeneerError: What Veneer has against it. The model is as it was before.
     """
-    given = inspect.signature(original).bind(model, *args, **kwargs).arguments
-    swap = given.get("hotswap", False)
-    before = Before(model, "" if swap else given.get("kwargs", {}).get("adapter_name") or "")
+    arguments = inspect.signature(original).bind(model, *args, **kwargs).arguments
+    swap = arguments.get("hotswap", False)
+    before = Before(model, "" if swap else arguments.get("kwargs", {}).get("adapter_name") or "")
     try:
         with _nothing_deleted(model) if swap else nullcontext():
             return original(model, *args, **kwargs)

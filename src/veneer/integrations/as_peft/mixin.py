@@ -31,12 +31,12 @@ def load_adapter(original: Callable[..., Any], model: Any, *args: Any, **kwargs:
         LoadMismatchError: Tensors do not fit. The model is as it was before.
         ConfigError: The two adapters of a hot swap cannot be exchanged.
     """
-    given = inspect.signature(original).bind(model, *args, **kwargs).arguments
-    swap = given.get("hotswap", "auto")
+    arguments = inspect.signature(original).bind(model, *args, **kwargs).arguments
+    swap = arguments.get("hotswap", "auto")
     if swap == "auto":
         swap = getattr(model, "_hotswap_enabled", False)
-    if swap and given.get("adapter_name") in getattr(model, "peft_config", {}):
-        return _hotswap(model, given)
+    if swap and arguments.get("adapter_name") in getattr(model, "peft_config", {}):
+        return _hotswap(model, arguments)
     return strict.load_adapter(original, model, *args, **kwargs)
 
 

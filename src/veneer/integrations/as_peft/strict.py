@@ -47,8 +47,8 @@ def load_adapter(original: Callable[..., Any], model: Any, *args: Any, **kwargs:
     Args:
         original: `PeftAdapterMixin.load_adapter` as transformers defines it.
         model: The transformers model.
-        args: As given by the caller.
-        kwargs: As given by the caller.
+        args: Arguments of the call.
+        kwargs: Arguments of the call.
 
     Returns:
         What transformers returns: its loading report, empty.
@@ -56,16 +56,16 @@ def load_adapter(original: Callable[..., Any], model: Any, *args: Any, **kwargs:
     Raises:
         LoadMismatchError: Keys of the file that the model has no place for, places that the file does not
             fill, or other shapes. The model is as it was before.
-        ConfigError: There is no room for it under the rank given to `enable_peft_hotswap`; the same.
+        ConfigError: Its rank exceeds the one passed to `enable_peft_hotswap`; the model is unchanged.
         AdapterFileError: Another process replaces the tensors again and again; the same.
     """
-    given = inspect.signature(original).bind(model, *args, **kwargs).arguments
-    name = given.get("adapter_name") or "default"
+    arguments = inspect.signature(original).bind(model, *args, **kwargs).arguments
+    name = arguments.get("adapter_name") or "default"
     for _ in range(ATTEMPTS):
         before = Before(model, name)
-        with _unchanged_tensors(given) as unchanged:
+        with _unchanged_tensors(arguments) as unchanged:
             try:
-                report = _load(before, original, given, *args, **kwargs)
+                report = _load(before, original, arguments, *args, **kwargs)
             except Exception:
                 if unchanged():
                     raise
@@ -74,18 +74,18 @@ def load_adapter(original: Callable[..., Any], model: Any, *args: Any, **kwargs:
             if unchanged():
                 return report
             before.restore()
-    raise AdapterFileError(f"{_source(given)} cannot be read: its tensors are replaced again and again")
+    raise AdapterFileError(f"{_source(arguments)} cannot be read: its tensors are replaced again and again")
 
 
 @contextmanager
 def _unchanged_tensors(given: dict[str, Any]) -> Iterator[Callable[[], bool]]:
     """Tells whether the tensors in a directory are still those of the beginning; True for other sources."""
     directory = Path(_source(given), (given.get("adapter_kwargs") or {}).get("subfolder") or "")
-    held = [directory / name for name in (SAFETENSORS_NAME, BIN_NAME) if (directory / name).is_file()]
-    if given.get("adapter_state_dict") is not None or not held:
+    files = [directory / name for name in (SAFETENSORS_NAME, BIN_NAME) if (directory / name).is_file()]
+    if given.get("adapter_state_dict") is not None or not files:
         yield lambda: True
         return
-    with watched(held[0]) as unchanged:
+    with watched(files[0]) as unchanged:
         yield unchanged
 
 
@@ -124,7 +124,7 @@ def _load(
     except AdapterFileError:
         before.restore()
         raise
-    _settle(model, name)
+    _own_tensors(model, name)
     before.freeze_replaced(model.peft_config[name])
     if not given.get("is_trainable", False):
         to_inference(model, name)
@@ -150,7 +150,7 @@ def _factors_in_memory(model: Any) -> Iterator[None]:
         model.hf_device_map = spread
 
 
-def _settle(model: nn.Module, adapter: str) -> None:
+def _own_tensors(model: nn.Module, adapter: str) -> None:
     """Give the tensors memory of their own, where their module computes.
 
     They came as views into the file, which may be overwritten; and an offloaded base weight lies elsewhere.
@@ -171,9 +171,9 @@ def to_inference(model: nn.Module, adapter: str) -> None:
 
 def _make_room(model: Any) -> None:
     """What `enable_peft_hotswap` was called for: room for other ranks, once there is an adapter."""
-    wanted = getattr(model, "_prepare_peft_hotswap_kwargs", None)
-    if wanted:
-        prepare_model_for_compiled_hotswap(model, config=model.peft_config, **wanted)
+    options = getattr(model, "_prepare_peft_hotswap_kwargs", None)
+    if options:
+        prepare_model_for_compiled_hotswap(model, config=model.peft_config, **options)
         model._prepare_peft_hotswap_kwargs = None
 
 
@@ -188,7 +188,7 @@ class Before:
     def __init__(self, model: Any, name: str) -> None:
         self.model = model
         self.name = name
-        self.held = name in _held(model)
+        self.existed = name in _adapter_names(model)
         self.attributes = {key: vars(model)[key] for key in _ATTRIBUTES if key in vars(model)}
         self.configs = dict(self.attributes.get("peft_config", {}))
         # transformers puts new parameters in the places of those that the file has, the base's too.
@@ -221,7 +221,7 @@ class Before:
     def restore(self) -> None:
         """Bring the model back."""
         model = self.model
-        if not self.held:
+        if not self.existed:
             _remove(model, self.name)
         for module, active, disabled in self.states:
             module.set_adapter(active)
@@ -238,7 +238,7 @@ class Before:
             self.attributes["peft_config"].update(self.configs)
 
 
-def _held(model: nn.Module) -> set[str]:
+def _adapter_names(model: nn.Module) -> set[str]:
     return {name for m in model.modules() if isinstance(m, AdapterModule) for name in m.held_adapters}
 
 
@@ -288,8 +288,8 @@ def _message(
     if missing:
         lines.append(f"  {len(missing)} of the adapter's {total} tensors were not given: {listed(missing)}")
     if shapes:
-        said = [f"{key} is {tuple(given)}, expected {tuple(wanted)}" for key, given, wanted in shapes]
-        lines.append(f"  {len(shapes)} have another shape: {listed(said)}")
+        mismatches = [f"{key} is {tuple(given)}, expected {tuple(wanted)}" for key, given, wanted in shapes]
+        lines.append(f"  {len(shapes)} have another shape: {listed(mismatches)}")
     if len(missing) == total:
         lines.append(
             "  Not one tensor matched: the keys have another prefix than base_model.model.<path of the "

@@ -258,8 +258,8 @@ def _verified(target: Target, parts: list[Part], made: Path) -> dict[str, Compar
 def _in_words(part: Part, alpha: str) -> list[str]:
     folded, start = part.folded, f"{part.component}: " if part.component else ""
     lines = []
-    said = {"rank": "a scale of 1", "any": f"a scale of {folded.alpha / folded.r:g}"}
-    common = said.get(alpha, f"lora_alpha = {folded.alpha:g}")
+    meaning = {"rank": "a scale of 1", "any": f"a scale of {folded.alpha / folded.r:g}"}
+    common = meaning.get(alpha, f"lora_alpha = {folded.alpha:g}")
     total = len(folded.updates)
     if folded.padded:
         lines.append(

@@ -22,8 +22,8 @@ class Plain(PeftFiles):
 
     def config(self, part: Part) -> dict[str, Any]:
         """With ``bias="lora_only"`` where biases of B were added to those of the layers."""
-        given = part.source.config.bias
-        return plain_config(part, bias="lora_only" if part.biases and given == "none" else given)
+        bias = part.source.config.bias
+        return plain_config(part, bias="lora_only" if part.biases and bias == "none" else bias)
 
     def others(self, part: Part) -> dict[str, Tensor]:
         """Everything, the embeddings' copies too."""
