@@ -1,4 +1,4 @@
-"""What initialisations need to know from data: measured by running the model, before or after injection."""
+"""Statistics that initialisations need, measured by running the model before or after injection."""
 
 from __future__ import annotations
 

@@ -53,10 +53,10 @@ def preprocess_corda(
     run_model: Callable[[], None] | None = None,
     hooked_model: nn.Module | None = None,
 ) -> None:
-    """Measure what ``init_lora_weights="corda"`` starts from, for the next `get_peft_model` on this model.
+    """Measure the statistics of ``init_lora_weights="corda"`` for the next `get_peft_model` on this model.
 
-    The covariances of all layers' inputs are held at once: (in, in) float32 each. What is kept until the
-    adapter is in place is thin: r singular values and vectors a layer. The model is not changed.
+    The covariances of all layers' inputs are in memory at once, (in, in) float32 each. Until the adapter is
+    added, only r singular values and vectors per layer are kept. The model is not changed.
 
     Args:
         model: The base model.
@@ -68,7 +68,7 @@ def preprocess_corda(
 
     Raises:
         ConfigError: If nothing was run, a layer was not reached, inputs are not finite, or a file does not
-            fit.
+            match the model.
         TargetError: If a layer cannot start this way.
     """
     chosen: CordaConfig = options(lora_config, "corda", CordaConfig)

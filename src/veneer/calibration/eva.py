@@ -1,4 +1,4 @@
-"""Directions in which the inputs of layers vary, for EVA; and ranks where they explain most."""
+"""For EVA: the directions in which the inputs of layers vary, and a rank for each layer."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ logger = logging.getLogger("veneer")
 LayerInputs = Callable[[Any, Any, str], Tensor]
 ModelInputs = Callable[[Any, LoraConfig], Any]
 
-#: Passes over the data after which directions that still turn are taken as they are.
+#: The largest number of passes over the data. Directions that have not converged are then used as they are.
 _MOST_PASSES = 20
 
 
 @dataclass
 class _Watch:
-    """One layer, and the directions of its inputs so far: up to ``k`` of them, for a rank of ``r``."""
+    """A layer, and up to ``k`` directions of its inputs so far, for a rank of ``r``."""
 
     name: str
     module: nn.Module
@@ -71,14 +71,14 @@ class _Watch:
         return gathered(rows) if self.gather else rows
 
     def take_digest(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        """Tell inputs apart, without keeping them."""
+        """Identify an input without keeping it."""
         rows = self.rows(args)
         about = f"{tuple(rows.shape)}{rows.dtype}".encode()
         raw = rows.contiguous().cpu().view(torch.uint8).numpy().tobytes() if rows.numel() else b""
         self.digest = hashlib.blake2b(about + raw).digest()
 
     def update(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        """Take in one call's rows; fewer than the directions looked for are passed over."""
+        """Add one call's rows, unless they are fewer than the directions that are needed."""
         rows = self.rows(args)
         if rows.shape[0] < self.k:
             return
@@ -87,7 +87,7 @@ class _Watch:
         if before is not None:
             turned = torch.nn.functional.cosine_similarity(self.components.vectors, before.vectors)
             values = self.components.values
-            # Directions without any variance are arbitrary, and turn for ever.
+            # Directions without any variance are arbitrary and never converge.
             nothing = values <= values[0] * torch.finfo(values.dtype).eps * max(rows.shape)
             self.converged = ((turned >= self.tau) | nothing).cpu()
 
@@ -106,31 +106,32 @@ def get_eva_state_dict(
     gather_distributed_inputs: bool = True,
     show_progress_bar: bool = True,
 ) -> dict[str, Tensor]:
-    """The directions that EVA gives to A, by layer: as many as explain most within the budget of ranks.
+    """The directions that EVA starts A from, by layer.
 
-    Incremental SVD over the batches, again from the first until the directions settle (cosine similarity of
-    at least ``tau``). What is held for a layer is ``rho·r`` directions, however long the data are; layers
-    with the same input share them. The model is not changed.
+    They are those that explain most of the variance, within the budget of ranks. The method is incremental
+    SVD over the batches, repeated until the directions converge (cosine similarity of at least ``tau``). For
+    each layer ``rho·r`` directions are kept, whatever the number of batches; layers with the same input share
+    them. The model is not changed.
 
     Args:
-        model: A PeftModel, whose adapters rest meanwhile, or a base model with ``peft_config``.
-        dataloader: Gives batches; iterated anew for each pass.
+        model: A PeftModel, whose adapters are disabled meanwhile, or a base model with ``peft_config``.
+        dataloader: Yields batches; iterated once for each pass.
         peft_config: Configuration of the adapter, for a base model.
         forward_fn: Runs the model on a batch.
-        prepare_model_inputs_fn: Makes of a batch and the configuration what ``prepare_layer_inputs_fn``
-            gets; None passes the batch itself.
-        prepare_layer_inputs_fn: Makes rows (n, in) of a layer's arguments, what the function before gave,
-            and the layer's name; a mapping by name for single layers. None takes every row (for a
-            convolution: every patch).
+        prepare_model_inputs_fn: Maps a batch and the configuration to the second argument of
+            ``prepare_layer_inputs_fn``; None passes the batch itself.
+        prepare_layer_inputs_fn: Maps a layer's arguments, the result of the previous function and the layer's
+            name to rows (n, in); or a mapping from names of layers to such functions. None takes every row
+            (for a convolution: every patch).
         adapter_name: The adapter, for a PeftModel.
-        gather_distributed_inputs: In a process group, look at the rows of all processes.
-        show_progress_bar: Say how far it is, through the logger ``veneer``.
+        gather_distributed_inputs: In a process group, use the rows of all processes.
+        show_progress_bar: Report progress to the logger ``veneer``.
 
     Returns:
-        (rank, in·k…) by the name of each layer in the model; rank 0 is legal.
+        (rank, in·k…) by the name of each layer in the model; a rank may be 0.
 
     Raises:
-        ConfigError: If there are no batches, or none has rows enough; for names of layers that do not exist.
+        ConfigError: If there are no batches, or none has enough rows, or a named layer does not exist.
     """
     is_adapted = hasattr(model, "peft_config")
     configs: Mapping[str, LoraConfig] = getattr(model, "peft_config", {})
@@ -172,7 +173,7 @@ def _width(layer: LoraLayer) -> int:
 def _layers(
     model: nn.Module, config: LoraConfig, adapter: str | None
 ) -> dict[str, tuple[nn.Module, LoraLayer, int]]:
-    """Name of a layer that is measured -> the module that is called, its geometry, its rank."""
+    """By the name of each layer to measure: the module that is called, its geometry and its rank."""
     if adapter is None:
         return {path: (a.site.module, a.layer, a.spec.r) for path, a in planned(model, config).items()}
     return {
@@ -183,7 +184,7 @@ def _layers(
 
 
 class _Run:
-    """Batches through the model, with what the hooks get to know of each."""
+    """Runs batches through the model, with hooks on the layers."""
 
     def __init__(
         self,
@@ -198,7 +199,7 @@ class _Run:
         self.device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
 
     def __call__(self, batch: Any, watches: Iterable[_Watch], take: Callable[[_Watch], Hook]) -> None:
-        """One batch, of which each watch takes in its layer's inputs."""
+        """Run one batch; each watch receives its layer's inputs."""
         inputs = moved(batch, self.device)
         known = inputs if self.prepare_inputs is None else self.prepare_inputs(inputs, self.config)
         hooks = {}
@@ -209,7 +210,7 @@ class _Run:
 
 
 def _shared_inputs(run: _Run, watches: Mapping[str, _Watch]) -> dict[str, str]:
-    """For each layer the first one that is given the same input."""
+    """For each layer, the first layer with the same input."""
     first = next(iter(run.dataloader), None)
     if first is None:
         raise ConfigError("the dataloader is empty: EVA needs batches to measure")
@@ -226,7 +227,7 @@ def _shared_inputs(run: _Run, watches: Mapping[str, _Watch]) -> dict[str, str]:
 def _measure(
     run: _Run, watches: Mapping[str, _Watch], sharing: Mapping[str, str], say: bool
 ) -> dict[str, int]:
-    """Run until the directions settle that are needed for the ranks; the ranks."""
+    """Run until the needed directions converge, and return the ranks."""
     holders = {name: watches[name] for name in dict.fromkeys(sharing.values())}
     budget = sum(w.r for w in watches.values())
     ranks = {name: watches[at].k for name, at in sharing.items()}
@@ -246,7 +247,7 @@ def _measure(
             )
         if say:
             done = len(holders) - len(waiting)
-            logger.info("EVA: %d of %d inputs have settled after pass %d", done, len(holders), turn + 1)
+            logger.info("EVA: %d of %d inputs have converged after pass %d", done, len(holders), turn + 1)
     if waiting := {n: w for n, w in holders.items() if not _has_converged(n, w, sharing, ranks)}:
         warn(
             f"the directions of {len(waiting)} of {len(holders)} inputs still turn after {_MOST_PASSES} "
@@ -261,7 +262,7 @@ def _has_converged(name: str, watch: _Watch, sharing: Mapping[str, str], ranks: 
 
 
 def _ranks(holders: Mapping[str, _Watch], sharing: Mapping[str, str], budget: int) -> dict[str, int]:
-    """The budget of ranks to the directions that explain most, whatever their layer."""
+    """Distribute the budget of ranks: to the directions that explain most, whatever their layer."""
     names, shares = [], []
     for name, at in sharing.items():
         components = holders[at].components
@@ -288,15 +289,15 @@ def initialize_lora_eva_weights(
     gather_distributed_inputs: bool = True,
     show_progress_bar: bool = True,
 ) -> None:
-    """Start an adapter with ``init_lora_weights="eva"`` from data, and give its layers the ranks they earn.
+    """Initialise an adapter with ``init_lora_weights="eva"`` from data, and redistribute its ranks.
 
-    The factors are new parameters afterwards: make the optimizer after this. A layer that earns no rank
+    The factors are new parameters afterwards, so create the optimizer after this call. A layer of rank 0
     loses the adapter. The adapter's configuration gets the new ``rank_pattern``, ``alpha_pattern`` (with
     ``adjust_scaling_factors``) and ``target_modules``.
 
     Args:
         model: A PeftModel.
-        dataloader: Gives batches; not needed with ``eva_state_dict``.
+        dataloader: Yields batches; not needed with ``eva_state_dict``.
         eva_state_dict: Directions by layer, from `get_eva_state_dict`.
         forward_fn: See `get_eva_state_dict`.
         prepare_model_inputs_fn: See `get_eva_state_dict`.
@@ -306,7 +307,7 @@ def initialize_lora_eva_weights(
         show_progress_bar: See `get_eva_state_dict`.
 
     Raises:
-        ConfigError: If the adapter has another initialisation, or there is nothing to start from.
+        ConfigError: If the adapter has another initialisation, or there is neither data nor directions.
         LoadMismatchError: If the directions do not fit the model.
         MergeError: If the adapter is merged. The model is as it was in each case.
     """

@@ -1,4 +1,4 @@
-"""How EVA runs a model and which rows of a layer's input it looks at, unless told otherwise."""
+"""By default, how EVA runs a model and which rows of a layer's input it uses."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def prepare_layer_inputs_fn_language_modeling(layer_input: Any, model_input: Any
 
 
 def first_tensor(layer_input: Any, layer_name: str) -> Tensor:
-    """A layer's input itself, from the arguments that a hook gets.
+    """A layer's input, from the arguments that a hook receives.
 
     Raises:
         ConfigError: If there is none.

@@ -1,4 +1,4 @@
-"""LoftQ for a model that is quantised already: factors that make up for what its quantisation lost."""
+"""LoftQ for a model that is already quantised: factors that compensate for its quantisation."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from veneer.peft_model import PeftModel
 
 
 def _place_of(model: PeftModel, model_path: str | os.PathLike[str] | None) -> Path:
-    """Where the unquantised weights lie: as told, or where the base says that it came from."""
+    """The place of the unquantised weights: as passed, or where the base was loaded from."""
     if model_path is not None:
         return Path(model_path)
     name = getattr(getattr(model.get_base_model(), "config", None), "_name_or_path", None)
@@ -38,23 +38,24 @@ def replace_lora_weights_loftq(
     adapter_name: str = "default",
     callback: Callable[[nn.Module, str], bool] | None = None,
 ) -> None:
-    """Let an adapter on a quantised model start with what the quantisation lost: ``s·BA ≈ W − Q``.
+    """Initialise an adapter on a quantised model with the error of the quantisation: ``s·BA ≈ W − Q``.
 
-    The best approximation of rank r, for each quantised layer; W is read layer by layer from the unquantised
-    model's file. The scaling is taken into account: the adapted layer is nearest to W for every
-    ``lora_alpha``. Values are written into the parameters, so an optimizer stays right.
+    This is the best approximation of rank r, for each quantised layer; W is read layer by layer from the
+    unquantised model's file. The scaling is taken into account, so the adapted layer is closest to W for
+    every ``lora_alpha``. Values are written into the existing parameters, so an optimizer remains valid.
 
     Args:
         peft_model: A PeftModel on a base that is quantised (4 bits, or anything whose weight can be read).
         model_path: Directory, or file, of the unquantised weights in safetensors. None looks where the
             base was loaded from, without the network.
         adapter_name: The adapter.
-        callback: Called after each layer with the model and the layer's name; where it returns False, the
-            layer gets its factors back. To keep only what makes the outputs better, for example.
+        callback: Called after each layer with the model and the layer's name; if it returns False, the
+            layer's old factors are restored. Use it, for example, to keep only changes that improve the
+            outputs.
 
     Raises:
         ConfigError: If nothing is quantised, or the weights cannot be found.
-        CheckpointError: If the file lacks a weight, or holds codes for one. Nothing has changed then.
+        CheckpointError: If a weight is missing in the file, or quantised. Nothing has changed then.
         MergeError: If the adapter is merged.
 
     Source: Li et al., "LoftQ: LoRA-Fine-Tuning-Aware Quantization", 2023, equation 6, one step for a
@@ -109,7 +110,7 @@ def replace_lora_weights_loftq(
 
 
 def _refusal(weights: BaseFiles, name: str) -> str | None:
-    """Why a tensor of the files is no unquantised weight, or None."""
+    """Why a tensor of the files is not an unquantised weight, or None."""
     kind = weights.entry(name)[0]
     return weights.codes(name) or (None if kind.startswith(("F", "BF")) else f"it is stored as {kind}")
 

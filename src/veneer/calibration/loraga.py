@@ -22,21 +22,22 @@ def preprocess_loraga(
     train_step: Callable[[], None],
     cache_file: str | os.PathLike[str] | None = None,
 ) -> None:
-    """Measure what ``init_lora_weights="lora_ga"`` starts from, for the next `get_peft_model` on this model.
+    """Measure the gradients of ``init_lora_weights="lora_ga"`` for the next `get_peft_model` on this model.
 
-    Only the weights that will be adapted get gradients meanwhile. Afterwards the model is as it was: what
-    requires gradients, the gradients it had, its mode.
+    Meanwhile only the weights that will be adapted get gradients. Afterwards the model is as it was,
+    including ``requires_grad``, its gradients and its mode.
 
     Args:
-        model: The base model; to be measured it must be neither quantised nor offloaded.
+        model: The base model. Unless gradients are read from a file, it must be neither quantised nor
+            offloaded.
         lora_config: Configuration of the adapter.
         train_step: Runs forward and backward on samples, once or several times; the gradients are averaged
             over the backward passes.
         cache_file: Gradients are read from it if it exists, and written to it if not. So a quantised or
-            offloaded model starts from what was measured on its 16-bit weights.
+            offloaded model can start from gradients of its 16-bit weights.
 
     Raises:
-        ConfigError: If a layer got no gradient, or the file does not fit.
+        ConfigError: If a layer got no gradient, or the file does not match the model.
         TargetError: If a layer cannot start this way.
     """
     options(lora_config, "lora_ga", LoraGAConfig)
@@ -80,7 +81,7 @@ def _check_weights(additions: Mapping[str, Addition]) -> None:
 
 @contextmanager
 def _only_trainable(model: nn.Module, weights: set[int]) -> Iterator[None]:
-    """Let these parameters alone require gradients, from none; everything as it was afterwards."""
+    """In this context only these parameters require gradients, and all gradients start empty."""
     before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     for parameter, _, _ in before:
         parameter.requires_grad_(id(parameter) in weights)

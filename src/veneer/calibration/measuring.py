@@ -1,4 +1,4 @@
-"""Which layers are measured, with what they would get; and leaving the model as it was."""
+"""Which layers are measured, and running the model without changing it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from veneer.errors import ConfigError, Hint
 from veneer.inject.injection import Addition
 from veneer.inject.prepare import prepare
 
-#: A hook before a module's forward: the module and its positional arguments.
+#: A hook before a module's forward, called with the module and its positional arguments.
 Hook = Callable[[nn.Module, tuple[Any, ...]], None]
 
 
@@ -31,10 +31,10 @@ def planned(model: nn.Module, config: LoraConfig) -> dict[str, Addition]:
 
 
 def options(config: LoraConfig, init: str, kind: type[Any]) -> Any:
-    """The options of an initialisation in a configuration that asks for it.
+    """The options of an initialisation, from a configuration that selects it.
 
     Raises:
-        ConfigError: If the configuration asks for another one.
+        ConfigError: If the configuration selects another one.
     """
     if str(config.init_lora_weights).lower() != init:
         raise ConfigError(
@@ -46,7 +46,7 @@ def options(config: LoraConfig, init: str, kind: type[Any]) -> Any:
 
 
 def observe(hooks: Mapping[nn.Module, Hook], run: Callable[[], object]) -> None:
-    """Run a model, each hook being called before the forward of its module."""
+    """Run a model with a hook before the forward of each of these modules."""
     handles = [module.register_forward_pre_hook(hook) for module, hook in hooks.items()]
     try:
         run()
@@ -57,7 +57,7 @@ def observe(hooks: Mapping[nn.Module, Hook], run: Callable[[], object]) -> None:
 
 @contextmanager
 def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """All modules in training or evaluation, and each as it was afterwards."""
+    """All modules in training or evaluation mode; the modes are restored afterwards."""
     before = [(module, module.training) for module in model.modules()]
     model.train(training)
     try:
@@ -68,17 +68,17 @@ def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
 
 
 def stored(path: str | os.PathLike[str] | None) -> dict[str, Tensor] | None:
-    """The tensors of a cache file, None where there is none yet.
+    """The tensors of a cache file, or None if it does not exist yet.
 
     Raises:
-        ConfigError: If it holds anything else.
+        ConfigError: If it contains anything else.
     """
     if path is None or not Path(path).is_file() or Path(path).stat().st_size == 0:
         return None
     try:
-        with open(path, "rb") as file:  # by its name, torch might take it for a file of another kind
+        with open(path, "rb") as file:  # torch may guess another kind of file from its name
             content = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged archive can fail anywhere in the unpickler
+    except Exception as error:  # a damaged archive can raise anything in the unpickler
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigError(f"{path} cannot be read as a file of tensors: {first}") from error
     if not isinstance(content, dict) or not all(isinstance(t, Tensor) for t in content.values()):
@@ -87,7 +87,7 @@ def stored(path: str | os.PathLike[str] | None) -> dict[str, Tensor] | None:
 
 
 def store(path: str | os.PathLike[str] | None, tensors: Mapping[str, Tensor]) -> None:
-    """Write a cache file, the whole of it or none."""
+    """Write a cache file atomically."""
     if path is None:
         return
     place = Path(path)
@@ -99,10 +99,10 @@ def store(path: str | os.PathLike[str] | None, tensors: Mapping[str, Tensor]) ->
 def cached(
     path: str | os.PathLike[str] | None, names: Sequence[str], measure: Callable[[], dict[str, Tensor]]
 ) -> dict[str, Tensor]:
-    """The named tensors: read from a cache file if there is one, else measured, and written to it.
+    """The named tensors, read from a cache file if it exists, else measured and written to it.
 
     Raises:
-        ConfigError: The file holds something else, or lacks some of them.
+        ConfigError: The file contains something else, or some tensors are missing.
     """
     content = stored(path)
     if content is None:

@@ -1,4 +1,4 @@
-"""LoRA-FA: A is frozen, and B follows the gradient of the whole weight as closely as it can."""
+"""LoRA-FA: A is frozen, and B follows the gradient of the whole weight as closely as possible."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ _DAMPING = 1e-8
 class LoraFAOptimizer(Optimizer):
     """AdamW, with the gradient of each B replaced by ``s⁻² · G_B (A Aᵀ)⁻¹``.
 
-    With A frozen that is the step of B whose effect on the weight, ``s·ΔB A``, is the nearest to the gradient
-    of the weight itself. Every other parameter gets plain AdamW.
+    With A frozen, this is the step of B whose effect on the weight, ``s·ΔB A``, is closest to the gradient of
+    the weight. Every other parameter gets plain AdamW.
 
     Args:
         params: Parameters, or groups of them.
@@ -111,20 +111,20 @@ def create_lorafa_optimizer(
     weight_decay: float = 0.0,
     use_rslora: bool | None = None,
 ) -> LoraFAOptimizer:
-    """Freeze A of the active adapters, and give an optimizer for the rest of them.
+    """Freeze A of the active adapters, and create an optimizer for their other parameters.
 
     Args:
         model: A model with trainable adapters.
-        r: Their rank. The layers know theirs; a value that none of them has is said.
+        r: Their rank. Each layer uses its own; there is a warning if no layer has this one.
         lora_alpha: Likewise.
         lr: Learning rate.
         weight_decay: Decoupled weight decay.
-        use_rslora: Not needed; it must be what the adapters were configured with.
+        use_rslora: Not needed; must agree with the adapters' configuration.
 
     Raises:
-        ConfigError: If A of some layer is all zeros (as an embedding's is before training), so that nothing
-            could be learnt beside it frozen; if a layer's update is no product of two matrices; or if
-            ``use_rslora`` is not the adapters'.
+        ConfigError: If A of some layer is all zeros (as that of an embedding is before training), so that B
+            could learn nothing; if a layer's update is not a product of two matrices; or if ``use_rslora``
+            differs from the adapters'.
     """
     active = AdapterSet(model).active()
     owned = [

@@ -19,17 +19,17 @@ def create_loraplus_optimizer(
 ) -> Optimizer:
     """An optimizer with ``lr_B = loraplus_lr_ratio · lr_A``.
 
-    It has four groups: A and what else is trained, with ``lr``; factors of embeddings, with
-    ``loraplus_lr_embedding``; B and vectors, with ``lr · loraplus_lr_ratio``; of these, biases and what lies
-    in a `LayerNorm`, without weight decay.
+    It has four groups: A and everything not named below, with ``lr``; factors of embeddings, with
+    ``loraplus_lr_embedding``; B and vectors, with ``lr · loraplus_lr_ratio``; and of these, biases and
+    parameters of a `LayerNorm`, without weight decay.
 
     Args:
         model: A model with trainable adapters.
         optimizer_cls: The class of the optimizer, called with the groups.
         lr: Learning rate of A.
         loraplus_lr_ratio: ``lr_B / lr_A``, at least 1 by the paper; 16 is its usual value.
-        **kwargs: ``loraplus_lr_embedding`` (1e-6), ``loraplus_weight_decay`` (0.0), and what the optimizer
-            takes.
+        **kwargs: ``loraplus_lr_embedding`` (1e-6), ``loraplus_weight_decay`` (0.0), and options of the
+            optimizer.
 
     Raises:
         ConfigError: If the ratio is not positive.
@@ -81,7 +81,7 @@ def create_loraplus_optimizer(
 
 
 def _keep_embeddings_in_32_bits(model: nn.Module) -> None:
-    """As bitsandbytes advises for its 8-bit optimizers; whoever has such a class imported it."""
+    """As bitsandbytes recommends for its 8-bit optimizers. A caller with such a class has imported it."""
     manager = sys.modules["bitsandbytes"].optim.GlobalOptimManager.get_instance()
     for module in model.modules():
         if isinstance(module, nn.Embedding):
