@@ -46,7 +46,7 @@ def install() -> Path:
         OSError: The directory cannot be written.
     """
     target = _pth_file()
-    with atomic_file(target) as waiting:  # an interpreter that starts meanwhile must not read half a line
+    with atomic_file(target) as waiting:  # a starting interpreter must not read an incomplete line
         waiting.write_text(PTH_LINE, encoding="utf-8")
     return target
 
@@ -118,7 +118,7 @@ def _why_not_runnable(words: list[str]) -> str | None:
 
 
 def _run(words: list[str]) -> int:
-    """Run a script or a module as the main program, Veneer in the place of peft."""
+    """Run a script or a module as the main program, with Veneer in the place of peft."""
     register_as_peft()
     # Looking a module up imports its package.
     if missing := _why_not_runnable(words):

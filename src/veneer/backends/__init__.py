@@ -1,4 +1,4 @@
-"""How the base weight of a layer is stored: one file a storage."""
+"""How the base weight of a layer is stored: one file per storage."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ load_all(__name__, __path__)
 
 
 def stored_elsewhere(model: nn.Module) -> dict[int, Tensor]:
-    """Values of the parameters that are on the meta device and kept elsewhere, by the placeholder's id."""
+    """The values of offloaded parameters, by the id of their placeholder on the meta device."""
     found = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
@@ -31,7 +31,7 @@ def quantised(module: nn.Module) -> Backend | None:
 
 
 def prepare_backward(model: nn.Module) -> None:
-    """Make all modules of a model ready to have gradients flow through them. No value changes."""
+    """Prepare all modules of a model for gradients to pass through them. No value changes."""
     for module in model.modules():
         if (backend := quantised(module)) is not None:
             backend.prepare_backward(module)

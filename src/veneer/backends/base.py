@@ -1,4 +1,4 @@
-"""What a storage of base weights must answer."""
+"""The interface of a storage of base weights."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _cached: dict[Any, dict[Any, Any]] = {}
 
 
 def _cached_by_type(function: Callable[[Any], _T]) -> Callable[[Any], _T]:
-    """`function` of a type or a name, computed once until a backend is registered."""
+    """Cache a function of a type or a name until another backend is registered."""
 
     def call(key: Any) -> _T:
-        if torch.compiler.is_compiling():  # what a graph is made from is not written meanwhile
+        if torch.compiler.is_compiling():  # a compiler must not see the cache change
             return function(key)
         known = _cached.setdefault(function, {})
         if key not in known:
@@ -42,11 +42,12 @@ class Backend(abc.ABC):
 
     priority: int = 0
     name: str = ""
-    #: The field's name of the quantised storage, or None for weights that are not quantised.
+    #: The usual name of the quantised storage, or None for weights that are not quantised.
     quantization: str | None = None
-    #: Whether `read` gives the weight; some can only be computed with.
+    #: Whether `read` returns the weight; some weights can only be computed with.
     readable: ClassVar[bool] = True
-    #: Module types, as "module.QualName", that keep no hold of what they return: it may be added to in place.
+    #: Module types, as "module.QualName", that keep no reference to their output, so it may be changed in
+    #: place.
     fresh_output: ClassVar[tuple[str, ...]] = ()
     #: Module types that derive from no torch layer, and the torch type whose geometry each of them has.
     geometry: ClassVar[Mapping[str, str]] = {}
@@ -60,7 +61,7 @@ class Backend(abc.ABC):
         _cached.clear()
 
     def serves(self, kind: type) -> bool:
-        """Whether it may store weights of modules of that type; asked once a type, before `matches`."""
+        """Whether it may store weights of modules of that type. Called once per type, before `matches`."""
         return True
 
     @abc.abstractmethod
@@ -69,19 +70,19 @@ class Backend(abc.ABC):
 
     @abc.abstractmethod
     def read(self, module: nn.Module, name: str = "weight") -> Tensor:
-        """The dense tensor of that name: the stored one itself where it is dense."""
+        """The dense tensor of that name: the stored tensor itself if it is dense."""
 
     @abc.abstractmethod
     def write(self, module: nn.Module, tensor: Tensor, name: str = "weight") -> None:
         """Store ``tensor`` as the weight of that name, in place where shape and dtype allow."""
 
     def writing(self, module: nn.Module, tensor: Tensor, name: str = "weight") -> Callable[[], None]:
-        """A call that does ``write(module, tensor, name)``; what takes memory is done before the call."""
+        """A function that does ``write(module, tensor, name)``; memory is allocated now, not when it runs."""
         device, dtype = self.tensor_device(module, name), self.tensor_dtype(module, name)
         return partial(self.write, module, tensor.detach().to(device=device, dtype=dtype), name)
 
     def device(self, module: nn.Module) -> torch.device:
-        """Where the factors beside this layer belong: the device that computes with it."""
+        """The device of the layer's computation, where the factors belong."""
         return self.read(module).device
 
     def dtype(self, module: nn.Module) -> torch.dtype:
@@ -97,19 +98,19 @@ class Backend(abc.ABC):
         return self.device(module) if name == "weight" else self.read(module, name).device
 
     def tensor_dtype(self, module: nn.Module, name: str) -> torch.dtype:
-        """The floating-point type that the tensor of that name is computed with in."""
+        """The floating-point type in which the tensor of that name is used."""
         return self.dtype(module) if name == "weight" else self.read(module, name).dtype
 
     def like(self, module: nn.Module, name: str = "weight") -> Tensor:
-        """The shape and the type of the dense tensor of that name, on the meta device."""
+        """A meta tensor with the shape and type of the dense tensor of that name."""
         return self.read(module, name).to("meta")
 
     def features(self, module: nn.Module) -> tuple[int, int]:
-        """Sizes of the input and of the output of a linear."""
+        """Input and output size of a linear layer."""
         return int(module.in_features), int(module.out_features)  # type: ignore[arg-type]
 
     def writable_in_place(self, module: nn.Module) -> bool:
-        """Whether `read` gives the very tensor that the layer computes with."""
+        """Whether `read` returns the very tensor that the layer computes with."""
         return False
 
     def refuses_merge(self, module: nn.Module) -> str | None:
@@ -121,33 +122,34 @@ class Backend(abc.ABC):
         return self.refuses_merge(module) if name == "weight" else refuses_computed(module, name)
 
     def keep(self, module: nn.Module, name: str = "weight") -> dict[str, Tensor]:
-        """The stored tensor of that name, to be put back bit for bit; a later `write` does not reach it.
+        """A copy of the stored tensor of that name, which `put_back` restores bit for bit.
 
-        What a cast of the model must not round is given as integers, or as a type that withstands one.
+        Values that a cast of the model must not round are stored as integers, or in a type that a cast
+        ignores.
         """
         return {name: self.read(module, name).clone()}
 
     def put_back(self, module: nn.Module, kept: Mapping[str, Tensor], name: str = "weight") -> None:
-        """Store what `keep` gave."""
+        """Store what `keep` returned."""
         self.write(module, kept[name], name)
 
     def parts(
         self, module: nn.Module, kept: Mapping[str, Tensor]
     ) -> tuple[dict[str, Tensor | None], dict[str, Any]]:
-        """Parameters and attributes with which a copy of the module computes with what `keep` gave."""
+        """Parameters and attributes for a copy of the module that computes with what `keep` returned."""
         return dict(kept), {}
 
     def prepare_backward(self, module: nn.Module) -> None:
-        """Make a module ready to have gradients flow through it. Its values stay."""
+        """Prepare a module for gradients to pass through it. Its values do not change."""
         return None
 
     def dense(self, module: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-        """An ordinary module that computes the same from a dense weight; the module itself if it has one."""
+        """An ordinary module that computes the same with a dense weight; the module itself if its own is."""
         return module
 
 
 def refuses_computed(module: nn.Module, name: str) -> str | None:
-    """Why a tensor cannot be written that is computed for each call, or None."""
+    """Why a tensor that is recomputed at each call cannot be written, or None."""
     if module._parameters.get(name) is not None:
         return None
     return (
@@ -169,7 +171,7 @@ def find(module: nn.Module, name: str = "weight") -> Backend:
 
 
 def serving(kind: type) -> tuple[Backend, ...]:
-    """The backends that may store weights of modules of a type, in the order in which they are asked."""
+    """The backends that may store weights of modules of a type, in order of priority."""
     load_plugins()
     return _serving(kind)
 
@@ -200,7 +202,7 @@ def _fresh(name: str) -> bool:
 
 
 def gives_fresh_output(module: nn.Module) -> bool:
-    """Whether nobody else holds what the module returns, so that it may be added to in place."""
+    """Whether nothing else refers to the module's output, so that it may be changed in place."""
     cls = type(module)
     hooked = module._forward_hooks or _global_forward_hooks or "forward" in module.__dict__
     return not hooked and _fresh(f"{cls.__module__}.{cls.__qualname__}")

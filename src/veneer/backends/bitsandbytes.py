@@ -1,6 +1,6 @@
 """Weights that bitsandbytes stores: 4 bits (nf4, fp4, with their scales quantised or not) and 8 bits.
 
-The library is looked for among the loaded modules only: such a layer cannot exist before it.
+The library is only looked up among the loaded modules: without it no such layer can exist.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def _library() -> Any:
 
 
 class _Quantised(Backend):
-    """What its storages have in common: the bias is an ordinary parameter."""
+    """Base of both storages. The bias is an ordinary parameter."""
 
     priority = 20
 
@@ -36,14 +36,14 @@ class _Quantised(Backend):
         return weight.device
 
     def read(self, module: nn.Module, name: str = "weight") -> Tensor:
-        """The weight as it is computed with, in the type that it was quantised from; any other as it is."""
+        """The weight dequantised to its original type; any other tensor as it is."""
         if name == "weight":
             return self._dequantised(module)
         tensor: Tensor = getattr(module, name)
         return tensor.detach()
 
     def write(self, module: nn.Module, tensor: Tensor, name: str = "weight") -> None:
-        """Quantise into a new parameter, as the present one is; the present one is left as it is."""
+        """Quantise into a new parameter with the settings of the present one, which is not changed."""
         if name == "weight":
             self.writing(module, tensor)()
             return
@@ -73,7 +73,7 @@ class FourBits(_Quantised):
         return _state(module) is not None
 
     def dtype(self, module: nn.Module) -> torch.dtype:
-        """``bnb_4bit_compute_dtype`` where it is set, else the type that was quantised."""
+        """``bnb_4bit_compute_dtype`` if it is set, else the original type of the weight."""
         dtype = getattr(module, "compute_dtype", None)
         return dtype if isinstance(dtype, torch.dtype) else self.like(module).dtype
 
@@ -90,7 +90,7 @@ class FourBits(_Quantised):
         return dense
 
     def _again(self, module: nn.Module, tensor: Tensor) -> Any:
-        """A parameter quantised like the present one; the dense type that it stands for stays too."""
+        """A parameter with the quantisation and the original type of the present one."""
         state, old = _state(module), cast(Tensor, module.weight)
         new = (
             _library()
@@ -130,11 +130,11 @@ class FourBits(_Quantised):
         return {"weight": weight}, {"quant_state": weight.quant_state}
 
     def prepare_backward(self, module: nn.Module) -> None:
-        """Keep the layout that gradients can pass through.
+        """Keep the layout that allows gradients to pass.
 
-        In evaluation, on CPUs with bfloat16 instructions, bitsandbytes lays the weight out anew, rounds its
-        scales, and from then on computes without autograd, in training too: nothing before the layer would
-        get a gradient, without a word.
+        In evaluation, on CPUs with bfloat16 instructions, bitsandbytes changes the layout of the weight,
+        rounds its scales, and from then on computes without autograd, even in training: layers before this
+        one would silently get no gradient.
         """
         if _packed(module):
             _unpack(module)
@@ -147,7 +147,7 @@ class FourBits(_Quantised):
 class EightBits(_Quantised):
     """`bitsandbytes.nn.Linear8bitLt`: LLM.int8(), one scale for each row.
 
-    With ``has_fp16_weights=True`` the weight itself is dense, and its codes are made anew after a write.
+    With ``has_fp16_weights=True`` the weight is dense, and its codes are recomputed after a write.
     """
 
     name = "bitsandbytes-8bit"
@@ -162,7 +162,7 @@ class EightBits(_Quantised):
         return cast(Tensor, module.weight).dtype == torch.int8
 
     def dtype(self, module: nn.Module) -> torch.dtype:
-        """It computes in the type of its input; the bias follows that. Without one, float16."""
+        """It computes in the type of its input, which the bias has too. Without a bias, float16."""
         weight: Tensor = module.weight  # type: ignore[assignment]
         bias = getattr(module, "bias", None)
         if weight.is_floating_point():
@@ -176,7 +176,7 @@ class EightBits(_Quantised):
         return torch.empty(weight.shape, dtype=dtype, device="meta")
 
     def _scale(self, module: nn.Module) -> Tensor:
-        """It moves from the parameter to the state in the first forward."""
+        """The first forward moves it from the parameter to the state."""
         layer: Any = module
         scale: Tensor = layer.state.SCB if getattr(layer.weight, "SCB", None) is None else layer.weight.SCB
         return scale
@@ -219,7 +219,7 @@ class EightBits(_Quantised):
     def parts(
         self, module: nn.Module, kept: Mapping[str, Tensor]
     ) -> tuple[dict[str, Tensor | None], dict[str, Any]]:
-        """A parameter of its own, since a forward takes codes and scales out of it; and an empty state."""
+        """A new parameter, since a forward takes codes and scales out of it, and an empty state."""
         weight = kept["weight"]
         if "scale_bits" in kept:
             scale = kept["scale_bits"].view(torch.float32)
@@ -231,14 +231,14 @@ class EightBits(_Quantised):
 
 
 def _fresh(state: Any) -> Any:
-    """A state of a layer of 8 bits in which no codes are kept from a call."""
+    """An 8-bit state without codes from earlier calls."""
     fresh = copy.copy(state)
     fresh.reset_grads()
     return fresh
 
 
 def _quantise_rows(tensor: Tensor) -> tuple[Tensor, Tensor]:
-    # The kernel takes nothing but float16.
+    # The kernel only takes float16.
     codes, scale, _ = _library().functional.int8_vectorwise_quant(
         tensor.detach().to(torch.float16).contiguous()
     )
@@ -251,10 +251,10 @@ def _state(module: nn.Module) -> Any:
 
 
 def _packed(module: nn.Module) -> bool:
-    """Whether the weight lies as its kernel for CPUs wants it, which none of its other functions can read."""
+    """Whether the weight has the layout of the CPU kernel, which no other function can read."""
     return bool(getattr(_state(module), "packing_format_for_cpu", False))
 
 
 def _unpack(module: nn.Module) -> None:
-    module.state_dict()  # which the library does in the ordinary layout, and leaves it so
+    module.state_dict()  # the library converts the weight to the ordinary layout for this
     module.quant_state = _state(module)

@@ -1,8 +1,8 @@
-"""Quantised modules that only their own library can compute with: the branch stands beside their forward.
+"""Quantised modules that only their own library can compute with: the branch is added to their output.
 
-GPTQ, AWQ, AQLM and EETQ quantise with calibration data or into layouts of their kernels, so their weight is
-neither read nor written here. HQQ's is read. None of these libraries is imported: their modules are known by
-the qualified names of their types.
+GPTQ, AWQ, AQLM and EETQ quantise with calibration data or use layouts of their kernels, so their weight is
+neither read nor written here. HQQ's is read. None of these libraries is imported: their modules are
+recognised by the qualified names of their types.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from veneer.backends.base import Backend, plain_linear, type_names
 from veneer.errors import Hint, MergeError, TargetError, Text
 
-#: What to do where an initialisation or a variant needs a weight that cannot be read.
+#: The way out if an initialisation or a variant needs a weight that cannot be read.
 WITHOUT_READING = Text(
     "choose an initialisation and a variant that do not need it (",
     Hint("init_lora_weights", True),
@@ -31,7 +31,7 @@ def _linears(*names: str) -> dict[str, str]:
 
 
 class Delegated(Backend):
-    """What storages have in common that only their own library computes with."""
+    """Base of the storages that only their own library can compute with."""
 
     priority = 15
     readable = False
@@ -47,12 +47,12 @@ class Delegated(Backend):
         return torch.device("cpu") if tensor is None else tensor.device
 
     def dtype(self, module: nn.Module) -> torch.dtype:
-        """That of its scales, which is what these kernels compute in."""
+        """The type of its scales, in which these kernels compute."""
         tensors = (*module.parameters(), *module.buffers())
         return next((t.dtype for t in tensors if t.is_floating_point()), torch.float16)
 
     def features(self, module: nn.Module) -> tuple[int, int]:
-        """Under the names that these libraries give them."""
+        """Read from the attributes that these libraries use."""
         layer: Any = module
         if hasattr(layer, "infeatures"):
             return int(layer.infeatures), int(layer.outfeatures)
@@ -103,7 +103,7 @@ class Delegated(Backend):
         """Nothing."""
 
     def dense(self, module: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-        """An ``nn.Linear``, where the weight can be read.
+        """An ``nn.Linear``, if the weight can be read.
 
         Raises:
             MergeError: Where it cannot.
@@ -114,7 +114,7 @@ class Delegated(Backend):
 
 
 class GPTQ(Delegated):
-    """The layers of GPT-QModel, those that it makes of AWQ models among them, and of AutoGPTQ before it."""
+    """The layers of GPT-QModel (including those for AWQ models), and of its predecessor AutoGPTQ."""
 
     name = quantization = "gptq"
     geometry: ClassVar[Mapping[str, str]] = _linears(
@@ -163,7 +163,7 @@ class EETQ(Delegated):
 
 
 class HQQ(Delegated):
-    """Half-quadratic quantisation: its weight can be read, and only its own optimiser could write it."""
+    """Half-quadratic quantisation: its weight can be read, but only its own optimiser could write it."""
 
     name = quantization = "hqq"
     readable = True

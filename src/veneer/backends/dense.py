@@ -31,7 +31,7 @@ class Dense(Backend):
             with torch.no_grad():
                 parameter.copy_(tensor)
         else:
-            # A new shape needs a new parameter: the old one may be held by an optimizer.
+            # A new shape needs a new parameter: an optimizer may refer to the old one.
             new = nn.Parameter(tensor.to(parameter.dtype), requires_grad=parameter.requires_grad)
             setattr(module, name, new)
 

@@ -1,7 +1,7 @@
-"""Weights that accelerate keeps elsewhere (CPU memory, disk) and fetches for each call.
+"""Weights that accelerate offloads (to CPU memory or disk) and fetches for each call.
 
-Such a module has its parameters on the meta device and an alignment hook that knows where the
-values are. The hook is recognised by its attributes, so accelerate need not be imported.
+Such a module has its parameters on the meta device and an alignment hook that has the values. The hook is
+recognised by its attributes, so accelerate need not be imported.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ def _hook(module: nn.Module) -> Any:
 
 
 def stored(module: nn.Module, name: str) -> Tensor | None:
-    """The value of a parameter that is kept elsewhere, or None if it is not."""
+    """The value of an offloaded parameter, or None if it is not offloaded."""
     hook = _hook(module)
     return None if hook is None else hook.weights_map[name].detach()
 
 
 def execution_device(module: nn.Module) -> torch.device | None:
-    """The device that the parameters of a module are brought to where they are kept elsewhere, or None."""
+    """The device to which the offloaded parameters of a module are fetched, or None."""
     hook = _hook(module)
     return None if hook is None else torch.device(hook.execution_device)
 
 
 def copied(module: nn.Module) -> nn.Module:
-    """A deep copy that holds its own values, where the original's are kept elsewhere."""
+    """A deep copy with its own values, also if the original's are offloaded."""
     hooks = {id(m): m.__dict__["_hf_hook"] for m in module.modules() if _hook(m) is not None}
-    # A hook knows the values of the whole model; none of them belongs into the copy.
+    # A hook refers to the values of the whole model, which must not be copied.
     twin = copy.deepcopy(module, {id(hook): None for hook in hooks.values()})
     for old, new in zip(module.modules(), twin.modules(), strict=True):
         if id(old) not in hooks:
@@ -68,7 +68,7 @@ class Offloaded(Backend):
         return self.holds(module, "weight")
 
     def holds(self, module: nn.Module, name: str) -> bool:
-        """A tensor on the meta device, whatever its name, with a hook that has its values."""
+        """A tensor of any name on the meta device, with a hook that has its values."""
         if _hook(module) is None:
             return False
         tensor = getattr(module, name, None)
@@ -92,7 +92,7 @@ class Offloaded(Backend):
         dataset = getattr(weights, "dataset", weights)
         key = f"{getattr(weights, 'prefix', '')}{name}"
         store: MutableMapping[str, Tensor] = getattr(dataset, "state_dict", dataset)
-        # Laid out as a saved one is: torch's kernels differ by layout in the last place.
+        # In the layout of a saved tensor: the last digit of torch's kernels depends on it.
         value = tensor.detach().to("cpu").contiguous()
         placeholder: nn.Parameter = getattr(module, name)
         if placeholder.shape != tensor.shape:

@@ -1,8 +1,8 @@
-"""Weights that are codes, with the scale that gives them their values beside them: FP8 and its relatives.
+"""Weights that consist of codes and a separate scale: FP8 and its relatives.
 
 transformers' `FP8Linear` and the layers of compressed-tensors derive from `torch.nn.Linear` and have a weight
-of a floating type, so they look dense. Their own forward computes with them; nothing here reads or writes the
-codes.
+of a floating type, so they look dense. Only their own forward uses the codes; nothing here reads or writes
+them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from veneer.backends.delegated import WITHOUT_READING, Delegated
 from veneer.backends.offloaded import execution_device, stored
 from veneer.errors import TargetError
 
-#: What embeddings multiply their rows with, whatever the rows are stored as.
+#: A factor of embeddings' rows, which is no scale of a quantisation.
 _NO_CODE = "embed_scale"
 
 
@@ -27,7 +27,7 @@ def is_float8(tensor: Tensor) -> bool:
 
 
 def scale_of(name: str, names: Collection[str]) -> str | None:
-    """The name of the scale that stands beside a tensor of a module, or None.
+    """The name of the scale that belongs to a tensor of a module, or None.
 
     Args:
         name: The tensor's name on its module.
@@ -44,7 +44,7 @@ def scale_of(name: str, names: Collection[str]) -> str | None:
 
 
 class FileCodes:
-    """Tells which tensors in the files of a model hold codes and no values.
+    """Tells which tensors in the files of a model are codes.
 
     Args:
         names: All names of the model's files.
@@ -57,7 +57,7 @@ class FileCodes:
             self._beside.setdefault(path, []).append(own)
 
     def why(self, name: str, float8: bool) -> str | None:
-        """Why the tensor of that name holds codes, or None.
+        """Why the tensor of that name is known to be codes, or None.
 
         Args:
             name: Its name in the file.
@@ -70,9 +70,9 @@ class FileCodes:
 
 
 class _Codes(Delegated):
-    """What the storages here have in common."""
+    """Base of the storages in this file."""
 
-    # Above the offloaded: what accelerate keeps elsewhere may be codes too.
+    # Above the offloaded: offloaded weights may be codes too.
     priority = 12
 
     def serves(self, kind: type) -> bool:
@@ -85,7 +85,7 @@ class _Codes(Delegated):
         return execution_device(module) or super().device(module)
 
     def dtype(self, module: nn.Module) -> torch.dtype:
-        """That of its first tensor of a wider floating type."""
+        """The type of its first tensor of a wider floating type."""
         tensors = (*module.parameters(recurse=False), *module.buffers(recurse=False))
         wide = (t.dtype for t in tensors if t.is_floating_point() and t.element_size() > 1)
         return next(wide, torch.get_default_dtype())
@@ -97,7 +97,7 @@ class _Codes(Delegated):
         return self.dtype(module)
 
     def like(self, module: nn.Module, name: str = "weight") -> Tensor:
-        """The shape of the codes; that of a linear where several codes may share an element."""
+        """The shape of the codes; for packed codes, the shape of a linear weight."""
         shape = getattr(module, name).shape
         if name == "weight" and isinstance(module, nn.Linear):
             shape = tuple(reversed(self.features(module)))
@@ -140,7 +140,7 @@ class FP8(_Codes):
     """A weight of 8-bit floats, as in transformers' `FP8Linear` and the layers of compressed-tensors."""
 
     name = quantization = "fp8"
-    #: Types that are refused whatever their tensors look like, for they are filled only on loading.
+    #: Types that are always refused, since their tensors are only filled on loading.
     known: ClassVar[frozenset[str]] = frozenset(
         {
             "transformers.integrations.finegrained_fp8.FP8Linear",
@@ -150,7 +150,7 @@ class FP8(_Codes):
     )
 
     def holds(self, module: nn.Module, name: str) -> bool:
-        """A tensor of 8-bit floats, whatever its name; any weight of the types above."""
+        """A tensor of 8-bit floats of any name; any weight of the types above."""
         tensor = _tensor(module, name)
         if tensor is None:
             return False
@@ -158,21 +158,21 @@ class FP8(_Codes):
 
 
 class ScaledCodes(_Codes):
-    """A matrix with a scale beside it that no other backend accounts for, of whatever type."""
+    """A matrix of any type with a scale, that no other backend supports."""
 
     name = "scaled"
     quantization = "a code with a scale"
 
     def holds(self, module: nn.Module, name: str) -> bool:
-        """A matrix, or a stack of them, beside a tensor whose name says that it is a scale of it."""
+        """A matrix, or a stack of matrices, for which another tensor is a scale by its name."""
         if not any("scale" in own.lower() for own in (*module._parameters, *module._buffers)):
-            return False  # nearly all modules are asked
+            return False  # called for nearly all modules
         tensor = _tensor(module, name)
         return tensor is not None and tensor.dim() > 1 and scale_of(name, _names(module)) is not None
 
 
 def holds_codes(module: nn.Module) -> bool:
-    """Whether the weight of a module is a code whose scale its own forward applies."""
+    """Whether the weight of a module consists of codes whose scale its forward applies."""
     tensor = _tensor(module, "weight")
     if tensor is None:
         return False

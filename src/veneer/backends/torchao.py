@@ -15,7 +15,7 @@ from veneer.errors import MergeError
 
 
 class TorchAO(Backend):
-    """Reading asks the tensor to dequantise itself; writing quantises as it was quantised."""
+    """Reading dequantises the tensor; writing quantises with the same settings."""
 
     name = "torchao"
     quantization = "torchao"
@@ -25,7 +25,7 @@ class TorchAO(Backend):
         return self.holds(module, "weight")
 
     def holds(self, module: nn.Module, name: str) -> bool:
-        """A parameter of one of its types, whatever its name; only one named weight is read and written."""
+        """A parameter of one of its types, of any name; only the one named weight is read and written."""
         weight = module._parameters.get(name)
         if type(weight) in (nn.Parameter, Tensor):
             return False
@@ -45,7 +45,7 @@ class TorchAO(Backend):
 
     @torch.no_grad()
     def read(self, module: nn.Module, name: str = "weight") -> Tensor:
-        """The weight in the type that it was quantised from; any other as it is.
+        """The weight dequantised to its original type; any other tensor as it is.
 
         Raises:
             MergeError: If such a weight cannot be dequantised.
@@ -61,7 +61,7 @@ class TorchAO(Backend):
 
     @torch.no_grad()
     def write(self, module: nn.Module, tensor: Tensor, name: str = "weight") -> None:
-        """Quantise into a new parameter, as the present one is; the present one is left as it is."""
+        """Quantise into a new parameter with the settings of the present one, which is not changed."""
         if name == "weight":
             self.writing(module, tensor)()
         else:
@@ -75,7 +75,7 @@ class TorchAO(Backend):
         return partial(self.put_back, module, {"weight": new})
 
     def refuses_merge(self, module: nn.Module) -> str | None:
-        """Types for which torchao offers no way back that can be read off the tensor."""
+        """Refuses types whose tensors do not tell how they were quantised."""
         kind = type(module.weight).__name__
         if kind in _QUANTISERS:
             return None
@@ -88,7 +88,7 @@ class TorchAO(Backend):
         return {"weight": module.weight}  # type: ignore[dict-item]
 
     def put_back(self, module: nn.Module, kept: Mapping[str, Tensor], name: str = "weight") -> None:
-        """The parameter itself, or one of what a cast made of it."""
+        """The parameter itself, or a new one after a cast."""
         weight = kept["weight"]
         if not isinstance(weight, nn.Parameter):
             weight = nn.Parameter(weight, requires_grad=False)
@@ -139,7 +139,7 @@ def _intx(old: Any, tensor: Tensor) -> Any:
     )
 
 
-#: By the name of the tensor's type: how a dense tensor is quantised like another.
+#: By the name of the tensor's type: how to quantise a dense tensor like another one.
 _QUANTISERS: dict[str, Callable[[Any, Tensor], Any]] = {
     "Int8Tensor": _int8,
     "IntxUnpackedToInt8Tensor": _intx,

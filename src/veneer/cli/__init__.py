@@ -1,4 +1,4 @@
-"""The command line: one file a command, each a thin face over functions of the library.
+"""The command line: one file per command, each a thin layer over functions of the library.
 
 Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted. Results go to standard output, progress and
 messages to standard error.
@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not sys.stdout.isatty() and not os.environ.get("FORCE_COLOR"):
             # On a build server typer would colour its help without a terminal.
             os.environ.setdefault("_TYPER_FORCE_DISABLE_TERMINAL", "1")
-        # Imported here, so that Ctrl-C during the imports is answered like any other.
+        # Imported here, so that Ctrl-C during the imports is handled like any other.
         from .common import main as run
 
         return run(arguments)

@@ -60,7 +60,7 @@ def sampling_of(
     top_k: int | None,
     repetition_penalty: float | None,
 ) -> Sampling:
-    """How tokens are chosen; `Sampling` checks the values against one another."""
+    """The sampling options; `Sampling` checks that they go together."""
     if temperature is not None and temperature < 0:
         raise typer.BadParameter(f"--temperature must be 0 or more, not {temperature}")
     from ..training.generation import Sampling
@@ -72,7 +72,7 @@ def require_language_model(head: Head) -> None:
     """Raise unless an adapter belongs to a model that writes text.
 
     Raises:
-        VeneerError: Says what it belongs to, and which command takes it.
+        VeneerError: Names the task of the model, and the command for it.
     """
     if head.task != "CAUSAL_LM":
         what = "a classifier, which names classes" if head.task == "SEQ_CLS" else f"the task {head.task}"

@@ -104,10 +104,10 @@ def _base_of(adapted: Any) -> str:
 
 
 def _talk(talk: Any, alone: bool) -> int:
-    """Turn by turn until the input ends.
+    """Run one turn after the other until the input ends.
 
     Returns:
-        1 where a turn of a script failed; whoever sits at a terminal has seen it.
+        1 if a turn of a script failed; at a terminal the user has seen it.
     """
     from ..errors import VeneerError
 
@@ -132,7 +132,7 @@ def _talk(talk: Any, alone: bool) -> int:
 
 
 def _line(talk: Any, alone: bool) -> str | None:
-    """What the user says next, None at the end."""
+    """The user's next line, or None at the end."""
     try:
         if alone:
             return input(f"{talk.adapter or 'base'}> ").strip()
@@ -148,7 +148,7 @@ def _write(text: str) -> None:
 
 
 def _command(talk: Any, line: str) -> bool:
-    """Do what a line with a slash says; False to leave."""
+    """Run a slash command; False to leave."""
     from ..errors import VeneerError
 
     word, _, rest = line.partition(" ")

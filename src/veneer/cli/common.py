@@ -1,4 +1,4 @@
-"""What the commands share: the application, its errors, how sizes are written."""
+"""What the commands share: the application, error handling, and output."""
 
 from __future__ import annotations
 
@@ -86,18 +86,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words, verbose = _normalised(list(sys.argv[1:] if arguments is None else arguments))
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal without × or … is no reason to fail
+            stream.reconfigure(errors="replace")  # do not fail at a terminal without × or …
     if not verbose:
         messages.quieten(lambda: flags_of(words[0]) if words else {})
     try:
         register_commands(next((word for word in words if not word.startswith("-")), None))
         code = _run(words)
-        sys.stdout.flush()  # a full disk or a reader that left shows here at the latest
+        sys.stdout.flush()  # errors of a full disk or a closed pipe appear here at the latest
         return code
     except KeyboardInterrupt:
         return _interrupted()
     except BrokenPipeError:
-        # The reader of our output left (`veneer inspect … | head`): nothing is wrong.
+        # The reader of our output has exited (`veneer inspect … | head`): not an error.
         _drop_output()
         return DONE
     except SystemExit as leaving:
@@ -129,13 +129,13 @@ def _run(words: list[str]) -> int:
             return USAGE
         raise
     if answer == INTERRUPTED:
-        # Newer typer turns Ctrl-C into this answer, older into Abort.
+        # Newer typer returns this after Ctrl-C, older raises Abort.
         return _interrupted()
     return answer if isinstance(answer, int) else DONE
 
 
 def _normalised(words: list[str]) -> tuple[list[str], bool]:
-    """Flags with underscores written with dashes, and whether ``--verbose`` stands anywhere among them."""
+    """The arguments with dashes instead of underscores in flags, and whether ``--verbose`` is among them."""
     end = words.index("--") if "--" in words else len(words)
     flags, rest = words[:end], words[end:]
     verbose = "--verbose" in flags
@@ -164,7 +164,7 @@ def _failed(error: Exception, words: list[str], verbose: bool) -> int:
         message = messages.unexpected(error)
     say("error: " + (message or type(error).__name__))
     if isinstance(error, ConfigError):
-        # Adapter files have errors of their own; what is wrong here was asked for on the command line.
+        # Adapter files have errors of their own; this one is about the command line.
         say(f"See: veneer {words[0]} --help")
         return USAGE
     return FAILED
@@ -176,7 +176,7 @@ def _interrupted() -> int:
 
 
 def _drop_output(only_if_broken: bool = False) -> None:
-    """Send what is left in the buffer of standard output to nowhere, so that leaving raises nothing more."""
+    """Discard the rest of the standard output, so that exiting raises no further error."""
     try:
         if only_if_broken:
             sys.stdout.flush()
@@ -188,7 +188,7 @@ def _drop_output(only_if_broken: bool = False) -> None:
 
 @functools.cache
 def flags_of(command: str) -> dict[str, Flag]:
-    """Name of an option, as its parameter or any of its flags spells it -> its flag; of no command, none."""
+    """The flag of each option, by its parameter's name and by each of its flags; empty without a command."""
     group: Any = typer.main.get_command(app)
     found = group.commands.get(command)
     flags: dict[str, Flag] = {}
@@ -206,7 +206,7 @@ def show_json(content: object) -> None:
 
 
 def adapter_place(adapter: str) -> Path:
-    """The directory of an adapter; one of the hub is fetched, which is said first.
+    """The directory of an adapter; one of the hub is downloaded, after a message.
 
     Raises:
         AdapterFileError: It is neither here nor on the hub.
@@ -224,12 +224,12 @@ def show(line: str = "") -> None:
 
 
 def show_text(text: str, end: str = "\n") -> None:
-    """A text of several lines: byte for byte into a file or a pipe, and only shown on a terminal."""
+    """Print a text of several lines: unchanged into a file or a pipe, with escapes on a terminal."""
     print(visible(text, lines=True) if sys.stdout.isatty() else text, end=end, flush=True)
 
 
 def console(piped: int = 1000) -> PlainConsole:
-    """Standard output for tables, so wide where there is no terminal: nobody folds what a program reads."""
+    """A console for tables; very wide without a terminal, so that programs read unwrapped lines."""
     from ..training.console import PlainConsole
 
     made = PlainConsole()
@@ -237,7 +237,7 @@ def console(piped: int = 1000) -> PlainConsole:
 
 
 def table(*columns: str) -> Table:
-    """An empty table without rules: the first column to the left, numbers to the right."""
+    """An empty table without lines: the first column left-aligned, numbers right-aligned."""
     from rich.table import Table
 
     from ..training.console import paragraphs
@@ -251,7 +251,7 @@ def table(*columns: str) -> Table:
 
 
 def size(count: int) -> str:
-    """Bytes as people read them."""
+    """A number of bytes in readable units."""
     for unit, factor in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
         if count >= factor:
             return f"{count / factor:.3g} {unit}"

@@ -1,4 +1,4 @@
-"""``veneer eval``: how good an adapted model is on data, beside its base."""
+"""``veneer eval``: evaluate an adapted model and its base on data."""
 
 from __future__ import annotations
 

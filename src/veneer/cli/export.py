@@ -1,4 +1,4 @@
-"""``veneer export``: an adapter in the files of another reader."""
+"""``veneer export``: write an adapter for another program."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .common import adapter_place, app, show, show_json, size
 if TYPE_CHECKING:
     from ..integrations.export import ExportReport
 
-#: Above this share of an update, what rounding took is that of a type of 16 bits.
+#: A larger relative error is that of rounding to a 16-bit type.
 HALF = 1e-6
 
 

@@ -1,6 +1,6 @@
-"""Veneer among other libraries: the hub, transformers, and whoever imports peft.
+"""Veneer with other libraries: the hub, transformers, and libraries that import peft.
 
-Nothing here is needed to use Veneer by itself, and nothing heavy is imported before it is needed.
+Nothing here is needed to use Veneer by itself, and large libraries are imported when they are needed.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ _watching = False
 
 
 def watch() -> None:
-    """Have trainers take a Veneer model for what it is: an adapter over a frozen base.
+    """Make trainers treat a Veneer model as an adapter over a frozen base.
 
-    Called by `import veneer`. It imports nothing: what it does to a trainer's module is done when that module
-    is imported, or at once where it has been imported already. Calling it again does nothing.
+    Called by `import veneer`. It imports nothing: a trainer's module is changed when that module is imported,
+    or at once if it has been imported already. Calling it again does nothing.
     """
     global _watching
     if _watching:

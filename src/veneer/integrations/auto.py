@@ -1,4 +1,4 @@
-"""`AutoPeftModel…`: an adapter's directory is enough, its base is found and loaded by transformers."""
+"""`AutoPeftModel…`: load an adapter together with its base model, which transformers finds."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from veneer.wording import warn
 
 #: Options of `PeftModel.from_pretrained`; the others belong to the base model.
 _ADAPTER_OPTIONS = ("autocast_adapter_dtype", "key_mapping", "strict", "check_base", "check_finite")
-#: Options that say where on the hub things lie. The base has a revision of its own, in the configuration.
+#: Options of the hub. The base has its own revision, in the configuration.
 _HUB_OPTIONS = ("token", "cache_dir", "local_files_only", "force_download", "proxies")
 
 _AUTO_CLASSES = {
@@ -62,9 +62,9 @@ class AutoPeftModel:
             adapter_name: Name for it in the model.
             is_trainable: Whether its parameters require gradients.
             config: Use this configuration instead of the file's.
-            revision: Revision of the adapter; the base's stands in the configuration.
-            import_allowlist: Libraries that a configuration without a task may name for its base; by default
-                transformers only.
+            revision: Revision of the adapter; that of the base is in the configuration.
+            import_allowlist: Libraries from which a configuration without a task may name a class for its
+                base; by default only transformers.
             **kwargs: Options of `PeftModel.from_pretrained` go there, those of the hub to both, all others to
                 the base model's ``from_pretrained``. Code that the base brings is not run, unless
                 ``trust_remote_code=True`` is among them.
@@ -75,7 +75,7 @@ class AutoPeftModel:
         """
         options = {k: kwargs.pop(k) for k in _ADAPTER_OPTIONS if k in kwargs}
         shared = {k: kwargs[k] for k in _HUB_OPTIONS if k in kwargs}
-        # A file names the base, and transformers would ask whether to run the code that comes with it.
+        # The base is named by a file, and transformers would ask whether to run the base's code.
         trusted = bool(kwargs.setdefault("trust_remote_code", False))
         subfolder = kwargs.pop("subfolder", None)
         directory = adapter_directory(
@@ -120,7 +120,7 @@ class AutoPeftModel:
 
 
 def _mapped_class(mapping: dict[str, Any], allowed: Sequence[str] | None) -> Any:
-    """The class that ``auto_mapping`` names; no library is imported for a file's sake alone."""
+    """The class that ``auto_mapping`` names. Only allowed libraries are imported."""
     library, name = str(mapping.get("parent_library") or ""), str(mapping.get("base_model_class") or "")
     known = ("transformers",) if allowed is None else tuple(allowed)
     if not any(library == place or library.startswith(f"{place}.") for place in known):
@@ -136,12 +136,12 @@ def _mapped_class(mapping: dict[str, Any], allowed: Sequence[str] | None) -> Any
 
 
 def _fit_vocabulary(base: Any, directory: Path, trusted: bool) -> None:
-    """If a larger tokenizer lies beside the adapter, give the base the vocabulary it was trained with."""
+    """Resize the base if the adapter's directory has a larger tokenizer, with which it was trained."""
     if not (directory / "tokenizer_config.json").exists() or not hasattr(base, "resize_token_embeddings"):
         return
     embedding = base.get_input_embeddings()
     size = len(_transformers().AutoTokenizer.from_pretrained(str(directory), trust_remote_code=trusted))
-    # Bases are often padded beyond their tokenizer; only tokens without a row need more.
+    # Bases are often padded beyond their tokenizer; resize only if a token has no row.
     if size > embedding.weight.shape[0]:
         warn(
             f"the tokenizer beside the adapter has {size} tokens and the base {embedding.weight.shape[0]} "

@@ -17,7 +17,7 @@ logger = logging.getLogger("veneer.kbit")
 
 
 def model_bytes(model: nn.Module) -> int:
-    """Bytes of a model's parameters and buffers as they are stored, scales of quantised weights included."""
+    """Stored bytes of a model's parameters and buffers, including the scales of quantised weights."""
     found: dict[int, Tensor] = {}
     for tensor in (*model.parameters(), *model.buffers()):
         found.setdefault(id(tensor), tensor)
@@ -32,7 +32,7 @@ def prepare_model_for_kbit_training(
     *,
     upcast: bool = False,
 ) -> nn.Module:
-    """Freeze a quantised model and let gradients pass through it to the adapters that it will get.
+    """Freeze a quantised model and let gradients pass through it to adapters that are added later.
 
     The bytes before and after are logged (logger ``veneer.kbit``, level INFO).
 
@@ -42,9 +42,9 @@ def prepare_model_for_kbit_training(
         gradient_checkpointing_kwargs: For `torch.utils.checkpoint.checkpoint`; ``use_reentrant`` is False
             unless given.
         auto_clear_cache: After an upcast, give cached GPU memory back.
-        upcast: Turn every 16-bit parameter that is not quantised into float32, embeddings and output head
-            included, as PEFT's function of this name does for bitsandbytes. Here it is off: nobody asked
-            for it by calling this, it doubles those parameters, and the factors are float32 anyway.
+        upcast: Convert every 16-bit parameter that is not quantised to float32, including embeddings and
+            output head, as PEFT's function of this name does for bitsandbytes. Off by default: it doubles the
+            memory of these parameters, and the factors are float32 anyway.
 
     Returns:
         The same model.
@@ -80,10 +80,10 @@ def _upcast(model: nn.Module, coded: set[str]) -> None:
 
 
 def _checkpoint(model: nn.Module, options: dict[str, Any]) -> None:
-    """Switch checkpointing on under the name that the installed transformers has for it."""
+    """Turn checkpointing on, under the name that the installed transformers uses."""
     options.setdefault("use_reentrant", False)
     if options["use_reentrant"]:
-        # Only then does a checkpoint look at its inputs alone to see whether a gradient is needed.
+        # Only then does a checkpoint decide by its inputs alone whether a gradient is needed.
         ask: Any = getattr(model, "enable_input_require_grads", None)
         if callable(ask):
             ask()

@@ -2,12 +2,12 @@
 
 transformers' Trainer saves only the adapter, resumes from it, and looks through the wrapper for the base
 model's signature if `isinstance(model, peft.PeftModel)`; otherwise it writes the whole model into every
-checkpoint. TRL asks the same of models and configurations. Here what they test against is widened by Veneer's
-classes, module by module:
+checkpoint. TRL does the same with models and configurations. Here the classes that they test against are
+extended by Veneer's, module by module:
 
-* where peft is installed, the name `PeftModel` in the trainer's module comes to mean "peft's or Veneer's", as
-  a subclass of peft's class, so that everything else said of it stays true;
-* where it is not, the name is Veneer's class, and the module's `is_peft_available` says yes.
+* if peft is installed, the name `PeftModel` in the trainer's module becomes a class that means "peft's or
+  Veneer's", a subclass of peft's class, so that its other uses still work;
+* if it is not, the name is Veneer's class, and the module's `is_peft_available` returns True.
 
 Neither library itself is changed, and models of the real peft are treated as before.
 """
@@ -26,8 +26,8 @@ from veneer.wording import warn
 from ..sharded import reshard
 from . import trl
 
-# Which names of a module are tested against. Where peft was not there, the module never got them.
-# TRL's modules use some each; where peft is there, a name that a module does not use is not given to it.
+# The names of a module that it tests against. Without peft, the module never imported them. Each of TRL's
+# modules uses some; with peft, a name that a module does not use is not added to it.
 NAMES = {
     "transformers.trainer_utils": ("PeftModel", "PeftMixedModel"),
     "transformers.trainer": ("PeftModel",),
@@ -35,10 +35,10 @@ NAMES = {
 
 
 def enable_trainer() -> None:
-    """Have transformers' Trainer treat a Veneer model as the adapter that it is.
+    """Make transformers' Trainer treat a Veneer model as an adapter.
 
-    `import veneer` arranges for this to happen by itself when the trainer is imported, before or after
-    Veneer. Calling it imports transformers' trainer. Calling it again does nothing.
+    After `import veneer` this happens by itself when the trainer is imported, before or after Veneer. Calling
+    it imports transformers' trainer. Calling it again does nothing.
 
     Raises:
         MissingExtraError: transformers is not installed.
@@ -56,7 +56,7 @@ def enable_trainer() -> None:
 
 
 def widen(module: ModuleType) -> None:
-    """Widen what one module of transformers, accelerate or TRL takes for an adapter."""
+    """Extend what one module of transformers, accelerate or TRL accepts as an adapter."""
     name = module.__name__
     if name == "accelerate.utils.fsdp_utils":
         _widen_checkpoints(module)
@@ -80,7 +80,7 @@ def widen(module: ModuleType) -> None:
 
 
 def _is_peft_installed(module: ModuleType) -> bool:
-    """Did the module, when it was imported, find a peft, real or ours?"""
+    """Whether the module found a peft, real or ours, when it was imported."""
     answer = getattr(module, "is_peft_available", None)
     if answer is None:
         return "peft" in sys.modules
@@ -106,10 +106,10 @@ def _wider(word: str, present: Any, ours: Any) -> Any:
 
 
 def _either(theirs: type, ours: type) -> type:
-    """A class of which the instances of `theirs` and of `ours` are instances.
+    """A class whose instances are those of `theirs` and of `ours`.
 
     It derives from `theirs`, so that its methods can be called through it; not from an abstract class, which
-    would ask it for its own subclasses.
+    would query its subclasses.
     """
     accepted = (theirs, ours)
 
@@ -126,7 +126,7 @@ def _either(theirs: type, ours: type) -> type:
 
 
 def _dispatching(theirs: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..., Any]:
-    """`get_peft_model`: Veneer's for a configuration of Veneer's, else peft's."""
+    """`get_peft_model`: Veneer's for Veneer's configurations, else peft's."""
     from ..config import PeftConfig
 
     @functools.wraps(theirs)
@@ -139,7 +139,7 @@ def _dispatching(theirs: Callable[..., Any], ours: Callable[..., Any]) -> Callab
 
 
 def _widen_accelerate(module: ModuleType) -> None:
-    """Accelerate's `is_peft_model`, and the copies by name that were made of it before."""
+    """Extend accelerate's `is_peft_model`, and the names that were imported from it before."""
     theirs = vars(module).get("is_peft_model")
     ours = _ours("PeftModel")
     if theirs is None or _accepts(theirs, ours):
@@ -157,9 +157,9 @@ def _widen_accelerate(module: ModuleType) -> None:
 
 
 def _widen_checkpoints(module: ModuleType) -> None:
-    """What accelerate keeps of an adapter in FSDP's checkpoints: our adapters by our functions.
+    """Make accelerate save and load our adapters in FSDP's checkpoints with our functions.
 
-    Its own calls peft's, whichever model it is. A full state dict of FSDP2 it makes without them.
+    Its own code calls those of peft for every model. It makes a full state dict of FSDP2 without them.
     """
     ours = _ours("PeftModel")
 
@@ -186,7 +186,7 @@ def _widen_checkpoints(module: ModuleType) -> None:
 
 
 def _widen_fsdp(trainer: ModuleType) -> None:
-    """With FSDP, Trainer takes the auto-wrap policy of adapters from peft; ours for our models."""
+    """With FSDP, Trainer takes the auto-wrap policy of adapters from peft; give it ours for our models."""
     theirs = vars(trainer).get("update_fsdp_plugin_peft")
     ours = _ours("PeftModel")
     peft = sys.modules.get("peft")
@@ -205,7 +205,7 @@ def _widen_fsdp(trainer: ModuleType) -> None:
 
 
 def _check_trainer(trainer: ModuleType) -> None:
-    """Ask the trainer itself, with an instance that holds nothing; say so if this version asks otherwise."""
+    """Test the trainer with an empty instance; warn if this version uses another test."""
     ask = vars(trainer).get("_is_peft_model")
     probe = object.__new__(_ours("PeftModel"))
     if ask is None or not ask(probe):

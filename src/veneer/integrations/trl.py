@@ -1,7 +1,7 @@
-"""What TRL's modules take from peft by name: which of it is widened, and what stands in where peft is absent.
+"""The names that TRL's modules import from peft: which are extended, and what replaces them without peft.
 
-A module of TRL imports these names where it finds peft, and tests models and configurations against them. The
-widening itself is that of `transformers.py`.
+A module of TRL imports these names if it finds peft, and tests models and configurations against them.
+`transformers.py` extends them.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from types import SimpleNamespace
 
 from ..config.base import KNOWN_PEFT_VERSION
 
-#: Tested against. Where peft is there, widened in the modules that use them.
+#: Classes to test against. With peft, they are extended in the modules that use them.
 TESTED = ("PeftModel", "PeftConfig", "get_peft_model", "BaseTunerLayer", "PrefixTuningConfig")
 
-#: Given to modules that found no peft. `LoraConfig` is not widened beside peft's own: TRL makes
-#: configurations of it, and asks with it whether this peft is one that it has to work around.
+#: Added to modules that found no peft. With peft, `LoraConfig` is not extended: TRL creates configurations
+#: with it, and uses it to find out whether this version of peft needs a workaround.
 GIVEN = (*TESTED, "LoraConfig", "PromptLearningConfig", "peft")
 
-#: In the place of the module `peft`, which TRL asks for its version alone.
+#: Replaces the module `peft`, of which TRL only reads the version.
 PEFT = SimpleNamespace(__version__=".".join(map(str, KNOWN_PEFT_VERSION)))

@@ -1,8 +1,8 @@
-"""What libraries find under the name `peft`: Veneer's objects, laid out under the paths that are imported.
+"""What libraries find under the name `peft`: Veneer's objects, at the import paths of PEFT.
 
-The layout is a table (`layout.py`) and shapes nothing else: `veneer_as_peft` makes a module of each row when
-it is asked for. What belongs to other methods than LoRA exists, so that importing and `isinstance` work, and
-raises when it is used (`others.py`).
+The layout is a table (`layout.py`): `veneer_as_peft` makes a module of each row when it is imported. Names of
+methods other than LoRA exist, so that importing and `isinstance` work, and raise when they are used
+(`others.py`).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Adapter methods of diffusers' models, made whole: what fails leaves the model as it was, and says why.
+"""Adapter methods of diffusers' models that leave the model unchanged if they fail, and say why.
 
-On its way out of a failure diffusers deletes the adapter that it was loading, which is the old one where
-tensors were to be exchanged, leaves none active, and trips over an adapter that was never put in.
+After a failure diffusers itself deletes the adapter that it was loading (in a hot swap, the old one), leaves
+none active, and raises another error if the adapter was never added.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ __all__ = ["add_adapter", "delete_adapters", "load_lora_adapter"]
 
 
 def load_lora_adapter(original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
-    """Load an adapter, or exchange the tensors of one.
+    """Load an adapter, or hot-swap its tensors.
 
     Raises:
-        VeneerError: What Veneer has against it. The model is as it was before.
+        VeneerError: The adapter cannot be loaded. The model is unchanged.
     """
     arguments = inspect.signature(original).bind(model, *args, **kwargs).arguments
     swap = arguments.get("hotswap", False)
@@ -45,7 +45,7 @@ def load_lora_adapter(original: Callable[..., Any], model: Any, *args: Any, **kw
 
 @contextmanager
 def _nothing_deleted(model: nn.Module) -> Iterator[None]:
-    """Layers keep their adapters, whoever asks them to delete one."""
+    """In this context layers do not delete adapters."""
     modules = adapter_modules(model)
     for module in modules:
         module.__dict__["delete_adapter"] = lambda name: None
@@ -59,7 +59,7 @@ def _nothing_deleted(model: nn.Module) -> Iterator[None]:
 def add_adapter(
     original: Callable[..., Any], model: Any, adapter_config: Any, *args: Any, **kwargs: Any
 ) -> None:
-    """Add a fresh adapter and activate it; the caller's configuration stays as it was.
+    """Add a new adapter and activate it; the caller's configuration is not changed.
 
     Raises:
         ConfigError, TargetError: The model is then as it was before.
@@ -73,7 +73,7 @@ def add_adapter(
 
 
 def delete_adapters(original: Callable[..., Any], model: Any, adapter_names: str | Sequence[str]) -> None:
-    """Delete adapters; where that leaves others, and none of them active, say so."""
+    """Delete adapters; warn if other adapters remain and none of them is active."""
     adapters = AdapterSet(model)
     active = adapters.active()
     original(model, adapter_names)

@@ -1,7 +1,7 @@
-"""Which names lie in which module of the facade.
+"""Which names are in which module of the facade.
 
-Read from what transformers, TRL, diffusers, accelerate and sentence-transformers import, and from PEFT's
-guides. The names are attributes of `objects.py`.
+They are those that transformers, TRL, diffusers, accelerate, sentence-transformers and PEFT's guides import.
+The names are attributes of `objects.py`.
 """
 
 from __future__ import annotations
@@ -173,7 +173,7 @@ LAYOUT: dict[str, tuple[str, ...]] = {
     "peft.utils.transformers_weight_conversion": ("build_peft_weight_mapping",),
 }
 
-# Public names of peft 0.21 that belong to methods or options which Veneer has not got.
+# Public names of peft 0.21 of methods and options that Veneer does not have.
 _METHODS_WITH_MODEL = (
     "AdaLora Adamss AdaptionPrompt BOFT Beft C3A Deft Delora FourierFT Frod Glora Gralora HRA Hira IA3 "
     "LNTuning Lily LoHa LoKr Miss OFT OSF Peanut Poly Psoft Pvera RandLora Road Shadow Shira Supertuning "

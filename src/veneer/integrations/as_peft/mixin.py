@@ -1,8 +1,8 @@
-"""Adapter methods of transformers' models, made whole: nothing half done, nothing without a word.
+"""Adapter methods of transformers' models that change everything or nothing, and are never silent.
 
-transformers walks over the modules that it knows and asks each for its part. Here every module that holds a
-part of an adapter is asked (copies of `modules_to_save` are not enabled again there, and it does not know our
-trained tokens), what fails leaves the model as it was, and a hot swap takes over the strength and the rank.
+transformers only visits the modules that it knows: it does not enable copies of `modules_to_save` again, and
+does not know our trained tokens. Here every module with a part of an adapter is included, a failure leaves
+the model unchanged, and a hot swap also changes strength and rank.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ __all__ = ["add_adapter", "disable_adapters", "enable_adapters", "load_adapter",
 
 
 def load_adapter(original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
-    """Load an adapter, or exchange the tensors of one where that was asked for.
+    """Load an adapter, or hot-swap its tensors if requested.
 
     Raises:
         LoadMismatchError: Tensors do not fit. The model is as it was before.
@@ -41,7 +41,7 @@ def load_adapter(original: Callable[..., Any], model: Any, *args: Any, **kwargs:
 
 
 def _hotswap(model: Any, given: dict[str, Any]) -> Any:
-    """Exchange an adapter's tensors in place, with their strength; transformers' report, empty."""
+    """Exchange an adapter's tensors and strength in place; returns transformers' report, empty."""
     from transformers.utils.loading_report import LoadStateDictInfo
 
     from .weights import to_memory
@@ -76,7 +76,7 @@ def _hotswap(model: Any, given: dict[str, Any]) -> Any:
 def add_adapter(
     original: Callable[..., Any], model: Any, adapter_config: Any, adapter_name: Any = None
 ) -> None:
-    """Add a fresh adapter and activate it; the caller's configuration stays as it was.
+    """Add a new adapter and activate it; the caller's configuration is not changed.
 
     Raises:
         ConfigError, TargetError: The model is then as it was before.
@@ -105,7 +105,7 @@ def set_adapter(original: Callable[..., Any], model: Any, adapter_name: str | Se
 
 
 def disable_adapters(original: Callable[..., Any], model: Any) -> None:
-    """Have the model compute what its base computes."""
+    """Let the model compute what its base computes."""
     if not getattr(model, "_hf_peft_config_loaded", False):
         original(model)
         return

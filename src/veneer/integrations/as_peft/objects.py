@@ -1,4 +1,4 @@
-"""The objects that the facade lays out: Veneer's own, and functions that only other libraries call."""
+"""The objects of the facade: Veneer's own, and functions that only other libraries call."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ Conv1d = Conv2d = Conv3d = LoraConv
 
 def __getattr__(name: str) -> Any:
     if name == "build_peft_weight_mapping":
-        # Needs transformers, which is there when transformers asks for it.
+        # Needs transformers, which is installed if transformers imports this.
         return importlib.import_module(f"{__package__}.weights").build_peft_weight_mapping
     return getattr(importlib.import_module("veneer"), name)
 
@@ -83,7 +83,7 @@ def set_adapter(
 def delete_adapter(
     model: nn.Module, adapter_name: str, prefix: str = "lora_", layer_cls: type = AdapterModule
 ) -> list[str] | None:
-    """Forget an adapter in every layer; the adapters that are active then, or None."""
+    """Delete an adapter from every layer; returns the adapters that are active then, or None."""
     adapters = AdapterSet(model)
     adapters.delete(adapter_name)
     return adapters.active() or None
@@ -118,7 +118,7 @@ def _get_submodules(model: nn.Module, key: str) -> tuple[nn.Module, nn.Module, s
 
 
 def infer_device() -> str:
-    """The kind of device that weights are loaded to."""
+    """The type of device that weights are loaded to."""
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
@@ -131,7 +131,7 @@ def fsdp_auto_wrap_policy(model: nn.Module) -> Any:
     classes of blocks are the model's `_no_split_modules`, or those named in `FSDP_TRANSFORMER_CLS_TO_WRAP`.
 
     Raises:
-        VeneerError: A class was named of which the model has no module.
+        VeneerError: A named class does not exist in the model.
     """
     from torch.distributed.fsdp.wrap import (
         _or_policy,
@@ -161,7 +161,7 @@ def _is_trainable_leaf(module: nn.Module) -> bool:
 def gather_params_ctx(
     param: Any, modifier_rank: int | None = 0, fwd_module: Any = None
 ) -> AbstractContextManager[Any]:
-    """Gather sharded parameters where DeepSpeed's ZeRO-3 is on; nothing elsewhere."""
+    """Gather parameters that DeepSpeed's ZeRO-3 has sharded; otherwise does nothing."""
     if importlib.util.find_spec("deepspeed") is not None:
         from transformers.integrations import is_deepspeed_zero3_enabled
 
@@ -191,13 +191,13 @@ is_bnb_4bit_available = is_bnb_available
 
 @contextmanager
 def disable_input_dtype_casting(model: nn.Module, active: bool = True) -> Iterator[None]:
-    """Nothing: a Veneer layer casts its thin factors to the input's type, never the input."""
+    """Does nothing: a Veneer layer casts its factors to the input's type, never the input."""
     yield
 
 
 @contextmanager
 def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]:
-    """Multiply the strength of all adapters of a model, for a while.
+    """Multiply the strength of all adapters of a model inside this context.
 
     Raises:
         VeneerError: The model has no adapter.
@@ -218,7 +218,7 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
 
 
 def check_if_peft_model(model_name_or_path: str) -> bool:
-    """Is there an adapter configuration at this path or id?"""
+    """Whether there is an adapter configuration at this path or id."""
     try:
         PeftConfig.from_pretrained(model_name_or_path)
     except (VeneerError, OSError):

@@ -1,4 +1,4 @@
-"""Names of methods that Veneer has not got: they can be imported and tested against, not used."""
+"""Names of methods that Veneer does not have: they can be imported and tested against, but not used."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ...errors import VeneerError
 
 
 class OtherMethod:
-    """Base of the stand-ins for what belongs to another method than LoRA."""
+    """Base of the stand-ins for classes and functions of other methods than LoRA."""
 
     adapter_layer_names: tuple[str, ...] = ()
 

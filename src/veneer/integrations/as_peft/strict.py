@@ -1,7 +1,7 @@
-"""Strict `model.load_adapter` of transformers: every tensor finds its place, or nothing changes.
+"""A strict `load_adapter` for transformers' models: every tensor is used, or nothing changes.
 
-transformers logs a report and goes on when keys match nothing: the adapter is there, freshly initialised, and
-does nothing. Here a report that is not empty takes the adapter out again and raises.
+If keys match nothing, transformers logs a report and goes on: the adapter is there, newly initialised, and
+has no effect. Here the adapter is removed again and an error is raised unless the report is empty.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _CONTAINERS = (
     "lora_magnitude_vector",
     "modules_to_save",
 )
-# What transformers notes on the model.
+# Attributes that transformers sets on the model.
 _ATTRIBUTES = (
     "peft_config",
     "_hf_peft_config_loaded",
@@ -42,7 +42,7 @@ _ATTRIBUTES = (
 
 
 def load_adapter(original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
-    """Call transformers' own `load_adapter`; take back what it did unless all went well.
+    """Call transformers' own `load_adapter`, and undo it if anything went wrong.
 
     Args:
         original: `PeftAdapterMixin.load_adapter` as transformers defines it.
@@ -54,10 +54,9 @@ def load_adapter(original: Callable[..., Any], model: Any, *args: Any, **kwargs:
         What transformers returns: its loading report, empty.
 
     Raises:
-        LoadMismatchError: Keys of the file that the model has no place for, places that the file does not
-            fill, or other shapes. The model is as it was before.
+        LoadMismatchError: There are unexpected or missing keys, or other shapes. The model is unchanged.
         ConfigError: Its rank exceeds the one passed to `enable_peft_hotswap`; the model is unchanged.
-        AdapterFileError: Another process replaces the tensors again and again; the same.
+        AdapterFileError: Another process replaces the tensors again and again. The model is unchanged.
     """
     arguments = inspect.signature(original).bind(model, *args, **kwargs).arguments
     name = arguments.get("adapter_name") or "default"
@@ -70,7 +69,7 @@ def load_adapter(original: Callable[..., Any], model: Any, *args: Any, **kwargs:
                 if unchanged():
                     raise
                 continue
-            # transformers reads the configuration and the tensors at two moments.
+            # transformers reads the configuration and the tensors one after the other.
             if unchanged():
                 return report
             before.restore()
@@ -79,7 +78,7 @@ def load_adapter(original: Callable[..., Any], model: Any, *args: Any, **kwargs:
 
 @contextmanager
 def _unchanged_tensors(given: dict[str, Any]) -> Iterator[Callable[[], bool]]:
-    """Tells whether the tensors in a directory are still those of the beginning; True for other sources."""
+    """Tells whether the tensors in a directory are still the same file; always True for other sources."""
     directory = Path(_source(given), (given.get("adapter_kwargs") or {}).get("subfolder") or "")
     files = [directory / name for name in (SAFETENSORS_NAME, BIN_NAME) if (directory / name).is_file()]
     if given.get("adapter_state_dict") is not None or not files:
@@ -97,7 +96,7 @@ def _load(
     config = given.get("load_config")
     tolerant = bool(kwargs.get("ignore_mismatched_sizes", getattr(config, "ignore_mismatched_sizes", False)))
     if "load_config" in inspect.signature(original).parameters:
-        # transformers raises at a wrong shape without saying which; its report does say.
+        # transformers raises at a wrong shape without naming it; its report does.
         kwargs["ignore_mismatched_sizes"] = True
     try:
         with _factors_in_memory(model):
@@ -138,7 +137,7 @@ def _load(
 
 @contextmanager
 def _factors_in_memory(model: Any) -> Iterator[None]:
-    """Where the device map says "disk", transformers would put the factors there and never read them."""
+    """For "disk" in the device map, transformers would offload the factors and never read them."""
     spread = getattr(model, "hf_device_map", None)
     if not spread or "disk" not in spread.values():
         yield
@@ -151,9 +150,9 @@ def _factors_in_memory(model: Any) -> Iterator[None]:
 
 
 def _own_tensors(model: nn.Module, adapter: str) -> None:
-    """Give the tensors memory of their own, where their module computes.
+    """Copy the adapter's tensors to the device of their module.
 
-    They came as views into the file, which may be overwritten; and an offloaded base weight lies elsewhere.
+    They are views of the file, which may be overwritten, and may be on another device than the computation.
     """
     for module in model.modules():
         if isinstance(module, AdapterModule) and adapter in module.held_adapters:
@@ -163,14 +162,14 @@ def _own_tensors(model: nn.Module, adapter: str) -> None:
 
 
 def to_inference(model: nn.Module, adapter: str) -> None:
-    """Freeze an adapter in every module that holds a part of it, and leave training mode."""
+    """Freeze an adapter in every module, and set the model to evaluation mode."""
     model.eval()
     for parameter in AdapterSet(model).parameters(adapter):
         parameter.requires_grad_(False)
 
 
 def _make_room(model: Any) -> None:
-    """What `enable_peft_hotswap` was called for: room for other ranks, once there is an adapter."""
+    """Apply `enable_peft_hotswap`: make room for other ranks once there is an adapter."""
     options = getattr(model, "_prepare_peft_hotswap_kwargs", None)
     if options:
         prepare_model_for_compiled_hotswap(model, config=model.peft_config, **options)
@@ -178,11 +177,11 @@ def _make_room(model: Any) -> None:
 
 
 class Before:
-    """What loading an adapter may change in a model.
+    """The state of a model that loading an adapter may change.
 
     Args:
         model: The model, before.
-        name: The adapter. Where the model has it, its tensors are kept; empty if none will be written to.
+        name: The adapter. If the model has it, its tensors are kept; empty if no tensors will be written.
     """
 
     def __init__(self, model: Any, name: str) -> None:
@@ -191,7 +190,7 @@ class Before:
         self.existed = name in _adapter_names(model)
         self.attributes = {key: vars(model)[key] for key in _ATTRIBUTES if key in vars(model)}
         self.configs = dict(self.attributes.get("peft_config", {}))
-        # transformers puts new parameters in the places of those that the file has, the base's too.
+        # transformers replaces the parameters that the file has, also those of the base.
         self.parameters = [
             (module, key, p, p.requires_grad)
             for module in model.modules()
@@ -204,14 +203,14 @@ class Before:
         ]
 
     def put_back(self, key: str) -> None:
-        """Give the model one of its own attributes back, or take it away again."""
+        """Restore one attribute of the model, or remove it again."""
         if key in self.attributes:
             setattr(self.model, key, self.attributes[key])
         else:
             vars(self.model).pop(key, None)
 
     def freeze_replaced(self, config: Any) -> None:
-        """What the file had of the base (an embedding) is not for training; biases are, if `bias` says so."""
+        """Freeze parameters of the base that came from the file, except biases that `bias` trains."""
         trained = {id(p) for _, p in bias_parameters(self.model, config.bias, self.name)}
         for module, key, before, _ in self.parameters:
             now = module._parameters.get(key)
@@ -219,7 +218,7 @@ class Before:
                 now.requires_grad_(False)
 
     def restore(self) -> None:
-        """Bring the model back."""
+        """Restore the model."""
         model = self.model
         if not self.existed:
             _remove(model, self.name)
@@ -243,7 +242,7 @@ def _adapter_names(model: nn.Module) -> set[str]:
 
 
 def _remove(model: nn.Module, name: str) -> None:
-    """Take an adapter out, and unwrap every module that then holds none."""
+    """Remove an adapter, and unwrap every module that then has none."""
     for site in sites(model).values():
         if isinstance(site.module, AdapterModule):
             site.module.delete_adapter(name)

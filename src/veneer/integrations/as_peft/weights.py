@@ -1,4 +1,4 @@
-"""Names of adapter tensors on their way from a file into a transformers model.
+"""Renaming an adapter's tensors when transformers loads them.
 
 transformers' `load_adapter` loads an adapter as it loads a checkpoint: it renames the keys of the file by a
 list of rules, then looks each up in the model's state dict. The rules here are the inverse of the one table
@@ -20,8 +20,8 @@ _BARE = ("lora_embedding_A", "lora_embedding_B", "trainable_tokens_delta")
 def to_memory(key: str, adapter: str) -> str:
     """The name in a plain model of a tensor that is called `key` in an adapter's file.
 
-    The prefix `base_model.model.` is taken off, and the adapter's name put in. A name that has no place for
-    it stays as it is (biases; trained copies of modules, whose renaming needs the model).
+    The prefix `base_model.model.` is removed and the adapter's name is inserted. Names without a place for it
+    (biases; trained copies of modules, whose renaming needs the model) are not changed.
     """
     key = key.removeprefix(PREFIX)
     parts = key.split(".")
@@ -35,7 +35,7 @@ def to_memory(key: str, adapter: str) -> str:
 
 
 class AdapterRenaming(WeightRenaming):
-    """The step from the file's name to the model's, for one adapter."""
+    """Renames keys of the file to those of the model, for one adapter."""
 
     __slots__ = ("adapter",)
 
@@ -44,7 +44,7 @@ class AdapterRenaming(WeightRenaming):
         self.adapter = adapter
 
     def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
-        """The new name; and None, because no operation on the tensor goes with it."""
+        """The new name, and None because the tensor itself is not changed."""
         renamed = to_memory(source_key, self.adapter)
         if renamed == source_key:
             return source_key, None

@@ -1,4 +1,4 @@
-"""Adapters of other writers: their names, and what becomes of them in PEFT's format."""
+"""Converting adapters of diffusers and kohya's sd-scripts to PEFT's format."""
 
 from __future__ import annotations
 

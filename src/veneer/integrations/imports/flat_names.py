@@ -1,8 +1,8 @@
-"""Module paths whose dots were made underscores, as kohya's sd-scripts write them: where the dots go.
+"""Restoring the dots of module paths that kohya's sd-scripts write with underscores.
 
-The names inside a UNet of diffusers and a text encoder of CLIP are known; a base model's own names settle any
-other. Names of the original Stable Diffusion code (``input_blocks``) become those of diffusers, for UNets of
-two layers a block, which those of Stable Diffusion 1, 2 and XL are.
+The names inside a UNet of diffusers and a text encoder of CLIP are known; for others the base model's names
+are needed. Names of the original Stable Diffusion code (``input_blocks``) become those of diffusers, for
+UNets of two layers a block, which those of Stable Diffusion 1, 2 and XL are.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-#: Parts of paths that hold underscores themselves, and the words that stand alone.
+#: Parts of paths that contain underscores, and single words.
 _PARTS = frozenset(
     """
     down_blocks up_blocks mid_block transformer_blocks time_embedding add_embedding conv_in conv_out
@@ -43,17 +43,17 @@ class FlatNames:
     """Turns flat names into paths.
 
     Args:
-        known: The paths of a base model's modules, which go before any rule.
+        known: The paths of a base model's modules, which take precedence over the rules.
     """
 
     def __init__(self, known: Iterable[str] = ()) -> None:
         self._known: dict[str, str | None] = {}
         for path in known:
             flat = path.replace(".", "_")
-            self._known[flat] = None if flat in self._known else path  # two that look alike: neither
+            self._known[flat] = None if flat in self._known else path  # ambiguous: use neither
 
     def path(self, flat: str) -> str | None:
-        """The path of a flat name, None where nothing says where its dots go."""
+        """The path of a flat name, or None if the dots cannot be determined."""
         found = self._known.get(flat) or self._known.get(f"text_model_{flat}")
         if found is None and flat.startswith("text_model_"):
             found = self._known.get(flat.removeprefix("text_model_"))

@@ -1,4 +1,4 @@
-"""From a file of diffusers or kohya's sd-scripts to adapters in PEFT's format."""
+"""Import a file of diffusers or kohya's sd-scripts as adapters in PEFT's format."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class ImportReport:
 
     Attributes:
         source: The file.
-        spelling: Who writes such files.
+        spelling: The library whose naming the file uses.
         directories: Part of the pipeline -> the adapter's directory.
         modules: Part of the pipeline -> module path -> rank.
     """
@@ -54,7 +54,7 @@ class ImportReport:
 
 @dataclass
 class _Part:
-    """One part of a pipeline, as it comes together."""
+    """One part of a pipeline, while it is collected."""
 
     modules: dict[str, dict[str, str]] = field(default_factory=dict)
     config: LoraConfig | None = None
@@ -68,24 +68,24 @@ def import_adapter(
     base_model_name_or_path: str | None = None,
     overwrite: bool = False,
 ) -> ImportReport:
-    """Turn an adapter of diffusers or of kohya's sd-scripts into one of PEFT's format.
+    """Convert an adapter of diffusers or of kohya's sd-scripts to PEFT's format.
 
-    The strength of a module is ``alpha / r`` with its ``.alpha``, 1 without one, or what diffusers' metadata
-    say. Every tensor is accounted for, and what was written is read back and compared.
+    The strength of a module is ``alpha / r`` with its ``.alpha``, 1 without one, or that of diffusers'
+    metadata. Every tensor is accounted for, and the result is read back and compared.
 
     Args:
         source: The file, or the directory that holds it.
-        out: Directory to write. Where the file adapts several parts of a pipeline, each gets a directory of
-            its name in it.
-        base: The model, its directory or that of its pipeline, whose names say where the dots of a flat name
-            go when the usual ones do not.
+        out: Directory to write. If the file adapts several parts of a pipeline, each gets a sub-directory of
+            its name.
+        base: The model, its directory or that of its pipeline. Its names resolve flat names that the rules do
+            not.
         base_model_name_or_path: The base that the adapter is to name.
         overwrite: Replace the adapter in a directory that holds files.
 
     Raises:
         AdapterFileError: The file is missing, damaged, or hostile.
-        ExportError: It holds tensors that no spelling explains, halves of pairs, or shapes that have no
-            product; all are listed. Nothing is written then.
+        ExportError: It has tensors of unknown names, incomplete pairs, or shapes that cannot be multiplied;
+            all are listed. Nothing is written then.
         VeneerError: The output holds files already, or cannot be written.
     """
     place_, file = Path(out), open_tensors(_located(Path(source)))
@@ -118,7 +118,7 @@ def _located(source: Path) -> Path:
     """The file of tensors.
 
     Raises:
-        AdapterFileError: There is none, or more than one; says what there is.
+        AdapterFileError: There is none, or more than one.
     """
     if source.is_file():
         return source
@@ -138,7 +138,7 @@ def _located(source: Path) -> Path:
 
 
 def _sorted(file: AdapterFile, base: Any) -> tuple[dict[str, _Part], str]:
-    """The tensors' names by part of the pipeline, module and role, and how they are spelt."""
+    """The tensors' names by part of the pipeline, module and role, and their spelling."""
     flat = _flat_names(base)
     parts: dict[str, _Part] = {}
     spellings: Counter[str] = Counter()
@@ -199,7 +199,7 @@ def _take_metadata(file: AdapterFile, parts: Mapping[str, _Part]) -> None:
 def _adapter(
     component: str, part: _Part, file: AdapterFile, base: str | None
 ) -> tuple[dict[str, Update], LoraConfig]:
-    """The updates of a part of the pipeline, and the configuration that gives them their strengths."""
+    """The updates of a part of the pipeline, and the configuration with their strengths."""
     tensors = file.tensors(name for roles in part.modules.values() for name in roles.values())
     updates, alphas, problems = {}, {}, []
     specs = resolve_all(part.config, "default", dict.fromkeys(part.modules, "")) if part.config else {}
@@ -217,7 +217,7 @@ def _adapter(
 
 
 def _update(path: str, parts: Mapping[str, Tensor], spec: LoraSpec | None) -> tuple[Update, float] | str:
-    """An update and its alpha, or what is wrong with it."""
+    """An update and its alpha, or a description of what is wrong with it."""
     if not {"A", "B"} <= parts.keys():
         return f"only {', '.join(sorted(parts))} of its factors are there"
     a, b = parts["A"], parts["B"]
@@ -249,7 +249,7 @@ def _update(path: str, parts: Mapping[str, Tensor], spec: LoraSpec | None) -> tu
 
 
 def _mixed(updates: Mapping[str, Update]) -> Iterable[str]:
-    """What one configuration cannot say of some modules and not of others."""
+    """Features that only some modules have, although a configuration applies them to all."""
     for attribute, noun in (("bias", "a bias of B"), ("magnitude", "a magnitude of DoRA")):
         have = [path for path, update in updates.items() if getattr(update, attribute) is not None]
         if have and len(have) < len(updates):

@@ -1,4 +1,4 @@
-"""How diffusers, old and new, and kohya's sd-scripts spell the tensors of an adapter."""
+"""The tensor names of diffusers, old and new, and of kohya's sd-scripts."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from .flat_names import FlatNames
 
-#: What a file's names begin with -> the part of a pipeline.
+#: The first part of a name -> the part of the pipeline.
 _COMPONENTS = ("unet", "transformer", "text_encoder_2", "text_encoder")
 _KOHYA = {
     "lora_unet": "unet",
@@ -49,7 +49,7 @@ class Place:
     """Where a tensor of a foreign file belongs.
 
     Attributes:
-        spelling: Who writes such names.
+        spelling: The library that uses this name.
         component: The part of the pipeline.
         path: The module's path in it.
         role: ``A``, ``B``, ``alpha``, ``bias``, ``magnitude`` or ``dora_scale``.
@@ -62,7 +62,7 @@ class Place:
 
 
 def place(name: str, flat: dict[str, FlatNames]) -> Place | None:
-    """Where a tensor belongs by its name, None where no spelling explains it.
+    """Where a tensor belongs by its name, or None if the name is unknown.
 
     Args:
         name: As in the file.
