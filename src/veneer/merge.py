@@ -1,11 +1,11 @@
 """Merging adapters into base weights, and taking them out again bit for bit.
 
-Of one module (`merge`, `unmerge`) or of all modules of a model (`merge_all`, `unmerge_all`), all or none:
-whatever can be known is refused before anything is written (`refusals`), and what is written is under a
+For one module (`merge`, `unmerge`) or for all modules of a model (`merge_all`, `unmerge_all`), all or none:
+everything that can be checked is checked before anything is written (`refusals`), and writing happens under a
 `Rollback`. Nothing else writes base weights.
 
-`unmerge` puts a copy back; it does not subtract. Beside the copy (`Undo`) are the updates that were merged:
-what is merged stays as it was merged, whatever becomes of its factors and its strength.
+`unmerge` restores a copy; it does not subtract. With the copy (`Undo`) the merged updates are kept: a merged
+adapter stays as it was merged, whatever happens to its factors and its strength.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ from veneer.ops.merging import (
 from veneer.rollback import Rollback, Rows, Undo, Update
 from veneer.sharded import UNMERGEABLE, in_pieces
 
-#: What a merge keeps so that it can be undone: a copy of the weight, or nothing.
+#: What a merge keeps in order to be undone: a copy of the weight, or nothing.
 Undoing: TypeAlias = Literal["copy"] | None
 
 
 class Mergeable(AdapterModule):
     """A module whose adapters can be merged into the weight of its base.
 
-    One that has a `tied_adapter` shares that module's weight and factors: merging goes to it.
+    A module with a `tied_adapter` shares that module's weight and factors, and is merged with it.
     """
 
     #: The tensor of the base that is adapted.
@@ -52,7 +52,7 @@ class Mergeable(AdapterModule):
 
     def __init__(self, **state: Any) -> None:
         super().__init__(_merged=[], **state)
-        self._modules["_undo"] = None  # a place from the start, as compiled code looks for it
+        self._modules["_undo"] = None  # present from the start, because compiled code reads it
 
     # -- what a subclass says --------------------------------------------------------------------------
 
@@ -60,11 +60,11 @@ class Mergeable(AdapterModule):
         raise NotImplementedError
 
     def update_of(self, name: str) -> Update | Rows:
-        """What merging an adapter now would write: its own tensors, detached."""
+        """What merging an adapter now would write: the adapter's tensors, detached."""
         raise NotImplementedError
 
     def refuses_merge(self, names: Sequence[str]) -> list[str]:
-        """Why merging these adapters would be wrong, besides what the storage of the weight says."""
+        """Reasons against merging these adapters, apart from the storage of the weight."""
         return []
 
     # -- what is merged --------------------------------------------------------------------------------
@@ -91,14 +91,14 @@ class Mergeable(AdapterModule):
         return bool(self.merged_adapters)
 
     def rename_merged(self, old: str, new: str) -> None:
-        """Call what is merged by another name."""
+        """Rename a merged adapter."""
         self._merged = [new if name == old else name for name in self._merged]
         if (kept := self._undo) is not None:
             kept.updates = {new if name == old else name: u for name, u in kept.updates.items()}
 
     @property
     def merged_for_good(self) -> bool:
-        """Whether adapters are merged whose weight before merging was not kept."""
+        """Whether adapters are merged without a copy of the weight from before."""
         return self.merged and self._owner._modules["_undo"] is None
 
     def merge(
@@ -112,7 +112,7 @@ class Mergeable(AdapterModule):
         return merge(self, safe_merge, adapter_names, undo=undo)
 
     def unmerge(self, adapter_names: Sequence[str] | None = None) -> None:
-        """Give the base weight back, bit for bit: see `veneer.merge.unmerge`."""
+        """Restore the base weight, bit for bit: see `veneer.merge.unmerge`."""
         unmerge(self, adapter_names)
 
 
@@ -128,20 +128,20 @@ def merge(
 ) -> float:
     """Add adapters of one module into its base weight: ``W ← W + Σ s·BA``, rounded once from float32.
 
-    What is merged already stays as it was merged, whatever became of its factors and its strength.
+    Adapters that are already merged stay as they were merged, even if their factors or strengths changed.
 
     Args:
         layer: The module.
-        safe_merge: Refuse a base too that is not finite. An update that is not, or that would leave the range
-            of the weight's type, is refused in any case.
-        adapter_names: The adapters; None means the active ones. Those merged already, or not held here, are
-            passed over.
-        undo: What to keep for `unmerge`: "copy", the weight; None, nothing more than there is already.
+        safe_merge: Also refuse a base that is not finite. An update that is not finite, or that would leave
+            the range of the weight's type, is always refused.
+        adapter_names: The adapters; None means the active ones. Those that are already merged, or that this
+            module does not have, are skipped.
+        undo: What to keep for `unmerge`: "copy", the weight; None, nothing that is not already kept.
 
     Returns:
-        The share of the update that survived rounding to the weight's type, in [0, 1]. Where the weight is
-        quantised again, below 0 if that changes it by more than the update does. NaN where the base is not
-        finite.
+        The share of the update that survived rounding to the weight's type, in [0, 1]. For a weight that is
+        quantised again it is negative if that changes the weight more than the update does. NaN if the base
+        is not finite.
 
     Raises:
         MergeError: If merging would give a wrong weight. Nothing has changed then.
@@ -164,7 +164,7 @@ def updates_of(layer: Mergeable, names: Sequence[str]) -> dict[str, Update | Row
 
 
 def refuses_merge(layer: Mergeable, names: Sequence[str]) -> list[str]:
-    """Why merging these adapters of a module would be wrong, whatever their values; empty if it is right."""
+    """Reasons against merging these adapters of a module, whatever their values; empty if none."""
     base, name = layer.get_base_layer(), layer.weight_name
     weight = getattr(base, name, None)
     if isinstance(weight, Tensor) and in_pieces(weight):
@@ -184,17 +184,17 @@ def refuses_merge(layer: Mergeable, names: Sequence[str]) -> list[str]:
 def refusals(
     layer: Mergeable, updates: Mapping[str, Update | Rows], safe_merge: bool, undo: Undoing
 ) -> list[str]:
-    """Everything that can be known to stand against merging updates into a module."""
+    """All reasons against merging updates into a module that can be checked."""
     reasons = refuses_merge(layer, list(updates))
     if undo is not None and layer.merged_for_good:
         reasons.append(original_is_gone(layer._merged))
     if not reasons and (reason := _not_finite(layer, updates, safe_merge)) is not None:
-        reasons.append(reason)  # asked last: there may be no values to look at
+        reasons.append(reason)  # last, because there may be no values to check
     return reasons
 
 
 def original_is_gone(merged: Sequence[str]) -> str:
-    """Why a weight cannot be had as it was before these adapters were merged."""
+    """Why the weight from before these adapters were merged is not available."""
     return (
         f"{', '.join(map(repr, merged))} was merged without an undo (merge_and_unload, or undo=None), so the "
         "weight before that is gone: load the base again"
@@ -202,7 +202,7 @@ def original_is_gone(merged: Sequence[str]) -> str:
 
 
 def _no_undo(undo: object) -> list[str]:
-    """Why that is no way of undoing a merge."""
+    """Why a value of ``undo`` is invalid, or None."""
     if undo in ("copy", None):
         return []
     gone = (
@@ -215,14 +215,14 @@ def _no_undo(undo: object) -> list[str]:
 def merge_updates(
     layer: Mergeable, updates: Mapping[str, Update | Rows], undo: Undoing, back: Rollback
 ) -> float:
-    """Merge updates that nothing was found against (`refusals`).
+    """Merge updates that have passed `refusals`.
 
     Args:
         layer: The module.
         updates: By the names of their adapters, none of which is merged.
         undo: As of `merge`.
-        back: Is given what puts the module back. Where that takes memory of its own (see `_keeps_old`), it
-            ends before another module is merged.
+        back: Receives what restores the module. If that takes memory (see `_keeps_old`), it must end before
+            another module is merged.
 
     Returns:
         As of `merge`.
@@ -263,7 +263,7 @@ def merge_updates(
 
 @torch.no_grad()
 def unmerge(layer: Mergeable, adapter_names: Sequence[str] | None = None) -> None:
-    """Give the base weight of one module back, bit for bit, whatever happened to the factors meanwhile.
+    """Restore the base weight of one module, bit for bit, whatever happened to the factors meanwhile.
 
     Adapters that stay merged stay as they were merged.
 
@@ -289,7 +289,7 @@ def unmerge(layer: Mergeable, adapter_names: Sequence[str] | None = None) -> Non
             back.hold_values(backend, base, layer.weight_name)
             if "bias" in kept.tensors():
                 back.hold_values(backend, base, "bias")
-        else:  # merged once more, which takes no memory before that
+        else:  # merged once more; no memory is taken before that
             back.on_failure(_write, layer, list(kept.updates.values()))
             back.on_failure(_restore, layer, kept)
         _restore(layer, kept)
@@ -306,7 +306,7 @@ def unmerge(layer: Mergeable, adapter_names: Sequence[str] | None = None) -> Non
 
 
 def get_delta_weight(layer: Any, adapter: str) -> Tensor:
-    """The scaled update ``s·BA`` of a low-ranked layer, in the layout of the weight it is merged into."""
+    """The scaled update ``s·BA`` of a LoRA layer, in the layout of the weight."""
     base, name = layer.geometry(), layer.weight_name
     weight, _ = layer.before_merge(backends.find(base, name).like(base, name))
     matrix: Tensor = _dense(layer, layer.update_of(adapter))
@@ -314,22 +314,22 @@ def get_delta_weight(layer: Any, adapter: str) -> Tensor:
 
 
 def _keeps_old(layer: Mergeable) -> bool:
-    """Whether what puts a merge of a module back costs no memory beside what is kept anyway."""
+    """Whether rolling back a merge of the module takes no memory beyond what is kept anyway."""
     return layer._undo is not None or layer.backend.quantization is not None
 
 
 def _note_merged(layer: Mergeable, merged: list[str], weight: Tensor | None, version: int) -> None:
-    """After a failure: what is merged, which is no less than before if the one operation is done."""
+    """Note what is merged after a failure, depending on whether the write happened."""
     if weight is not None and weight._version != version:
         layer._merged = merged
     layer.adapters_changed()
 
 
-# Below, a layer with an `Update` is a `LoraLayer`, whose geometry says where ``s·BA`` lies in the weight.
+# Below, a layer with an `Update` is a `LoraLayer`, whose geometry tells how ``s·BA`` fits the weight.
 
 
 def _keep(layer: Any, kept: Undo, updates: Collection[Update | Rows]) -> None:
-    """Keep what these updates will change of a base that holds no adapter, and no more than that."""
+    """Keep the parts of a base without merged adapters that these updates will change."""
     base, backend, name = layer.get_base_layer(), layer.backend, layer.weight_name
     if each := [update.places for update in updates if isinstance(update, Rows)]:
         weight = backend.read(base, name)
@@ -341,7 +341,7 @@ def _keep(layer: Any, kept: Undo, updates: Collection[Update | Rows]) -> None:
         kept.attributes = {key: getattr(base, key) for key in attributes}
         kept.coded = backend.quantization is not None
         kept.keep(**backend.keep(base, name))
-    # Only a merged bias changes the base's, which may be trained by itself meanwhile.
+    # Only a merged bias changes that of the base, which may be trained meanwhile.
     if not any(update.bias is not None for update in updates):
         kept._buffers.pop("bias", None)
     elif "bias" not in kept.tensors():
@@ -362,7 +362,7 @@ def _restore(layer: Mergeable, kept: Undo) -> None:
 
 @torch.no_grad()
 def _write(layer: Any, updates: Collection[Any]) -> float:
-    """Write the sum of the present weight and these updates, and that of the bias; the share kept."""
+    """Write the sums of the present weight and bias and these updates; returns the share kept."""
     base, backend, name = layer.get_base_layer(), layer.backend, layer.weight_name
     weight = backend.read(base, name)
     if any(isinstance(update, Rows) for update in updates):
@@ -397,12 +397,12 @@ def _write(layer: Any, updates: Collection[Any]) -> float:
 def _not_finite(layer: Any, updates: Mapping[str, Any], safe_merge: bool) -> str | None:
     """Why the merged weight or bias would not be finite, or None; nothing is written.
 
-    An update that is not finite is refused whatever is asked for.
+    An update that is not finite is always refused.
 
     Args:
         layer: The module.
-        updates: What is to be merged, beside what is merged already.
-        safe_merge: Refuse a base that is not finite too.
+        updates: What is to be merged, in addition to what is merged.
+        safe_merge: Also refuse a base that is not finite.
     """
     if any(isinstance(update, Rows) for update in updates.values()):
         dtype = layer.base_dtype()
@@ -444,7 +444,7 @@ def _not_finite(layer: Any, updates: Mapping[str, Any], safe_merge: bool) -> str
 
 
 def _original(layer: Any, name: str) -> Tensor:
-    """A tensor of the base without adapters; with those that are merged for good."""
+    """A tensor of the base without adapters, except those that are merged for good."""
     base = layer.get_base_layer() if layer.merged_for_good else layer.original_base()
     return backends.find(base, layer.weight_name).read(base, name)
 
@@ -455,7 +455,7 @@ def _adds_in_place(layer: Any, updates: Collection[Any]) -> bool:
 
 
 def _written_at_once(layer: Any, updates: Sequence[Any]) -> Tensor | None:
-    """The weight, if one operation writes all of the update: it needs no copy, as it is done or not."""
+    """The weight, if a single operation writes the update, so that no copy is needed; else None."""
     if not _adds_in_place(layer, updates):
         return None
     weight: Tensor = layer.backend.read(layer.get_base_layer(), layer.weight_name)
@@ -474,7 +474,7 @@ def _dense(layer: Any, update: Update) -> Tensor:
 
 
 def _delta(layer: Any, start: Tensor, updates: Collection[Update]) -> Tensor:
-    """What all updates together change in a weight, in its shape and in float32 at least."""
+    """The sum of all updates, in the shape of the weight and at least in float32."""
     matrix = layer.to_matrix(start).to(torch.promote_types(start.dtype, torch.float32))
     total = torch.zeros_like(matrix)
     for update in updates:
@@ -485,7 +485,7 @@ def _delta(layer: Any, start: Tensor, updates: Collection[Update]) -> Tensor:
 
 
 def _with_biases(bias: Tensor, updates: Collection[Update]) -> Tensor:
-    """The bias of a base with those of the updates in it, in its own type."""
+    """The bias of a base plus those of the updates, in its own type."""
     total = bias.to(torch.promote_types(bias.dtype, torch.float32))
     for update in updates:
         if update.bias is not None:
@@ -507,13 +507,13 @@ def merge_all(
     undo: Undoing = "copy",
     progressbar: bool = False,
 ) -> dict[str, float]:
-    """Merge adapters into all modules of a model. What can be known is refused before anything is written.
+    """Merge adapters into all modules of a model, after checking everything that can be checked.
 
     Args:
         model: The base model with the modules in it.
         layers: The modules by their paths.
         names: The adapters.
-        back: Is given what puts the model back, as far as that takes no copies of its own.
+        back: Receives what restores the model, as far as that takes no additional copies.
         safe_merge: As of `merge`.
         untie: Give a module whose weight is shared with another one a weight of its own.
         undo: As of `merge`.
@@ -564,13 +564,13 @@ def merge_all(
 
 
 def unmerge_all(layers: Mapping[str, Mergeable]) -> None:
-    """Take out of all modules of a model what is merged into them.
+    """Unmerge all modules of a model.
 
     Args:
         layers: The modules by their paths.
 
     Raises:
-        MergeError: Naming every module whose weight cannot be had back. Nothing has changed then.
+        MergeError: Naming every module whose weight cannot be restored. Nothing has changed then.
     """
     gone = [(path, layer) for path, layer in layers.items() if layer.merged_for_good]
     if gone:
@@ -581,7 +581,7 @@ def unmerge_all(layers: Mapping[str, Mergeable]) -> None:
 
 
 def _untie(model: nn.Module, layers: Sequence[Mergeable], back: Rollback) -> None:
-    """Give modules weights of their own, and let the configuration say so."""
+    """Give modules their own weights, and update the model's configuration."""
     for layer in layers:
         base, name = layer.get_base_layer(), layer.weight_name
         back.hold(base)
@@ -596,7 +596,7 @@ def _untie(model: nn.Module, layers: Sequence[Mergeable], back: Rollback) -> Non
 def shared_weights(model: nn.Module, layers: Mapping[str, Mergeable]) -> dict[str, list[str]]:
     """Modules whose base weight is another module's weight too, with those modules' paths."""
     users: dict[Any, dict[int, str]] = {}
-    # A module that stands in several places is one module: its weight is its own.
+    # A module that appears in several places counts once: it does not share its weight.
     for place, module in walk(model):
         for parameter in (p for p in module._parameters.values() if p is not None):
             place = place.removesuffix(".base_layer").removesuffix(".token_adapter")
@@ -620,7 +620,7 @@ def shared_weights(model: nn.Module, layers: Mapping[str, Mergeable]) -> dict[st
 
 
 def _storage(parameter: nn.Parameter) -> Any:
-    """Where the values lie; the parameter itself without values, and for a tensor made of others."""
+    """Identifies the memory of a parameter; the parameter itself if it has no memory of its own."""
     if parameter.is_meta or parameter.numel() == 0 or hasattr(parameter, "__tensor_flatten__"):
         return id(parameter)
     address = parameter.untyped_storage().data_ptr()

@@ -1,4 +1,4 @@
-"""What modules were before a change: put back if it fails (`Rollback`), or when it is undone (`Undo`)."""
+"""Earlier states of modules: restored if a change fails (`Rollback`), or when it is undone (`Undo`)."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ _TABLES = ("_parameters", "_buffers", "_modules")
 class Rollback:
     """A change of several modules that succeeds as a whole, or has not happened.
 
-    When an exception leaves the block, all that was held is put back, the last first, and the exception goes
-    on: the same objects, tensors among them, with the same bits. When the block ends well, it is forgotten.
+    When an exception leaves the block, everything that was held is restored in reverse order, the same
+    objects and tensors with the same bits, and the exception is raised again. When the block succeeds, it is
+    forgotten.
 
         with Rollback() as back:
             back.hold(module)
@@ -47,13 +48,13 @@ class Rollback:
             self._steps.__exit__(kind, error, trace)
 
     def on_failure(self, step: Callable[..., Any], *args: Any) -> None:
-        """Call a function before all that was held until now is put back."""
+        """On a failure, call a function before everything that was held until now is restored."""
         self._steps.callback(step, *args)
 
     def hold(self, *things: Any) -> None:
         """Remember the attributes of objects, and the parameters, buffers and children of modules.
 
-        That is which objects they are, not the values of tensors that are written in place.
+        These are the objects themselves, not the values of tensors that are written in place.
         """
         for thing in things:
             attributes = dict(vars(thing))
@@ -61,24 +62,25 @@ class Rollback:
             self.on_failure(_put_back, thing, attributes, tables)
 
     def hold_values(self, backend: Backend, module: nn.Module, name: str, *, briefly: bool = False) -> None:
-        """Remember the values of the tensor of that name. The module is to be held before.
+        """Remember the values of the tensor of that name. The module must be held first.
 
         Args:
             backend: How the tensor is stored.
             module: Its module.
             name: Its name.
-            briefly: This block ends before the next one that holds values briefly: their memory is the same.
+            briefly: This block ends before the next one that holds values briefly, so both may use the same
+                memory.
         """
         if briefly and backend.writable_in_place(module):
             kept = spare_copy(backend.read(module, name))
             self.on_failure(backend.put_back, module, {name: kept}, name)
         elif backend.holds(module, name):
             self.on_failure(backend.put_back, module, backend.keep(module, name), name)
-        else:  # beside what is stored: a bias
+        else:  # not part of the stored weight: a bias
             self.on_failure(backend.write, module, backend.read(module, name).clone(), name)
 
     def take_over(self, other: Rollback) -> None:
-        """Hold what another one holds, until this one ends."""
+        """Take over everything that another rollback holds."""
         self._steps.push(other._steps.pop_all())
 
 
@@ -98,7 +100,7 @@ class Update(NamedTuple):
         a: A, as stored.
         b: B, as stored.
         bias: The bias of B, or None.
-        extra: What the variant has beside them.
+        extra: Further parameters of the variant.
         scaling: s.
         variant: Name of the variant.
     """
@@ -111,15 +113,15 @@ class Update(NamedTuple):
     variant: str
 
     def size(self) -> float:
-        """A bound for its elements; infinite or undefined where one of them may be."""
+        """A bound for its elements; infinite or NaN if an element may be."""
         return abs(self.scaling) * math.prod(
             float(torch.linalg.vector_norm(gathered(factor).float())) for factor in (self.a, self.b)
         )
 
     def is_finite(self, size: float) -> bool:
-        """Whether all of it is, given its `size`."""
+        """Whether all elements are finite, given `size`."""
         tensors = [*self.extra.values(), *(() if self.bias is None else (self.bias,))]
-        if not math.isfinite(size):  # finite factors may have a norm that is not
+        if not math.isfinite(size):  # the norm of finite factors may overflow
             tensors += [self.a, self.b]
         return math.isfinite(self.scaling) and all(is_finite(gathered(tensor)) for tensor in tensors)
 
@@ -131,7 +133,7 @@ class Update(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """What merging an adapter's tokens writes: rows that take the place of a weight's.
+    """What merging an adapter's tokens writes: rows that replace rows of a weight.
 
     Attributes:
         places: Which rows, (n,).
@@ -155,8 +157,8 @@ class Undo(nn.Module):
 
     Attributes:
         attributes: Attributes of the base that merging changed.
-        coded: The tensors are as a quantised storage keeps them, and not the weight itself.
-        updates: What was merged, by adapter name, in the types that it had.
+        coded: The tensors are those of a quantised storage, not the weight itself.
+        updates: What was merged, by adapter name, in its original types.
     """
 
     attributes: Mapping[str, Any]
@@ -172,5 +174,5 @@ class Undo(nn.Module):
         self._non_persistent_buffers_set.update(tensors)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors by their names on the base; ``places`` and ``rows`` where only rows are kept."""
+        """The tensors by their names on the base; ``places`` and ``rows`` if only rows are kept."""
         return {name: buffer for name, buffer in self._buffers.items() if buffer is not None}

@@ -1,4 +1,4 @@
-"""How a type of module is low-ranked: one file a geometry."""
+"""LoRA layers for the types of modules: one file per geometry."""
 
 from __future__ import annotations
 

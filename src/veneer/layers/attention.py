@@ -19,14 +19,14 @@ from veneer.spec import LoraSpec
 
 
 class LoraMultiheadAttention(LoraLayer):
-    """The packed in-projection (3E, E) low-ranked; the out-projection is a `LoraLinear` inside the base.
+    """LoRA on the packed in-projection (3E, E); the out-projection is a `LoraLinear` inside the base.
 
-    ``[q k v] = x Wᵀ + b + s · dropout(x) Aᵀ Bᵀ``, with A (r, E) and B (3E, r): query, key and value each take
-    their third of B. With active adapters the attention between the two projections is computed here, as
-    torch's own module hands raw weights to one function; without any, the module itself runs.
+    ``[q k v] = x Wᵀ + b + s · dropout(x) Aᵀ Bᵀ``, with A (r, E) and B (3E, r): query, key and value each use
+    a third of B. With active adapters the attention between the two projections is computed here, because
+    torch's module passes raw weights to a single function; without any, the module itself runs.
 
-    The update of the out-projection counts twice, ``2 s · B A``: so the library that defined the files of
-    adapters computes it, merged and unmerged, and so such adapters were trained.
+    The update of the out-projection counts twice, ``2 s · B A``: PEFT computes it so, merged and unmerged,
+    and adapters were trained that way.
 
     Shapes: query: (L, N, E), (N, L, E) with ``batch_first``, or (L, E) -> the same, and weights (N, L, S).
     """
@@ -46,7 +46,7 @@ class LoraMultiheadAttention(LoraLayer):
 
     @classmethod
     def refuses(cls, base: nn.Module, spec: LoraSpec) -> str | None:
-        """Unpacked projections, a forward of its own, biases and variants."""
+        """Refuses unpacked projections, another forward, biases and variants."""
         if getattr(base, "in_proj_weight", None) is None:
             return "kdim or vdim differs from embed_dim, so there is no packed in-projection to adapt"
         if type(base).forward is not nn.MultiheadAttention.forward:
@@ -73,7 +73,7 @@ class LoraMultiheadAttention(LoraLayer):
 
     @property
     def _qkv_same_embed_dim(self) -> bool:
-        """As of torch's module, whose transformer layers read it: others are not adapted."""
+        """As in torch's module; its transformer layers read it. Others are not adapted."""
         return True
 
     @property
@@ -105,7 +105,7 @@ class LoraMultiheadAttention(LoraLayer):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """As of torch's module."""
+        """As in torch's module."""
         out = self.output_projection
         routing = current(self)
         if routing is None:
@@ -133,7 +133,7 @@ class LoraMultiheadAttention(LoraLayer):
         inputs = [query] if same else [query, key, value]
         q, k, v = self._project_in(inputs, self._rows(query.shape[1], query.device))
         result, weights = self._attend(q, k, v, mask, need_weights, causal)
-        result = out(result)  # batch first, for what belongs to its rows
+        result = out(result)  # batch first, so that rows can be selected
         if weights is not None and average_attn_weights:
             weights = weights.mean(dim=1)
         if not batched:
@@ -141,7 +141,7 @@ class LoraMultiheadAttention(LoraLayer):
         return result if turned else result.transpose(0, 1), weights
 
     def _rows(self, batch: int, device: torch.device) -> list[tuple[str, Tensor | None]]:
-        """Which adapters count, and for which rows of the batch; None for all."""
+        """The adapters to apply, and the rows of the batch for each; None for all rows."""
         routing = current(self)
         if routing is None:
             return [(name, None) for name in self._live]
@@ -151,7 +151,7 @@ class LoraMultiheadAttention(LoraLayer):
     def _project_in(
         self, inputs: Sequence[Tensor], adapters: Sequence[tuple[str, Tensor | None]]
     ) -> Sequence[Tensor]:
-        """Query, key and value projected, with the branches; one input stands for all three."""
+        """Query, key and value after the projections and branches; a single input is used for all three."""
         base: Any = self.base_layer if current(self) is None else self.original_base()
         parts = 3 // len(inputs)
         weights = base.in_proj_weight.split(parts * base.embed_dim)
@@ -199,7 +199,7 @@ class LoraMultiheadAttention(LoraLayer):
 def _combined_mask(
     padding: Tensor | None, attention: Tensor | None, query: Tensor, heads: int
 ) -> Tensor | None:
-    """Both masks as numbers to add to the scores, (N or 1, H or 1, L or 1, S); None without any."""
+    """Both masks as numbers to add to the scores, (N or 1, H or 1, L or 1, S); None without a mask."""
 
     def numbers(mask: Tensor) -> Tensor:
         if mask.dtype is torch.bool:

@@ -35,9 +35,8 @@ def _has_own_forward(base: Any) -> bool:
 class LoraConv(LoraLayer):
     """``y = W ∗ x + b + s · B ∗₁ (A ∗ x)``: A has the base's geometry, B is a 1×1 convolution.
 
-    A is (r, in, k…), whatever the base's groups, and B is (out, r / groups, 1…), as in PEFT's
-    files. So with groups an update reaches across them; merging then gives the base the equivalent
-    weight without groups.
+    As in PEFT's files, A is (r, in, k…) regardless of groups, and B is (out, r / groups, 1…). So with groups
+    an update reaches across them; merging then replaces the weight by an equivalent one without groups.
 
     Shapes: x: (batch, in, d…) -> (batch, out, d'…).
     """
@@ -57,7 +56,7 @@ class LoraConv(LoraLayer):
 
     @classmethod
     def refuses(cls, base: nn.Module, spec: LoraSpec) -> Text | None:
-        """The rank is shared out among the groups."""
+        """Refuses a rank that the groups do not divide."""
         conv: Any = base
         if spec.r % conv.groups:
             return Text(
@@ -68,7 +67,7 @@ class LoraConv(LoraLayer):
         return None
 
     def refuses_merge(self, names: Sequence[str]) -> list[str]:
-        """Besides the common reasons: a subclass whose forward is not linear in its weight."""
+        """Also refuses a subclass whose forward is not linear in its weight."""
         reasons = super().refuses_merge(names)
         if names and not self.is_linear():
             reasons.append(_NOT_LINEAR)
@@ -76,7 +75,7 @@ class LoraConv(LoraLayer):
 
     @torch.no_grad()
     def is_linear(self) -> bool:
-        """Whether a subclass's forward gives twice the output for twice the weight."""
+        """Whether the output doubles when the weight does, also in a subclass's forward."""
         base: Any = unwrapped(self.geometry())
         backend = backends.find(self.base_layer)
         like: dict[str, Any] = {"device": backend.device(self.base_layer), "dtype": base.weight.dtype}
@@ -106,7 +105,7 @@ class LoraConv(LoraLayer):
     def _convolve_as_base(base: Any, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """``weight ∗ x`` with the base's stride, dilation and padding, without its groups and bias."""
         if _has_own_forward(base):
-            # A subclass that pads in its own way: let its own forward do it, with A in place of W.
+            # A subclass may pad differently: run its forward with A in place of W.
             changes = {"groups": 1, "out_channels": weight.shape[0]}
             twin = stand_in(base, {"weight": weight, "bias": None}, changes)
             return type(base).forward(twin, x)  # type: ignore[no-any-return]
@@ -117,7 +116,7 @@ class LoraConv(LoraLayer):
         return convolve(x, weight, None, base.stride, base.padding, base.dilation)
 
     def rows(self, x: Tensor) -> Tensor:
-        """The patches: what filters that are one at one place give. x: (batch, in, d…) -> (n, in·k…)."""
+        """The patches, by filters that are one at a single position. x: (batch, in, d…) -> (n, in·k…)."""
         base: Any = unwrapped(self.geometry())
         size = base.in_channels * math.prod(base.kernel_size)
         each = torch.eye(size, dtype=x.dtype, device=x.device)
@@ -143,7 +142,7 @@ class LoraConv(LoraLayer):
         return (1, base.out_channels, *(1,) * len(base.kernel_size))
 
     def before_merge(self, weight: Tensor) -> tuple[Tensor, dict[str, Any]]:
-        """With groups, the same convolution without them: (out, in, k…), zero across groups."""
+        """With groups, the equivalent weight without them: (out, in, k…), zero across groups."""
         base: Any = self.geometry()
         groups = base.groups
         if groups == 1:

@@ -1,4 +1,4 @@
-"""Tables that are looked up: `torch.nn.Embedding`."""
+"""Embeddings: `torch.nn.Embedding`."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ class LoraEmbedding(LoraLayer):
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)
-        #: Layers of heads that use these factors too.
+        #: Layers of heads that share these factors.
         self.followers: list[LoraLayer] = []
         # What a subclass multiplies codes with (FP8) is their scale, and none of the update's.
         self._codes = backends.holds_codes(base_layer)
 
     def adapters_changed(self) -> None:
-        """Note which branches a forward adds, here and where the factors are used too."""
+        """Update the branches that a forward adds, here and in the heads that share the factors."""
         super().adapters_changed()
         for follower in self.followers:
             follower.adapters_changed()
@@ -66,15 +66,15 @@ class LoraEmbedding(LoraLayer):
         return self.lora_embedding_A[name], self.lora_embedding_B[name], None
 
     def low_rank(self, name: str, x: Tensor) -> Tensor:
-        """x: (...) integer -> (..., dim). Gradients of A are scaled as the base's are, but always dense.
+        """x: (...) integer -> (..., dim). Gradients of A are scaled like the base's, but always dense.
 
-        A lies (r, vocab), and torch cannot transpose the sparse gradient of the rows that were looked up.
+        A is stored as (r, vocab), and torch cannot transpose a sparse gradient.
         """
         a, b, _ = self.factors(name)
         rows, residual = self._look_up(x, a), self.residual(name)
         if residual is None:
             return rows @ b.T
-        # `folded`, on the rows that are needed: the whole table would be subtracted for a few of them.
+        # as `folded`, but only for the needed rows instead of the whole table
         return rows @ (b - residual[1]).T + (rows - self._look_up(x, residual[0])) @ residual[1].T
 
     def _look_up(self, x: Tensor, a: Tensor) -> Tensor:
@@ -83,19 +83,19 @@ class LoraEmbedding(LoraLayer):
             return F.embedding(
                 x, a.T, padding_idx=base.padding_idx, scale_grad_by_freq=base.scale_grad_by_freq
             )
-        # A subclass that scales what it looks up: let its own forward do it, with A in place of W.
+        # A subclass may scale its rows: run its forward with A in place of W.
         changes = {"embedding_dim": a.shape[0], "max_norm": None, "sparse": False}
         return type(base).forward(stand_in(base, {"weight": a.T}, changes), x)  # type: ignore[no-any-return]
 
     def dropout_of(self, name: str) -> float:
-        """Never: the input is an index."""
+        """0: the input is an index."""
         return 0.0
 
     def dropped(self, name: str, x: Tensor) -> Tensor:
         return self.to_factors(name, x)
 
     def before_merge(self, weight: Tensor) -> tuple[Tensor, dict[str, Any]]:
-        """With a ``max_norm`` the rows as looked up: renormalised once and for all, before the update."""
+        """With a ``max_norm``, the rows as a lookup renormalises them."""
         base: Any = self.geometry()
         limit = base.max_norm
         if limit is None:

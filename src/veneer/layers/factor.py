@@ -1,4 +1,4 @@
-"""The modules that hold an adapter's tensors in a layer, and the stand-in for a base."""
+"""Modules for an adapter's tensors in a layer, and copies of a base with other tensors."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def empty() -> nn.ModuleDict:
 
 
 class Factor(nn.Module):
-    """One thin factor: a weight with its operation, and no `torch.nn.Linear`.
+    """A factor, A or B: a weight with its operation, but not a `torch.nn.Linear`.
 
-    Whatever sweeps a model for linears (a quantiser, a second injection) leaves it alone.
+    So code that replaces all linear layers of a model (a quantiser, a second injection) ignores it.
 
     Args:
         weight: The factor.
@@ -58,7 +58,7 @@ class Factor(nn.Module):
     def is_plain(module: nn.Module) -> bool:
         """Whether the tensors of a factor may be used without calling it.
 
-        A factor that is sharded or offloaded by itself has them only while it is called.
+        A factor that is sharded or offloaded only has them while it is called.
         """
         return (
             type(module) in (Factor, Mirror)
@@ -68,14 +68,14 @@ class Factor(nn.Module):
 
     @staticmethod
     def read(module: nn.Module) -> Tensor:
-        """The weight of a factor: itself where it is there to read, else a copy that gradients go through."""
+        """The weight of a factor: itself if it is available, else a copy through which gradients flow."""
         if Factor.is_plain(module):
             return module.weight  # type: ignore[return-value]
         return module(None, _copy_of_weight)  # type: ignore[no-any-return]
 
     @staticmethod
     def parameters_of(held: nn.Module | nn.Parameter) -> Collection[nn.Parameter]:
-        """The parameters of a factor that is wrapped, or a mere parameter."""
+        """The parameters of a factor, which may be wrapped or a bare parameter."""
         return (held,) if isinstance(held, nn.Parameter) else [*held.parameters()]
 
     def extra_repr(self) -> str:
@@ -85,11 +85,11 @@ class Factor(nn.Module):
 class Mirror(nn.Module):
     """A factor of another layer, transposed: one tensor and one gradient under two names.
 
-    It has no parameter of its own. Its state dict names the weight all the same; loading one writes it into
-    the owner's.
+    It has no parameter of its own, but its state dict contains the weight; loading writes it into the
+    owner's.
 
     Args:
-        owner: Where the other layer keeps its factors by adapter name.
+        owner: The container of the other layer's factors by adapter name.
         name: The adapter.
     """
 
@@ -97,7 +97,7 @@ class Mirror(nn.Module):
 
     def __init__(self, owner: nn.ParameterDict, name: str) -> None:
         super().__init__()
-        self._owner = [owner]  # in a list: registered, its tensors would be saved a second time
+        self._owner = [owner]  # in a list: if it were registered, its tensors would be saved twice
         self.name = name
 
     @property
@@ -148,8 +148,8 @@ def stand_in(
 ) -> nn.Module:
     """A copy of ``base`` that computes with other tensors; ``base`` itself is not touched.
 
-    It shares everything but the named parameters and attributes, so a subclass's own forward runs as it
-    is written. Offloading hooks are left out: the tensors given are the ones to compute with.
+    It shares everything except the named parameters and attributes, so the forward of a subclass works
+    unchanged. Offloading hooks are left out, since the tensors are given here.
     """
     # Not copy.copy: compilers cannot follow it.
     twin: nn.Module = object.__new__(type(base))
@@ -159,14 +159,14 @@ def stand_in(
     if "_hf_hook" in state:
         for name in ("forward", "_hf_hook", "_old_forward"):
             state.pop(name, None)
-    for name in tensors:  # FSDP1 puts its own tensors there, and they would come first
+    for name in tensors:  # FSDP1 puts its tensors there, and they would take precedence
         state.pop(name, None)
     state.update(attributes)
     return twin
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """The module inside the wrappers that shards, checkpoints and compilers put around one."""
+    """The module inside the wrappers of sharding, checkpointing and compilers."""
     while (inner := next((module._modules[n] for n in WRAPPERS if n in module._modules), None)) is not None:
         module = inner
     return module

@@ -1,8 +1,8 @@
-"""The one low-ranked layer, for every geometry.
+"""The LoRA layer, common to every geometry.
 
-A subclass says which module types it wraps, the shapes of its factors, how a matrix update lies in the base
-weight, and how the branch is computed. Everything else is here, once: the forward, what a variant sees of a
-layer, and adapters that come, change and go. How adapters are merged is `veneer.merge`, what they start with
+A subclass defines which module types it wraps, the shapes of its factors, how a matrix update fits the base
+weight, and how the branch is computed. Everything else is here: the forward, the interface for variants, and
+adding, changing and removing adapters. Merging is in `veneer.merge`, the initial factors are in
 `veneer.layers.start`.
 """
 
@@ -41,8 +41,8 @@ registry: TypeRegistry[type[LoraLayer]] = TypeRegistry("layer")
 def find(module: nn.Module) -> type[LoraLayer] | None:
     """The layer class that adapts such a module, or None.
 
-    It is known by the module's type; that of a storage whose modules derive from no torch layer by the type
-    that the storage names instead.
+    It is found by the module's type, or by the type that a storage names if its modules derive from no torch
+    layer.
     """
     if refusal(module) is not None:
         return None
@@ -53,13 +53,13 @@ def find(module: nn.Module) -> type[LoraLayer] | None:
 
 @dataclass(frozen=True)
 class Prepared:
-    """An adapter of one layer, ready to be stored: nothing of it has to be made any more.
+    """An adapter of one layer, ready to be stored without allocating anything.
 
     Attributes:
         spec: What the layer gets.
-        parts: The factors, the dropout and what else the adapter has, by the names of their containers.
-        strengths: Its strength; those of the layer's other adapters too, if their tensors have to move.
-        write_base: Gives the base another weight; None where it keeps its own.
+        parts: The factors, the dropout and further parameters, by the names of their containers.
+        strengths: Its strength, and those of the layer's other adapters if their tensors have to move.
+        write_base: Replaces the base weight; None to keep it.
     """
 
     spec: LoraSpec
@@ -69,12 +69,12 @@ class Prepared:
 
 
 def _by_adapter(read: Callable[[LoraSpec], Any], doc: str) -> property:
-    """A property of a layer that PEFT has too: what was asked for, by adapter name."""
+    """A property that PEFT's layers have too: a setting by adapter name."""
     return property(lambda self: {name: read(spec) for name, spec in self._specs.items()}, doc=doc)
 
 
 class LoraLayer(Mergeable):
-    """A module with low-rank branches beside it: ``y = base(x) + Σ s·B(A(dropout(x)))``.
+    """A module with low-rank branches: ``y = base(x) + Σ s·B(A(dropout(x)))``.
 
     The branches of the active adapters are added, except those that are merged into the base weight.
     `forward` never writes.
@@ -94,9 +94,9 @@ class LoraLayer(Mergeable):
     )
     #: Types that this class wraps, as "module.QualName"; their subclasses are served too.
     wraps: ClassVar[tuple[str, ...]] = ()
-    #: Where the two factors live.
+    #: Names of the containers of the two factors.
     factor_names: ClassVar[tuple[str, str]] = ("lora_A", "lora_B")
-    #: ``all-linear`` means this kind.
+    #: Whether ``all-linear`` includes it.
     linear: ClassVar[bool] = False
     #: The base weight is stored (in, out).
     transposed: ClassVar[bool] = False
@@ -129,7 +129,7 @@ class LoraLayer(Mergeable):
         self._modules["_undo"] = self._modules.pop("_undo")  # shown last
 
     def __init_subclass__(cls) -> None:
-        if "wraps" in cls.__dict__:  # others, such as FSDP2's, only dress a class up
+        if "wraps" in cls.__dict__:  # others, such as FSDP2's, only extend a class
             registry.add(cls.wraps, cls)
 
     # -- forward ---------------------------------------------------------------------------------------
@@ -153,11 +153,11 @@ class LoraLayer(Mergeable):
         return y
 
     def fused_step(self, x: Tensor) -> Tensor | None:
-        """The whole forward in one step, where this call allows it; else None."""
+        """The whole forward in one step, if this call allows it; else None."""
         return None
 
     def may_fuse(self) -> bool:
-        """Whether the active adapters allow `fused_step`. What only a call can say is not asked here."""
+        """Whether the active adapters allow `fused_step`. Conditions on the call are checked there."""
         return False
 
     def mixed(self, routing: Routing, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -191,9 +191,9 @@ class LoraLayer(Mergeable):
         return result
 
     def add_slots(self, routing: Routing, x: Tensor, result: Tensor) -> Tensor:
-        """The same as `add_rows`, for a compiler: which row is whose is data, so it needs no other graph.
+        """As `add_rows`, for a compiler: the adapters of the rows are data, so the graph can be reused.
 
-        Every row goes through every adapter that the layer holds.
+        Every row goes through every adapter of the layer.
         """
         base = result
         for name, mine in routing.slots(tuple(self._specs), x, self._where):
@@ -251,8 +251,8 @@ class LoraLayer(Mergeable):
     def before_merge(self, weight: Tensor) -> tuple[Tensor, dict[str, Any]]:
         """The weight that an update can be added to, and the base's attributes that go with it.
 
-        Almost always the weight itself. A layer whose update does not fit the base's own parametrisation
-        (see the convolution with groups) gives an equivalent weight here.
+        Almost always the weight itself. A layer whose update does not fit the base's weight (such as a
+        convolution with groups) returns an equivalent weight.
         """
         return weight, {}
 
@@ -261,11 +261,11 @@ class LoraLayer(Mergeable):
         return True
 
     def is_linear(self) -> bool:
-        """Whether the branch is linear in A: not where the base's own forward does more with its weight."""
+        """Whether the branch is linear in A. It is not if the base's forward does more with its weight."""
         return True
 
     def refuses_combination(self) -> str | None:
-        """Why updates of this layer cannot be joined with those of another adapter, or None."""
+        """Why updates of this layer cannot be combined with those of another adapter, or None."""
         return None
 
     # -- what a variant sees ---------------------------------------------------------------------------
@@ -280,7 +280,7 @@ class LoraLayer(Mergeable):
         return result + (branch * self.strength(name)).to(result)
 
     def strength(self, name: str) -> float:
-        """``s`` of an adapter; for a compiler as a tensor without dimensions, which multiplies alike."""
+        """``s`` of an adapter; under a compiler as a tensor without dimensions, which multiplies the same."""
         if torch.compiler.is_compiling():
             return self.scaling.tensors[name]  # type: ignore[return-value]
         return self.scaling[name]
@@ -295,24 +295,24 @@ class LoraLayer(Mergeable):
         return self.lora_dropout[name](self.to_factors(name, x))  # type: ignore[no-any-return]
 
     def to_factors(self, name: str, x: Tensor) -> Tensor:
-        """``x`` on the device of the factors: the two may differ in a model that is spread over devices."""
+        """``x`` on the device of the factors, which may differ in a model that is spread over devices."""
         device = self.factors(name)[0].device
         return x if device.type == "meta" else x.to(device)  # offloaded factors are fetched when called
 
     def acting(self, name: str, x: Tensor) -> Tensor:
-        """Where the call that runs lets an adapter act. x: (..., in) -> (...) of bool.
+        """The positions on which an adapter acts in the current call. x: (..., in) -> (...) of bool.
 
         Raises:
-            RoutingError: The call does not say.
+            RoutingError: The call does not define them.
         """
         return acting(self, name, self._specs[name].path or type(self).__name__, x)
 
     def base_linear(self, x: Tensor) -> Tensor:
-        """What the base alone gives for x, without its bias; nothing merged, no adapter."""
+        """The output of the base for x, without its bias and without any adapter, merged or not."""
         return self.without_bias(self.original_base()(x))
 
     def without_bias(self, output: Tensor) -> Tensor:
-        """An output of the base less the base's bias."""
+        """An output of the base minus its bias."""
         base = self.original_base()
         bias = getattr(base, "bias", None)
         if not isinstance(bias, Tensor):
@@ -322,14 +322,14 @@ class LoraLayer(Mergeable):
         return output - self.along_output(gathered(bias).to(output))
 
     def along_output(self, vector: Tensor) -> Tensor:
-        """One number for each output feature, shaped so that it multiplies an output."""
+        """One number for each output feature, shaped to broadcast with an output."""
         return vector.reshape(-1, *(1,) * (-self.out_axis - 1))
 
     def matrix(self) -> Tensor:
         """The base weight without any adapter as a dense matrix (out, in·k…), detached.
 
         Raises:
-            TargetError: The base is sharded by itself in a way that shows its weight to nobody else.
+            TargetError: The base is sharded in a way that hides its weight.
         """
         base = self.original_base()
         weight = gathered(backends.find(base, self.weight_name).read(base, self.weight_name))
@@ -343,7 +343,7 @@ class LoraLayer(Mergeable):
         return self.to_matrix(self.before_merge(weight)[0])
 
     def weight_state(self) -> object:
-        """Something that compares equal as long as `matrix` gives the same; None where that is unknown."""
+        """A value that compares equal as long as `matrix` returns the same; None if that is unknown."""
         weight = self.original_base()._parameters.get(self.weight_name)
         return None if weight is None else State.of(weight)
 
@@ -353,7 +353,7 @@ class LoraLayer(Mergeable):
         return self.matrices(a, b)
 
     def extra(self, name: str) -> dict[str, Tensor]:
-        """The parameters that an adapter's variant has beside the factors, by their names."""
+        """The further parameters of an adapter's variant, by their names."""
         known = (*self.factor_names, *RESIDUAL, "lora_dropout")
         return {key: Factor.read(part) for key, part in self._parts(name).items() if key not in known}
 
@@ -370,11 +370,11 @@ class LoraLayer(Mergeable):
         return self.backend.tensor_device(self.get_base_layer(), self.weight_name)
 
     def geometry(self) -> nn.Module:
-        """The base layer with the attributes that it has without adapters; its values may be merged ones."""
+        """The base layer with its attributes from before merging; its values may be merged."""
         return self.get_base_layer() if self._modules["_undo"] is None else self.original_base()
 
     def original_base(self) -> nn.Module:
-        """The base layer as it is without any adapter, also while some are merged.
+        """The base layer without any adapter, also while adapters are merged.
 
         Raises:
             MergeError: Adapters were merged without an undo.
@@ -389,7 +389,7 @@ class LoraLayer(Mergeable):
         bias = getattr(base, "bias", None)
         if isinstance(bias, Tensor) and bias.is_meta and "bias" not in tensors:
             tensors["bias"] = self.backend.read(base, "bias")
-        if not undo.coded:  # compilers cannot follow the search for a backend
+        if not undo.coded:  # compilers cannot trace the search for a backend
             return stand_in(base, tensors, undo.attributes)
         own = {key: tensors.pop(key) for key in ("bias",) if key in tensors}
         parts, more = self.backend.parts(base, tensors)
@@ -480,7 +480,8 @@ class LoraLayer(Mergeable):
             container: Any = self._modules.get(key)
             if container is None:
                 continue
-            # Past the containers' own methods: every switch of adapters asks each layer for these.
+            # Not through the containers' methods, for speed: every switch of adapters calls this on each
+            # layer.
             part: Any = container._modules.get(name)
             if type(part) is Factor:
                 found += part._parameters.values()  # type: ignore[arg-type]  # none of them is None
@@ -491,7 +492,7 @@ class LoraLayer(Mergeable):
         return iter(found)
 
     def _parts(self, name: str) -> dict[str, Any]:
-        """Everything that an adapter has here, by the names of the containers."""
+        """Everything that an adapter has in this layer, by the names of the containers."""
         found = {}
         for key in (*self.adapter_layer_names, "lora_dropout"):
             container: Any = self._modules.get(key)
@@ -500,7 +501,7 @@ class LoraLayer(Mergeable):
         return found
 
     def _put(self, name: str, parts: Mapping[str, nn.Module | nn.Parameter]) -> None:
-        """Store what an adapter has; no tensor is made."""
+        """Store an adapter's parts; no tensor is created."""
         for key, part in parts.items():
             if key not in self._modules:
                 setattr(self, key, nn.ModuleDict())
@@ -509,7 +510,7 @@ class LoraLayer(Mergeable):
             self._modules[key][name] = part  # type: ignore[index, operator]
 
     def _take(self, name: str) -> dict[str, Any]:
-        """Take out of its containers what an adapter has."""
+        """Remove an adapter's parts from the containers."""
         parts = self._parts(name)
         for key in parts:
             container: Any = self._modules[key]
@@ -526,7 +527,7 @@ class LoraLayer(Mergeable):
     def new_factors(
         self, name: str, a: Tensor, b: Tensor, bias: Tensor | None
     ) -> tuple[nn.Module | nn.Parameter, nn.Module | nn.Parameter]:
-        """What keeps A and B of an adapter in the two containers of factors; nothing is stored."""
+        """The objects for A and B of an adapter in the two containers; nothing is stored."""
         return Factor(a), Factor(b, bias)
 
     def put_factors(self, name: str, a: Tensor, b: Tensor, bias: Tensor | None) -> None:
@@ -545,15 +546,15 @@ class LoraLayer(Mergeable):
 
         Args:
             spec: What this layer gets.
-            start: The factors, from an initialisation or from a file.
+            start: The factors, from an initialisation or a file.
             dtype: Type of the stored factors; None keeps the type that ``start`` has.
             strength: ``s``; None takes that of ``spec``.
-            training: Let its dropout act from the start, also where the base is in evaluation.
+            training: Activate its dropout even if the base is in evaluation mode.
         """
         device = start.a.device if start.a.is_meta else self.base_device()
 
         def place(tensor: Tensor, fresh: bool = False) -> Tensor:
-            # A copy, in memory of its own: a tensor of a mapped file is neither aligned nor safe from others.
+            # A copy: a tensor of a mapped file is neither aligned nor safe from changes.
             return tensor.detach().to(device=device, dtype=dtype or tensor.dtype, copy=not fresh)
 
         a, b = place(start.a, start.fresh), place(start.b, start.fresh)
@@ -568,7 +569,7 @@ class LoraLayer(Mergeable):
         dropout.training = training or self.get_base_layer().training
         parts["lora_dropout"] = dropout
         if start.unmeasured:
-            spec = replace(spec, init=True)  # what a layer says of its start is what it is
+            spec = replace(spec, init=True)  # record the start that was used
         strength = spec.scaling if strength is None else strength
         write_base = None
         if start.base is not None:
@@ -579,13 +580,13 @@ class LoraLayer(Mergeable):
         return Prepared(spec, parts, self.scaling.with_one(spec.adapter, strength, device), write_base)
 
     def put_adapter(self, adapter: Prepared) -> None:
-        """Store what `prepared` gave. It makes no tensor, so it does not fail for want of memory."""
+        """Store what `prepared` returned. No tensor is created, so it cannot run out of memory."""
         if adapter.write_base is not None:
             adapter.write_base()
         name = adapter.spec.adapter
         self._put(name, adapter.parts)
         if adapter.parts["lora_dropout"].training:  # type: ignore[union-attr]
-            self.training = True  # so that whoever looks for what is in training need not ask each adapter
+            self.training = True  # so that a search for modules in training mode need not visit each adapter
         self._specs[name] = adapter.spec
         self.scaling.take_over(adapter.strengths)
         self.adapters_changed()
@@ -601,7 +602,7 @@ class LoraLayer(Mergeable):
         return partial(self.put_adapter, adapter)
 
     def drop_adapter(self, name: str) -> None:
-        """Forget an adapter; if it is merged, the base gets its weight back first."""
+        """Remove an adapter; if it is merged, the base weight is restored first."""
         if name in self._merged:
             self.unmerge([name])
         self._take(name)
@@ -614,19 +615,19 @@ class LoraLayer(Mergeable):
         self.rename_merged(old, new)
 
     def note_start(self, name: str, init: bool | str) -> None:
-        """Note that the factors of an adapter began, or went on, from another start."""
+        """Record that the factors of an adapter started differently."""
         self._specs[name] = replace(self._specs[name], init=init)
 
     def respecify(self, spec: LoraSpec) -> None:
-        """Let an adapter that is held here have another rank or strength on paper; its tensors stay."""
+        """Change the recorded rank or strength of an adapter; its tensors stay."""
         self._specs[spec.adapter] = spec
         self.scaling[spec.adapter] = spec.scaling
 
     def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make these adapters the active ones.
 
-        An adapter that is merged and not among them is unmerged first, with a warning: the layer computes
-        the base plus the active adapters, always.
+        A merged adapter that is not among them is unmerged first, with a warning, because the layer always
+        computes the base plus the active adapters.
         """
         if self._merged and (left := [n for n in self._merged if n not in as_names(adapter_names)]):
             warn(
@@ -637,7 +638,7 @@ class LoraLayer(Mergeable):
         super().set_adapter(adapter_names, inference_mode)
 
     def adapters_changed(self) -> None:
-        """Note which branches a forward adds, and whether it may be fused."""
+        """Update which branches a forward adds, and whether it may be fused."""
         names = () if self._disabled else self._active
         live = tuple([n for n in names if n in self._specs and n not in self._merged])
         self.__dict__["_live"] = live
@@ -657,7 +658,7 @@ class LoraLayer(Mergeable):
                 self.scaling[name] *= scale
 
     def unscale_layer(self, scale: float | None = None) -> None:
-        """Divide the strength of the active adapters, or set it back to the configured one."""
+        """Divide the strength of the active adapters, or reset it to the configured one."""
         for name in self._active:
             if name in self.scaling:
                 configured = self._specs[name].scaling
@@ -676,7 +677,7 @@ class LoraLayer(Mergeable):
     # -- merging: see `veneer.merge` -------------------------------------------------------------------
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """The scaled update ``s·BA`` in the layout of the weight it is merged into."""
+        """The scaled update ``s·BA`` in the layout of the weight."""
         if adapter not in self._specs:
             raise AdapterNameError(f"this layer has no adapter {adapter!r}; it has: {list(self._specs)}")
         return merge.get_delta_weight(self, adapter)
@@ -687,7 +688,7 @@ class LoraLayer(Mergeable):
         return Update(a, b, bias, extra, self.scaling[name], self._specs[name].variant)  # type: ignore[arg-type]
 
     def refuses_merge(self, names: Sequence[str]) -> list[str]:
-        """Why merging these adapters would be wrong, whatever the storage; empty if it is right."""
+        """Reasons against merging these adapters in any storage; empty if there are none."""
         base = self.get_base_layer()
         parts = [self._modules[key][name] for key in self.factor_names for name in names]  # type: ignore[index]
         whole = all(isinstance(part, Tensor) or Factor.is_plain(part) for part in parts)

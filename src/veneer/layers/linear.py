@@ -1,4 +1,4 @@
-"""Matrices: `torch.nn.Linear`, and transformers' Conv1D, which stores its weight transposed."""
+"""Linear layers: `torch.nn.Linear`, and transformers' Conv1D, which stores its weight transposed."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _NO_PRODUCT = (
 
 
 def _is_plain(base: nn.Module) -> bool:
-    """Whether ``base(x)`` is exactly ``x Wᵀ + b`` with the tensors that it holds.
+    """Whether ``base(x)`` is exactly ``x Wᵀ + b`` with its own tensors.
 
     A subclass, a hook (offloaded weights have one, and some are for all modules), a parametrization or a
     tensor subclass may each compute something else, so those run their own forward.
@@ -80,17 +80,16 @@ class LoraLinear(LoraLayer):
         return b(a(x))
 
     def may_fuse(self) -> bool:
-        """One variant may have a say in the whole output; all others must be mere sums."""
+        """The first variant may change the whole output; all others must be additive."""
         if self._disabled:
             return False
         alone = [name for name in self._live if not self.variant(name).additive]
         return not alone or (alone == [self._live[0]] and not self._merged)
 
     def fused_step(self, x: Tensor) -> Tensor | None:
-        """Base and first branch in one step, then the other branches; None where the base is not plain.
+        """Base and first branch in one step, then the other branches; None if the base is not plain.
 
-        Without branches it is the base's product, without the price of its call: merged, a layer costs what
-        its base costs.
+        Without branches it is only the base's product, so a merged layer is as fast as its base.
         """
         base: Any = self._modules["base_layer"]
         if not _is_plain(base):
@@ -115,7 +114,7 @@ class LoraLinear(LoraLayer):
         return result
 
     def _plain_factors(self, name: str) -> tuple[Tensor, Tensor, Tensor | None] | None:
-        """`update_factors`, where the modules that hold them need not be called; else None."""
+        """`update_factors` if the factors can be read without calling their modules; else None."""
         modules = self._modules
         a, b = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]  # type: ignore[union-attr]
         if not (Factor.is_plain(a) and Factor.is_plain(b)):  # type: ignore[arg-type]
@@ -139,7 +138,7 @@ class LoraLinear(LoraLayer):
         return add_lora_(result, x, a, b, bias, self.strength(name), self.dropout_of(name), inplace=fresh)
 
     def _may_write(self) -> bool:
-        """Whether nobody else holds the output of the base, nor will anybody ask for it again."""
+        """Whether nothing else uses the output of the base, now or later."""
         return (
             not torch.compiler.is_compiling()
             and len(self._live) == 1
@@ -148,10 +147,10 @@ class LoraLinear(LoraLayer):
         )
 
     def add_rows(self, routing: Routing, names: tuple[str | None, ...], x: Tensor, result: Tensor) -> Tensor:
-        """All adapters of the batch together, where an update is only a product.
+        """Apply all adapters of the batch together if their updates are plain products.
 
-        What is put side by side or stacked for it is kept from this layer's second call on, until the call
-        of the model ends: `generate` calls it once for the prompt, then for each token.
+        From the layer's second call on, the gathered or stacked factors are kept until the call of the model
+        ends: `generate` calls the layer once for the prompt and once for each token.
         """
         kept = None if torch.is_grad_enabled() else routing.memo.get(self)
         key = (names, x.shape, x.dtype)
@@ -173,9 +172,9 @@ class LoraLinear(LoraLayer):
     def _products(
         self, names: Sequence[str], x: Tensor, result: Tensor
     ) -> dict[str, mixed_batch.Term] | None:
-        """Factors and strength by adapter, if all that each adds here is ``s · (x Aᵀ) Bᵀ``; else None.
+        """Factors and strength by adapter, if each only adds ``s · (x Aᵀ) Bᵀ``; else None.
 
-        It is more with dropout, a bias or another variant, and elsewhere with factors on another device.
+        That is not so with dropout, a bias, another variant, or factors on another device.
         """
         terms = {}
         for name in names:
@@ -195,7 +194,7 @@ class LoraLinear(LoraLayer):
         terms: dict[str, mixed_batch.Term],
         x: Tensor,
     ) -> Callable[..., Tensor]:
-        """How to add the rows' updates, called with x and the result."""
+        """A function of x and the result that adds the rows' updates."""
         dtype = mixed_batch.working_dtype(x)
         few = few_rows(x) or x.numel() == x.shape[0] * x.shape[-1]
         layout, chosen = mixed_batch.choose_layout(routing.layouts(names), few)
@@ -211,7 +210,7 @@ class LoraLinear(LoraLayer):
         return partial(mixed_batch.on_gathered_rows, function=function, order=order)
 
     def add_slots(self, routing: Routing, x: Tensor, result: Tensor) -> Tensor:
-        """Each row's own adapter's update, where that is only a product."""
+        """Add the update of each row's adapter if the updates are plain products."""
         slots = list(routing.slots(tuple(self._specs), x, self._where))
         terms = self._products([name for name, _ in slots], x, result)
         if terms is None:
@@ -219,7 +218,7 @@ class LoraLinear(LoraLayer):
         return mixed_batch.by_slots(x, result, [(*terms[name], mine) for name, mine in slots])
 
     def refuses_merge(self, names: Sequence[str]) -> list[str]:
-        """Besides the common reasons: a subclass whose forward is something else than ``x Wᵀ + b``."""
+        """Also refuses a subclass whose forward is not ``x Wᵀ + b``."""
         plain = type(self.base_layer).forward is nn.Linear.forward
         return [*super().refuses_merge(names), *([] if plain or self._multiplies(names) else [_NO_PRODUCT])]
 
@@ -231,7 +230,7 @@ class LoraLinear(LoraLayer):
         if not names or kind in self.wraps:
             return True
         if self.backend.quantization is not None:
-            return True  # it has a forward of its own by nature
+            return True  # its forward always differs from that of nn.Linear
         weight = base.weight
         if self.transposed or type(weight) is not nn.Parameter or weight.dtype not in _FLOATS:
             return True

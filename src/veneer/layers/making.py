@@ -1,4 +1,4 @@
-"""Making one low-ranked layer: whether it can be done, from which draw, in which type; and doing it alone."""
+"""Making one LoRA layer: checks, the random draw and the type of factors; and `wrap` for a single module."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _HALF = (torch.float16, torch.bfloat16)
 
 
 def draw_seed() -> int:
-    """One draw of torch's global generator; in a process group everyone gets rank 0's."""
+    """One draw of torch's global generator; in a process group all ranks get that of rank 0."""
     seed = torch.randint(2**62, (1,), dtype=torch.int64, device="cpu")
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         backend = torch.distributed.get_backend()
@@ -34,7 +34,7 @@ def draw_seed() -> int:
 
 
 def check_config(config: Any) -> LoraConfig:
-    """The configuration, if it is one that can be honoured.
+    """The configuration, if Veneer supports all of it.
 
     Raises:
         ConfigError: Listing every option that cannot.
@@ -95,15 +95,15 @@ def why_not(layer: LoraLayer, spec: LoraSpec) -> str | Text | None:
 
 
 def with_variant_options(spec: LoraSpec, config: LoraConfig) -> LoraSpec:
-    """The same with what its variant reads from the configuration."""
+    """The spec with the options that its variant reads from the configuration."""
     options = dict(variants.get(spec.variant).options(config))
     return replace(spec, variant_options=options) if options else spec
 
 
 def factor_dtype(layer: LoraLayer, autocast_adapter_dtype: bool = True) -> torch.dtype:
-    """The type of new factors: the base's, but float32 beside 16-bit weights unless said otherwise.
+    """The type of new factors: that of the base, but by default float32 beside 16-bit weights.
 
-    Beside quantised weights it is float32 always, as in PEFT: these have no floating type of their own.
+    Beside quantised weights, which have no floating type, it is always float32, as in PEFT.
     """
     backend = layer.backend
     if backend.quantization is not None:
@@ -123,22 +123,23 @@ def wrap(
 ) -> LoraLayer:
     """Put an adapter on one module, without a model around it.
 
-    Everything of the module is frozen, and the adapter becomes the active one. The result is trained, merged
-    and unmerged by itself: ``layer(x)``, ``layer.merge()``, ``layer.unmerge()``.
+    The module is frozen, and the adapter becomes active. The result can be trained, merged and unmerged by
+    itself: ``layer(x)``, ``layer.merge()``, ``layer.unmerge()``.
 
     Args:
-        module: A linear, convolution or embedding, or a layer that `wrap` returned, for one more adapter.
-        config: What to adapt it with; the fields that choose modules do not matter. Not changed.
+        module: A linear layer, convolution or embedding, or a layer that `wrap` returned, to add another
+            adapter.
+        config: The configuration, of which fields that choose modules are ignored. Not changed.
         adapter_name: The adapter's name.
         autocast_adapter_dtype: Keep the factors beside 16-bit weights in float32.
 
     Returns:
-        The layer that stands for ``module``; ``layer.base_layer`` is the module itself.
+        The layer that replaces ``module``; ``layer.base_layer`` is the module itself.
 
     Raises:
         ConfigError: If an option cannot be honoured.
         AdapterNameError: If the name is taken or unusable.
-        TargetError: If such a module cannot be adapted. It is then as it was.
+        TargetError: If such a module cannot be adapted. It is unchanged then.
     """
     check_adapter_name(adapter_name, module.held_adapters if isinstance(module, LoraLayer) else ())
     check_config(config)

@@ -1,4 +1,4 @@
-"""Modules that an adapter trains whole: a head, a norm."""
+"""Modules that an adapter trains in full (`modules_to_save`), such as a head or a norm."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from veneer.routing import Routing, current
 
 
 class ModulesToSaveWrapper(AdapterModule):
-    """A module beside the copies of it that adapters train.
+    """A module and the copies of it that adapters train.
 
-    With an active adapter that has a copy, the copy answers; otherwise the original. Two active
-    adapters that both have a copy cannot both answer, so that is refused when they are activated.
+    If the active adapter has a copy, the copy is called, otherwise the original. Two adapters that both have
+    a copy cannot be active together.
 
     Args:
-        module_to_save: The original; it stays as it is.
+        module_to_save: The original, which is not changed.
         tied_to: For a head that shares an embedding's weight: the embedding's wrapper; copies share theirs.
     """
 
@@ -31,12 +31,12 @@ class ModulesToSaveWrapper(AdapterModule):
         self.original_module = module_to_save
         self.modules_to_save = nn.ModuleDict()
         self.training = module_to_save.training
-        # In a list: a module among the attributes would be registered, and saved a second time.
+        # In a list: a module as an attribute would be registered, and saved twice.
         self._tied_to = [] if tied_to is None else [tied_to]
 
     @property
     def tied_adapter(self) -> ModulesToSaveWrapper | None:
-        """The wrapper of the embedding whose copies have the weight of these."""
+        """The wrapper of the embedding whose copies share their weight with these."""
         return self._tied_to[0] if self._tied_to else None
 
     @property
@@ -47,12 +47,12 @@ class ModulesToSaveWrapper(AdapterModule):
         return (("original_module", self.original_module),)
 
     def adapter_parameters(self, name: str) -> Iterator[nn.Parameter]:
-        """The parameters of an adapter's copy, less the weight that is the embedding's."""
+        """The parameters of an adapter's copy, without a weight that belongs to the embedding."""
         shared = () if self.tied_adapter is None else ("weight",)
         return (p for key, p in self.modules_to_save[name].named_parameters() if key not in shared)
 
     def add_copy(self, name: str, module: nn.Module) -> None:
-        """Give an adapter its own copy, trainable once it is activated."""
+        """Add a copy for an adapter, which is trainable once it is activated."""
         if self.tied_adapter is not None:
             module.weight = self.tied_adapter.modules_to_save[name].weight
         self.modules_to_save[name] = module.requires_grad_(False)
@@ -61,7 +61,7 @@ class ModulesToSaveWrapper(AdapterModule):
         return backends.copied(self.original_module)
 
     def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
-        """Names on disk and in memory of an adapter's tensors here; transformers asks for them."""
+        """The names on disk and in memory of an adapter's tensors; transformers calls this."""
         own = self.modules_to_save[adapter_name].state_dict() if adapter_name in self.modules_to_save else ()
         return {key: f"modules_to_save.{adapter_name}.{key}" for key in own}
 
@@ -75,7 +75,7 @@ class ModulesToSaveWrapper(AdapterModule):
         self.modules_to_save[new] = self.modules_to_save.pop(old)
 
     def refuses_active(self, names: Sequence[str]) -> str | None:
-        """Two copies cannot both answer."""
+        """Two copies cannot be active together."""
         mine = [name for name in names if name in self.modules_to_save]
         if len(mine) < 2:
             return None
@@ -97,7 +97,7 @@ class ModulesToSaveWrapper(AdapterModule):
 
     @property
     def current(self) -> nn.Module:
-        """The module that answers now."""
+        """The module that is called now."""
         if not self.disable_adapters:
             for name in self._active:
                 if name in self.modules_to_save:
@@ -105,7 +105,7 @@ class ModulesToSaveWrapper(AdapterModule):
         return self.original_module
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the module that answers now gives; in a mixed batch, each row's own adapter's copy."""
+        """Call the current module; in a mixed batch, the copy of each row's adapter."""
         if (routing := current(self)) is not None and not self._disabled:
             return self._forward_rows(routing, *args, **kwargs)
         return self.current(*args, **kwargs)
@@ -145,5 +145,5 @@ class ModulesToSaveWrapper(AdapterModule):
 
 
 def _select_rows(value: Any, rows: Tensor, count: int) -> Any:
-    """The rows of a value that has one for each row of the batch; anything else as it is."""
+    """Select rows of a tensor that has one for each row of the batch; return other values unchanged."""
     return value[rows] if isinstance(value, Tensor) and value.shape[:1] == (count,) else value

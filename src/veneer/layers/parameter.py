@@ -18,15 +18,15 @@ from veneer.spec import LoraSpec
 
 
 class LoraParameter(LoraLayer):
-    """One parameter P of a module, low-ranked: the module computes with ``P + s · Δ``.
+    """LoRA on a parameter P of a module, which computes with ``P + s · Δ``.
 
     A matrix (out, in) gets ``Δ = B A``. A stack of E matrices gets a pair of rank r for each, kept together:
     A (r·E, in) and B (out, r·E), with ``Δ[e] = B[:, :, e] A[e]`` of B as (out, r, E) and A as (E, r, in). The
-    stack lies (E, out, in); (E, in, out) where the module has ``is_transposed``.
+    stack is stored as (E, out, in), or as (E, in, out) if the module has ``is_transposed``.
 
-    The module's own forward runs on a stand-in that holds an `AdaptedWeight` for P: its products take the
-    low-rank way, and Δ itself is made only for operations that have none. Under `torch.compile` the sum is
-    made, and fused by the compiler.
+    The module's own forward runs on a copy with an `AdaptedWeight` in place of P: products are computed with
+    the factors, and Δ is only formed for other operations. Under `torch.compile` the sum is formed, and fused
+    by the compiler.
 
     Several parameters of one module are wrapped one inside the other, in the order in which the module
     registered them; the outermost runs the module.
@@ -75,7 +75,7 @@ class LoraParameter(LoraLayer):
         return (r * count, size_in), (size_out, r * count)
 
     def refuses(self, base: nn.Module, spec: LoraSpec) -> str | None:  # type: ignore[override]
-        """What needs the input of a product, which a bare parameter does not see, or one matrix."""
+        """Refuses what needs the input of a product or a single matrix."""
         tensor = getattr(base, self.weight_name)
         if tensor.dim() not in (2, 3):
             return (
@@ -103,7 +103,7 @@ class LoraParameter(LoraLayer):
         return getattr(self.get_base_layer(), self.weight_name).dim() == 2  # type: ignore[no-any-return]
 
     def refuses_combination(self) -> str | None:
-        """A stack's factors lie interleaved."""
+        """The factors of a stack are interleaved."""
         if self.is_matrix():
             return None
         return (
@@ -127,18 +127,18 @@ class LoraParameter(LoraLayer):
         return left, right
 
     def to_matrix(self, weight: Tensor) -> Tensor:
-        """The matrices of a stack one below the other."""
+        """The matrices of a stack, concatenated by rows."""
         return weight.flatten(0, -2)
 
     def product(self, a: Tensor, b: Tensor) -> Tensor:
-        """The update, laid out as `to_matrix` does."""
+        """The update in the layout of `to_matrix`."""
         left, right = self._sides(a, b)
         return self.to_matrix(left @ right)
 
     # -- forward -------------------------------------------------------------------------------------
 
     def refuses_rows(self, names: Sequence[str]) -> str | None:
-        """Rows meet inside the module's forward, where none has a parameter of its own."""
+        """Refuses mixed batches, because all rows share the parameter."""
         mine = ", ".join(repr(name) for name in names if name in self._specs)
         if not mine:
             return None
@@ -148,7 +148,7 @@ class LoraParameter(LoraLayer):
         )
 
     def _adapted_weight(self) -> Tensor | AdaptedWeight | None:
-        """What stands for the parameter in a forward; None where the module's own is right.
+        """What replaces the parameter in a forward; None to use the module's own.
 
         Raises:
             RoutingError: The call names rows for an adapter of the parameter.
@@ -166,13 +166,13 @@ class LoraParameter(LoraLayer):
         return adapted.dense() if torch.compiler.is_compiling() else adapted
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the module computes with the parameters of all layers of the chain adapted."""
+        """Call the module with the adapted parameters of all layers of the chain."""
         weights = {layer.weight_name: layer._adapted_weight() for layer in self.chain()}
         adapted = {name: weight for name, weight in weights.items() if weight is not None}
         base = self.get_base_layer()
         if not adapted:
             return base(*args, **kwargs)
-        # A stand-in has no hook that would fetch what else is offloaded.
+        # The copy has no hook that would fetch other offloaded parameters.
         offloaded = {n: _fetched(base, n) for n, p in base._parameters.items() if p is not None and p.is_meta}
         return stand_in(base, {**offloaded, **adapted})(*args, **kwargs)  # type: ignore[dict-item]
 
@@ -185,7 +185,7 @@ class LoraParameter(LoraLayer):
 
 
 def _fetched(module: nn.Module, name: str) -> Tensor:
-    """A parameter of a module, from where it is kept if that is elsewhere."""
+    """A parameter of a module, fetched if it is offloaded."""
     tensor: Tensor = getattr(module, name)
     if not tensor.is_meta:
         return tensor
@@ -194,13 +194,13 @@ def _fetched(module: nn.Module, name: str) -> Tensor:
 
 
 def parameters_of(module: nn.Module) -> dict[str, LoraParameter]:
-    """The adapted parameters of a module's wrapper, by name, the innermost first."""
+    """The layers of a wrapped module's adapted parameters, by parameter name, innermost first."""
     chain = list(module.chain()) if isinstance(module, LoraParameter) else []
     return {layer.weight_name: layer for layer in reversed(chain)}
 
 
 def why_not_wrapped(module: nn.Module, names: Sequence[str]) -> str | None:
-    """Why these parameters of a module cannot be adapted beside what adapts it already, or None."""
+    """Why these parameters cannot be adapted together with the module's present adapters, or None."""
     if isinstance(module, LoraLayer) and not isinstance(module, LoraParameter):
         return (
             f"the module that holds it is adapted itself ({type(module).__name__}): name it in "

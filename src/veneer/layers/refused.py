@@ -1,4 +1,4 @@
-"""Module types that are known and not adapted."""
+"""Module types that Veneer knows but does not adapt."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import functools
 
 from torch import nn
 
-#: Types that are known and not adapted, with the reason.
+#: Types that are not adapted, with the reason.
 REFUSED: dict[str, str] = {
     **{
         f"bitsandbytes.nn.modules.Embedding{bits}bit": (
@@ -34,10 +34,10 @@ REFUSED: dict[str, str] = {
 }
 
 
-#: Linears and convolutions of known models whose weight is read while they are never called: their
-#: names, by that of the class that has them.
+#: Linear layers and convolutions of known models that are never called, although their weight is read: their
+#: names, by the class that contains them.
 READ: dict[str, tuple[str, ...]] = {
-    # Mamba, and what is built like it. `dt_proj` is called where it is quantised.
+    # Mamba and similar models. A quantised `dt_proj` is called.
     **dict.fromkeys(("MambaMixer", "FalconMambaMixer", "JambaMambaMixer"), ("conv1d", "dt_proj")),
     **dict.fromkeys(
         """
@@ -68,7 +68,7 @@ READ: dict[str, tuple[str, ...]] = {
 
 
 def reader(parent: nn.Module, name: str) -> str | None:
-    """The class of a module, if it reads the weight of its child of that name and never calls it.
+    """The class of a module, if it reads the weight of this child without ever calling it.
 
     Args:
         parent: The module.
@@ -78,7 +78,7 @@ def reader(parent: nn.Module, name: str) -> str | None:
 
 
 def refusal(module: nn.Module) -> str | None:
-    """Why such a module is not adapted, for the types that a user might try; None for all others."""
+    """Why a module of a known type is not adapted; None for all other types."""
     kind: type = type(module)
     return _refusal(kind)
 

@@ -1,4 +1,4 @@
-"""What an adapter starts with in one layer: from its initialisation, or from tensors that were saved."""
+"""The initial tensors of an adapter in one layer: from its initialisation, or from a file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from veneer.variants import ParameterRequest
 
 
 def initialise(layer: LoraLayer, spec: LoraSpec, seed: int) -> InitResult:
-    """Compute the factors that ``spec`` asks for; nothing is stored.
+    """Compute the initial factors for ``spec``; nothing is stored.
 
     Args:
         layer: The layer.
@@ -26,7 +26,7 @@ def initialise(layer: LoraLayer, spec: LoraSpec, seed: int) -> InitResult:
         seed: The adapter's draw from torch's global generator.
 
     Raises:
-        ConfigError: If the initialisation starts from data, and nothing was measured.
+        ConfigError: If the initialisation needs statistics, and nothing was measured.
     """
     if layer.tied_adapter is not None:
         return start_from(layer, spec, {}, {})
@@ -43,9 +43,9 @@ def initialise(layer: LoraLayer, spec: LoraSpec, seed: int) -> InitResult:
 
 
 def tensor_shapes(layer: LoraLayer, spec: LoraSpec) -> dict[str, tuple[int, ...]]:
-    """Names on disk, below the module's path, of an adapter's tensors in a layer, and their shapes.
+    """Names on disk (below the module's path) and shapes of an adapter's tensors in a layer.
 
-    First A, B and the bias of B, if there is one; then the frozen term and what the variant has.
+    First A, B and the bias of B, if there is one; then the frozen term and the variant's parameters.
     """
     request = _request(layer, spec, 0)
     suffix = "" if layer.lookup else ".weight"
@@ -65,16 +65,16 @@ def tensor_shapes(layer: LoraLayer, spec: LoraSpec) -> dict[str, tuple[int, ...]
 def start_from(
     layer: LoraLayer, spec: LoraSpec, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]
 ) -> InitResult:
-    """What an adapter starts with that was saved.
+    """The initial tensors of an adapter that is loaded.
 
-    Absent factors are zero, and absent parameters of the variant start as for a new adapter. A layer that
-    uses another one's factors takes nothing: they are those of the other layer once more.
+    Missing factors are zero, and missing parameters of the variant start as for a new adapter. A layer that
+    uses another one's factors needs no tensors.
 
     Args:
         layer: The layer.
         spec: What it gets.
-        tensors: By the names of `tensor_shapes`, as far as they are there.
-        shapes: What `tensor_shapes` gives.
+        tensors: By the names of `tensor_shapes`; some may be missing.
+        shapes: What `tensor_shapes` returned.
     """
     if layer.tied_adapter is not None:
         a, b = (torch.empty(shape, device="meta") for shape in layer.shapes(layer.base_layer, spec.r))

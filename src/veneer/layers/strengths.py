@@ -1,4 +1,4 @@
-"""How much each adapter of a layer counts."""
+"""The strength of each adapter of a layer."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import Tensor
 
 
 class Strengths(dict[str, float]):
-    """``s`` by adapter name: numbers that anybody may write, each beside a tensor with the same value.
+    """``s`` by adapter name: numbers that may be written, each with a tensor of the same value.
 
-    Compilers read the tensors, which are data to a graph where a number would be a part of it.
+    Compilers read the tensors, which are inputs of a graph, while a number would be a constant.
     """
 
     device = torch.device("cpu")
@@ -26,12 +26,12 @@ class Strengths(dict[str, float]):
     def __setitem__(self, name: str, value: float) -> None:
         super().__setitem__(name, value)
         tensors = self.__dict__.setdefault("tensors", {})  # unpickling fills it before it has attributes
-        # What is made in inference mode does not serve a graph outside of it.
+        # A tensor from inference mode cannot be used in a graph outside of it.
         with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
             tensors[name] = torch.tensor(float(value), dtype=torch.float32, device=self.device)
 
     def with_one(self, name: str, value: float, device: torch.device) -> Strengths:
-        """A strength by itself, beside factors on that device; with all others if their tensors must move."""
+        """A new strength for factors on that device, with all others if their tensors must move."""
         moved = device.type != "meta" and device != self.device
         made = Strengths()
         made.device = device if moved else self.device
@@ -39,7 +39,7 @@ class Strengths(dict[str, float]):
         return made
 
     def take_over(self, others: Strengths) -> None:
-        """Use the numbers and tensors of others, without making a tensor."""
+        """Take over the numbers and tensors of others, without creating a tensor."""
         dict.update(self, others)
         self.tensors.update(others.tensors)
         self.device = others.device
@@ -63,7 +63,7 @@ class Strengths(dict[str, float]):
         return self
 
     def move(self, device: torch.device) -> None:
-        """Let the tensors be where the factors are; numbers of factors without values stay where they are."""
+        """Move the tensors to the device of the factors; those of factors without values stay."""
         if device.type != "meta" and device != self.device:
             self.device = device
             self.update(dict(self))

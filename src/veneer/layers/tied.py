@@ -1,4 +1,4 @@
-"""A head that shares the weight of an embedding, and the embedding's factors with it."""
+"""A head that shares an embedding's weight and its factors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from veneer.spec import LoraSpec
 
 
 class LoraTiedHead(LoraLinear):
-    """``y = x Wᵀ + b + s · dropout(x) B Aᵀᵀ``: a head over the embedding's weight, and over its factors.
+    """``y = x Wᵀ + b + s · dropout(x) B Aᵀᵀ``: a head with the embedding's weight and factors.
 
     The embedding's update of ``W`` (vocab, dim) is ``s·(BA)ᵀ``, with A (r, vocab) and B (dim, r). The head's
     is the same: its own names A (r, dim) and B (vocab, r) stand for ``Bᵀ`` and ``Aᵀ``. There is one tensor,
@@ -34,7 +34,7 @@ class LoraTiedHead(LoraLinear):
 
     def __init__(self, base_layer: nn.Module, leader: LoraEmbedding) -> None:
         super().__init__(base_layer)
-        # In a list: a module among the attributes would be registered, and saved a second time.
+        # In a list: a module as an attribute would be registered, and saved twice.
         self._tied_to = [leader]
 
     @property
@@ -43,7 +43,7 @@ class LoraTiedHead(LoraLinear):
 
     @classmethod
     def refuses(cls, base: nn.Module, spec: LoraSpec) -> str | Text | None:
-        """What one weight and one pair of factors cannot do for both sides."""
+        """Refuses what a shared weight and shared factors cannot do for both."""
         if type(base).forward is not nn.Linear.forward:
             return "the head has a forward of its own"
         if spec.variant != "plain":
@@ -60,12 +60,12 @@ class LoraTiedHead(LoraLinear):
     def new_factors(
         self, name: str, a: Tensor, b: Tensor, bias: Tensor | None
     ) -> tuple[nn.Module | nn.Parameter, nn.Module | nn.Parameter]:
-        """The embedding's factors, whatever is given."""
+        """The embedding's factors; the arguments are ignored."""
         leader = self.tied_adapter
         return Mirror(leader.lora_embedding_B, name), Mirror(leader.lora_embedding_A, name)
 
     def put_adapter(self, adapter: Prepared) -> None:
-        """Store an adapter, and be told from now on what becomes of the embedding's."""
+        """Store an adapter, and follow changes of the embedding's from now on."""
         super().put_adapter(adapter)
         if self not in self.tied_adapter.followers:
             self.tied_adapter.followers.append(self)
@@ -80,10 +80,10 @@ class LoraTiedHead(LoraLinear):
             mirror.name = new
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """As of any linear, with the embedding's factors.
+        """As for any linear layer, with the embedding's factors.
 
         Raises:
-            TargetError: FSDP has them in pieces now: the embedding is a unit of its own.
+            TargetError: FSDP has sharded them, because the embedding is a separate unit.
         """
         if self._live and not torch.compiler.is_compiling() and not self.disable_adapters:
             factor = self.tied_adapter.factors(self._live[0])[0]

@@ -1,4 +1,4 @@
-"""Rows of an embedding that an adapter trains: new tokens without a new table."""
+"""Rows of an embedding that an adapter trains (`trainable_token_indices`)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from veneer.sharded import is_distributed
 
 
 class TokenRows(nn.Module):
-    """The base and the rows of each adapter, under PEFT's names.
+    """The base and each adapter's rows, under PEFT's names.
 
     Args:
         base_layer: The embedding, or a head that shares its weight.
@@ -34,7 +34,7 @@ class TokenRows(nn.Module):
 
 
 class TokenIndex(nn.Module):
-    """The tokens of an adapter, which follow the module to another device and are not saved.
+    """The tokens of an adapter, which move with the module to another device and are not saved.
 
     Args:
         index: The tokens, (n,).
@@ -56,8 +56,8 @@ class PreparedRows(NamedTuple):
 
     Attributes:
         indices: The tokens.
-        index: The same as tensors.
-        delta: D; None for a head that follows.
+        index: The same as a tensor.
+        delta: D; None for a head that shares the embedding's weight.
     """
 
     indices: list[int]
@@ -66,17 +66,17 @@ class PreparedRows(NamedTuple):
 
 
 class TrainableTokens(Mergeable):
-    """An embedding some of whose rows are an adapter's own: ``y = D[k]`` where ``x = i_k``, else ``W[x]``.
+    """An embedding of which adapters replace some rows: ``y = D[k]`` where ``x = i_k``, else ``W[x]``.
 
-    D (n, dim) holds the new rows themselves, not differences. A head that shares the embedding's weight
-    follows it: its outputs at the indices are ``x Dᵀ``. Neither makes a copy of W. Several adapters may be
-    active if their indices are disjoint.
+    D (n, dim) contains the new rows themselves, not differences. In a head that shares the embedding's
+    weight, the outputs at the indices are ``x Dᵀ``. Neither copies W. Several adapters may be active if their
+    indices are disjoint.
 
     Shapes: embedding x: (...) integer -> (..., dim); head x: (..., dim) -> (..., vocab).
 
     Args:
         base_layer: The embedding or the head.
-        tied_to: For a head that follows: the embedding's wrapper.
+        tied_to: For a head that shares the embedding's weight: the embedding's wrapper.
     """
 
     def __init__(self, base_layer: nn.Module, tied_to: TrainableTokens | None = None) -> None:
@@ -87,7 +87,7 @@ class TrainableTokens(Mergeable):
         self.training = base_layer.training
         self.token_indices: dict[str, list[int]] = {}
         self._index = nn.ModuleDict()
-        # In a list: a module among the attributes would be registered, and saved a second time.
+        # In a list: a module as an attribute would be registered, and saved twice.
         self._tied_to = [] if tied_to is None else [tied_to]
 
     @classmethod
@@ -158,7 +158,7 @@ class TrainableTokens(Mergeable):
         return PreparedRows(list(indices), TokenIndex(index), delta)
 
     def put_rows(self, name: str, rows: PreparedRows) -> None:
-        """Store what `prepared` gave. It makes no tensor, so it does not fail for want of memory."""
+        """Store what `prepared` returned. No tensor is created, so it cannot run out of memory."""
         self.token_indices[name], self._index[name] = rows.indices, rows.index
         if rows.delta is not None:
             self.token_adapter.trainable_tokens_delta[name] = rows.delta
@@ -184,7 +184,7 @@ class TrainableTokens(Mergeable):
         return partial(self.put_rows, new, self.prepared(self.token_indices[old], self.rows(old)))
 
     def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
-        """Names on disk and in memory of an adapter's tensors here; transformers asks for them."""
+        """The names on disk and in memory of an adapter's tensors; transformers calls this."""
         if self.tied_adapter is not None or adapter_name not in self.token_indices:
             return {}
         name = "token_adapter.trainable_tokens_delta"
@@ -203,7 +203,7 @@ class TrainableTokens(Mergeable):
         return None
 
     def refuses_active(self, names: Sequence[str]) -> str | None:
-        """Two rows for one token cannot both answer."""
+        """Two rows of the same token cannot be active together."""
         return self._overlapping(names)
 
     def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
@@ -228,7 +228,7 @@ class TrainableTokens(Mergeable):
         return [name for name in names if name in self.token_indices and name not in merged]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The base's output with the rows of the active adapters in place."""
+        """The base's output with the rows of the active adapters."""
         routing = current(self)
         base = self.get_base_layer() if routing is None and not self._disabled else self.original_base()
         result: Tensor = base(x, *args, **kwargs)
@@ -246,7 +246,7 @@ class TrainableTokens(Mergeable):
         return result
 
     def _placed(self, name: str, x: Tensor, result: Tensor) -> Tensor:
-        """``result`` with the rows of one adapter in place."""
+        """``result`` with the rows of one adapter."""
         base: Any = self.get_base_layer()
         index: Any = self._index[name]
         rows = self.rows(name)
@@ -261,12 +261,12 @@ class TrainableTokens(Mergeable):
             padding = self.token_indices[name].index(padding) if padding in self.token_indices[name] else None
         changes = {"num_embeddings": len(rows), "padding_idx": padding, "sparse": False}
         own = stand_in(base, {"weight": rows.to(base.weight.dtype)}, changes)
-        # Not through the module's call: its hooks have seen this input already.
+        # Not by calling the module: its hooks have run for this input already.
         return torch.where(hit.unsqueeze(-1), type(base).forward(own, order[place]).to(result), result)
 
     @property
     def weight(self) -> Tensor:
-        """The weight as it counts now, for code that reads it: the base's, or a copy with the rows in it."""
+        """The effective weight, for code that reads it: the base's, or a copy with the adapters' rows."""
         weight: Tensor = self.get_base_layer().weight  # type: ignore[assignment]
         for name in self._live:
             index: Tensor = self._index[name].index  # type: ignore[assignment]
@@ -294,7 +294,7 @@ class TrainableTokens(Mergeable):
         return stand_in(base, {"weight": weight.index_copy(0, kept["places"], kept["rows"])})
 
     def refuses_merge(self, names: Sequence[str]) -> list[str]:
-        """Why merging these adapters would be wrong, whatever the storage; empty if it is right."""
+        """Reasons against merging these adapters in any storage; empty if there are none."""
         if is_distributed(self.get_base_layer().weight):
             return ["its weight is sharded, and a row is in one piece of it: merge where the base is whole"]
         reason = self._overlapping([*self.merged_adapters, *names])
@@ -309,6 +309,6 @@ class TrainableTokens(Mergeable):
 def indices_by_module(
     given: Sequence[int] | Mapping[str, Sequence[int]], default: str
 ) -> dict[str, list[int]]:
-    """``trainable_token_indices`` by the name of the module; a bare list is the input embedding's."""
+    """``trainable_token_indices`` by the name of the module; a plain list is for the input embedding."""
     named = given.items() if isinstance(given, Mapping) else [(default, given)]
     return {name: list(indices) for name, indices in named}
