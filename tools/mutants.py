@@ -112,7 +112,7 @@ MUTANTS = (
     ),
     Mutant(
         "merge-twice", "what is merged is not merged again", "merge.py",
-        "if n in held and n not in layer._merged}", "if n in held}",
+        "if n in present and n not in layer._merged}", "if n in present}",
         ("tests/unit/layers/test_layer.py",),
     ),
     Mutant(
