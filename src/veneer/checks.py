@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,10 +76,7 @@ def check_training(
             f"{AdapterSet(model).active() or 'none'}): load it with is_trainable=True, or call "
             "set_adapter(name)"
         )
-    before = {name: p.grad for name, p in named.items()}
-    mode, buffers = {m: m.training for m in model.modules()}, _Buffers(model)
-    random, cuda = torch.get_rng_state(), _cuda_random_states()
-    try:
+    with _restored(model):
         for p in named.values():
             p.grad = None
         model.train()
@@ -88,22 +86,37 @@ def check_training(
         silent = {name: "are frozen" for name in frozen}
         waiting = _waiting_for_b(model)
         for name in names:
-            p = named[name]
-            if name in silent:
-                continue
-            if p.grad is None:
-                silent[name] = (
-                    "get no gradient: their module is not called in this forward, or the code around it "
-                    "reads its weight instead of calling it"
-                )
-            elif not bool((p.grad.to_dense() if p.grad.is_sparse else p.grad).any()) and id(p) not in waiting:
-                silent[name] = "get a gradient of zeros"
-        trained = tuple(n for n in names if n not in silent)
-        other = tuple(n for n, p in named.items() if p.requires_grad and id(p) not in owned)
-        return TrainingCheck(float(value.detach()), trained, silent, other)
+            if name not in silent and (problem := _problem(named[name], waiting)):
+                silent[name] = problem
+    trained = tuple(n for n in names if n not in silent)
+    other = tuple(n for n, p in named.items() if p.requires_grad and id(p) not in owned)
+    return TrainingCheck(float(value.detach()), trained, silent, other)
+
+
+def _problem(parameter: nn.Parameter, waiting: Container[int]) -> str:
+    """What is wrong with a parameter's gradient; empty if nothing is."""
+    gradient = parameter.grad
+    if gradient is None:
+        return (
+            "get no gradient: their module is not called in this forward, or the code around it reads its "
+            "weight instead of calling it"
+        )
+    if bool((gradient.to_dense() if gradient.is_sparse else gradient).any()) or id(parameter) in waiting:
+        return ""
+    return "get a gradient of zeros"
+
+
+@contextmanager
+def _restored(model: nn.Module) -> Iterator[None]:
+    """Restore gradients, mode, buffers and random states of a model at the end."""
+    gradients = {p: p.grad for p in model.parameters()}
+    mode, buffers = {m: m.training for m in model.modules()}, _Buffers(model)
+    random, cuda = torch.get_rng_state(), _cuda_random_states()
+    try:
+        yield
     finally:
-        for name, p in named.items():
-            p.grad = before[name]
+        for parameter, gradient in gradients.items():
+            parameter.grad = gradient
         for module, training in mode.items():
             module.training = training
         buffers.put_back()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -67,46 +67,53 @@ def replace_lora_weights_loftq(
         raise AdapterNameError(
             f"no adapter named {adapter_name!r}; this model has: {', '.join(peft_model.peft_config)}"
         )
-    layers = {
-        path: layer
-        for path, layer in peft_model.base_model.layers().items()
-        if adapter_name in layer.held_adapters
-        and layer.backend.quantization is not None
-        and layer.backend.readable
-    }
-    if not layers:
-        raise ConfigError(
-            f"no layer of the adapter {adapter_name!r} is on a quantised weight that can be read; for a "
-            "model that is not quantised use ",
-            Hint("init_lora_weights", "loftq"),
-        )
-    if merged := [path for path, layer in layers.items() if adapter_name in layer.merged_adapters]:
-        raise MergeError(
-            f"the adapter {adapter_name!r} is merged (into {merged[0]}): unmerge_adapter() first"
-        )
+    layers = _quantised_layers(peft_model, adapter_name)
     prefix = getattr(peft_model.get_base_model(), "base_model_prefix", "") or ""
     weights = BaseFiles(_place_of(peft_model, model_path), prefix=prefix)
-    stored = {path: weights.stored_name(f"{path}.weight") for path in layers}
-    if missing := [path for path, name in stored.items() if name is None]:
-        raise CheckpointError(
-            f"the unquantised weights lack {len(missing)} of the {len(layers)} layers, for example "
-            f"{', '.join(missing[:3])}: are they of the same model?"
-        )
-    names = {path: name for path, name in stored.items() if name is not None}
-    reasons = [
-        (path, reason) for path, name in names.items() if (reason := _refusal(weights, name)) is not None
-    ]
-    if reasons:
-        raise CheckpointError(
-            f"{len(reasons)} of the {len(layers)} weights in these files are not unquantised ones; "
-            f"{reasons[0][0]}: {reasons[0][1]}. Name the directory of the 16-bit weights as model_path"
-        )
+    names = _unquantised_names(weights, layers)
     for path, layer in layers.items():
         before = [t.clone() for t in layer.adapter_parameters(adapter_name)]
         _start(layer, adapter_name, weights.read(names[path]))
         if callback is not None and not callback(peft_model, path):
             for parameter, value in zip(layer.adapter_parameters(adapter_name), before, strict=True):
                 parameter.copy_(value)
+
+
+def _quantised_layers(model: PeftModel, adapter: str) -> dict[str, LoraLayer]:
+    layers = {
+        path: layer
+        for path, layer in model.base_model.layers().items()
+        if adapter in layer.held_adapters
+        and layer.backend.quantization is not None
+        and layer.backend.readable
+    }
+    if not layers:
+        raise ConfigError(
+            f"no layer of the adapter {adapter!r} is on a quantised weight that can be read; for a model "
+            "that is not quantised use ",
+            Hint("init_lora_weights", "loftq"),
+        )
+    if merged := [path for path, layer in layers.items() if adapter in layer.merged_adapters]:
+        raise MergeError(f"the adapter {adapter!r} is merged (into {merged[0]}): unmerge_adapter() first")
+    return layers
+
+
+def _unquantised_names(weights: BaseFiles, layers: Iterable[str]) -> dict[str, str]:
+    """The name in the files of each layer's weight, by the layer's path."""
+    stored = {path: weights.stored_name(f"{path}.weight") for path in layers}
+    if missing := [path for path, name in stored.items() if name is None]:
+        raise CheckpointError(
+            f"the unquantised weights lack {len(missing)} of the {len(stored)} layers, for example "
+            f"{', '.join(missing[:3])}: are they of the same model?"
+        )
+    names = {path: name for path, name in stored.items() if name is not None}
+    reasons = [(path, why) for path, name in names.items() if (why := _refusal(weights, name)) is not None]
+    if reasons:
+        raise CheckpointError(
+            f"{len(reasons)} of the {len(stored)} weights in these files are not unquantised ones; "
+            f"{reasons[0][0]}: {reasons[0][1]}. Name the directory of the 16-bit weights as model_path"
+        )
+    return names
 
 
 def _refusal(weights: BaseFiles, name: str) -> str | None:

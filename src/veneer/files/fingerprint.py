@@ -138,8 +138,8 @@ def compare_fingerprints(saved: Mapping[str, Any], present: Mapping[str, Any]) -
 
 
 def _compare(saved: Mapping[str, Any], present: Mapping[str, Any]) -> BaseComparison:
-    beside: Mapping[str, Any] = saved.get("others", {})
-    theirs = {**saved["samples"], **beside}
+    others: Mapping[str, Any] = saved.get("others", {})
+    theirs = {**saved["samples"], **others}
     ours = {**present["samples"], **present.get("others", {})}
     pairs = match({k: v["shape"] for k, v in ours.items()}, {k: v["shape"] for k, v in theirs.items()})
     vocabularies = saved.get("vocab_size"), present.get("vocab_size")
@@ -158,17 +158,9 @@ def _compare(saved: Mapping[str, Any], present: Mapping[str, Any]) -> BaseCompar
             f"{len(shapes)} weights have another shape: {k} had {f}, has {e} here{_classes(saved, present)}"
         )
         severity = "wrong"
-    # Apart from one another: a base may share the adapted weights with the right one, and nothing else.
-    found: list[float] = []
-    for group in (saved["samples"], beside):
-        values = [
-            (a, b)
-            for key, mine in pairs.renamed.items()
-            if key in group
-            for a, b in zip(theirs[key]["values"], ours[mine]["values"], strict=True)
-            if a is not None and b is not None
-        ]
-        found += [] if (of_group := _difference(values)) is None else [of_group]
+    # Each group by itself: a base may share the adapted weights with the right one, and nothing else.
+    groups = (_values(group, ours, pairs.renamed) for group in (saved["samples"], others))
+    found = [difference for values in groups if (difference := _difference(values)) is not None]
     difference = max(found, default=None)
     if difference is not None and difference > WRONG_ABOVE:
         problems.append(
@@ -185,6 +177,19 @@ def _compare(saved: Mapping[str, Any], present: Mapping[str, Any]) -> BaseCompar
         vocabulary: Severity = "note" if now > before or same_weights else "wrong"
         severity = vocabulary if severity == "none" or vocabulary == "wrong" else severity
     return BaseComparison(tuple(problems), severity, difference, len(pairs.renamed))
+
+
+def _values(
+    saved: Mapping[str, Any], present: Mapping[str, Any], renamed: Mapping[str, str]
+) -> list[tuple[float, float]]:
+    """Pairs of sampled values, saved and present, of the tensors that have both."""
+    return [
+        (a, b)
+        for key, name in renamed.items()
+        if key in saved
+        for a, b in zip(saved[key]["values"], present[name]["values"], strict=True)
+        if a is not None and b is not None
+    ]
 
 
 def _tolerated(saved: Mapping[str, Any], present: Mapping[str, Any]) -> float:
