@@ -40,7 +40,7 @@ that says what is not supported. Nothing is silently ignored.
 
 The registries contain {product} combinations of a layer, an initialisation, a variant and a storage of the
 base. In {total} of them the layer exists in that storage. {served} of these are supported, and all others
-are refused before anything changes. `make test` tries each of the {total}: either it is refused with this
+are refused before anything changes. `make test-all` tries each of the {total}: either it is refused with this
 reason, or it starts as its initialisation promises, trains only the adapter, writes nothing in a forward
 pass, equals the base bit for bit while disabled, merges as shown below, equals the base bit for bit again
 once unmerged, and is the same bit for bit after saving and loading. Harder cases of each layer (shapes,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import pkgutil
 import re
@@ -24,17 +25,26 @@ NOT_RUN: dict[str, str] = {
     # "docs/page.md": "why its `python no-run` blocks cannot run"
     "docs/distributed.md": "they take several processes; tests/interop/accelerate_ranks.py makes these calls",
 }
-#: Pages whose blocks need a process of their own, as peft itself may have been imported in this one.
+#: Pages whose blocks need another process, as peft itself may have been imported in this one.
 AS_PEFT = "<!-- run with python -m veneer.as_peft -->"
 IN_THE_PLACE_OF_PEFT = """
 from veneer.as_peft import register_as_peft
 register_as_peft()
-import sys, warnings
+import json, os, sys, tempfile, traceback, warnings
 from pathlib import Path
 from tests.docs.pages import run_page
 from veneer import VeneerWarning
+from veneer.testing import registered_for_now
 warnings.simplefilter("error", VeneerWarning)
-run_page(Path(sys.argv[1]))
+errors = {}
+for page in sys.argv[2:]:
+    os.chdir(tempfile.mkdtemp(dir=Path(sys.argv[1]).parent))
+    try:
+        with registered_for_now():
+            run_page(Path(page))
+    except Exception:
+        errors[page] = traceback.format_exc()
+Path(sys.argv[1]).write_text(json.dumps(errors))
 """
 PYTHON_PAGES = [page for page in PAGES if any(block.language == "python" for block in blocks(page))]
 SHELLS = {"bash", "sh", "shell", "console"}
@@ -54,17 +64,27 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket.socket, "connect", refuse)
 
 
+@pytest.fixture(scope="session")
+def errors_as_peft(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What went wrong on pages that are run in the place of PEFT, all in one process."""
+    told = tmp_path_factory.mktemp("as-peft") / "errors.json"
+    pages = [page for page in PYTHON_PAGES if AS_PEFT in page.read_text(encoding="utf-8")]
+    path = os.pathsep.join([str(ROOT / "src"), str(ROOT)])
+    run_python(IN_THE_PLACE_OF_PEFT, told, *pages, env={"PYTHONPATH": path})
+    return json.loads(told.read_text())  # type: ignore[no-any-return]
+
+
 @pytest.mark.parametrize("page", PYTHON_PAGES, ids=_id)
 def test_python_blocks_run(
-    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, offline: None
+    page: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    offline: None,
+    request: pytest.FixtureRequest,
 ) -> None:
     if AS_PEFT in page.read_text(encoding="utf-8"):
-        run_python(
-            IN_THE_PLACE_OF_PEFT,
-            page,
-            cwd=tmp_path,
-            env={"PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)])},
-        )
+        errors = request.getfixturevalue("errors_as_peft")
+        assert str(page) not in errors, errors[str(page)]
         return
     monkeypatch.chdir(tmp_path)
     with torch.random.fork_rng(), registered_for_now():

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
+from tests.pairwise import pairwise
 from tests.storages import QUANTISED, UNMERGEABLE, backends
 from tests.tolerances import REQUANTISED, STORED, Tolerance
 from veneer import VeneerWarning
@@ -272,6 +273,11 @@ class Combination(Made):
     backend: str
 
     @property
+    def chosen(self) -> tuple[str, str, str, torch.dtype]:
+        """Initialisation, variant, backend and dtype."""
+        return self.init, self.variant, self.backend, self.dtype
+
+    @property
     def unmergeable(self) -> str:
         """Part of the reason for which a merge is refused; empty where it is not."""
         of_variant = "no weight does that" if self.variant == "alora" else ""
@@ -358,8 +364,8 @@ def _has_codes(backend: str, case: LayerCase) -> bool:
     return case.name in wanted and type(case.base()) is nn.Linear and case.x().dim() in CODED[backend]
 
 
-def combinations() -> Iterator[Any]:
-    """All that is worth trying, as parameters for tests."""
+def combinations() -> Iterator[tuple[str, Combination]]:
+    """All that is worth trying, each with its name."""
     names = ([type(i).__name__ for i in inits()], variants.names(), [b.name for b in backends()])
     kinds = list(itertools.product(*names, DTYPES))
     for type_name, _ in registry.items():
@@ -374,7 +380,7 @@ def combinations() -> Iterator[Any]:
                 made = Combination(case, init, variant, backend, dtype)
                 if _computes(type_name, case, dtype) and _served(made):
                     name = f"{type_name.rpartition('.')[2]}-{case.name}-{init}-{variant}-{backend}-{dtype}"
-                    yield pytest.param(made, id=name.replace("torch.", ""))
+                    yield name.replace("torch.", ""), made
 
 
 @cache
@@ -393,14 +399,22 @@ def _served(made: Combination) -> bool:
     return why_not(_layer_without_adapter(made.case, made.backend), spec) is None
 
 
-ALL = list(combinations())
-#: One per layer case: for laws that do not depend on the numbers.
-EACH_CASE = [
-    p
-    for p in ALL
-    if (p.values[0].init, p.values[0].variant, p.values[0].backend, p.values[0].dtype)
-    == ("Default", "plain", "dense", torch.float32)
-]
+def parameters() -> list[Any]:
+    """All combinations as parameters for tests; those beyond a pairwise cover are slow."""
+    named = dict(combinations())
+    rows = {name: (name.partition("-")[0], made.case.name, *made.chosen) for name, made in named.items()}
+    short = pairwise(rows.values(), first=[row for row in rows.values() if row[2:] == DEFAULT])
+    return [
+        pytest.param(made, id=name, marks=() if rows[name] in short else pytest.mark.slow)
+        for name, made in named.items()
+    ]
+
+
+#: Initialisation, variant, backend and dtype of the laws that do not depend on the numbers.
+DEFAULT = ("Default", "plain", "dense", torch.float32)
+ALL = parameters()
+#: One per layer case.
+EACH_CASE = [p for p in ALL if p.values[0].chosen == DEFAULT]
 #: Those that can be merged.
 MERGEABLE = [p for p in ALL if not p.values[0].unmergeable]
 

@@ -37,7 +37,9 @@ def broken_laws(made: Combination, name: str) -> list[str]:
     return broken
 
 
-@pytest.mark.parametrize(("made", "name"), [pytest.param(p.values[0], p.id, id=p.id) for p in ALL])
+@pytest.mark.parametrize(
+    ("made", "name"), [pytest.param(p.values[0], p.id, id=p.id, marks=p.marks) for p in ALL]
+)
 def test_the_laws_hold(made: Combination, name: str) -> None:
     with acting_everywhere():  # a layer by itself has no text to be invoked in
         broken = broken_laws(made, name)

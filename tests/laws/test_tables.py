@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
 from tests.laws import cases
+from tests.pairwise import Row, pairwise
 from tests.storages import backends
 from veneer.inits.base import inits
 from veneer.layers import registry
@@ -44,6 +47,18 @@ def test_tables_are_not_emptied_by_refusals() -> None:
 
 def test_scaling_is_never_one() -> None:
     # A scaling of one would hide a forgotten one.
-    for parameters in cases.ALL:
+    for parameters in cases.EACH_CASE:
         layer = parameters.values[0].layer(trained=False)
         assert layer.scaling["default"] not in (0.0, 1.0)
+
+
+def test_a_cover_has_every_pair_and_few_rows() -> None:
+    rows = [row for row in itertools.product("abcd", range(3), "xyz", "pq") if row[0] != "a" or row[1] != 1]
+
+    def pairs(rows: list[Row]) -> set[Row]:
+        return {pair for row in rows for pair in itertools.combinations(enumerate(row), 2)}
+
+    chosen = pairwise(rows, first=rows[7:9])
+    assert {*rows[7:9]} <= chosen <= {*rows} and len(chosen) < len(rows) / 3
+    assert pairs(list(chosen)) == pairs(rows)
+    assert pairwise([]) == set()

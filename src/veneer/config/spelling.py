@@ -53,7 +53,7 @@ def unknown_options(names: Sequence[str], known: Iterable[str], values: Mapping[
         value = f" = {show(values[name])}" if name in values else ""
         return show(name) + near + value
 
-    return listed(map(described, names), 20)
+    return listed([*map(described, names[:20]), *names[20:]], 20)
 
 
 def names_unknown_options(cls: type[_C]) -> type[_C]:
