@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,35 +14,44 @@ import pytest
 from tests.conftest import ROOT
 from tests.laws import sharded
 
-CASES = list(sharded.cases(Path()))
+CASES = {part: list(cases) for part, cases in sharded.cases(Path()).items()}
+MARKS = {"short": (), "rest": pytest.mark.slow}
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
-    """What two ranks printed; they run all cases once."""
-    rendezvous = tmp_path_factory.mktemp("gloo") / "store"
-    command = [sys.executable, "-m", "tests.laws.sharded"]
+def printed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[str]]:
+    """What two ranks print that run the cases of a part; they do so once."""
 
-    def run(rank: int) -> str:
-        done = subprocess.run(
-            [*command, str(rank), "2", str(rendezvous)],
-            cwd=Path(ROOT),
-            capture_output=True,
-            text=True,
-            timeout=600,
-        )
-        return done.stdout + done.stderr
+    @functools.cache
+    def printed(part: str) -> list[str]:
+        rendezvous = tmp_path_factory.mktemp("gloo") / "store"
 
-    with ThreadPoolExecutor(2) as pool:
-        yield list(pool.map(run, range(2)))
+        def run(rank: int) -> str:
+            done = subprocess.run(
+                [sys.executable, "-m", "tests.laws.sharded", str(rank), "2", str(rendezvous), part],
+                cwd=Path(ROOT),
+                capture_output=True,
+                text=True,
+                timeout=600,
+            )
+            return done.stdout + done.stderr
+
+        with ThreadPoolExecutor(2) as pool:
+            return list(pool.map(run, range(2)))
+
+    return printed
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_sharded_equals_one_process(case: str, ranks: list[str]) -> None:
-    for output in ranks:
+@pytest.mark.parametrize(
+    ("part", "case"),
+    [pytest.param(part, case, id=case, marks=MARKS[part]) for part in CASES for case in CASES[part]],
+)
+def test_sharded_equals_one_process(part: str, case: str, printed: Callable[[str], list[str]]) -> None:
+    for output in printed(part):
         assert f"ok      {case}\n" in output, output
 
 
-def test_no_case_is_left_out(ranks: list[str]) -> None:
-    for output in ranks:
-        assert output.count("ok      ") == len(CASES), output
+@pytest.mark.parametrize("part", [pytest.param(part, marks=MARKS[part]) for part in CASES])
+def test_no_case_is_left_out(part: str, printed: Callable[[str], list[str]]) -> None:
+    for output in printed(part):
+        assert output.count("ok      ") == len(CASES[part]), output

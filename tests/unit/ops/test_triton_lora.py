@@ -37,20 +37,21 @@ TYPES = {
 }
 
 
-def run_laws(interpret: str | None) -> str:
-    """Run `triton_laws` in a process of its own, and return what pytest said."""
+def run_laws(interpret: str | None, which: str) -> str:
+    """Run those of `triton_laws` with these marks in a process of its own, and return what pytest said."""
     code = "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"
-    options = ("-q", "-p", "no:cacheprovider", "-p", "no:xdist")
+    options = ("-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", which)
     return run_python(code, *options, LAWS, env={"TRITON_INTERPRET": interpret}, cwd=ROOT).stdout
 
 
-def test_the_laws_hold_in_the_interpreter() -> None:
-    assert re.search(r"^\d\d+ passed", run_laws("1"), re.M)
+@pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_the_laws_hold_in_the_interpreter(which: str) -> None:
+    assert re.search(r"^\d\d+ passed", run_laws("1", which), re.M)
 
 
 @pytest.mark.gpu
 def test_the_laws_hold_on_a_gpu() -> None:
-    assert re.search(r"^\d\d+ passed", run_laws(None), re.M)
+    assert re.search(r"^\d\d+ passed", run_laws(None, ""), re.M)
 
 
 @pytest.mark.gpu

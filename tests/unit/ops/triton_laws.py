@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from triton.runtime import interpreter
 
+from tests.pairwise import combined
 from tests.unit.ops.cases import (
     NAMES,
     SCALING,
@@ -87,16 +88,12 @@ def assert_twin(given: dict[str, Tensor | None], dtype: torch.dtype, p: float = 
     assert_same(gradients(y, given), gradients(reference, expected), dtype)
 
 
-@pytest.mark.parametrize("p", [0.0, 0.3])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("shape", "dtype", "p"), combined(SHAPES, DTYPES, [0.0, 0.3]))
 def test_equals_the_twin(shape: tuple[int, ...], dtype: torch.dtype, p: float) -> None:
     assert_twin(made(shape, out=270, r=5, dtype=dtype), dtype, p)
 
 
-@pytest.mark.parametrize("r", [1, 100, 256])
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("B_bias", [False, True])
+@pytest.mark.parametrize(("bias", "B_bias", "r"), combined([False, True], [False, True], [1, 100, 256]))
 def test_with_and_without_biases(bias: bool, B_bias: bool, r: int) -> None:
     assert_twin(made(r=r, bias=bias, B_bias=B_bias), torch.float32, 0.3)
 
