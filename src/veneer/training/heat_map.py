@@ -1,4 +1,4 @@
-"""A picture of an adapter: its updates over layers and kinds of module."""
+"""A heat map of an adapter's updates, by layer and kind of module."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PANELS: tuple[tuple[str, Callable[[UpdateSpectrum], float], str], ...] = (
 
 
 def heat_map(path: Path, updates: Sequence[UpdateSpectrum], title: str) -> None:
-    """Write a picture: the norm and the effective rank of each update, layers across, kinds of module down.
+    """Write a heat map of the norm and the effective rank of each update, with a column for each layer.
 
     Args:
         path: The file to write; its suffix names the format (.png, .svg, .pdf).

@@ -1,4 +1,4 @@
-"""Optional libraries: whether one is there, and a while without their bars and notices."""
+"""Optional libraries: check that one is installed, and silence their bars and notices."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from ..errors import Hint, MissingExtraError
 
 
 def require(library: str, extra: str, purpose: str | Hint) -> None:
-    """Raise unless an optional library is installed.
+    """Check that an optional library is installed.
 
     Raises:
-        MissingExtraError: Names the line that installs it.
+        MissingExtraError: It is not; names the command that installs it.
     """
     if importlib.util.find_spec(library) is None:
         raise MissingExtraError(library, extra, purpose)

@@ -1,4 +1,4 @@
-"""The options of a training run, declared once: fields here, flags, keys of a YAML file."""
+"""The options of a training run, each declared once as field, flag and key of a YAML file."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 QUANTIZATIONS = ("nf4", "fp4", "int8", "int4")
 METHODS = ("sft", "dpo")
 TASKS = {"causal-lm": "CAUSAL_LM", "seq-cls": "SEQ_CLS"}
-#: Starts that are measured on data, with the function that does it.
+#: Initialisations that are measured on data -> the function that does it.
 MEASURED = {
     "eva": "initialize_lora_eva_weights",
     "corda": "preprocess_corda",
@@ -51,14 +51,14 @@ def option(
     """A field that is also a flag and a key.
 
     Args:
-        default: Its value where nothing is given.
-        group: Heading that it stands under in the help of the command line.
+        default: Its default.
+        group: Its heading in the help of the command line.
         text: What it does.
-        names: Further names, as other libraries call it.
-        free: It may change between a checkpoint and its resumption: the losses do not depend on it.
-        choices: The values it can have, where they can be listed.
-        above: What a number must be above.
-        least: The least that a number can be.
+        names: Its names in other libraries, which are accepted too.
+        free: Whether it may change between a checkpoint and its resumption, as no loss depends on it.
+        choices: Its possible values, if they can be listed.
+        above: A number must be above this.
+        least: A number must be at least this.
     """
     if choices:
         text = f"{text} {', '.join(choices[:-1])} or {choices[-1]}."
@@ -70,10 +70,10 @@ def option(
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """How to train. ``veneer train --help`` says what each field does; the names are transformers'.
+    """How to train, with transformers' names. ``veneer train --help`` describes each field.
 
     Raises:
-        ConfigError: Values that cannot be right, all of them at once.
+        ConfigError: Some values are invalid; lists all of them.
     """
 
     learning_rate: float = option(2e-4, "Steps", "Peak learning rate.", above=0)
@@ -148,10 +148,10 @@ class TrainOptions:
 
 @dataclass(frozen=True)
 class RunOptions(TrainOptions):
-    """A whole run: model, data, adapter, and how to train it. Fields as in `TrainOptions`.
+    """A whole run: model, data and adapter beside the fields of `TrainOptions`.
 
     Raises:
-        ConfigError: Values that cannot be right, all of them at once.
+        ConfigError: Some values are invalid; lists all of them.
     """
 
     model: str = option("", "Run", "Base model: a directory or a hub id.", "model_name_or_path")
@@ -225,16 +225,16 @@ class RunOptions(TrainOptions):
 
     @property
     def purpose(self) -> Purpose:
-        """What the data are read for."""
+        """What the data are used for."""
         if self.method == "dpo":
             return "dpo"
         return "classification" if self.task == "seq-cls" else "sft"
 
     def lora_config(self) -> LoraConfig:
-        """The adapter that the options describe.
+        """The configuration of the adapter.
 
         Raises:
-            ConfigError: It cannot be made.
+            ConfigError: It is invalid.
         """
         init: Any = {"true": True, "false": False}.get(self.init_lora_weights.lower(), self.init_lora_weights)
         saved = self.lora_modules_to_save
@@ -267,17 +267,17 @@ def _wrong(part: dataclasses.Field[Any], value: Any) -> list[Text]:
 
 
 def _names(text: str) -> str | list[str]:
-    """A list where names are divided by commas, else what it is: a name, a keyword or an expression."""
+    """A list of names separated by commas, or else the text: ``all-linear`` or an expression."""
     names = [name.strip() for name in text.split(",")]
     plain = all(name.replace("_", "").replace(".", "").isalnum() for name in names)
     return names if plain and names != ["all-linear"] else text
 
 
 def check_names(options: TrainOptions) -> None:
-    """Refuse an optimizer or a tracker that transformers does not know or has no library for.
+    """Refuse an optimizer or a tracker that transformers does not know or whose library is missing.
 
     Raises:
-        ConfigError: Naming the nearest ones that it knows.
+        ConfigError: It is unknown; names the nearest known ones.
         MissingExtraError: bitsandbytes is not installed.
     """
     from transformers.training_args import OptimizerNames
@@ -313,17 +313,17 @@ def trackers(report_to: str) -> list[str]:
 
 
 def spellings(kind: type[TrainOptions]) -> dict[str, str]:
-    """Every name that an option goes by -> the field it means."""
+    """Every name of an option -> its field."""
     return {
         name: part.name for part in dataclasses.fields(kind) for name in (part.name, *part.metadata["names"])
     }
 
 
 def read_yaml(path: str | os.PathLike[str], kind: type[TrainOptions] = RunOptions) -> dict[str, Any]:
-    """The options that a YAML file gives; keys are the flags, with dashes or underscores.
+    """Read options from a YAML file; keys are the flags, with dashes or underscores.
 
     Raises:
-        UnknownOptionError: Keys that are no option, all of them, with the nearest ones that are.
+        UnknownOptionError: Some keys are no options; lists them with the nearest options.
         ConfigError: The file cannot be read, is no YAML, gives an option twice, or has a value of another
             type.
     """
@@ -345,11 +345,11 @@ def read_yaml(path: str | os.PathLike[str], kind: type[TrainOptions] = RunOption
 def from_mapping(
     content: Mapping[Any, Any], where: str, kind: type[TrainOptions] = RunOptions
 ) -> dict[str, Any]:
-    """Field -> value of what somebody wrote down, each value of the field's type.
+    """Field -> value, converted to the field's type.
 
     Raises:
-        UnknownOptionError: Keys that are no option, all of them, with the nearest ones that are.
-        ConfigError: An option given twice, or a value of another type.
+        UnknownOptionError: Some keys are no options; lists them with the nearest options.
+        ConfigError: An option is given twice, or a value has another type.
     """
     known, types = spellings(kind), get_type_hints(kind)
     unknown, wrong = [], []

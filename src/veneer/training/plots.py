@@ -25,15 +25,15 @@ def loss_picture(
     shares: Mapping[str, tuple[float, float]] | None = None,
     ylabel: str = "loss per token of the answer",
 ) -> None:
-    """Write a PNG: the loss of each step, and beside it shares before and after where they are given.
+    """Write a PNG with the loss of each step and, beside it, shares before and after training.
 
     Args:
         path: The file to write.
         losses: Training loss, one a step.
         title: Headline.
-        held_out: (step, loss on held-out examples), step 0 being before the first; their ends get a number.
+        held_out: (step, held-out loss), step 0 being before the first; first and last get a label.
         shares: Name -> (before, after), each in [0, 1].
-        ylabel: What the loss is of.
+        ylabel: Label of the loss.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -88,7 +88,7 @@ def _bars(axes: Any, shares: Mapping[str, tuple[float, float]]) -> None:
 
 
 def save_figure(figure: Any, path: Path) -> None:
-    """Write a figure of matplotlib, the whole file or none of it; its suffix names the format.
+    """Write a figure of matplotlib atomically, in the format of the suffix.
 
     Raises:
         ValueError: The suffix names no format that matplotlib writes.

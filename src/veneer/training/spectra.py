@@ -73,12 +73,12 @@ class UpdateSpectrum:
         return math.exp(-math.fsum(p * math.log(p) for p in shares)) if shares else 0.0
 
     def energy(self, first: int) -> float:
-        """Share of ``Σσ²`` that the ``first`` largest values hold; 1 where D is 0."""
+        """Share of the ``first`` largest values in ``Σσ²``; 1 if D is 0."""
         total = math.fsum(v * v for v in self.values)
         return math.fsum(v * v for v in self.values[:first]) / total if total else 1.0
 
     def needed(self, share: float = MOST) -> int:
-        """How many of the largest values hold a share of the energy; 0 where D is 0."""
+        """How many of the largest values make up a share of ``Σσ²``; 0 if D is 0."""
         total = math.fsum(v * v for v in self.values)
         held, count = 0.0, 0
         while total and held < share * total and count < len(self.values):
@@ -90,16 +90,16 @@ class UpdateSpectrum:
 def spectra(
     adapter: str | os.PathLike[str] | OpenLora, tell: Callable[[int, int], None] | None = None
 ) -> list[UpdateSpectrum]:
-    """The spectrum of every update of an adapter, from its files alone.
+    """The spectrum of every update of an adapter, from its files.
 
-    Of a DoRA it is that of the low-rank part, before its magnitudes.
+    For DoRA, that of the low-rank part, before its magnitudes.
 
     Args:
-        adapter: Directory of the adapter, or what `open_lora` gave for it.
-        tell: Called with (how many are done, how many there are).
+        adapter: Directory of the adapter, or the result of `open_lora`.
+        tell: Called with (updates done, all updates).
 
     Raises:
-        AdapterFileError: It is missing, broken, no LoRA, or not finite; lists the modules.
+        AdapterFileError: The adapter is missing, broken, no LoRA, or not finite; lists the modules.
     """
     _, file, specs = open_lora(adapter)
     layers, _ = factor_names(file)
@@ -138,7 +138,7 @@ def _values(b: Tensor, a: Tensor, r: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Grid:
-    """Numbers of updates laid out over layers and kinds of module.
+    """A table of numbers by kind of module and layer.
 
     Attributes:
         layers: Columns, in order: the number of the layer, with what stands before it where that differs.
