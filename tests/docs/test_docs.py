@@ -23,6 +23,7 @@ from veneer.testing import registered_for_now
 
 NOT_RUN: dict[str, str] = {
     # "docs/page.md": "why its `python no-run` blocks cannot run"
+    "README.md": "it loads a model of the hub; tests/docs/test_readme.py runs it on a tiny one",
     "docs/distributed.md": "they take several processes; tests/interop/accelerate_ranks.py makes these calls",
 }
 #: Pages whose blocks need another process, as peft itself may have been imported in this one.
