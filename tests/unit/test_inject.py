@@ -279,3 +279,48 @@ def test_one_draw_of_the_global_generator_for_an_adapter() -> None:
     torch.manual_seed(5)
     inject_adapter_in_model(config("first", "frozen", "list.1"), model)
     assert torch.equal(torch.rand(1), expected)
+
+
+class Tied(nn.Module):
+    """An embedding, a linear, and a head that shares the embedding's weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed_tokens, self.q_proj = nn.Embedding(20, 8), nn.Linear(8, 8)
+        self.lm_head = nn.Linear(8, 20, bias=False)
+        self.lm_head.weight = self.embed_tokens.weight
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed_tokens
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.lm_head(self.q_proj(self.embed_tokens(x)))
+        return y
+
+
+TIED = {"ensure_weight_tying": True}
+USES: dict[str, dict[str, Any]] = {
+    "head": {"target_modules": ["lm_head"]},
+    "both": {"target_modules": ["embed_tokens", "lm_head"]},
+    "tied": {"target_modules": ["embed_tokens"], **TIED},
+    "saved": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    "saved tied": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], **TIED},
+    "tokens": {"target_modules": ["q_proj"], "trainable_token_indices": [1]},
+}
+
+
+@pytest.mark.parametrize("first", USES)
+@pytest.mark.parametrize("second", USES)
+def test_what_a_deleted_adapter_left_behind_binds_no_later_one(first: str, second: str) -> None:
+    x = torch.tensor([[1, 2]])
+    reference = get_peft_model(Tied(), LoraConfig(**USES[second]))
+    model = get_peft_model(Tied(), LoraConfig(**USES[first]))
+    with pytest.warns(UserWarning, match="no adapter is active"):
+        model.delete_adapter("default")
+    model.add_adapter("default", LoraConfig(**USES[second]))
+    model.set_adapter("default")
+    train(model, x)
+    expected, found = ([p.shape for p in m.parameters() if p.requires_grad] for m in (reference, model))
+    assert sorted(found) == sorted(expected)
+    tied = [m for m in model.modules() if getattr(m, "held_adapters", ()) and m.tied_adapter is not None]
+    assert bool(tied) is (second in ("tied", "saved tied", "tokens"))

@@ -13,6 +13,7 @@ from veneer import backends, inits, layers, module_names, targets
 from veneer.adapters import AdapterModule, AdapterSet, check_adapter_name, walk
 from veneer.config import LoraConfig, looks_like_regex
 from veneer.errors import Hint, TargetError, Text
+from veneer.inject.base_tensors import base_of
 from veneer.inject.injection import Addition, Copy, Injection, Rows
 from veneer.inject.replication import replication
 from veneer.inject.sites import Site, model_type, plan_sites, sites
@@ -157,12 +158,16 @@ def _additions(
 
 
 def _layer_on(module: nn.Module) -> LoraLayer:
-    """The layer that a module is, or a new one around it."""
-    if isinstance(module, LoraLayer):
+    """The layer that a module is, or a new one around its base.
+
+    A layer that a deleted adapter tied to another one is not used again.
+    """
+    if isinstance(module, LoraLayer) and (module.held_adapters or module.tied_adapter is None):
         return module
-    cls = layers.find(module)
+    base = base_of(module)
+    cls = layers.find(base)
     assert cls is not None  # the plan holds supported modules only
-    return cls(module)
+    return cls(base)
 
 
 def _inside(layer: LoraLayer, spec: LoraSpec) -> list[Addition]:
@@ -259,9 +264,11 @@ def _not_to_copy(site: Site) -> str | None:
 
 
 def _copy_of(site: Site) -> Copy:
-    wrapper = (
-        site.module if isinstance(site.module, ModulesToSaveWrapper) else ModulesToSaveWrapper(site.module)
-    )
+    wrapper = site.module
+    if not isinstance(wrapper, ModulesToSaveWrapper):
+        wrapper = ModulesToSaveWrapper(wrapper)
+    elif wrapper.tied_adapter is not None and not wrapper.held_adapters:  # a deleted adapter tied it
+        wrapper = ModulesToSaveWrapper(site.base)
     return Copy(site, wrapper, wrapper.new_copy())
 
 

@@ -138,13 +138,12 @@ def candidates(model: nn.Module, found: Mapping[str, Site], unread: bool = False
         base = site.base
         cls = layers.find(base)
         reason = _why_not(site, cls is not None, unread)
-        whole = isinstance(site.module, ModulesToSaveWrapper | TrainableTokens)
         linear = cls is not None and cls.linear
         result.append(
             Candidate(
                 path=path,
                 type_name=type(base).__name__,
-                supported=cls is not None and not reason and not whole,
+                supported=cls is not None and not reason,
                 linear=linear,
                 output_head=base is head or site.module is head,
                 router=linear and _is_router(path, site.parents[0][0]),

@@ -66,8 +66,9 @@ def _why_not(site: Site, indices: Sequence[int], option: str | None) -> str | No
     """Why an adapter cannot train tokens of a module, which an option may name already."""
     if option is not None:
         return f"{option} names it too: an embedding is adapted in one way"
-    if isinstance(site.module, AdapterModule) and not isinstance(site.module, TrainableTokens):
-        names = ", ".join(map(repr, site.module.held_adapters))
+    module = site.module
+    if isinstance(module, AdapterModule) and module.held_adapters and not isinstance(module, TrainableTokens):
+        names = ", ".join(map(repr, module.held_adapters))
         return f"{names} adapts it as a whole; an embedding is adapted in one way at a time"
     return TrainableTokens.refuses(site.base, indices)
 
@@ -88,7 +89,7 @@ def _built(
         for head in (head for head, leader in leaders.items() if leader == path):
             module = found[head].module
             follows = isinstance(module, TrainableTokens) and module.tied_adapter is not None
-            if head in taken or (isinstance(module, AdapterModule) and not follows):
+            if head in taken or (isinstance(module, AdapterModule) and module.held_adapters and not follows):
                 reasons.append(
                     f"{head} shares the weight of {path} and is adapted in another way: its outputs could "
                     "not follow the trained rows. Leave it out, or untie the two"
@@ -99,7 +100,10 @@ def _built(
 
 
 def _layer(site: Site, leader: TrainableTokens | None = None) -> TrainableTokens:
-    return site.module if isinstance(site.module, TrainableTokens) else TrainableTokens(site.base, leader)
+    module = site.module
+    if isinstance(module, TrainableTokens) and (module.held_adapters or module.tied_adapter is leader):
+        return module
+    return TrainableTokens(site.base, leader)
 
 
 def _named(

@@ -201,9 +201,5 @@ _ALL_OR_NONE = "tie all adapters of a pair, or none"
 
 def _untied(head: nn.Module, leader: AdapterModule) -> str | None:
     """The adapters of a head, and of an embedding that it does not follow yet; None if both are free."""
-    names = set(leader.held_adapters)
-    if isinstance(head, AdapterModule):
-        names.update(head.held_adapters)
-    elif not names:
-        return None
-    return ", ".join(map(repr, sorted(names)))
+    names = {*leader.held_adapters, *(head.held_adapters if isinstance(head, AdapterModule) else ())}
+    return ", ".join(map(repr, sorted(names))) if names else None
