@@ -53,12 +53,12 @@ def test_the_output_has_a_name_of_its_own_unless_given_one(
 
 
 def test_names_of_outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from veneer.cli.export import _beside
+    from veneer.cli.export import _default_output
 
     monkeypatch.chdir(tmp_path)
-    assert _beside(Path("runs/mails"), "mlx") == Path("runs/mails-mlx")
-    assert _beside(Path("."), "mlx") == tmp_path.with_name(f"{tmp_path.name}-mlx")
-    assert _beside("mails", "llama.cpp") == Path("mails-llama.cpp")  # of the hub: org/mails
+    assert _default_output(Path("runs/mails"), "mlx") == Path("runs/mails-mlx")
+    assert _default_output(Path("."), "mlx") == tmp_path.with_name(f"{tmp_path.name}-mlx")
+    assert _default_output("mails", "llama.cpp") == Path("mails-llama.cpp")  # of the hub: org/mails
 
 
 def test_as_json(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
