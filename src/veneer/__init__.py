@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import sys
 from typing import TYPE_CHECKING, Any
 
 from veneer import integrations
+from veneer.lazy import is_from_import
 
 if TYPE_CHECKING:
     from veneer.public import *  # noqa: F403
@@ -25,7 +27,12 @@ def __getattr__(name: str) -> Any:
     hidden = name.startswith("__") and name != "__all__"  # what the import system asks of every module
     if hidden:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(importlib.import_module("veneer.public"), name)
+    try:
+        value = globals()[name] = getattr(importlib.import_module("veneer.public"), name)
+    except AttributeError as error:
+        if is_from_import(sys._getframe(1)):
+            raise ImportError(str(error), name=name) from None
+        raise
     return value
 
 

@@ -276,8 +276,10 @@ def push_to_hub(
                 for name in (CONFIG_NAME, SAFETENSORS_NAME, BIN_NAME, "README.md")
             ],
         )
-    except (OSError, ValueError) as error:
-        raise _explain(error, repo_id, None, revision) from error
+    except Exception as error:
+        if not isinstance(error, OSError | ValueError) and not _no_answer(error):
+            raise
+        raise _explain(error, repo_id, None, revision, pushing=True) from error
     return str(done)
 
 
@@ -324,7 +326,12 @@ _MEANINGS = {
 
 
 def _explain(
-    error: Exception, repo_id: str, path: str | None, revision: str | None, local_only: bool = False
+    error: Exception,
+    repo_id: str,
+    path: str | None,
+    revision: str | None,
+    local_only: bool = False,
+    pushing: bool = False,
 ) -> AdapterFileError:
     """What huggingface_hub's error means here, and the way out."""
     from huggingface_hub import errors
@@ -332,8 +339,12 @@ def _explain(
     repo, revision = short(repo_id), revision and short(revision)
     place = (f"{path} of {repo}" if path else repo) + (f" at revision {revision!r}" if revision else "")
     cause = error.__cause__ or error
+    offline = isinstance(cause, errors.OfflineModeIsEnabled)
+    if pushing and (offline or _no_answer(error)):
+        reason, way_out = _why_offline(cause, local_only)
+        return AdapterFileError(f"nothing was pushed to {place}: {reason}. To push it, {way_out}")
     # First, as huggingface_hub counts an entry that is not in the cache among the missing ones.
-    if isinstance(error, errors.LocalEntryNotFoundError) or isinstance(cause, errors.OfflineModeIsEnabled):
+    if isinstance(error, errors.LocalEntryNotFoundError) or offline:
         return _not_cached(cause, place, local_only)
     for name, meaning in _MEANINGS.items():
         if isinstance(error, getattr(errors, name)):
@@ -351,19 +362,30 @@ def _explain(
     )
 
 
+def _no_answer(error: Exception) -> bool:
+    """Whether the hub did not answer. Versions of huggingface_hub use requests, httpx or httpx2."""
+    return any(cls.__name__ in ("ConnectionError", "TransportError") for cls in type(error).__mro__)
+
+
 def _not_cached(error: BaseException, place: str, local_only: bool) -> AdapterFileError:
+    reason, way_out = _why_offline(error, local_only)
+    return NotCachedError(
+        f"{place} is not in the local cache, and {reason}. To get it, {way_out}; or pass a local directory."
+    )
+
+
+def _why_offline(error: BaseException, local_only: bool) -> tuple[str, str]:
+    """Why the hub was not reached, and the way out."""
     from huggingface_hub import constants
 
     if local_only:
-        reason, way_out = "local_files_only=True was passed", "leave that out once, with a network"
-    elif constants.HF_HUB_OFFLINE:
-        reason, way_out = "HF_HUB_OFFLINE=1 is set", "unset it once, with a network"
-    else:
-        root: BaseException = error
-        while root.__cause__ is not None:
-            root = root.__cause__
-        reason = f"the hub at {constants.ENDPOINT} did not answer ({type(root).__name__}: {root})"
-        way_out = "check the connection, the proxy and HF_ENDPOINT"
-    return NotCachedError(
-        f"{place} is not in the local cache, and {reason}. To get it, {way_out}; or pass a local directory."
+        return "local_files_only=True was passed", "leave that out once, with a network"
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE=1 is set", "unset it once, with a network"
+    root: BaseException = error
+    while root.__cause__ is not None:
+        root = root.__cause__
+    return (
+        f"the hub at {constants.ENDPOINT} did not answer ({type(root).__name__}: {root})",
+        "check the connection, the proxy and HF_ENDPOINT",
     )

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import dis
 import importlib
 import sys
 from collections.abc import Callable
+from types import FrameType
 from typing import Any
+
+
+def is_from_import(frame: FrameType) -> bool:
+    """Whether a frame is at an import of the form ``from module import name``.
+
+    Of an `AttributeError` Python then says only that the name cannot be imported; an `ImportError` is shown.
+    """
+    return frame.f_code.co_code[frame.f_lasti] == dis.opmap["IMPORT_FROM"]
 
 
 def public_names(package: str) -> Callable[[str], Any]:

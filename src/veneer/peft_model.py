@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from veneer.adapters import as_names, walk
-from veneer.config import LoraConfig, PeftConfig, PeftType, TaskType
+from veneer.config import LoraConfig, PeftConfig, PeftType, TaskType, as_config
 from veneer.errors import AdapterNameError, CheckpointError, ConfigError
 from veneer.files.read import AdapterFile, open_adapter
 from veneer.files.report import LoadReport
@@ -90,8 +90,8 @@ class PeftModel(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
-        config = peft_config
-        if isinstance(config, PeftConfig) and not config.base_model_name_or_path:
+        config = None if peft_config is None else as_config(peft_config)
+        if config is not None and not config.base_model_name_or_path:
             config = copy.deepcopy(config)
             config.base_model_name_or_path = name_of(model)
         self.base_model = LoraModel(
@@ -294,9 +294,7 @@ class PeftModel(nn.Module):
         Raises:
             ConfigError, TargetError, AdapterNameError: The model is then as it was.
         """
-        if not isinstance(peft_config, PeftConfig):
-            raise ConfigError(f"add_adapter needs a LoraConfig, got {type(peft_config).__name__}")
-        config = copy.deepcopy(peft_config)
+        config = copy.deepcopy(as_config(peft_config))
         if not config.base_model_name_or_path:
             config.base_model_name_or_path = name_of(self.get_base_model())
         self.base_model.inject(
@@ -605,7 +603,7 @@ def get_peft_model(
 
     Args:
         model: Any torch module; changed in place.
-        peft_config: What to adapt; copied, never written.
+        peft_config: What to adapt; copied, never written. One of the peft library's is converted.
         adapter_name: Name of the adapter.
         mixed: Return a `PeftMixedModel`.
         autocast_adapter_dtype: Keep the factors beside 16-bit weights in float32.
@@ -620,9 +618,7 @@ def get_peft_model(
         ConfigError: If an option cannot be honoured.
         TargetError: If nothing matches, or what matches cannot be adapted. The model is then as it was.
     """
-    if not isinstance(peft_config, PeftConfig):
-        raise ConfigError(f"a LoraConfig is needed, got {type(peft_config).__name__}")
-    config = copy.deepcopy(peft_config)
+    config = copy.deepcopy(as_config(peft_config))
     if revision is not None:
         config.revision = revision
     cls = PeftMixedModel if mixed else PeftModel.class_for(config.task_type)
@@ -640,11 +636,11 @@ def _opened(
     model_id: str | os.PathLike[str], config: PeftConfig | None, options: Mapping[str, Any]
 ) -> tuple[AdapterFile, PeftConfig]:
     """The tensors of a saved adapter, and its configuration unless the caller has one."""
-    if config is not None and not isinstance(config, PeftConfig):
-        raise ConfigError(
-            f"config: a LoraConfig is needed, got {type(config).__name__}; LoraConfig(...) makes one, and "
-            "without the argument the file's own is used"
-        )
+    if config is not None:
+        try:
+            config = as_config(config)
+        except ConfigError as error:
+            raise ConfigError("config: ", error.message, "; without it the file's own is used") from error
     hub_options = {name: value for name, value in options.items() if name in HUB_OPTIONS}
     file = open_adapter(adapter_directory(model_id, **hub_options))
     return file, PeftConfig.from_belonging(file.belonging_config()) if config is None else config

@@ -48,6 +48,7 @@ from veneer.errors import (
 from veneer.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from veneer.inject.api import inject_adapter_in_model
 from veneer.inject.sites import plan
+from veneer.integrations.as_peft.layout import OTHER_METHODS
 from veneer.integrations.kbit import prepare_model_for_kbit_training
 from veneer.load import load_peft_weights
 from veneer.lora_model import LoraModel
@@ -198,9 +199,14 @@ _REFUSED = {
 }
 
 
+#: What is said of all other names of PEFT.
+_OTHER = "methods other than LoRA: use LoraConfig, or the peft library"
+
+
 def __getattr__(name: str) -> Any:
     module = _LAZY.get(name)
     if module is None:
-        reason = f". Veneer does not have {_REFUSED[name]}" if name in _REFUSED else ""
+        why = _REFUSED.get(name, _OTHER if name in OTHER_METHODS else "")
+        reason = f". Veneer does not have {why}" if why else ""
         raise AttributeError(f"module 'veneer' has no attribute {name!r}{reason}")
     return getattr(importlib.import_module(module), name)

@@ -6,7 +6,7 @@ for it work unchanged. What Veneer cannot do yet still parses here; `unsupported
 
 from __future__ import annotations
 
-from veneer.config.base import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, get_peft_config
+from veneer.config.base import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, as_config, get_peft_config
 from veneer.config.kinds import PeftType, TaskType
 from veneer.config.lora import PLUGIN_INITS, LoraConfig
 from veneer.config.parts import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig, LoraRuntimeConfig
@@ -25,6 +25,7 @@ __all__ = [
     "PeftConfig",
     "PeftType",
     "TaskType",
+    "as_config",
     "get_peft_config",
     "init_options",
     "looks_like_regex",

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import re
+import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -280,6 +281,21 @@ class PeftConfig:
         """Read one ``adapter_config.json``, whatever lies beside it; see `from_pretrained`."""
         return cls._named(path, read_config_file(path))
 
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
+        """Upload ``adapter_config.json`` alone, and return the address of the commit.
+
+        Args:
+            repo_id: ``"owner/name"``; made if it does not exist.
+            **kwargs: As for `veneer.hub.push_to_hub`.
+
+        Raises:
+            AdapterFileError: The hub refuses; says why.
+            MissingExtraError: huggingface_hub is not installed.
+        """
+        with tempfile.TemporaryDirectory() as directory:
+            self.save_pretrained(directory)
+            return hub.push_to_hub(directory, repo_id, **kwargs)
+
     @classmethod
     def from_json_file(cls, path_json_file: str | os.PathLike[str], **kwargs: Any) -> dict[str, Any]:
         """The content of one ``adapter_config.json`` as a dictionary; see :meth:`from_file`.
@@ -412,6 +428,21 @@ def get_peft_config(config_dict: Mapping[str, Any]) -> PeftConfig:
     """
     target = _class_for(PeftConfig, config_dict)
     return target(**config_dict)
+
+
+def as_config(config: object) -> PeftConfig:
+    """A configuration of Veneer's; one of the installed peft library's is converted.
+
+    Raises:
+        ConfigError: If it is neither, or of another method than LoRA.
+        UnknownOptionError: For an option that is switched on and that Veneer does not know.
+    """
+    if isinstance(config, PeftConfig):
+        return config
+    convert = getattr(config, "to_dict", None)
+    if callable(convert) and any(cls.__module__.partition(".")[0] == "peft" for cls in type(config).__mro__):
+        return PeftConfig.from_dict(convert())
+    raise ConfigError(f"a LoraConfig is needed, got {type(config).__name__}")
 
 
 def check_nesting(values: Any) -> None:

@@ -9,7 +9,6 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -183,23 +182,30 @@ def inits() -> tuple[Init, ...]:
     return tuple(_inits)
 
 
-_statistics: WeakKeyDictionary[nn.Module, dict[str, Any]] = WeakKeyDictionary()
+class _Statistics(dict[str, Any]):
+    """Statistics by the name of a weight. A deep copy of the module shares them; a pickle has none."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Statistics:
+        return _Statistics(self)
+
+    def __reduce__(self) -> tuple[type[_Statistics], tuple[()]]:
+        return (_Statistics, ())
 
 
 def note_statistics(module: nn.Module, stats: Any, weight: str = "weight") -> None:
-    """Keep statistics of a base module until an adapter has been initialised from them.
+    """Keep statistics of a base module, and of copies made of it, until an adapter is initialised from them.
 
-    They are not stored on the module: neither a copy nor a pickle of the model contains them.
+    A pickle of the model does not contain them.
     """
-    _statistics.setdefault(module, {})[weight] = stats
+    module.__dict__.setdefault("_veneer_statistics", _Statistics())[weight] = stats
 
 
 def statistics_of(module: nn.Module, weight: str = "weight") -> Any:
-    return _statistics.get(module, {}).get(weight)
+    return module.__dict__.get("_veneer_statistics", {}).get(weight)
 
 
 def forget_statistics(module: nn.Module) -> None:
-    _statistics.pop(module, None)
+    module.__dict__.pop("_veneer_statistics", None)
 
 
 def kaiming(request: InitRequest, parameter: str, shape: tuple[int, ...]) -> Tensor:

@@ -15,7 +15,7 @@ from veneer.inject.encoder import give_back_fused_kernels
 from veneer.inject.prepare import prepare
 from veneer.inject.replication import restore
 from veneer.inject.sites import sites
-from veneer.layers.making import draw_seed
+from veneer.layers.making import check_config, draw_seed
 from veneer.layers.modules_to_save import ModulesToSaveWrapper
 
 
@@ -45,6 +45,7 @@ def inject_adapter_in_model(
     Raises:
         TargetError: If nothing matches or cannot be adapted. The model is then as it was.
     """
+    peft_config = check_config(peft_config)
     config = peft_config if state_dict is None else _targets_of(peft_config, state_dict)
     injection = prepare(
         model, config, adapter_name, autocast_adapter_dtype=False, strict_targets=strict_targets

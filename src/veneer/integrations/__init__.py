@@ -5,6 +5,10 @@ Nothing here is needed to use Veneer by itself, and large libraries are imported
 
 from __future__ import annotations
 
+import importlib.abc
+import importlib.util
+import sys
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 from veneer_as_peft import after_import
@@ -13,6 +17,7 @@ from veneer_as_peft import after_import
 WATCHED = (
     "transformers.trainer_utils",
     "transformers.trainer",
+    "transformers.integrations.peft",
     "accelerate.utils.modeling",
     "accelerate.utils.fsdp_utils",
     "trl.trainer.utils",
@@ -25,6 +30,8 @@ WATCHED = (
     "trl.trainer.rloo_trainer",
     "trl.trainer.distillation_trainer",
 )
+#: Modules that both libraries have, with other contents.
+_SHARED = ("veneer.config", "veneer.optimizers", "veneer.peft_model")
 _watching = False
 
 
@@ -40,6 +47,38 @@ def watch() -> None:
     _watching = True
     for name in WATCHED:
         after_import(name, _widen)
+    sys.meta_path.append(_PeftModules())
+    for name in _SHARED:
+        after_import(name, _complete)
+
+
+class _PeftModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Finds `veneer.utils` and the other modules of PEFT's layout that Veneer has under other names."""
+
+    def find_spec(self, fullname: str, path: object, target: object = None) -> ModuleSpec | None:
+        """The spec of a module in the table `as_peft.layout`; None for any other."""
+        if not fullname.startswith("veneer."):
+            return None
+        from .as_peft import is_package
+        from .as_peft.layout import LAYOUT
+
+        row = "peft" + fullname.removeprefix("veneer")
+        if row not in LAYOUT:
+            return None
+        return importlib.util.spec_from_loader(fullname, self, origin="veneer", is_package=is_package(row))
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Fill the module."""
+        from .as_peft import fill
+
+        fill(module)
+
+
+def _complete(module: ModuleType) -> None:
+    """Let one of Veneer's own modules have also what PEFT's of that name has."""
+    from .as_peft import names_of
+
+    module.__getattr__ = names_of(module)  # type: ignore[method-assign]
 
 
 def _widen(module: ModuleType) -> None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 import sys
 from collections.abc import Callable
 from types import ModuleType
@@ -23,6 +24,7 @@ from typing import Any
 
 from veneer.wording import warn
 
+from ..config import PeftConfig
 from ..sharded import reshard
 from . import trl
 
@@ -58,6 +60,9 @@ def enable_trainer() -> None:
 def widen(module: ModuleType) -> None:
     """Extend what one module of transformers, accelerate or TRL accepts as an adapter."""
     name = module.__name__
+    if name == "transformers.integrations.peft":
+        _widen_add_adapter(module.PeftAdapterMixin)
+        return
     if name == "accelerate.utils.fsdp_utils":
         _widen_checkpoints(module)
         return
@@ -127,7 +132,6 @@ def _either(theirs: type, ours: type) -> type:
 
 def _dispatching(theirs: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..., Any]:
     """`get_peft_model`: Veneer's for Veneer's configurations, else peft's."""
-    from ..config import PeftConfig
 
     @functools.wraps(theirs)
     def get_peft_model(model: Any, peft_config: Any, *args: Any, **kwargs: Any) -> Any:
@@ -136,6 +140,32 @@ def _dispatching(theirs: Callable[..., Any], ours: Callable[..., Any]) -> Callab
 
     get_peft_model.veneer_accepts = ours  # type: ignore[attr-defined]
     return get_peft_model
+
+
+def _widen_add_adapter(mixin: Any) -> None:
+    """Transformers' `model.add_adapter` with a configuration of Veneer's beside the peft library."""
+    theirs = mixin.add_adapter
+
+    @functools.wraps(theirs)
+    def add_adapter(self: Any, adapter_config: Any, *args: Any, **kwargs: Any) -> Any:
+        return theirs(self, _for_peft(adapter_config), *args, **kwargs)
+
+    mixin.add_adapter = add_adapter
+
+
+def _for_peft(config: Any) -> Any:
+    """A configuration of Veneer's as one of the peft library's, where that is what is imported as peft."""
+    if not isinstance(config, PeftConfig) or importlib.util.find_spec("peft") is None:
+        return config
+    peft = importlib.import_module("peft")
+    if isinstance(config, peft.PeftConfig):
+        return config
+    warn(
+        "transformers' add_adapter makes layers of the installed peft library here, not Veneer's. For those "
+        "call veneer.as_peft.register_as_peft() first, or get_peft_model(model, config)"
+    )
+    values = config.to_json(inference_mode=None)
+    return peft.get_peft_config(values)
 
 
 def _widen_accelerate(module: ModuleType) -> None:

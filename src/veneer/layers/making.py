@@ -11,7 +11,7 @@ from torch import nn
 
 from veneer import backends, inits, variants
 from veneer.adapters import check_adapter_name
-from veneer.config import LoraConfig, unsupported_options
+from veneer.config import LoraConfig, as_config, unsupported_options
 from veneer.errors import ConfigError, Hint, TargetError, Text
 from veneer.layers.layer import LoraLayer, find
 from veneer.layers.refused import refusal
@@ -39,6 +39,7 @@ def check_config(config: Any) -> LoraConfig:
     Raises:
         ConfigError: Listing every option that cannot.
     """
+    config = as_config(config)
     if not isinstance(config, LoraConfig):
         raise ConfigError(f"a LoraConfig is needed, got {type(config).__name__}")
     names = [str(n) for init in inits.base.inits() for n in init.names if isinstance(n, str)]

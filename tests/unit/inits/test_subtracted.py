@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from tests.tolerances import CONTEXT, OPS_SPECTRUM, assert_close
-from veneer import ConfigError, LoraConfig, LoraGAConfig, TargetError
+from veneer import ConfigError, CordaConfig, LoraConfig, LoraGAConfig, TargetError, get_peft_model
 from veneer.inits import note_statistics, statistics_of
 from veneer.inits.corda import context_directions
 from veneer.layers import LoraLayer, wrap
@@ -208,3 +210,14 @@ def test_randomised_svd_is_exact_where_the_projection_keeps_everything(rounds: i
     assert_close(u.T @ u, torch.eye(6))
     assert_close(u.T @ matrix @ vh.T, torch.diag(s), OPS_SPECTRUM)
     assert math.isclose(float((u * s @ vh).norm()), float(exact.norm()), rel_tol=1e-5)
+
+
+def test_a_copy_of_a_measured_model_starts_from_what_was_measured() -> None:
+    model = nn.Sequential(nn.Linear(8, 8))
+    measured = context_directions(model[0].weight.detach(), torch.eye(8), 2, "ipm")
+    note_statistics(model[0], measured)
+    twin = copy.deepcopy(model)
+    assert statistics_of(pickle.loads(pickle.dumps(model))[0]) is None
+    config = LoraConfig(r=2, target_modules=["0"], init_lora_weights="corda", corda_config=CordaConfig())
+    get_peft_model(twin, config)
+    assert statistics_of(model[0]) is measured and statistics_of(twin[0].base_layer) is None

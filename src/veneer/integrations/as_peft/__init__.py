@@ -8,9 +8,11 @@ methods other than LoRA exist, so that importing and `isinstance` work, and rais
 from __future__ import annotations
 
 import importlib
+import sys
 from types import ModuleType
 from typing import Any
 
+from ...lazy import is_from_import
 from .layout import LAYOUT, OTHER_METHODS, OTHER_MODULES, OTHER_PACKAGES
 
 __all__ = ["fill", "is_package"]
@@ -43,34 +45,44 @@ def _is_of_another_method(module: str) -> bool:
     return module.startswith("peft.tuners.") and package in OTHER_PACKAGES and inside in ("", *OTHER_MODULES)
 
 
-def fill(module: ModuleType, version: str) -> None:
+def fill(module: ModuleType, version: str = "") -> None:
     """Put the objects of its row into one module of the facade.
 
     Args:
-        module: A module called `peft` or `peft.…`.
+        module: A module called `peft` or `peft.…`, or `veneer.…` for a row of the same name.
         version: What `peft.__version__` says.
     """
     objects = importlib.import_module(f"{__name__}.objects")
-    for name in LAYOUT.get(module.__name__, ()):
+    for name in LAYOUT.get(_row(module), ()):
         setattr(module, name, getattr(objects, name))
-    if module.__name__ in ("peft", "peft.tuners", "peft.utils", "peft.utils.other"):
+    if _row(module) in ("peft", "peft.tuners", "peft.utils", "peft.utils.other"):
         others = importlib.import_module(f"{__name__}.others")
         for name in OTHER_METHODS:
             if not hasattr(module, name):
                 setattr(module, name, others.stub(name))
-    module.__doc__ = "Veneer, in the place of peft."
+    module.__doc__ = f"Veneer's objects under the names of {_row(module)}."
     if module.__name__ in ("peft", "peft.config"):
         module.__version__ = version  # type: ignore[attr-defined]
-    module.__getattr__ = _missing(module.__name__)  # type: ignore[method-assign]
+    module.__getattr__ = names_of(module)  # type: ignore[method-assign]
 
 
-def _missing(module: str) -> Any:
+def _row(module: ModuleType) -> str:
+    return "peft" + module.__name__.removeprefix("peft").removeprefix("veneer")
+
+
+def names_of(module: ModuleType) -> Any:
+    """The ``__getattr__`` of a module: names of its row, and what to say of all others."""
+    row = _row(module)
+    stands_in = "stands in for peft here (register_as_peft), and " if module.__name__ == row else ""
+
     def __getattr__(name: str) -> Any:
-        if _is_of_another_method(module) and name[:1].isupper():
+        if name in LAYOUT.get(row, ()):
+            return getattr(importlib.import_module(f"{__name__}.objects"), name)
+        if _is_of_another_method(row) and name[:1].isupper():
             return importlib.import_module(f"{__name__}.others").stub(name)
-        raise AttributeError(
-            f"module {module!r} has no attribute {name!r}: Veneer stands in for peft here "
-            "(register_as_peft), and has no object of that name"
-        )
+        text = f"module {module.__name__!r} has no attribute {name!r}: Veneer {stands_in}has no such object"
+        if is_from_import(sys._getframe(1)):
+            raise ImportError(text, name=name)
+        raise AttributeError(text)
 
     return __getattr__

@@ -48,8 +48,11 @@ _OTHER = (
     "_get_submodules",
     "fsdp_auto_wrap_policy",
     "cast_mixed_precision_params",
+    "get_pattern_key",
+    "get_quantization_config",
     "infer_device",
     "prepare_model_for_kbit_training",
+    "transpose",
     *_FILES,
 )
 _LORA = (
@@ -62,7 +65,13 @@ _LORA = (
     "EvaConfig",
     "LoraRuntimeConfig",
 )
+_QUANTISED = ("Linear4bit", "Linear8bitLt")
 _FUNCTIONAL = ("cast_adapter_dtype", "delete_adapter", "set_adapter", "set_requires_grad")
+_CONVERSION = (
+    "build_peft_weight_mapping",
+    "convert_peft_config_for_transformers",
+    "get_model_conversion_mapping",
+)
 _HOTSWAP = (
     "check_hotswap_configs_compatible",
     "hotswap_adapter",
@@ -93,7 +102,7 @@ LAYOUT: dict[str, tuple[str, ...]] = {
         "prepare_model_for_kbit_training",
     ),
     "peft.auto": (*_AUTO, "MODEL_TYPE_TO_PEFT_MODEL_MAPPING", "PeftConfig"),
-    "peft.config": ("PeftConfig", "PromptLearningConfig"),
+    "peft.config": ("PeftConfig", "PeftConfigMixin", "PromptLearningConfig"),
     "peft.functional": (
         *_FUNCTIONAL,
         "get_peft_model_state_dict",
@@ -101,6 +110,7 @@ LAYOUT: dict[str, tuple[str, ...]] = {
         "set_peft_model_state_dict",
     ),
     "peft.helpers": (
+        "DoraCaching",
         "check_if_peft_model",
         "disable_input_dtype_casting",
         "rescale_adapter_scale",
@@ -108,7 +118,7 @@ LAYOUT: dict[str, tuple[str, ...]] = {
         "update_generate_signature",
         "update_signature",
     ),
-    "peft.import_utils": ("is_bnb_available", "is_bnb_4bit_available"),
+    "peft.import_utils": ("is_bnb_available", "is_bnb_4bit_available", "is_torchao_available"),
     "peft.mapping": (
         "PEFT_TYPE_TO_CONFIG_MAPPING",
         "PEFT_TYPE_TO_PREFIX_MAPPING",
@@ -124,11 +134,16 @@ LAYOUT: dict[str, tuple[str, ...]] = {
     "peft.tuners.tuners_utils": (
         "BaseTuner",
         "BaseTunerLayer",
+        "_maybe_include_all_linear_layers",
         "cast_adapter_dtype",
+        "check_adapters_to_merge",
+        "check_target_module_exists",
         "delete_adapter",
+        "onload_layer",
         "set_adapter",
     ),
     "peft.tuners.lora": (
+        *_QUANTISED,
         *_LORA,
         *_INITS,
         "Conv1d",
@@ -152,7 +167,9 @@ LAYOUT: dict[str, tuple[str, ...]] = {
         "Conv3d",
         "Embedding",
         "Linear",
+        "ParamWrapper",
     ),
+    "peft.tuners.lora.bnb": _QUANTISED,
     "peft.tuners.lora.corda": ("preprocess_corda",),
     "peft.tuners.lora.eva": _EVA,
     "peft.tuners.lora.loraga": ("preprocess_loraga",),
@@ -164,14 +181,17 @@ LAYOUT: dict[str, tuple[str, ...]] = {
     "peft.utils": (*_STATE, *_BASE_STATE, *_ERRORS, *_OTHER, "PeftType", "TaskType"),
     "peft.utils.constants": _FILES,
     "peft.utils.hotswap": _HOTSWAP,
-    "peft.utils.integrations": ("gather_params_ctx", "init_empty_weights"),
+    "peft.utils.integrations": ("dequantize_module_weight", "gather_params_ctx", "init_empty_weights"),
     "peft.utils.other": _OTHER,
     "peft.utils.peft_types": ("PeftType", "TaskType"),
     "peft.utils.error": ("NoMatchingPeftModuleError", "PeftError"),
     "peft.utils.warning": ("PeftWarning",),
     "peft.utils.save_and_load": (*_STATE, *_BASE_STATE),
-    "peft.utils.transformers_weight_conversion": ("build_peft_weight_mapping",),
+    "peft.utils.transformers_weight_conversion": _CONVERSION,
 }
+
+# Names of peft's insides: they can be imported, and calling one says what it is.
+INSIDES = ("convert_peft_config_for_transformers",)
 
 # Public names of peft 0.21 of methods and options that Veneer does not have.
 _METHODS_WITH_MODEL = (

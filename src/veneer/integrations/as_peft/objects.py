@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import inspect
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import MethodType
@@ -15,8 +16,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from ... import backends
 from ...adapters import AdapterModule, AdapterSet
-from ...config import PeftConfig, PeftType
+from ...config import LoraConfig, PeftConfig, PeftType
+from ...config.expressions import Paths
 from ...errors import TargetError, VeneerError, VeneerWarning
 from ...hotswap import (
     check_hotswap_configs_compatible,
@@ -24,13 +27,18 @@ from ...hotswap import (
     hotswap_adapter_from_state_dict,
     prepare_model_for_compiled_hotswap,
 )
+from ...inject.sites import plan
 from ...layers import LoraLayer
 from ...layers.conv import LoraConv
 from ...layers.embedding import LoraEmbedding
 from ...layers.linear import LoraLinear
 from ...layers.modules_to_save import ModulesToSaveWrapper
+from ...layers.parameter import LoraParameter
 from ...lora_model import LoraModel
-from .others import stub
+from ...spec import PatternSet
+from ...targets import ALL_LINEAR
+from .layout import INSIDES
+from .others import OtherMethod, inside, stub
 
 __all__ = [
     "check_hotswap_configs_compatible",
@@ -56,6 +64,8 @@ PEFT_TYPE_TO_MIXED_MODEL_MAPPING = {PeftType.LORA: LoraModel}
 PEFT_TYPE_TO_TUNER_MAPPING = {PeftType.LORA: LoraModel}
 PEFT_TYPE_TO_PREFIX_MAPPING = {PeftType.LORA: LoraModel.prefix}
 
+PeftConfigMixin = PeftConfig
+ParamWrapper = LoraParameter
 Linear = LoraLinear
 Embedding = LoraEmbedding
 Conv1d = Conv2d = Conv3d = LoraConv
@@ -65,7 +75,27 @@ def __getattr__(name: str) -> Any:
     if name == "build_peft_weight_mapping":
         # Needs transformers, which is installed if transformers imports this.
         return importlib.import_module(f"{__package__}.weights").build_peft_weight_mapping
+    if name == "get_model_conversion_mapping":
+        return importlib.import_module("transformers.conversion_mapping").get_model_conversion_mapping
+    if name in INSIDES:
+        return inside(name)
     return getattr(importlib.import_module("veneer"), name)
+
+
+class _Over(type):
+    """Classes of layers by the class of module that they adapt: for `isinstance` alone."""
+
+    def __instancecheck__(cls, instance: object) -> bool:
+        base = type(instance.get_base_layer()) if isinstance(instance, LoraLinear) else object
+        return any(kind.__name__ == cls.__name__ for kind in base.__mro__)
+
+
+class Linear4bit(OtherMethod, metaclass=_Over):
+    """A layer over bitsandbytes' 4-bit linear."""
+
+
+class Linear8bitLt(OtherMethod, metaclass=_Over):
+    """A layer over bitsandbytes' 8-bit linear."""
 
 
 # -- peft.functional -------------------------------------------------------------------------------
@@ -115,6 +145,61 @@ def _get_submodules(model: nn.Module, key: str) -> tuple[nn.Module, nn.Module, s
     """The parent of a module, the module, and its name in the parent."""
     parent, _, name = key.rpartition(".")
     return model.get_submodule(parent), model.get_submodule(key), name
+
+
+def transpose(weight: torch.Tensor, fan_in_fan_out: bool) -> torch.Tensor:
+    """A matrix turned if ``fan_in_fan_out``."""
+    return weight.T if fan_in_fan_out else weight
+
+
+def get_pattern_key(pattern_keys: Sequence[str], key_to_match: str) -> str:
+    """The first of some patterns that matches the end of a path, or the path itself."""
+    return next((key for key in pattern_keys if re.match(rf"(.*\.)?({key})$", key_to_match)), key_to_match)
+
+
+def get_quantization_config(model: nn.Module, method: str) -> Any:
+    """The quantisation of a model in its configuration, if it is by this method; else None."""
+    if getattr(model, "quantization_method", None) != method:
+        return None
+    return getattr(getattr(model, "config", None), "quantization_config", None)
+
+
+def dequantize_module_weight(module: nn.Module) -> torch.Tensor:
+    """The dense weight of a module, quantised or not."""
+    return backends.find(module).read(module, "weight")
+
+
+def check_adapters_to_merge(module: Any, adapter_names: Sequence[str] | None = None) -> list[str]:
+    """Those of some adapters, or of the active ones, that are not merged into a layer."""
+    if isinstance(adapter_names, str):
+        raise TypeError(f"adapter_names is a list of names, not {adapter_names!r}")
+    names = module.active_adapters if adapter_names is None else adapter_names
+    return [name for name in names if name not in module.merged_adapters]
+
+
+def check_target_module_exists(config: Any, key: str) -> bool:
+    """Whether the targets of a configuration match a path, and its exclusions do not."""
+
+    def matches(option: str) -> bool:
+        value = getattr(config, option, None) or ()
+        patterns = [value] if isinstance(value, str) else sorted(value)
+        return bool(PatternSet(patterns, option).over(Paths([key]))[key])
+
+    return matches("target_modules") and not matches("exclude_modules")
+
+
+def _maybe_include_all_linear_layers(peft_config: Any, model: nn.Module) -> Any:
+    """The same configuration, with the paths of the linear layers for ``"all-linear"``."""
+    if str(peft_config.target_modules).lower() == ALL_LINEAR:
+        own = LoraConfig(target_modules=ALL_LINEAR, task_type=peft_config.task_type)
+        peft_config.target_modules = {spec.path for spec in plan(model, own).specs}
+    return peft_config
+
+
+@contextmanager
+def onload_layer(layer: nn.Module) -> Iterator[None]:
+    """Nothing: a Veneer layer reads and writes an offloaded weight where it is kept."""
+    yield
 
 
 def infer_device() -> str:
@@ -186,6 +271,10 @@ def is_bnb_available() -> bool:
 is_bnb_4bit_available = is_bnb_available
 
 
+def is_torchao_available() -> bool:
+    return importlib.util.find_spec("torchao") is not None
+
+
 # -- peft.helpers ----------------------------------------------------------------------------------
 
 
@@ -193,6 +282,22 @@ is_bnb_4bit_available = is_bnb_available
 def disable_input_dtype_casting(model: nn.Module, active: bool = True) -> Iterator[None]:
     """Does nothing: a Veneer layer casts its factors to the input's type, never the input."""
     yield
+
+
+class DoraCaching:
+    """Nothing, for callers of PEFT's API: the norms of frozen rows are kept without asking for it."""
+
+    def __init__(self, enabled: bool = True) -> None:
+        self.enabled = enabled
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *error: object) -> None:
+        return None
+
+    def __call__(self, enabled: bool = True) -> None:
+        self.enabled = enabled
 
 
 @contextmanager

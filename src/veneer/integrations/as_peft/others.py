@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 from ...errors import VeneerError
@@ -25,6 +26,19 @@ class OtherMethod:
             "real peft (without register_as_peft, `python -m veneer.as_peft` or VENEER_AS_PEFT=1), or use "
             "LoraConfig."
         )
+
+
+def inside(name: str) -> Callable[..., NoReturn]:
+    """The stand-in for a function of peft's own insides."""
+
+    def function(*args: Any, **kwargs: Any) -> NoReturn:
+        raise VeneerError(
+            f"{name} is of peft's insides, which Veneer, standing in for peft, does not have: call the "
+            "public functions instead (get_peft_model, PeftModel.from_pretrained, set_peft_model_state_dict)"
+        )
+
+    function.__name__ = name
+    return function
 
 
 @functools.cache
