@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import veneer
+import veneer.errors
 import veneer.training
 from tests.docs.pages import ROOT
 
@@ -36,3 +37,21 @@ def test_the_learning_rates_are_those_of_the_guides_scripts() -> None:
         assert line is not None
         found = re.findall(r'(LORA|"LoRA"|"full[^"]*"): (\S+?)(?:,|$)', line[1])
         assert [rate for _, rate in found] == rates, name
+
+
+def test_troubleshooting_has_every_error_and_quotes_what_is_said() -> None:
+    page = (DOCS / "how-to" / "troubleshooting.md").read_text(encoding="utf-8")
+    kinds = (veneer.errors.VeneerError, veneer.errors.VeneerWarning)
+    classes = [
+        name
+        for name, value in vars(veneer.errors).items()
+        if isinstance(value, type) and issubclass(value, kinds) and name != "VeneerError"
+    ]
+    assert len(classes) > 10
+    assert re.findall(r"^## `(\w+)`$", page, re.M) == classes
+    sources = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "src").rglob("*.py"))
+    said = re.sub(r'"\s*\n\s*f?"', "", sources)
+    quoted = re.findall(r'^- \*\*"(.*)":\*\*', page, re.M)
+    parts = [part.strip(" ;") for quote in quoted for part in quote.split("…") if part.strip(" ;")]
+    assert len(parts) > 8
+    assert [part for part in parts if part not in said] == []
