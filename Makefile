@@ -16,7 +16,7 @@ ARGS ?=
 # Two workers, a file each: the suite is written for two cores, each worker computing with one thread.
 WORKERS ?= 2
 PYTEST = $(VENV)/python -m pytest -n $(WORKERS) --dist loadfile
-# The variable silences an advertisement of the theme's.
+# The variable silences the theme's notice about MkDocs 2.
 SITE = @NO_MKDOCS_2_WARNING=1 $(VENV)/python -m mkdocs build --strict --quiet
 SHORT := tests/architecture tests/unit tests/laws tests/golden tests/readers tests/docs
 

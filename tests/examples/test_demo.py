@@ -74,7 +74,7 @@ def test_the_whole_course_on_a_tiny_model(
     found = json.loads((tmp_path / "out" / "demo.json").read_text())
     assert list(found["claims"].values()) == [False, False, False, True, True]
     assert found["extra"]["scores"]["after"]["loss"] < found["extra"]["scores"]["before"]["loss"]
-    assert found["extra"]["kept in 16 bits"] > 0.99  # the tiny base has 32 bits
+    assert 0 < found["extra"]["kept in 16 bits"] < 0.99  # bfloat16 rounds much of so small an update away
     assert len(found["extra"]["losses"]) == 2 and found["extra"]["megabytes"]["adapter"] > 0
     assert (tmp_path / "out" / "demo.png").read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
