@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import re
 import shlex
 from pathlib import Path
@@ -78,3 +79,11 @@ def test_it_counts_its_own_dependencies() -> None:
     line = re.search(r"^dependencies = \[(.*)\]$", (ROOT / "pyproject.toml").read_text(), re.M)
     assert line is not None
     assert f"| packages it requires directly | {line[1].count('>=')} |" in README.read_text(encoding="utf-8")
+
+
+def test_it_counts_those_of_peft_and_its_commands() -> None:
+    peft = importlib.metadata.distribution("peft")
+    required = [line for line in peft.requires or () if "extra ==" not in line]
+    readme = README.read_text(encoding="utf-8")
+    assert f"PEFT is version {peft.version}." in readme and not peft.entry_points
+    assert re.search(rf"^\| packages it requires directly \| \d+ \| {len(required)} \|$", readme, re.M)

@@ -250,8 +250,9 @@ def _measure(
             logger.info("EVA: %d of %d inputs have converged after pass %d", done, len(holders), turn + 1)
     if waiting := {n: w for n, w in holders.items() if not _has_converged(n, w, sharing, ranks)}:
         warn(
-            f"the directions of {len(waiting)} of {len(holders)} inputs still turn after {_MOST_PASSES} "
-            f"passes over the data (tau={next(iter(waiting.values())).tau}): {', '.join(list(waiting)[:3])}"
+            f"the directions of {len(waiting)} of {len(holders)} inputs have not converged in "
+            f"{_MOST_PASSES} passes over the data (tau={next(iter(waiting.values())).tau}): "
+            f"{', '.join(list(waiting)[:3])}"
         )
     return ranks
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from ..errors import VeneerError
+from ..training.launcher import is_first, launched
 from ..training.options import RunOptions
 from .common import FAILED, INTERRUPTED, app, show, show_json, show_text, size
 from .fields import command_line, commented, options_of, with_flags
@@ -52,7 +52,7 @@ def train(
     from ..training.run import fine_tune
     from ..training.stopping import Interrupted
 
-    first = os.environ.get("RANK", "0") == "0"
+    first = is_first()
     try:
         metrics = fine_tune(options, Terminal())
     except Interrupted as left:
@@ -79,7 +79,7 @@ def train(
 
 
 def _say_how_to_go_on(left: Any, config: Path | None, given: dict[str, Any]) -> None:
-    launched = ", under the same launcher" if "RANK" in os.environ else ""
-    say(f"Stopped after step {left.step} of {left.steps}; checkpoint: {left.checkpoint}. To go on{launched}:")
+    way = ", under the same launcher" if launched() else ""
+    say(f"Stopped after step {left.step} of {left.steps}; checkpoint: {left.checkpoint}. To go on{way}:")
     same = {name: value for name, value in given.items() if name not in ("resume", "overwrite_output_dir")}
     say(f"  {command_line('train', config, same, '--resume')}")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 
-import torch
-
 from ..errors import TrainingError
 
 #: How to launch a run that shards the model.
@@ -55,6 +53,8 @@ def check_launcher() -> None:
             "ACCELERATE_USE_FSDP asks for a model in shards, and of the two ways to shard FSDP2 is "
             f"supported: {_SHARDED}"
         )
+    import torch
+
     if not torch.cuda.is_available():
         raise TrainingError(
             "ACCELERATE_USE_FSDP asks for a model in shards, and accelerate shards on GPUs only: on CPUs "

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, Hint, Text, TrainingError, VeneerError
 from ..wording import first_line
+from .launcher import own_gpu
 from .options import DTYPES, QUANTIZATIONS
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ def check_device(name: str) -> None:
 def training_device() -> torch.device | None:
     """The accelerator that this process trains on, None for the CPU."""
     there = accelerators()
-    return there[int(os.environ.get("LOCAL_RANK", "0")) % len(there)] if there else None
+    return there[own_gpu() % len(there)] if there else None
 
 
 def device_map(source: str | os.PathLike[str], loading: Loading) -> tuple[Any, str | None]:
@@ -100,6 +101,8 @@ def device_map(source: str | os.PathLike[str], loading: Loading) -> tuple[Any, s
     """
     check_device(loading.device)
     there = accelerators()
+    if loading.device == "cpu" and loading.quantize != "none":
+        return {"": "cpu"}, None  # without a map, codes go to a GPU
     if loading.device == "cpu" or (loading.device == "auto" and not there):
         return None, None
     if loading.device != "auto":

@@ -27,7 +27,7 @@ from .data import (
     pad_token,
     read_records,
 )
-from .launcher import check_launcher, is_first, is_sharded, processes
+from .launcher import check_launcher, is_first, is_sharded, launched, processes
 from .libraries import quiet_libraries, require
 from .loading import accelerators, training_device
 from .losses import Answers, Classes, Objective, Pairs, check_chunks
@@ -251,7 +251,7 @@ def _objective(options: RunOptions, base: Any, tokenizer: Any) -> Objective | Pa
 def _about_devices(base: Any) -> Iterator[str]:
     """What to say of GPUs that stay idle, and of weights that are wider than they need to be."""
     there = accelerators()
-    if len(there) > 1 and "WORLD_SIZE" not in os.environ:
+    if len(there) > 1 and not launched():
         launch = f"torchrun --nproc-per-node {len(there)} -m veneer train …"
         yield f"Training on one of {len(there)} GPUs; to use them all: {launch}"
     if there and base.dtype == torch.float32:

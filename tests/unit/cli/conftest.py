@@ -9,7 +9,7 @@ import pytest
 
 from tests.architecture.message_rules import spelt_in_python
 from tests.unit.cli.words import train_words
-from tests.unit.training.tiny import saved_records, saved_tiny
+from tests.unit.training.tiny import saved_records
 from veneer.cli import common, main, messages
 
 
@@ -30,11 +30,6 @@ def _no_option_as_in_python(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(common, "main", main_of)
     monkeypatch.setattr(messages, "print", shown, raising=False)
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return saved_tiny(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="module")

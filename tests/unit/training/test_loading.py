@@ -9,25 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from tests.unit.training.tiny import saved_tiny, tiny_model
+from tests.unit.training.tiny import Told, tiny_model
 from veneer import ConfigError, LoraConfig, TrainingError, get_peft_model
 from veneer.training import load_base, loading, run
 from veneer.training.adapters import load_adapted, read_head
 from veneer.training.loading import Loading, check_device, device_map, weight_bytes
-from veneer.training.progress import Silent
-
-
-class Said(Silent):
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def say(self, line: str) -> None:
-        self.lines.append(line)
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return saved_tiny(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +53,7 @@ def test_a_base_goes_to_the_first_gpu_or_the_one_that_is_named(base: Path) -> No
     assert device_map(base, Loading()) == ({"": "cuda:0"}, "The base model goes to cuda:0.")
     assert device_map(base, Loading(device="cuda:1")) == ({"": "cuda:1"}, None)
     assert device_map(base, Loading(device="cpu")) == (None, None)
+    assert device_map(base, Loading(device="cpu", quantize="nf4")) == ({"": "cpu"}, None)
     with pytest.raises(TrainingError, match="there are: cpu, cuda:0, cuda:1"):
         check_device("cuda:2")
 
@@ -116,7 +103,7 @@ def test_an_adapter_is_loaded_as_it_was_asked_for(
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", watched)
     monkeypatch.setattr(loading, "accelerators", lambda: [torch.device("cuda", 0)])
     monkeypatch.setattr(loading, "_free_bytes", lambda device: 10**9)
-    progress = Said()
+    progress = Told()
     model, _ = load_adapted(
         adapter, str(base), Loading("bfloat16", attn_implementation="eager"), progress=progress
     )
@@ -134,7 +121,7 @@ def test_an_adapter_is_used_over_what_it_was_trained_over(
     (tmp_path / "metrics.json").write_text(json.dumps({"options": {"quantize": "nf4" if there else "int4"}}))
     if not there:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    progress, head = Said(), read_head(tmp_path)
+    progress, head = Told(), read_head(tmp_path)
     model, _ = load_adapted(head, str(base), Loading(quantize="auto"), progress=progress)
     kind = type(model.get_base_model().model.layers[0].mlp.up_proj).__name__
     assert kind == ("Linear4bit" if there else "Linear")
@@ -148,12 +135,12 @@ def test_an_adapter_is_used_over_what_it_was_trained_over(
 def test_a_run_says_which_gpus_stay_idle_and_what_is_wider_than_it_needs_to_be(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setattr(run, "accelerators", lambda: [torch.device("cuda", number) for number in range(4)])
     idle, wide = run._about_devices(tiny_model())
     assert "one of 4 GPUs" in idle and "torchrun --nproc-per-node 4 -m veneer train" in idle
     assert "float32" in wide and "bfloat16" in wide
-    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("RANK", "0")
     assert not list(run._about_devices(tiny_model().bfloat16()))
     monkeypatch.setattr(run, "accelerators", lambda: [])
     assert not list(run._about_devices(tiny_model()))

@@ -11,23 +11,13 @@ import torch
 from safetensors.torch import load_file
 
 from tests.tolerances import assert_close
-from tests.unit.training.tiny import saved_records, saved_tiny, tiny_model
+from tests.unit.training.tiny import Told, saved_records, saved_tiny, tiny_model
 from veneer import ConfigError, PeftModel, TargetError
-from veneer.training import RunOptions, Silent
+from veneer.training import RunOptions
 from veneer.training.run import fine_tune
 
 #: No step moves anything: what is saved is the start.
 STILL = {"epochs": 1, "learning_rate": 1e-30, "batch_size": 16, "lora_r": 4, "lora_alpha": 4}
-
-
-class Told(Silent):
-    """Keeps what is said."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def say(self, line: str) -> None:
-        self.lines.append(line)
 
 
 def run(place: Path, init: str, **more: Any) -> tuple[dict[str, Any], dict[str, torch.Tensor], list[str]]:
