@@ -406,15 +406,14 @@ class LoraModel(nn.Module):
 
     def _merge(
         self,
-        adapter_names: Sequence[str] | None,
+        names: Sequence[str],
         safe_merge: bool,
         untie: bool,
         undo: Undoing,
         back: Rollback,
         progressbar: bool = False,
     ) -> MergeReport:
-        """Ask everything that can be known, then write; ``back`` is given what takes it back."""
-        names = self.active_adapters if adapter_names is None else as_names(adapter_names)
+        """Refuse everything that can be known, then write; ``back`` gets what undoes it."""
         self.index.check(names, known=self.peft_config)
         self.mention_unmeasured(names)
         reshard(self)

@@ -1,4 +1,4 @@
-"""Which modules an adapter takes: names in, :class:`Plan` out. Nothing here knows torch.
+"""Which modules an adapter takes: names in, `Plan` out. Nothing here knows torch.
 
 One rule for every pattern, alone or in a list: a name, the end of a dotted path, a full path, or a regular
 expression over the whole path. A pattern that matches nothing is reported with the nearest names that exist.
@@ -85,7 +85,7 @@ class Plan:
 
     Args:
         adapter: Its name.
-        specs: One :class:`LoraSpec` for each module that gets factors, in the model's order.
+        specs: One `LoraSpec` for each module that gets factors, in the model's order.
         modules_to_save: Paths of the modules that train in full, in the model's order.
         unmatched: Patterns that change nothing.
         skipped: Modules that were reached and left out.

@@ -298,7 +298,7 @@ class PeftConfig:
 
     @classmethod
     def from_json_file(cls, path_json_file: str | os.PathLike[str], **kwargs: Any) -> dict[str, Any]:
-        """The content of one ``adapter_config.json`` as a dictionary; see :meth:`from_file`.
+        """The content of one ``adapter_config.json`` as a dictionary; see `from_file`.
 
         Raises:
             AdapterFileError: If the file is missing, unreadable, or no JSON object.

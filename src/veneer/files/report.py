@@ -91,7 +91,7 @@ class LoadReport:
         """Raise unless everything fits.
 
         Raises:
-            LoadMismatchError: with :meth:`message`.
+            LoadMismatchError: with `message`.
         """
         if not self.ok:
             hint = Hint("strict", False, "; {} loads what fits")

@@ -49,7 +49,7 @@ def write_adapter(
 
     Args:
         directory: made if it does not exist; other files in it are left alone.
-        tensors: names on disk (see :func:`to_disk`) to tensors, on any device; shared storage is fine.
+        tensors: names on disk (see `to_disk`) to tensors, on any device; shared storage is fine.
         config: content of the configuration file, JSON values only.
         metadata: strings to keep in the file of tensors, beside the configuration.
         card: text of ``README.md``. Of a README that exists already only the front matter is updated.
