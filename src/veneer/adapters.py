@@ -302,11 +302,18 @@ def adapter_modules(model: nn.Module) -> list[AdapterModule]:
     return found
 
 
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The module that `torch.compile` was called with; any other module itself."""
+    # Not by getattr: a model passes on what it lacks to the base in it, which may be compiled.
+    inner = model._modules.get("_orig_mod")
+    return model if inner is None else inner
+
+
 def base_of(model: nn.Module) -> nn.Module:
-    """The base model inside a `PeftModel`; any other model is its own base."""
+    """The base model inside a `PeftModel`; any other model is its own base. Neither is a compiled one."""
     inner = getattr(model, "get_base_model", None)
     found: nn.Module = inner() if callable(inner) else model
-    return found
+    return uncompiled(found)
 
 
 class BaseTensor(NamedTuple):

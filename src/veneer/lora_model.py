@@ -20,9 +20,7 @@ from veneer.errors import (
     CombineError,
     ConfigError,
     MergeError,
-    RoutingError,
     TargetError,
-    show,
 )
 from veneer.inject.api import eject
 from veneer.inject.base_tensors import bias_parameters, embedding_of
@@ -37,7 +35,7 @@ from veneer.layers.trainable_tokens import TrainableTokens
 from veneer.merge import Mergeable, Undoing, merge_all, merge_updates, unmerge_all
 from veneer.merge_report import MergeReport, mention_lost
 from veneer.rollback import Rollback
-from veneer.routing import BASE
+from veneer.routing import check_mixed_batch
 from veneer.sharded import reshard
 from veneer.spec import resolve, restate
 from veneer.wording import listed, warn
@@ -250,28 +248,12 @@ class LoraModel(nn.Module):
         Raises:
             RoutingError: Listing all that is wrong.
         """
-        problems = []
-        if isinstance(names, str) or not all(isinstance(name, str) for name in names):
-            raise RoutingError(f"adapter_names is a list of names, one for each row, got {names!r}")
-        used = list(dict.fromkeys(name for name in names if name != BASE))
-        if not names:
-            problems.append("it is empty: one name for each row of the batch is needed")
-        if unknown := [name for name in used if name not in self.peft_config]:
-            have = ", ".join(map(repr, [*self.peft_config, BASE]))
-            problems.append(f"no adapter named {', '.join(map(show, unknown))}; there are: {have}")
-        modules = self.index.modules()
-        if merged := sorted({n for module in modules for n in module.merged_adapters}):
-            problems.append(
-                f"{', '.join(map(repr, merged))} is merged into the weights, so no row would be without it: "
-                "unmerge_adapter() first"
-            )
-        if biased := [n for n in self.peft_config if self.peft_config[n].bias != "none"]:
-            bias = self.peft_config[biased[0]].bias
-            problems.append(f"{biased[0]!r} trains biases of the base itself (bias={bias!r}), for all rows")
-        refused = [reason for module in modules if (reason := module.refuses_rows(used)) is not None]
-        problems += refused[:3] + ([f"… and {len(refused) - 3} more like these"] if len(refused) > 3 else [])
-        if problems:
-            raise RoutingError("this batch cannot be mixed:\n" + "\n".join(f"  - {p}" for p in problems))
+        biased = [n for n in self.peft_config if self.peft_config[n].bias != "none"]
+        biases = [
+            f"{name!r} trains biases of the base itself (bias={self.peft_config[name].bias!r}), for all rows"
+            for name in biased[:1]
+        ]
+        check_mixed_batch(names, self.peft_config, self.index.modules(), biases)
 
     def set_strength(self, adapter_name: str, factor: float) -> None:
         """Let an adapter count ``factor`` times as much as its configuration says.

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.adapters import AdapterModule, Contexts, adapter_modules, opened
-from veneer.errors import RoutingError
+from veneer.errors import RoutingError, show
 from veneer.ops.mixed_batch import Layout, layouts
 from veneer.variants.alora import Activation
 
@@ -296,6 +296,62 @@ def _as_current(routing: Routing | None, carried: bool = False) -> Iterator[None
         yield
     finally:
         _here.routing, _here.carried = before
+
+
+def call_by_rows(layer: AdapterModule, names: Sequence[str] | None, *args: Any, **kwargs: Any) -> Any:
+    """Call one layer by itself, with each row of its input going through its own adapter.
+
+    Args:
+        layer: The layer.
+        names: The adapter of each row, `BASE` for none; None uses the active adapters.
+        *args: What the layer's forward takes.
+        **kwargs: Likewise.
+
+    Raises:
+        RoutingError: For adapters that cannot be mixed, or names that do not fit the rows.
+    """
+    forward = type(layer).forward  # not the instance's, which offloading replaces by one that calls this
+    if names is None:
+        return forward(layer, *args, **kwargs)
+    check_mixed_batch(names, layer.held_adapters, [layer])
+    with _as_current(Routing(names)):
+        return forward(layer, *args, **kwargs)
+
+
+def check_mixed_batch(
+    names: Sequence[str], known: Collection[str], modules: Iterable[AdapterModule], more: Sequence[str] = ()
+) -> None:
+    """Refuse names for the rows of a batch that cannot be served.
+
+    Args:
+        names: One for each row; `BASE` for none.
+        known: The adapters that there are.
+        modules: All modules that hold adapters.
+        more: Other reasons against mixing adapters in one batch.
+
+    Raises:
+        RoutingError: Listing all that is wrong.
+    """
+    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+        raise RoutingError(f"adapter_names is a list of names, one for each row, got {names!r}")
+    problems = []
+    modules = list(modules)
+    used = list(dict.fromkeys(name for name in names if name != BASE))
+    if not names:
+        problems.append("it is empty: one name for each row of the batch is needed")
+    if unknown := [name for name in used if name not in known]:
+        have = ", ".join(map(repr, [*known, BASE]))
+        problems.append(f"no adapter named {', '.join(map(show, unknown))}; there are: {have}")
+    if merged := sorted({n for module in modules for n in module.merged_adapters}):
+        problems.append(
+            f"{', '.join(map(repr, merged))} is merged into the weights, so no row would be without it: "
+            "unmerge_adapter() first"
+        )
+    problems += more
+    refused = [reason for module in modules if (reason := module.refuses_rows(used)) is not None]
+    problems += refused[:3] + ([f"… and {len(refused) - 3} more like these"] if len(refused) > 3 else [])
+    if problems:
+        raise RoutingError("this batch cannot be mixed:\n" + "\n".join(f"  - {p}" for p in problems))
 
 
 def keep_for_backward(output: Any, routing: Routing) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer import sharded
-from veneer.adapters import AdapterSet, base_names, base_of, walk
+from veneer.adapters import AdapterSet, base_names, base_of, uncompiled, walk
 from veneer.backends import stored_elsewhere
 from veneer.config import LoraConfig
 from veneer.errors import AdapterNameError, CheckpointError, ConfigError, LoadMismatchError, MergeError
@@ -423,9 +423,8 @@ def get_peft_model_state_dict(
         save_embedding_layers: See `PeftModel.save_pretrained`.
     """
     check_save_embedding_layers(save_embedding_layers)
-    inner = getattr(model, "_orig_mod", model)
     return adapter_state_dict(
-        inner, adapter_name, state_dict=state_dict, save_embedding_layers=save_embedding_layers
+        uncompiled(model), adapter_name, state_dict=state_dict, save_embedding_layers=save_embedding_layers
     )
 
 
@@ -456,7 +455,7 @@ def set_peft_model_state_dict(
             f"{type(peft_model_state_dict).__name__}"
         )
     report = set_adapter_state_dict(
-        model,
+        uncompiled(model),
         peft_model_state_dict,
         adapter_name,
         ignore_mismatched_sizes=ignore_mismatched_sizes,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 import veneer
 from tests.interop.reference import both, expect_same_model, output, peft, quiet, randomise
@@ -30,3 +31,28 @@ def test_rows_of_a_mixed_batch_are_the_references(kind: str) -> None:
         mine, its = ours(x, adapter_names=names), theirs(x, adapter_names=names)
     assert_close(mine, its)
     assert not torch.allclose(mine, output(ours, x))
+
+
+@pytest.mark.parametrize("kind", ["linear", "embedding", "gemma3"])
+def test_a_layer_called_by_itself(kind: str) -> None:
+    if kind == "gemma3":
+        from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
+
+        def build() -> nn.Module:
+            return nn.ModuleDict({"embed": Gemma3TextScaledWordEmbedding(12, 6, 0, embed_scale=6**0.5)})
+
+        options, path, x = {"r": 2, "target_modules": ["embed"]}, "embed", torch.arange(6).view(3, 2)
+    else:
+        build, options, x = KINDS[kind].build, config(kind, "plain"), KINDS[kind].inputs()
+        path = next(n for n, m in both(build, options)[0].get_base_model().named_modules() if hasattr(m, "r"))
+    ours, theirs = both(build, options)
+    ours.add_adapter("second", veneer.LoraConfig(**options))
+    with quiet():
+        theirs.add_adapter("second", peft.LoraConfig(**options))
+    randomise(theirs)
+    theirs.set_adapter("second")
+    randomise(theirs, seed=2)
+    ours.load_state_dict(theirs.state_dict())
+    names = [("default", "__base__", "second")[row % 3] for row in range(x.shape[0])]
+    mine, its = (m.get_base_model().get_submodule(path)(x, adapter_names=names) for m in (ours, theirs))
+    assert_close(mine, its)

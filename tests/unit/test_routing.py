@@ -276,3 +276,51 @@ def test_where_an_invoked_adapter_acts_is_never_guessed(
 def test_an_invoked_adapter_needs_a_text() -> None:
     with pytest.raises(RoutingError, match="needs input_ids or alora_offsets"):
         invoked(lambda x: x)(inputs=torch.tensor([[1, 2]]))
+
+
+def test_a_layer_called_by_itself_takes_names_too() -> None:
+    model = llama(modules_to_save=["model.norm"], trainable_token_indices=[1, 3])
+    base = model.get_base_model()
+    hidden = torch.randn(4, 6, base.config.hidden_size)
+    for layer, x in (
+        (base.model.layers[0].mlp.down_proj, torch.randn(4, 6, base.config.intermediate_size)),
+        (base.model.norm, hidden),
+        (base.model.embed_tokens, ids()),
+    ):
+        assert layer.held_adapters
+        mixed = layer(x, adapter_names=NAMES)
+        for row, name in enumerate(NAMES):
+            model.set_adapter([] if name == BASE else name, inference_mode=True)
+            assert_close(mixed[row : row + 1], layer(x[row : row + 1]))
+        assert torch.equal(layer(x, adapter_names=None), layer(x))
+
+
+def test_an_attention_called_by_itself_takes_names_too() -> None:
+    layer = nn.MultiheadAttention(8, 2, batch_first=True)
+    net = nn.ModuleDict({"attention": layer})
+    model = adapted(net, target_modules=["attention"], task_type=None, init_lora_weights=False)
+    x, attention = torch.randn(4, 3, 8), net["attention"]
+    mixed, _ = attention(x, x, x, adapter_names=NAMES)
+    for row, name in enumerate(NAMES):
+        model.set_adapter([] if name == BASE else name, inference_mode=True)
+        alone = x[row : row + 1]
+        assert_close(mixed[row : row + 1], attention(alone, alone, alone)[0])
+
+
+def test_a_layer_refuses_names_that_are_none_of_its_own() -> None:
+    layer = llama().get_base_model().model.layers[0].mlp.up_proj
+    x = torch.randn(4, 6, layer.in_features)
+    with pytest.raises(RoutingError, match="no adapter named 'c'; there are: 'a', 'b', '__base__'"):
+        layer(x, adapter_names=["a", "c", "b", BASE])
+    with pytest.raises(RoutingError, match="adapter_names has 2 names"):
+        layer(x, adapter_names=["a", "b"])
+    layer.merge(adapter_names=["a"])
+    with pytest.raises(RoutingError, match="'a' is merged"):
+        layer(x, adapter_names=NAMES)
+
+
+def test_a_bare_parameter_cannot_have_rows() -> None:
+    net = nn.Sequential(nn.Linear(4, 4))
+    model = get_peft_model(net, LoraConfig(r=2, target_modules=[], target_parameters=["0.weight"]), "a")
+    with pytest.raises(RoutingError, match="a bare parameter, which all rows of a batch share"):
+        model.get_base_model()[0](torch.ones(2, 4), adapter_names=["a", BASE])

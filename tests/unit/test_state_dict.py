@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from tests.laws.cases import train
-from veneer import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
+from tests.tolerances import assert_close
+from veneer import (
+    LoraConfig,
+    PeftModel,
+    get_base_model_state_dict,
+    get_peft_model,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
+)
 from veneer.errors import AdapterNameError, BaseMismatchError, LoadMismatchError, VeneerWarning
 from veneer.layers import LoraLayer
 from veneer.state_dict import set_adapter_state_dict, slots
@@ -78,6 +88,29 @@ def test_a_compiled_model_has_the_same_names() -> None:
     assert get_peft_model_state_dict(torch.compile(model)).keys() == get_peft_model_state_dict(model).keys()
     model.base_model.model.linear = torch.compile(model.base_model.model.linear)
     assert "base_model.model.linear.lora_A.weight" in {s.disk for s in slots(model, "default")}
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_compiled_model_takes_an_adapter_and_its_tensors(inside: bool) -> None:
+    """Injected into a compiled model, or by a PeftModel around it."""
+    plain, x = Net(), torch.arange(4)
+    compiled = torch.compile(copy.deepcopy(plain), backend="eager")
+    before = compiled(x)
+    config_ = LoraConfig(r=2, target_modules=["linear"])
+    if inside:
+        model, reference = get_peft_model(compiled, config_), get_peft_model(plain, config_)
+    else:
+        model, reference = (inject_adapter_in_model(config_, m) for m in (compiled, plain))
+    assert inside or model is compiled
+    assert torch.equal(model(x), before)
+    tensors = {k: torch.full_like(v, 0.3) for k, v in get_peft_model_state_dict(reference).items()}
+    assert get_peft_model_state_dict(model).keys() == tensors.keys()
+    for each in (model, reference):
+        assert set_peft_model_state_dict(each, tensors) == ([], [])
+    assert_close(model(x), reference(x))
+    assert not torch.equal(model(x), before)
+    base = get_base_model_state_dict(reference)
+    assert get_base_model_state_dict(model).keys() == base.keys()
 
 
 def test_values_of_a_given_state_dict_with_or_without_prefix() -> None:
@@ -168,3 +201,15 @@ class WithEmbedding(Net):
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embed
+
+
+def test_biases_that_the_adapter_does_not_train_are_named_and_not_written() -> None:
+    donor = get_peft_model(Net(), config("linear", bias="all"))
+    tensors = {k: torch.randn_like(v) for k, v in get_peft_model_state_dict(donor).items()}
+    model = get_peft_model(Net(), config("linear", bias="none"))
+    bias = model.base_model.model.linear.base_layer.bias
+    before = bias.clone()
+    with pytest.warns(VeneerWarning, match=r"linear\.base_layer\.bias"):
+        result = set_peft_model_state_dict(model, tensors)
+    assert sorted(result.unexpected_keys) == sorted(k for k in tensors if "lora" not in k)
+    assert torch.equal(bias, before)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from veneer.adapters import AdapterModule
+from veneer.adapters import AdapterModule, uncompiled
 from veneer.config import LoraConfig
 from veneer.errors import TargetError
 from veneer.files.keys import PREFIX
@@ -32,7 +32,7 @@ def inject_adapter_in_model(
 
     Args:
         peft_config: The configuration; not changed.
-        model: The module; every parameter but the adapter's is frozen.
+        model: The module, compiled or not; every parameter but the adapter's is frozen.
         adapter_name: The adapter's name; it becomes the active one.
         low_cpu_mem_usage: Create the factors on the meta device, to be loaded.
         state_dict: Take the targets from the keys of this adapter, instead of from the configuration. Its
@@ -47,14 +47,15 @@ def inject_adapter_in_model(
     """
     peft_config = check_config(peft_config)
     config = peft_config if state_dict is None else _targets_of(peft_config, state_dict)
+    inner = uncompiled(model)
     injection = prepare(
-        model, config, adapter_name, autocast_adapter_dtype=False, strict_targets=strict_targets
+        inner, config, adapter_name, autocast_adapter_dtype=False, strict_targets=strict_targets
     )
     injection.initialise(draw_seed(), meta=low_cpu_mem_usage)
     injection.commit(trainable=not config.inference_mode)
     if state_dict is not None:
         injection.config.target_modules = peft_config.target_modules or injection.config.target_modules
-    configs: dict[str, LoraConfig] = model.__dict__.setdefault("peft_config", {})
+    configs: dict[str, LoraConfig] = inner.__dict__.setdefault("peft_config", {})
     configs[adapter_name] = injection.config
     return model
 

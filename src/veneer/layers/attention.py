@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from veneer import backends
 from veneer.layers.factor import stand_in
 from veneer.layers.layer import LoraLayer
-from veneer.routing import current
+from veneer.routing import call_by_rows, current
 from veneer.spec import LoraSpec
 
 
@@ -104,8 +104,22 @@ class LoraMultiheadAttention(LoraLayer):
         attn_mask: Tensor | None = None,
         average_attn_weights: bool = True,
         is_causal: bool = False,
+        adapter_names: Sequence[str] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """As in torch's module."""
+        """As in torch's module; ``adapter_names`` as in any LoRA layer."""
+        if adapter_names is not None:
+            return call_by_rows(  # type: ignore[no-any-return]
+                self,
+                adapter_names,
+                query,
+                key,
+                value,
+                key_padding_mask,
+                need_weights,
+                attn_mask,
+                average_attn_weights,
+                is_causal,
+            )
         out = self.output_projection
         routing = current(self)
         if routing is None:

@@ -29,7 +29,7 @@ from veneer.ops.mixed_batch import along_rows, own_rows
 from veneer.ops.row_norms import State
 from veneer.registry import TypeRegistry
 from veneer.rollback import Undo, Update
-from veneer.routing import Routing, acting, current
+from veneer.routing import Routing, acting, call_by_rows, current
 from veneer.sharded import gathered, is_distributed
 from veneer.spec import LoraSpec
 from veneer.variants import Variant
@@ -135,7 +135,12 @@ class LoraLayer(Mergeable):
     # -- forward ---------------------------------------------------------------------------------------
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """``base(x) + Σ s·B(A(dropout(x)))`` over the active adapters that are not merged."""
+        """``base(x) + Σ s·B(A(dropout(x)))`` over the active adapters that are not merged.
+
+        With ``adapter_names``, each row of x goes through its own adapter instead: see `PeftModel.forward`.
+        """
+        if "adapter_names" in kwargs:
+            return call_by_rows(self, kwargs.pop("adapter_names"), x, *args, **kwargs)  # type: ignore[no-any-return]
         if (routing := current(self)) is not None:
             return self.mixed(routing, x, *args, **kwargs)
         if self.fused and not args and not kwargs and (fused := self.fused_step(x)) is not None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from veneer import backends
 from veneer.adapters import AdapterModule, as_names
 from veneer.errors import AdapterNameError, RoutingError
-from veneer.routing import Routing, current
+from veneer.routing import Routing, call_by_rows, current
 
 
 class ModulesToSaveWrapper(AdapterModule):
@@ -106,6 +106,8 @@ class ModulesToSaveWrapper(AdapterModule):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the current module; in a mixed batch, the copy of each row's adapter."""
+        if "adapter_names" in kwargs:
+            return call_by_rows(self, kwargs.pop("adapter_names"), *args, **kwargs)
         if (routing := current(self)) is not None and not self._disabled:
             return self._forward_rows(routing, *args, **kwargs)
         return self.current(*args, **kwargs)

@@ -13,7 +13,7 @@ from veneer.errors import RoutingError
 from veneer.layers.factor import stand_in
 from veneer.layers.layer import LoraLayer
 from veneer.ops.adapted_weight import AdaptedWeight, Term
-from veneer.routing import current
+from veneer.routing import call_by_rows, current
 from veneer.spec import LoraSpec
 
 
@@ -167,6 +167,8 @@ class LoraParameter(LoraLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the module with the adapted parameters of all layers of the chain."""
+        if "adapter_names" in kwargs:
+            return call_by_rows(self, kwargs.pop("adapter_names"), *args, **kwargs)
         weights = {layer.weight_name: layer._adapted_weight() for layer in self.chain()}
         adapted = {name: weight for name, weight in weights.items() if weight is not None}
         base = self.get_base_layer()

@@ -16,7 +16,7 @@ from veneer.errors import AdapterNameError
 from veneer.layers.factor import stand_in
 from veneer.merge import Mergeable
 from veneer.rollback import Rows
-from veneer.routing import current
+from veneer.routing import call_by_rows, current
 from veneer.sharded import is_distributed
 
 
@@ -229,6 +229,8 @@ class TrainableTokens(Mergeable):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base's output with the rows of the active adapters."""
+        if "adapter_names" in kwargs:
+            return call_by_rows(self, kwargs.pop("adapter_names"), x, *args, **kwargs)  # type: ignore[no-any-return]
         routing = current(self)
         base = self.get_base_layer() if routing is None and not self._disabled else self.original_base()
         result: Tensor = base(x, *args, **kwargs)
