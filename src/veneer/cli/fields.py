@@ -12,7 +12,7 @@ from typing import Annotated, Any, TypeVar, get_type_hints
 
 import typer
 
-from ..training.options import TrainOptions, plain_type, read_yaml
+from ..training.options import RunOptions, TrainOptions, plain_type, read_yaml
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 #: The headings of ``--help``, in this order.
@@ -66,14 +66,22 @@ def _dashed(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def options_of(kind: type[Any], config: Path | None, given: Mapping[str, Any]) -> Any:
+def options_of(kind: type[RunOptions], config: Path | None, given: Mapping[str, Any]) -> Any:
     """The options: defaults, over them the YAML file, over that the flags.
 
     Raises:
-        ConfigError: What the file or the flags give cannot be right.
+        ConfigError: What the file or the flags give cannot be right, or contradicts the adapter that is to
+            be trained further.
+        AdapterFileError: That adapter is missing, broken, or no LoRA.
     """
     found = {} if config is None else read_yaml(config, kind)
-    return kind(**found | {name: value for name, value in given.items() if value is not None})
+    found |= {name: value for name, value in given.items() if value is not None}
+    options = kind(**found)
+    if not options.resume_from_adapter:
+        return options
+    from ..training.adapters import read_head, with_adapter
+
+    return with_adapter(options, read_head(options.resume_from_adapter), given=found)
 
 
 def commented(options: TrainOptions) -> str:

@@ -78,6 +78,7 @@ def plan(
     """
     if device not in DEVICES:
         raise ConfigError(f"device is one of {', '.join(DEVICES)}, not {device!r}")
+    from ..training.adapters import adapter_config
     from ..training.loading import training_device
     from ..training.planning import Step, parse_budget, plan_training
 
@@ -97,9 +98,11 @@ def plan(
         for name, settled in CHANGEABLE.items()
         if given.get(name) is not None or getattr(options, name) != usual[name]
     }
+    if options.resume_from_adapter:
+        fixed |= {"r", "target_modules"}
     step = Step.of(options, device=device)
     found = plan_training(
-        options.model, options.lora_config(), step, budget=limit, fixed=fixed, dtype=options.dtype
+        options.model, adapter_config(options), step, budget=limit, fixed=fixed, dtype=options.dtype
     )
     if as_json:
         show_json(found.to_dict())

@@ -7,14 +7,22 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from ..adapters import check_adapter_name
 from ..config import LoraConfig, PeftConfig
-from ..errors import AdapterFileError, ConfigError, Hint, MissingExtraError, VeneerError, VeneerWarning
+from ..errors import (
+    AdapterFileError,
+    ConfigError,
+    Hint,
+    MissingExtraError,
+    Text,
+    VeneerError,
+    VeneerWarning,
+)
 from ..files.layout import CONFIG_NAME
 from ..files.overwrite import check_replaceable, check_room, replacing
 from ..files.read import AdapterFile, open_adapter
@@ -26,7 +34,7 @@ from ..spec import variant_name
 from .libraries import quiet_libraries
 from .loading import Loading, device_map
 from .models import NO_CODE, load_base, quantization
-from .options import QUANTIZATIONS
+from .options import QUANTIZATIONS, RunOptions
 from .progress import Progress
 
 #: The last layer of a classifier's head, which has a row for each class.
@@ -65,7 +73,7 @@ class Head:
             return None
         if self.task != "SEQ_CLS":
             raise VeneerError(
-                f"{self.name} is an adapter for {self.task}; CAUSAL_LM and SEQ_CLS are measured"
+                f"{self.name} is an adapter for {self.task}; trained and measured are CAUSAL_LM and SEQ_CLS"
             )
         names = self.label_names()
         if names is None:
@@ -100,6 +108,75 @@ def read_head(adapter: str | os.PathLike[str]) -> Head:
     with blame_file(adapter):
         config = PeftConfig.from_belonging(file.belonging_config())
     return Head(os.fspath(adapter), directory, config, file)
+
+
+def with_adapter(options: RunOptions, head: Head, given: Collection[str] | None = None) -> RunOptions:
+    """The options of a run that trains a saved adapter further: its configuration and its base fill the gaps.
+
+    Args:
+        options: With ``resume_from_adapter``.
+        head: That adapter.
+        given: Names of the options that the user gave; by default those that differ from their defaults.
+
+    Raises:
+        ConfigError: Some of them contradict the adapter; lists all of them.
+        AdapterFileError: No base model is named.
+        VeneerError: The adapter is for another task.
+    """
+    classes = head.classes()
+    of_adapter: dict[str, Any] = {"task": "causal-lm" if classes is None else "seq-cls"}
+    of_adapter |= {
+        part.name: _as_option(part.name, head.config)
+        for part in fields(RunOptions)
+        if part.metadata["group"] == "Adapter"
+    }
+    if given is None:
+        given = [part.name for part in fields(options) if getattr(options, part.name) != part.default]
+    noted = head.noted("options") or {}
+    wrong = [
+        Text(Hint(name, getattr(options, name)), f" (the adapter has {value})")
+        for name, value in of_adapter.items()
+        if name in given and getattr(options, name) != noted.get(name) and not _alike(name, options, value)
+    ]
+    if wrong:
+        raise ConfigError(
+            f"{head.name} is trained further as it is configured. Leave out ",
+            Text.join(", ", wrong),
+            ", or start a new adapter without ",
+            Hint("resume_from_adapter"),
+        )
+    if head.directory.resolve().is_relative_to(Path(options.output).resolve()):
+        raise ConfigError(
+            Hint("output"),
+            f" {options.output} holds the adapter that is trained further: name a new directory",
+        )
+    model = base_name(head.name, head.config, options.model or None, None)
+    return replace(options, model=model, **of_adapter)
+
+
+def _as_option(name: str, config: LoraConfig) -> Any:
+    """A value of a configuration as the option of that name has it."""
+    value = getattr(config, name if hasattr(config, name) else name.removeprefix("lora_"))
+    if isinstance(value, bool) and name == "init_lora_weights":
+        return str(value).lower()
+    return value if value is None or isinstance(value, bool | int | float | str) else ",".join(sorted(value))
+
+
+def _alike(name: str, options: RunOptions, value: Any) -> bool:
+    """Whether an option says what the adapter has, names in any order."""
+    asked = getattr(options, name)
+    if isinstance(asked, str) and isinstance(value, str):
+        return {part.strip().lower() for part in asked.split(",")} == set(value.lower().split(","))
+    return bool(asked == value)
+
+
+def adapter_config(options: RunOptions) -> LoraConfig:
+    """The configuration of the adapter of a run: a saved one's where it is trained further."""
+    if options.resume_from_adapter is None:
+        return options.lora_config()
+    config = read_head(options.resume_from_adapter).config
+    config.inference_mode = False
+    return config
 
 
 def load_adapted(
@@ -153,7 +230,7 @@ def load_adapted(
     adapted = PeftModel.from_pretrained(base, first.directory)
     for name, other in more.items():
         adapted.load_adapter(other.directory, name)
-    return adapted, _own_tokenizer(first.directory) or tokenizer
+    return adapted, own_tokenizer(first.directory) or tokenizer
 
 
 def _as_trained(loading: Loading, head: Head) -> tuple[Loading, str | None]:
@@ -192,7 +269,7 @@ def base_name(adapter: str, config: PeftConfig, model: str | None, progress: Pro
     return named
 
 
-def _own_tokenizer(adapter: str | os.PathLike[str]) -> Any:
+def own_tokenizer(adapter: str | os.PathLike[str]) -> Any:
     """The tokenizer saved beside an adapter, if there is one."""
     if not (Path(adapter) / "tokenizer_config.json").is_file():
         return None

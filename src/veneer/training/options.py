@@ -163,6 +163,11 @@ class RunOptions(TrainOptions):
     )
     method: str = option("sft", "Run", "sft learns the answers, dpo from preferences:", choices=METHODS)
     task: str = option("causal-lm", "Run", "What the model does:", choices=tuple(TASKS))
+    resume_from_adapter: str | None = option(
+        None,
+        "Run",
+        "Train this saved adapter further, into a new output; its configuration and its base are taken.",
+    )
     eval_data: str | None = option(None, "Evaluation", "Held-out examples, given as the data are.")
     max_length: int = option(1024, "Data", "Longest example, in tokens; longer ones are cut.", above=0)
     packing: bool = option(False, "Data", "Lay several short examples into one row, apart from one another.")
@@ -195,7 +200,7 @@ class RunOptions(TrainOptions):
         wrong = [
             Text(Hint(name), " is missing: give it, or name it in a YAML file")
             for name in ("model", "data", "output")
-            if not getattr(self, name)
+            if not getattr(self, name) and not (name == "model" and self.resume_from_adapter)
         ]
         if self.method == "dpo" or self.task == "seq-cls":
             other = Hint("method", "dpo") if self.method == "dpo" else Hint("task", "seq-cls")
@@ -204,7 +209,9 @@ class RunOptions(TrainOptions):
                 given.append(Hint("task", "seq-cls"))
             wrong += [Text(hint, " does not go with ", other) for hint in given]
         start = Hint("init_lora_weights", init := self.init_lora_weights.lower())
-        if init in MEASURED and self.method == "dpo":
+        if self.resume_from_adapter:
+            pass  # nothing is initialised
+        elif init in MEASURED and self.method == "dpo":
             pairs = (" is measured on answers or classes, and ", Hint("method", "dpo"), " has pairs: ")
             way = f"measure it in Python with {MEASURED[init]} beside get_peft_model, or start another way"
             wrong.append(Text(start, *pairs, way))
@@ -218,7 +225,8 @@ class RunOptions(TrainOptions):
             )
         wrong += super().problems()
         try:
-            self.lora_config()
+            if not self.resume_from_adapter:
+                self.lora_config()
         except ConfigError as error:
             wrong.append(error.message)
         return wrong

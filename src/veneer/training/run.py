@@ -15,6 +15,7 @@ import torch
 from ..errors import Hint, Text, TrainingError, VeneerError
 from ..integrations.transformers import enable_trainer
 from ..wording import first_line
+from .adapters import adapter_config, own_tokenizer, read_head, with_adapter
 from .data import (
     Collator,
     LabelCollator,
@@ -81,12 +82,15 @@ def fine_tune(options: RunOptions, progress: Progress | None = None) -> dict[str
     check_names(options)
     output = Path(options.output)
     refuse_file(output)
-    if Path(options.model).is_dir():
-        # Saved in the adapter's configuration, where a relative path would mean another place later.
-        options = dataclasses.replace(options, model=str(Path(options.model).resolve()))
+    head = classes = None
+    if options.resume_from_adapter is not None:
+        head = read_head(options.resume_from_adapter)
+        options, classes = with_adapter(options, head), head.classes()
+    # Saved in the adapter's configuration, where a relative path would mean another place later.
+    options = dataclasses.replace(options, model=_absolute(options.model))
     records = _read(options, progress)
-    tokenizer = load_tokenizer(options.model)
-    rows, eval_rows, label_names = _encoded(options, records, tokenizer, progress)
+    tokenizer = (head and own_tokenizer(head.directory)) or load_tokenizer(options.model)
+    rows, eval_rows, label_names = _encoded(options, records, tokenizer, classes, progress)
     torch.manual_seed(options.seed)  # a classifier's head is drawn while its base is loaded
     # Straight onto the device that trains it: not every process of a machine holds it on the CPU first.
     place = None if is_sharded() else training_device()
@@ -204,6 +208,11 @@ def train(
     return metrics
 
 
+def _absolute(name: str) -> str:
+    """A directory's whole path; the id of a model on the hub as it is."""
+    return str(Path(name).resolve()) if Path(name).is_dir() else name
+
+
 def _read(options: RunOptions, progress: Progress) -> list[Records]:
     """The records to train on and, if there are any, the held-out ones."""
     sources = [options.data, *([options.eval_data] if options.eval_data else [])]
@@ -214,14 +223,21 @@ def _read(options: RunOptions, progress: Progress) -> list[Records]:
 
 
 def _encoded(
-    options: RunOptions, records: Sequence[Records], tokenizer: Any, progress: Progress
+    options: RunOptions,
+    records: Sequence[Records],
+    tokenizer: Any,
+    names: list[str] | None,
+    progress: Progress,
 ) -> tuple[Sequence[Any], Sequence[Any], list[str] | None]:
-    """Tokenise the records: (rows, held-out rows, names of classes)."""
+    """Tokenise the records: (rows, held-out rows, names of classes).
+
+    Args:
+        names: Of the classes that an adapter knows already.
+    """
     length = min(getattr(tokenizer, "model_max_length", options.max_length), options.max_length)
     if length < options.max_length:
         progress.say(f"The model takes {length} tokens at most: that is the longest example.")
     found: list[Any] = []
-    names = None
     for part in records:
         if options.purpose == "classification":
             found.append(encode_classification(part, tokenizer, length, names))
@@ -276,7 +292,7 @@ def _estimate(options: RunOptions, rows: Sequence[Any], label_names: list[str] |
             model = empty_model(options.model, TASKS[options.task], num_labels=labels)
         found = estimate_memory(
             model,
-            options.lora_config(),
+            adapter_config(options),
             Step.of(
                 options,
                 batch_size=options.batch_size * (2 if pairs else 1),  # both answers of a pair are read

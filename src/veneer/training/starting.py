@@ -1,4 +1,4 @@
-"""Data-driven initialisation (EVA, CorDA, LoRA-GA) on the examples of a run."""
+"""How an adapter starts: as a saved one, or anew, with EVA, CorDA and LoRA-GA measured on the examples."""
 
 from __future__ import annotations
 
@@ -9,7 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import LoraConfig, get_peft_model, initialize_lora_eva_weights, preprocess_corda, preprocess_loraga
+from .. import (
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    initialize_lora_eva_weights,
+    preprocess_corda,
+    preprocess_loraga,
+)
+from .adapters import read_head
 from .data import IGNORED
 from .forward import batches
 from .launcher import own_gpu
@@ -28,7 +36,7 @@ def adapted(
     objective: Objective | Pairs,
     progress: Progress,
 ) -> Any:
-    """`get_peft_model`, initialised on some of the rows if the options ask for that.
+    """The saved adapter of the options, or a new one, initialised on some of the rows if they ask for that.
 
     Args:
         base: The base model.
@@ -39,7 +47,14 @@ def adapted(
 
     Raises:
         ConfigError, TargetError: As `get_peft_model` and the measuring functions do.
+        BaseMismatchError: The saved adapter belongs to another base.
     """
+    if options.resume_from_adapter is not None:
+        head = read_head(options.resume_from_adapter)
+        model = PeftModel.from_pretrained(base, head.directory, is_trainable=True)
+        model.peft_config["default"].base_model_name_or_path = options.model  # where it is now
+        progress.say(f"Training the adapter {head.name} further")
+        return model
     config, init = options.lora_config(), options.init_lora_weights.lower()
     if init not in MEASURED or isinstance(objective, Pairs):
         return get_peft_model(base, config)

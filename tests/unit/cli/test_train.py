@@ -78,6 +78,32 @@ def test_a_finished_run_is_resumed_without_training(
     assert ("training 5/5" in captured.err) == (left == "no last checkpoint")
 
 
+def test_an_adapter_that_is_trained_further_keeps_its_configuration(
+    base: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = saved_records(tmp_path / "data.jsonl")
+    words = ["train", "--resume-from-adapter", str(adapter), "--data", str(data), "--max-steps", "2"]
+    more = ["--output", str(tmp_path / "out")]
+    agreeing = ["--lora-r", "4", "--lora-target-modules", "all-linear", "--lora-alpha", "16"]
+    assert main([*words, *more, *agreeing, "--json"]) == 0
+    captured = capsys.readouterr()
+    assert f"Training the adapter {adapter} further" in captured.err
+    options = json.loads(captured.out)["options"]
+    assert (options["lora_r"], options["model"]) == (4, str(base))
+    file = tmp_path / "run.yaml"
+    file.write_text("lora_r: 16\ninit_lora_weights: pissa\n")  # 16 is the default, but it was given
+    contrary = ["--lora-target-modules", "q_proj", "--use-dora", "--task", "seq-cls"]
+    assert main([*words, str(file), "--output", str(tmp_path / "other"), *contrary]) == 2
+    said = capsys.readouterr().err
+    assert "--task seq-cls (the adapter has causal-lm), --lora-r 16 (the adapter has 4)" in said
+    for name in ("--lora-target-modules q_proj (", "--use-dora (", "--init-lora-weights pissa ("):
+        assert name in said
+    assert "alpha" not in said and not (tmp_path / "other").exists()
+    for place in (adapter, adapter.parent):
+        assert main([*words, "--output", str(place)]) == 2
+        assert "holds the adapter that is trained further" in capsys.readouterr().err
+
+
 def test_train_says_what_was_cut(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = tmp_path / "data.jsonl"
     data.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "' + "a" * 90 + '", "completion": "b"}\n')

@@ -181,7 +181,7 @@ def test_the_classes_of_a_classifier(adapter: Path) -> None:
     assert read_head(adapter).classes() == ["0", "1", "2"]
     (adapter / "metrics.json").write_text('{"label_names": ["a", "b", "c"]}')
     assert read_head(adapter).classes() == ["a", "b", "c"]
-    with pytest.raises(VeneerError, match="an adapter for TOKEN_CLS; CAUSAL_LM and SEQ_CLS are measured"):
+    with pytest.raises(VeneerError, match="an adapter for TOKEN_CLS; trained and measured are"):
         as_task(adapter, "TOKEN_CLS").classes()
 
 

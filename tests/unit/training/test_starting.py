@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,18 @@ import torch
 from safetensors.torch import load_file
 
 from tests.tolerances import assert_close
-from tests.unit.training.tiny import Told, saved_records, saved_tiny, tiny_model
-from veneer import ConfigError, PeftModel, TargetError
-from veneer.training import RunOptions
+from tests.unit.training.tiny import RECORDS, Told, saved_records, saved_tiny, tiny_model
+from veneer import (
+    BaseMismatchError,
+    ConfigError,
+    DataError,
+    LoraConfig,
+    PeftModel,
+    TargetError,
+    get_peft_model,
+)
+from veneer.training import RunOptions, TrainOptions, encode, load_base, train
+from veneer.training.adapters import adapter_config, read_head, with_adapter
 from veneer.training.run import fine_tune
 
 #: No step moves anything: what is saved is the start.
@@ -87,6 +98,98 @@ def test_an_estimate_changes_no_factor(tmp_path: Path, monkeypatch: pytest.Monke
     (tmp_path / "again").mkdir()
     _, found, _ = run(tmp_path / "again", "true")
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a base, data, and an adapter with patterns of its own that was trained."""
+    place = tmp_path_factory.mktemp("trained")
+    saved_tiny(place / "base"), saved_records(place / "data.jsonl")
+    base, tokenizer = load_base(place / "base")
+    config = LoraConfig(
+        r=4, target_modules=["q_proj", "up_proj"], rank_pattern={"up_proj": 2}, task_type="CAUSAL_LM"
+    )
+    rows = encode(RECORDS, tokenizer).rows
+    train(
+        get_peft_model(base, config),
+        tokenizer,
+        rows,
+        place / "a",
+        TrainOptions(max_steps=2, learning_rate=0.1),
+    )
+    return place
+
+
+def further(place: Path, output: Path, **more: Any) -> dict[str, Any]:
+    """Train its adapter further."""
+    how = {"learning_rate": 0.01, "batch_size": 4, "lr_scheduler_type": "constant", **more}
+    data = str(place / "data.jsonl")
+    return fine_tune(
+        RunOptions(resume_from_adapter=str(place / "a"), data=data, output=str(output), **how), Told()
+    )
+
+
+def test_a_saved_adapter_is_trained_further(trained: Path, tmp_path: Path) -> None:
+    still = further(trained, tmp_path / "still", max_steps=1, learning_rate=1e-30)
+    before, after = (
+        load_file(place / "adapter_model.safetensors") for place in (trained / "a", tmp_path / "still")
+    )
+    assert before.keys() == after.keys() and all(torch.equal(after[n], t) for n, t in before.items())
+    first, second = (
+        json.loads((place / "adapter_config.json").read_text())
+        for place in (trained / "a", tmp_path / "still")
+    )
+    assert first == second and second["rank_pattern"] == {"up_proj": 2}
+    assert still["options"]["lora_target_modules"] == "q_proj,up_proj" and still["options"]["lora_r"] == 4
+    whole = further(trained, tmp_path / "whole", max_steps=4)
+    assert whole["losses"][-1]["loss"] < still["losses"][0]["loss"]
+    further(trained, tmp_path / "cut", max_steps=4, save_steps=2)
+    shutil.rmtree(tmp_path / "cut" / "checkpoint-4")
+    again = further(trained, tmp_path / "cut", max_steps=4, save_steps=2, resume=True)
+    assert again["losses"] == whole["losses"]
+
+
+def test_an_adapter_is_trained_further_on_its_own_base_only(trained: Path, tmp_path: Path) -> None:
+    other = saved_tiny(tmp_path / "other", seed=5)
+    with pytest.raises(BaseMismatchError, match="another base model"):
+        further(trained, tmp_path / "out", model=str(other))
+    shutil.copytree(trained / "base", tmp_path / "moved")
+    further(trained, tmp_path / "out", model=str(tmp_path / "moved"), max_steps=1)
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(tmp_path / "moved")
+
+
+def test_a_classifier_that_is_trained_further_keeps_its_classes(trained: Path, tmp_path: Path) -> None:
+    data = tmp_path / "classes.jsonl"
+    data.write_text("".join(json.dumps({"text": name, "label": name}) + "\n" for name in "ba"))
+    given = {"data": str(data), "batch_size": 2, "epochs": 1}
+    first = RunOptions(
+        model=str(trained / "base"), output=str(tmp_path / "first"), task="seq-cls", lora_r=2, **given
+    )
+    names = fine_tune(first)["label_names"]
+    data.write_text(json.dumps({"text": names[1], "label": names[1]}) + "\n")
+    second = RunOptions(resume_from_adapter=str(tmp_path / "first"), output=str(tmp_path / "second"), **given)
+    assert fine_tune(second)["label_names"] == names
+    data.write_text(json.dumps({"text": "c", "label": "c"}) + "\n")
+    with pytest.raises(DataError, match="no class that is known"):
+        fine_tune(second)
+
+
+def test_what_contradicts_a_saved_adapter_is_listed(trained: Path) -> None:
+    head = read_head(trained / "a")
+    options = RunOptions(
+        data="d",
+        output="o",
+        resume_from_adapter="a",
+        lora_r=8,
+        use_rslora=True,
+        lora_target_modules="up_proj,q_proj",
+    )
+    with pytest.raises(
+        ConfigError, match=r"Leave out lora_r=8 \(.* has 4\), use_rslora=True \(.*\), or start"
+    ):
+        with_adapter(options, head)
+    assert adapter_config(replace(options, resume_from_adapter=str(trained / "a"))).rank_pattern
 
 
 def test_what_a_run_cannot_start_from_is_refused_with_the_way_out() -> None:
