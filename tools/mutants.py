@@ -234,6 +234,11 @@ MUTANTS = (
         ("tests/unit/optimizers",),
     ),
     Mutant(
+        "mica", "MiCA never trains B", "layers/layer.py",
+        "if not inits.find(self._specs[name].init).freezes_b:", "if True:",
+        ("tests/unit/inits/test_mica.py",),
+    ),
+    Mutant(
         "alora", "an aLoRA acts from its invocation tokens on", "routing.py",
         "torch.arange(tokens, device=x.device) >= starts.unsqueeze(1)",
         "torch.arange(tokens, device=x.device) > starts.unsqueeze(1)",

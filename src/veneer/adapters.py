@@ -148,6 +148,10 @@ class AdapterModule(nn.Module):
     def adapter_parameters(self, name: str) -> Iterator[nn.Parameter]:
         raise NotImplementedError
 
+    def trained_parameters(self, name: str) -> Iterator[nn.Parameter]:
+        """Those of `adapter_parameters` that are trained while the adapter is."""
+        return self.adapter_parameters(name)
+
     def drop_adapter(self, name: str) -> None:
         raise NotImplementedError
 
@@ -216,7 +220,8 @@ class AdapterModule(nn.Module):
             if not active and name not in before:
                 continue  # it has been frozen since it was added or deactivated
             trainable = active and not inference_mode
-            for parameter in self.adapter_parameters(name):
+            own = self.trained_parameters(name) if trainable else self.adapter_parameters(name)
+            for parameter in own:
                 # Quantised or integer parameters cannot require a gradient.
                 if parameter.requires_grad is not trainable and (
                     not trainable or parameter.is_floating_point()

@@ -157,7 +157,7 @@ def _active_parameters(model: nn.Module) -> set[int]:
         if isinstance(m, AdapterModule)
         for name in m.active_adapters
         if name in m.held_adapters
-        for p in m.adapter_parameters(name)
+        for p in m.trained_parameters(name)
     }
 
 

@@ -286,5 +286,6 @@ def _pad(layer: LoraLayer, spec: LoraSpec, target_rank: int | None) -> None:
     trained = a.requires_grad
     layer.put_factors(spec.adapter, new_a, new_b, None if bias is None else bias * strength)
     layer.respecify(wide)
+    trains = set(layer.trained_parameters(spec.adapter)) if trained else set()
     for parameter in layer.adapter_parameters(spec.adapter):
-        parameter.requires_grad_(trained)
+        parameter.requires_grad_(parameter in trains)

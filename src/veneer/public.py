@@ -52,7 +52,11 @@ from veneer.integrations.as_peft.layout import OTHER_METHODS
 from veneer.integrations.kbit import prepare_model_for_kbit_training
 from veneer.load import load_peft_weights
 from veneer.lora_model import LoraModel
-from veneer.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
+from veneer.optimizers import (
+    create_lorafa_optimizer,
+    create_loraplus_optimizer,
+    create_riemannian_optimizer,
+)
 from veneer.peft_model import (
     MODEL_TYPE_TO_PEFT_MODEL_MAPPING,
     PeftMixedModel,
@@ -162,6 +166,7 @@ __all__ = [
     "cast_mixed_precision_params",
     "create_lorafa_optimizer",
     "create_loraplus_optimizer",
+    "create_riemannian_optimizer",
     "export_adapter",
     "import_adapter",
     "get_layer_status",

@@ -111,7 +111,9 @@ def _layer_status(path: str, module: AdapterModule) -> TunerLayerStatus:
         active_adapters=module.active_adapters,
         merged_adapters=module.merged_adapters,
         requires_grad={
-            name: _agreed(p.requires_grad for p in own) for name, own in parameters.items() if own
+            name: _agreed(p.requires_grad for p in module.trained_parameters(name))
+            for name, own in parameters.items()
+            if own
         },
         available_adapters=sorted(parameters),
         devices={name: sorted({p.device.type for p in own}) for name, own in parameters.items()},

@@ -188,18 +188,47 @@ def test_their_files_of_trained_factors_load_here_and_say_so(tmp_path: Path, ini
     assert_close(output(ours, X), output(theirs, X))
 
 
-def test_their_converted_files_load_here(tmp_path: Path) -> None:
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_their_converted_files_load_here(init: str, tmp_path: Path) -> None:
     base = tiny.llama()
-    theirs = started(peft, base, "pissa")
+    theirs = started(peft, base, init)
     with quiet():
         theirs.peft_config["default"].init_lora_weights = True
         theirs.save_pretrained(tmp_path / "start")
-        theirs.peft_config["default"].init_lora_weights = "pissa"
+        theirs.peft_config["default"].init_lora_weights = init
         shake(theirs)
         end = tmp_path / "end"
         theirs.save_pretrained(end, path_initial_model_for_weight_conversion=str(tmp_path / "start"))
     ours = veneer.PeftModel.from_pretrained(copy.deepcopy(base), end)
     assert_close(output(ours, X), output(theirs, X))
+
+
+def test_minor_components_are_trained_as_there(tmp_path: Path) -> None:
+    """The signs of singular vectors are free, so their start is taken over."""
+    base = tiny.llama()
+    theirs = started(peft, base, "mica").train()
+    ours = started(veneer, base, "mica").train()
+    mine, its = ours.state_dict(), theirs.state_dict()
+    assert mine.keys() == its.keys()
+    for name in (name for name in its if "lora_" in name):
+        assert_close(mine[name] @ mine[name].T, its[name] @ its[name].T)
+    ours.load_state_dict(its)
+    for model in (ours, theirs):
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
+        for _ in range(3):
+            optimizer.zero_grad()
+            step(model)
+            optimizer.step()
+    assert_close(output(ours.eval(), X), output(theirs.eval(), X))
+    assert not torch.allclose(output(ours, X), output(base, X))
+    ours.save_pretrained(tmp_path / "ours")
+    with quiet():
+        theirs.save_pretrained(tmp_path / "theirs")
+    from_there = veneer.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "theirs", is_trainable=True)
+    from_here = from_reference(base, tmp_path / "ours", is_trainable=True)
+    for model in (from_there, from_here):
+        assert_close(output(model.eval(), X), output(ours, X))
+        assert all("lora_A" in n for n, p in model.named_parameters() if p.requires_grad)
 
 
 def test_orthogonal_factors_are_distributed_as_theirs() -> None:

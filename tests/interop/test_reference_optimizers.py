@@ -1,4 +1,4 @@
-"""LoRA+ and LoRA-FA against the reference: the same groups, and the same parameters after one step."""
+"""The optimizers against the reference: the same groups, and the same parameters after some steps."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 
 from tests.interop.reference import both, quiet, randomise
 from tests.tolerances import BY_DTYPE, assert_close
-from veneer import create_lorafa_optimizer, create_loraplus_optimizer
+from veneer import create_lorafa_optimizer, create_loraplus_optimizer, create_riemannian_optimizer
 
 with quiet():
     from peft import optimizers as reference
@@ -97,3 +97,16 @@ def test_lorafa(use_rslora: bool) -> None:
     assert moved == {
         f"base_model.model.{n}" for n in ("q.lora_B", "embed.lora_embedding_B", "head.modules_to_save")
     }
+
+
+@pytest.mark.parametrize("cls", [torch.optim.SGD, torch.optim.AdamW])
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"modules_to_save": ["head"], "bias": "all"}])
+def test_riemannian(cls: type[torch.optim.Optimizer], options: dict[str, Any]) -> None:
+    ours, theirs = models(**options)
+    mine = create_riemannian_optimizer(ours, cls, lr=1e-2, reg=0.05, weight_decay=0.1)
+    its = reference.create_riemannian_optimizer(theirs, cls, lr=1e-2, reg=0.05, weight_decay=0.1)
+    assert named(ours, mine) == named(theirs, its) and isinstance(mine, cls)
+    step(ours, mine, 3)
+    step(theirs, its, 3)
+    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert_close(p, q)

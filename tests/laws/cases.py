@@ -221,6 +221,7 @@ INITS: dict[str, dict[str, Any]] = {
     "Corda": {"init_lora_weights": "corda"},
     "LoraGA": {"init_lora_weights": "lora_ga", "lora_ga_config": LoraGAConfig()},
     "Orthogonal": {"init_lora_weights": "orthogonal"},
+    "Mica": {"init_lora_weights": "mica"},
     "Eva": {"init_lora_weights": "eva"},
     "LoftQ": {"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4, "loftq_iter": 2}},
 }

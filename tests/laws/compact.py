@@ -177,7 +177,8 @@ def starts_as_its_init_promises(trial: Trial, model: PeftModel) -> None:
 
 
 def only_its_parameters_learn_and_a_step_writes_nothing(trial: Trial, model: PeftModel) -> None:
-    own = {id(p) for p in AdapterSet(model).parameters("default")}
+    modules = [m for m in AdapterSet(model).modules() if "default" in m.held_adapters]
+    own = {id(p) for m in modules for p in m.trained_parameters("default")}
     held = dict(model.named_parameters()) | dict(model.named_buffers())
     before, places = copies(held), {n: (t._version, laws.address(t)) for n, t in held.items()}
     model.train()

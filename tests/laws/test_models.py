@@ -94,7 +94,7 @@ FAILED_INJECTIONS: dict[str, tuple[dict[str, Any], type[Exception]]] = {
     "init refuses one layer": (INITS["LoftQ"], TargetError),
     "lora_bias refuses one layer": ({"lora_bias": True}, TargetError),
     "variant does not exist": ({"use_qalora": True}, ConfigError),
-    "init does not exist": ({"init_lora_weights": "mica"}, ConfigError),
+    "init does not exist": ({"init_lora_weights": "eva_2"}, ConfigError),
     "saved and targeted": ({"modules_to_save": ["linear"]}, TargetError),
 }
 

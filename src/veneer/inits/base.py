@@ -115,6 +115,12 @@ class Init(abc.ABC):
     #: Whether its start, which is not zero, is subtracted from the update: ``s·(BA − B₀A₀)``. The published
     #: methods subtract it from the base weight instead, which would change the base for other adapters.
     subtracts_start: ClassVar[bool] = False
+    #: Whether it reads the base weight, without changing it or subtracting from it.
+    reads_weight: ClassVar[bool] = False
+    #: Whether B stays as it starts, and only A is trained.
+    freezes_b: ClassVar[bool] = False
+    #: Whether it is for linear layers and embeddings alone, as in PEFT, which reads its files.
+    linear_only: ClassVar[bool] = False
     #: Whether it is computed from the layer's inputs, which therefore must be floating-point numbers.
     measures_inputs: ClassVar[bool] = False
     #: The call that measures the statistics it needs, or "" if it needs none.

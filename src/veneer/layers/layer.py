@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from veneer import backends, merge, variants
+from veneer import backends, inits, merge, variants
 from veneer.adapters import as_names
 from veneer.errors import AdapterNameError, Hint, MergeError, TargetError, Text
 from veneer.inits import InitResult, folded
@@ -495,6 +495,13 @@ class LoraLayer(Mergeable):
             if part is not None:
                 found += Factor.parameters_of(part)
         return iter(found)
+
+    def trained_parameters(self, name: str) -> Iterator[nn.Parameter]:
+        """Those of `adapter_parameters` that are trained: without B if the initialisation freezes it."""
+        if not inits.find(self._specs[name].init).freezes_b:
+            return self.adapter_parameters(name)
+        b = self.factors(name)[1]
+        return (parameter for parameter in self.adapter_parameters(name) if parameter is not b)
 
     def _parts(self, name: str) -> dict[str, Any]:
         """Everything that an adapter has in this layer, by the names of the containers."""

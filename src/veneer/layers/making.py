@@ -87,7 +87,18 @@ def why_not(layer: LoraLayer, spec: LoraSpec) -> str | Text | None:
         )
     backend, variant = layer.backend, variants.get(spec.variant)
     reads = variant.reads_weight and not variant.additive
-    if not backend.readable and (reads or init.subtracts_start or init.replaces_base):
+    if init.linear_only and not (layer.linear or layer.lookup):
+        return Text(option, f" is for linear layers and embeddings, and this is a {kind}")
+    if init.freezes_b:
+        a, b = layer.shapes(layer.geometry(), spec.r)
+        if spec.r > (rank := min(a[1], b[0])):
+            return Text(
+                option,
+                f" freezes B on directions of the weight, which has {rank}: too few for ",
+                Hint("r", spec.r),
+            )
+    starts_from_weight = init.reads_weight or init.subtracts_start or init.replaces_base
+    if not backend.readable and (reads or starts_from_weight):
         needing = spec.variant if reads else spec.init
         return f"{needing!r} needs the base weight, which cannot be read as {backend.quantization} stores it"
     return inits.find(spec.init).refuses(spec, kind, layer.is_matrix()) or variants.get(spec.variant).refuses(

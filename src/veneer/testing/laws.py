@@ -154,7 +154,7 @@ def only_factors_get_gradients(made: Made) -> None:
     if x.is_floating_point():
         x.requires_grad_()
     layer(x).float().square().sum().backward()
-    own = {id(p) for p in layer.adapter_parameters("default")}
+    own = {id(p) for p in layer.trained_parameters("default")}
     for name, parameter in layer.named_parameters():
         assert parameter.requires_grad == (id(parameter) in own), name
         assert (parameter.grad is not None) == (id(parameter) in own), name

@@ -186,7 +186,7 @@ class RunOptions(TrainOptions):
     init_lora_weights: str = option(
         "true",
         "Adapter",
-        "Start of the factors: true, gaussian, orthogonal, pissa, olora, …; eva, corda and lora_ga are "
+        "Start of the factors: true, gaussian, orthogonal, pissa, olora, mica, …; eva, corda and lora_ga are "
         "measured on the data.",
     )
     dtype: str = option("auto", "Memory", "Type of the base's weights:", choices=DTYPES)

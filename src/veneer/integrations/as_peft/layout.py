@@ -127,7 +127,11 @@ LAYOUT: dict[str, tuple[str, ...]] = {
         "inject_adapter_in_model",
     ),
     "peft.mapping_func": ("MODEL_TYPE_TO_PEFT_MODEL_MAPPING", "get_peft_model"),
-    "peft.optimizers": ("create_lorafa_optimizer", "create_loraplus_optimizer"),
+    "peft.optimizers": (
+        "create_lorafa_optimizer",
+        "create_loraplus_optimizer",
+        "create_riemannian_optimizer",
+    ),
     "peft.peft_model": (*_MODELS, *_STATE, *_STATUS),
     "peft.mixed_model": ("PeftMixedModel",),
     "peft.tuners": _LORA,

@@ -124,9 +124,11 @@ def set_requires_grad(
 ) -> None:
     """Freeze or unfreeze the parameters of some adapters."""
     names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
-    for name in names:
-        for parameter in AdapterSet(model).parameters(name):
-            parameter.requires_grad_(requires_grad)
+    for module in AdapterSet(model).modules():
+        for name in [name for name in names if name in module.held_adapters]:
+            own = module.trained_parameters(name) if requires_grad else module.adapter_parameters(name)
+            for parameter in own:
+                parameter.requires_grad_(requires_grad)
 
 
 def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:

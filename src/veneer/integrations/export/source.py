@@ -22,7 +22,7 @@ from ...spec import variant_name
 from ...wording import some
 
 #: Initialisations under whose name a file's factors count from a base that the initialisation changed.
-CHANGED_BASE = re.compile(r"pissa(_niter_\d+)?|olora|corda|loftq|lora_ga|mica")
+CHANGED_BASE = re.compile(r"pissa(_niter_\d+)?|olora|corda|loftq|lora_ga")
 
 #: Everything that an adapter may have beside factors of matrices, and how a refusal calls it.
 FEATURES = {
