@@ -1,4 +1,4 @@
-"""``veneer eval``: evaluate an adapted model and its base on data."""
+"""``veneer eval``: measure an adapter and its base, or a plain model, on data."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..errors import ConfigError, Hint
 from ..training.loading import Loading
-from .asking import Adapter, AsJson, Attention, Device, Dtype, Model, Quantize
+from .asking import AsJson, Attention, Device, Dtype, Model, Quantize
 from .common import app, show_json
 
 if TYPE_CHECKING:
@@ -16,7 +17,9 @@ if TYPE_CHECKING:
 
 @app.command("eval")
 def evaluate(
-    adapter: Adapter,
+    adapter: Annotated[
+        str, typer.Argument(help="Directory or hub id of an adapter, or of a merged or plain model.")
+    ],
     data: Annotated[
         str, typer.Option(help="File, directory or hub id with the columns that train takes, held out.")
     ],
@@ -37,7 +40,10 @@ def evaluate(
     attn_implementation: Attention = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure loss, perplexity and exact match of an adapter and its base; a classifier's accuracy."""
+    """Measure loss, perplexity and exact match of an adapter and its base, or of a merged or plain model.
+
+    A classifier's accuracy is measured beside guessing.
+    """
     loading = Loading(dtype, device, quantize, attn_implementation)
     for name, value in (
         ("--max-length", max_length),
@@ -47,27 +53,39 @@ def evaluate(
         if value is not None and value < 1:
             raise typer.BadParameter(f"{name} must be above 0, not {value}")
     from ..training import Terminal, read_records
-    from ..training.adapters import load_adapted, read_head
+    from ..training.adapters import Head, load_adapted, load_plain, read_head_or_model
     from ..training.scores import accuracy, compare
 
     progress = Terminal()
-    head = read_head(adapter)
-    names = head.classes()
+    source = read_head_or_model(adapter)
+    if isinstance(source, Head):
+        names, kind = source.classes(), "adapter"
+        progress.say(
+            f"{adapter} is an adapter" + (": it is measured beside its base" if names is None else "")
+        )
+    else:
+        names, kind = source.classes, "model"
+        if model is not None:
+            raise ConfigError(Hint("model"), f" names an adapter's base, but {adapter} is a whole model")
+        progress.say(f"{adapter} is a whole model: it is measured by itself")
     records = read_records(data, "sft" if names is None else "classification")
     progress.say(records.line())
     if max_samples is not None and max_samples < len(records):
         records = records.first(max_samples)
         progress.say(f"Measuring the first {max_samples} of them")
-    adapted, tokenizer = load_adapted(head, model, loading, progress=progress)
+    if isinstance(source, Head):
+        loaded, tokenizer = load_adapted(source, model, loading, progress=progress)
+    else:
+        loaded, tokenizer = load_plain(source, loading, progress)
     common: dict[str, Any] = {"max_length": max_length, "batch_size": batch_size, "progress": progress}
     if names is None:
-        found = compare(adapted, tokenizer, records, exact_match=exact_match, **common)
+        found = compare(loaded, tokenizer, records, exact_match=exact_match, **common)
     else:
-        found = accuracy(adapted, tokenizer, records, names, **common)
+        found = accuracy(loaded, tokenizer, records, names, **common)
     for line in found.notes:
         progress.say(line)
     if as_json:
-        show_json({"adapter_path": adapter, "data": data, **found.as_json()})
+        show_json({f"{kind}_path": adapter, "data": data, **found.as_json()})
     else:
         _table(found)
 
@@ -78,9 +96,9 @@ def _table(found: Comparison) -> None:
     from ..training.console import PlainConsole
 
     table = Table()
-    table.add_column("")
-    for column in ("base", "adapter") if found.base is not None else ("guessing", "adapter"):
-        table.add_column(column, justify="right")
-    for row in found.table():
+    head, *rows = found.table()
+    for number, column in enumerate(head):
+        table.add_column(column, justify="right" if number else "left")
+    for row in rows:
         table.add_row(*row)
     PlainConsole().print(table)

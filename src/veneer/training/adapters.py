@@ -20,20 +20,21 @@ from ..errors import (
     Hint,
     MissingExtraError,
     Text,
+    TrainingError,
     VeneerError,
     VeneerWarning,
 )
-from ..files.layout import CONFIG_NAME
+from ..files.layout import BIN_NAME, CONFIG_NAME, SAFETENSORS_NAME
 from ..files.overwrite import check_replaceable, check_room, replacing
 from ..files.read import AdapterFile, open_adapter
-from ..hub import adapter_directory, is_local
+from ..hub import EntryMissingError, NotCachedError, adapter_directory, is_local
 from ..lora_file import OpenLora, blame_file, factor_names, open_lora
 from ..merge_report import MergeReport
 from ..peft_model import PeftModel
 from ..spec import variant_name
 from .libraries import quiet_libraries
 from .loading import Loading, device_map
-from .models import NO_CODE, load_base, quantization
+from .models import NO_CODE, PlainModel, load_base, quantization, read_plain
 from .options import QUANTIZATIONS, RunOptions
 from .progress import Progress
 
@@ -108,6 +109,34 @@ def read_head(adapter: str | os.PathLike[str]) -> Head:
     with blame_file(adapter):
         config = PeftConfig.from_belonging(file.belonging_config())
     return Head(os.fspath(adapter), directory, config, file)
+
+
+def read_head_or_model(name: str) -> Head | PlainModel:
+    """An adapter or, where there is none, a model without one; neither's weights are read.
+
+    Raises:
+        AdapterFileError: It is neither, or a broken adapter.
+    """
+    try:
+        return read_head(name)
+    except AdapterFileError as no_adapter:
+        here = Path(name).expanduser()
+        if here.is_dir():
+            if any((here / file).exists() for file in (CONFIG_NAME, SAFETENSORS_NAME, BIN_NAME)):
+                raise
+            if not (here / "config.json").is_file():
+                raise AdapterFileError(
+                    f"{name} holds neither an adapter ({CONFIG_NAME}) nor a model (config.json)"
+                ) from no_adapter
+            return read_plain(here)
+        if is_local(name) or ("/" in name and not isinstance(no_adapter, EntryMissingError | NotCachedError)):
+            raise
+        try:
+            return read_plain(name)
+        except TrainingError as no_model:
+            raise AdapterFileError(
+                f"{name} is neither an adapter nor a model:\n  {no_adapter}\n  {no_model}"
+            ) from no_model
 
 
 def with_adapter(options: RunOptions, head: Head, given: Collection[str] | None = None) -> RunOptions:
@@ -215,22 +244,40 @@ def load_adapted(
             )
     named = base_name(first.name, first.config, model, progress)
     loading, said = _as_trained(loading or Loading(), first)
+    if progress is not None and said is not None:
+        progress.say(said)
+    base, tokenizer = _loaded(named, loading, first.classes(), progress)
+    adapted = PeftModel.from_pretrained(base, first.directory)
+    for name, other in more.items():
+        adapted.load_adapter(other.directory, name)
+    return adapted, own_tokenizer(first.directory) or tokenizer
+
+
+def load_plain(model: PlainModel, loading: Loading, progress: Progress | None = None) -> tuple[Any, Any]:
+    """Load a model without an adapter: (model, tokenizer).
+
+    Raises:
+        TrainingError: It cannot be loaded.
+    """
+    if loading.quantize == "auto":
+        loading = replace(loading, quantize="none")
+    return _loaded(model.name, loading, model.classes, progress)
+
+
+def _loaded(
+    named: str, loading: Loading, classes: list[str] | None, progress: Progress | None
+) -> tuple[Any, Any]:
     place, where = device_map(named, loading)
-    for line in (said, where):
-        if progress is not None and line is not None:
-            progress.say(line)
-    base, tokenizer = load_base(
+    if progress is not None and where is not None:
+        progress.say(where)
+    return load_base(
         named,
         loading.dtype,
         quantize=None if loading.quantize == "none" else loading.quantize,
         device_map=place,
         attn_implementation=loading.attn_implementation,
-        label_names=first.classes(),
+        label_names=classes,
     )
-    adapted = PeftModel.from_pretrained(base, first.directory)
-    for name, other in more.items():
-        adapted.load_adapter(other.directory, name)
-    return adapted, own_tokenizer(first.directory) or tokenizer
 
 
 def _as_trained(loading: Loading, head: Head) -> tuple[Loading, str | None]:

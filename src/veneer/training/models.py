@@ -6,6 +6,7 @@ import contextlib
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,36 @@ def load_tokenizer(source: str | os.PathLike[str]) -> Any:
         )
     with _loading(source):
         return AutoTokenizer.from_pretrained(source, **NO_CODE)
+
+
+@dataclass(frozen=True)
+class PlainModel:
+    """A model without an adapter, merged or never adapted; its weights are not read yet.
+
+    Attributes:
+        name: The directory or hub id that the user named.
+        classes: Names of a classifier's classes; None for a model that writes text.
+    """
+
+    name: str
+    classes: list[str] | None
+
+
+def read_plain(source: str | os.PathLike[str]) -> PlainModel:
+    """Read the configuration of a model.
+
+    Raises:
+        TrainingError: There is none.
+    """
+    require("transformers", "hf", "loading a language model")
+    from transformers import AutoConfig
+
+    with _loading(source):
+        config = AutoConfig.from_pretrained(source, **NO_CODE)
+    named = getattr(config, "architectures", None) or ()
+    classifies = any(name.endswith("ForSequenceClassification") for name in named)
+    names = [str(name) for _, name in sorted(config.id2label.items())] if classifies else None
+    return PlainModel(os.fspath(source), names)
 
 
 def load_base(

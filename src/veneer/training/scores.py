@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
 import torch
 
+from ..peft_model import PeftModel
 from .data import Collator, Form, LabelCollator, Records, encode, encode_classification, pad_token
 from .data.encoding import each, last_turn, prompt_tokens
 from .evaluate import answer_loss
@@ -39,11 +40,11 @@ class Score:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The measures of an adapter and of its base.
+    """The measures of an adapter and of its base, or of a model without an adapter.
 
     Attributes:
-        adapter: With the adapter.
-        base: Without it; None for a classifier, whose head belongs to the adapter.
+        scores: ``base`` and ``adapter``; ``adapter`` alone for a classifier, whose head is the adapter's;
+            ``model`` for a model without an adapter.
         examples: Number of examples.
         tokens: Number of tokens with a loss, for a language model.
         asked: Number of answers compared for exact match.
@@ -51,8 +52,7 @@ class Comparison:
         notes: Lines about the data.
     """
 
-    adapter: Score
-    base: Score | None
+    scores: Mapping[str, Score]
     examples: int
     tokens: int | None = None
     asked: int | None = None
@@ -61,31 +61,39 @@ class Comparison:
 
     def as_json(self) -> dict[str, Any]:
         """All measures, for JSON."""
-        whole = {name: value for name, value in asdict(self).items() if name != "notes" and value is not None}
-        for name in ("base", "adapter"):
-            if name in whole:
-                whole[name] = {measure: value for measure, value in whole[name].items() if value is not None}
-        return whole
+        whole = {
+            name: value
+            for name, value in asdict(self).items()
+            if name not in ("scores", "notes") and value is not None
+        }
+        return whole | {
+            name: {measure: value for measure, value in asdict(score).items() if value is not None}
+            for name, score in self.scores.items()
+        }
 
-    def table(self) -> list[tuple[str, str, str]]:
-        """Rows of (measure, reference, adapter); the reference is the base, or guessing for a classifier."""
-        if self.base is None:
-            guess, right = f"{self.commonest:.1%}", self.adapter.correct or 0
-            share = f"{right}/{self.examples} ({right / self.examples:.1%})"
-            return [("accuracy", guess, share), ("loss", "", f"{self.adapter.loss:.4f}")]
-        both = (self.base, self.adapter)
+    def table(self) -> list[tuple[str, ...]]:
+        """Rows of a measure and its values; the first row names what was measured, guessing among it."""
+        scores = self.scores.values()
+        rows: list[tuple[str, ...]]
+        if self.commonest is not None:
+            rows = [
+                ("", "guessing", *self.scores),
+                ("accuracy", f"{self.commonest:.1%}", *(_of(s.correct, self.examples) for s in scores)),
+                ("loss", "", *(f"{score.loss:.4f}" for score in scores)),
+            ]
+            return rows
         rows = [
-            ("loss", *(f"{score.loss:.4f}" for score in both)),
-            ("perplexity", *(_short(score.perplexity) for score in both)),
+            ("", *self.scores),
+            ("loss", *(f"{score.loss:.4f}" for score in scores)),
+            ("perplexity", *(_short(score.perplexity) for score in scores)),
         ]
         if self.asked:
-            rows.append(
-                (
-                    "exact match",
-                    *(f"{s.exact}/{self.asked} ({(s.exact or 0) / self.asked:.1%})" for s in both),
-                )
-            )
-        return [(name, base, adapter) for name, base, adapter in rows]
+            rows.append(("exact match", *(_of(score.exact, self.asked) for score in scores)))
+        return rows
+
+
+def _of(count: int | None, all: int) -> str:
+    return f"{count}/{all} ({(count or 0) / all:.1%})"
 
 
 def _short(perplexity: float | None) -> str:
@@ -104,13 +112,13 @@ def compare(
     exact_match: bool = True,
     progress: Progress | None = None,
 ) -> Comparison:
-    """Loss, perplexity and exact match of an adapted language model and of its base.
+    """Loss, perplexity and exact match of an adapted language model and of its base, or of a plain one.
 
     Exact match is about the last answer of a record, generated without drawing. It may be one token longer
     than the longest expected answer; a longer one cannot match.
 
     Args:
-        model: From `load_adapted`.
+        model: From `load_adapted` or `load_plain`.
         tokenizer: Its tokenizer.
         records: Read with the purpose ``sft``.
         max_length: Maximum length of an example for the loss, in tokens.
@@ -126,8 +134,8 @@ def compare(
     prompts, wanted = [prompt for prompt, _ in turns] if exact_match else [], [answer for _, answer in turns]
     longest = max((len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in wanted), default=0)
     progress = Silent() if progress is None else progress
-    scores = []
-    for name in ("base", "adapter"):
+    scores = {}
+    for name in ("base", "adapter") if isinstance(model, PeftModel) else ("model",):
         with evaluating(model, base=name == "base"):
             progress.say(f"Measuring the {name}")
             loss = answer_loss(model, encoded.rows, Collator(pad_token(tokenizer)), batch_size, progress)
@@ -138,10 +146,9 @@ def compare(
                     model, tokenizer, prompts, sampling=sampling, batch_size=batch_size, progress=progress
                 )
                 exact = sum(a.strip() == b for a, b in zip(answers, wanted, strict=True))
-            scores.append(Score(loss, perplexity_of(loss), exact))
+            scores[name] = Score(loss, perplexity_of(loss), exact)
     return Comparison(
-        adapter=scores[1],
-        base=scores[0],
+        scores,
         examples=len(encoded.rows),
         tokens=encoded.learned,
         asked=len(prompts) or None,
@@ -176,10 +183,10 @@ def accuracy(
     batch_size: int = 8,
     progress: Progress | None = None,
 ) -> Comparison:
-    """Loss and accuracy of an adapted classifier.
+    """Loss and accuracy of a classifier, adapted or plain.
 
     Args:
-        model: From `load_adapted`.
+        model: From `load_adapted` or `load_plain`.
         tokenizer: Its tokenizer.
         records: Read with the purpose ``classification``.
         label_names: Names of the classes, by number.
@@ -200,8 +207,7 @@ def accuracy(
             correct += int((outputs["logits"].argmax(-1) == batch["labels"]).sum())
     commonest = max(Counter(row["labels"] for row in rows).values()) / len(rows)
     return Comparison(
-        adapter=Score(loss / len(rows), correct=correct),
-        base=None,
+        {"adapter" if isinstance(model, PeftModel) else "model": Score(loss / len(rows), correct=correct)},
         examples=len(rows),
         commonest=commonest,
         notes=tuple(encoded.lines()),

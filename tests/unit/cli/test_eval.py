@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.tolerances import assert_close
 from tests.unit.training.tiny import RECORDS, saved_records, saved_tiny, tiny_tokenizer
 from veneer import LoraConfig, get_peft_model
 from veneer.cli import main
@@ -26,6 +27,47 @@ def test_eval(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "perplexity" in captured.out and "exact match" not in captured.out and "\x1b" not in captured.out
     assert "columns prompt + completion" in captured.err and "the first 5 of them" in captured.err
     assert "5 examples" in captured.err
+
+
+def test_eval_of_a_merged_and_of_a_plain_model(
+    base: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rest = ["--data", str(saved_records(tmp_path / "held.jsonl")), "--no-exact-match", "--json"]
+    assert main(["merge", str(adapter), "--output", str(tmp_path / "merged")]) == 0
+    found = {}
+    for place in (adapter, tmp_path / "merged", base):
+        capsys.readouterr()
+        assert main(["eval", str(place), *rest]) == 0
+        captured = capsys.readouterr()
+        found[place.name] = json.loads(captured.out)
+        kind = "an adapter" if place == adapter else "a whole model"
+        assert f"{place} is {kind}" in captured.err
+    assert found["merged"].keys() == {"model_path", "data", "examples", "tokens", "model"}
+    for name, expected in (("merged", "adapter"), (base.name, "base")):
+        loss = torch.tensor(found[name]["model"]["loss"])
+        assert_close(loss, torch.tensor(found["adapter"][expected]["loss"]))
+    assert main(["eval", str(base), *rest[:-1]]) == 0
+    table = capsys.readouterr().out
+    assert "model" in table and "base" not in table
+
+
+def test_eval_says_what_is_neither_an_adapter_nor_a_model(
+    base: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "adapter_config.json").write_text("{}")
+    for words, code, said in (
+        (["empty"], 1, "neither an adapter (adapter_config.json) nor a model (config.json)"),
+        (["broken"], 1, "adapter_model.safetensors"),
+        ([str(base), "--model", str(base)], 2, "--model names an adapter's base"),
+        ([f"{adapter.name}s"], 1, "is neither an adapter nor a model"),
+        (["nobody/nothing"], 1, "nobody/nothing"),
+    ):
+        if words[0] in ("empty", "broken"):
+            words = [str(tmp_path / words[0])]
+        assert main(["eval", *words, "--data", "held.jsonl"]) == code
+        assert said in capsys.readouterr().err
 
 
 def test_eval_refuses_bad_data_before_the_base_is_loaded(

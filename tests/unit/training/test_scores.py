@@ -35,12 +35,12 @@ def test_loss_and_perplexity_of_adapter_and_base() -> None:
     batch = Collator(0)(encode(RECORDS, TOKENIZER).rows)
     with torch.no_grad():
         expected = {"adapter": model(**batch).loss, "base": tiny_model()(**batch).loss}
-    assert found.base is not None
-    for score, loss in ((found.adapter, expected["adapter"]), (found.base, expected["base"])):
-        assert_close(torch.tensor(score.loss), loss)
+    assert list(found.scores) == ["base", "adapter"]
+    for name, score in found.scores.items():
+        assert_close(torch.tensor(score.loss), expected[name])
         assert score.perplexity == math.exp(score.loss) and score.exact is None
     assert (found.examples, found.tokens, found.asked) == (16, 48, None)
-    assert [row[0] for row in found.table()] == ["loss", "perplexity"]
+    assert [row[0] for row in found.table()] == ["", "loss", "perplexity"]
 
 
 def test_exact_match_counts_answers_that_are_as_expected(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,8 +48,7 @@ def test_exact_match_counts_answers_that_are_as_expected(monkeypatch: pytest.Mon
     answers = [["20 and more"] * 16, [*wanted[:-1], "no"]]  # of the base, of the adapter
     monkeypatch.setattr("veneer.training.scores.generate_answers", lambda *given, **more: answers.pop(0))
     found = compare(adapted(), TOKENIZER, known(RECORDS))
-    assert found.asked == 16 and found.base is not None
-    assert (found.base.exact, found.adapter.exact) == (0, 15)
+    assert found.asked == 16 and {n: s.exact for n, s in found.scores.items()} == {"base": 0, "adapter": 15}
 
 
 def test_exact_match_asks_adapter_and_base(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,21 +78,21 @@ def test_the_last_answer_of_a_conversation_is_asked_for(monkeypatch: pytest.Monk
     monkeypatch.setattr("veneer.training.scores.generate_answers", answering)
     found = compare(adapted(), TOKENIZER, known([record]))
     assert seen == [([prompt_ids(turns, TOKENIZER)], 2)] * 2
-    assert found.base is not None and found.adapter.exact == found.base.exact == 1
-    assert found.table()[2] == ("exact match", "1/1 (100.0%)", "1/1 (100.0%)")
+    assert [score.exact for score in found.scores.values()] == [1, 1]
+    assert found.table()[3] == ("exact match", "1/1 (100.0%)", "1/1 (100.0%)")
 
 
 def test_plain_text_has_no_exact_match() -> None:
     found = compare(adapted(), TOKENIZER, known([{"text": "Once upon a time"}]))
-    assert found.asked is None and found.adapter.exact is None
+    assert found.asked is None and found.scores["adapter"].exact is None
     told = json.loads(json.dumps(found.as_json()))
     assert told["adapter"].keys() == {"loss", "perplexity"} and "notes" not in told
 
 
 def test_perplexities_beyond_floats() -> None:
     assert perplexity_of(0) == 1 and perplexity_of(1e4) is None
-    table = Comparison(Score(1e4, None), Score(20.0, math.exp(20.0)), 1).table()
-    assert table[1] == ("perplexity", "4.85e+08", "too large")
+    table = Comparison({"base": Score(20.0, math.exp(20.0)), "adapter": Score(1e4)}, 1).table()
+    assert table[2] == ("perplexity", "4.85e+08", "too large")
 
 
 def classifier() -> Any:
@@ -115,11 +114,12 @@ def test_accuracy_of_a_classifier() -> None:
     wrong = [*right[:3], *(names[(names.index(name) + 1) % 3] for name in right[3:])]
     records = known([{"text": t, "label": n} for t, n in zip(texts, wrong, strict=True)], "classification")
     found = accuracy(model, TOKENIZER, records, names, batch_size=2)
-    assert (found.adapter.correct, found.examples, found.base) == (3, 5, None)
+    score = found.scores["model"]
+    assert (score.correct, found.examples, len(found.scores)) == (3, 5, 1)
     expected = torch.nn.functional.cross_entropy(logits, torch.tensor([names.index(n) for n in wrong]))
-    assert_close(torch.tensor(found.adapter.loss), expected)
+    assert_close(torch.tensor(score.loss), expected)
     assert found.commonest == max(wrong.count(n) for n in names) / 5
-    assert found.table()[0][2] == "3/5 (60.0%)"
+    assert found.table()[1] == ("accuracy", f"{found.commonest:.1%}", "3/5 (60.0%)")
     with pytest.raises(DataError, match="label 'd' is no class"):
         accuracy(model, TOKENIZER, known([{"text": "a", "label": "d"}], "classification"), names)
 
