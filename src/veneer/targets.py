@@ -37,7 +37,6 @@ class Candidate:
         supported: Whether it can be adapted.
         linear: Whether ``"all-linear"`` means it.
         output_head: The model's output projection; ``"all-linear"`` leaves it out.
-        router: Chooses experts; ``"all-linear"`` leaves it out.
         reason: Why it cannot be adapted; empty for a mere container of other modules.
         parameter: For a bare parameter, its name on the module that holds it.
     """
@@ -47,7 +46,6 @@ class Candidate:
     supported: bool
     linear: bool = False
     output_head: bool = False
-    router: bool = False
     reason: str = ""
     parameter: str = ""
 
@@ -169,11 +167,13 @@ def plan(
 
     saved = _saved(config, modules, paths, stored)
     reached = _reached(config, patterns, modules, paths, saved.paths)
-    in_layers, layers_unmatched = _in_layers(config, patterns, reached.chosen)
     by_parameter = _parameters(config, parameters)
+    bare = {c.path: c.parameter for hits in by_parameter.values() for c in hits if c.supported}
+    # PEFT adapts parameters whatever their layer, so its files have those of all layers.
+    anywhere, within = (bare, {}) if loading else ({}, bare)
+    in_layers, layers_unmatched = _in_layers(config, [*patterns, *by_parameter], [*reached.chosen, *within])
 
-    chosen = dict.fromkeys(in_layers, "")
-    chosen |= {c.path: c.parameter for hits in by_parameter.values() for c in hits if c.supported}
+    chosen = {path: bare.get(path, "") for path in in_layers} | anywhere
     specs = tuple(resolve_all(config, adapter, chosen, paths).values())
     unmatched = [
         *saved.unmatched,
@@ -317,7 +317,7 @@ def _reached(
     conflicts: list[Text] = []
     for c in modules:
         found = [names[i] for i in hits[c.path]]
-        if wildcard and c.linear and not c.output_head and not c.router:
+        if wildcard and c.linear and not c.output_head:
             found.append(wildcard)
         if not found:
             continue
@@ -528,9 +528,7 @@ def _by_reason(refused: Iterable[Candidate]) -> list[str]:
 def _counted(modules: Iterable[Candidate], most: int = 24) -> str:
     """The last names of the linear layers that ``"all-linear"`` takes, with how many there are of each."""
     counts = Counter(
-        c.path.rpartition(".")[2]
-        for c in modules
-        if c.linear and c.supported and not c.output_head and not c.router
+        c.path.rpartition(".")[2] for c in modules if c.linear and c.supported and not c.output_head
     )
     return ", ".join(f"{name} ({count})" for name, count in counts.most_common(most))
 

@@ -88,6 +88,10 @@ def both(
 def from_reference(base: nn.Module, place: Path, **kwargs: Any) -> Any:
     """An adapter's directory, opened by the reference on a copy of the base."""
     with warnings.catch_warnings():
-        for known in ("LoRA adapter added to ConvNd layer with groups > 1", ".*ensure_weight_tying"):
+        for known in (
+            "LoRA adapter added to ConvNd layer with groups > 1",
+            ".*ensure_weight_tying",
+            "The following .*_pattern keys did not match any targeted module",  # said of parameters that did
+        ):
             warnings.filterwarnings("ignore", known)
         return peft.PeftModel.from_pretrained(copy.deepcopy(base), str(place), **kwargs).eval()

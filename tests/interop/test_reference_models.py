@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,6 @@ from transformers import (
     EfficientNetConfig,
     EfficientNetForImageClassification,
     LlamaForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
     Qwen2MoeConfig,
     Qwen2MoeForCausalLM,
 )
@@ -31,8 +30,10 @@ from tests.interop.reference import (
     stored,
 )
 from tests.interop.reference_models import TINY, llama_config, one_text
+from tests.interop.test_reference_special_layers import mixtral, qwen3_moe
 from tests.tolerances import assert_close
 from veneer import PeftModel
+from veneer.inject.stacks import OLD_NAMES
 from veneer.targets import DEFAULT_TARGETS
 
 
@@ -113,47 +114,74 @@ def test_all_linear(name: str, tmp_path: Path) -> None:
 def qwen2_moe() -> nn.Module:
     return Qwen2MoeForCausalLM(
         Qwen2MoeConfig(
-            vocab_size=23, hidden_size=16, intermediate_size=24, moe_intermediate_size=8, num_hidden_layers=1,
+            vocab_size=32, hidden_size=16, intermediate_size=24, moe_intermediate_size=8, num_hidden_layers=1,
             shared_expert_intermediate_size=8, num_attention_heads=2, num_key_value_heads=2, num_experts=3,
             num_experts_per_tok=2, decoder_sparse_step=1, pad_token_id=0,
         )
     )  # fmt: skip
 
 
-def test_all_linear_leaves_out_what_chooses_among_experts(tmp_path: Path) -> None:
-    """The reference adapts the gate of the shared expert too; its adapter loads here all the same."""
-    base = qwen2_moe().eval()
-    ours, theirs = both(lambda: base, {"target_modules": "all-linear", "task_type": "CAUSAL_LM"})
-    adapted = [{n.split(".lora_A")[0] for n in m.state_dict() if ".lora_A." in n} for m in (ours, theirs)]
-    assert {n.rpartition(".")[2] for n in adapted[1] - adapted[0]} == {"shared_expert_gate"}
-    assert adapted[0] < adapted[1]
+@pytest.mark.parametrize("build", [mixtral, qwen3_moe, qwen2_moe])
+@pytest.mark.filterwarnings("ignore:.*leaves out the experts at:veneer.VeneerWarning")
+def test_all_linear_over_experts(build: Callable[[], nn.Module], tmp_path: Path) -> None:
+    """Stacks, routers and gates as in PEFT, which leaves the stacks of Qwen2-MoE alone."""
+    options = {"target_modules": "all-linear", "task_type": "CAUSAL_LM", "r": 2, "lora_alpha": 3}
+    ours, theirs = exchange(build().eval(), one_text(), options, tmp_path)
+    mine, its = ours.peft_config["default"], theirs.peft_config["default"]
+    assert set(mine.target_parameters or ()) == set(its.target_parameters or ())
+    assert (mine.rank_pattern, mine.alpha_pattern) == (its.rank_pattern, its.alpha_pattern)
+    assert bool(mine.target_parameters) == (build is not qwen2_moe)
+
+
+@pytest.mark.parametrize(
+    ("build", "names"),
+    [(mixtral, ["w1", "w2", "w3", "gate"]), (qwen3_moe, ["q_proj", "gate_proj", "up_proj", "down_proj"])],
+)
+@pytest.mark.filterwarnings("ignore:.*are adapted in their place:veneer.VeneerWarning")
+def test_old_names_of_experts(build: Callable[[], nn.Module], names: list[str], tmp_path: Path) -> None:
+    exchange(build().eval(), one_text(), {"target_modules": names, "r": 2}, tmp_path)
+
+
+@pytest.mark.parametrize("more", [{"lora_dropout": 0.1}, {"use_dora": True}, {"lora_bias": True}])
+def test_what_experts_cannot_have_under_all_linear(more: dict[str, Any]) -> None:
+    options = {"target_modules": "all-linear", **more}
+    with pytest.raises(ValueError, match="ParamWrapper does not work with"), quiet():
+        peft.get_peft_model(mixtral(), peft.LoraConfig(**options))
+    with pytest.raises(veneer.TargetError, match="exclude_modules"):
+        veneer.get_peft_model(mixtral(), veneer.LoraConfig(**options))
+
+
+def test_parameters_in_layers_are_named_in_the_file(tmp_path: Path) -> None:
+    """PEFT adapts the parameters of all layers, whatever ``layers_to_transform`` says."""
+    base, inputs = mixtral().eval(), one_text()
+    options = {
+        "target_parameters": ["experts.down_proj"],
+        "layers_to_transform": [1],
+        "target_modules": ["q_proj"],
+    }
+    ours, theirs = both(lambda: base, options)
+    assert sum("experts.lora_A" in name for name in theirs.state_dict()) == 2
+    assert sum("experts.lora_A" in name for name in ours.state_dict()) == 1
     randomise(theirs)
     with quiet():
-        theirs.save_pretrained(tmp_path)
-    inputs = one_text()
-    loaded = PeftModel.from_pretrained(base, tmp_path).eval()
-    expect_same_model(loaded, theirs)
+        theirs.save_pretrained(tmp_path / "theirs")
+    loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "theirs").eval()
     assert_close(output(loaded, inputs), output(theirs, inputs))
+    randomise(ours)
+    ours.save_pretrained(tmp_path / "ours")
+    expect_same_model(ours, there := from_reference(base, tmp_path / "ours"))
+    assert_close(output(ours, inputs), output(there, inputs))
 
 
-def test_all_linear_leaves_out_bare_parameters_which_a_file_may_name(tmp_path: Path) -> None:
-    """On Mixtral the reference's all-linear means the fused experts and the router's parameter as well."""
-    base = MixtralForCausalLM(
-        MixtralConfig(
-            vocab_size=23, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
-            num_key_value_heads=2, num_local_experts=3, pad_token_id=0,
-        )
-    )  # fmt: skip
-    ours, theirs = both(lambda: base, {"target_modules": "all-linear", "task_type": "CAUSAL_LM"})
-    adapted = {n.split(".lora_A")[0].rpartition(".")[2] for n in ours.state_dict() if ".lora_A." in n}
-    assert adapted == {"q_proj", "k_proj", "v_proj", "o_proj"}
-    randomise(theirs).eval()
-    with quiet():
-        theirs.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(base, tmp_path).eval()
-    assert any("experts" in name for name in loaded.base_model.layers())
-    inputs = one_text()
-    assert_close(output(loaded, inputs), output(theirs, inputs))
+def test_the_types_of_models_whose_experts_have_old_names() -> None:
+    from peft.utils import transformers_weight_conversion as conversion
+
+    names = {
+        kind: {n for n in conversion._MOE_TARGET_MODULE_MAPPING[like] if n != "gate"}
+        for kind, like in conversion._MODEL_TO_CONVERSION_PATTERN.items()
+        if like in conversion._MOE_TARGET_MODULE_MAPPING and kind.islower()
+    }
+    assert {kind: set(old) for kind, old in OLD_NAMES.items()} == names
 
 
 def test_efficientnet(tmp_path: Path) -> None:

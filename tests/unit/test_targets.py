@@ -125,15 +125,14 @@ def test_the_field_matches_the_same_modules() -> None:
 
 
 @pytest.mark.parametrize("spelling", ["all-linear", "ALL-LINEAR", ["all-linear"]])
-def test_all_linear_takes_neither_head_nor_router_nor_containers(spelling: Any) -> None:
-    router = Candidate("model.layers.0.router", "Linear", True, linear=True, router=True)
+def test_all_linear_takes_neither_head_nor_containers(spelling: Any) -> None:
     expected = [
         f"model.layers.{i}.{b}.{n}"
         for i in range(4)
         for b, names in (("self_attn", ATTENTION), ("mlp", MLP))
         for n in names
     ]
-    assert chosen(decoder(4, "model.", router), target_modules=spelling) == expected
+    assert chosen(target_modules=spelling) == expected
 
 
 def test_the_head_is_taken_by_name() -> None:

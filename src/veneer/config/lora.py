@@ -136,8 +136,8 @@ class LoraConfig(PeftConfig):
 
     Args:
         r: The rank of the update; above the size of a layer is legal.
-        target_modules: Module patterns, or ``"all-linear"`` for every linear layer but the output head and
-            routers. None takes the defaults of the model's type.
+        target_modules: Module patterns, or ``"all-linear"`` for every linear layer but the output head, and
+            the experts that PEFT takes too. None takes the defaults of the model's type.
         exclude_modules: Module patterns to leave out again.
         lora_alpha: ``scaling = lora_alpha / r``, or ``lora_alpha / sqrt(r)`` with ``use_rslora``.
         lora_dropout: Probability of dropping an element of the branch's input.

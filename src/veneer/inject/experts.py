@@ -18,21 +18,11 @@ from veneer.config import LoraConfig
 from veneer.errors import Hint, LoadMismatchError
 from veneer.files.keys import PREFIX
 from veneer.inject.sites import sites
+from veneer.inject.stacks import PARTS, STACKS, holds_stacks
 from veneer.spec import resolve_all
 from veneer.wording import warn
 
-#: The stacks of today, the outermost layer last, and the projections of an expert that each holds.
-_STACKS = {
-    "gate_up_proj": (("gate_proj", "w1"), ("up_proj", "w3")),
-    "down_proj": (("down_proj", "w2"),),
-}
-_PARTS = {
-    name: (stack, half)
-    for stack, halves in _STACKS.items()
-    for half, names in enumerate(halves)
-    for name in names
-}
-_EXPERT = re.compile(rf"(.*\.experts)\.(\d+)\.({'|'.join(_PARTS)})\.lora_([AB])\.weight")
+_EXPERT = re.compile(rf"(.*\.experts)\.(\d+)\.({'|'.join(PARTS)})\.lora_([AB])\.weight")
 _FACTOR = re.compile(r"(.*)\.lora_([AB])\.weight")
 
 #: The keys of one stack in a file: by half, expert, and factor.
@@ -97,7 +87,7 @@ def stacked(model: nn.Module, config: LoraConfig, shapes: Mapping[str, tuple[int
     for old, new in moved.items():
         stacks = experts[old]
         path = new.removeprefix(PREFIX)
-        for stack in (stack for stack in _STACKS if stack in stacks):
+        for stack in (stack for stack in STACKS if stack in stacks):
             weight = bases[path]._parameters[stack]
             assert weight is not None
             a, b = _factors_of_stack(new, stack, weight, stacks[stack], shapes)
@@ -140,7 +130,7 @@ def _experts_in(keys: Iterable[str]) -> dict[str, dict[str, _Keys]]:
     found: dict[str, dict[str, _Keys]] = {}
     for key in keys:
         if match := _EXPERT.fullmatch(key):
-            stack, half = _PARTS[match[3]]
+            stack, half = PARTS[match[3]]
             found.setdefault(match[1], {}).setdefault(stack, {})[half, int(match[2]), match[4]] = key
     return found
 
@@ -153,7 +143,7 @@ def _path_of_stacks(modules: Mapping[str, nn.Module], old: str) -> str | None:
     """Where a model holds the stacks of the experts of an old path; None if it does not."""
     for path in (old, old.replace(".block_sparse_moe.", ".mlp.")):
         module = modules.get(path.removeprefix(PREFIX))
-        if module is not None and _STACKS.keys() <= module._parameters.keys():
+        if module is not None and holds_stacks(module):
             return path
     return None
 
@@ -175,7 +165,7 @@ def _factors_of_stack(
         raise LoadMismatchError(f"{where}: ranks differ between experts ({sorted(ranks)})")
     a, b = ([[keys[half, expert, f] for half in halves] for expert in range(count)] for f in "AB")
     rank, size_in = count * len(halves) * ranks.pop(), shapes[a[0][0]][1]
-    offsets = [half * (size_out // len(_STACKS[stack])) for half in halves]
+    offsets = [half * (size_out // len(STACKS[stack])) for half in halves]
     return (
         Source((rank, size_in), _flat(a), _joined_a(a)),
         Source((size_out, rank), _flat(b), _joined_b(b, size_out, offsets)),

@@ -86,6 +86,7 @@ def _parts(
     """The parts of an adapter for a model that has its final layers; ``config``, our copy, is completed."""
     found = sites(model)
     ties = tie(model, found, config, quiet=quiet)
+    named = config.target_parameters
     finished = stored is not None or config.inference_mode  # trained elsewhere, perhaps with what never acts
     chosen = plan_sites(
         model, found, config, adapter, strict=strict, loading=quiet, unread=finished, stored=stored
@@ -94,7 +95,13 @@ def _parts(
         _mention_unread(found, chosen.specs)
     specs = [with_variant_options(spec, config) for spec in chosen.specs if spec.path not in ties]
     additions, reasons = _additions(found, specs, config)
-    _refuse("these modules cannot be adapted as asked:", reasons)
+    what = "these modules cannot be adapted as asked"
+    if config.target_parameters != named:
+        what += (
+            " (target_modules means experts and routers too, as in PEFT; exclude_modules=['experts', 'gate'] "
+            "leaves them out)"
+        )
+    _refuse(f"{what}:", reasons)
     saved = [found[path] for path in chosen.modules_to_save]
     _refuse(
         "these modules cannot be trained whole:", [r for s in saved if (r := _not_to_copy(s)) is not None]
@@ -288,6 +295,10 @@ def _complete(
     elif config.fan_in_fan_out:
         warn("fan_in_fan_out=True, but no adapted layer stores its weight (in, out): it is ignored")
         config.fan_in_fan_out = False
+    bare = {a.spec.path for a in additions if a.spec.parameter}
+    if bare and config.layers_to_transform:
+        every = {f"{path}.{name}" for path, site in found.items() for name in site.base._parameters}
+        config.target_parameters = module_names.portable_parameters(bare, every - bare)
     if config.target_modules is None:
         names = targets.DEFAULT_TARGETS.get(model_type(model) or "", ())
         config.target_modules = names if isinstance(names, str) else set(names)

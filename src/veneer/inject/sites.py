@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ from veneer import backends, layers, targets
 from veneer.adapters import AdapterModule, AdapterSet
 from veneer.config import LoraConfig
 from veneer.inject.base_tensors import base_of, embedding_of
+from veneer.inject.stacks import name_stacks, old_names
 from veneer.layers import LoraLayer
 from veneer.layers.modules_to_save import ModulesToSaveWrapper
 from veneer.layers.trainable_tokens import TrainableTokens
@@ -86,14 +88,6 @@ def sharing(found: Mapping[str, Site], path: str) -> list[str]:
     return [p for p, site in found.items() if p != path and getattr(site.base, "weight", None) is weight]
 
 
-def _is_router(path: str, parent: nn.Module) -> bool:
-    """A linear that chooses experts: named so beside a list of experts, or inside a router."""
-    name = path.rpartition(".")[2]
-    if "router" in path.lower() or "Router" in type(parent).__name__:
-        return True
-    return "gate" in name and any("expert" in sibling for sibling in parent._modules if sibling != name)
-
-
 def _never_called(reader: str) -> str:
     """Why what a class reads without calling it gets no factors."""
     return (
@@ -133,12 +127,13 @@ def candidates(model: nn.Module, found: Mapping[str, Site], unread: bool = False
         unread: Take what the model reads without calling it, too.
     """
     head = embedding_of(model, "output")
+    experts = old_names({path: site.base for path, site in found.items()}, model_type(model))
     result = []
     for path, site in found.items():
         base = site.base
         cls = layers.find(base)
         reason = _why_not(site, cls is not None, unread)
-        linear = cls is not None and cls.linear
+        linear = cls is not None and cls.linear and path.rpartition(".")[2] not in experts
         result.append(
             Candidate(
                 path=path,
@@ -146,7 +141,6 @@ def candidates(model: nn.Module, found: Mapping[str, Site], unread: bool = False
                 supported=cls is not None and not reason,
                 linear=linear,
                 output_head=base is head or site.module is head,
-                router=linear and _is_router(path, site.parents[0][0]),
                 reason=reason,
             )
         )
@@ -198,7 +192,8 @@ def plan(
     """
     inner = getattr(model, "get_base_model", None)
     root: nn.Module = inner() if callable(inner) and AdapterSet(model).modules() else model
-    return plan_sites(root, sites(root), config, adapter_name, strict=strict_targets)
+    config.validate()
+    return plan_sites(root, sites(root), copy.deepcopy(config), adapter_name, strict=strict_targets)
 
 
 def plan_sites(
@@ -212,7 +207,11 @@ def plan_sites(
     unread: bool = False,
     stored: Collection[str] | None = None,
 ) -> Plan:
-    """The plan for the sites that were found; see `targets.plan` and `candidates`."""
+    """The plan for the sites that were found; see `targets.plan` and `candidates`.
+
+    Stacks of experts among the targets are written into the configuration; see `name_stacks`.
+    """
+    name_stacks(config, {p: site.base for p, site in found.items()}, model_type(model), quiet=loading)
     modules = candidates(model, found, unread)
     return targets.plan(
         [*modules, *parameter_candidates(model, found, unread)] if config.target_parameters else modules,

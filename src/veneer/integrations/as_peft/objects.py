@@ -194,7 +194,7 @@ def _maybe_include_all_linear_layers(peft_config: Any, model: nn.Module) -> Any:
     """The same configuration, with the paths of the linear layers for ``"all-linear"``."""
     if str(peft_config.target_modules).lower() == ALL_LINEAR:
         own = LoraConfig(target_modules=ALL_LINEAR, task_type=peft_config.task_type)
-        peft_config.target_modules = {spec.path for spec in plan(model, own).specs}
+        peft_config.target_modules = {spec.path for spec in plan(model, own).specs if not spec.parameter}
     return peft_config
 
 
