@@ -24,6 +24,10 @@ def evaluate(
         str, typer.Option(help="File, directory or hub id with the columns that train takes, held out.")
     ],
     model: Model = None,
+    columns: Annotated[
+        str | None,
+        typer.Option(help="Columns that have other names in the data: prompt=question,completion=answer."),
+    ] = None,
     max_length: Annotated[int, typer.Option(help="Where examples are cut, in tokens.")] = 1024,
     batch_size: Annotated[
         int, typer.Option("--batch-size", "--per-device-eval-batch-size", help="Examples at a time.")
@@ -54,8 +58,10 @@ def evaluate(
             raise typer.BadParameter(f"{name} must be above 0, not {value}")
     from ..training import Terminal, read_records
     from ..training.adapters import Head, load_adapted, load_plain, read_head_or_model
+    from ..training.data.columns import parse_columns
     from ..training.scores import accuracy, compare
 
+    renamed = None if columns is None else parse_columns(columns)
     progress = Terminal()
     source = read_head_or_model(adapter)
     if isinstance(source, Head):
@@ -68,7 +74,7 @@ def evaluate(
         if model is not None:
             raise ConfigError(Hint("model"), f" names an adapter's base, but {adapter} is a whole model")
         progress.say(f"{adapter} is a whole model: it is measured by itself")
-    records = read_records(data, "sft" if names is None else "classification")
+    records = read_records(data, "sft" if names is None else "classification", renamed)
     progress.say(records.line())
     if max_samples is not None and max_samples < len(records):
         records = records.first(max_samples)

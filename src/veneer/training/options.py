@@ -13,6 +13,7 @@ from typing import Any, TypeVar, get_args, get_type_hints
 from ..config import LoraConfig
 from ..errors import ConfigError, Hint, MissingExtraError, Text, UnknownOptionError
 from ..wording import did_you_mean, listed
+from .data.columns import parse_columns
 from .data.forms import Purpose
 
 T = TypeVar("T")
@@ -169,6 +170,9 @@ class RunOptions(TrainOptions):
         "Train this saved adapter further, into a new output; its configuration and its base are taken.",
     )
     eval_data: str | None = option(None, "Evaluation", "Held-out examples, given as the data are.")
+    columns: str | None = option(
+        None, "Data", "Columns that have other names in the data: prompt=question,completion=answer."
+    )
     max_length: int = option(1024, "Data", "Longest example, in tokens; longer ones are cut.", above=0)
     packing: bool = option(False, "Data", "Lay several short examples into one row, apart from one another.")
     beta: float = option(0.1, "Data", "dpo: how much straying from the base model costs.", above=0)
@@ -224,11 +228,11 @@ class RunOptions(TrainOptions):
                 )
             )
         wrong += super().problems()
-        try:
-            if not self.resume_from_adapter:
-                self.lora_config()
-        except ConfigError as error:
-            wrong.append(error.message)
+        for check in (self.column_names, *([] if self.resume_from_adapter else [self.lora_config])):
+            try:
+                check()
+            except ConfigError as error:
+                wrong.append(error.message)
         return wrong
 
     @property
@@ -237,6 +241,14 @@ class RunOptions(TrainOptions):
         if self.method == "dpo":
             return "dpo"
         return "classification" if self.task == "seq-cls" else "sft"
+
+    def column_names(self) -> dict[str, str]:
+        """Name of a column here -> its name in the data.
+
+        Raises:
+            ConfigError: ``columns`` is invalid.
+        """
+        return {} if self.columns is None else parse_columns(self.columns)
 
     def lora_config(self) -> LoraConfig:
         """The configuration of the adapter.
@@ -412,6 +424,8 @@ def _typed(value: Any, kind: Any) -> Any:
             return str(value).lower()
         if isinstance(value, list) and value and all(isinstance(part, str) for part in value):
             return ",".join(value)
+        if isinstance(value, dict) and value and all(isinstance(part, str) for part in value.values()):
+            return ",".join(f"{name}={part}" for name, part in value.items())
         if isinstance(value, str | int | float):
             return str(value)
     raise ValueError({int: "a whole number", float: "a number", str: "a text"}[wanted])

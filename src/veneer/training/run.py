@@ -216,7 +216,7 @@ def _absolute(name: str) -> str:
 def _read(options: RunOptions, progress: Progress) -> list[Records]:
     """The records to train on and, if there are any, the held-out ones."""
     sources = [options.data, *([options.eval_data] if options.eval_data else [])]
-    records = [read_records(source, options.purpose) for source in sources]
+    records = [read_records(source, options.purpose, options.column_names()) for source in sources]
     for part in records:
         progress.say(part.line())
     return records

@@ -70,6 +70,18 @@ def test_eval_says_what_is_neither_an_adapter_nor_a_model(
         assert said in capsys.readouterr().err
 
 
+def test_eval_of_columns_with_other_names(
+    adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "held.csv"
+    data.write_text("question,answer\nDouble 2.,4\n")
+    words = ["eval", str(adapter), "--data", str(data), "--json", "--no-exact-match"]
+    assert main([*words, "--columns", "prompt=question,completion=answer"]) == 0
+    assert json.loads(capsys.readouterr().out)["examples"] == 1
+    assert main([*words, "--columns", "prompt=qestion,completion=answer"]) == 1
+    assert "--columns: " in (said := capsys.readouterr().err) and "did you mean 'question'" in said
+
+
 def test_eval_refuses_bad_data_before_the_base_is_loaded(
     adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -85,6 +97,7 @@ def test_eval_refuses_bad_data_before_the_base_is_loaded(
         assert captured.out == "" and said in captured.err
     for words, said in (
         (["--data", str(data), "--batch-size", "0"], "--batch-size must be above 0"),
+        (["--data", str(data), "--columns", "promt=a"], "--columns: 'promt' is no column"),
         ([], "--data"),
     ):
         assert main(["eval", str(adapter), *words]) == 2

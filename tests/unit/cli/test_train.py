@@ -111,6 +111,17 @@ def test_train_says_what_was_cut(base: Path, tmp_path: Path, capsys: pytest.Capt
     assert "longer than 30 tokens" in capsys.readouterr().err
 
 
+def test_train_renames_columns(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = tmp_path / "data.json"
+    rows = [{"question": f"Double {n}.", "answer": 2 * n} for n in range(8)]
+    data.write_text(json.dumps({"data": rows}))
+    words = train_words(base, data, tmp_path / "out", "--max-steps", "1", "--eval-data", str(data))
+    assert main(words) == 1
+    assert ". --columns renames columns" in capsys.readouterr().err
+    assert main([*words, "--columns", "prompt=question,completion=answer"]) == 0
+    assert capsys.readouterr().err.count(f"8 records from {data}: columns prompt + completion") == 2
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [

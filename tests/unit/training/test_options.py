@@ -35,6 +35,7 @@ def test_wrong_options_are_named_together() -> None:
         ({"task": "seq-cls", "loss_chunk_size": 8}, "loss_chunk_size does not go with task='seq-cls'"),
         ({"warmup_steps": 2, "warmup_ratio": 0.1}, "give one of them"),
         ({"warmup_ratio": 1.0}, "below 1"),
+        ({"columns": "promt=a"}, "columns: 'promt' is no column"),
         ({"learning_rate": float("nan")}, "learning_rate must be above 0"),
     ],
     ids=lambda value: "" if isinstance(value, str) else "-".join(value),
@@ -60,7 +61,7 @@ def test_a_yaml_file_has_the_names_of_the_flags(tmp_path: Path) -> None:
     file.write_text(
         "model_name_or_path: m\nlearning-rate: 1e-3\nnum_train_epochs: 2\n"
         "lora_target_modules: [q_proj, v_proj]\nuse_dora: true\neval_data: null\n"
-        "init_lora_weights: false\nbatch_size: 4\n"
+        "init_lora_weights: false\nbatch_size: 4\ncolumns: {prompt: question, completion: answer}\n"
     )
     assert read_yaml(file) == {
         "model": "m",
@@ -71,6 +72,7 @@ def test_a_yaml_file_has_the_names_of_the_flags(tmp_path: Path) -> None:
         "eval_data": None,
         "init_lora_weights": "false",
         "batch_size": 4,
+        "columns": "prompt=question,completion=answer",
     }
 
 

@@ -12,8 +12,11 @@ from typing import Any, TypeVar
 
 from ...errors import DataError
 from .batch import IGNORED, Row
-from .forms import Form, Message, Problem, Purpose, Record, Unfit, form_of, problem_list, read_as
-from .sources import Records
+from .forms import Form, Purpose, Record
+from .messages import Message, as_messages
+from .problems import Problem, Unfit, problem_list
+from .recognition import form_of, read_as
+from .records import Records
 
 T = TypeVar("T")
 
@@ -150,11 +153,6 @@ def has_template(tokenizer: Any) -> bool:
     return bool(getattr(tokenizer, "chat_template", None))
 
 
-def as_messages(prompt: str | Sequence[Message], role: str = "user") -> list[Message]:
-    """A text as the one message of a role; messages as they are."""
-    return [{"role": role, "content": prompt}] if isinstance(prompt, str) else list(prompt)
-
-
 def pieces(example: Record, tokenizer: Any, separator: str = "") -> list[tuple[str, bool]]:
     """The text of an example in pieces, each with whether it has a loss.
 
@@ -170,10 +168,10 @@ def pieces(example: Record, tokenizer: Any, separator: str = "") -> list[tuple[s
     if "text" in example:
         return [(example["text"] + end * (not example["text"].endswith(end)), True)]
     if not has_template(tokenizer):
-        if "messages" in example:
+        if "messages" in example or example.get("tools"):
             raise Unfit(
-                "the tokenizer has no chat template, so messages cannot be laid out; give texts as prompt "
-                "and completion, or take a chat model"
+                "the tokenizer has no chat template, so messages and tools cannot be laid out; give texts as "
+                "prompt and completion, or take a chat model"
             )
         return [(example["prompt"] + separator, False), (example["completion"] + end, True)]
     tools = example.get("tools")
@@ -206,12 +204,16 @@ def laid_out(
     """Apply a chat template to messages.
 
     Raises:
-        Unfit: The template fails.
+        Unfit: The template fails, or would leave out tools or calls of them.
     """
     try:
+        template = tokenizer.get_chat_template(tools=tools)
+        _check_tools(template, messages, tools)
         text: str = tokenizer.apply_chat_template(
             list(messages), tools=tools, tokenize=False, add_generation_prompt=answer_next
         )
+    except Unfit:
+        raise
     except Exception as error:  # a template may raise anything
         words = str(error).strip() or type(error).__name__
         roles = ", ".join(message["role"] for message in messages)
@@ -219,6 +221,15 @@ def laid_out(
             f"the model's chat template refuses the roles {roles or 'of no message'}: {words}"
         ) from error
     return text
+
+
+def _check_tools(template: str, messages: Sequence[Message], tools: Any) -> None:
+    given = {"tools": bool(tools), "tool_calls": any(message.get("tool_calls") for message in messages)}
+    if lost := [name for name, there in given.items() if there and name not in template]:
+        raise Unfit(
+            f"the model's chat template leaves out {' and '.join(lost)}, so the model would never see them; "
+            "take a model that was made to call tools, or leave them out of the data"
+        )
 
 
 def prompt_ids(prompt: str | Sequence[Message], tokenizer: Any, tools: Any = None) -> list[int]:
@@ -238,8 +249,8 @@ def prompt_tokens(example: Record, tokenizer: Any, separator: str = "") -> list[
     """
     prompt = example["prompt"]
     if not has_template(tokenizer):
-        if not isinstance(prompt, str):
-            raise Unfit("the tokenizer has no chat template, so the prompt must be a text")
+        if not isinstance(prompt, str) or example.get("tools"):
+            raise Unfit("the tokenizer has no chat template, so the prompt must be a text, without tools")
         return opening(prompt + separator, tokenizer)
     text = laid_out(tokenizer, as_messages(prompt), example.get("tools"), answer_next=True)
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -248,7 +259,7 @@ def prompt_tokens(example: Record, tokenizer: Any, separator: str = "") -> list[
 def last_turn(example: Record) -> tuple[dict[str, Any], str] | None:
     """(what precedes the last answer, that answer) of a record in plain words, if it has one."""
     if "completion" in example:
-        return {"prompt": example["prompt"]}, example["completion"]
+        return {"prompt": example["prompt"], "tools": example.get("tools")}, example["completion"]
     messages = example.get("messages", [])
     places = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
     if not places or not messages[places[-1]].get("content"):

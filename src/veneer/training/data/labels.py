@@ -10,7 +10,8 @@ from typing import Any
 from ...errors import DataError
 from ...wording import did_you_mean
 from .encoding import count, each, longer
-from .forms import Record, Unfit
+from .forms import Record
+from .problems import Unfit
 
 
 @dataclass(frozen=True)

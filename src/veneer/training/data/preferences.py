@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .encoding import as_messages, count, each, has_template, laid_out, longer
-from .forms import Form, Record, Unfit
+from .encoding import count, each, has_template, laid_out, longer
+from .forms import Form, Record
+from .messages import as_messages
+from .problems import Unfit
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from .batch import IGNORED, Collator, LabelCollator, Row, pad_token
 from .encoding import Encoded, encode, has_template, pieces, prompt_ids
-from .forms import FORMS, PURPOSES, Form, Purpose, form_of
+from .forms import FORMS, PURPOSES, Form, Purpose
 from .labels import EncodedLabels, encode_classification
 from .packing import Packed, pack, packing_for
 from .preferences import Preferences, encode_preferences
-from .sources import Records, read_records
+from .recognition import form_of
+from .records import Records
+from .sources import read_records
 
 __all__ = [
     "FORMS",

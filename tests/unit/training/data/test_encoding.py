@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from tests.unit.training.tiny import RECORDS, tiny_tokenizer
+from tests.unit.training.tiny import RECORDS, TEMPLATE, tiny_tokenizer
 from veneer import DataError
 from veneer.training import Collator, encode, prompt_ids
 from veneer.training.data import IGNORED, pieces
@@ -49,6 +49,46 @@ def test_the_prompt_of_training_is_the_prompt_of_generation() -> None:
         assert row["input_ids"][: len(ids)] == ids
         assert row["labels"][: len(ids)] == [IGNORED] * len(ids)
         assert row["labels"][len(ids)] != IGNORED
+
+
+WITH_TOOLS = (
+    "{% for tool in tools or [] %}<|system|>{{ tool.name }}{% endfor %}"
+    "{% for m in messages %}<|{{ 'user' if m.role == 'tool' else m.role }}|>{{ m.content }}"
+    "{% for call in m.tool_calls or [] %}{{ call.function | tojson }}{% endfor %}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+CALLED = [
+    {"role": "user", "content": "Two?"},
+    {"role": "assistant", "tool_calls": [{"function": {"name": "add", "arguments": '{"a": 1}'}}]},
+    {"role": "tool", "content": 2},
+    {"role": "assistant", "content": "Two."},
+]
+
+
+def test_calls_of_tools_go_through_the_chat_template() -> None:
+    row = encode([{"messages": CALLED, "tools": [{"name": "add"}]}], tiny_tokenizer(WITH_TOOLS)).rows[0]
+    call = '{"name": "add", "arguments": {"a": 1}}<|end|>'
+    assert TOKENIZER.decode(row["input_ids"]) == (
+        f"<|system|>add<|user|>Two?<|end|>\n<|assistant|>{call}\n<|user|>2<|end|>\n<|assistant|>Two.<|end|>"
+    )
+    assert learned(row) == f"{call}Two.<|end|>"
+
+
+def test_tools_of_a_prompt_and_its_completion() -> None:
+    record = {"prompt": "Two?", "completion": "2", "tools": [{"name": "add"}]}
+    row = encode([record], tiny_tokenizer(WITH_TOOLS)).rows[0]
+    assert TOKENIZER.decode(row["input_ids"]).startswith("<|system|>add<|user|>Two?")
+    for words, template in (("leaves out tools", TEMPLATE), ("no chat template", None)):
+        with pytest.raises(DataError, match=words):
+            encode([record], tiny_tokenizer(template))
+    with pytest.raises(DataError, match="must be a text, without tools"):
+        prompt_ids("Two?", tiny_tokenizer(template=None), [{"name": "add"}])
+
+
+def test_a_template_that_would_lose_calls_is_refused() -> None:
+    for more, lost in (({}, "tool_calls"), ({"tools": [{"name": "add"}]}, "tools")):
+        with pytest.raises(DataError, match=f"chat template leaves out {lost}, so the model would never"):
+            encode([{"messages": CALLED, **more}], TOKENIZER)
 
 
 def test_without_a_chat_template_texts_are_joined() -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import re
+import json
+import math
 from typing import Any
 
 import pytest
 
-from veneer import DataError
-from veneer.training.data.forms import FORMS, PURPOSES, Purpose, Unfit, form_of, read_as
+from veneer.training.data.forms import FORMS, PURPOSES, Purpose
+from veneer.training.data.problems import Unfit
+from veneer.training.data.recognition import form_of, read_as
 
 USER, ANSWER = {"role": "user", "content": "Two?"}, {"role": "assistant", "content": "2"}
 SYSTEM = {"role": "system", "content": "Be short."}
@@ -23,6 +25,17 @@ GOOD: list[tuple[str, Purpose, dict[str, Any], dict[str, Any]]] = [
         {"messages": [USER, ANSWER]},
     ),
     ("prompt-completion", "sft", {"prompt": [USER], "completion": "2"}, {"messages": [USER, ANSWER]}),
+    ("prompt-completion", "sft", {"prompt": "Two?", "completion": 2}, PLAIN),
+    ("prompt-completion", "sft", {"prompt": [USER], "completion": 2}, {"messages": [USER, ANSWER]}),
+    ("prompt-completion", "sft", {**PLAIN, "tools": [{"name": "f"}]}, {**PLAIN, "tools": [{"name": "f"}]}),
+    ("alpaca", "sft", {"instruction": "Half?", "output": 0.5}, {"prompt": "Half?", "completion": "0.5"}),
+    ("sharegpt", "sft", {"conversations": [USER, {"from": "gpt", "value": True}]},
+     {"messages": [USER, {**ANSWER, "content": "true"}]}),
+    ("messages", "sft", {"messages": json.dumps([USER, ANSWER]), "tools": '[{"name": "f"}]'},
+     {"messages": [USER, ANSWER], "tools": [{"name": "f"}]}),
+    ("messages", "sft", {"messages": [USER, ANSWER], "tools": []}, {"messages": [USER, ANSWER]}),
+    ("preference", "dpo", {"prompt": "Two?", "chosen": 2, "rejected": False},
+     {"prompt": "Two?", "chosen": "2", "rejected": "false"}),
     ("messages", "sft", {"messages": [SYSTEM, USER, ANSWER]}, {"messages": [SYSTEM, USER, ANSWER]}),
     ("messages", "sft", {"messages": [{**USER, "tool_calls": None}, ANSWER]}, {"messages": [USER, ANSWER]}),
     (
@@ -93,12 +106,12 @@ BAD: list[tuple[Purpose, dict[str, Any], str]] = [
     ("prompt", {"prompt": " "}, "prompt is empty"),
     ("prompt", {"messages": [ANSWER]}, "holds an answer only"),
     ("sft", {"prompt": 3, "completion": "a"}, r"prompt is a number \(3\), not text"),
-    ("sft", {"prompt": "a", "completion": True}, r"completion is a boolean \(true\), not text"),
+    ("sft", {"prompt": "a", "completion": math.nan}, r"completion is a number \(nan\), not text"),
+    ("sft", {"messages": "[{]"}, "messages is no JSON"),
     ("sft", {"messages": "hello"}, "messages is a text, not a list of messages"),
     ("sft", {"messages": []}, "messages is an empty list"),
     ("sft", {"messages": [None]}, r"messages\[0\] is null, not an object"),
     ("sft", {"messages": [{"role": "user"}, ANSWER]}, r"messages\[0\].content is null"),
-    ("sft", {"messages": [{**USER, "content": [{"type": "image"}]}, ANSWER]}, "only text is understood"),
     ("sft", {"messages": [USER]}, "no message of the role 'assistant'"),
     (
         "sft",
@@ -127,42 +140,3 @@ BAD: list[tuple[Purpose, dict[str, Any], str]] = [
 def test_what_is_wrong_with_a_record(purpose: Purpose, record: dict[str, Any], words: str) -> None:
     with pytest.raises(Unfit, match=words):
         read_as(form_of([record], purpose), record)
-
-
-@pytest.mark.parametrize(
-    ("purpose", "record", "words"),
-    [
-        ("sft", {"Prompt": "a", "completion": "b"}, "'Prompt' should perhaps be 'prompt'"),
-        ("sft", {"mesages": []}, "'mesages' should perhaps be 'messages'"),
-        ("sft", {"instruction": "a", "ouput": "b"}, "'ouput' should perhaps be 'output'"),
-        ("sft", {"prompt": "a", "completion": None}, "'completion' is null"),
-        ("sft", {"prompt": "a", "chosen": "b", "rejected": "c"}, "method='dpo'"),
-        ("dpo", PLAIN, "data for fine-tuning on answers"),
-        ("classification", {"text": "a", "lable": 1}, "'lable' should perhaps be 'label'"),
-        ("sft", {"sentence": "a", "label": 1}, "data for a classifier"),
-        ("sft", {"prompt": "a"}, "no answers to learn from"),
-        ("sft", {}, "it has no column"),
-        ("sft", {"question": "a", "answer": "b"}, r"it has 'question', 'answer'$"),
-    ],
-)
-def test_columns_of_no_form(purpose: Purpose, record: dict[str, Any], words: str) -> None:
-    with pytest.raises(DataError) as caught:
-        form_of([record], purpose)
-    line = str(caught.value).splitlines()[1]
-    assert line.startswith("  record 1: it lacks columns that are needed")
-    assert re.search(words, line)
-    assert "Understood: {" in str(caught.value)
-
-
-def test_what_is_no_record_and_no_purpose() -> None:
-    with pytest.raises(DataError, match="it is no object but a list"):
-        form_of([["a"]])
-    with pytest.raises(DataError, match="one of sft, dpo, classification, prompt, not 'ppo'"):
-        form_of([PLAIN], "ppo")  # type: ignore[arg-type]
-
-
-def test_most_records_decide_and_the_others_are_refused() -> None:
-    form = form_of([{"text": "a"}, PLAIN, PLAIN])
-    assert form.name == "prompt-completion"
-    with pytest.raises(Unfit, match=r"it has the columns text .* the others have the columns prompt"):
-        read_as(form, {"text": "a"})
