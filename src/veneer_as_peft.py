@@ -30,13 +30,19 @@ __all__ = ["after_import", "register_as_peft"]
 
 FACADE = "veneer.integrations.as_peft"
 # Methods of other libraries' models that would fail silently or leave the model half changed. By the module
-# of their mixin: the module of the facade that wraps them, and their names.
+# of their mixin: the mixin, the module of the facade that wraps them, and their names.
 GUARDED = {
     "transformers.integrations.peft": (
+        "PeftAdapterMixin",
         "mixin",
         ("load_adapter", "add_adapter", "set_adapter", "enable_adapters", "disable_adapters"),
     ),
-    "diffusers.loaders.peft": ("diffusion", ("load_lora_adapter", "add_adapter", "delete_adapters")),
+    "diffusers.loaders.peft": (
+        "PeftAdapterMixin",
+        "diffusion",
+        ("load_lora_adapter", "add_adapter", "delete_adapters"),
+    ),
+    "diffusers.loaders.lora_pipeline": ("FluxLoraLoaderMixin", "diffusion", ("load_lora_weights",)),
 }
 # These remember at their import whether peft is installed.
 FROZEN = ("transformers.trainer_utils", "trl.trainer.utils", "diffusers")
@@ -252,8 +258,8 @@ def _forget_answers() -> None:
 
 def _guard_mixin(module: ModuleType) -> None:
     """Route the adapter methods of a library's models through `veneer.integrations.as_peft`."""
-    mixin = module.PeftAdapterMixin
-    guard, names = GUARDED[module.__name__]
+    mixin_name, guard, names = GUARDED[module.__name__]
+    mixin = getattr(module, mixin_name)
     for name in names:
         original = getattr(mixin, name)
         if not hasattr(original, "veneer_guarded"):

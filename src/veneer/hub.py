@@ -125,9 +125,41 @@ class NotCachedError(AdapterFileError):
     """The file is not in the cache, and the network cannot be asked."""
 
 
-def download_file(
+def download_file(repo_id: str, filename: str, *, local_files_only: bool = False, **options: Any) -> str:
+    """Fetch one file of a repository, or find it in the cache, and return its path.
+
+    Args:
+        repo_id: `"owner/name"`.
+        filename: Name of the file in the repository, or in `subfolder`.
+        local_files_only: Do not ask the network; take what the cache has.
+        **options: `subfolder` (directory of the repository, with `/` between its parts), `revision` (branch,
+            tag or commit), `token`, `cache_dir` and `force_download`; others that callers of PEFT's interface
+            pass have no meaning any more.
+
+    Raises:
+        AdapterFileError: Saying what stands in the way (no such repository, revision or file; no access; no
+            network), and what to do.
+        MissingExtraError: huggingface_hub is not installed.
+    """
+    with _asking(repo_id, local_files_only) as unreachable:
+        return _download(repo_id, filename, unreachable, local_files_only=local_files_only, **options)
+
+
+@contextlib.contextmanager
+def _asking(repo_id: str, local_files_only: bool) -> Iterator[str]:
+    """`cached_if_unreachable`, unless the network is not to be asked."""
+    try:
+        import huggingface_hub  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise MissingExtraError("huggingface_hub", "hf", f"reading {repo_id!r}") from error
+    with contextlib.nullcontext("") if local_files_only else cached_if_unreachable() as unreachable:
+        yield unreachable
+
+
+def _download(
     repo_id: str,
     filename: str,
+    unreachable: str,
     *,
     subfolder: str | None = None,
     revision: str | None = None,
@@ -137,29 +169,10 @@ def download_file(
     force_download: bool = False,
     **ignored: Any,
 ) -> str:
-    """Fetch one file of a repository, or find it in the cache, and return its path.
+    """`download_file`, where it is known why the hub cannot be reached."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HFValidationError
 
-    Args:
-        repo_id: `"owner/name"`.
-        filename: Name of the file in the repository, or in `subfolder`.
-        subfolder: Directory of the repository, with `/` between its parts.
-        revision: Branch, tag or commit; the main branch if None.
-        token: A token, True for the stored one, False for none, None for the stored one if there is one.
-        cache_dir: Where files are kept; huggingface_hub's own cache if None.
-        local_files_only: Do not ask the network; take what the cache has.
-        force_download: Fetch again what the cache has.
-        ignored: Arguments that callers of PEFT's interface pass and that have no meaning any more.
-
-    Raises:
-        AdapterFileError: Saying what stands in the way (no such repository, revision or file; no access; no
-            network), and what to do.
-        MissingExtraError: huggingface_hub is not installed.
-    """
-    try:
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import HFValidationError
-    except ModuleNotFoundError as error:
-        raise MissingExtraError("huggingface_hub", "hf", f"reading {filename} of {repo_id!r}") from error
     try:
         found: str = hf_hub_download(
             repo_id,
@@ -180,7 +193,7 @@ def download_file(
         ) from error
     except (OSError, ValueError) as error:
         path = "/".join(filter(None, [subfolder, filename]))
-        raise _explain(error, repo_id, path, revision, local_files_only) from error
+        raise _explain(error, repo_id, path, revision, local_files_only, unreachable) from error
 
 
 def download_adapter(repo_id: str, *, subfolder: str | None = None, **options: Any) -> Path:
@@ -199,22 +212,23 @@ def download_adapter(repo_id: str, *, subfolder: str | None = None, **options: A
         MissingExtraError: huggingface_hub is not installed.
     """
     options["subfolder"] = subfolder
-    config = Path(download_file(repo_id, CONFIG_NAME, **options))
-    commit = config.parents[len(Path(subfolder or "").parts)].name
-    if _COMMIT.fullmatch(commit):
-        options["revision"] = commit
-    try:
-        download_file(repo_id, SAFETENSORS_NAME, **options)
-    except (EntryMissingError, NotCachedError) as no_safetensors:
+    with _asking(repo_id, options.get("local_files_only", False)) as unreachable:
+        config = Path(_download(repo_id, CONFIG_NAME, unreachable, **options))
+        commit = config.parents[len(Path(subfolder or "").parts)].name
+        if _COMMIT.fullmatch(commit):
+            options["revision"] = commit
         try:
-            download_file(repo_id, BIN_NAME, **options)
-        except NotCachedError:
-            raise no_safetensors from None
-        except EntryMissingError:
-            raise AdapterFileError(
-                f"{repo_id} has an {CONFIG_NAME} but neither {SAFETENSORS_NAME} nor {BIN_NAME} beside it"
-                f"{f' in {subfolder}' if subfolder else ''}: the upload is incomplete"
-            ) from no_safetensors
+            _download(repo_id, SAFETENSORS_NAME, unreachable, **options)
+        except (EntryMissingError, NotCachedError) as no_safetensors:
+            try:
+                _download(repo_id, BIN_NAME, unreachable, **options)
+            except NotCachedError:
+                raise no_safetensors from None
+            except EntryMissingError:
+                raise AdapterFileError(
+                    f"{repo_id} has an {CONFIG_NAME} but neither {SAFETENSORS_NAME} nor {BIN_NAME} beside it"
+                    f"{f' in {subfolder}' if subfolder else ''}: the upload is incomplete"
+                ) from no_safetensors
     return config.parent
 
 
@@ -331,6 +345,7 @@ def _explain(
     path: str | None,
     revision: str | None,
     local_only: bool = False,
+    unreachable: str = "",
     pushing: bool = False,
 ) -> AdapterFileError:
     """What huggingface_hub's error means here, and the way out."""
@@ -341,11 +356,15 @@ def _explain(
     cause = error.__cause__ or error
     offline = isinstance(cause, errors.OfflineModeIsEnabled)
     if pushing and (offline or _no_answer(error)):
-        reason, way_out = _why_offline(cause, local_only)
+        reason, way_out = _why_offline(cause, local_only, unreachable)
         return AdapterFileError(f"nothing was pushed to {place}: {reason}. To push it, {way_out}")
     # First, as huggingface_hub counts an entry that is not in the cache among the missing ones.
     if isinstance(error, errors.LocalEntryNotFoundError) or offline:
-        return _not_cached(cause, place, local_only)
+        reason, way_out = _why_offline(cause, local_only, unreachable)
+        return NotCachedError(
+            f"{place} is not in the local cache, and {reason}. To get it, {way_out}; or pass a local "
+            "directory."
+        )
     for name, meaning in _MEANINGS.items():
         if isinstance(error, getattr(errors, name)):
             kind = EntryMissingError if name == "EntryNotFoundError" else AdapterFileError
@@ -367,19 +386,15 @@ def _no_answer(error: Exception) -> bool:
     return any(cls.__name__ in ("ConnectionError", "TransportError") for cls in type(error).__mro__)
 
 
-def _not_cached(error: BaseException, place: str, local_only: bool) -> AdapterFileError:
-    reason, way_out = _why_offline(error, local_only)
-    return NotCachedError(
-        f"{place} is not in the local cache, and {reason}. To get it, {way_out}; or pass a local directory."
-    )
-
-
-def _why_offline(error: BaseException, local_only: bool) -> tuple[str, str]:
+def _why_offline(error: BaseException, local_only: bool, unreachable: str) -> tuple[str, str]:
     """Why the hub was not reached, and the way out."""
     from huggingface_hub import constants
 
     if local_only:
         return "local_files_only=True was passed", "leave that out once, with a network"
+    network = "check the connection, the proxy and HF_ENDPOINT"
+    if unreachable:
+        return unreachable, network
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE=1 is set", "unset it once, with a network"
     root: BaseException = error
@@ -387,5 +402,5 @@ def _why_offline(error: BaseException, local_only: bool) -> tuple[str, str]:
         root = root.__cause__
     return (
         f"the hub at {constants.ENDPOINT} did not answer ({type(root).__name__}: {root})",
-        "check the connection, the proxy and HF_ENDPOINT",
+        network,
     )

@@ -50,7 +50,7 @@ def public_names() -> set[str]:
     public = {f"{module}:{name}" for module in PUBLIC for name in importlib.import_module(module).__all__}
     facade = {f"{FACADE}.objects:{name}" for names in LAYOUT.values() for name in names}
     guards = {
-        f"{FACADE}.{module}:{name}" for module, names in veneer_as_peft.GUARDED.values() for name in names
+        f"{FACADE}.{module}:{name}" for _, module, names in veneer_as_peft.GUARDED.values() for name in names
     }
     return public | facade | guards
 

@@ -106,6 +106,70 @@ assert pipe.unet._prepare_lora_hotswap_kwargs["target_rank"] == 2
     )
 
 
+def test_an_adapter_that_widens_a_layer_comes_first(nopeft_python: Path) -> None:
+    """A Flux Control adapter: diffusers pads adapters that come after it, and not those that are there."""
+    run_python(
+        START
+        + """
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+
+def flux(channels=4):
+    torch.manual_seed(0)
+    sizes = dict(num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2)
+    width = dict(joint_attention_dim=8, pooled_projection_dim=8, axes_dims_rope=(4, 4, 8))
+    return FluxTransformer2DModel(in_channels=channels, out_channels=4, **sizes, **width).eval()
+
+def pipeline():
+    return FluxPipeline(FlowMatchEulerDiscreteScheduler(), None, None, None, None, None, flux())
+
+def adapter(channels):
+    model = flux(channels)
+    model.add_adapter(LoraConfig(r=2, target_modules=["x_embedder"], init_lora_weights=False))
+    return {f"transformer.{key}": value for key, value in get_peft_model_state_dict(model).items()}
+
+@torch.no_grad()
+def run(pipe):
+    model = pipe.transformer
+    x = torch.linspace(-1, 1, 6 * model.x_embedder.in_features).view(1, 6, -1)
+    given = dict(encoder_hidden_states=torch.ones(1, 3, 8), pooled_projections=torch.ones(1, 8))
+    where = dict(timestep=torch.ones(1), img_ids=torch.zeros(6, 3), txt_ids=torch.zeros(3, 3))
+    return model(hidden_states=x, guidance=None, **given, **where).sample
+
+ordinary, control = adapter(4), adapter(8)
+pipe = pipeline()
+pipe.load_lora_weights(ordinary, adapter_name="ordinary")
+before, embedder = run(pipe), pipe.transformer.x_embedder.base_layer
+try:
+    pipe.load_lora_weights(control, adapter_name="control")
+except VeneerError as error:
+    assert "x_embedder: from 4 inputs, which 'ordinary' takes, to 8" in str(error), error
+else:
+    raise AssertionError("nothing was refused")
+assert pipe.transformer.x_embedder.base_layer is embedder and pipe.transformer.config.in_channels == 4
+assert torch.equal(run(pipe), before) and pipe.get_list_adapters() == {"transformer": ["ordinary"]}
+
+pipe = pipeline()
+wrong = {key.replace("lora_B", "lora_C"): value for key, value in control.items()} | control
+try:
+    pipe.load_lora_weights(wrong, adapter_name="control")
+except Exception:
+    assert pipe.transformer.x_embedder.in_features == 4 == pipe.transformer.config.in_channels
+else:
+    raise AssertionError("nothing was refused")
+for name, file in (("control", control), ("ordinary", ordinary)):
+    pipe.load_lora_weights(file, adapter_name=name)
+assert pipe.transformer.config.in_channels == 8
+alone = []
+for names in (["control"], ["ordinary"], ["control", "ordinary"]):
+    pipe.set_adapters(names)
+    alone.append(run(pipe))
+assert not torch.equal(alone[0], alone[1]) and not torch.equal(alone[0], alone[2])
+""",
+        ROOT,
+        python=nopeft_python,
+    )
+
+
 def test_what_is_lost_on_the_way_is_said(nopeft_python: Path) -> None:
     run_python(
         START

@@ -206,7 +206,7 @@ def test_no_network_is_told_from_no_file(hub: Hub, tmp_path: Path) -> None:
     nobody = environment(hub, tmp_path, HF_ENDPOINT="http://127.0.0.1:9")
     again, other = call(nobody, fetch, ("download_adapter", ["team/half"], {}))
     assert again == first
-    assert "http://127.0.0.1:9 did not answer" in other["message"]
+    assert "http://127.0.0.1:9 does not answer" in other["message"]
 
 
 def test_a_model_takes_its_adapter_from_the_hub(hub: Hub, tmp_path: Path) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from veneer.errors import UnknownOptionError
+from veneer import PeftConfig
+from veneer.errors import AdapterFileError, UnknownOptionError
 from veneer.hub import HUB_OPTIONS, adapter_directory
 
 
@@ -26,3 +28,9 @@ def test_misspelt_keywords_are_all_named_with_what_was_meant(tmp_path: Path) -> 
 def test_a_repository_id_is_not_asked_for_with_misspelt_keywords() -> None:
     with pytest.raises(UnknownOptionError, match="did you mean 'local_files_only'"):
         adapter_directory("org/name", local_file_only=True)
+
+
+@pytest.mark.parametrize("load", [adapter_directory, PeftConfig.from_pretrained])
+def test_an_unreachable_hub_is_asked_once(load: Callable[[str], object], unreachable_hub: str) -> None:
+    with pytest.raises(AdapterFileError, match=f"the hub at {unreachable_hub} does not answer.*HF_ENDPOINT"):
+        load("nobody/nothing")

@@ -18,6 +18,7 @@ from veneer import (
     VeneerError,
     VeneerWarning,
     get_peft_model,
+    get_peft_model_state_dict,
     inject_adapter_in_model,
 )
 from veneer.inject.api import eject
@@ -309,6 +310,19 @@ USES: dict[str, dict[str, Any]] = {
 }
 
 
+def test_a_block_is_trained_whole_without_what_a_deleted_adapter_left_in_it() -> None:
+    def blocks() -> nn.Module:
+        return nn.ModuleDict({"a": nn.Linear(3, 3), "b": nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))})
+
+    whole = LoraConfig(target_modules=["a"], modules_to_save=["b"])
+    reference = get_peft_model(blocks(), whole)
+    model = get_peft_model(blocks(), LoraConfig(target_modules=["a", "b.0"]))
+    with pytest.warns(UserWarning, match="no adapter is active"):
+        model.delete_adapter("default")
+    model.add_adapter("default", whole)
+    assert get_peft_model_state_dict(model).keys() == get_peft_model_state_dict(reference).keys()
+
+
 @pytest.mark.parametrize("first", USES)
 @pytest.mark.parametrize("second", USES)
 def test_what_a_deleted_adapter_left_behind_binds_no_later_one(first: str, second: str) -> None:
@@ -322,5 +336,6 @@ def test_what_a_deleted_adapter_left_behind_binds_no_later_one(first: str, secon
     train(model, x)
     expected, found = ([p.shape for p in m.parameters() if p.requires_grad] for m in (reference, model))
     assert sorted(found) == sorted(expected)
+    assert get_peft_model_state_dict(model).keys() == get_peft_model_state_dict(reference).keys()
     tied = [m for m in model.modules() if getattr(m, "held_adapters", ()) and m.tied_adapter is not None]
     assert bool(tied) is (second in ("tied", "saved tied", "tokens"))

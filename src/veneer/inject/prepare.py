@@ -272,11 +272,17 @@ def _not_to_copy(site: Site) -> str | None:
 
 def _copy_of(site: Site) -> Copy:
     wrapper = site.module
-    if not isinstance(wrapper, ModulesToSaveWrapper):
-        wrapper = ModulesToSaveWrapper(wrapper)
-    elif wrapper.tied_adapter is not None and not wrapper.held_adapters:  # a deleted adapter tied it
+    reusable = isinstance(wrapper, ModulesToSaveWrapper) and (
+        wrapper.held_adapters or not wrapper.tied_adapter
+    )
+    if not reusable:  # layers that a deleted adapter left behind are not copied
         wrapper = ModulesToSaveWrapper(site.base)
-    return Copy(site, wrapper, wrapper.new_copy())
+    assert isinstance(wrapper, ModulesToSaveWrapper)
+    module = wrapper.new_copy()
+    for inner in sites(module).values():
+        if isinstance(inner.module, AdapterModule):
+            inner.replace(inner.base)
+    return Copy(site, wrapper, module)
 
 
 # --- the completed configuration, and warnings

@@ -16,11 +16,12 @@ from torch import nn
 
 from veneer.wording import warn
 
-from ...adapters import AdapterSet, adapter_modules
-from ...errors import VeneerError
+from ...adapters import AdapterSet, adapter_modules, walk
+from ...errors import TargetError, VeneerError
+from ...layers.linear import LoraLinear
 from .strict import Before
 
-__all__ = ["add_adapter", "delete_adapters", "load_lora_adapter"]
+__all__ = ["add_adapter", "delete_adapters", "load_lora_adapter", "load_lora_weights"]
 
 
 def load_lora_adapter(original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
@@ -29,6 +30,7 @@ def load_lora_adapter(original: Callable[..., Any], model: Any, *args: Any, **kw
     Raises:
         VeneerError: The adapter cannot be loaded. The model is unchanged.
     """
+    _refuse_widened(model)
     arguments = inspect.signature(original).bind(model, *args, **kwargs).arguments
     swap = arguments.get("hotswap", False)
     before = Before(model, "" if swap else arguments.get("kwargs", {}).get("adapter_name") or "")
@@ -40,6 +42,48 @@ def load_lora_adapter(original: Callable[..., Any], model: Any, *args: Any, **kw
         cause = error.__context__
         if isinstance(error, KeyError) and isinstance(cause, VeneerError):
             raise cause from None
+        raise
+
+
+def _refuse_widened(model: nn.Module) -> None:
+    """Refuse to go on where diffusers has given an adapted layer a wider base (Flux Control)."""
+    problems = [
+        f"{path}: from {a.shape[1]} inputs, which {name!r} takes, to {layer.in_features}"
+        for path, layer in walk(model)
+        if isinstance(layer, LoraLinear)
+        for name in layer.held_adapters
+        if (a := layer.factors(name)[0]).shape[1] != layer.in_features
+    ]
+    if problems:
+        raise TargetError(
+            "\n  - ".join(["this adapter widens layers beside adapters that are made for them:", *problems])
+            + "\nunload_lora_weights(), and load this one first: diffusers pads those that come after it"
+        )
+
+
+def load_lora_weights(original: Callable[..., Any], pipeline: Any, *args: Any, **kwargs: Any) -> Any:
+    """Load an adapter into a Flux pipeline, whose layers diffusers may widen for it.
+
+    Raises:
+        VeneerError: The adapter cannot be loaded. The layers are as wide as before.
+    """
+    name = "transformer" if hasattr(pipeline, "transformer") else pipeline.transformer_name
+    model = getattr(pipeline, name)
+    linears = [
+        (parent, key, child)
+        for parent in model.modules()
+        for key, child in parent._modules.items()
+        if isinstance(child, nn.Linear)
+    ]
+    replaced, channels = getattr(model, "_overwritten_params", None), model.config.in_channels
+    try:
+        return original(pipeline, *args, **kwargs)
+    except Exception:
+        for parent, key, child in linears:
+            if isinstance(parent._modules.get(key), nn.Linear):
+                parent._modules[key] = child
+        model._overwritten_params = replaced
+        model.config.in_channels = channels
         raise
 
 
