@@ -15,7 +15,7 @@ from typing import Any
 
 from veneer.config import LoraConfig, PeftConfig
 from veneer.errors import AdapterFileError, VeneerError
-from veneer.files.header import HeaderMemo, bin_metadata, read_header
+from veneer.files.header import HeaderMemo, metadata_and_shapes
 from veneer.files.layout import (
     BIN_NAME,
     CONFIG_NAME,
@@ -102,7 +102,7 @@ def _entry(place: Path, root: Path, headers: HeaderMemo) -> AdapterEntry:
     shapes: Shapes | None = None
     with _collecting(problems):
         found |= _of_file(locate_tensors(place))
-        (metadata, shapes), beside = together(place, functools.partial(_metadata_and_shapes, headers=headers))
+        (metadata, shapes), beside = together(place, functools.partial(metadata_and_shapes, memo=headers))
         config = functools.partial(belonging_config, place, metadata, beside)
     with _collecting(problems):
         belonging = config()
@@ -152,14 +152,6 @@ def _of_file(path: Path) -> dict[str, Any]:
     status = path.stat()
     when = datetime.fromtimestamp(status.st_mtime, tz=timezone.utc).isoformat(timespec="seconds")
     return {"bytes": status.st_size, "modified": when}
-
-
-def _metadata_and_shapes(path: Path, headers: HeaderMemo) -> tuple[dict[str, str], Shapes | None]:
-    """The metadata and the shapes of tensors; a pickle has no header that says its shapes."""
-    if path.name == BIN_NAME:
-        return bin_metadata(path), None
-    header = read_header(path, headers)
-    return header.metadata, header.shapes
 
 
 @functools.lru_cache(maxsize=64)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
-from collections.abc import Iterator
 from typing import NamedTuple
 
 from veneer.config import LoraConfig, PeftConfig
-from veneer.errors import AdapterFileError, ConfigError
-from veneer.files.layout import CONFIG_NAME
+from veneer.errors import AdapterFileError
+from veneer.files.layout import CONFIG_NAME, blame_file
 from veneer.files.read import AdapterFile, open_adapter
 from veneer.spec import LoraSpec, resolve_all, variant_name
 from veneer.wording import some
@@ -82,12 +80,3 @@ def factor_names(file: AdapterFile) -> tuple[dict[str, dict[str, str]], list[str
     if half:
         raise AdapterFileError(f"{file.path} holds only one of the two factors of {', '.join(half[:3])}")
     return layers, others
-
-
-@contextlib.contextmanager
-def blame_file(adapter: str | os.PathLike[str]) -> Iterator[None]:
-    """What is wrong in an adapter's configuration is an error of that file, not of the caller's options."""
-    try:
-        yield
-    except ConfigError as error:
-        raise AdapterFileError(f"the {CONFIG_NAME} of {adapter} cannot be used: {error}") from error

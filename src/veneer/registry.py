@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Iterable, Iterator
-from importlib.metadata import entry_points
+from collections.abc import Iterable, Iterator, Sequence
+from importlib.metadata import EntryPoint, entry_points
 from typing import Generic, TypeVar
 
 from veneer.wording import warn
@@ -25,6 +25,11 @@ class _Plugins:
     loaded = False
 
 
+def installed_plugins() -> Sequence[EntryPoint]:
+    """The modules that installed packages name as plug-ins; none of them is imported."""
+    return tuple(entry_points(group=PLUGINS))
+
+
 def load_plugins() -> None:
     """Import the modules that installed packages name in the entry point group ``veneer.plugins``, once.
 
@@ -34,7 +39,7 @@ def load_plugins() -> None:
     if _Plugins.loaded:
         return
     _Plugins.loaded = True
-    for entry in entry_points(group=PLUGINS):
+    for entry in installed_plugins():
         try:
             entry.load()
         except Exception as error:

@@ -27,7 +27,8 @@ from veneer.hotswap import hotswap_adapter
 from veneer.integrations.export.source import read_source
 from veneer.listing import find_adapters
 from veneer.lora_file import open_lora
-from veneer.training.adapters import describe, read_head
+from veneer.training.adapters import describe
+from veneer.training.head import read_head
 from veneer.training.merge_files import base_directory, merge_files
 from veneer.training.spectra import spectra
 
@@ -123,8 +124,7 @@ def by_read_config(place: Path) -> Seen:
 
 def by_head(place: Path) -> Seen:
     """What `generate`, `chat`, `eval` and `merge` look at first."""
-    head = read_head(place)
-    return only(head.file.tensors().values()), head.config.lora_alpha
+    return by_configuration(place)[0], read_head(place).config.lora_alpha
 
 
 def by_inspect(place: Path) -> Seen:

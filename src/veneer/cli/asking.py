@@ -9,8 +9,8 @@ import typer
 from ..errors import VeneerError
 
 if TYPE_CHECKING:
-    from ..training import Sampling
-    from ..training.adapters import Head
+    from ..training.head import Head
+    from ..training.sampling import Sampling
 
 Adapter = Annotated[str, typer.Argument(help="Directory of the adapter, or a hub id.")]
 Model = Annotated[str | None, typer.Option(help="Base model, instead of the one that the adapter names.")]
@@ -63,7 +63,7 @@ def sampling_of(
     """The sampling options; `Sampling` checks that they go together."""
     if temperature is not None and temperature < 0:
         raise typer.BadParameter(f"--temperature must be 0 or more, not {temperature}")
-    from ..training.generation import Sampling
+    from ..training.sampling import Sampling
 
     return Sampling(max_new_tokens, do_sample, temperature, top_p, top_k, repetition_penalty)
 

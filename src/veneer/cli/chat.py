@@ -10,7 +10,10 @@ import typer
 
 from veneer.wording import did_you_mean
 
+from ..training.head import base_name, read_head
 from ..training.loading import Loading
+from ..training.paths import check_model
+from ..training.progress import Terminal
 from .asking import (
     Adapter,
     Attention,
@@ -27,7 +30,7 @@ from .asking import (
     require_language_model,
     sampling_of,
 )
-from .common import DONE, FAILED, app, show, show_text
+from .common import DONE, FAILED, app, load_libraries, show, show_text
 from .messages import say
 
 COMMANDS = {
@@ -65,16 +68,21 @@ def chat(
 ) -> int:
     """Talk to an adapted model; /base turns the adapter off, /adapter NAME switches, /help shows the rest."""
     loading = Loading(dtype, device, quantize, attn_implementation)
-    others = _paths_by_name(more or [])
+    sampling = sampling_of(max_new_tokens, do_sample, temperature, top_p, top_k, repetition_penalty)
+    paths = _paths_by_name(more or [])
+    progress = Terminal()
+    head = read_head(adapter, progress)
+    require_language_model(head)
+    others = {name: read_head(path, progress) for name, path in paths.items()}
+    check_model(base_name(head, model))
+    load_libraries("torch", "transformers")
     import torch
 
-    from ..training import Chat, Terminal
-    from ..training.adapters import load_adapted, read_head
+    from ..training import Chat
+    from ..training.adapters import load_adapted
 
-    sampling = sampling_of(max_new_tokens, do_sample, temperature, top_p, top_k, repetition_penalty)
-    head = read_head(adapter)
-    require_language_model(head)
-    adapted, tokenizer = load_adapted(head, model, loading, others, Terminal())
+    with progress.waiting("Loading the model"):
+        adapted, tokenizer = load_adapted(head, model, loading, others, progress)
     torch.manual_seed(seed)
     talk = Chat(adapted, tokenizer, sampling, system)
     alone = sys.stdin.isatty()

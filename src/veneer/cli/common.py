@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import importlib
+import importlib.util
 import io
 import json
 import os
@@ -11,7 +12,6 @@ import pkgutil
 import sys
 import traceback
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -205,18 +205,20 @@ def show_json(content: object) -> None:
     print(json.dumps(content, indent=2))
 
 
-def adapter_place(adapter: str) -> Path:
-    """The directory of an adapter; one of the hub is downloaded, after a message.
+def load_libraries(*names: str) -> None:
+    """Import libraries that take seconds to import, and say so.
 
-    Raises:
-        AdapterFileError: It is neither here nor on the hub.
+    Every command first checks what it was given; nothing before this call may import one of them.
     """
-    from ..hub import adapter_directory, is_local
+    missing = [name for name in names if name not in sys.modules and importlib.util.find_spec(name)]
+    if not missing:
+        return
+    from ..training.launcher import is_first
+    from ..training.progress import Terminal
 
-    if is_local(adapter) or "/" not in adapter:
-        return Path(adapter).expanduser()
-    say(f"there is no directory {adapter} here; asking the hub for it")
-    return adapter_directory(adapter)
+    with Terminal().waiting(f"Loading {' and '.join(missing)}") if is_first() else contextlib.nullcontext():
+        for name in missing:
+            importlib.import_module(name)
 
 
 def show(line: str = "") -> None:

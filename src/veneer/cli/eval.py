@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..errors import ConfigError, Hint
+from ..training.data.columns import parse_columns
+from ..training.data.sources import check_source, read_records
+from ..training.head import Head, PlainModel, base_name, read_head_or_model
 from ..training.loading import Loading
+from ..training.paths import check_model
+from ..training.progress import Terminal
 from .asking import AsJson, Attention, Device, Dtype, Model, Quantize
-from .common import app, show_json
+from .common import app, load_libraries, show_json
 
 if TYPE_CHECKING:
     from ..training.scores import Comparison
@@ -56,16 +62,13 @@ def evaluate(
     ):
         if value is not None and value < 1:
             raise typer.BadParameter(f"{name} must be above 0, not {value}")
-    from ..training import Terminal, read_records
-    from ..training.adapters import Head, load_adapted, load_plain, read_head_or_model
-    from ..training.data.columns import parse_columns
-    from ..training.scores import accuracy, compare
-
     renamed = None if columns is None else parse_columns(columns)
     progress = Terminal()
-    source = read_head_or_model(adapter)
+    check_source(data)  # a whole model's configuration is read by transformers
+    source = read_head_or_model(adapter, _read_plain, progress)
     if isinstance(source, Head):
         names, kind = source.classes(), "adapter"
+        check_model(base_name(source, model))
         progress.say(
             f"{adapter} is an adapter" + (": it is measured beside its base" if names is None else "")
         )
@@ -79,10 +82,15 @@ def evaluate(
     if max_samples is not None and max_samples < len(records):
         records = records.first(max_samples)
         progress.say(f"Measuring the first {max_samples} of them")
-    if isinstance(source, Head):
-        loaded, tokenizer = load_adapted(source, model, loading, progress=progress)
-    else:
-        loaded, tokenizer = load_plain(source, loading, progress)
+    load_libraries("torch", "transformers")
+    from ..training.adapters import load_adapted, load_plain
+    from ..training.scores import accuracy, compare
+
+    with progress.waiting("Loading the model"):
+        if isinstance(source, Head):
+            loaded, tokenizer = load_adapted(source, model, loading, progress=progress)
+        else:
+            loaded, tokenizer = load_plain(source, loading, progress)
     common: dict[str, Any] = {"max_length": max_length, "batch_size": batch_size, "progress": progress}
     if names is None:
         found = compare(loaded, tokenizer, records, exact_match=exact_match, **common)
@@ -94,6 +102,13 @@ def evaluate(
         show_json({f"{kind}_path": adapter, "data": data, **found.as_json()})
     else:
         _table(found)
+
+
+def _read_plain(source: str | os.PathLike[str]) -> PlainModel:
+    load_libraries("torch", "transformers")
+    from ..training.models import read_plain
+
+    return read_plain(source)
 
 
 def _table(found: Comparison) -> None:

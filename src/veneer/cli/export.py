@@ -9,7 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .common import adapter_place, app, show, show_json, size
+from ..files.overwrite import check_replaceable
+from ..integrations.export.options import check_options, pipeline_parts
+from ..training.head import Head, base_name, read_head
+from ..training.paths import check_model
+from ..training.progress import Terminal
+from .common import app, load_libraries, show, show_json, size
 
 if TYPE_CHECKING:
     from ..integrations.export import ExportReport
@@ -60,17 +65,24 @@ def export(
     What the reader cannot express is folded into the factors where that is possible, and refused in full
     where it is not. The files are read back and every module's update is compared before they appear.
     """
-    from ..integrations.export import export_adapter, targets
-    from ..integrations.export.base import find
-
-    find(target)
-    place = adapter_place(adapter)
+    check_options(target, base or "BASE", dtype, dora_to_plain, rank, component)
+    place, progress = Path(adapter).expanduser(), Terminal()
+    parts = pipeline_parts(place) if target == "diffusers" else []
+    heads = [read_head(place / part) for part in parts] or [read_head(adapter, progress)]
+    if base is None and dora_to_plain:
+        base = base_name(heads[0])
+    if base is not None and not Path(base).expanduser().is_dir():
+        check_model(base)
     if output is None:
-        output = _default_output(place if Path(adapter).expanduser().exists() else Path(adapter).name, target)
-    base_model = _base(place, base) if base is not None or dora_to_plain else None
+        output = _default_output(place if place.exists() else Path(place.name), target)
+    check_replaceable(output, overwrite, "adapter")
+    load_libraries("torch")
+    from ..integrations.export import export_adapter, targets
+
+    base_model = None if base is None else _base(heads[0], base, progress)
     with _progress(dora_to_plain) as tell:
         report = export_adapter(
-            place,
+            place if parts else heads[0].directory,
             output,
             target,
             base=base_model,
@@ -87,9 +99,8 @@ def export(
         _show(report, targets.get(target).reader)  # type: ignore[union-attr]
 
 
-def _default_output(adapter: Path | str, target: str) -> Path:
+def _default_output(place: Path, target: str) -> Path:
     """Where the files go when nobody says: beside the adapter, or here for one of the hub."""
-    place = Path(adapter)
     place = place.resolve() if place.name in ("", "..") else place
     return place.with_name(f"{place.name}-{target}")
 
@@ -100,8 +111,6 @@ def _progress(wanted: bool) -> Iterator[Callable[[int, int], None] | None]:
     if not wanted:
         yield None
         return
-    from ..training import Terminal
-
     with contextlib.ExitStack() as stack:
         bars: list[Callable[[int, str], None]] = []
 
@@ -113,12 +122,11 @@ def _progress(wanted: bool) -> Iterator[Callable[[int, int], None] | None]:
         yield tell
 
 
-def _base(adapter: Path, base: str | None) -> Path:
-    from ..training import Terminal
+def _base(head: Head, base: str, progress: Terminal) -> Path:
     from ..training.merge_files import base_directory
 
-    place = Path(base or "").expanduser()
-    return place if base is not None and place.is_dir() else base_directory(adapter, base, Terminal())
+    place = Path(base).expanduser()
+    return place if place.is_dir() else base_directory(head, base, progress)
 
 
 def _as_json(report: ExportReport) -> None:

@@ -12,6 +12,7 @@ from typing import Annotated, Any, TypeVar, get_type_hints
 
 import typer
 
+from ..training.head import read_head, with_adapter
 from ..training.options import RunOptions, TrainOptions, plain_type, read_yaml
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -79,8 +80,6 @@ def options_of(kind: type[RunOptions], config: Path | None, given: Mapping[str, 
     options = kind(**found)
     if not options.resume_from_adapter:
         return options
-    from ..training.adapters import read_head, with_adapter
-
     return with_adapter(options, read_head(options.resume_from_adapter), given=found)
 
 

@@ -9,7 +9,11 @@ from typing import Annotated
 
 import typer
 
+from ..training.data.sources import read_records
+from ..training.head import base_name, read_head
 from ..training.loading import Loading
+from ..training.paths import check_answer_file, check_model
+from ..training.progress import Terminal
 from .asking import (
     Adapter,
     AsJson,
@@ -27,7 +31,7 @@ from .asking import (
     require_language_model,
     sampling_of,
 )
-from .common import app, show, show_json, show_text
+from .common import app, load_libraries, show, show_json, show_text
 
 
 @app.command()
@@ -68,24 +72,27 @@ def generate(
 ) -> None:
     """Ask an adapted model: one prompt, or a file of them; answers go to standard output or --output."""
     loading = Loading(dtype, device, quantize, attn_implementation)
-    prompt = _prompt(prompt, data, output, batch_size)
-    import torch
-
-    from ..training import Terminal, prompt_ids, read_records
-    from ..training.adapters import load_adapted, read_head
-    from ..training.forward import evaluating
-    from ..training.generation import ANSWER, answer_file, check_answer_file, generate_answers, prompts_of
-
     sampling = sampling_of(max_new_tokens, do_sample, temperature, top_p, top_k, repetition_penalty)
-    head = read_head(adapter)
-    require_language_model(head)
+    prompt = _prompt(prompt, data, output, batch_size)
     progress = Terminal()
+    head = read_head(adapter, progress)
+    require_language_model(head)
+    check_model(base_name(head, model))
     if output is not None:
         check_answer_file(output)
     records = None if data is None else read_records(data, "prompt")
     if records is not None:
         progress.say(records.line())
-    adapted, tokenizer = load_adapted(head, model, loading, progress=progress)
+    load_libraries("torch", "transformers")
+    import torch
+
+    from ..training import prompt_ids
+    from ..training.adapters import load_adapted
+    from ..training.forward import evaluating
+    from ..training.generation import ANSWER, answer_file, generate_answers, prompts_of
+
+    with progress.waiting("Loading the model"):
+        adapted, tokenizer = load_adapted(head, model, loading, progress=progress)
     with evaluating(adapted, base):
         if records is None:
             torch.manual_seed(seed)
@@ -104,7 +111,7 @@ def generate(
             for record, answer in zip(records, answers, strict=True):
                 show_text(json.dumps({**record, ANSWER: answer}, ensure_ascii=False, default=str))
         else:
-            made_by = {"adapter": str(head.directory.resolve()), "bytes": _stamp(head.file.path),
+            made_by = {"adapter": str(head.directory.resolve()), "bytes": _stamp(head.path),
                        "base": base, "model": model, "dtype": dtype, "quantize": quantize}  # fmt: skip
             try:
                 answer_file(

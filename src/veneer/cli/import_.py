@@ -8,7 +8,9 @@ from typing import Annotated
 
 import typer
 
-from .common import app, show, show_json
+from ..files.overwrite import check_replaceable
+from ..integrations.imports.locating import check_source
+from .common import app, load_libraries, show, show_json
 
 
 @app.command("import")
@@ -34,6 +36,9 @@ def import_(
     Every tensor is accounted for: what cannot be read is listed, and nothing is written then. An adapter of
     several parts of a pipeline becomes one directory for each.
     """
+    check_source(source)
+    check_replaceable(output, overwrite, "adapter")
+    load_libraries("torch")
     from ..integrations.imports import import_adapter
 
     place = None if base is None else Path(base).expanduser()

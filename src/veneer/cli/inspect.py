@@ -8,7 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .common import adapter_place, app, show, show_json, size, table
+from ..files.overwrite import check_writable
+from ..training.head import read_head
+from ..training.libraries import require
+from ..training.progress import Terminal
+from .common import app, load_libraries, show, show_json, size, table
 from .common import console as stdout
 
 if TYPE_CHECKING:
@@ -39,13 +43,14 @@ def inspect(
     Reads the adapter's files and loads no model. Norms are Frobenius norms of the scaled update;
     the effective rank is the exponential of the entropy of its singular values.
     """
+    if plot is not None:
+        _check_plot(plot)
+    head = read_head(adapter, Terminal())
+    load_libraries("torch")
     from ..lora_file import open_lora
     from ..training.adapters import describe
 
-    if plot is not None:
-        _check_plot(plot)
-    directory = adapter_place(adapter)
-    lora = open_lora(directory)
+    lora = open_lora(head.directory)
     found = describe(lora)
     updates = _spectra(lora) if spectrum or modules or plot is not None else []
     if plot is not None:
@@ -65,17 +70,15 @@ def inspect(
 
 
 def _check_plot(plot: Path) -> None:
-    from ..training.libraries import require
-
     require("matplotlib", "plots", "drawing a picture")
     if plot.suffix not in (".png", ".svg", ".pdf"):
         raise typer.BadParameter(f"--plot writes .png, .svg or .pdf, not {plot.name!r}")
     if not plot.absolute().parent.is_dir():
         raise typer.BadParameter(f"--plot: there is no directory {plot.parent}")
+    check_writable(plot.parent)
 
 
 def _spectra(lora: OpenLora) -> list[UpdateSpectrum]:
-    from ..training import Terminal
     from ..training.spectra import spectra
 
     progress = Terminal()

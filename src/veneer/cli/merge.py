@@ -8,13 +8,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..files.overwrite import check_replaceable
+from ..training.head import Head, base_name, read_head
 from ..training.loading import Loading
+from ..training.paths import check_model, check_not_a_source
+from ..training.progress import Terminal
 from .asking import Device
-from .common import adapter_place, app, console, show, show_json, size, table
+from .common import app, console, load_libraries, show, show_json, size, table
 
 if TYPE_CHECKING:
     from ..merge_report import MergeReport
-    from ..training import Progress
 
 #: Share of the update below which losing the rest is worth a warning.
 WORTH_SAYING = 0.9
@@ -67,19 +70,20 @@ def merge(
     in_memory = {"--untie": untie, "--quantize": quantize != "none", "--device": device != "auto"}
     if low_memory and (given := [flag for flag, used in in_memory.items() if used]):
         raise typer.BadParameter(f"{', '.join(given)}: not with --low-memory, which loads no model")
-    from ..files.overwrite import check_replaceable
-    from ..training import Terminal
-    from ..training.adapters import check_not_a_source
-    from ..training.models import directory_bytes
-
     progress = Terminal()
     check_not_a_source(output, adapter)
     check_replaceable(output, overwrite)
-    place = adapter_place(adapter)
+    head = read_head(adapter, progress)
+    named = base_name(head, base)
+    check_model(named)
+    check_not_a_source(output, named)
+    load_libraries("torch", *([] if low_memory else ["transformers"]))
+    from ..training.models import directory_bytes
+
     if low_memory:
-        report, stored = _from_file_to_file(place, output, base, dtype, overwrite, progress)
+        report, stored = _from_file_to_file(head, output, base, dtype, overwrite, progress)
     else:
-        report, stored = _in_memory(place, output, base, loading, overwrite, untie, progress)
+        report, stored = _in_memory(head, output, base, loading, overwrite, untie, progress)
     weights = directory_bytes(output, "*.safetensors")
     if report.undefined:
         progress.say(f"warning: {report}, as the base did")
@@ -98,34 +102,32 @@ def merge(
 
 
 def _in_memory(
-    adapter: Path,
+    head: Head,
     output: Path,
     base: str | None,
     loading: Loading,
     overwrite: bool,
     untie: bool,
-    progress: Progress,
+    progress: Terminal,
 ) -> tuple[MergeReport, str]:
     """What was kept, and the type of the merged weights."""
-    from ..training.adapters import check_not_a_source, load_adapted, save_merged
+    from ..training.adapters import load_adapted, save_merged
 
-    adapted, tokenizer = load_adapted(adapter, base, loading, progress=progress)
-    check_not_a_source(output, getattr(adapted.config, "_name_or_path", ""))
-    progress.say(f"Merging {adapter} and writing {output}")
+    with progress.waiting("Loading the model"):
+        adapted, tokenizer = load_adapted(head, base, loading, progress=progress)
+    progress.say(f"Merging {head.name} and writing {output}")
     stored = str(adapted.dtype).removeprefix("torch.") if loading.quantize == "none" else loading.quantize
     return save_merged(adapted, tokenizer, output, untie=untie, overwrite=overwrite), stored
 
 
 def _from_file_to_file(
-    adapter: Path, output: Path, base: str | None, dtype: str, overwrite: bool, progress: Progress
+    head: Head, output: Path, base: str | None, dtype: str, overwrite: bool, progress: Terminal
 ) -> tuple[MergeReport, str]:
     """What was kept, and the type of the merged weights."""
-    from ..training.adapters import check_not_a_source
     from ..training.merge_files import base_directory, merge_files
 
-    found = base_directory(adapter, base, progress)
-    check_not_a_source(output, str(found))
-    progress.say(f"Merging {adapter} into the files of {found} and writing {output}")
+    found = base_directory(head, base, progress)
+    progress.say(f"Merging {head.name} into the files of {found} and writing {output}")
     with progress.bar("tensors", 100) as advance:
         done = 0
 
@@ -135,7 +137,7 @@ def _from_file_to_file(
             advance(share - done, "")
             done = share
 
-        report = merge_files(adapter, found, output, dtype, overwrite, tell)
+        report = merge_files(head.directory, found, output, dtype, overwrite, tell)
     return report, "the stored types" if dtype == "auto" else dtype
 
 

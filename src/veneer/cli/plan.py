@@ -12,9 +12,13 @@ import typer
 
 from ..errors import ConfigError
 from ..targets import ranges
+from ..training.head import adapter_config
 from ..training.options import RunOptions, option
+from ..training.paths import check_model
+from ..training.planning.limits import parse_budget
+from ..training.progress import Terminal
 from ..wording import listed
-from .common import app, flags_of, show_json, size
+from .common import app, flags_of, load_libraries, show_json, size
 from .fields import options_of, with_flags
 from .messages import in_flags
 
@@ -78,14 +82,6 @@ def plan(
     """
     if device not in DEVICES:
         raise ConfigError(f"device is one of {', '.join(DEVICES)}, not {device!r}")
-    from ..training.adapters import adapter_config
-    from ..training.loading import training_device
-    from ..training.planning import Step, parse_budget, plan_training
-
-    if device == "auto":
-        place = training_device()
-        device = "cuda" if place is not None and place.type == "cuda" else "cpu"
-
     if model.endswith((".yaml", ".yml")) and config is None:
         config = Path(model)
     elif model:
@@ -100,10 +96,19 @@ def plan(
     }
     if options.resume_from_adapter:
         fixed |= {"r", "target_modules"}
+    check_model(options.model, config_file=True)
+    load_libraries("torch", "transformers")
+    from ..training.loading import training_device
+    from ..training.planning import Step, plan_training
+
+    if device == "auto":
+        place = training_device()
+        device = "cuda" if place is not None and place.type == "cuda" else "cpu"
     step = Step.of(options, device=device)
-    found = plan_training(
-        options.model, adapter_config(options), step, budget=limit, fixed=fixed, dtype=options.dtype
-    )
+    with Terminal().waiting("Planning"):
+        found = plan_training(
+            options.model, adapter_config(options), step, budget=limit, fixed=fixed, dtype=options.dtype
+        )
     if as_json:
         show_json(found.to_dict())
     else:

@@ -10,7 +10,10 @@ import typer
 from ..errors import VeneerError
 from ..training.launcher import is_first, launched
 from ..training.options import RunOptions
-from .common import FAILED, INTERRUPTED, app, show, show_json, show_text, size
+from ..training.paths import check_run
+from ..training.progress import Terminal
+from ..training.stopping import Interrupted
+from .common import FAILED, INTERRUPTED, app, load_libraries, show, show_json, show_text, size
 from .fields import command_line, commented, options_of, with_flags
 from .messages import say
 
@@ -48,12 +51,12 @@ def train(
     if print_config:
         show_text(commented(options), end="")
         return None
-    from ..training import Terminal
-    from ..training.run import fine_tune
-    from ..training.stopping import Interrupted
-
     first = is_first()
     try:
+        check_run(options)
+        load_libraries("torch", "transformers")
+        from ..training.run import fine_tune
+
         metrics = fine_tune(options, Terminal())
     except Interrupted as left:
         if first:

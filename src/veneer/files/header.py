@@ -111,6 +111,21 @@ def read_metadata(path: Path) -> dict[str, str]:
     return bin_metadata(path) if path.suffix == ".bin" else read_header(path).metadata
 
 
+def metadata_and_shapes(
+    path: Path, memo: HeaderMemo | None = None
+) -> tuple[dict[str, str], dict[str, tuple[int, ...]] | None]:
+    """The metadata and the shapes of tensors in a file of either format; a pickle says no shapes.
+
+    Raises:
+        AdapterFileError: the file is truncated, damaged or hostile; says which.
+    """
+    if path.suffix == ".bin":
+        check_archive(path, path.stat().st_size)
+        return bin_metadata(path), None
+    header = read_header(path, memo)
+    return header.metadata, header.shapes
+
+
 def bin_metadata(path: Path) -> dict[str, str]:
     """The metadata in an archive of torch.save; empty where another library wrote it.
 
@@ -129,6 +144,27 @@ def bin_metadata(path: Path) -> dict[str, str]:
     except Exception as exc:  # a damaged archive can fail anywhere in zipfile
         raise AdapterFileError(f"{path} is damaged: {type(exc).__name__}: {exc}") from exc
     return _checked_metadata(path, metadata)
+
+
+def check_archive(path: Path, size: int) -> None:
+    """Refuse what is no plain archive of torch.save; a compressed entry could unfold to any size."""
+    try:
+        entries = []
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                entries = archive.infolist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as exc:
+        raise AdapterFileError(f"{path} is damaged: {exc}") from exc
+    if not entries:
+        raise AdapterFileError(
+            f"{path} is truncated, or a pickle from before torch 1.6, of which sizes cannot be checked "
+            f"before allocation. If you trust it: torch.save(torch.load(path, weights_only=True), path)"
+        )
+    packed = any(e.compress_type != zipfile.ZIP_STORED for e in entries)
+    if packed or sum(e.file_size for e in entries) > size:
+        raise AdapterFileError(
+            f"{path} is not an archive that torch.save writes (compressed or overlapping entries)"
+        )
 
 
 def raw_header(path: Path) -> bytes:

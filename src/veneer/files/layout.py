@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from veneer.errors import AdapterFileError, short
+from veneer.errors import AdapterFileError, ConfigError, short
 from veneer.files.config import parse_config, read_config_bytes
 from veneer.files.header import read_metadata
 from veneer.wording import listed
@@ -106,6 +106,15 @@ def belonging_config(root: Path, metadata: Mapping[str, str], beside: bytes | No
         )
         return BelongingConfig(path, saved, remark)
     return BelongingConfig(path, parse_config(beside, str(path)), saved=saved)
+
+
+@contextlib.contextmanager
+def blame_file(adapter: str | os.PathLike[str]) -> Iterator[None]:
+    """What is wrong in an adapter's configuration is an error of that file, not of the caller's options."""
+    try:
+        yield
+    except ConfigError as error:
+        raise AdapterFileError(f"the {CONFIG_NAME} of {adapter} cannot be used: {error}") from error
 
 
 def together(root: Path, read: Callable[[Path], _File]) -> tuple[_File, bytes | None]:

@@ -16,6 +16,7 @@ import secrets
 import shutil
 import stat
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -56,10 +57,25 @@ def check_replaceable(place: Path, overwrite: bool | None = None, what: str = "m
                 f"{place} cannot be replaced: {folder} is a mount point, which cannot be renamed. "
                 "Name a directory inside it"
             )
-    there = next(parent for parent in real.parents if parent.exists())
-    for needed in [there, *([real] if real.is_dir() else [])]:
-        if not needed.is_dir() or not os.access(needed, os.W_OK | os.X_OK):
-            raise VeneerError(f"cannot write {place}: {needed} is no directory that can be written to")
+    for needed in [real.parent, *([real] if real.is_dir() else [])]:
+        check_writable(needed)
+
+
+def check_writable(place: Path) -> None:
+    """Raise unless files can be made in a directory, or in the nearest one above it that exists.
+
+    Raises:
+        VeneerError: With the reason.
+    """
+    there = next(parent for parent in (place.absolute(), *place.absolute().parents) if parent.exists())
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        where = "" if there == place.absolute() else f"{there}: "
+        raise VeneerError(
+            f"cannot write to the directory {place}: {where}{error.strerror or error}"
+        ) from error
 
 
 def check_room(place: Path, needed: int) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
-import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 
 from veneer.errors import AdapterFileError
-from veneer.files.header import Header, bin_metadata, name_problem, read_header
+from veneer.files.header import Header, bin_metadata, check_archive, name_problem, read_header
 from veneer.files.layout import BelongingConfig, belonging_config, check_directory, identity, together
 from veneer.wording import warn
 
@@ -124,7 +123,7 @@ def _open_safetensors(path: Path) -> AdapterFile:
 
 def _open_bin(path: Path) -> AdapterFile:
     status = path.stat()
-    _check_zip(path, status.st_size)
+    check_archive(path, status.st_size)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as exc:
@@ -143,27 +142,6 @@ def _open_bin(path: Path) -> AdapterFile:
     shapes = {k: tuple(t.shape) for k, t in tensors.items()}
     dtypes = {k: t.dtype for k, t in tensors.items()}
     return AdapterFile(path, shapes, dtypes, bin_metadata(path), tensors, identity(status))
-
-
-def _check_zip(path: Path, size: int) -> None:
-    """Refuse what is no plain archive of torch.save; a compressed entry could unfold to any size."""
-    try:
-        entries = []
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                entries = archive.infolist()
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as exc:
-        raise AdapterFileError(f"{path} is damaged: {exc}") from exc
-    if not entries:
-        raise AdapterFileError(
-            f"{path} is truncated, or a pickle from before torch 1.6, of which sizes cannot be checked "
-            f"before allocation. If you trust it: torch.save(torch.load(path, weights_only=True), path)"
-        )
-    packed = any(e.compress_type != zipfile.ZIP_STORED for e in entries)
-    if packed or sum(e.file_size for e in entries) > size:
-        raise AdapterFileError(
-            f"{path} is not an archive that torch.save writes (compressed or overlapping entries)"
-        )
 
 
 def _check_content(path: Path, content: Any, size: int) -> dict[str, torch.Tensor]:

@@ -11,7 +11,7 @@ import torch
 from ..errors import AdapterNameError, VeneerError
 from .data import has_template, prompt_ids
 from .forward import evaluating
-from .generation import Sampling
+from .sampling import Sampling
 from .stopping import stop_on_signals
 
 Write = Callable[[str], None]

@@ -4,107 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 
 from ..atomic import atomic_file
-from ..errors import ConfigError, Hint, Text, VeneerError
 from .data import Records, pad_token
 from .data.encoding import each, prompt_tokens
 from .forward import evaluating
 from .progress import Advance, Progress, Silent
+from .sampling import Sampling
 
 #: The column of answers; the name is that of transformers' pipelines.
 ANSWER = "generated_text"
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen, with the names and meanings of transformers.
-
-    Attributes:
-        max_new_tokens: Maximum length of an answer.
-        do_sample: Draw tokens instead of taking the likeliest. None draws if ``temperature`` (not 0),
-            ``top_p`` or ``top_k`` is given.
-        temperature: Divides the logits before drawing.
-        top_p: Draw from the likeliest tokens that make up this share.
-        top_k: Draw from this many of the likeliest tokens.
-        repetition_penalty: Divides the scores of tokens that occur already; 1 changes nothing.
-    """
-
-    max_new_tokens: int = 128
-    do_sample: bool | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    repetition_penalty: float | None = None
-
-    def __post_init__(self) -> None:
-        wrong = [
-            Text(Hint(name), f" must be {what}, not {value}")
-            for name, value, good, what in (
-                ("max_new_tokens", self.max_new_tokens, self.max_new_tokens > 0, "above 0"),
-                ("temperature", self.temperature, not (self.temperature or 0) < 0, "0 or more"),
-                ("top_p", self.top_p, self.top_p is None or 0 < self.top_p <= 1, "above 0 and at most 1"),
-                ("top_k", self.top_k, self.top_k is None or self.top_k > 0, "above 0"),
-                (
-                    "repetition_penalty",
-                    self.repetition_penalty,
-                    self.repetition_penalty is None or self.repetition_penalty > 0,
-                    "above 0",
-                ),
-            )
-            if not good
-        ]
-        drawn = [Hint(n) for n in ("temperature", "top_p", "top_k") if getattr(self, n)]
-        if self.do_sample is False and drawn:
-            named = Text.join(" and ", drawn)
-            wrong.append(Text(named, " say how to draw tokens, but ", Hint("do_sample"), " is off"))
-        if self.temperature == 0 and (self.do_sample or len(drawn) > 0):
-            zero = Hint("temperature", 0)
-            wrong.append(Text(zero, " takes the likeliest token, so there is nothing to draw from"))
-        if wrong:
-            raise ConfigError(Text.join("; ", wrong))
-
-    @property
-    def draws(self) -> bool:
-        """Whether tokens are drawn."""
-        if self.do_sample is not None:
-            return self.do_sample
-        return any((self.temperature, self.top_p, self.top_k))
-
-    def config(self, model: Any, tokenizer: Any) -> Any:
-        """As a ``GenerationConfig``; an answer ends at the end tokens of the model and of the tokenizer."""
-        from transformers import GenerationConfig
-
-        own = getattr(model, "generation_config", None)
-        ends = getattr(own, "eos_token_id", None)
-        ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
-        if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ends:
-            ends.append(tokenizer.eos_token_id)
-        settings: dict[str, Any] = {"do_sample": self.draws}
-        if self.draws:
-            # Neutral values, or transformers would take those of the model's own configuration.
-            settings |= {
-                "temperature": self.temperature or 1.0,
-                "top_p": self.top_p or 1.0,
-                "top_k": self.top_k or 0,
-            }
-        if self.repetition_penalty is not None:
-            settings["repetition_penalty"] = self.repetition_penalty
-        return GenerationConfig(
-            max_new_tokens=self.max_new_tokens,
-            pad_token_id=pad_token(tokenizer),
-            bos_token_id=getattr(own, "bos_token_id", None),
-            eos_token_id=ends or None,
-            **settings,
-        )
 
 
 def generate_answers(
@@ -270,19 +186,3 @@ def _without_first_line(part: Path, output: Path) -> None:
         source.readline()
         shutil.copyfileobj(source, target, 1 << 20)
     part.unlink()
-
-
-def check_answer_file(output: Path) -> None:
-    """Check that the file for answers can be made, before a model is loaded.
-
-    Raises:
-        VeneerError: It exists, or its directory does not exist or cannot be written.
-    """
-    if output.is_dir():
-        raise VeneerError(f"{output} is a directory; name a file for the answers")
-    if output.exists():
-        raise VeneerError(f"{output} exists; name another file for the answers, or remove it")
-    if not output.parent.is_dir():
-        raise VeneerError(f"the directory {output.parent} for the answers does not exist")
-    if not os.access(output.parent, os.W_OK):
-        raise VeneerError(f"cannot write to the directory {output.parent}")

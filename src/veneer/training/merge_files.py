@@ -38,8 +38,9 @@ from ..merge_report import MergeReport
 from ..ops.merging import merge_into_, shared_buffers
 from ..spec import LoraSpec, variant_name
 from ..wording import some
-from .adapters import base_name
+from .head import Head, base_name, read_head
 from .libraries import require
+from .paths import check_model
 from .progress import Progress
 
 INDEX = f"{WEIGHTS}.index.json"
@@ -141,12 +142,12 @@ def merge_files(
 
 
 def base_directory(
-    adapter: str | os.PathLike[str], model: str | None = None, progress: Progress | None = None
+    adapter: str | os.PathLike[str] | Head, model: str | None = None, progress: Progress | None = None
 ) -> Path:
     """The directory of an adapter's base model; a base of the hub is fetched, with its safetensors files.
 
     Args:
-        adapter: Directory of the adapter.
+        adapter: Directory of the adapter, or the result of `read_head`.
         model: Directory or hub id of the base; by default the one that the adapter names.
         progress: Reports a base of the hub before it is fetched.
 
@@ -154,13 +155,10 @@ def base_directory(
         AdapterFileError: No base is named.
         TrainingError: The base is missing, or cannot be fetched.
     """
-    named = base_name(os.fspath(adapter), open_lora(adapter)[0], model, progress)
-    if (Path(named) / "config.json").is_file():
-        return Path(named)
+    named = base_name(adapter if isinstance(adapter, Head) else read_head(adapter), model, progress)
+    check_model(named)
     if is_local(named):
-        raise TrainingError(
-            f"no model at {named!r}: there is no config.json. Say where it is with ", Hint("model")
-        )
+        return Path(named)
     require("huggingface_hub", "hf", "fetching a model")
     from huggingface_hub import snapshot_download
 

@@ -1,21 +1,21 @@
-"""Load base models and tokenizers from a directory or the hub; check where results are written."""
+"""Load base models and tokenizers from a directory or the hub."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import Hint, TrainingError, VeneerError
+from ..errors import Hint, TrainingError
 from ..hub import cached_if_unreachable, is_local
 from ..wording import first_line
 from .data.batch import pad_token
+from .head import PlainModel
 from .launcher import own_gpu
 from .libraries import quiet_libraries, require
+from .paths import check_model
 
 #: An adapter may name any base, so code in its repository is not run. By default transformers would ask.
 NO_CODE: dict[str, Any] = {"trust_remote_code": False}
@@ -27,29 +27,12 @@ def load_tokenizer(source: str | os.PathLike[str]) -> Any:
     Raises:
         TrainingError: There is no model, or none with a tokenizer.
     """
+    check_model(source)
     require("transformers", "hf", "loading a language model")
     from transformers import AutoTokenizer
 
-    if is_local(source) and not (Path(source) / "config.json").is_file():
-        what = "has no config.json" if Path(source).is_dir() else "is no directory"
-        raise TrainingError(
-            f"no model at {str(source)!r}: it {what}. Give a directory that transformers saved, or a hub id."
-        )
     with _loading(source):
         return AutoTokenizer.from_pretrained(source, **NO_CODE)
-
-
-@dataclass(frozen=True)
-class PlainModel:
-    """A model without an adapter, merged or never adapted; its weights are not read yet.
-
-    Attributes:
-        name: The directory or hub id that the user named.
-        classes: Names of a classifier's classes; None for a model that writes text.
-    """
-
-    name: str
-    classes: list[str] | None
 
 
 def read_plain(source: str | os.PathLike[str]) -> PlainModel:
@@ -176,28 +159,3 @@ def quantization(name: str, dtype: str = "auto") -> dict[str, Any]:
 def directory_bytes(place: str | os.PathLike[str], pattern: str = "*") -> int:
     """Bytes of the files of a directory whose names match."""
     return sum(file.stat().st_size for file in Path(place).glob(pattern) if file.is_file())
-
-
-def refuse_file(place: Path) -> None:
-    """Refuse a file as the directory for results.
-
-    Raises:
-        VeneerError: Naming it.
-    """
-    if place.is_file():
-        raise VeneerError(f"{place} is a file; name a directory for the output")
-
-
-def check_output(place: Path) -> None:
-    """Make the directory for results, and check that files can be written there.
-
-    Raises:
-        VeneerError: It is a file, cannot be made, or cannot be written to.
-    """
-    refuse_file(place)
-    try:
-        place.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=place):
-            pass
-    except OSError as error:
-        raise VeneerError(f"cannot write to the directory {place}: {error.strerror or error}") from error

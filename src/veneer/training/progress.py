@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
 Advance = Callable[[int, str], None]
+#: Seconds without a word, where nobody sees a spinner.
+PATIENCE = 3.0
 
 
 class Progress(Protocol):
@@ -69,6 +72,23 @@ class Terminal:
                 self.say("  " + ", ".join(word for word in words if word))
 
         yield advance
+
+    @contextmanager
+    def waiting(self, title: str) -> Iterator[None]:
+        """Say what takes its time: at once on a terminal, anywhere else after `PATIENCE` seconds."""
+        if self.console.is_terminal:
+            from rich.text import Text
+
+            with self.console.status(Text(f"{title} …"), spinner_style="none"):
+                yield
+            return
+        late = threading.Timer(PATIENCE, self.say, [f"{title} …"])
+        late.daemon = True
+        late.start()
+        try:
+            yield
+        finally:
+            late.cancel()
 
     @contextmanager
     def _live(self, title: str, total: int) -> Iterator[Advance]:

@@ -21,11 +21,12 @@ from .data import (
     read_records,
 )
 from .evaluate import answer_loss, exact_match, valid_json
-from .generation import Sampling, answer_file, generate_answers
+from .generation import answer_file, generate_answers
 from .models import load_base
 from .options import RunOptions, TrainOptions
 from .progress import Progress, Silent, Terminal
 from .run import train
+from .sampling import Sampling
 
 __all__ = [
     "Chat",

@@ -14,14 +14,15 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..atomic import atomic_file
 from ..errors import AdapterFileError, Blank, Hint, Text, TrainingError
-from ..files.read import open_adapter
 from ..wording import first_line
 from .options import TrainOptions
-from .stopping import Stop
+
+if TYPE_CHECKING:
+    from .stopping import Stop
 
 #: Identifies the run that wrote a directory; written last.
 RUN_NAME = "veneer_run.json"
@@ -219,6 +220,8 @@ def finished_run(output: Path, now: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
     if then["steps"] != now["steps"] or _differences(then, now):
         return None
+    from ..files.read import open_adapter
+
     try:
         for name in now["adapters"]:
             open_adapter(output if name == "default" else output / name)
@@ -257,12 +260,17 @@ def _told(value: object) -> str:
     return "not given" if value is None else repr(value)
 
 
-def begin_afresh(output: Path, overwrite: bool) -> None:
-    """Make sure that the output has no checkpoints of an earlier run.
+def check_beginning(output: Path, resume: bool, overwrite: bool, processes: int) -> None:
+    """Check that a run can begin in an output, or be resumed there; nothing is changed.
 
     Raises:
-        TrainingError: It has some, and ``overwrite`` is False.
+        TrainingError: There is nothing to resume; or there are checkpoints of an earlier run, and
+            ``overwrite`` is False.
     """
+    if resume:
+        if not (output / METRICS_NAME).is_file():  # a finished run stays as it is
+            last_checkpoint(output, processes)
+        return
     found = checkpoints(output)
     if found and not overwrite:
         raise TrainingError(
@@ -276,7 +284,16 @@ def begin_afresh(output: Path, overwrite: bool) -> None:
             ", or remove them with ",
             OVERWRITE,
         )
-    for place in found:
+
+
+def begin_afresh(output: Path, overwrite: bool) -> None:
+    """Make sure that the output has no checkpoints of an earlier run.
+
+    Raises:
+        TrainingError: It has some, and ``overwrite`` is False.
+    """
+    check_beginning(output, False, overwrite, 1)
+    for place in checkpoints(output):
         remove_checkpoint(place)
     (output / RUN_NAME).unlink(missing_ok=True)
 

@@ -15,7 +15,7 @@ import torch
 from ..errors import Hint, Text, TrainingError, VeneerError
 from ..integrations.transformers import enable_trainer
 from ..wording import first_line
-from .adapters import adapter_config, own_tokenizer, read_head, with_adapter
+from .adapters import own_tokenizer
 from .data import (
     Collator,
     LabelCollator,
@@ -28,12 +28,14 @@ from .data import (
     pad_token,
     read_records,
 )
+from .head import adapter_config, read_head, with_adapter
 from .launcher import check_launcher, is_first, is_sharded, launched, processes
 from .libraries import quiet_libraries, require
 from .loading import accelerators, training_device
 from .losses import Answers, Classes, Objective, Pairs, check_chunks
-from .models import check_output, load_base, load_tokenizer, refuse_file
+from .models import load_base, load_tokenizer
 from .options import TASKS, RunOptions, TrainOptions, check_names
+from .paths import check_run
 from .planning import Step, empty_model, estimate_memory, seconds_per_step
 from .plots import can_plot, loss_picture
 from .progress import Progress, Silent
@@ -81,11 +83,11 @@ def fine_tune(options: RunOptions, progress: Progress | None = None) -> dict[str
     progress = progress if progress is not None and is_first() else Silent()
     check_names(options)
     output = Path(options.output)
-    refuse_file(output)
     head = classes = None
     if options.resume_from_adapter is not None:
         head = read_head(options.resume_from_adapter)
         options, classes = with_adapter(options, head), head.classes()
+    check_run(options)
     # Saved in the adapter's configuration, where a relative path would mean another place later.
     options = dataclasses.replace(options, model=_absolute(options.model))
     records = _read(options, progress)
@@ -111,7 +113,6 @@ def fine_tune(options: RunOptions, progress: Progress | None = None) -> dict[str
     model = adapted(base, options, rows, objective, progress)
     trainable, total = model.get_nb_trainable_parameters()
     progress.say(f"Training {trainable:,} of {total:,} parameters ({trainable / total:.2%})")
-    check_output(output)
     with stop_on_signals(progress.say) as stop:
         metrics = train(
             model,

@@ -16,9 +16,10 @@ from .data import Collator, Form, LabelCollator, Records, encode, encode_classif
 from .data.encoding import each, last_turn, prompt_tokens
 from .evaluate import answer_loss
 from .forward import batches, evaluating
-from .generation import Sampling, generate_answers
+from .generation import generate_answers
 from .losses import Classes
 from .progress import Progress, Silent
+from .sampling import Sampling
 
 
 @dataclass(frozen=True)

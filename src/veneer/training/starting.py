@@ -17,9 +17,9 @@ from .. import (
     preprocess_corda,
     preprocess_loraga,
 )
-from .adapters import read_head
 from .data import IGNORED
 from .forward import batches
+from .head import read_head
 from .launcher import own_gpu
 from .losses import Objective, Pairs
 from .options import MEASURED, RunOptions

@@ -12,8 +12,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import torch
-
 from .launcher import launched
 
 
@@ -39,6 +37,8 @@ class Stop:
 
     def anywhere(self) -> bool:
         """Whether any process of the run has the request; all of them must call this."""
+        import torch
+
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             return self.asked
         on_cpu = "gloo" in torch.distributed.get_backend()

@@ -11,6 +11,7 @@ from tests.architecture.message_rules import spelt_in_python
 from tests.unit.cli.words import train_words
 from tests.unit.training.tiny import saved_records
 from veneer.cli import common, main, messages
+from veneer.training import progress
 
 
 @pytest.fixture(autouse=True)
@@ -30,6 +31,12 @@ def _no_option_as_in_python(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(common, "main", main_of)
     monkeypatch.setattr(messages, "print", shown, raising=False)
+
+
+@pytest.fixture(autouse=True)
+def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No line about what takes long, however busy the machine is."""
+    monkeypatch.setattr(progress, "PATIENCE", 600.0)
 
 
 @pytest.fixture(scope="module")

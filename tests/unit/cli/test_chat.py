@@ -131,7 +131,8 @@ def test_as_a_process(adapter: Path) -> None:
     talk.send_signal(signal.SIGINT)  # at the prompt
     more, said = talk.communicate(timeout=60)
     assert talk.returncode == 130 and not more
-    assert said == "the base model answers\ninterrupted\n"
+    # On a busy machine, what takes long is said first.
+    assert said.splitlines()[-2:] == ["the base model answers", "interrupted"]
 
 
 def test_at_a_terminal(adapter: Path) -> None:

@@ -137,6 +137,7 @@ def test_failures(
     raised: BaseException,
     code: int,
     said: str,
+    adapter: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -144,16 +145,18 @@ def test_failures(
         raise raised
 
     monkeypatch.setattr("veneer.lora_file.open_lora", fail)
-    assert main(["inspect", "x"]) == code
+    assert main(["inspect", str(adapter)]) == code
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err.startswith(said)
     assert "Traceback" not in captured.err
     if code == 1:
-        assert main(["inspect", "x", "--verbose"]) == code
+        assert main(["inspect", str(adapter), "--verbose"]) == code
         assert "Traceback" in capsys.readouterr().err
 
 
-def test_warnings_are_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_warnings_are_one_line(
+    adapter: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def warn(path: object) -> dict[str, str]:
         warnings.warn("look here", VeneerWarning, stacklevel=1)
         warnings.warn("of another library", DeprecationWarning, stacklevel=1)
@@ -163,7 +166,7 @@ def test_warnings_are_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     monkeypatch.setattr("veneer.training.adapters.describe", warn)
     with warnings.catch_warnings():
         warnings.simplefilter("always")
-        assert main(["inspect", "x", "--json", "--no-spectrum"]) == 0
+        assert main(["inspect", str(adapter), "--json", "--no-spectrum"]) == 0
     captured = capsys.readouterr()
     assert captured.err == "warning: look here\n"
     assert json.loads(captured.out)["a"] == "b"

@@ -70,7 +70,7 @@ def test_budgets(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("words", "code", "said"),
     [
-        (["./nowhere"], 1, "neither a directory nor a file"),
+        (["./nowhere"], 1, "does not exist"),
         ([".", "--batch-size", "0"], 2, "batch"),
         ([".", "--quantize", "nf5"], 2, "nf4"),
         ([".", "--device", "tpu"], 2, "cuda"),

@@ -13,14 +13,8 @@ from tests.tolerances import assert_close
 from tests.unit.training.tiny import saved_tiny, tiny_model
 from veneer import AdapterFileError, AdapterNameError, ConfigError, LoraConfig, VeneerError, get_peft_model
 from veneer.training import adapters, load_base
-from veneer.training.adapters import (
-    Head,
-    check_not_a_source,
-    describe,
-    load_adapted,
-    read_head,
-    save_merged,
-)
+from veneer.training.adapters import describe, load_adapted, save_merged
+from veneer.training.head import Head, read_head
 
 IDS = torch.arange(8)[None] + 20
 
@@ -130,18 +124,6 @@ def test_a_merged_model_computes_the_same(adapter: Path, tmp_path: Path) -> None
     assert merged_tokenizer.chat_template == tokenizer.chat_template
     assert (tmp_path / "merged" / "generation_config.json").is_file()
     assert not [name for name, _ in merged.named_parameters() if "lora" in name]
-
-
-def test_a_merged_model_never_lands_on_what_it_is_made_of(tmp_path: Path) -> None:
-    base, adapter = tmp_path / "base", tmp_path / "adapter"
-    for place in (base, adapter):
-        place.mkdir()
-    (adapter / "adapter_config.json").write_text("{}")
-    with pytest.raises(VeneerError, match="holds what is to be merged"):
-        check_not_a_source(base, str(base))
-    with pytest.raises(VeneerError, match="once more"):
-        check_not_a_source(adapter, "org/base")
-    check_not_a_source(tmp_path / "new", str(base))
 
 
 def test_the_head_tells_of_an_adapter_without_its_base(

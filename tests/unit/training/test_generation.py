@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +10,11 @@ import pytest
 import torch
 
 from tests.unit.training.tiny import RECORDS, saved_records, tiny_model, tiny_tokenizer
-from veneer import ConfigError, DataError, LoraConfig, VeneerError, get_peft_model
+from veneer import ConfigError, DataError, LoraConfig, get_peft_model
 from veneer.training import Sampling, answer_file, generate_answers, generation, prompt_ids, read_records
 from veneer.training.data import Records
 from veneer.training.forward import evaluating
-from veneer.training.generation import batched_answers, check_answer_file, prompts_of
+from veneer.training.generation import batched_answers, prompts_of
 
 TOKENIZER = tiny_tokenizer()
 
@@ -179,18 +178,3 @@ def test_answers_are_not_written_through_links(tmp_path: Path) -> None:
     answer_file(tiny_model(), TOKENIZER, records, out, Sampling(max_new_tokens=2))
     assert victim.read_text() == "precious"
     assert len(out.read_text().splitlines()) == 1 and not (tmp_path / ".out.jsonl.part").is_symlink()
-
-
-def test_where_answers_cannot_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "there.jsonl").write_text("")
-    for place, words in (
-        (tmp_path, "is a directory"),
-        (tmp_path / "there.jsonl", "exists; name another file"),
-        (tmp_path / "no" / "where.jsonl", "does not exist"),
-    ):
-        with pytest.raises(VeneerError, match=words):
-            check_answer_file(place)
-    check_answer_file(tmp_path / "new.jsonl")
-    monkeypatch.setattr(os, "access", lambda place, mode: mode != os.W_OK)
-    with pytest.raises(VeneerError, match="cannot write to the directory"):
-        check_answer_file(tmp_path / "new.jsonl")

@@ -12,7 +12,8 @@ import torch
 from tests.unit.training.tiny import Told, tiny_model
 from veneer import ConfigError, LoraConfig, TrainingError, get_peft_model
 from veneer.training import load_base, loading, run
-from veneer.training.adapters import load_adapted, read_head
+from veneer.training.adapters import load_adapted
+from veneer.training.head import read_head
 from veneer.training.loading import Loading, check_device, device_map, weight_bytes
 
 

@@ -214,7 +214,7 @@ def test_a_broken_index(tmp_path: Path) -> None:
 
 def test_a_base_that_is_not_there(tmp_path: Path) -> None:
     adapter = adapter_of(base_of(tmp_path / "base"), tmp_path / "adapter")
-    with pytest.raises(TrainingError, match=r"no model at .*nowhere': there is no config\.json"):
+    with pytest.raises(TrainingError, match=r"no model at .*nowhere': it does not exist"):
         base_directory(adapter, str(tmp_path / "nowhere"))
     with pytest.raises(TrainingError, match="'someone/something' cannot be fetched"):
         base_directory(adapter, "someone/something")

@@ -24,7 +24,7 @@ from veneer import (
     get_peft_model,
 )
 from veneer.training import RunOptions, TrainOptions, encode, load_base, train
-from veneer.training.adapters import adapter_config, read_head, with_adapter
+from veneer.training.head import adapter_config, read_head, with_adapter
 from veneer.training.run import fine_tune
 
 #: No step moves anything: what is saved is the start.

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from veneer.registry import load_all
+from typing import TYPE_CHECKING
 
-from .base import Target, targets
-from .exporting import ExportReport, export_adapter
+from veneer.lazy import public_names
 
-load_all(__name__, __path__)
-
-__all__ = ["ExportReport", "Target", "export_adapter", "targets"]
+if TYPE_CHECKING:
+    from .public import *  # noqa: F403
+else:
+    __getattr__ = public_names(__name__)

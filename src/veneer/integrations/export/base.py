@@ -15,6 +15,7 @@ from ...errors import Blank, ConfigError, ExportError, Hint, Text
 from ...registry import NameRegistry
 from ...wording import listed
 from .folding import Folded, Rules
+from .options import no_target
 from .source import FEATURES, Source, Update, variant_problem
 
 #: What any target does with these by multiplying B and by padding with zeros.
@@ -110,12 +111,8 @@ class Target(ABC):
         """What part of a pipeline the adapter belongs to; empty where the target knows none.
 
         Raises:
-            ConfigError: A part was named and the target knows none, or it must be and was not.
+            ConfigError: A part must be named, and was not.
         """
-        if given is not None:
-            raise ConfigError(
-                Hint("component", given), f" is for the target diffusers; {self.name} has no such parts"
-            )
         return ""
 
     @abstractmethod
@@ -147,7 +144,7 @@ def find(name: str) -> Target:
     """
     target = targets.get(name) if isinstance(name, str) else None
     if target is None:
-        raise ConfigError(f"there is no target {name!r}; there are {', '.join(targets.names())}")
+        raise ConfigError(no_target(name, targets.names()))
     return target
 
 

@@ -11,12 +11,10 @@ from torch import Tensor
 from ...errors import ConfigError, Hint
 from .base import Part, Target
 from .folding import Rules
+from .options import COMPONENTS, DIFFUSERS_FILE
 from .peft_files import factors
 from .source import Source, Update
 
-FILE = "pytorch_lora_weights.safetensors"
-#: The parts of pipelines that take adapters.
-COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2")
 _PATHS = {
     "unet": re.compile(r"(down_blocks|mid_block|up_blocks)\..*"),
     "transformer": re.compile(r"(single_)?transformer_blocks\..*"),
@@ -35,13 +33,11 @@ class Diffusers(Target):
     reader = "diffusers' load_lora_weights"
     rules = Rules("rank")
     keeps = frozenset({"conv", "dora", "lora_bias"})
-    files = (FILE,)
+    files = (DIFFUSERS_FILE,)
 
     def component(self, source: Source, given: str | None) -> str:
         """The one named, else the one whose modules have such paths."""
         if given is not None:
-            if given not in COMPONENTS:
-                raise ConfigError(Hint("component", given), f" is none of {', '.join(COMPONENTS)}")
             return given
         for name, pattern in _PATHS.items():
             if any(pattern.fullmatch(path) for path in source.updates):
@@ -58,12 +54,14 @@ class Diffusers(Target):
         tensors: dict[str, Tensor] = {}
         for part in parts:
             tensors |= factors(part.folded.updates, f"{part.component}.")
-        save_file({k: t.contiguous() for k, t in tensors.items()}, place / FILE, metadata={"format": "pt"})
+        save_file(
+            {k: t.contiguous() for k, t in tensors.items()}, place / DIFFUSERS_FILE, metadata={"format": "pt"}
+        )
 
     def read(self, place: Path) -> dict[str, dict[str, Update]]:
         """As diffusers does: everything from names and shapes."""
         found: dict[str, dict[str, dict[str, Tensor]]] = {}
-        for name, tensor in load_file(place / FILE).items():
+        for name, tensor in load_file(place / DIFFUSERS_FILE).items():
             component, _, rest = name.partition(".")
             path, _, role = rest.rpartition(".lora_")
             found.setdefault(component, {}).setdefault(path, {})[role] = tensor

@@ -11,21 +11,18 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ...errors import Blank, ConfigError, ExportError, Hint, Text
+from ...errors import ConfigError, ExportError, Hint, Text
 from ...files.keys import PREFIX
-from ...files.layout import CONFIG_NAME
 from ...files.overwrite import check_replaceable, replacing
 from ...wording import listed
 from .base import Part, Problem, Target, find, refuse, targets
 from .base_model import BaseModel
-from .diffusers import COMPONENTS
 from .dora import dora_to_plain as make_plain
 from .folding import fold
+from .options import check_options, pipeline_parts
 from .peft_files import PeftFiles
 from .source import Source, read_source
 from .verifying import Compared, compare
-
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -109,8 +106,8 @@ def export_adapter(
         AdapterFileError: The adapter is missing, broken or no LoRA.
         VeneerError: The output holds files already, or cannot be written.
     """
+    check_options(target, base, dtype, dora_to_plain, rank, component)
     chosen, out, directory = find(target), Path(out), Path(directory)
-    _check_options(dtype, dora_to_plain, rank, base)
     check_replaceable(out, overwrite, "adapter")
     if out.resolve() == directory.resolve():
         raise ExportError(f"{out} holds the adapter itself; name another directory for the output")
@@ -136,7 +133,7 @@ def export_adapter(
         problems.setdefault(name, []).extend(chosen.problems(sources[name]))
     refuse(problems, chosen, directory)
     left_out = [line for source in sources.values() for line in _left_out(source, chosen, base_model)]
-    kind = DTYPES.get(dtype)
+    kind = None if dtype == "auto" else getattr(torch, dtype)
     parts = [
         Part(source, fold(source.updates, chosen.rules, kind), name, biases.get(name, {}))
         for name, source in sources.items()
@@ -157,27 +154,10 @@ def export_adapter(
     )
 
 
-def _check_options(dtype: str, convert: bool, rank: int | None, base: object) -> None:
-    found = []
-    plain = Hint("dora_to_plain")
-    if dtype != "auto" and dtype not in DTYPES:
-        found.append(Text(Hint("dtype"), f" is auto, {', '.join(DTYPES)}, not {dtype!r}"))
-    if convert and rank is None:
-        found.append(Text(plain, " needs the rank of the result: ", Hint("rank", Blank("N"))))
-    if convert and base is None:
-        found.append(Text(plain, " needs the base model: ", Hint("base", Blank("DIRECTORY"))))
-    if rank is not None and rank < 1:
-        found.append(Text(Hint("rank"), f" must be at least 1, got {rank}"))
-    if rank is not None and not convert:
-        found.append(Text(Hint("rank"), " is that of the result of ", plain, ", which was not asked for"))
-    if found:
-        raise ConfigError(Text.join("; ", found))
-
-
 def _sources(directory: Path, target: Target, component: str | None) -> dict[str, Source]:
     """The adapter, or that of each part of a pipeline, by the part's name."""
-    inside = [name for name in COMPONENTS if (directory / name / CONFIG_NAME).is_file()]
-    if target.name == "diffusers" and inside and not (directory / CONFIG_NAME).is_file():
+    inside = pipeline_parts(directory) if target.name == "diffusers" else []
+    if inside:
         if component is not None:
             raise ConfigError(f"{directory} holds {', '.join(inside)}, so there is no component to choose")
         return {name: read_source(directory / name) for name in inside}

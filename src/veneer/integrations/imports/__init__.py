@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
-from .importing import ImportReport, import_adapter
+from typing import TYPE_CHECKING
 
-__all__ = ["ImportReport", "import_adapter"]
+from veneer.lazy import public_names
+
+if TYPE_CHECKING:
+    from .public import *  # noqa: F403
+else:
+    __getattr__ = public_names(__name__)

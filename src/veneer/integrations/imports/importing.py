@@ -16,18 +16,17 @@ from torch import Tensor, nn
 from ...config import LoraConfig, PeftConfig
 from ...errors import AdapterFileError, ConfigError, ExportError, Hint, Text
 from ...files.keys import PREFIX
-from ...files.layout import CONFIG_NAME
 from ...files.overwrite import check_replaceable, replacing
 from ...files.read import AdapterFile, open_tensors
 from ...files.write import write_adapter
 from ...spec import LoraSpec, resolve_all
 from ...wording import some
 from ..export.base_model import BaseModel
-from ..export.diffusers import FILE
 from ..export.peft_files import factors
 from ..export.source import Update, read_source
 from ..export.verifying import compare
 from .flat_names import FlatNames
+from .locating import located
 from .spellings import place
 
 #: Key of diffusers' own metadata: the configuration of each part of the pipeline.
@@ -88,7 +87,7 @@ def import_adapter(
             all are listed. Nothing is written then.
         VeneerError: The output holds files already, or cannot be written.
     """
-    place_, file = Path(out), open_tensors(_located(Path(source)))
+    place_, file = Path(out), open_tensors(located(Path(source)))
     check_replaceable(place_, overwrite, "adapter")
     parts, spelling = _sorted(file, base)
     updates, configs = {}, {}
@@ -112,29 +111,6 @@ def import_adapter(
         {name: place_ / name if several else place_ for name in parts},
         {name: {path: u.r for path, u in updates[name].items()} for name in parts},
     )
-
-
-def _located(source: Path) -> Path:
-    """The file of tensors.
-
-    Raises:
-        AdapterFileError: There is none, or more than one.
-    """
-    if source.is_file():
-        return source
-    if not source.is_dir():
-        raise AdapterFileError(f"there is no file or directory {str(source)!r}")
-    if (source / CONFIG_NAME).is_file():
-        raise AdapterFileError(f"{source} is in PEFT's format already: it has an {CONFIG_NAME}")
-    for name in (FILE, FILE.replace(".safetensors", ".bin")):
-        if (source / name).is_file():
-            return source / name
-    found = sorted(path for path in source.iterdir() if path.suffix == ".safetensors")
-    if len(found) == 1:
-        return found[0]
-    names = ", ".join(path.name for path in found[:5])
-    what = f"several files of tensors ({names}); name one of them" if found else "no file of tensors"
-    raise AdapterFileError(f"{source} holds {what}")
 
 
 def _sorted(file: AdapterFile, base: Any) -> tuple[dict[str, _Part], str]:

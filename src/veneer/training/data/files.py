@@ -27,11 +27,11 @@ Source = tuple[list[Found], dict[str, list[str]]]
 TEXTS = (".txt", ".md", ".rst", ".log")
 
 
-def read_file(place: Path) -> Source:
-    """Read one file; without a suffix it is read as JSONL.
+def check_type(place: Path) -> None:
+    """Check that a file is of a type that is read, by its suffix.
 
     Raises:
-        DataError: It cannot be read, or is of a type that is not known; lists those that are.
+        DataError: It is not; lists those that are.
     """
     suffix = place.suffix.lower()
     if suffix and suffix not in READERS:
@@ -40,8 +40,17 @@ def read_file(place: Path) -> Source:
             f"the data file {place} is {what}. Types that are read: {', '.join(READERS)}. In JSONL, each "
             'line is an example: {"prompt": …, "completion": …}, or {"text": …} to learn all of it'
         )
+
+
+def read_file(place: Path) -> Source:
+    """Read one file; without a suffix it is read as JSONL.
+
+    Raises:
+        DataError: It cannot be read, or is of a type that is not known; lists those that are.
+    """
+    check_type(place)
     try:
-        return READERS.get(suffix, _jsonl)(place)
+        return READERS.get(place.suffix.lower(), _jsonl)(place)
     except OSError as error:
         raise DataError(f"cannot read the data file {place}: {error.strerror or error}") from error
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 from ...errors import DataError
@@ -12,7 +13,7 @@ from ...hub import cached_if_unreachable, is_local
 from ...wording import first_line
 from ..libraries import quiet_libraries, require
 from .columns import renamed
-from .files import READERS, TEXTS, Found, Source, read_file, rows_of
+from .files import READERS, TEXTS, Found, Source, check_type, read_file, rows_of
 from .forms import Purpose
 from .problems import Problem, Unfit, problem_list
 from .recognition import lacking, most_common_form, read_as, understood
@@ -45,7 +46,7 @@ def read_records(
         MissingExtraError: A library to read the source is not installed.
     """
     name = os.fspath(source)
-    found, classes = _found(name)
+    found, classes = _reader(name)()
     if columns:
         found = renamed(found, columns, name)
     form = most_common_form([record for _, record in found], purpose)
@@ -70,21 +71,31 @@ def read_records(
     return Records(records, source=name, form=form, places=places, label_names=label_names)
 
 
-def _found(name: str) -> Source:
+def check_source(source: str | os.PathLike[str]) -> None:
+    """Check that a source is there, without reading it; the hub is not asked for its data sets.
+
+    Raises:
+        DataError: It is neither a file or directory nor an id of the hub, or a file of an unknown type.
+    """
+    _reader(os.fspath(source))
+
+
+def _reader(name: str) -> Callable[[], Source]:
     place = Path(name).expanduser()
     if place.is_dir():
-        return _directory(place, None)
+        return partial(_directory, place, None)
     if place.is_file():
-        return read_file(place)
+        check_type(place)
+        return partial(read_file, place)
     stem, _, split = name.partition(":")
     if split and Path(stem).expanduser().is_dir():
-        return _directory(Path(stem).expanduser(), split)
+        return partial(_directory, Path(stem).expanduser(), split)
     # A name with two slashes may be OWNER/NAME/CONFIG rather than a path.
     an_id = name.count("/") == 2 and not name.startswith((".", "/", "~")) and "\\" not in name
     suffixes = {place.suffix.lower(), Path(stem).suffix.lower()}
     if (is_local(stem) and not an_id) or suffixes & {*READERS, *TEXTS}:
         raise DataError(f"cannot read the data file {name}: No such file or directory")
-    return _hub(stem, split or "train")
+    return partial(_hub, stem, split or "train")
 
 
 def _directory(place: Path, split: str | None) -> Source:

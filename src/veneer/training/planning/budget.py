@@ -2,67 +2,22 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 
 from torch import nn
 
 from ...config import LoraConfig
-from ...errors import ConfigError, Hint, Text, TrainingError
+from ...errors import Hint, Text, TrainingError
 from ...targets import DEFAULT_TARGETS
+from .limits import Budget, parse_budget
 from .memory import MemoryEstimate, Step, adapt_shadow, base_bytes, estimate_memory
 
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
-_BINARY = {"k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
-_SIZE = re.compile(r"([0-9]*\.?[0-9]+)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
 #: Part of a memory budget that stays free, for what no estimate sees: kernels' scratch, fragments.
 SPARE = 0.05
 RANKS = (16, 8, 4, 2, 1)
 LARGEST_RANK = 512
 LOSS_CHUNK = 256
-
-
-@dataclass(frozen=True)
-class Budget:
-    """A limit for bytes of memory, or for trainable parameters as a share of the base's.
-
-    Attributes:
-        text: As the user wrote it.
-        memory: Bytes, or None.
-        share: Share of the parameters, or None.
-    """
-
-    text: str
-    memory: int | None = None
-    share: float | None = None
-
-
-def parse_budget(text: str) -> Budget:
-    """Parse ``24GB``, ``16 GiB``, ``800M`` or ``1%``.
-
-    Raises:
-        ConfigError: The text is neither a size nor a share.
-    """
-    word = text.strip()
-    if word.endswith("%"):
-        try:
-            share = float(word[:-1]) / 100
-        except ValueError:
-            share = -1.0
-        if not 0 < share <= 1:
-            raise ConfigError(f"a budget in percent lies above 0% and at most at 100%, not {text!r}")
-        return Budget(word, share=share)
-    found = _SIZE.fullmatch(word)
-    if found is None:
-        raise ConfigError(
-            f"a budget is a size such as 24GB, or a share of the parameters such as 1%, not {text!r}"
-        )
-    number, unit, binary = found[1], found[2].lower(), found[3]
-    memory = int(float(number) * (_BINARY if binary and unit else _UNITS)[unit])
-    if not unit and memory < 10**6:
-        raise ConfigError(f"a budget of {text!r} lacks its unit: 24GB, 800MB, or a share such as 1%")
-    return Budget(word, memory=memory)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from ...errors import VeneerWarning
 from ...inject.sites import plan
 from ...targets import Plan, layer_index
 from ..adapters import plain_targets
-from .budget import Budget, Proposal, propose
+from .budget import Proposal, propose
+from .limits import Budget
 from .memory import MemoryEstimate, Step, estimate_memory
 from .sources import empty_model
 

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import TrainingError
-from ...hub import cached_if_unreachable, is_local
+from ...hub import cached_if_unreachable
 from ...wording import did_you_mean, first_line
 from ..libraries import quiet_libraries, require
 from ..models import NO_CODE
+from ..paths import check_model
 
 #: The task of an adapter -> transformers' class for it.
 CLASSES = {
@@ -94,15 +95,7 @@ def _read(source: str | os.PathLike[str]) -> Any:
     place = Path(source)
     if place.is_file():
         return _from_file(place)
-    if is_local(source) and not (place / "config.json").is_file():
-        what = "has no config.json" if place.is_dir() else "is neither a directory nor a file"
-        adapter = (
-            " It holds an adapter: plan with its base model." * (place / "adapter_config.json").is_file()
-        )
-        raise TrainingError(
-            f"no model at {str(source)!r}: it {what}.{adapter} "
-            "Give a directory that transformers saved, a config.json, or a hub id."
-        )
+    check_model(source, config_file=True)
     if place.is_dir():
         return _from_file(place / "config.json")
     with quiet_libraries(), cached_if_unreachable() as unreachable:

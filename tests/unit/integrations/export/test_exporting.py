@@ -25,7 +25,7 @@ from tests.tolerances import BY_DTYPE, assert_close
 from tests.unit.integrations.export.adapters import CASES, Saved, save
 from veneer import PeftModel, export_adapter
 from veneer.errors import AdapterFileError, ConfigError, ExportError, VeneerError, VeneerWarning
-from veneer.integrations.export import ExportReport, targets
+from veneer.integrations.export import ExportReport, options, targets
 from veneer.integrations.export.base import FOLDED
 from veneer.integrations.export.source import FEATURES, read_source
 
@@ -429,10 +429,19 @@ def _short(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensors[name] for name in sorted(tensors)[:-2]}
 
 
-def test_targets_that_are_none_and_parts_that_are_none(saved: Callable[[str], Saved], tmp_path: Path) -> None:
+def test_the_names_that_are_known_without_torch_are_those_of_the_targets() -> None:
+    own = [target.name for target in targets if type(target).__module__.startswith("veneer.")]
+    assert sorted(own) == list(options.TARGETS)
+
+
+def test_targets_that_are_none_and_parts_that_are_none(
+    saved: Callable[[str], Saved], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     place = saved("linear").place
-    with pytest.raises(ConfigError, match=r"no target 'gguf'; there are diffusers, llama.cpp"):
-        export_adapter(place, tmp_path / "out", "gguf")
+    for plugins in ((), ("a plug-in, which may bring targets",)):
+        monkeypatch.setattr(options, "installed_plugins", lambda found=plugins: found)
+        with pytest.raises(ConfigError, match=r"no target 'gguf'; there are diffusers, llama.cpp"):
+            export_adapter(place, tmp_path / "out", "gguf")
     with pytest.raises(ConfigError, match="no such parts"):
         export_adapter(place, tmp_path / "out", "vllm", component="unet")
     with pytest.raises(ConfigError, match="which part of a pipeline"):

@@ -59,10 +59,10 @@ def test_broken_configurations_are_refused(content: str, words: str, tmp_path: P
 def test_places_without_a_model_are_refused(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match=r"has no config\.json"):
         empty_model(tmp_path)
-    with pytest.raises(TrainingError, match="neither a directory nor a file"):
+    with pytest.raises(TrainingError, match="does not exist"):
         empty_model(tmp_path / "nowhere")
     (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(TrainingError, match="plan with its base model"):
+    with pytest.raises(TrainingError, match="It holds an adapter: name its base model"):
         empty_model(tmp_path)
     with pytest.raises(TrainingError, match="no model class for the task 'POETRY'"):
         empty_model(saved_tiny(tmp_path / "model"), "POETRY")

@@ -1,0 +1,93 @@
+"""How the next token of an answer is chosen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import ConfigError, Hint, Text
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen, with the names and meanings of transformers.
+
+    Attributes:
+        max_new_tokens: Maximum length of an answer.
+        do_sample: Draw tokens instead of taking the likeliest. None draws if ``temperature`` (not 0),
+            ``top_p`` or ``top_k`` is given.
+        temperature: Divides the logits before drawing.
+        top_p: Draw from the likeliest tokens that make up this share.
+        top_k: Draw from this many of the likeliest tokens.
+        repetition_penalty: Divides the scores of tokens that occur already; 1 changes nothing.
+    """
+
+    max_new_tokens: int = 128
+    do_sample: bool | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    repetition_penalty: float | None = None
+
+    def __post_init__(self) -> None:
+        wrong = [
+            Text(Hint(name), f" must be {what}, not {value}")
+            for name, value, good, what in (
+                ("max_new_tokens", self.max_new_tokens, self.max_new_tokens > 0, "above 0"),
+                ("temperature", self.temperature, not (self.temperature or 0) < 0, "0 or more"),
+                ("top_p", self.top_p, self.top_p is None or 0 < self.top_p <= 1, "above 0 and at most 1"),
+                ("top_k", self.top_k, self.top_k is None or self.top_k > 0, "above 0"),
+                (
+                    "repetition_penalty",
+                    self.repetition_penalty,
+                    self.repetition_penalty is None or self.repetition_penalty > 0,
+                    "above 0",
+                ),
+            )
+            if not good
+        ]
+        drawn = [Hint(n) for n in ("temperature", "top_p", "top_k") if getattr(self, n)]
+        if self.do_sample is False and drawn:
+            named = Text.join(" and ", drawn)
+            wrong.append(Text(named, " say how to draw tokens, but ", Hint("do_sample"), " is off"))
+        if self.temperature == 0 and (self.do_sample or len(drawn) > 0):
+            zero = Hint("temperature", 0)
+            wrong.append(Text(zero, " takes the likeliest token, so there is nothing to draw from"))
+        if wrong:
+            raise ConfigError(Text.join("; ", wrong))
+
+    @property
+    def draws(self) -> bool:
+        """Whether tokens are drawn."""
+        if self.do_sample is not None:
+            return self.do_sample
+        return any((self.temperature, self.top_p, self.top_k))
+
+    def config(self, model: Any, tokenizer: Any) -> Any:
+        """As a ``GenerationConfig``; an answer ends at the end tokens of the model and of the tokenizer."""
+        from transformers import GenerationConfig
+
+        from .data import pad_token
+
+        own = getattr(model, "generation_config", None)
+        ends = getattr(own, "eos_token_id", None)
+        ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+        if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ends:
+            ends.append(tokenizer.eos_token_id)
+        settings: dict[str, Any] = {"do_sample": self.draws}
+        if self.draws:
+            # Neutral values, or transformers would take those of the model's own configuration.
+            settings |= {
+                "temperature": self.temperature or 1.0,
+                "top_p": self.top_p or 1.0,
+                "top_k": self.top_k or 0,
+            }
+        if self.repetition_penalty is not None:
+            settings["repetition_penalty"] = self.repetition_penalty
+        return GenerationConfig(
+            max_new_tokens=self.max_new_tokens,
+            pad_token_id=pad_token(tokenizer),
+            bos_token_id=getattr(own, "bos_token_id", None),
+            eos_token_id=ends or None,
+            **settings,
+        )
