@@ -16,6 +16,7 @@ from veneer.config import LoraConfig
 from veneer.errors import ConfigError, Hint
 from veneer.inject.injection import Addition
 from veneer.inject.prepare import prepare
+from veneer.wording import first_line
 
 #: A hook before a module's forward, called with the module and its positional arguments.
 Hook = Callable[[nn.Module, tuple[Any, ...]], None]
@@ -79,8 +80,7 @@ def stored(path: str | os.PathLike[str] | None) -> dict[str, Tensor] | None:
         with open(path, "rb") as file:  # torch may guess another kind of file from its name
             content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged archive can raise anything in the unpickler
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ConfigError(f"{path} cannot be read as a file of tensors: {first}") from error
+        raise ConfigError(f"{path} cannot be read as a file of tensors: {first_line(error)}") from error
     if not isinstance(content, dict) or not all(isinstance(t, Tensor) for t in content.values()):
         raise ConfigError(f"{path} holds something else than a table of tensors")
     return content

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from ..errors import Text, VeneerWarning
-from ..wording import visible
+from ..wording import first_line, visible
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FULL_WORDS = re.compile(
@@ -108,10 +108,7 @@ def of_system(error: BaseException) -> str | None:
 
 
 def _reason(error: BaseException) -> str:
-    strerror = getattr(error, "strerror", None)
-    if strerror:
-        return str(strerror)
-    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+    return str(getattr(error, "strerror", None) or first_line(error))
 
 
 def unexpected(error: BaseException) -> str:

@@ -15,7 +15,7 @@ import torch
 from veneer.errors import AdapterFileError
 from veneer.files.header import Header, bin_metadata, check_archive, name_problem, read_header
 from veneer.files.layout import BelongingConfig, belonging_config, check_directory, identity, together
-from veneer.wording import warn
+from veneer.wording import first_line, warn
 
 
 @dataclass(frozen=True)
@@ -129,12 +129,10 @@ def _open_bin(path: Path) -> AdapterFile:
     except pickle.UnpicklingError as exc:
         raise AdapterFileError(
             f"{path} is a pickle of more than tensors, and reading it could run foreign code; refused. "
-            f"Ask its author for a safetensors file. ({str(exc).splitlines()[0]})"
+            f"Ask its author for a safetensors file. ({first_line(exc)})"
         ) from exc
     except Exception as exc:  # a damaged archive can fail anywhere in the unpickler
-        raise AdapterFileError(
-            f"{path} is damaged: {type(exc).__name__}: {str(exc).splitlines()[0]}"
-        ) from exc
+        raise AdapterFileError(f"{path} is damaged: {type(exc).__name__}: {first_line(exc)}") from exc
     tensors = _check_content(path, content, status.st_size)
     warn(
         f"{path} is a pickle; it was read as tensors only. Save the adapter again to get a safetensors file."

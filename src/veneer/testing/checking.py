@@ -19,6 +19,7 @@ from veneer.merge import refuses_merge
 from veneer.testing.laws import LAWS
 from veneer.testing.made import LayerCase, Made
 from veneer.variants import Variant
+from veneer.wording import first_line
 
 #: What is tried where no cases are given.
 CASES: tuple[LayerCase, ...] = (
@@ -111,9 +112,8 @@ def _try_all(made: Made, first: bool, report: Report) -> None:
         try:
             law.holds(made)
         except Exception as error:
-            lines = str(error).strip().splitlines()
             where = traceback.extract_tb(error.__traceback__)[-1]
-            reason = lines[0] if lines else where.line
+            reason = first_line(error) if str(error).strip() else where.line
             report.broken.append(f"  {law.name} on {name} in {made.dtype}: {type(error).__name__}: {reason}")
         else:
             report.tried.append((law.name, name, made.dtype))
