@@ -64,8 +64,15 @@ def evaluate(
             raise typer.BadParameter(f"{name} must be above 0, not {value}")
     renamed = None if columns is None else parse_columns(columns)
     progress = Terminal()
-    check_source(data)  # a whole model's configuration is read by transformers
-    source = read_head_or_model(adapter, _read_plain, progress)
+
+    def read_plain(name: str | os.PathLike[str]) -> PlainModel:
+        check_source(data)
+        load_libraries("torch", "transformers")
+        from ..training import models
+
+        return models.read_plain(name)
+
+    source = read_head_or_model(adapter, read_plain, progress)
     if isinstance(source, Head):
         names, kind = source.classes(), "adapter"
         check_model(base_name(source, model))
@@ -102,13 +109,6 @@ def evaluate(
         show_json({f"{kind}_path": adapter, "data": data, **found.as_json()})
     else:
         _table(found)
-
-
-def _read_plain(source: str | os.PathLike[str]) -> PlainModel:
-    load_libraries("torch", "transformers")
-    from ..training.models import read_plain
-
-    return read_plain(source)
 
 
 def _table(found: Comparison) -> None:
