@@ -125,6 +125,8 @@ def load(
         lora.commit(injection, activate=first, trainable=is_trainable)
         if first and is_trainable:
             model.training = lora.training = True
+    if not report.ok:
+        warn(report.message(where))
     # A pass over all adapters, only where it changes something.
     if not is_trainable and any(module.training for _, module in walk(model)):
         model.eval()
@@ -197,7 +199,7 @@ def _fill(injection: Injection, tensors: StoredTensors, file: AdapterFile, check
     # After the account of tensors: where names or shapes differ, that says more.
     if checks.base:
         check_base(injection.model, file.metadata, where, injection.targets, carried=file.shapes)
-    if report.notice:
+    if report.ok and report.notice:
         warn(f"{where}: {report.notice}")
     if changed:
         warn(

@@ -136,7 +136,7 @@ def _show(found: PlanReport) -> None:
 def _targets(console: Console, found: PlanReport) -> None:
     from rich.table import Table
 
-    from ..training.planning.report import layers
+    from ..training.planning.report import layer_numbers
 
     specs = {spec.path: spec for spec in found.plan.specs}
     table = Table()
@@ -152,7 +152,7 @@ def _targets(console: Console, found: PlanReport) -> None:
             table.add_row(
                 pattern if not place else "",
                 str(len(inside)),
-                ranges(layers(inside)),
+                ranges(layer_numbers(inside)),
                 ranges(ranks),
                 ", ".join(f"{scale:.3g}" for scale in scales),
                 name if len(kinds) > 1 else inside[0] if inside else "",
@@ -167,6 +167,13 @@ def _targets(console: Console, found: PlanReport) -> None:
         reasons.setdefault(skipped.reason, []).append(skipped.path)
     for reason, left in reasons.items():
         console.print(f"left out ({reason}): {listed(left)}", soft_wrap=True)
+    if found.left_out:
+        rest = Table()
+        for column in ("not adapted", "type", "number", "parameters"):
+            rest.add_column(column, justify="right" if column in ("number", "parameters") else "left")
+        for group in found.left_out:
+            rest.add_row(group.name, group.type_name, str(group.number), f"{group.parameters:,}")
+        console.print(rest)
 
 
 def _needs(console: Console, found: PlanReport) -> None:
@@ -201,11 +208,12 @@ def _proposal(console: Console, found: PlanReport, given_up: tuple[str, ...]) ->
         f"Keeps to the budget: {'; '.join(given_up)}" if given_up else "Keeps to the budget as it is.",
         soft_wrap=True,
     )
-    targets, step = found.config.target_modules, found.step
+    targets, bare, step = found.config.target_modules, found.config.target_parameters, found.step
     chosen: dict[str, Any] = {
         "lora_r": found.config.r,
         "lora_alpha": f"{found.config.lora_alpha:g}",
         "lora_target_modules": targets if isinstance(targets, str) else ",".join(sorted(targets or ())),
+        "lora_target_parameters": ",".join(bare or ()),
         "batch_size": step.batch_size,
         "gradient_accumulation_steps": step.gradient_accumulation_steps,
         "quantize": step.quantize,

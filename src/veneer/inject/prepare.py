@@ -95,13 +95,16 @@ def _parts(
         _mention_unread(found, chosen.specs)
     specs = [with_variant_options(spec, config) for spec in chosen.specs if spec.path not in ties]
     additions, reasons = _additions(found, specs, config)
-    what = "these modules cannot be adapted as asked"
+    what: list[str | Hint] = ["these modules cannot be adapted as asked"]
     if config.target_parameters != named:
-        what += (
-            " (target_modules means experts and routers too, as in PEFT; exclude_modules=['experts', 'gate'] "
-            "leaves them out)"
-        )
-    _refuse(f"{what}:", reasons)
+        what += [
+            " (",
+            Hint("target_modules"),
+            " means experts and routers too, as in PEFT: name the other modules",
+            Hint("exclude_modules", ["experts", "gate"], clause=", or leave these out with {}"),
+            ")",
+        ]
+    _refuse(Text(*what, ":"), reasons)
     saved = [found[path] for path in chosen.modules_to_save]
     _refuse(
         "these modules cannot be trained whole:", [r for s in saved if (r := _not_to_copy(s)) is not None]
@@ -118,7 +121,7 @@ def _parts(
     return additions, copies, token_rows(model, found, config, taken, stored, quiet=quiet)
 
 
-def _refuse(what: str, reasons: Sequence[str | Text]) -> None:
+def _refuse(what: str | Text, reasons: Sequence[str | Text]) -> None:
     if reasons:
         raise TargetError(Text.join("\n  - ", [what, *some(reasons)]))
 
@@ -140,7 +143,8 @@ def _additions(
         site = found[spec.path]
         reason: str | Text | None
         if isinstance(site.module, LoraParameter):
-            reason = "a parameter of it is adapted (target_parameters): name the module or the parameter"
+            bare = Hint("target_parameters")
+            reason = Text("a parameter of it is adapted (", bare, "): name the module or the parameter")
         else:
             layer = _layer_on(site.module)
             reason = why_not(layer, spec)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer import backends
-from veneer.errors import RoutingError
+from veneer.errors import Hint, RoutingError, Text
 from veneer.layers.factor import stand_in
 from veneer.layers.layer import LoraLayer
 from veneer.ops.adapted_weight import AdaptedWeight, Term
@@ -74,7 +74,7 @@ class LoraParameter(LoraLayer):
         count, size_in, size_out = self._sizes()
         return (r * count, size_in), (size_out, r * count)
 
-    def refuses(self, base: nn.Module, spec: LoraSpec) -> str | None:  # type: ignore[override]
+    def refuses(self, base: nn.Module, spec: LoraSpec) -> str | Text | None:  # type: ignore[override]
         """Refuses what needs the input of a product or a single matrix."""
         tensor = getattr(base, self.weight_name)
         if tensor.dim() not in (2, 3):
@@ -86,12 +86,14 @@ class LoraParameter(LoraLayer):
         if (storage := backends.find(base, self.weight_name).quantization) is not None:
             return (
                 f"{self.weight_name} is quantised by {storage}, and a bare parameter is adapted beside dense "
-                "values only: leave it out of target_parameters, or dense"
+                "values only: leave it out, or dense"
             )
         if spec.lora_dropout:
-            return (
-                "lora_dropout drops elements of the input of a product, and a bare parameter meets its "
-                "input inside the module's own forward: set lora_dropout=0"
+            return Text(
+                Hint("lora_dropout"),
+                " drops elements of the input of a product, and a bare parameter meets its input inside the "
+                "module's own forward: set ",
+                Hint("lora_dropout", 0),
             )
         if spec.lora_bias:
             return "lora_bias has no place: a bare parameter has no bias"
@@ -205,8 +207,8 @@ def why_not_wrapped(module: nn.Module, names: Sequence[str]) -> str | None:
     """Why these parameters cannot be adapted together with the module's present adapters, or None."""
     if isinstance(module, LoraLayer) and not isinstance(module, LoraParameter):
         return (
-            f"the module that holds it is adapted itself ({type(module).__name__}): name it in "
-            "target_modules or its parameter in target_parameters, not both"
+            f"the module that holds it is adapted itself ({type(module).__name__}): name the module or its "
+            "parameter, not both"
         )
     present = set(parameters_of(module))
     if present and present != set(names):

@@ -180,7 +180,16 @@ class RunOptions(TrainOptions):
     lora_alpha: float = option(16.0, "Adapter", "Numerator of the scaling alpha / r.")
     lora_dropout: float = option(0.0, "Adapter", "Dropout before the factors.")
     lora_target_modules: str = option(
-        "all-linear", "Adapter", "all-linear, names with commas, or an expression.", "target_modules"
+        "all-linear",
+        "Adapter",
+        "all-linear, names with commas, or an expression; empty for parameters alone.",
+        "target_modules",
+    )
+    lora_target_parameters: str | None = option(
+        None,
+        "Adapter",
+        "Parameters of no module of their own, such as stacks of experts; names with commas.",
+        "target_parameters",
     )
     lora_modules_to_save: str | None = option(
         None, "Adapter", "Modules trained whole and saved along; names with commas.", "modules_to_save"
@@ -257,13 +266,13 @@ class RunOptions(TrainOptions):
             ConfigError: It is invalid.
         """
         init: Any = {"true": True, "false": False}.get(self.init_lora_weights.lower(), self.init_lora_weights)
-        saved = self.lora_modules_to_save
         return LoraConfig(
             r=self.lora_r,
             lora_alpha=self.lora_alpha,
             lora_dropout=self.lora_dropout,
             target_modules=_names(self.lora_target_modules),
-            modules_to_save=None if saved is None else [name.strip() for name in saved.split(",")],
+            target_parameters=_listed(self.lora_target_parameters),
+            modules_to_save=_listed(self.lora_modules_to_save),
             use_dora=self.use_dora,
             use_rslora=self.use_rslora,
             init_lora_weights=init,
@@ -286,9 +295,14 @@ def _wrong(part: dataclasses.Field[Any], value: Any) -> list[Text]:
     return [Text(Hint(part.name), said)] if said else []
 
 
+def _listed(text: str | None) -> list[str] | None:
+    """Names separated by commas."""
+    return None if text is None else [name for part in text.split(",") if (name := part.strip())]
+
+
 def _names(text: str) -> str | list[str]:
     """A list of names separated by commas, or else the text: ``all-linear`` or an expression."""
-    names = [name.strip() for name in text.split(",")]
+    names = _listed(text) or []
     plain = all(name.replace("_", "").replace(".", "").isalnum() for name in names)
     return names if plain and names != ["all-linear"] else text
 

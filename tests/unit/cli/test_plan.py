@@ -102,3 +102,27 @@ def test_seventy_billion_parameters_from_the_configuration_alone(
     assert found["estimate"]["trainable"] == 80 * 16 * (2 * 8192 + 8192 + 1024)
     assert 36e9 < found["estimate"]["base"] < 42e9
     assert found["estimate"]["traced"]
+
+
+def test_experts_and_what_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    more = {"num_key_value_heads": 2, "num_local_experts": 3, "vocab_size": 32, "pad_token_id": 0}
+    kind = {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"]}
+    (tmp_path / "config.json").write_text(json.dumps(kind | small | more))
+    command = ["plan", str(tmp_path), *SMALL, "--lora-r", "2"]
+    assert main([*command, "--target-modules", "q_proj", "--target-parameters", "experts.down_proj"]) == 0
+    out = capsys.readouterr().out
+    assert "experts.gate_up_proj" in out and "4,608" in out and "not adapted" in out
+    assert main([*command, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["patterns"]["gate_up_proj"]["modules"] == 2
+    assert [group["name"] for group in found["left_out"]] == ["embed_tokens", "lm_head"]
+    file = tmp_path / "run.yaml"
+    file.write_text('target_parameters: [experts.down_proj]\nlora_target_modules: ""\nlora_dropout: 0.1\n')
+    assert main([*command[:2], str(file)]) == 1
+    assert "set --lora-dropout 0" in capsys.readouterr().err
+    assert main([*command, "--lora-dropout", "0.1"]) == 1
+    assert "--lora-target-modules means experts and routers too" in capsys.readouterr().err
+    file.write_text('target_parameters: [experts.down_proj]\nlora_target_modules: ""\n')
+    assert main([*command[:2], str(file), *SMALL, "--json", "--budget", "50%"]) == 0
+    assert json.loads(capsys.readouterr().out)["target_parameters"] == ["experts.down_proj"]

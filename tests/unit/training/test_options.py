@@ -51,6 +51,11 @@ def test_the_adapter_that_they_describe() -> None:
     config = options.lora_config()
     assert (config.r, config.lora_alpha, config.init_lora_weights) == (8, 32, True)
     assert set(config.target_modules) == {"q_proj", "v_proj"}
+    bare = RunOptions(
+        **GIVEN, lora_target_modules="", lora_target_parameters="experts.down_proj, gate.weight"
+    )
+    assert bare.lora_config().target_modules == set()
+    assert bare.lora_config().target_parameters == ["experts.down_proj", "gate.weight"]
     assert RunOptions(**GIVEN, lora_target_modules=".*mlp.*").lora_config().target_modules == ".*mlp.*"
     assert RunOptions(**GIVEN, init_lora_weights="gaussian").lora_config().init_lora_weights == "gaussian"
     assert RunOptions(**GIVEN, task="seq-cls").lora_config().task_type == "SEQ_CLS"

@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,9 +17,10 @@ from torch import Tensor, nn
 from ...adapters import base_of
 from ...config import LoraConfig
 from ...errors import ConfigError, VeneerError, VeneerWarning
+from ...files.keys import PREFIX
 from ...inject.base_tensors import embedding_of
 from ...peft_model import get_peft_model
-from ...wording import first_line
+from ...wording import first_line, listed
 from ..libraries import quiet_libraries
 from ..options import RunOptions
 from .sources import shadow
@@ -171,9 +173,19 @@ def estimate_memory(model: nn.Module, config: LoraConfig, step: Step | None = No
     if accumulated:
         for parameter in trained:
             parameter.grad = torch.empty_like(parameter)
+    silent = dict.fromkeys(name for name, p in adapted.named_parameters() if p.requires_grad)
+    for name, parameter in adapted.named_parameters():
+        if parameter.requires_grad:
+            parameter.register_hook(partial(_heard, silent, name))  # type: ignore[no-untyped-call]
     trace, reason = _trace(adapted, step)
     state, said = optimizer_bytes(step.optim, trained)
     notes += [reason] if reason else []
+    if silent and not reason:
+        paths = dict.fromkeys(name.partition(".lora_")[0].removeprefix(PREFIX) for name in silent)
+        notes.append(
+            f"no gradient reaches {listed(paths)} in this step: the model reads the weight without calling "
+            "the module, or has no use for it in this task"
+        )
     if step.quantize:
         notes.append(
             f"quantised weights are counted as {QUANTIZED[step.quantize]:.3g} bytes each, and one layer at a "
@@ -198,6 +210,11 @@ def estimate_memory(model: nn.Module, config: LoraConfig, step: Step | None = No
         traced=not reason,
         notes=(*notes, *said),
     )
+
+
+def _heard(silent: dict[str, None], name: str, gradient: Tensor) -> None:
+    """A hook that is called with the gradient of a parameter."""
+    silent.pop(name, None)
 
 
 def adapt_shadow(model: nn.Module, config: LoraConfig) -> nn.Module:

@@ -9,15 +9,36 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
+from ... import layers
 from ...config import LoraConfig
 from ...errors import VeneerWarning
-from ...inject.sites import plan
+from ...inject.sites import plan, sites
+from ...module_names import around
 from ...targets import Plan, layer_index
 from ..adapters import plain_targets
 from .budget import Proposal, propose
 from .limits import Budget
 from .memory import MemoryEstimate, Step, estimate_memory
 from .sources import empty_model
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """Modules, or stacks of matrices, that could be adapted and are not.
+
+    Attributes:
+        name: The end of their paths that they share.
+        type_name: Their class; ``Parameter`` for stacks.
+        number: How many there are.
+        parameters: How many numbers they hold in all.
+    """
+
+    name: str
+    type_name: str
+    number: int
+    parameters: int
 
 
 @dataclass(frozen=True)
@@ -30,6 +51,7 @@ class PlanReport:
         dtype: Type of the base's weights.
         config: The adapter.
         plan: Which modules get factors, which do not, and what matched nothing.
+        left_out: What else there is that could get factors.
         step: Batch size, length and so on.
         estimate: Memory and arithmetic.
         proposal: The proposal for a budget, if there is one; the attributes above are then the proposal's.
@@ -43,6 +65,7 @@ class PlanReport:
     step: Step
     estimate: MemoryEstimate
     proposal: Proposal | None = None
+    left_out: tuple[LeftOut, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -53,20 +76,22 @@ class PlanReport:
             "lora_r": self.config.r,
             "lora_alpha": self.config.lora_alpha,
             "target_modules": plain_targets(self.config.target_modules),
+            "target_parameters": self.config.target_parameters,
             **dataclasses.asdict(self.step),
             "patterns": {
-                pattern: {"modules": len(paths), "layers": layers(paths), "paths": list(paths)}
+                pattern: {"modules": len(paths), "layers": layer_numbers(paths), "paths": list(paths)}
                 for pattern, paths in self.plan.matched.items()
             },
             "modules_to_save": list(self.plan.modules_to_save),
             "unmatched": [dataclasses.asdict(entry) for entry in self.plan.unmatched],
             "skipped": [dataclasses.asdict(entry) for entry in self.plan.skipped],
+            "left_out": [dataclasses.asdict(group) for group in self.left_out],
             "estimate": self.estimate.to_dict(),
             "given_up": None if self.proposal is None else list(self.proposal.given_up),
         }
 
 
-def layers(paths: Collection[str]) -> list[int]:
+def layer_numbers(paths: Collection[str]) -> list[int]:
     """The numbers of the layers that contain modules."""
     return sorted({index for path in paths if (index := layer_index(path)) is not None})
 
@@ -104,16 +129,39 @@ def plan_training(
         config, step, estimate = proposal.config, proposal.step, proposal.estimate
     else:
         estimate = estimate_memory(model, config, step)
+    chosen = _quiet_plan(model, config)
     return PlanReport(
         model=os.fspath(source),
         architecture=type(model).__name__,
         dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
         config=config,
-        plan=_quiet_plan(model, config),
+        plan=chosen,
         step=step,
         estimate=estimate,
         proposal=proposal,
+        left_out=left_out(model, chosen),
     )
+
+
+def left_out(model: nn.Module, chosen: Plan) -> tuple[LeftOut, ...]:
+    """What a plan leaves as it is of a model's layers and stacks, by name and type, the largest first."""
+    taken = {spec.path for spec in chosen.specs} | {*chosen.modules_to_save}
+    sizes: dict[tuple[str, str], list[int]] = {}
+    for path, site in sites(model).items():
+        if around(path, taken):
+            continue
+        own = {name: p for name, p in site.base._parameters.items() if p is not None}
+        name = path.rpartition(".")[2]
+        if layers.find(site.base) is not None:
+            sizes.setdefault((name, type(site.base).__name__), []).append(
+                sum(p.numel() for p in own.values())
+            )
+            continue
+        for part, parameter in own.items():
+            if parameter.dim() in (2, 3) and f"{path}.{part}" not in taken:
+                sizes.setdefault((f"{name}.{part}", "Parameter"), []).append(parameter.numel())
+    groups = [LeftOut(*key, len(counts), sum(counts)) for key, counts in sizes.items()]
+    return tuple(sorted(groups, key=lambda group: -group.parameters))
 
 
 def _quiet_plan(model: Any, config: LoraConfig) -> Plan:

@@ -149,3 +149,18 @@ def test_the_step_of_a_run() -> None:
     step = Step.of(RunOptions(**given), batch_size=6, device="cuda")
     assert step == Step(batch_size=6, sequence_length=77, quantize="nf4", device="cuda")
     assert Step.of(RunOptions(**given, packing=True)).padded is False
+
+
+def test_a_weight_that_is_read_without_calling_its_module_is_noted() -> None:
+    model = tiny_model()
+    block = model.model.layers[1].mlp
+
+    class Reading(type(block)):  # type: ignore[misc]
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            gated = self.act_fn(self.gate_proj(x)) * self.up_proj(x)
+            return nn.functional.linear(gated, self.down_proj.weight)
+
+    block.__class__ = Reading
+    for steps in (1, 2):
+        (note,) = estimate_memory(model, CONFIG, replace(STEP, gradient_accumulation_steps=steps)).notes
+        assert "no gradient reaches model.layers.1.mlp.down_proj in this step" in note

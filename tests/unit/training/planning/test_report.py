@@ -40,6 +40,11 @@ def test_a_report_says_what_is_adapted_and_what_is_not(source: Path) -> None:
     assert (
         told["skipped"][0]["reason"].startswith("excluded") and told["unmatched"][0]["pattern"] == "dwn_proj"
     )
+    assert told["left_out"][0]["name"] == "embed_tokens" and told["left_out"][0]["number"] == 1
+    left = {group.name: group.number for group in found.left_out}
+    assert (
+        left["q_proj"] == 1 and left["down_proj"] == 2 and left["lm_head"] == 1 and "norm.weight" not in left
+    )
     assert told["estimate"]["trainable"] == 4 * 64 and told["batch_size"] == 2 and told["given_up"] is None
 
 
