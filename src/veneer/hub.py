@@ -14,8 +14,9 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from veneer.errors import AdapterFileError, MissingExtraError, UnknownOptionError, short, show
-from veneer.files.layout import BIN_NAME, CONFIG_NAME, SAFETENSORS_NAME, find_config
+from veneer.errors import AdapterFileError, Blank, Hint, MissingExtraError, UnknownOptionError, short, show
+from veneer.files.layout import BIN_NAME, CONFIG_NAME, SAFETENSORS_NAME, check_directory, find_config
+from veneer.files.read import open_adapter
 from veneer.wording import did_you_mean
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -232,6 +233,32 @@ def download_adapter(repo_id: str, *, subfolder: str | None = None, **options: A
     return config.parent
 
 
+def adapter_files(directory: str | os.PathLike[str]) -> dict[str, int]:
+    """What of a directory is published: adapters in it and in its subdirectories, and their cards.
+
+    Returns:
+        Name in the directory -> size in bytes.
+
+    Raises:
+        AdapterFileError: There is no adapter, or one of them cannot be read.
+    """
+    root = check_directory(Path(directory))
+    names = (CONFIG_NAME, SAFETENSORS_NAME, BIN_NAME, "README.md")
+    found = sorted(path for part in ("", "*/") for name in names for path in root.glob(part + name))
+    places = [path.parent for path in found if path.name == CONFIG_NAME]
+    if not places:
+        raise AdapterFileError(f"no {CONFIG_NAME} in {os.fspath(directory)!r}: save the adapter there first")
+    for place in places:
+        if any((place / name).exists() for name in (SAFETENSORS_NAME, BIN_NAME)):
+            open_adapter(place)  # a configuration may be published alone
+        if find_config(place).cut_short:
+            raise AdapterFileError(
+                f"a save into {place} was cut short, and others would read its tensors with the "
+                "configuration of another adapter: save it again first"
+            )
+    return {path.relative_to(root).as_posix(): path.stat().st_size for path in found}
+
+
 def push_to_hub(
     directory: str | os.PathLike[str],
     repo_id: str,
@@ -251,30 +278,28 @@ def push_to_hub(
         commit_message: First line of the commit.
         revision: Branch; made if it does not exist. The main branch if None.
         token: A token with the right to write, or True or None for the stored one.
-        private: Make a new repository private.
+        private: Make a new repository private; refused for one that exists and is public.
         create_pr: Propose the change instead of making it.
         path_in_repo: Directory of the repository; the root if None.
 
     Raises:
-        AdapterFileError: There is no adapter in the directory, or the hub refuses; says why.
+        AdapterFileError: There is no whole adapter in the directory, or the hub refuses; says why.
         MissingExtraError: huggingface_hub is not installed.
     """
     try:
         from huggingface_hub import HfApi
     except ModuleNotFoundError as error:
         raise MissingExtraError("huggingface_hub", "hf", f"uploading to {repo_id!r}") from error
-    found = [path for pattern in ("", "*/") for path in Path(directory).glob(f"{pattern}{CONFIG_NAME}")]
-    if not found:
-        raise AdapterFileError(f"no {CONFIG_NAME} in {os.fspath(directory)!r}: save the adapter there first")
-    for path in found:
-        if find_config(path.parent).cut_short:
-            raise AdapterFileError(
-                f"a save into {path.parent} was cut short, and others would read its tensors with the "
-                "configuration of another adapter: save it again first"
-            )
+    files = adapter_files(directory)
     api = HfApi(token=token, library_name="veneer")
     try:
         repository = str(api.create_repo(repo_id, private=private, exist_ok=True).repo_id)
+        if private and not api.model_info(repository).private:
+            raise AdapterFileError(
+                f"nothing was pushed: {repository} is there already, and is public. Leave out ",
+                Hint("private", True),
+                ", or push to another repository",
+            )
         if revision is not None:
             api.create_branch(repository, branch=revision, exist_ok=True)
         done = api.upload_folder(
@@ -284,12 +309,10 @@ def push_to_hub(
             commit_message=commit_message or "Upload adapter",
             revision=revision,
             create_pr=create_pr,
-            allow_patterns=[
-                f"{prefix}{name}"
-                for prefix in ("", "*/")
-                for name in (CONFIG_NAME, SAFETENSORS_NAME, BIN_NAME, "README.md")
-            ],
+            allow_patterns=list(files),
         )
+    except AdapterFileError:
+        raise
     except Exception as error:
         if not isinstance(error, OSError | ValueError) and not _no_answer(error):
             raise
@@ -365,11 +388,17 @@ def _explain(
             f"{place} is not in the local cache, and {reason}. To get it, {way_out}; or pass a local "
             "directory."
         )
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if pushing and status in (401, 403, 404):
+        return AdapterFileError(
+            f"nothing was pushed: the hub refuses {place} (status {status}). There is no token, or it is "
+            "invalid, expired, or lacks the right to write. Log in with `hf auth login`, or set HF_TOKEN",
+            Hint("token", Blank("..."), ", or pass {}"),
+        )
     for name, meaning in _MEANINGS.items():
         if isinstance(error, getattr(errors, name)):
             kind = EntryMissingError if name == "EntryNotFoundError" else AdapterFileError
             return kind(meaning.format(repo=repo, revision=revision, place=place))
-    status = getattr(getattr(error, "response", None), "status_code", None)
     if status in (401, 403):
         return AdapterFileError(
             f"the hub refuses {place} (status {status}): the token is invalid, expired, or lacks the right. "

@@ -115,7 +115,14 @@ class _Handler(BaseHTTPRequestHandler):
             self.answer(404, {"X-Error-Code": "RevisionNotFound", "X-Error-Message": "Invalid rev id"})
             return
         siblings = [{"rfilename": path} for path in repository.branches[branch]]
-        self.reply({"id": repo_id, "sha": repository.commit(branch), "private": False, "siblings": siblings})
+        self.reply(
+            {
+                "id": repo_id,
+                "sha": repository.commit(branch),
+                "private": repository.private,
+                "siblings": siblings,
+            }
+        )
 
     def do_POST(self) -> None:
         path = unquote(urlsplit(self.path).path)
@@ -128,7 +135,8 @@ class _Handler(BaseHTTPRequestHandler):
         elif path == "/api/repos/create":
             asked = json.loads(body)
             repo_id = "/".join(filter(None, [asked.get("organization"), asked["name"]]))
-            self.hub.repositories.setdefault(repo_id, Repository())
+            private = bool(asked.get("private")) or asked.get("visibility") == "private"
+            self.hub.repositories.setdefault(repo_id, Repository(private=private))
             self.reply({"url": f"{self.hub.endpoint}/{repo_id}"})
         elif found := re.fullmatch(r"/api/models/(.+)/preupload/([^/]+)", path):
             files = json.loads(body)["files"]

@@ -166,7 +166,7 @@ REFUSALS: list[tuple[str, list[str], dict[str, Any], list[str]]] = [
         {"local_files_only": True, "force_download": True},
         ["team/adapter", "force_download"],
     ),
-    ("push_to_hub", ["no/such/place"], {"repo_id": "team/new"}, ["adapter_config.json", "save the adapter"]),
+    ("push_to_hub", ["no/such/place"], {"repo_id": "team/new"}, ["there is no directory"]),
 ]
 
 
@@ -271,7 +271,7 @@ Path(sys.argv[1], "optimizer.pt").write_text("not for others")
 from veneer.hub import push_to_hub
 
 print(push_to_hub(sys.argv[1], "me/published", token=sys.argv[2], private=True))
-far = PeftModel.from_pretrained(Tiny(), "me/published")
+far = PeftModel.from_pretrained(Tiny(), "me/published", token=sys.argv[2])
 for name, tensor in model.state_dict().items():
     assert torch.equal(tensor, far.state_dict()[name]), name
 print(model.push_to_hub("me/from-memory", token=sys.argv[2], commit_message="By hand"))
@@ -291,12 +291,18 @@ assert all(torch.equal(tensor, near.state_dict()[name]) for name, tensor in far.
 
 
 def test_a_wrong_token_is_refused_and_said(hub: Hub, tmp_path: Path) -> None:
-    (tmp_path / "adapter_config.json").write_text("{}")
-    (answer,) = call(
-        environment(hub, tmp_path / "home"), ("push_to_hub", [str(tmp_path), "me/x"], {"token": "hf_wrong"})
+    place = tmp_path / "adapter"
+    write_adapter(
+        place, {"base_model.model.m.lora_A.weight": torch.ones(2, 4)}, {"peft_type": "LORA", "r": 2}
     )
-    assert "AdapterFileError" in answer["kinds"]
-    assert "token" in answer["message"]
+    refused, public = call(
+        environment(hub, tmp_path / "home"),
+        ("push_to_hub", [str(place), "me/x"], {"token": "hf_wrong"}),
+        ("push_to_hub", [str(place), "team/adapter"], {"token": TOKEN, "private": True}),
+    )
+    assert all("AdapterFileError" in answer["kinds"] for answer in (refused, public))
+    assert "or set HF_TOKEN, or pass token=..." in refused["message"]
+    assert "is public. Leave out private=True" in public["message"]
 
 
 def test_half_a_save_is_not_published(tmp_path: Path) -> None:
