@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import ConfigError, Hint
+from ..errors import ConfigError, Hint, VeneerError
 from ..training.data.columns import parse_columns
 from ..training.data.sources import check_source, read_records
 from ..training.head import Head, PlainModel, base_name, read_head_or_model
@@ -84,6 +84,11 @@ def evaluate(
         if model is not None:
             raise ConfigError(Hint("model"), f" names an adapter's base, but {adapter} is a whole model")
         progress.say(f"{adapter} is a whole model: it is measured by itself")
+    if names is not None and len(names) == 1:
+        raise VeneerError(
+            f"{adapter} is a reward model, which names no classes; veneer train --method reward measures it "
+            "on the pairs of its --eval-data"
+        )
     records = read_records(data, "sft" if names is None else "classification", renamed)
     progress.say(records.line())
     if max_samples is not None and max_samples < len(records):

@@ -72,6 +72,10 @@ class Head:
             raise AdapterFileError(f"{self.name} is an adapter of a classifier, but holds no head of one")
         return names
 
+    def rewards(self) -> bool:
+        """Whether it belongs to a reward model: one with a head of a single number."""
+        return self.task == "SEQ_CLS" and len(self.label_names() or ()) == 1
+
     def noted(self, what: str) -> Any:
         """A value of ``metrics.json`` beside the adapter, if `train` wrote one."""
         try:
@@ -177,8 +181,10 @@ def with_adapter(options: RunOptions, head: Head, given: Collection[str] | None 
         AdapterFileError: No base model is named.
         VeneerError: The adapter is for another task.
     """
-    classes = head.classes()
-    of_adapter: dict[str, Any] = {"task": "causal-lm" if classes is None else "seq-cls"}
+    classes, rewards = head.classes(), head.rewards()
+    of_adapter: dict[str, Any] = {"task": "causal-lm" if classes is None or rewards else "seq-cls"}
+    if rewards or options.method == "reward":
+        of_adapter["method"] = "reward" if rewards else "sft"
     of_adapter |= {
         part.name: _as_option(part.name, head.config)
         for part in fields(RunOptions)

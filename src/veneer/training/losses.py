@@ -70,16 +70,18 @@ class Classes:
 
 
 @dataclass(frozen=True)
-class Pairs:
-    """Preferences between two answers, learned by TRL's DPOTrainer.
+class Preferred:
+    """Answers that were preferred or not, learned by one of TRL's trainers.
 
     Attributes:
-        beta: How strongly the model is kept near the base.
-        max_length: Longest prompt and answer, in tokens.
+        method: ``dpo``, ``kto``, ``orpo`` or ``reward``.
+        beta: How strongly the model is kept near its start or, for ORPO, the weight of the preference.
+        max_length: Longest prompt and answer, in tokens; None cuts nothing.
     """
 
+    method: str
     beta: float
-    max_length: int
+    max_length: int | None
 
 
 def loss_sum(model: Any, batch: Batch, *, chunk: int = 0) -> tuple[Tensor, Tensor]:

@@ -29,7 +29,7 @@ SCHEDULES = (
 )
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 QUANTIZATIONS = ("nf4", "fp4", "int8", "int4")
-METHODS = ("sft", "dpo")
+METHODS = ("sft", "dpo", "kto", "orpo", "reward")
 TASKS = {"causal-lm": "CAUSAL_LM", "seq-cls": "SEQ_CLS"}
 #: Initialisations that are measured on data -> the function that does it.
 MEASURED = {
@@ -162,7 +162,13 @@ class RunOptions(TrainOptions):
     output: str = option(
         "", "Run", "Directory for the adapter, metrics.json, loss.png, checkpoints.", "output_dir", free=True
     )
-    method: str = option("sft", "Run", "sft learns the answers, dpo from preferences:", choices=METHODS)
+    method: str = option(
+        "sft",
+        "Run",
+        "sft learns the answers; dpo and orpo learn from preferences, kto from answers that are good or bad; "
+        "reward makes a reward model of preferences:",
+        choices=METHODS,
+    )
     task: str = option("causal-lm", "Run", "What the model does:", choices=tuple(TASKS))
     resume_from_adapter: str | None = option(
         None,
@@ -175,7 +181,12 @@ class RunOptions(TrainOptions):
     )
     max_length: int = option(1024, "Data", "Longest example, in tokens; longer ones are cut.", above=0)
     packing: bool = option(False, "Data", "Lay several short examples into one row, apart from one another.")
-    beta: float = option(0.1, "Data", "dpo: how much straying from the base model costs.", above=0)
+    beta: float = option(
+        0.1,
+        "Data",
+        "dpo, kto: how much straying from the start costs; orpo: weight of the preference.",
+        above=0,
+    )
     lora_r: int = option(16, "Adapter", "Rank.", "r")
     lora_alpha: float = option(16.0, "Adapter", "Numerator of the scaling alpha / r.")
     lora_dropout: float = option(0.0, "Adapter", "Dropout before the factors.")
@@ -215,17 +226,22 @@ class RunOptions(TrainOptions):
             for name in ("model", "data", "output")
             if not getattr(self, name) and not (name == "model" and self.resume_from_adapter)
         ]
-        if self.method == "dpo" or self.task == "seq-cls":
-            other = Hint("method", "dpo") if self.method == "dpo" else Hint("task", "seq-cls")
+        method = Hint("method", self.method)
+        if self.method != "sft" or self.task == "seq-cls":
+            other = method if self.method != "sft" else Hint("task", "seq-cls")
             given = [Hint(name) for name in ("packing", "loss_chunk_size") if getattr(self, name)]
-            if self.method == "dpo" and self.task == "seq-cls":
+            if self.method != "sft" and self.task == "seq-cls":
                 given.append(Hint("task", "seq-cls"))
             wrong += [Text(hint, " does not go with ", other) for hint in given]
+        if self.method == "kto" and self.batch_size == 1:
+            wrong.append(
+                Text(method, " compares the answers of a batch: ", Hint("batch_size"), " must be above 1")
+            )
         start = Hint("init_lora_weights", init := self.init_lora_weights.lower())
         if self.resume_from_adapter:
             pass  # nothing is initialised
-        elif init in MEASURED and self.method == "dpo":
-            pairs = (" is measured on answers or classes, and ", Hint("method", "dpo"), " has pairs: ")
+        elif init in MEASURED and self.method != "sft":
+            pairs = (" is measured on answers or classes, and ", method, " has preferences: ")
             way = f"measure it in Python with {MEASURED[init]} beside get_peft_model, or start another way"
             wrong.append(Text(start, *pairs, way))
         elif init == "loftq":
@@ -247,8 +263,8 @@ class RunOptions(TrainOptions):
     @property
     def purpose(self) -> Purpose:
         """What the data are used for."""
-        if self.method == "dpo":
-            return "dpo"
+        if self.method != "sft":
+            return "kto" if self.method == "kto" else "dpo"
         return "classification" if self.task == "seq-cls" else "sft"
 
     def column_names(self) -> dict[str, str]:
@@ -258,6 +274,11 @@ class RunOptions(TrainOptions):
             ConfigError: ``columns`` is invalid.
         """
         return {} if self.columns is None else parse_columns(self.columns)
+
+    @property
+    def task_type(self) -> str:
+        """The task of the adapter; a reward model is a classifier with one output."""
+        return TASKS["seq-cls" if self.method == "reward" else self.task]
 
     def lora_config(self) -> LoraConfig:
         """The configuration of the adapter.
@@ -276,7 +297,7 @@ class RunOptions(TrainOptions):
             use_dora=self.use_dora,
             use_rslora=self.use_rslora,
             init_lora_weights=init,
-            task_type=TASKS.get(self.task),
+            task_type=self.task_type if self.task in TASKS else None,
         )
 
 

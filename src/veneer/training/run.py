@@ -32,9 +32,9 @@ from .head import adapter_config, read_head, with_adapter
 from .launcher import check_launcher, is_first, is_sharded, launched, processes
 from .libraries import quiet_libraries, require
 from .loading import accelerators, training_device
-from .losses import Answers, Classes, Objective, Pairs, check_chunks
+from .losses import Answers, Classes, Objective, Preferred, check_chunks
 from .models import load_base, load_tokenizer
-from .options import TASKS, RunOptions, TrainOptions, check_names
+from .options import RunOptions, TrainOptions, check_names
 from .paths import check_run
 from .planning import Step, empty_model, estimate_memory, seconds_per_step
 from .plots import can_plot, loss_picture
@@ -61,6 +61,7 @@ MEASURES = {
     "sft": "loss per token of the answer",
     "classification": "loss per example",
     "dpo": "loss per pair",
+    "kto": "loss per answer",
 }
 
 
@@ -145,7 +146,7 @@ def train(
     progress: Progress | None = None,
     *,
     eval_rows: Sequence[Any] = (),
-    objective: Objective | Pairs | None = None,
+    objective: Objective | Preferred | None = None,
     callbacks: Sequence[Any] = (),
     stop: Stop | None = None,
 ) -> dict[str, Any]:
@@ -244,8 +245,13 @@ def _encoded(
             found.append(encode_classification(part, tokenizer, length, names))
             names = found[0].label_names
         else:
-            encoder = encode_preferences if options.purpose == "dpo" else encode
-            found.append(encoder(part, tokenizer, length))
+            found.append(
+                encode(part, tokenizer, length)
+                if options.method == "sft"
+                else encode_preferences(part, tokenizer, length, options.method)
+            )
+    if options.method == "reward":
+        names = ["reward"]
     rows = found[0].rows
     if options.packing:
         found.append(pack(rows, length))
@@ -255,9 +261,11 @@ def _encoded(
     return rows, found[1].rows if options.eval_data else [], names
 
 
-def _objective(options: RunOptions, base: Any, tokenizer: Any) -> Objective | Pairs:
-    if options.purpose == "dpo":
-        return Pairs(options.beta, options.max_length)
+def _objective(options: RunOptions, base: Any, tokenizer: Any) -> Objective | Preferred:
+    if options.method != "sft":
+        # A reward is one of a whole answer: longer ones are left out, and none is cut.
+        length = None if options.method == "reward" else options.max_length
+        return Preferred(options.method, options.beta, length)
     pad = pad_token(tokenizer)
     if options.purpose == "classification":
         return Classes(LabelCollator(pad))
@@ -283,20 +291,20 @@ def _estimate(options: RunOptions, rows: Sequence[Any], label_names: list[str] |
     from .trainer import total_steps
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    pairs = options.method == "dpo"
+    pairs = options.method != "sft"
     if is_sharded():
         return "No estimate of time and memory for a model in shards."
     try:
         model = base
         if options.quantize:
             labels = None if label_names is None else len(label_names)
-            model = empty_model(options.model, TASKS[options.task], num_labels=labels)
+            model = empty_model(options.model, options.task_type, num_labels=labels)
         found = estimate_memory(
             model,
             adapter_config(options),
             Step.of(
                 options,
-                batch_size=options.batch_size * (2 if pairs else 1),  # both answers of a pair are read
+                batch_size=options.batch_size * (2 if pairs else 1),  # two answers are read for each row
                 sequence_length=options.max_length if pairs else max(len(row["input_ids"]) for row in rows),
                 device=device,
             ),
@@ -343,13 +351,13 @@ def _trainer(
     rows: Sequence[Any],
     eval_rows: Sequence[Any],
     run: Run,
-    objective: Objective | Pairs | None,
+    objective: Objective | Preferred | None,
 ) -> Any:
     enable_trainer()
-    if isinstance(objective, Pairs):
+    if isinstance(objective, Preferred):
         for library in ("trl", "datasets"):
             require(library, "train", "learning from preferences")
-        from .dpo import preference_trainer
+        from .preferences import preference_trainer
 
         return preference_trainer(model, tokenizer, rows, eval_rows, run, objective)
     from transformers import TrainingArguments
@@ -446,7 +454,7 @@ def _write(run: Run, model: Any, tokenizer: Any, metrics: dict[str, Any]) -> Non
 
     Without ``save_steps`` the checkpoints are removed.
     """
-    # TRL's DPOTrainer adds an adapter of its own, as the reference.
+    # TRL's trainers for DPO and KTO add an adapter of their own, as the reference.
     adapters = list(run.record["adapters"])
     only = {"selected_adapters": adapters} if adapters else {}
     try:

@@ -21,7 +21,7 @@ from .data import IGNORED
 from .forward import batches
 from .head import read_head
 from .launcher import own_gpu
-from .losses import Objective, Pairs
+from .losses import Objective, Preferred
 from .options import MEASURED, RunOptions
 from .progress import Progress
 
@@ -33,7 +33,7 @@ def adapted(
     base: Any,
     options: RunOptions,
     rows: Sequence[Mapping[str, Any]],
-    objective: Objective | Pairs,
+    objective: Objective | Preferred,
     progress: Progress,
 ) -> Any:
     """The saved adapter of the options, or a new one, initialised on some of the rows if they ask for that.
@@ -56,7 +56,7 @@ def adapted(
         progress.say(f"Training the adapter {head.name} further")
         return model
     config, init = options.lora_config(), options.init_lora_weights.lower()
-    if init not in MEASURED or isinstance(objective, Pairs):
+    if init not in MEASURED or isinstance(objective, Preferred):
         return get_peft_model(base, config)
     chosen = random.Random(options.seed).sample(range(len(rows)), min(SAMPLES, len(rows)))
     progress.say(f"Measuring the start of the adapter ({init}) on {len(chosen)} examples")

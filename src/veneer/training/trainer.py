@@ -24,7 +24,7 @@ from .progress import Progress
 from .resuming import Run, checkpoints, complete_checkpoint, remove_checkpoint, step_of
 
 #: What is kept of an evaluation, where it is measured.
-MEASURES = ("loss", "accuracy", "rewards/accuracies", "rewards/margins")
+MEASURES = ("loss", "accuracy", "rewards/accuracies", "rewards/margins", "margin", "kl")
 
 
 class Trainer(transformers.Trainer):
@@ -210,8 +210,10 @@ class Reporter(TrainerCallback):
                 f"the loss became {logs['loss']} at step {state.global_step}: lower the learning rate "
                 f"(it is {args.learning_rate:g}), or train in bfloat16 or float32 instead of float16"
             )
-        rate = ((state.num_input_tokens_seen or 0) - self.tokens) / max(self.working, 1e-9)
-        self.advance(1, f"loss {logs['loss']:.3f}, {rate:,.0f} tokens/s")
+        note = f"loss {logs['loss']:.3f}"
+        if tokens := (state.num_input_tokens_seen or 0) - self.tokens:  # ORPO's trainer counts none
+            note += f", {tokens / max(self.working, 1e-9):,.0f} tokens/s"
+        self.advance(1, note)
         if not self.stopped:
             self.evaluate_if_due(state)
 

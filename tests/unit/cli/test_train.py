@@ -13,6 +13,8 @@ from tests.unit.training.tiny import saved_records
 from veneer.cli import main
 from veneer.training.options import RunOptions, read_yaml
 
+PAIRS = [f'{{"prompt": "{n}", "chosen": "a", "rejected": "b"}}' for n in range(4)]
+
 
 def test_train_writes_the_adapter(adapter: Path) -> None:
     names = {path.name for path in adapter.iterdir()}
@@ -186,13 +188,16 @@ def test_train_takes_a_yaml_file_and_flags_override_it(
     ("how", "lines", "measure"),
     [
         (["--task", "seq-cls"], ['{"text": "a", "label": "x"}', '{"text": "b", "label": "y"}'], "accuracy"),
+        (["--method", "dpo"], PAIRS, "rewards/margins"),
+        (["--method", "orpo"], PAIRS, "rewards/margins"),
+        (["--method", "reward"], PAIRS, "accuracy"),
         (
-            ["--method", "dpo"],
-            [f'{{"prompt": "{n}", "chosen": "a", "rejected": "b"}}' for n in range(4)],
+            ["--method", "kto"],
+            [f'{{"prompt": "{n}", "completion": "{"ab"[n % 2]}", "label": {n % 2}}}' for n in range(4)],
             "rewards/margins",
         ),
     ],
-    ids=["seq-cls", "dpo"],
+    ids=lambda value: value[1] if isinstance(value, list) and len(value) == 2 else "",
 )
 def test_train_classes_and_preferences(
     how: list[str], lines: list[str], measure: str, base: Path, tmp_path: Path
@@ -205,6 +210,8 @@ def test_train_classes_and_preferences(
     first, last = metrics["evaluations"][0], metrics["evaluations"][-1]
     assert last["loss"] < first["loss"] and measure in last
     assert not [place for place in (tmp_path / "out").iterdir() if place.is_dir()]
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (config["task_type"] == "SEQ_CLS") == (how[1] in ("seq-cls", "reward"))
 
 
 def test_the_template_of_a_configuration_trains(

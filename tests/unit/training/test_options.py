@@ -32,6 +32,8 @@ def test_wrong_options_are_named_together() -> None:
         ({"dtype": "bf16"}, "dtype is one of auto, float32, bfloat16, float16"),
         ({"quantize": "nf5"}, "did you mean 'nf4'?"),
         ({"method": "dpo", "packing": True}, "packing does not go with method='dpo'"),
+        ({"method": "reward", "task": "seq-cls"}, "task='seq-cls' does not go with method='reward'"),
+        ({"method": "kto", "batch_size": 1}, "compares the answers of a batch: batch_size must be above 1"),
         ({"task": "seq-cls", "loss_chunk_size": 8}, "loss_chunk_size does not go with task='seq-cls'"),
         ({"warmup_steps": 2, "warmup_ratio": 0.1}, "give one of them"),
         ({"warmup_ratio": 1.0}, "below 1"),

@@ -16,8 +16,8 @@ from .values import answer_of, decoded, kind_of, text_of
 
 Record = Mapping[str, Any]
 Reader = Callable[[Record], dict[str, Any]]
-Purpose = Literal["sft", "dpo", "classification", "prompt"]
-PURPOSES: tuple[Purpose, ...] = ("sft", "dpo", "classification", "prompt")
+Purpose = Literal["sft", "dpo", "kto", "classification", "prompt"]
+PURPOSES: tuple[Purpose, ...] = ("dpo", "kto", "sft", "classification", "prompt")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,6 +172,13 @@ def _differing(found: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+def _judged(record: Record) -> dict[str, Any]:
+    label = record["label"]
+    if label not in (True, False):
+        raise Unfit(f"label is {kind_of(label)}, not true (a good answer) or false")
+    return {"prompt": _prompt_of(record), "completion": _answer(record, "completion"), "label": bool(label)}
+
+
 #: In the order in which they are tried.
 FORMS: tuple[Form, ...] = (
     Form(
@@ -208,6 +215,11 @@ FORMS: tuple[Form, ...] = (
         name="preference-whole", title="preference, whole conversations", purpose="dpo",
         columns=("chosen", "rejected"), read=_preference_whole,
         example='{"chosen": [{"role": …, "content": …}, …], "rejected": […]}',
+    ),
+    Form(
+        name="judged", title="answers that are good or bad", purpose="kto",
+        columns=("prompt", "completion", "label"), read=_judged,
+        example='{"prompt": …, "completion": …, "label": true}',
     ),
     Form(
         name="classification", title="classification", purpose="classification",

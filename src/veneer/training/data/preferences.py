@@ -1,4 +1,4 @@
-"""Records with a better and a worse answer -> rows of TRL's DPOTrainer."""
+"""Records of answers that were preferred or not -> rows of TRL's trainers."""
 
 from __future__ import annotations
 
@@ -7,67 +7,84 @@ from dataclasses import dataclass
 from typing import Any
 
 from .encoding import count, each, has_template, laid_out, longer
-from .forms import Form, Record
+from .forms import Form, Purpose, Record
 from .messages import as_messages
 from .problems import Unfit
 
 
 @dataclass(frozen=True)
 class Preferences:
-    """Pairs of answers.
+    """Pairs of answers, or answers with a judgement.
 
     Attributes:
-        rows: ``prompt``, ``chosen`` and ``rejected``: lists of messages if the tokenizer has a chat template,
-            else texts.
-        cut: Number of pairs in which prompt and answer exceed the maximum length.
+        rows: ``prompt``, ``chosen`` and ``rejected``, or ``prompt``, ``completion`` and ``label``: lists of
+            messages if the tokenizer has a chat template, else texts.
+        cut: Number of records in which prompt and answer exceed the maximum length.
         max_length: The maximum length, at which the trainer cuts.
+        left_out: Whether such records are not among the rows, as a reward is one of a whole answer.
     """
 
     rows: list[dict[str, Any]]
     cut: int = 0
     max_length: int = 1024
+    left_out: bool = False
 
     def lines(self) -> list[str]:
         """What to say about it."""
+        labels = [row["label"] for row in self.rows if "label" in row]
+        word = "answer" if labels else "pair"
         lines = [f"{count(len(self.rows), 'pair')} of answers"]
+        if labels:
+            good = sum(labels)
+            lines = [f"{count(len(labels), 'answer')}: {good} good, {len(labels) - good} bad"]
+            if good in (0, len(labels)):
+                lines.append("warning: all answers are judged alike, so there is nothing to tell apart")
         if self.cut:
-            lines.append(f"warning: {longer(self.cut, 'pair', self.max_length)}; such are cut")
+            what = "left out" if self.left_out else "cut"
+            lines.append(f"warning: {longer(self.cut, word, self.max_length)}; such are {what}")
         return lines
 
 
-def encode_preferences(records: Sequence[Record], tokenizer: Any, max_length: int = 1024) -> Preferences:
-    """Lay out pairs of answers as the model will see them in generation.
+def encode_preferences(
+    records: Sequence[Record], tokenizer: Any, max_length: int = 1024, method: str = "dpo"
+) -> Preferences:
+    """Lay out answers as the model will see them in generation.
 
     With a chat template, a prompt that is a text becomes a turn of the user, as in `encode` and `prompt_ids`.
 
     Args:
-        records: From `read_records` with the purpose ``dpo``, or mappings of a form of preferences.
+        records: From `read_records` with the purpose ``dpo``, or ``kto`` for that method, or mappings of such
+            a form.
         tokenizer: Of transformers.
         max_length: Maximum length of prompt and answer together, in tokens.
+        method: ``dpo``, ``orpo``, ``kto`` or ``reward``, which leaves out what is longer.
 
     Raises:
         DataError: Some records cannot be laid out; one error for all of them.
     """
-    found = list(each(records, "dpo", lambda example, form: _pair(example, form, tokenizer)))
-    rows = [row for row, _ in found]
-    return Preferences(rows, sum(length > max_length for _, length in found), max_length)
+    purpose: Purpose = "kto" if method == "kto" else "dpo"
+    found = list(each(records, purpose, lambda example, form: _row(example, form, tokenizer)))
+    cut = sum(length > max_length for _, length in found)
+    left_out = method == "reward"
+    rows = [row for row, length in found if not (left_out and length > max_length)]
+    return Preferences(rows, cut, max_length, left_out)
 
 
-def _pair(example: dict[str, Any], form: Form, tokenizer: Any) -> tuple[dict[str, Any], int]:
-    """(the pair, tokens of the longer side)."""
+def _row(example: dict[str, Any], form: Form, tokenizer: Any) -> tuple[dict[str, Any], int]:
+    """(the row, tokens of its longest answer with the prompt)."""
+    answers = [name for name in ("chosen", "rejected", "completion") if name in example]
+    texts = {name: example[name] for name in ("prompt", *answers)}
+    row = example
     if has_template(tokenizer):
-        pair = {
-            "prompt": as_messages(example["prompt"]),
-            "chosen": as_messages(example["chosen"], "assistant"),
-            "rejected": as_messages(example["rejected"], "assistant"),
-        }
-        sides = [laid_out(tokenizer, pair["prompt"] + pair[side]) for side in ("chosen", "rejected")]
-    elif all(isinstance(part, str) for part in example.values()):
-        pair = example
-        sides = [example["prompt"] + example[side] for side in ("chosen", "rejected")]
+        prompt = as_messages(example["prompt"])
+        row = {**example, "prompt": prompt}
+        row |= {name: as_messages(example[name], "assistant") for name in answers}
+        sides = [laid_out(tokenizer, prompt + row[name]) for name in answers]
+    elif all(isinstance(part, str) for part in texts.values()):
+        sides = [example["prompt"] + example[name] for name in answers]
     else:
         raise Unfit(
             "the tokenizer has no chat template, so messages cannot be laid out; give texts, or "
             "take a chat model"
         )
-    return pair, max(len(tokenizer(side, add_special_tokens=False)["input_ids"]) for side in sides)
+    return row, max(len(tokenizer(side, add_special_tokens=False)["input_ids"]) for side in sides)

@@ -16,6 +16,7 @@ from .values import kind_of
 ELSEWHERE: dict[Purpose, str | Text] = {
     "sft": "that is data for fine-tuning on answers, not for this",
     "dpo": Text("that is preference data", Hint("method", "dpo", ": train on it with {}")),
+    "kto": Text("those are answers that are good or bad", Hint("method", "kto", ": train on them with {}")),
     "classification": "that is data for a classifier, not for this",
     "prompt": "there are prompts, but no answers to learn from",
 }
@@ -26,7 +27,7 @@ def form_of(records: Sequence[object], purpose: Purpose = "sft") -> Form:
 
     Args:
         records: At least one.
-        purpose: ``sft``, ``dpo``, ``classification`` or ``prompt``.
+        purpose: ``sft``, ``dpo``, ``kto``, ``classification`` or ``prompt``.
 
     Raises:
         DataError: No record has a form for the purpose; names the columns found and the nearest right ones.

@@ -37,7 +37,7 @@ def read_records(
             or an id of the hub: ``name``, ``owner/name`` or ``owner/name/config``. Directories and ids may be
             followed by ``:split``, by default ``train``. A ``.json`` file is a list of records, or an object
             with one such list.
-        purpose: ``sft``, ``dpo``, ``classification`` or ``prompt``.
+        purpose: ``sft``, ``dpo``, ``kto``, ``classification`` or ``prompt``.
         columns: Columns under other names, as ``{"prompt": "question"}``: they are renamed first.
 
     Raises:

@@ -71,6 +71,7 @@ GOOD: list[tuple[str, Purpose, dict[str, Any], dict[str, Any]]] = [
         {"chosen": [USER, ANSWER], "rejected": [USER, {**ANSWER, "content": "3"}], "prompt": None},
         {"prompt": [USER], "chosen": [ANSWER], "rejected": [{**ANSWER, "content": "3"}]},
     ),
+    ("judged", "kto", {**PLAIN, "label": 1}, {**PLAIN, "label": True}),
     ("classification", "classification", {"text": "good", "label": 1}, {"text": "good", "label": 1}),
     ("prompt", "prompt", PLAIN, {"prompt": "Two?"}),
     ("prompt", "prompt", {"prompt": [USER], "tools": [{}]}, {"prompt": [USER], "tools": [{}]}),

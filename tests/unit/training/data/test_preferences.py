@@ -37,6 +37,27 @@ def test_long_pairs_are_counted() -> None:
     assert found.lines() == ["3 pairs of answers", "warning: 1 pair longer than 8 tokens; such are cut"]
 
 
+def test_a_reward_is_one_of_a_whole_answer() -> None:
+    found = encode_preferences([TEXTS, {**TEXTS, "chosen": "2" * 99}], tiny_tokenizer(), 60, "reward")
+    assert found.rows == [TURNS]
+    assert found.lines()[1] == "warning: 1 pair longer than 60 tokens; such are left out"
+
+
+def test_answers_with_a_judgement() -> None:
+    good = {"prompt": "Two?", "completion": "2", "label": 1}
+    found = encode_preferences([good, {**good, "label": False}], tiny_tokenizer(), method="kto")
+    assert found.rows[0] == {"prompt": [USER], "completion": [BETTER], "label": True}
+    assert found.lines() == ["2 answers: 1 good, 1 bad"]
+    assert (
+        "all answers are judged alike"
+        in encode_preferences([good], tiny_tokenizer(), method="kto").lines()[1]
+    )
+    with pytest.raises(DataError, match=r"label is a text, not true \(a good answer\) or false"):
+        encode_preferences([{**good, "label": "yes"}], tiny_tokenizer(), method="kto")
+    with pytest.raises(DataError, match="answers that are good or bad: train on them with method='kto'"):
+        encode_preferences([good], tiny_tokenizer())
+
+
 def test_trl_takes_the_rows() -> None:
     from datasets import Dataset
     from trl.data_utils import is_conversational
