@@ -43,7 +43,7 @@ def test_columns_of_no_form(purpose: Purpose, record: dict[str, Any], words: str
 def test_what_is_no_record_and_no_purpose() -> None:
     with pytest.raises(DataError, match="it is no object but a list"):
         form_of([["a"]])
-    with pytest.raises(DataError, match="one of sft, dpo, classification, prompt, not 'ppo'"):
+    with pytest.raises(DataError, match="one of dpo, kto, sft, classification, prompt, not 'ppo'"):
         form_of([PLAIN], "ppo")  # type: ignore[arg-type]
 
 
