@@ -15,8 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from veneer.errors import AdapterFileError, Blank, Hint, MissingExtraError, UnknownOptionError, short, show
-from veneer.files.layout import BIN_NAME, CONFIG_NAME, SAFETENSORS_NAME, check_directory, find_config
-from veneer.files.read import open_adapter
+from veneer.files.header import metadata_and_shapes
+from veneer.files.layout import (
+    BIN_NAME,
+    CONFIG_NAME,
+    SAFETENSORS_NAME,
+    check_directory,
+    find_config,
+    locate_tensors,
+)
 from veneer.wording import did_you_mean
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -250,7 +257,7 @@ def adapter_files(directory: str | os.PathLike[str]) -> dict[str, int]:
         raise AdapterFileError(f"no {CONFIG_NAME} in {os.fspath(directory)!r}: save the adapter there first")
     for place in places:
         if any((place / name).exists() for name in (SAFETENSORS_NAME, BIN_NAME)):
-            open_adapter(place)  # a configuration may be published alone
+            metadata_and_shapes(locate_tensors(place))  # a configuration may be published alone
         if find_config(place).cut_short:
             raise AdapterFileError(
                 f"a save into {place} was cut short, and others would read its tensors with the "

@@ -28,7 +28,7 @@ def push(
     The adapter is read before anything is sent. The token is that of `hf auth login`, or HF_TOKEN.
     """
     from ..hub import adapter_files, push_to_hub
-    from ..training.adapters import read_head
+    from ..training.head import read_head
 
     files = adapter_files(adapter)
     for name in files:
