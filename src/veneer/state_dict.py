@@ -25,6 +25,7 @@ from veneer.files.residual import joined, layers_of, parted
 from veneer.files.values import check_values
 from veneer.inject.base_tensors import bias_parameters, differs_from_base, embedding_weights, merged_over
 from veneer.layers import LoraLayer
+from veneer.layers.factor import Shared
 from veneer.layers.modules_to_save import ModulesToSaveWrapper
 from veneer.layers.trainable_tokens import TrainableTokens
 from veneer.wording import some, warn
@@ -71,6 +72,7 @@ def _container_tensors(layer: LoraLayer, container: str, adapter: str) -> Iterat
     if adapter not in parts:
         return
     value = parts[adapter]
+    value = value.weight if isinstance(value, Shared) else value
     if isinstance(value, Tensor):
         yield f"{container}.{adapter}", value
     else:

@@ -25,6 +25,7 @@ CALLED = {
         "_load_from_state_dict",
         "_replicate_for_data_parallel",
     },
+    "ModuleDict": {"_save_to_state_dict", "_load_from_state_dict"},
     # rich, for every text that is printed.
     "Console": {"render_str"},
     # torch.nn.TransformerEncoderLayer reads it of its attention.

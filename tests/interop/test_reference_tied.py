@@ -9,7 +9,15 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import BertConfig, BertModel, LlamaForCausalLM
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    BertConfig,
+    BertModel,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 import veneer
 from tests.interop.reference import (
@@ -157,6 +165,8 @@ def test_a_token_beyond_the_vocabulary_names_the_way_out() -> None:
     assert type(base.model.embed_tokens) is nn.Embedding
 
 
+BART_SIZES = {"layers": 1, "attention_heads": 2, "ffn_dim": 24}
+SCALED = {"scale_embedding": True}
 WITH_TYING: dict[str, dict[str, Any]] = {
     "the embedding": {"target_modules": ["embed_tokens", "q_proj"]},
     "the head": {"target_modules": ["lm_head"]},
@@ -210,6 +220,30 @@ def test_adapters_that_stay_tied(case: str, tmp_path: Path) -> None:
     assert_close(output(merged, inputs), own, FLOAT32)
     merged.save_pretrained(tmp_path / "merged")
     assert_close(output(LlamaForCausalLM.from_pretrained(tmp_path / "merged"), inputs), own, FLOAT32)
+
+
+@pytest.mark.parametrize("kind", ["t5", "bart"])
+@pytest.mark.parametrize("targets", [["shared"], ["embed_tokens"], r".*lm_head"], ids=str)
+def test_encoder_decoder_embeddings_that_stay_tied(kind: str, targets: Any, tmp_path: Path) -> None:
+    """There each of them has factors of its own, which are not tied; ours are, and it reads them."""
+
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        if kind == "t5":
+            sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2}
+            return T5ForConditionalGeneration(T5Config(vocab_size=23, **sizes)).eval()
+        sizes = {f"{side}_{name}": n for side in ("encoder", "decoder") for name, n in BART_SIZES.items()}
+        return BartForConditionalGeneration(BartConfig(vocab_size=23, d_model=16, **sizes, **SCALED)).eval()
+
+    inputs = {"input_ids": ids(), "decoder_input_ids": ids()}
+    options = {"r": 4, "lora_alpha": 6, "target_modules": targets, "ensure_weight_tying": True}
+    model = veneer.get_peft_model(build(), LoraConfig(**options)).eval()
+    randomise(model)
+    expected = output(model, inputs)
+    assert not torch.allclose(expected, output(build(), inputs))
+    model.save_pretrained(tmp_path)
+    assert torch.equal(output(PeftModel.from_pretrained(build(), tmp_path).eval(), inputs), expected)
+    assert_close(output(from_reference(build(), tmp_path), inputs), expected, FLOAT32)
 
 
 def test_a_file_whose_pair_was_parted_is_not_tied_silently(tmp_path: Path) -> None:

@@ -263,7 +263,12 @@ class Injection:
         ]
         paths = {id(addition.layer): addition.path for addition in self.additions}
         for addition in self.additions:
-            if (lead := addition.layer.tied_adapter) is not None:
+            if (lead := addition.layer.tied_adapter) is None:
+                continue
+            if addition.layer.lookup:
+                names = [f"lora_embedding_{factor}" for factor in "AB"]
+                pairs += [(f"{addition.path}.{n}", f"{paths[id(lead)]}.{n}", False) for n in names]
+            else:
                 for own, other in zip("AB", "BA", strict=True):
                     key = f"{paths[id(lead)]}.lora_embedding_{other}"
                     pairs.append((f"{addition.path}.lora_{own}.weight", key, True))

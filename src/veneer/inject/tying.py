@@ -17,7 +17,7 @@ from veneer.inject.sites import Site, input_embedding, sharing
 from veneer.layers.embedding import LoraEmbedding
 from veneer.layers.making import why_not
 from veneer.layers.modules_to_save import ModulesToSaveWrapper
-from veneer.layers.tied import LoraTiedHead
+from veneer.layers.tied import LoraFollower, LoraTiedEmbedding, LoraTiedHead
 from veneer.spec import LoraSpec, PatternSet, resolve
 from veneer.wording import warn
 
@@ -63,7 +63,7 @@ def tie(model: nn.Module, found: Mapping[str, Site], config: LoraConfig, *, quie
         kept = whole.get(lead, set()) - of_heads
         config.modules_to_save = named if kept else [*named, lead]
     elif adapted:
-        config.target_modules = _naming(config.target_modules, adapted, lead)
+        config.target_modules = _naming(config.target_modules, adapted, group)
     elif not config.trainable_token_indices:
         problem = f"neither target_modules nor modules_to_save names any of {', '.join(group)}"
     if problem and not quiet:
@@ -77,13 +77,18 @@ def _hits(patterns: PatternSet, paths: Sequence[str]) -> dict[str, set[str]]:
     return {path: {patterns.patterns[i] for i in indices} for path, indices in hits.items() if indices}
 
 
-def _naming(named: Iterable[str] | str | None, hits: Mapping[str, set[str]], lead: str) -> str | set[str]:
-    """Targets that name the embedding."""
-    of_lead = hits.get(lead, set())
+def _naming(
+    named: Iterable[str] | str | None, hits: Mapping[str, set[str]], group: Sequence[str]
+) -> str | set[str]:
+    """Targets that name the embedding, and, if PEFT does not take it for one by its name, a head too."""
+    lead = group[0]
+    wanted = [lead] if lead.endswith("embed_tokens") else [lead, group[-1]]
+    missing = [path for path in wanted if path not in hits]
     if isinstance(named, str):
-        return named if of_lead else f"(?:{named}|^{re.escape(lead)}$)"
-    rest = {p for p in named or () if p in of_lead or not any(p in found for found in hits.values())}
-    return rest if of_lead else {*rest, lead}
+        return "|".join([f"(?:{named})" if missing else named, *(f"^{re.escape(path)}$" for path in missing)])
+    kept = set().union(*(hits.get(path, set()) for path in wanted))
+    rest = {p for p in named or () if p in kept or not any(p in found for found in hits.values())}
+    return {*rest, *missing}
 
 
 def followers(
@@ -141,11 +146,12 @@ def _layers_of_heads(
         if lead not in leads:
             continue
         site, leader, spec = found[path], leads[lead], resolve(config, adapter, path)
-        layer = site.module if isinstance(site.module, LoraTiedHead) else None
+        layer = site.module if isinstance(site.module, LoraFollower) else None
         reason = _why_not_tied(site, layer, leader, spec)
         if reason is None:
             assert isinstance(leader.layer, LoraEmbedding)
-            layer = layer or LoraTiedHead(site.base, leader.layer)
+            kind = LoraTiedHead if isinstance(site.base, nn.Linear) else LoraTiedEmbedding
+            layer = layer or kind(site.base, leader.layer)
             reason = why_not(layer, spec)
             result.append(Addition(site, layer, spec, path, new=layer is not site.module))
         if reason is not None:
@@ -160,14 +166,14 @@ def _layers_of_heads(
 
 
 def _why_not_tied(
-    site: Site, present: LoraTiedHead | None, leader: Addition, spec: LoraSpec
+    site: Site, present: LoraFollower | None, leader: Addition, spec: LoraSpec
 ) -> str | Text | None:
-    """Why a head cannot follow an embedding, whatever its own layer can do."""
+    """Why a head or another embedding cannot follow an embedding, whatever its own layer can do."""
     embedding = leader.layer
-    if not isinstance(embedding, LoraEmbedding) or not isinstance(site.base, nn.Linear):
-        return "only a linear head can follow, and only an embedding"
-    if getattr(embedding.base_layer, "max_norm", None) is not None:
-        return "the embedding's max_norm renormalises rows, which the head does not"
+    if not isinstance(embedding, LoraEmbedding) or not isinstance(site.base, nn.Linear | nn.Embedding):
+        return "only a linear head or an embedding can follow, and only an embedding"
+    if any(getattr(base, "max_norm", None) is not None for base in (embedding.base_layer, site.base)):
+        return "an embedding's max_norm renormalises its rows alone"
     if present is None and (names := _untied(site.module, embedding)) is not None:
         return f"{names} adapts the two without tying them: {_ALL_OR_NONE}"
     if (spec.r, spec.scaling) != (leader.spec.r, leader.spec.scaling):

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from veneer import backends
+from veneer.errors import Text
 from veneer.layers.factor import stand_in, unwrapped
 from veneer.layers.layer import LoraLayer
 from veneer.spec import LoraSpec
@@ -51,7 +52,7 @@ class LoraEmbedding(LoraLayer):
         return (r, int(base.num_embeddings)), (int(base.embedding_dim), r)  # type: ignore[arg-type]
 
     @classmethod
-    def refuses(cls, base: nn.Module, spec: LoraSpec) -> str | None:
+    def refuses(cls, base: nn.Module, spec: LoraSpec) -> str | Text | None:
         return "lora_bias has no meaning for an embedding" if spec.lora_bias else None
 
     def new_container(self) -> nn.Module:

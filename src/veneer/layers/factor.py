@@ -119,6 +119,37 @@ class Mirror(nn.Module):
                 self.weight.copy_(value)
 
 
+class Shared(Mirror):
+    """A factor of another embedding: one tensor and one gradient under two names, in `SharedFactors`."""
+
+    @property
+    def weight(self) -> Tensor:
+        factor: Tensor = self._owner[0][self.name]
+        return factor
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """Nothing: the container does it."""
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        """Nothing: the container does it."""
+
+
+class SharedFactors(nn.ModuleDict):
+    """The factors of an embedding that shares those of another, with the names of a `ParameterDict`."""
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        for name, factor in self.items():
+            weight: Any = factor.weight
+            destination[f"{prefix}{name}"] = weight if keep_vars else weight.detach()
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        for name, factor in self.items():
+            value = state_dict.get(f"{prefix}{name}")
+            if value is not None and not value.is_meta:
+                with torch.no_grad():
+                    factor.weight.copy_(value)  # type: ignore[operator]
+
+
 class Frozen(nn.Module):
     """A tensor of an adapter that is not trained: a buffer, so no parameter, and in every state dict.
 

@@ -1,4 +1,4 @@
-"""A head that shares an embedding's weight and its factors."""
+"""Layers that share an embedding's weight and its factors: a head, or another embedding."""
 
 from __future__ import annotations
 
@@ -11,24 +11,18 @@ from torch import Tensor, nn
 from veneer.errors import Hint, TargetError, Text
 from veneer.inits import find
 from veneer.layers.embedding import LoraEmbedding
-from veneer.layers.factor import Mirror, stand_in
-from veneer.layers.layer import Prepared
+from veneer.layers.factor import Mirror, Shared, SharedFactors, stand_in
+from veneer.layers.layer import LoraLayer, Prepared
 from veneer.layers.linear import LoraLinear
 from veneer.sharded import is_distributed
 from veneer.spec import LoraSpec
 
 
-class LoraTiedHead(LoraLinear):
-    """``y = x Wᵀ + b + s · dropout(x) B Aᵀᵀ``: a head with the embedding's weight and factors.
-
-    The embedding's update of ``W`` (vocab, dim) is ``s·(BA)ᵀ``, with A (r, vocab) and B (dim, r). The head's
-    is the same: its own names A (r, dim) and B (vocab, r) stand for ``Bᵀ`` and ``Aᵀ``. There is one tensor,
-    one gradient, and one merge for both, which the embedding does.
-
-    Shapes: x: (..., dim) -> (..., vocab).
+class LoraFollower(LoraLayer):
+    """A layer that holds nothing of its own: one tensor, one gradient and one merge, which the leader does.
 
     Args:
-        base_layer: The head.
+        base_layer: The module, whose weight is the embedding's.
         leader: The embedding's layer.
     """
 
@@ -44,8 +38,6 @@ class LoraTiedHead(LoraLinear):
     @classmethod
     def refuses(cls, base: nn.Module, spec: LoraSpec) -> str | Text | None:
         """Refuses what a shared weight and shared factors cannot do for both."""
-        if type(base).forward is not nn.Linear.forward:
-            return "the head has a forward of its own"
         if spec.variant != "plain":
             return f"{spec.variant} changes an embedding and a head differently, and their weight is one"
         init = find(spec.init)
@@ -56,13 +48,6 @@ class LoraTiedHead(LoraLinear):
         return super().refuses(base, spec)
 
     # -- what it holds: nothing of its own -------------------------------------------------------------
-
-    def new_factors(
-        self, name: str, a: Tensor, b: Tensor, bias: Tensor | None
-    ) -> tuple[nn.Module | nn.Parameter, nn.Module | nn.Parameter]:
-        """The embedding's factors; the arguments are ignored."""
-        leader = self.tied_adapter
-        return Mirror(leader.lora_embedding_B, name), Mirror(leader.lora_embedding_A, name)
 
     def put_adapter(self, adapter: Prepared) -> None:
         """Store an adapter, and follow changes of the embedding's from now on."""
@@ -75,12 +60,12 @@ class LoraTiedHead(LoraLinear):
 
     def move_adapter(self, old: str, new: str) -> None:
         super().move_adapter(old, new)
-        for container in (self.lora_A, self.lora_B):
-            mirror: Any = container[new]
-            mirror.name = new
+        for key in self.factor_names:
+            container: Any = self._modules[key]
+            container[new].name = new
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """As for any linear layer, with the embedding's factors.
+        """As for any such layer, with the embedding's factors.
 
         Raises:
             TargetError: FSDP has sharded them, because the embedding is a separate unit.
@@ -106,3 +91,49 @@ class LoraTiedHead(LoraLinear):
         if not self._merged:
             return self.get_base_layer()
         return stand_in(self.base_layer, {"weight": self.tied_adapter.original_base().weight})  # type: ignore[dict-item]
+
+
+class LoraTiedHead(LoraFollower, LoraLinear):
+    """``y = x Wᵀ + b + s · dropout(x) B Aᵀᵀ``: a head with the embedding's weight and factors.
+
+    The embedding's update of ``W`` (vocab, dim) is ``s·(BA)ᵀ``, with A (r, vocab) and B (dim, r). The head's
+    is the same: its own names A (r, dim) and B (vocab, r) stand for ``Bᵀ`` and ``Aᵀ``.
+
+    Shapes: x: (..., dim) -> (..., vocab).
+    """
+
+    @classmethod
+    def refuses(cls, base: nn.Module, spec: LoraSpec) -> str | Text | None:
+        """Refuses a forward that does more with the weight than multiply."""
+        if type(base).forward is not nn.Linear.forward:
+            return "the head has a forward of its own"
+        return super().refuses(base, spec)
+
+    def new_factors(
+        self, name: str, a: Tensor, b: Tensor, bias: Tensor | None
+    ) -> tuple[nn.Module | nn.Parameter, nn.Module | nn.Parameter]:
+        """The embedding's factors; the arguments are ignored."""
+        leader = self.tied_adapter
+        return Mirror(leader.lora_embedding_B, name), Mirror(leader.lora_embedding_A, name)
+
+
+class LoraTiedEmbedding(LoraFollower, LoraEmbedding):
+    """An embedding with the weight and factors of another one, as in encoder-decoder models.
+
+    Each scales its rows as its own forward does.
+
+    Shapes: x: (...) integer -> (..., dim).
+    """
+
+    def new_container(self) -> nn.Module:
+        return SharedFactors()
+
+    def new_factors(
+        self, name: str, a: Tensor, b: Tensor, bias: Tensor | None
+    ) -> tuple[nn.Module | nn.Parameter, nn.Module | nn.Parameter]:
+        """The other embedding's factors; the arguments are ignored."""
+        leader = self.tied_adapter
+        return Shared(leader.lora_embedding_A, name), Shared(leader.lora_embedding_B, name)
+
+    def factors(self, name: str) -> tuple[Tensor, Tensor, Tensor | None]:
+        return self.tied_adapter.factors(name)

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 from tests.tolerances import BY_DTYPE, assert_close
 from veneer import ConfigError, LoraConfig, PeftModel, TargetError, VeneerWarning, get_peft_model
-from veneer.layers.tied import LoraTiedHead
+from veneer.layers.tied import LoraTiedEmbedding, LoraTiedHead
 
 FLOAT32 = BY_DTYPE[torch.float32]
 IDS = torch.arange(6)[None]
@@ -174,3 +174,61 @@ def test_swapping_one_side_is_refused() -> None:
 
     with pytest.raises(ConfigError, match="cannot be swapped alone"):
         prepare_model_for_compiled_hotswap(adapted(), target_rank=4)
+
+
+def t5() -> Any:
+    """Two embeddings and a head with the weight of a third embedding, which the model never calls."""
+    torch.manual_seed(0)
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2}
+    return T5ForConditionalGeneration(T5Config(vocab_size=23, decoder_start_token_id=0, **sizes)).eval()
+
+
+def answers(model: nn.Module) -> torch.Tensor:
+    return logits(model, labels=IDS)
+
+
+def test_the_embeddings_of_an_encoder_decoder_follow_through_their_life() -> None:
+    model = get_peft_model(t5(), config(target_modules=["shared"])).eval()
+    moved(model)
+    base, expected = answers(t5()), answers(model)
+    places = {n: m for n, m in model.get_base_model().named_modules() if isinstance(m, LoraTiedEmbedding)}
+    assert list(places) == ["encoder.embed_tokens", "decoder.embed_tokens"]
+    assert isinstance(model.lm_head, LoraTiedHead) and not torch.allclose(expected, base)
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert [".".join(n.split(".")[2:4]) for n in trained] == [f"shared.lora_embedding_{f}" for f in "AB"]
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    a, b = (p.detach().clone().requires_grad_() for p in trained.values())
+    plain = t5()
+    weight = plain.shared.weight.detach() + 3.0 * (b @ a).T
+    names = ("shared", "encoder.embed_tokens", "decoder.embed_tokens", "lm_head")
+    values = {f"{name}.weight": weight for name in names}
+    torch.func.functional_call(plain, values, kwargs={"input_ids": IDS, "labels": IDS}).loss.backward()
+    for mine, other in zip(trained.values(), (a, b), strict=True):
+        assert_close(mine.grad, other.grad, FLOAT32)
+
+    tensors = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    assert "base_model.model.decoder.embed_tokens.lora_embedding_A.default" in tensors
+    other = get_peft_model(t5(), config(target_modules=["embed_tokens"])).eval()
+    other.load_state_dict(tensors)
+    assert torch.equal(answers(other), expected)
+
+    model.base_model.rename_adapter("default", "first")
+    model.base_model.copy_adapter("first", "second")
+    twin = copy.deepcopy(model)
+    model.set_adapter("second")
+    twin.set_adapter("first")
+    moved(twin, seed=2)
+    assert torch.equal(answers(model), expected) and not torch.equal(answers(twin), expected)
+    with pytest.warns(VeneerWarning, match="no adapter is active"):
+        model.delete_adapter("second")
+    assert torch.equal(answers(model), base)
+    model.set_adapter("first")
+    model.merge_adapter()
+    assert_close(answers(model), expected, FLOAT32)
+    with model.disable_adapter():
+        assert torch.equal(answers(model), base)
+    model.unmerge_adapter()
+    assert torch.equal(answers(model), expected)
+    merged = model.merge_and_unload()
+    assert merged.shared.weight is merged.decoder.embed_tokens.weight is merged.lm_head.weight
+    assert_close(answers(merged), expected, FLOAT32)
