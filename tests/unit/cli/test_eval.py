@@ -54,6 +54,7 @@ def test_eval_of_a_merged_and_of_a_plain_model(
 def test_eval_says_what_is_neither_an_adapter_nor_a_model(
     base: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    data = saved_records(tmp_path / "held.jsonl")
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "adapter_config.json").write_text("{}")
@@ -66,7 +67,7 @@ def test_eval_says_what_is_neither_an_adapter_nor_a_model(
     ):
         if words[0] in ("empty", "broken"):
             words = [str(tmp_path / words[0])]
-        assert main(["eval", *words, "--data", "held.jsonl"]) == code
+        assert main(["eval", *words, "--data", str(data)]) == code
         assert said in capsys.readouterr().err
 
 

@@ -107,6 +107,8 @@ def _places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 TRAIN = "train --model base --data data.jsonl --output"
 CASES = [
+    ("push base me/mine", 1, ["no adapter_config.json in"]),
+    ("train --resume-from-adapter adapter --data data.jsonl --output out --lora-r 77", 2, ["--lora-r 77 ("]),
     ("train --model base --data gone.jsonl --output out", 1, ["data file gone.jsonl"]),
     ("train run.yaml", 1, ["data file gone.jsonl"]),
     (f"{TRAIN} out --eval-data gone.csv", 1, ["data file gone.csv"]),
