@@ -46,3 +46,6 @@ REQUANTISED: dict[str, Tolerance] = {
 
 #: A weight put together again from its decomposition by a covariance, relative to its norm.
 CONTEXT = Tolerance(0.0, 1e-3, "fp32, with the inverse of a covariance whose condition is some 1e3")
+
+#: Losses and factors of an adapter in a family, and alone: products of other sizes sum in another order.
+FAMILY = Tolerance(1e-4, 1e-6, "fp32 rounding of larger products, carried on by the optimizer")

@@ -72,8 +72,23 @@ MUTANTS = (
     ),
     Mutant(
         "dropout-scale", "what dropout leaves is divided by 1 - p", "ops/lora_linear.py",
-        "scale = scaling / (1.0 - p)", "scale = scaling",
+        "    scale = part.scaling / (1.0 - part.p)\n    h, Bt", "    scale = part.scaling\n    h, Bt",
         ("tests/unit/ops/test_lora_linear.py",),
+    ),
+    Mutant(
+        "gradient-of-rows", "an adapter's gradients come from its own rows", "ops/lora_linear.py",
+        "(G[part.rows], _own(rows, part))", "(G[part.rows], rows[: len(G[part.rows])])",
+        ("tests/laws/test_family.py",),
+    ),
+    Mutant(
+        "family-draws", "what dropout drops does not depend on what texts are filled up to", "ops/dropout.py",
+        "if self.tokens == self.filled or count % self.filled:", "if True:",
+        ("tests/laws/test_family.py",),
+    ),
+    Mutant(
+        "family-mean", "a step takes the mean over what was counted", "family/trainee.py",
+        "torch._foreach_mul_(gradients, 1.0 / self.count)", "pass",
+        ("tests/unit/family/test_family.py",),
     ),
     Mutant(
         "few-rows-bias", "the bias of B counts in a decoding step", "ops/lora_linear.py",

@@ -8,6 +8,7 @@ import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -21,6 +22,7 @@ from veneer.files.report import LoadReport
 from veneer.hub import HUB_OPTIONS, adapter_directory, push_adapter, refuse_unknown
 from veneer.load import Checks, KeyMapping, load, renamer
 from veneer.lora_model import LoraModel, mention_biases
+from veneer.ops.dropout import Draws
 from veneer.routing import Routing, disabled, keep_for_backward, routed
 from veneer.save import save, subtracted_start, update_card
 from veneer.state_dict import check_save_embedding_layers
@@ -235,12 +237,17 @@ class PeftModel(nn.Module):
             return model.generate(*args, **kwargs)  # type: ignore[operator]
 
     def _routed(
-        self, names: Sequence[str] | None, expand: int = 1, activation: Activation | None = None
+        self,
+        names: Sequence[str] | None,
+        expand: int = 1,
+        activation: Activation | None = None,
+        draws: Mapping[str, Draws] = MappingProxyType({}),
     ) -> AbstractContextManager[Routing]:
         """The context of one call whose rows go through these adapters, or through the active ones."""
         if names is not None:
             self.base_model.check_mixed_batch(names)
-        return routed(self.get_base_model(), list(names or ()), expand, activation, list(self.peft_config))
+        base, adapters = self.get_base_model(), list(self.peft_config)
+        return routed(base, list(names or ()), expand, activation, adapters, draws)
 
     def _activation(
         self, names: Sequence[str] | None, generates: bool, args: tuple[Any, ...], kwargs: dict[str, Any]

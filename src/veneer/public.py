@@ -84,6 +84,7 @@ from veneer.status import (
 )
 
 if TYPE_CHECKING:
+    from veneer.family import Family
     from veneer.integrations.auto import (
         AutoPeftModel,
         AutoPeftModelForCausalLM,
@@ -98,6 +99,7 @@ if TYPE_CHECKING:
 
 #: Names that are rarely needed or need an optional library, and the modules that define them.
 _LAZY = {
+    "Family": "veneer.family",
     "export_adapter": "veneer.integrations.export",
     "import_adapter": "veneer.integrations.imports",
 }
@@ -143,6 +145,7 @@ __all__ = [
     "AutoPeftModelForTokenClassification",
     "CordaConfig",
     "EvaConfig",
+    "Family",
     "LoftQConfig",
     "LoraConfig",
     "LoraGAConfig",

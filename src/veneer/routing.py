@@ -15,6 +15,7 @@ import threading
 import weakref
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 from veneer.adapters import AdapterModule, Contexts, adapter_modules, opened
 from veneer.errors import RoutingError, show
+from veneer.ops.dropout import Draws
 from veneer.ops.mixed_batch import Layout, layouts
 from veneer.variants.alora import Activation
 
@@ -39,6 +41,8 @@ class Routing:
         adapters: All adapters that batches of this kind may use. A compiled layer computes with each of them,
             so that another choice of adapters changes only values. By default those of this batch.
         device: The device of the layers.
+        draws: By adapter, what decides which elements its dropout drops; torch's global generator for
+            adapters without any.
     """
 
     def __init__(
@@ -48,6 +52,7 @@ class Routing:
         activation: Activation | None = None,
         adapters: Sequence[str] = (),
         device: torch.device | str = "cpu",
+        draws: Mapping[str, Draws] = MappingProxyType({}),
     ) -> None:
         self.names = tuple(names)
         #: The adapters of the batch, without the base, in order of appearance.
@@ -62,12 +67,20 @@ class Routing:
             rows = torch.tensor(whose, dtype=torch.bool, device=device)
             self.mine = dict(zip(slots, rows, strict=True))
         self.activation = activation
+        self.draws = draws
         self.expand = expand
         #: Layers that ran inside a checkpoint that does not pass this routing on.
         self.recomputed: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._rows: dict[Any, Any] = {}
         #: Results that layers keep during this call, by layer. The keys are references, so none is reused.
         self.memo: dict[nn.Module, Any] = {}
+
+    def draws_for(self, name: str, x: Tensor) -> Draws | None:
+        """What decides which elements of a layer's input an adapter drops. x: (rows, ...)."""
+        draws = self.draws.get(name)
+        if draws is None or (x.dim() > 2 and x.shape[1] == draws.filled):
+            return draws
+        return draws._replace(tokens=1, filled=1)  # not text
 
     def concerns(self, held: Container[str]) -> bool:
         """Whether any adapter of the batch is in ``held``."""
@@ -195,6 +208,12 @@ def current(layer: AdapterModule) -> Routing | None:
     return None
 
 
+def draws_of(name: str, x: Tensor) -> Draws | None:
+    """`Routing.draws_for` of the current call; None without one."""
+    routing = _here.routing
+    return None if routing is None else routing.draws_for(name, x)
+
+
 def acting(layer: nn.Module, name: str, where: str, x: Tensor) -> Tensor:
     """The positions on which an adapter acts in this call. x: (rows, tokens, in) or (rows, in) -> (...) bool.
 
@@ -255,6 +274,7 @@ def routed(
     expand: int = 1,
     activation: Activation | None = None,
     adapters: Sequence[str] = (),
+    draws: Mapping[str, Draws] = MappingProxyType({}),
 ) -> Iterator[Routing]:
     """Send each row of a batch through its own adapter, inside this context.
 
@@ -264,10 +284,11 @@ def routed(
         expand: See `Routing`.
         activation: See `Routing`.
         adapters: See `Routing`.
+        draws: See `Routing`.
     """
     first = next(model.parameters(), None)
     device = "cpu" if first is None or first.is_meta else first.device
-    routing = Routing(names, expand, activation, adapters, device)
+    routing = Routing(names, expand, activation, adapters, device, draws)
     routing.with_grad = torch.is_grad_enabled()
     # Nothing is recomputed without a graph.
     carried = _checkpoints_carry(model) if routing.with_grad else nullcontext()
@@ -379,14 +400,25 @@ def _tensors(output: Any) -> Iterator[Tensor]:
 
 
 class _Carried:
-    """A part of a call that uses the same routing when it is recomputed in the backward."""
+    """A part of a call that uses the same routing, and the same random numbers, when it is recomputed."""
 
     def __init__(self, function: Callable[..., Any], contexts: Sequence[Contexts]) -> None:
         self.function, self.routing, self.contexts = function, _here.routing, contexts
+        self.states: dict[torch.Generator, Tensor] | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with _as_current(self.routing, carried=True), opened(self.contexts):
-            return self.function(*args, **kwargs)
+        draws = () if self.routing is None else self.routing.draws.values()
+        now = {one.generator: one.generator.get_state() for one in draws}
+        again, self.states = self.states is not None, self.states or now
+        for generator, state in self.states.items():
+            generator.set_state(state)
+        try:
+            with _as_current(self.routing, carried=True), opened(self.contexts):
+                return self.function(*args, **kwargs)
+        finally:
+            if again:
+                for generator, state in now.items():
+                    generator.set_state(state)
 
 
 class _Carrying:

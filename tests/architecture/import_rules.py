@@ -4,7 +4,7 @@
            -> module_names -> targets · adapters · inits · variants · backends · sharded
            -> routing · rollback · base_files -> merge -> layers -> inject · arithmetic
            -> state_dict · base_fingerprint · hotswap · status -> lora_model -> load · save -> peft_model
-           -> calibration -> integrations -> training -> as_peft -> cli
+           -> calibration · family -> integrations -> training -> as_peft -> cli
 
 1. A unit (a module or folder right under the package) imports only from the left; units of one rank do not
    import one another. What stands to the right of all
@@ -34,7 +34,7 @@ RANKS: tuple[tuple[str, ...], ...] = (
     ("spec",),
     ("module_names",),
     ("targets", "adapters", "inits", "variants", "backends", "sharded"),
-    ("routing", "rollback", "base_files"),
+    ("routing", "rollback", "base_files", "forward"),
     ("merge",),
     ("layers",),
     ("inject", "arithmetic", "checks", "optimizers", "lora_file", "listing", "dequantise", "merge_report"),
@@ -42,7 +42,7 @@ RANKS: tuple[tuple[str, ...], ...] = (
     ("lora_model",),
     ("load", "save"),
     ("peft_model",),
-    ("calibration",),
+    ("calibration", "family"),
     ("integrations",),
     ("public",),
     ("training",),

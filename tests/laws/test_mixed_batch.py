@@ -116,7 +116,7 @@ FEW = ("Linear-3-D-Default-plain-dense-float32", "Conv1D-plain-Default-plain-den
 
 def bits(tensor: Tensor) -> Tensor:
     """What a tensor is compared by: a zero has a sign, and a NaN equals itself."""
-    return tensor.detach().contiguous().view(torch.uint8)
+    return tensor.detach().flatten().contiguous().view(torch.uint8)
 
 
 #: Two adapters with scattered rows, which can be laid together, one with one row, and the base.

@@ -25,11 +25,12 @@ from veneer.layers.factor import NOTHING, RESIDUAL, Factor, Frozen, empty, opera
 from veneer.layers.refused import refusal
 from veneer.layers.strengths import Strengths
 from veneer.merge import Mergeable
+from veneer.ops.dropout import zero_dropped_
 from veneer.ops.mixed_batch import along_rows, own_rows
 from veneer.ops.row_norms import State
 from veneer.registry import TypeRegistry
 from veneer.rollback import Undo, Update
-from veneer.routing import Routing, acting, call_by_rows, current
+from veneer.routing import Routing, acting, call_by_rows, current, draws_of
 from veneer.sharded import gathered, is_distributed
 from veneer.spec import LoraSpec
 from veneer.variants import Variant
@@ -297,7 +298,14 @@ class LoraLayer(Mergeable):
 
     def dropped(self, name: str, x: Tensor) -> Tensor:
         """``dropout(x)``, on the factors' device."""
-        return self.lora_dropout[name](self.to_factors(name, x))  # type: ignore[no-any-return]
+        x = self.to_factors(name, x)
+        draws, p = draws_of(name, x), self.dropout_of(name)
+        if draws is not None and 0.0 < p < 1.0:
+            flat = x.flatten(0, 1) if draws.filled > 1 else x
+            return zero_dropped_(x.clone(memory_format=torch.contiguous_format), draws.draw(flat, p)) / (
+                1.0 - p
+            )
+        return self.lora_dropout[name](x)  # type: ignore[no-any-return]
 
     def to_factors(self, name: str, x: Tensor) -> Tensor:
         """``x`` on the device of the factors, which may differ in a model that is spread over devices."""

@@ -19,13 +19,18 @@ from veneer import backends
 from veneer.layers.factor import RESIDUAL, Factor, stand_in
 from veneer.layers.layer import LoraLayer
 from veneer.ops import mixed_batch
+from veneer.ops.dropout import wants_plain_torch
 from veneer.ops.lora_linear import (
+    Factors,
+    Part,
     add_lora_,
+    add_lora_rows_,
     autocasts,
     few_rows,
     is_decoding_step,
     linear_of_few_rows,
     lora_linear,
+    lora_linear_rows,
 )
 from veneer.routing import Routing, current
 
@@ -145,6 +150,51 @@ class LoraLinear(LoraLayer):
             and current(self) is None
             and backends.gives_fresh_output(self.base_layer)
         )
+
+    def mixed(self, routing: Routing, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """In training, the base and the branches that are plain products are one step for all rows."""
+        if torch.is_grad_enabled() and not (args or kwargs):
+            result = self._training_step(routing, x)
+            if result is not None:
+                return result
+        return super().mixed(routing, x, *args, **kwargs)
+
+    def _training_step(self, routing: Routing, x: Tensor) -> Tensor | None:
+        """`mixed` with one product of the base for all rows; None if no adapter can take part in it."""
+        if self._disabled or not routing.concerns(self._specs) or x.dim() < 2:
+            return None
+        if wants_plain_torch(x) or autocasts(x.device.type):
+            return None
+        names = routing.rows(x.shape[0], tuple(self._specs), self._where)
+        steps = {name: self._step_of(name, routing, x) for name in dict.fromkeys(names) if name is not None}
+        tokens = x[:1].numel() // x.shape[-1]
+        parts: list[Part] = []
+        factors: list[Factors] = []
+        for name, start, stop in routing.layouts(names)[0].runs:
+            step = None if name is None else steps[name]
+            if step is not None:
+                parts.append(step[0]._replace(rows=slice(start * tokens, stop * tokens)))
+                factors.append(step[1])
+        if not parts:
+            return None
+        base: Any = self.original_base()
+        if _is_plain(base) and base.weight.dtype == x.dtype and base.weight.device == x.device:
+            result = lora_linear_rows(x, base.weight, base.bias, parts, factors)
+        else:
+            result = base(x)
+            fresh = backends.gives_fresh_output(base)
+            result = add_lora_rows_(result, x, parts, factors, inplace=fresh)
+        others = tuple(None if name is None or steps[name] is not None else name for name in names)
+        return super().add_rows(routing, others, x, result) if any(others) else result
+
+    def _step_of(self, name: str, routing: Routing, x: Tensor) -> tuple[Part, Factors] | None:
+        """What a step over rows needs of an adapter; None if its update is not a plain product."""
+        factors, p = self._plain_factors(name), self.dropout_of(name)
+        if factors is None or not self.variant(name).additive or p == 1.0:
+            return None
+        if factors[0].device != x.device or wants_plain_torch(*factors[:2]):
+            return None
+        return Part(self.scaling[name], p, None, routing.draws_for(name, x)), factors
 
     def add_rows(self, routing: Routing, names: tuple[str | None, ...], x: Tensor, result: Tensor) -> Tensor:
         """Apply all adapters of the batch together if their updates are plain products.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,18 +52,22 @@ def check_probability(p: float) -> None:
         raise ValueError(f"a dropout probability lies in [0, 1], got {p}")
 
 
-def drop_positions(numel: int, p: float, device: torch.device | str = "cpu") -> Tensor:
+def drop_positions(
+    numel: int, p: float, device: torch.device | str = "cpu", generator: torch.Generator | None = None
+) -> Tensor:
     """Flat indices, ascending, of the elements that dropout drops: each with probability p, independently.
 
     The gaps ``floor(log(u) / log(1 - p)) + 1``, u uniform in (0, 1], are geometric; their running sums below
-    `numel` are the successes of `numel` Bernoulli trials. All draws come from torch's global generator of the
-    device, so `torch.manual_seed` repeats them and a checkpointed recomputation replays them.
+    `numel` are the successes of `numel` Bernoulli trials. Without a generator all draws come from torch's
+    global one of the device, so `torch.manual_seed` repeats them and a checkpointed recomputation replays
+    them.
 
     Args:
         numel: number of elements, N.
         p: probability of dropping one, 0 to 1.
         device: where the indices are created; on other devices than the CPU with N draws. On the meta device
             the number is the expected one.
+        generator: of the device.
 
     Returns:
         ``(about p * N,)``, int64.
@@ -79,15 +84,15 @@ def drop_positions(numel: int, p: float, device: torch.device | str = "cpu") -> 
     if device.type == "meta":
         return torch.empty(round(numel * p), dtype=torch.int64, device=device)
     if device.type != "cpu":
-        return (torch.rand(numel, device=device) < p).nonzero().view(-1)
-    return _positions_from_gaps(numel, p)
+        return (torch.rand(numel, device=device, generator=generator) < p).nonzero().view(-1)
+    return _positions_from_gaps(numel, p, generator)
 
 
-def _positions_from_gaps(numel: int, p: float) -> Tensor:
+def _positions_from_gaps(numel: int, p: float, generator: torch.Generator | None) -> Tensor:
     parts: list[Tensor] = []
     start = 0
     while start < numel:
-        found = _running_gaps(numel - start, p)
+        found = _running_gaps(numel - start, p, generator)
         if start:
             found.add_(start)
         start = int(found[-1]) + 1
@@ -97,12 +102,12 @@ def _positions_from_gaps(numel: int, p: float) -> Tensor:
     return found[:inside]
 
 
-def _running_gaps(numel: int, p: float) -> Tensor:
+def _running_gaps(numel: int, p: float, generator: torch.Generator | None) -> Tensor:
     """Enough gaps to pass `numel` except once in 30,000 times, as zero-based int64 positions."""
     expected = numel * p
     count = int(expected + 4.0 * math.sqrt(expected * (1.0 - p))) + 8
     dtype = torch.float32 if p >= _FLOAT32_FROM_P else torch.float64
-    draws = torch.rand(count, dtype=dtype, device="cpu")
+    draws = torch.rand(count, dtype=dtype, device="cpu", generator=generator)
     # rand() is in [0, 1) and does return 0: log1p(-u) stays finite where log(u) would not.
     gaps = draws.neg_().log1p_().div_(math.log1p(-p))
     if dtype == torch.float64:  # of float32 draws and these p no gap is longer than 16.7 / p
@@ -110,20 +115,47 @@ def _running_gaps(numel: int, p: float) -> Tensor:
     return gaps.to(torch.int64).add_(1).cumsum_(0).sub_(1)
 
 
-def draw(x: Tensor, p: float) -> Tensor:
+class Draws(NamedTuple):
+    """Random numbers of an adapter's own, the same whatever its texts are filled up to.
+
+    Attributes:
+        generator: Of the device of what is dropped.
+        tokens: Of each text of the adapter.
+        filled: Tokens that each text is filled up to.
+    """
+
+    generator: torch.Generator
+    tokens: int
+    filled: int
+
+    def draw(self, x: Tensor, p: float) -> Tensor:
+        """`draw` for texts x: (n·filled, in) or (n, …), in which nothing is dropped of what fills them up."""
+        count, width = x.shape[0], x.shape[1:].numel()
+        if self.tokens == self.filled or count % self.filled:
+            return draw(x, p, self.generator)
+        texts = count // self.filled
+        drop = draw(x[: texts * self.tokens], p, self.generator)
+        own, more = self.tokens * width, (self.filled - self.tokens) * width
+        if drop.dtype == torch.bool:
+            return torch.nn.functional.pad(drop.view(texts, own), (0, more), value=True).view(-1)
+        return drop + (drop // own) * more
+
+
+def draw(x: Tensor, p: float, generator: torch.Generator | None = None) -> Tensor:
     """Decide what one dropout of x drops, in the cheaper form.
 
     Args:
         x: any shape; only its size and device are read.
         p: probability of dropping an element, 0 < p < 1.
+        generator: of x's device; None for torch's global one.
 
     Returns:
         Integer positions as of `drop_positions`, or for a large p, a small x or another device than
         CPU and meta a boolean *keep* mask of ``(numel,)``. `zero_dropped_` and the fused step take either.
     """
     if x.device.type in ("cpu", "meta") and p < DENSE_FROM and x.numel() >= SPARSE_FROM_NUMEL:
-        return drop_positions(x.numel(), p)
-    return torch.rand(x.numel(), device=x.device) >= p
+        return drop_positions(x.numel(), p, generator=generator)
+    return torch.rand(x.numel(), device=x.device, generator=generator) >= p
 
 
 def packed(drop: Tensor, numel: int) -> Tensor:

@@ -8,6 +8,7 @@ Notation as in `veneer.ops.lora_linear`: ``g = G B`` is computed once for both o
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -60,7 +61,7 @@ def branch_gradients(
     needs: Needs,
     scale: float,
     dx: Tensor | None,
-    dtypes: tuple[torch.dtype, torch.dtype],
+    dtypes: Sequence[torch.dtype],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """``dX``, ``dA`` and ``dB`` of ``scale · drop(x) Aᵀ Bᵀ``.
 

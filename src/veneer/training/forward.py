@@ -1,34 +1,14 @@
-"""Calling a model: what is under its wrappers, without a cache, without dropout, on batches of rows."""
+"""Calling a model without dropout, and on batches of rows."""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from torch import Tensor
 
-from ..adapters import base_of
 from .progress import Progress, Silent
-
-
-def bare(model: Any) -> Any:
-    """The base model, without `PeftModel` and DistributedDataParallel around it."""
-    return base_of(getattr(model, "module", model))
-
-
-def takes(model: Any, name: str) -> bool:
-    """Whether the base model's ``forward`` has an argument of this name."""
-    return name in inspect.signature(bare(model).forward).parameters
-
-
-def without_cache(model: Any) -> dict[str, bool]:
-    """``use_cache=False`` for models that have it.
-
-    Training never reads a cache, and with one transformers takes packed rows for one sequence.
-    """
-    return {"use_cache": False} if takes(model, "use_cache") else {}
 
 
 @contextmanager

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import Hint, TrainingError
+from ..forward import bare, takes, without_cache
 from ..inject.base_tensors import embedding_of
 from .data import IGNORED
-from .forward import bare, evaluating, takes, without_cache
+from .forward import evaluating
 
 Batch = Mapping[str, Tensor]
 Collate = Callable[[Sequence[Any]], dict[str, Tensor]]

@@ -101,7 +101,7 @@ def test_a_mask_is_kept_as_it_is() -> None:
 @pytest.mark.parametrize("drawn", [0.0, 1.0 - 2**-24])
 def test_the_ends_of_what_rand_returns(drawn: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """rand() does return exactly 0: the shortest gap, then; its largest value is the longest gap."""
-    monkeypatch.setattr(torch, "rand", lambda n, dtype, device: torch.full((n,), drawn, dtype=dtype))
+    monkeypatch.setattr(torch, "rand", lambda n, dtype, **given: torch.full((n,), drawn, dtype=dtype))
     found = drop_positions(5000, 0.05)
     longest = math.floor(math.log(2**-24) / math.log1p(-0.05)) + 1
     step = 1 if drawn == 0.0 else longest
@@ -111,9 +111,9 @@ def test_the_ends_of_what_rand_returns(drawn: float, monkeypatch: pytest.MonkeyP
 def test_more_is_drawn_when_the_first_draw_falls_short(monkeypatch: pytest.MonkeyPatch) -> None:
     original, calls = dropout._running_gaps, []
 
-    def short(numel: int, p: float) -> torch.Tensor:
+    def short(numel: int, p: float, generator: torch.Generator | None) -> torch.Tensor:
         calls.append(numel)
-        return original(numel, p)[:100]
+        return original(numel, p, generator)[:100]
 
     monkeypatch.setattr(dropout, "_running_gaps", short)
     found = drop_positions(50_000, 0.05).long()

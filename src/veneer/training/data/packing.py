@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from ...errors import DataError, TrainingError
-from ..forward import bare, evaluating, without_cache
+from ...forward import bare, without_cache
+from ..forward import evaluating
 from .batch import IGNORED, Collator, Row, Separation
 
 
