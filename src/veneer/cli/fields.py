@@ -20,12 +20,15 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 GROUPS = ("Run", "Data", "Adapter", "Steps", "Memory", "Evaluation", "Output")
 
 
-def with_flags(kind: type[TrainOptions], without: Collection[str] = ()) -> Callable[[Command], Command]:
+def with_flags(
+    kind: type[TrainOptions], without: Collection[str] = (), only: Collection[str] | None = None
+) -> Callable[[Command], Command]:
     """Give a function with ``**given`` a flag for each field; a flag that is not used arrives as None.
 
     Args:
         kind: The options.
         without: Fields that get no flag.
+        only: Fields that get one; all by default.
     """
 
     def decorate(function: Command) -> Command:
@@ -36,7 +39,8 @@ def with_flags(kind: type[TrainOptions], without: Collection[str] = ()) -> Calla
             if parameter.kind is not inspect.Parameter.VAR_KEYWORD
         ]
         parts = sorted(dataclasses.fields(kind), key=lambda part: GROUPS.index(part.metadata["group"]))
-        flags = [_flag(part, types[part.name]) for part in parts if part.name not in without]
+        chosen = (part for part in parts if part.name not in without and (only is None or part.name in only))
+        flags = [_flag(part, types[part.name]) for part in chosen]
         told: Any = function
         # Arguments, then the fields, then what only the command has: the order of --help.
         told.__signature__ = inspect.Signature([*own[:1], *flags, *own[1:]])

@@ -179,6 +179,9 @@ class RunOptions(TrainOptions):
     columns: str | None = option(
         None, "Data", "Columns that have other names in the data: prompt=question,completion=answer."
     )
+    validation_split: float = option(
+        0.0, "Evaluation", "Share of the examples that is set aside and measured, drawn by the seed."
+    )
     max_length: int = option(1024, "Data", "Longest example, in tokens; longer ones are cut.", above=0)
     packing: bool = option(False, "Data", "Lay several short examples into one row, apart from one another.")
     beta: float = option(
@@ -252,6 +255,12 @@ class RunOptions(TrainOptions):
                     "replace_lora_weights_loftq(model, model_path) starts an adapter on a quantised base",
                 )
             )
+        if not 0 <= self.validation_split < 1:
+            got = self.validation_split
+            wrong.append(Text(Hint("validation_split"), f" must be at least 0 and below 1, not {got}"))
+        elif self.validation_split and self.eval_data:
+            both = Text(Hint("validation_split"), " and ", Hint("eval_data"))
+            wrong.append(Text(both, " both say what to validate on: give one of them"))
         wrong += super().problems()
         for check in (self.column_names, *([] if self.resume_from_adapter else [self.lora_config])):
             try:

@@ -18,16 +18,15 @@ from ..wording import first_line
 from .adapters import own_tokenizer
 from .data import (
     Collator,
+    EncodedLabels,
     LabelCollator,
     Records,
-    encode,
-    encode_classification,
-    encode_preferences,
     pack,
     packing_for,
     pad_token,
     read_records,
 )
+from .data.rows import encode_records, longest_example, set_aside
 from .head import adapter_config, read_head, with_adapter
 from .launcher import check_launcher, is_first, is_sharded, launched, processes
 from .libraries import quiet_libraries, require
@@ -236,29 +235,31 @@ def _encoded(
     Args:
         names: Of the classes that an adapter knows already.
     """
-    length = min(getattr(tokenizer, "model_max_length", options.max_length), options.max_length)
+    length = longest_example(tokenizer, options.max_length)
     if length < options.max_length:
         progress.say(f"The model takes {length} tokens at most: that is the longest example.")
-    found: list[Any] = []
+    found = []
     for part in records:
-        if options.purpose == "classification":
-            found.append(encode_classification(part, tokenizer, length, names))
+        found.append(encode_records(part, tokenizer, length, options.method, names))
+        if isinstance(found[0], EncodedLabels):
             names = found[0].label_names
-        else:
-            found.append(
-                encode(part, tokenizer, length)
-                if options.method == "sft"
-                else encode_preferences(part, tokenizer, length, options.method)
-            )
     if options.method == "reward":
         names = ["reward"]
-    rows = found[0].rows
-    if options.packing:
-        found.append(pack(rows, length))
-        rows = found[-1].rows
     for line in (line for part in found for line in part.lines()):
         progress.say(line)
-    return rows, found[1].rows if options.eval_data else [], names
+    rows: Sequence[Any] = found[0].rows
+    eval_rows: Sequence[Any] = found[1].rows if len(found) > 1 else []
+    if options.validation_split:
+        rows, eval_rows = set_aside(rows, options.validation_split, options.seed)
+        progress.say(
+            f"{len(eval_rows)} of them are set aside for validation, drawn by the seed {options.seed}"
+        )
+    if options.packing:
+        packed = pack(rows, length)
+        for line in packed.lines():
+            progress.say(line)
+        rows = packed.rows
+    return rows, eval_rows, names
 
 
 def _objective(options: RunOptions, base: Any, tokenizer: Any) -> Objective | Preferred:

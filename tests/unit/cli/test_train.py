@@ -50,6 +50,29 @@ def test_train_resumes(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert json.loads(capsys.readouterr().out)["losses"] == whole
 
 
+def test_train_sets_examples_aside(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data, out = saved_records(tmp_path / "data.jsonl"), tmp_path / "out"
+    words = train_words(
+        base, data, out, "--json", "--validation-split", "0.2", "--packing", "--save-steps", "2"
+    )
+    assert main(words) == 0
+    captured = capsys.readouterr()
+    whole = json.loads(captured.out)
+    assert "3 of them are set aside for validation, drawn by the seed 0" in captured.err
+    assert "13 examples packed" in captured.err
+    assert [entry["step"] for entry in whole["evaluations"]] == [0, 4]
+    shutil.rmtree(out / "checkpoint-4")
+    (out / "veneer_run.json").unlink()
+    assert main([*words, "--resume"]) == 0
+    resumed = json.loads(capsys.readouterr().out)
+    assert resumed["losses"] == whole["losses"] and resumed["evaluations"] == whole["evaluations"]
+    (out / "veneer_run.json").unlink()
+    assert main([*words, "--resume", "--validation-split", "0.3"]) == 1
+    assert "--validation-split was 0.2 and is 0.3" in capsys.readouterr().err
+    assert main([*words, "--validation-split", "0.2", "--eval-data", str(data)]) == 2
+    assert "--validation-split and --eval-data both say what to validate on" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("method", ["sft", "dpo"])
 @pytest.mark.parametrize("left", ["all", "no picture", "no result", "no last checkpoint"])
 def test_a_finished_run_is_resumed_without_training(

@@ -38,6 +38,8 @@ def test_wrong_options_are_named_together() -> None:
         ({"warmup_steps": 2, "warmup_ratio": 0.1}, "give one of them"),
         ({"warmup_ratio": 1.0}, "below 1"),
         ({"columns": "promt=a"}, "columns: 'promt' is no column"),
+        ({"validation_split": 1.0}, "validation_split must be at least 0 and below 1"),
+        ({"validation_split": 0.1, "eval_data": "e"}, "validation_split and eval_data both say"),
         ({"learning_rate": float("nan")}, "learning_rate must be above 0"),
     ],
     ids=lambda value: "" if isinstance(value, str) else "-".join(value),

@@ -21,23 +21,37 @@ from .records import Records
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class Encoded:
+@dataclass(frozen=True, kw_only=True)
+class Lengths:
+    """The lengths of examples.
+
+    Attributes:
+        lengths: Tokens of each record, before anything is cut.
+        max_length: The maximum length, at which examples are cut.
+    """
+
+    lengths: Sequence[int]
+    max_length: int
+
+    @property
+    def cut(self) -> int:
+        """Number of examples that exceed the maximum length."""
+        return sum(length > self.max_length for length in self.lengths)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoded(Lengths):
     """Rows of tokens, and what was cut or left out.
 
     Attributes:
         rows: ``input_ids`` and ``labels`` of each example; labels are -100 where there is no loss.
-        cut: Number of examples that were cut at the maximum length.
         dropped: Number of examples left out because no label is left within that length.
         empty: Number of examples with an empty answer.
-        max_length: The maximum length.
     """
 
     rows: list[Row]
-    cut: int = 0
     dropped: int = 0
     empty: int = 0
-    max_length: int = 1024
 
     @property
     def tokens(self) -> int:
@@ -90,9 +104,10 @@ def encode(records: Sequence[Record], tokenizer: Any, max_length: int = 1024) ->
         DataError: Some records cannot be laid out (one error for all), or no record has a label left.
     """
     rows: list[Row] = []
-    cut = empty = 0
+    lengths: list[int] = []
+    empty = 0
     for row, blank in each(records, "sft", lambda example, form: _row(example, form, tokenizer)):
-        cut += len(row["input_ids"]) > max_length
+        lengths.append(len(row["input_ids"]))
         row = {name: values[:max_length] for name, values in row.items()}
         if any(label != IGNORED for label in row["labels"][1:]):
             rows.append(row)
@@ -102,7 +117,9 @@ def encode(records: Sequence[Record], tokenizer: Any, max_length: int = 1024) ->
             f"nothing of any answer fits into {max_length} tokens (of {count(len(records), 'record')}): "
             "raise the maximum length"
         )
-    return Encoded(rows, cut, len(records) - len(rows), empty, max_length)
+    return Encoded(
+        rows=rows, dropped=len(records) - len(rows), empty=empty, lengths=lengths, max_length=max_length
+    )
 
 
 def each(

@@ -9,26 +9,22 @@ from typing import Any
 
 from ...errors import DataError
 from ...wording import did_you_mean
-from .encoding import count, each, longer
+from .encoding import Lengths, count, each, longer
 from .forms import Record
 from .problems import Unfit
 
 
-@dataclass(frozen=True)
-class EncodedLabels:
+@dataclass(frozen=True, kw_only=True)
+class EncodedLabels(Lengths):
     """Rows of a classifier.
 
     Attributes:
         rows: ``input_ids`` and ``labels`` (the number of the class) of each example.
         label_names: Names of the classes, by number.
-        cut: Number of examples that were cut at the maximum length.
-        max_length: The maximum length.
     """
 
     rows: list[dict[str, Any]]
     label_names: list[str]
-    cut: int = 0
-    max_length: int = 512
 
     def lines(self) -> list[str]:
         """Lines for the user: the number of examples of each class, and what was cut."""
@@ -67,15 +63,15 @@ def encode_classification(
     if len(names) < 2:
         raise DataError(f"a classifier needs two classes or more; all labels are {names[0]!r}")
     numbers = {name: number for number, name in enumerate(names)}
-    rows, cut = [], 0
+    rows, lengths = [], []
     labels = each(records, "classification", lambda example, form: _number(example["label"], numbers))
     for example, label in zip(examples, labels, strict=True):
         ids = list(tokenizer(example["text"])["input_ids"])
+        lengths.append(len(ids))
         if len(ids) > max_length:
             ids = list(tokenizer(example["text"], truncation=True, max_length=max_length)["input_ids"])
-            cut += 1
         rows.append({"input_ids": ids, "labels": label})
-    return EncodedLabels(rows, names, cut, max_length)
+    return EncodedLabels(rows=rows, label_names=names, lengths=lengths, max_length=max_length)
 
 
 def _names(examples: Sequence[Record]) -> list[str]:

@@ -6,27 +6,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .encoding import count, each, has_template, laid_out, longer
+from .encoding import Lengths, count, each, has_template, laid_out, longer
 from .forms import Form, Purpose, Record
 from .messages import as_messages
 from .problems import Unfit
 
 
-@dataclass(frozen=True)
-class Preferences:
-    """Pairs of answers, or answers with a judgement.
+@dataclass(frozen=True, kw_only=True)
+class Preferences(Lengths):
+    """Pairs of answers, or answers with a judgement; lengths are those of a prompt and its longest answer.
 
     Attributes:
         rows: ``prompt``, ``chosen`` and ``rejected``, or ``prompt``, ``completion`` and ``label``: lists of
             messages if the tokenizer has a chat template, else texts.
-        cut: Number of records in which prompt and answer exceed the maximum length.
-        max_length: The maximum length, at which the trainer cuts.
-        left_out: Whether such records are not among the rows, as a reward is one of a whole answer.
+        left_out: Whether records that are too long are not among the rows, as a reward is one of a whole
+            answer.
     """
 
     rows: list[dict[str, Any]]
-    cut: int = 0
-    max_length: int = 1024
     left_out: bool = False
 
     def lines(self) -> list[str]:
@@ -64,10 +61,10 @@ def encode_preferences(
     """
     purpose: Purpose = "kto" if method == "kto" else "dpo"
     found = list(each(records, purpose, lambda example, form: _row(example, form, tokenizer)))
-    cut = sum(length > max_length for _, length in found)
     left_out = method == "reward"
     rows = [row for row, length in found if not (left_out and length > max_length)]
-    return Preferences(rows, cut, max_length, left_out)
+    lengths = [length for _, length in found]
+    return Preferences(rows=rows, left_out=left_out, lengths=lengths, max_length=max_length)
 
 
 def _row(example: dict[str, Any], form: Form, tokenizer: Any) -> tuple[dict[str, Any], int]:
