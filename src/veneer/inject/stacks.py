@@ -81,7 +81,8 @@ def name_stacks(
     hits = PatternSet(patterns, "target_modules").over(Paths([*parts, *bases]))
     modules = {_last(path) for path in bases if hits[path] and path not in routers}
     named = {path for path in (*parts, *routers) if wildcard or hits[path]}
-    named -= _excluded(config, named)
+    excluded = _excluded(config, [*holders, *routers])
+    named = {path for path in named if not excluded & {path, _around(path)}}
     meant = {path for path in named if _last(path) in names and (wildcard or _last(path) not in modules)}
     meant |= named & routers.keys()
     for holder in holders:
@@ -133,12 +134,11 @@ def _routers(holders: Iterable[str], bases: Mapping[str, nn.Module]) -> Iterator
             yield path, f"{path}.weight"
 
 
-def _excluded(config: LoraConfig, paths: Collection[str]) -> set[str]:
-    """Those of the paths that ``exclude_modules`` names, or around which it names a module."""
+def _excluded(config: LoraConfig, paths: Sequence[str]) -> set[str]:
+    """Those of the paths that ``exclude_modules`` names."""
     excluded = config.exclude_modules or ()
     patterns = PatternSet([excluded] if isinstance(excluded, str) else sorted(excluded), "exclude_modules")
-    hits = patterns.over(Paths(list(dict.fromkeys([*paths, *map(_around, paths)]))))
-    return {path for path in paths if hits[path] or hits[_around(path)]}
+    return {path for path, hits in patterns.over(Paths(paths)).items() if hits}
 
 
 def _refuse_halves(named: Collection[str], names: Sequence[str]) -> None:

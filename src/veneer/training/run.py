@@ -36,6 +36,7 @@ from .models import load_base, load_tokenizer
 from .options import RunOptions, TrainOptions, check_names
 from .paths import check_run
 from .planning import Step, empty_model, estimate_memory, seconds_per_step
+from .planning.memory import no_gradient
 from .plots import can_plot, loss_picture
 from .progress import Progress, Silent
 from .resuming import (
@@ -107,7 +108,8 @@ def fine_tune(options: RunOptions, progress: Progress | None = None) -> dict[str
     for line in _about_devices(base):
         progress.say(line)
     if is_first():
-        progress.say(_estimate(options, rows, label_names, base))
+        for line in _estimate(options, rows, label_names, base):
+            progress.say(line)
     torch.manual_seed(options.seed)  # the estimate, which one process makes, may have drawn numbers
     objective = _objective(options, base, tokenizer)
     model = adapted(base, options, rows, objective, progress)
@@ -287,14 +289,17 @@ def _about_devices(base: Any) -> Iterator[str]:
         )
 
 
-def _estimate(options: RunOptions, rows: Sequence[Any], label_names: list[str] | None, base: Any) -> str:
-    """One line: roughly the time and memory of the run, as if every row were as long as the longest."""
+def _estimate(
+    options: RunOptions, rows: Sequence[Any], label_names: list[str] | None, base: Any
+) -> Iterator[str]:
+    """Time and memory of the run, as if every row were as long as the longest, and what gets no gradient."""
     from .trainer import total_steps
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pairs = options.method != "sft"
     if is_sharded():
-        return "No estimate of time and memory for a model in shards."
+        yield "No estimate of time and memory for a model in shards."
+        return
     try:
         model = base
         if options.quantize:
@@ -312,15 +317,18 @@ def _estimate(options: RunOptions, rows: Sequence[Any], label_names: list[str] |
         )
         once = seconds_per_step(found, device=device, dtype=next(base.parameters()).dtype)
     except (VeneerError, RuntimeError, NotImplementedError) as error:
-        return f"No estimate of time and memory: {first_line(error)}"
+        yield f"No estimate of time and memory: {first_line(error)}"
+        return
     steps = total_steps(len(rows), options, processes())
     seconds = steps * options.gradient_accumulation_steps * once
     time = f"{seconds / 60:.0f} min" if seconds >= 90 else f"{max(seconds, 1):.0f} s"
-    return (
+    yield (
         f"Estimate: {steps} steps in about {time}, {found.peak / 1e9:.2g} GB of memory at the peak"
         + (" in each process" if processes() > 1 else "")
         + " (if all rows were as long as the longest)"
     )
+    if found.unreached:
+        yield f"warning: {no_gradient(found.unreached)}"
 
 
 def _check_trainable(model: Any, rows: Sequence[Any], options: TrainOptions) -> None:

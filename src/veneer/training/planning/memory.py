@@ -59,7 +59,8 @@ class MemoryEstimate:
         forward_flops: FLOPs of the forward pass.
         tokens: Tokens in the batch.
         traced: Whether the step was traced on the meta device; otherwise activations are a rough sum.
-        notes: Assumptions, and what the figures leave out.
+        unreached: Paths of adapted modules that no gradient reached in the traced step.
+        notes: Assumptions, what the figures leave out, and what is wrong.
     """
 
     base: int
@@ -76,6 +77,7 @@ class MemoryEstimate:
     forward_flops: int
     tokens: int
     traced: bool = True
+    unreached: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
     @property
@@ -87,6 +89,7 @@ class MemoryEstimate:
         """For JSON."""
         return {
             **dataclasses.asdict(self),
+            "unreached": list(self.unreached),
             "notes": list(self.notes),
             "flops_per_token": self.flops_per_token,
         }
@@ -180,12 +183,9 @@ def estimate_memory(model: nn.Module, config: LoraConfig, step: Step | None = No
     trace, reason = _trace(adapted, step)
     state, said = optimizer_bytes(step.optim, trained)
     notes += [reason] if reason else []
-    if silent and not reason:
-        paths = dict.fromkeys(name.partition(".lora_")[0].removeprefix(PREFIX) for name in silent)
-        notes.append(
-            f"no gradient reaches {listed(paths)} in this step: the model reads the weight without calling "
-            "the module, or has no use for it in this task"
-        )
+    paths = dict.fromkeys(name.partition(".lora_")[0].removeprefix(PREFIX) for name in silent)
+    unreached = () if reason else tuple(paths)
+    notes += [no_gradient(unreached)] if unreached else []
     if step.quantize:
         notes.append(
             f"quantised weights are counted as {QUANTIZED[step.quantize]:.3g} bytes each, and one layer at a "
@@ -208,7 +208,16 @@ def estimate_memory(model: nn.Module, config: LoraConfig, step: Step | None = No
         forward_flops=trace.forward_flops,
         tokens=step.batch_size * step.sequence_length,
         traced=not reason,
+        unreached=unreached,
         notes=(*notes, *said),
+    )
+
+
+def no_gradient(paths: Sequence[str]) -> str:
+    """What is said of adapted modules that no gradient reaches."""
+    return (
+        f"no gradient reaches the adapter of {listed(paths)}: the model reads the weight without calling the "
+        "module, or has no use for it in this task"
     )
 
 

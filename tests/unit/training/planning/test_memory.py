@@ -23,6 +23,7 @@ from veneer.training.planning import (
     optimizer_bytes,
     seconds_per_step,
 )
+from veneer.training.run import _estimate
 
 CONFIG = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
 STEP = Step(batch_size=2, sequence_length=24)
@@ -151,7 +152,7 @@ def test_the_step_of_a_run() -> None:
     assert Step.of(RunOptions(**given, packing=True)).padded is False
 
 
-def test_a_weight_that_is_read_without_calling_its_module_is_noted() -> None:
+def test_a_weight_that_is_read_without_calling_its_module_is_found_before_the_first_step() -> None:
     model = tiny_model()
     block = model.model.layers[1].mlp
 
@@ -162,5 +163,9 @@ def test_a_weight_that_is_read_without_calling_its_module_is_noted() -> None:
 
     block.__class__ = Reading
     for steps in (1, 2):
-        (note,) = estimate_memory(model, CONFIG, replace(STEP, gradient_accumulation_steps=steps)).notes
-        assert "no gradient reaches model.layers.1.mlp.down_proj in this step" in note
+        found = estimate_memory(model, CONFIG, replace(STEP, gradient_accumulation_steps=steps))
+        assert found.unreached == ("model.layers.1.mlp.down_proj",)
+        assert found.notes[0].startswith("no gradient reaches the adapter of model.layers.1.mlp.down_proj: ")
+    options = RunOptions(model="m", data="d", output="o", lora_r=4)
+    lines = list(_estimate(options, [{"input_ids": [1, 2, 3]}], None, model))
+    assert lines[0].startswith("Estimate: ") and lines[1] == f"warning: {found.notes[0]}"
