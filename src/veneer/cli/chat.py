@@ -81,8 +81,7 @@ def chat(
     from ..training import Chat
     from ..training.adapters import load_adapted
 
-    with progress.waiting("Loading the model"):
-        adapted, tokenizer = load_adapted(head, model, loading, others, progress)
+    adapted, tokenizer = load_adapted(head, model, loading, others, progress)
     torch.manual_seed(seed)
     talk = Chat(adapted, tokenizer, sampling, system)
     alone = sys.stdin.isatty()

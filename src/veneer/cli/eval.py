@@ -89,7 +89,8 @@ def evaluate(
             f"{adapter} is a reward model, which names no classes; veneer train --method reward measures it "
             "on the pairs of its --eval-data"
         )
-    records = read_records(data, "sft" if names is None else "classification", renamed)
+    with progress.waiting("Reading the data"):
+        records = read_records(data, "sft" if names is None else "classification", renamed)
     progress.say(records.line())
     if max_samples is not None and max_samples < len(records):
         records = records.first(max_samples)
@@ -98,11 +99,10 @@ def evaluate(
     from ..training.adapters import load_adapted, load_plain
     from ..training.scores import accuracy, compare
 
-    with progress.waiting("Loading the model"):
-        if isinstance(source, Head):
-            loaded, tokenizer = load_adapted(source, model, loading, progress=progress)
-        else:
-            loaded, tokenizer = load_plain(source, loading, progress)
+    if isinstance(source, Head):
+        loaded, tokenizer = load_adapted(source, model, loading, progress=progress)
+    else:
+        loaded, tokenizer = load_plain(source, loading, progress)
     common: dict[str, Any] = {"max_length": max_length, "batch_size": batch_size, "progress": progress}
     if names is None:
         found = compare(loaded, tokenizer, records, exact_match=exact_match, **common)

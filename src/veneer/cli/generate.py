@@ -80,7 +80,8 @@ def generate(
     check_model(base_name(head, model))
     if output is not None:
         check_answer_file(output)
-    records = None if data is None else read_records(data, "prompt")
+    with progress.waiting("Reading the data"):
+        records = None if data is None else read_records(data, "prompt")
     if records is not None:
         progress.say(records.line())
     load_libraries("torch", "transformers")
@@ -91,8 +92,7 @@ def generate(
     from ..training.forward import evaluating
     from ..training.generation import ANSWER, answer_file, generate_answers, prompts_of
 
-    with progress.waiting("Loading the model"):
-        adapted, tokenizer = load_adapted(head, model, loading, progress=progress)
+    adapted, tokenizer = load_adapted(head, model, loading, progress=progress)
     with evaluating(adapted, base):
         if records is None:
             torch.manual_seed(seed)

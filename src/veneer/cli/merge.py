@@ -113,8 +113,7 @@ def _in_memory(
     """What was kept, and the type of the merged weights."""
     from ..training.adapters import load_adapted, save_merged
 
-    with progress.waiting("Loading the model"):
-        adapted, tokenizer = load_adapted(head, base, loading, progress=progress)
+    adapted, tokenizer = load_adapted(head, base, loading, progress=progress)
     progress.say(f"Merging {head.name} and writing {output}")
     stored = str(adapted.dtype).removeprefix("torch.") if loading.quantize == "none" else loading.quantize
     return save_merged(adapted, tokenizer, output, untie=untie, overwrite=overwrite), stored

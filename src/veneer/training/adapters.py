@@ -96,6 +96,7 @@ def _loaded(
         device_map=place,
         attn_implementation=loading.attn_implementation,
         label_names=classes,
+        progress=progress,
     )
 
 

@@ -21,10 +21,13 @@ def require(library: str, extra: str, purpose: str | Hint) -> None:
 
 
 @contextlib.contextmanager
-def quiet_libraries() -> Iterator[None]:
+def quiet_libraries(downloads: bool = False) -> Iterator[None]:
     """Keep the bars and notices of transformers and datasets off the terminal; errors still come through.
 
     A library that is not imported yet stays so.
+
+    Args:
+        downloads: Let huggingface_hub show on a terminal what it downloads.
     """
     with contextlib.ExitStack() as restored:
         if "transformers" in sys.modules:
@@ -35,6 +38,10 @@ def quiet_libraries() -> Iterator[None]:
             if logging.is_progress_bar_enabled():
                 restored.callback(logging.enable_progress_bar)
                 logging.disable_progress_bar()
+                if downloads:
+                    from huggingface_hub.utils import enable_progress_bars
+
+                    enable_progress_bars()
         datasets = sys.modules.get("datasets")
         if datasets is not None and not datasets.are_progress_bars_disabled():
             restored.callback(datasets.enable_progress_bars)

@@ -32,12 +32,12 @@ from ..files.fingerprint import compare_fingerprints, fingerprint
 from ..files.overwrite import check_room, replacing
 from ..files.read import AdapterFile
 from ..files.values import check_values
-from ..hub import is_local
+from ..hub import cached_if_unreachable, is_local
 from ..lora_file import factor_names, open_lora
 from ..merge_report import MergeReport
 from ..ops.merging import merge_into_, shared_buffers
 from ..spec import LoraSpec, variant_name
-from ..wording import some
+from ..wording import first_line, some
 from .head import Head, base_name, read_head
 from .libraries import require
 from .paths import check_model
@@ -162,14 +162,15 @@ def base_directory(
     require("huggingface_hub", "hf", "fetching a model")
     from huggingface_hub import snapshot_download
 
-    try:
-        return Path(
-            snapshot_download(
-                named, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
-            )
-        )
-    except (OSError, ValueError) as error:
-        raise TrainingError(f"the model {named!r} cannot be fetched: {error}") from error
+    patterns = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
+    with cached_if_unreachable() as unreachable:
+        try:
+            return Path(snapshot_download(named, allow_patterns=patterns))
+        except (OSError, ValueError) as error:
+            raise TrainingError(
+                f"the model {named!r} cannot be fetched: {first_line(error)}"
+                f"{unreachable and f' ({unreachable})'}"
+            ) from error
 
 
 def _merged(

@@ -16,6 +16,7 @@ from .head import PlainModel
 from .launcher import own_gpu
 from .libraries import quiet_libraries, require
 from .paths import check_model
+from .progress import Progress, waiting
 
 #: An adapter may name any base, so code in its repository is not run. By default transformers would ask.
 NO_CODE: dict[str, Any] = {"trust_remote_code": False}
@@ -60,6 +61,7 @@ def load_base(
     device_map: Any = None,
     attn_implementation: str | None = None,
     label_names: Sequence[str] | None = None,
+    progress: Progress | None = None,
 ) -> tuple[Any, Any]:
     """Load a language model and its tokenizer; code in its repository is not run.
 
@@ -70,6 +72,7 @@ def load_base(
         device_map, attn_implementation: As in transformers. Without a map the model is loaded onto the CPU,
             a quantised one onto this process's GPU if there is one.
         label_names: Load the model as a classifier with these classes.
+        progress: Where to report.
 
     Returns:
         (model, tokenizer).
@@ -91,7 +94,7 @@ def load_base(
         kind = AutoModelForSequenceClassification
         named = dict(enumerate(label_names))
         more |= {"id2label": named, "label2id": {name: number for number, name in named.items()}}
-    with _loading(source):
+    with _loading(source, progress):
         model = kind.from_pretrained(source, dtype=dtype, **NO_CODE, **more)
     if label_names is not None and getattr(model.config, "pad_token_id", None) is None:
         # Otherwise models that classify by the last token would take a padding token for it.
@@ -100,9 +103,16 @@ def load_base(
 
 
 @contextlib.contextmanager
-def _loading(source: str | os.PathLike[str]) -> Iterator[None]:
-    local = is_local(source)
-    with quiet_libraries(), contextlib.nullcontext("") if local else cached_if_unreachable() as unreachable:
+def _loading(source: str | os.PathLike[str], progress: Progress | None = None) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        unreachable = ""
+        if is_local(source):
+            stack.enter_context(quiet_libraries())
+            stack.enter_context(waiting(progress, "Loading the model"))
+        else:
+            with waiting(progress, "Asking the Hugging Face hub"):
+                unreachable = stack.enter_context(cached_if_unreachable())
+            stack.enter_context(quiet_libraries(downloads=progress is not None))
         try:
             yield
         except (OSError, ValueError, KeyError) as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol
 
 Advance = Callable[[int, str], None]
@@ -33,6 +33,11 @@ class Silent:
     def bar(self, title: str, total: int) -> Iterator[Advance]:
         """A bar that nobody sees."""
         yield lambda steps, note: None
+
+
+def waiting(progress: Progress | None, title: str) -> AbstractContextManager[None]:
+    """What `Terminal.waiting` gives; nothing where the reports go elsewhere."""
+    return progress.waiting(title) if isinstance(progress, Terminal) else nullcontext()
 
 
 class Terminal:

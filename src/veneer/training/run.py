@@ -38,7 +38,7 @@ from .paths import check_run
 from .planning import Step, empty_model, estimate_memory, seconds_per_step
 from .planning.memory import no_gradient
 from .plots import can_plot, loss_picture
-from .progress import Progress, Silent
+from .progress import Progress, Silent, waiting
 from .resuming import (
     METRICS_NAME,
     RUN_NAME,
@@ -104,6 +104,7 @@ def fine_tune(options: RunOptions, progress: Progress | None = None) -> dict[str
         device_map=None if place is None else {"": str(place)},
         attn_implementation=options.attn_implementation,
         label_names=label_names,
+        progress=progress,
     )
     for line in _about_devices(base):
         progress.say(line)
@@ -219,7 +220,8 @@ def _absolute(name: str) -> str:
 def _read(options: RunOptions, progress: Progress) -> list[Records]:
     """The records to train on and, if there are any, the held-out ones."""
     sources = [options.data, *([options.eval_data] if options.eval_data else [])]
-    records = [read_records(source, options.purpose, options.column_names()) for source in sources]
+    with waiting(progress, "Reading the data"):
+        records = [read_records(source, options.purpose, options.column_names()) for source in sources]
     for part in records:
         progress.say(part.line())
     return records

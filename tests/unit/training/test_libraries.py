@@ -22,3 +22,13 @@ def test_notices_are_off_for_a_while() -> None:
         assert datasets.are_progress_bars_disabled() and not logging.is_progress_bar_enabled()
     after = logging.get_verbosity(), logging.is_progress_bar_enabled(), datasets.are_progress_bars_disabled()
     assert after == before
+
+
+def test_downloads_are_shown_where_somebody_looks() -> None:
+    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+
+    enable_progress_bars()
+    for downloads in (True, False):
+        with quiet_libraries(downloads):
+            assert are_progress_bars_disabled() == (not downloads)
+        assert not are_progress_bars_disabled()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 
-from veneer.training import Silent, Terminal
+from veneer.training import Silent, Terminal, progress
+from veneer.training.progress import waiting
 
 
 def test_without_a_terminal_some_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:
@@ -43,4 +46,19 @@ def test_silence(capsys: pytest.CaptureFixture[str]) -> None:
     silent.say("nothing")
     with silent.bar("nothing", 3) as advance:
         advance(1, "nothing")
+    assert capsys.readouterr() == ("", "")
+
+
+def test_what_takes_long_is_said_and_what_is_quick_is_not(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = threading.Event()
+    monkeypatch.setattr(Terminal, "say", lambda self, line: (print(line), said.set()))
+    for patience, expected in ((600.0, ""), (0.0, "Loading the model …\n")):
+        monkeypatch.setattr(progress, "PATIENCE", patience)
+        with waiting(Terminal(), "Loading the model"):
+            assert patience or said.wait(60)
+        assert capsys.readouterr().out == expected
+    with waiting(Silent(), "Loading the model"), waiting(None, "Loading the model"):
+        pass
     assert capsys.readouterr() == ("", "")
