@@ -63,7 +63,7 @@ def interrupted(command: list[str], code: int | None, **how: Any) -> list[str]:
                 os.killpg(run.pid, signal.SIGINT)  # as a terminal does: to all processes of the job
         assert run.wait() == code if code is not None else run.wait() != 0, said
         assert run.stdout.read() == ""
-    assert sum("once more leaves at once" in line for line in said) == 1, said
+    assert sum("again to leave at once" in line for line in said) == 1, said
     (again,) = [line for line in said if line.startswith("veneer train")]
     return shlex.split(again)[1:]
 

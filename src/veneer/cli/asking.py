@@ -12,41 +12,43 @@ if TYPE_CHECKING:
     from ..training.head import Head
     from ..training.sampling import Sampling
 
-Adapter = Annotated[str, typer.Argument(help="Directory of the adapter, or a hub id.")]
-Model = Annotated[str | None, typer.Option(help="Base model, instead of the one that the adapter names.")]
+Adapter = Annotated[str, typer.Argument(help="Directory or hub id of the adapter.")]
+Model = Annotated[
+    str | None, typer.Option(help="Base model to use instead of the one that the adapter names.")
+]
 DoSample = Annotated[
     bool | None,
     typer.Option(
         "--do-sample/--no-do-sample",
         show_default=False,
-        help="Draw tokens instead of taking the likeliest; the next three flags turn it on, too.",
+        help="Sample instead of taking the most likely token; the next three flags turn it on as well.",
     ),
 ]
 Temperature = Annotated[
-    float | None, typer.Option(help="Divides the logits before drawing; 0 takes the likeliest token.")
+    float | None, typer.Option(help="Divides the logits before sampling; 0 takes the most likely token.")
 ]
-TopP = Annotated[float | None, typer.Option(help="Draw from the likeliest tokens of this share.")]
-TopK = Annotated[int | None, typer.Option(help="Draw from this many of the likeliest tokens.")]
-Penalty = Annotated[float | None, typer.Option(help="Above 1 keeps the answer from repeating itself.")]
-Seed = Annotated[int, typer.Option(help="Of drawing.")]
-Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16: type of the base.")]
+TopP = Annotated[
+    float | None, typer.Option(help="Sample from the most likely tokens that make up this share.")
+]
+TopK = Annotated[int | None, typer.Option(help="Sample from this many of the most likely tokens.")]
+Penalty = Annotated[float | None, typer.Option(help="Above 1 discourages repetition.")]
+Seed = Annotated[int, typer.Option(help="Seed for sampling.")]
+Dtype = Annotated[str, typer.Option(help="Type of the base: auto (as saved), float32, bfloat16 or float16.")]
 Device = Annotated[
     str,
     typer.Option(
-        help="cpu, cuda, cuda:1, mps, …; auto takes the GPU that is there, and spreads a base that does not "
-        "fit on it."
+        help="cpu, cuda, cuda:1, mps, …; auto takes the GPU if there is one, and spreads a base that is too "
+        "large for it."
     ),
 ]
 Quantize = Annotated[
     str,
-    typer.Option(
-        help="Keep the base in nf4, fp4, int8 or int4; none: as it was saved; auto: as in the training."
-    ),
+    typer.Option(help="Quantise the base: nf4, fp4, int8 or int4; none: as saved; auto: as in training."),
 ]
 Attention = Annotated[
     str | None,
     typer.Option(
-        "--attn-implementation", help="eager, sdpa, flash_attention_2, …; transformers' choice without it."
+        "--attn-implementation", help="eager, sdpa, flash_attention_2, …; by default transformers chooses."
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]

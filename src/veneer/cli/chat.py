@@ -34,12 +34,12 @@ from .common import DONE, FAILED, app, load_libraries, show, show_text
 from .messages import say
 
 COMMANDS = {
-    "/adapter": "list the adapters; /adapter NAME lets that one answer",
+    "/adapter": "list the adapters; /adapter NAME switches to one",
     "/base": "turn the adapter off: the base model answers",
-    "/again": "answer the last question once more, with whoever answers now",
-    "/clear": "forget what was said",
-    "/help": "show this",
-    "/exit": "leave, as Ctrl-D does; Ctrl-C ends an answer",
+    "/again": "answer the last question again, with the current adapter",
+    "/clear": "forget the conversation",
+    "/help": "show this list",
+    "/exit": "leave, like Ctrl-D; Ctrl-C stops an answer",
 }
 
 
@@ -50,11 +50,11 @@ def chat(
     more: Annotated[
         list[str] | None,
         typer.Option(
-            "--adapter", metavar="NAME=PATH", help="One more adapter of the same base; can be repeated."
+            "--adapter", metavar="NAME=PATH", help="Another adapter of the same base; may be repeated."
         ),
     ] = None,
-    system: Annotated[str | None, typer.Option(help="What the model is told before everything else.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 512,
+    system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Maximum length of an answer, in tokens.")] = 512,
     do_sample: DoSample = None,
     temperature: Temperature = None,
     top_p: TopP = None,
@@ -66,7 +66,7 @@ def chat(
     quantize: Quantize = "auto",
     attn_implementation: Attention = None,
 ) -> int:
-    """Talk to an adapted model; /base turns the adapter off, /adapter NAME switches, /help shows the rest."""
+    """Chat with an adapted model; /adapter NAME switches adapters, /base turns them off."""
     loading = Loading(dtype, device, quantize, attn_implementation)
     sampling = sampling_of(max_new_tokens, do_sample, temperature, top_p, top_k, repetition_penalty)
     paths = _paths_by_name(more or [])
@@ -88,7 +88,7 @@ def chat(
     if alone:
         say(f"{adapter} on {_base_of(adapted)}. /base turns the adapter off, /help shows all commands.")
     if not talk.remembers:
-        say("This model has no chat template: each line is continued as it is, without what was said before.")
+        say("This model has no chat template: it continues each line by itself, without the lines before.")
     return _talk(talk, alone)
 
 

@@ -30,7 +30,7 @@ DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
 app = typer.Typer(
     name="veneer",
-    help="LoRA for PyTorch, PEFT-compatible: train, ask, look into and merge adapters.",
+    help="LoRA for PyTorch, PEFT-compatible: train, use, inspect, merge and export adapters.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -52,13 +52,13 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def _veneer(
     show_version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and leave.")
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
     ] = False,
     verbose: Annotated[
-        bool, typer.Option("--verbose", help="Show tracebacks and warnings in full; goes with every command.")
+        bool, typer.Option("--verbose", help="Show tracebacks and all warnings; works with every command.")
     ] = False,
 ) -> None:
-    """LoRA for PyTorch, PEFT-compatible: train, ask, look into and merge adapters."""
+    """LoRA for PyTorch, PEFT-compatible: train, use, inspect, merge and export adapters."""
 
 
 def register_commands(named: str | None = None) -> None:

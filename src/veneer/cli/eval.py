@@ -27,22 +27,25 @@ def evaluate(
         str, typer.Argument(help="Directory or hub id of an adapter, or of a merged or plain model.")
     ],
     data: Annotated[
-        str, typer.Option(help="File, directory or hub id with the columns that train takes, held out.")
+        str,
+        typer.Option(help="Held-out examples: file, directory or hub id, with the columns that train takes."),
     ],
     model: Model = None,
     columns: Annotated[
         str | None,
         typer.Option(help="Columns that have other names in the data: prompt=question,completion=answer."),
     ] = None,
-    max_length: Annotated[int, typer.Option(help="Where examples are cut, in tokens.")] = 1024,
+    max_length: Annotated[
+        int, typer.Option(help="Maximum length of an example, in tokens; longer ones are cut.")
+    ] = 1024,
     batch_size: Annotated[
-        int, typer.Option("--batch-size", "--per-device-eval-batch-size", help="Examples at a time.")
+        int, typer.Option("--batch-size", "--per-device-eval-batch-size", help="Examples in a batch.")
     ] = 8,
     max_samples: Annotated[
-        int | None, typer.Option(help="Measure this many examples only, the first.")
+        int | None, typer.Option(help="Measure only the first examples, this many.")
     ] = None,
     exact_match: Annotated[
-        bool, typer.Option(help="Generate the answers, too, and count those that are as expected.")
+        bool, typer.Option(help="Also generate the answers, and count those that are as expected.")
     ] = True,
     dtype: Dtype = "auto",
     device: Device = "auto",

@@ -25,26 +25,26 @@ HALF = 1e-6
 
 @app.command()
 def export(
-    adapter: Annotated[str, typer.Argument(help="Directory of the adapter, or a hub id.")],
+    adapter: Annotated[str, typer.Argument(help="Directory or hub id of the adapter.")],
     target: Annotated[
-        str, typer.Option(help="Who is to read it: vllm, llama.cpp, ollama, mlx, diffusers or plain.")
+        str, typer.Option(help="Program to export for: vllm, llama.cpp, ollama, mlx, diffusers or plain.")
     ],
     output: Annotated[
         Path | None,
-        typer.Argument(help="Directory for the files; it appears whole or not. Default: ADAPTER-TARGET."),
+        typer.Argument(help="Directory for the files; a failure writes nothing. Default: ADAPTER-TARGET."),
     ] = None,
     base: Annotated[
         str | None,
-        typer.Option("--model", help="Base model, where its weights are needed: its directory or hub id."),
+        typer.Option("--model", help="Directory or hub id of the base model, where its weights are needed."),
     ] = None,
     dtype: Annotated[
-        str, typer.Option(help="Type of the factors: auto (as they are), float32, bfloat16 or float16.")
+        str, typer.Option(help="Type of the factors: auto (as saved), float32, bfloat16 or float16.")
     ] = "auto",
     dora_to_plain: Annotated[
         bool,
         typer.Option(
             "--dora-to-plain",
-            help="Make plain LoRA of DoRA: the nearest of --rank, with what it misses. Needs the base.",
+            help="Convert DoRA to the closest plain LoRA of --rank, and report what is lost. Needs the base.",
         ),
     ] = False,
     rank: Annotated[int | None, typer.Option(min=1, help="Rank for --dora-to-plain.")] = None,
@@ -56,14 +56,15 @@ def export(
     ] = None,
     overwrite: Annotated[
         bool,
-        typer.Option("--overwrite-output-dir", help="Replace the adapter in a directory that holds files."),
+        typer.Option("--overwrite-output-dir", help="Replace the adapter in a directory that is not empty."),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
-    """Write an adapter for vLLM, llama.cpp, Ollama, mlx-lm, diffusers, or any reader of plain LoRA.
+    """Export an adapter for vLLM, llama.cpp, Ollama, mlx-lm, diffusers, or any reader of plain LoRA.
 
-    What the reader cannot express is folded into the factors where that is possible, and refused in full
-    where it is not. The files are read back and every module's update is compared before they appear.
+    What the format cannot express is folded into the factors where possible; otherwise the export is
+    refused, with a list of everything in the way. The files are read back, and every module's update is
+    compared, before they appear.
     """
     check_options(target, base or "BASE", dtype, dora_to_plain, rank, component)
     place, progress = Path(adapter).expanduser(), Terminal()

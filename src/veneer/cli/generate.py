@@ -38,23 +38,21 @@ from .common import app, load_libraries, show, show_json, show_text
 def generate(
     adapter: Adapter,
     prompt: Annotated[
-        str | None, typer.Argument(help="What to ask; standard input where it is left out.")
+        str | None, typer.Argument(help="The prompt; read from standard input if left out.")
     ] = None,
     model: Model = None,
     data: Annotated[
         str | None,
-        typer.Option(
-            help="Ask every record of a file instead: prompt, messages, instruction or conversations."
-        ),
+        typer.Option(help="Answer every record of a file: prompt, messages, instruction or conversations."),
     ] = None,
     output: Annotated[
         Path | None,
         typer.Option(
-            help="With --data: JSONL file for the records with their answers; else standard output."
+            help="With --data: JSONL file for the records with their answers; by default standard output."
         ),
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="With --data: prompts at a time.")] = 8,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 128,
+    batch_size: Annotated[int, typer.Option(help="With --data: prompts in a batch.")] = 8,
+    max_new_tokens: Annotated[int, typer.Option(help="Maximum length of an answer, in tokens.")] = 128,
     do_sample: DoSample = None,
     temperature: Temperature = None,
     top_p: TopP = None,
@@ -66,11 +64,11 @@ def generate(
     quantize: Quantize = "auto",
     attn_implementation: Attention = None,
     base: Annotated[
-        bool, typer.Option("--base", help="Turn the adapter off: what the base model answers.")
+        bool, typer.Option("--base", help="Turn the adapter off: the base model answers.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Ask an adapted model: one prompt, or a file of them; answers go to standard output or --output."""
+    """Generate answers with an adapted model, to one prompt or to a file of them."""
     loading = Loading(dtype, device, quantize, attn_implementation)
     sampling = sampling_of(max_new_tokens, do_sample, temperature, top_p, top_k, repetition_penalty)
     prompt = _prompt(prompt, data, output, batch_size)
@@ -80,9 +78,10 @@ def generate(
     check_model(base_name(head, model))
     if output is not None:
         check_answer_file(output)
-    with progress.waiting("Reading the data"):
-        records = None if data is None else read_records(data, "prompt")
-    if records is not None:
+    records = None
+    if data is not None:
+        with progress.waiting("Reading the data"):
+            records = read_records(data, "prompt")
         progress.say(records.line())
     load_libraries("torch", "transformers")
     import torch
@@ -126,7 +125,7 @@ def generate(
                     progress=progress,
                 )
             except KeyboardInterrupt:
-                progress.say("Stopped; the same command goes on from here")
+                progress.say("Stopped; run the same command again to continue from here")
                 raise
             show(f"{len(records)} answers: {output}")
 

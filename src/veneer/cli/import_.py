@@ -15,26 +15,26 @@ from .common import app, load_libraries, show, show_json
 
 @app.command("import")
 def import_(
-    source: Annotated[Path, typer.Argument(help="The file, or the directory that holds it.")],
-    output: Annotated[Path, typer.Argument(help="Directory for the adapter; it appears whole or not.")],
+    source: Annotated[Path, typer.Argument(help="The file, or the directory that contains it.")],
+    output: Annotated[Path, typer.Argument(help="Directory for the adapter; a failure writes nothing.")],
     base: Annotated[
         str | None,
         typer.Option(
             "--model",
-            help="Base model that the adapter is to name. A directory of a model or a pipeline also says "
-            "where the dots of flattened names go.",
+            help="Base model for the adapter to name. A directory of a model or pipeline also helps to "
+            "resolve flattened names.",
         ),
     ] = None,
     overwrite: Annotated[
         bool,
-        typer.Option("--overwrite-output-dir", help="Replace the adapter in a directory that holds files."),
+        typer.Option("--overwrite-output-dir", help="Replace the adapter in a directory that is not empty."),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
-    """Read an adapter that diffusers or kohya's sd-scripts wrote, into PEFT's format.
+    """Convert an adapter of diffusers or kohya's sd-scripts to PEFT's format.
 
-    Every tensor is accounted for: what cannot be read is listed, and nothing is written then. An adapter of
-    several parts of a pipeline becomes one directory for each.
+    Every tensor is accounted for: if some cannot be read, they are listed and nothing is written. An adapter
+    for several parts of a pipeline becomes one directory for each part.
     """
     check_source(source)
     check_replaceable(output, overwrite, "adapter")

@@ -24,21 +24,25 @@ if TYPE_CHECKING:
 
 @app.command()
 def inspect(
-    adapter: Annotated[str, typer.Argument(help="Directory of the adapter, or a hub id.")],
+    adapter: Annotated[str, typer.Argument(help="Directory or hub id of the adapter.")],
     spectrum: Annotated[
-        bool, typer.Option(help="Compute the spectrum of each update, or read headers only.")
+        bool, typer.Option(help="Compute the spectrum of each update; without it only headers are read.")
     ] = True,
     first: Annotated[
-        int, typer.Option(min=1, help="How many directions to give the share of the energy for.")
+        int, typer.Option(min=1, help="Number of leading directions whose share of the energy is shown.")
     ] = 4,
-    modules: Annotated[bool, typer.Option("--modules", help="List every module, not kinds only.")] = False,
+    modules: Annotated[
+        bool, typer.Option("--modules", help="List every module, not only the kinds of modules.")
+    ] = False,
     plot: Annotated[
         Path | None,
-        typer.Option(help="Draw norm and effective rank over layers and module types: .png, .svg or .pdf."),
+        typer.Option(help="Draw norm and effective rank by layer and module type: .png, .svg or .pdf."),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON, with all values.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the result as JSON, with all values.")
+    ] = False,
 ) -> None:
-    """Show base, ranks, scaling, targets and bytes of an adapter, and the spectrum of its updates.
+    """Show base, ranks, scaling, targets and size of an adapter, and the spectrum of its updates.
 
     Reads the adapter's files and loads no model. Norms are Frobenius norms of the scaled update;
     the effective rank is the exponential of the entropy of its singular values.

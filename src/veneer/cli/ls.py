@@ -20,11 +20,11 @@ PIPED = 200
 
 @app.command()
 def ls(
-    directory: Annotated[Path, typer.Argument(help="Where to look, and below.")] = Path(),
-    check: Annotated[bool, typer.Option("--check", help="Exit with 1 if one of them is broken.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+    directory: Annotated[Path, typer.Argument(help="Where to look, subdirectories included.")] = Path(),
+    check: Annotated[bool, typer.Option("--check", help="Exit with 1 if an adapter is broken.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> int:
-    """List every adapter under a directory: base, rank, targets, size, date, health; reads headers only."""
+    """List all adapters under a directory, from their headers: base, rank, targets, size, date, problems."""
     from ..listing import find_adapters
 
     found = find_adapters(directory)

@@ -25,46 +25,48 @@ WORTH_SAYING = 0.9
 
 @app.command()
 def merge(
-    adapter: Annotated[str, typer.Argument(help="Directory of the adapter, or a hub id.")],
-    output: Annotated[Path, typer.Option(help="Directory for the merged model; it appears whole or not.")],
+    adapter: Annotated[str, typer.Argument(help="Directory or hub id of the adapter.")],
+    output: Annotated[Path, typer.Option(help="Directory for the merged model; a failure writes nothing.")],
     base: Annotated[
-        str | None, typer.Option("--model", help="Base model, instead of the one that the adapter names.")
+        str | None,
+        typer.Option("--model", help="Base model to use instead of the one that the adapter names."),
     ] = None,
     dtype: Annotated[
         str,
         typer.Option(
-            help="auto (as the base is saved), float32, bfloat16 or float16: type of the merged weights. "
+            help="Type of the merged weights: auto (as the base is saved), float32, bfloat16 or float16. "
             "float32 loses nothing."
         ),
     ] = "auto",
     device: Device = "auto",
     quantize: Annotated[
-        str, typer.Option(help="Merge into the base as nf4, fp4, int8 or int4, and save it as that.")
+        str, typer.Option(help="Merge into a base quantised to nf4, fp4, int8 or int4, and save it so.")
     ] = "none",
     untie: Annotated[
         bool,
         typer.Option(
-            "--untie", help="Give an adapted weight that two modules share to the adapted one alone."
+            "--untie", help="Where two modules share an adapted weight, change only that of the adapted one."
         ),
     ] = False,
     overwrite: Annotated[
         bool,
-        typer.Option("--overwrite-output-dir", help="Replace the model in a directory that holds files."),
+        typer.Option("--overwrite-output-dir", help="Replace the model in a directory that is not empty."),
     ] = False,
     low_memory: Annotated[
         bool,
         typer.Option(
-            "--low-memory", help="Go from file to file, one tensor in memory at a time; for plain adapters."
+            "--low-memory",
+            help="Merge file by file, with one tensor in memory at a time; for plain adapters.",
         ),
     ] = False,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print the report as JSON, with every module's share.")
+        bool, typer.Option("--json", help="Print the report as JSON, with the share kept in each module.")
     ] = False,
 ) -> None:
     """Merge an adapter into its base model; the result loads with transformers alone.
 
-    Tokenizer, chat template and generation settings go along. Weights of 16 bits cannot hold a small update
-    whole: which share of it they kept is said for each kind of module.
+    Tokenizer, chat template and generation settings are copied. 16-bit weights cannot hold a small update
+    exactly: the share of it that they keep is shown for each kind of module.
     """
     loading = Loading(dtype, device, quantize)
     in_memory = {"--untie": untie, "--quantize": quantize != "none", "--device": device != "auto"}

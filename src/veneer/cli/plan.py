@@ -52,23 +52,23 @@ class PlanOptions(RunOptions):
 def plan(
     model: Annotated[
         str,
-        typer.Argument(help="Directory, config.json or hub id; or the YAML file of a run, which names it."),
+        typer.Argument(help="Directory, config.json or hub id of the model; or the YAML file of a run."),
     ],
     config: Annotated[
         Path | None,
-        typer.Argument(metavar="[CONFIG.yaml]", help="Flags by name, one a line; those given beside it win."),
+        typer.Argument(metavar="[CONFIG.yaml]", help="Options by name, one per line; flags override them."),
     ] = None,
     budget: Annotated[
         str | None,
         typer.Option(
-            help="24GB of memory, or 1% of the parameters: propose rank, targets, quantisation, batch.",
+            help="24GB of memory, or 1% of the parameters: propose rank, targets, quantisation and batch.",
             rich_help_panel="Memory",
         ),
     ] = None,
     device: Annotated[
         str,
         typer.Option(
-            help="cpu or cuda: what it will be trained on; auto: what is there.", rich_help_panel="Memory"
+            help="Device to train on: cpu or cuda; auto takes what is there.", rich_help_panel="Memory"
         ),
     ] = "auto",
     as_json: Annotated[
@@ -76,7 +76,7 @@ def plan(
     ] = False,
     **given: Any,
 ) -> None:
-    """Show what would be adapted, and memory and arithmetic of training, from the configuration alone.
+    """Show what would be adapted, and what memory and compute training takes, from the configuration alone.
 
     No weights are read. Takes the flags and the YAML file of veneer train.
     """
@@ -225,7 +225,7 @@ def _proposal(console: Console, found: PlanReport, given_up: tuple[str, ...]) ->
     for name, value in chosen.items():
         if value:
             words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
-    console.print(f"Train so: {shlex.join(words)}", soft_wrap=True)
+    console.print(f"To train: {shlex.join(words)}", soft_wrap=True)
 
 
 def _flops(count: int) -> str:

@@ -26,7 +26,7 @@ EXAMPLE = {"model": "HuggingFaceTB/SmolLM2-135M-Instruct", "data": "train.jsonl"
 def train(
     config: Annotated[
         Path | None,
-        typer.Argument(metavar="[CONFIG.yaml]", help="Flags by name, one a line; those given beside it win."),
+        typer.Argument(metavar="[CONFIG.yaml]", help="Options by name, one per line; flags override them."),
     ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the metrics as JSON.", rich_help_panel="Output")
@@ -35,15 +35,16 @@ def train(
         bool,
         typer.Option(
             "--print-config",
-            help="Print all options as commented YAML and leave; alone, a template.",
+            help="Print all options as commented YAML and exit; without other flags, a template.",
             rich_help_panel="Output",
         ),
     ] = False,
     **given: Any,
 ) -> int | None:
-    """Fine-tune a language model with an adapter; loss falls on the answers only.
+    """Fine-tune a language model with an adapter; the loss is computed on the answers only.
 
-    Ctrl-C finishes the step, saves a checkpoint and says how to go on; torchrun and accelerate launch work.
+    Ctrl-C finishes the step, saves a checkpoint and shows how to continue. Works under torchrun and
+    accelerate launch.
     """
     if print_config and config is None and all(value is None for value in given.values()):
         given = EXAMPLE
@@ -83,6 +84,6 @@ def train(
 
 def _say_how_to_go_on(left: Any, config: Path | None, given: dict[str, Any]) -> None:
     way = ", under the same launcher" if launched() else ""
-    say(f"Stopped after step {left.step} of {left.steps}; checkpoint: {left.checkpoint}. To go on{way}:")
+    say(f"Stopped after step {left.step} of {left.steps}; checkpoint: {left.checkpoint}. To continue{way}:")
     same = {name: value for name, value in given.items() if name not in ("resume", "overwrite_output_dir")}
     say(f"  {command_line('train', config, same, '--resume')}")

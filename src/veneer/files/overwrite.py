@@ -45,10 +45,10 @@ def check_replaceable(place: Path, overwrite: bool | None = None, what: str = "m
     real = Path(os.path.realpath(place))
     _tidy(real)
     if place.is_file():
-        raise VeneerError(f"{place} is a file; name a directory for the output")
+        raise VeneerError(f"{place} is a file; the output must be a directory")
     if place.is_dir() and not overwrite and any(place.iterdir()):
         raise VeneerError(
-            f"the directory {place} is not empty; name another one",
+            f"the directory {place} is not empty; choose another one",
             *(() if overwrite is None else (f", or write over its {what} with ", Hint("overwrite", True))),
         )
     for folder, _, _ in os.walk(real):

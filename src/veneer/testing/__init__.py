@@ -1,4 +1,4 @@
-"""The laws that every layer, initialisation, variant and backend is held to, for those of others too."""
+"""The laws that every layer, initialisation, variant and backend obeys, to check plug-ins against."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Trying the laws on what somebody has added."""
+"""Checking the laws on a plug-in."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def check(
     store: Callable[[nn.Module], nn.Module] | None = None,
     dtypes: Sequence[torch.dtype] = (torch.float32, torch.bfloat16),
 ) -> Report:
-    """Try every law that Veneer's own parts are held to on a variant, initialisation, backend or layer.
+    """Check a variant, initialisation, backend or layer against every law that Veneer's own parts obey.
 
     Args:
         item: The class; defining it has registered it.
@@ -127,7 +127,7 @@ def _asking_for(item: Any) -> list[dict[str, Any]]:
         return [{"init_lora_weights": name} for name in item.names]
     if issubclass(item, (Backend, LoraLayer)):
         return [{}]
-    raise ConfigError(f"{item!r} is no Variant, Init, Backend or LoraLayer")
+    raise ConfigError(f"{item!r} is not a Variant, Init, Backend or LoraLayer")
 
 
 def _as_it_is(module: nn.Module) -> nn.Module:

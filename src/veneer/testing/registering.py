@@ -1,4 +1,4 @@
-"""Registering something for the length of a test."""
+"""Registering a plug-in for the duration of a test."""
 
 from __future__ import annotations
 

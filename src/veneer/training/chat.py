@@ -90,7 +90,7 @@ class Chat:
         if limit is not None and len(ids) >= limit:
             raise VeneerError(
                 f"the conversation has {len(ids)} tokens, and the model reads {limit} at most: "
-                "/clear begins anew"
+                "/clear starts over"
             )
         room = None if limit is None else limit - len(ids)
         answer = self._answer(ids, write, room)
@@ -104,7 +104,7 @@ class Chat:
             VeneerError: There is no turn yet.
         """
         if not self.messages or self.messages[-1]["role"] != "assistant":
-            raise VeneerError("nothing was asked yet")
+            raise VeneerError("nothing has been asked yet")
         before, question = self.messages, self.messages[-2]["content"]
         self.messages = before[:-2]
         try:

@@ -135,7 +135,7 @@ def answer_file(
     config = sampling.config(model, tokenizer)
     done = _begun(part, mark, block)
     if done:
-        progress.say(f"Going on after {done} answers from before, in {part}")
+        progress.say(f"Continuing after {done} earlier answers, in {part}")
     else:
         part.unlink(missing_ok=True)  # begun with other settings, or a link to another file
     with (

@@ -65,11 +65,13 @@ class Head:
             return None
         if self.task != "SEQ_CLS":
             raise VeneerError(
-                f"{self.name} is an adapter for {self.task}; trained and measured are CAUSAL_LM and SEQ_CLS"
+                f"{self.name} is an adapter for {self.task}; only CAUSAL_LM and SEQ_CLS are supported here"
             )
         names = self.label_names()
         if names is None:
-            raise AdapterFileError(f"{self.name} is an adapter of a classifier, but holds no head of one")
+            raise AdapterFileError(
+                f"{self.name} is an adapter of a classifier, but contains no classification head"
+            )
         return names
 
     def rewards(self) -> bool:
@@ -155,7 +157,7 @@ def read_head_or_model(
                 raise
             if not (here / "config.json").is_file():
                 raise AdapterFileError(
-                    f"{name} holds neither an adapter ({CONFIG_NAME}) nor a model (config.json)"
+                    f"{name} contains neither an adapter ({CONFIG_NAME}) nor a model (config.json)"
                 ) from no_adapter
             return read_plain(here)
         if is_local(name) or ("/" in name and not isinstance(no_adapter, EntryMissingError | NotCachedError)):
@@ -200,7 +202,7 @@ def with_adapter(options: RunOptions, head: Head, given: Collection[str] | None 
     ]
     if wrong:
         raise ConfigError(
-            f"{head.name} is trained further as it is configured. Leave out ",
+            f"{head.name} keeps its configuration when it is trained further. Leave out ",
             Text.join(", ", wrong),
             ", or start a new adapter without ",
             Hint("resume_from_adapter"),
@@ -248,7 +250,7 @@ def base_name(head: Head, model: str | None = None, progress: Progress | None = 
     named = model or head.config.base_model_name_or_path
     if not named:
         raise AdapterFileError(
-            f"the adapter {head.name} does not name its base model: say which with ", Hint("model")
+            f"the adapter {head.name} does not name its base model: pass it with ", Hint("model")
         )
     if progress is not None and not is_local(named):
         who = "" if model else f", which {head.name!r} names"

@@ -76,7 +76,7 @@ def check_device(name: str) -> None:
     there = [str(device) for device in accelerators()]
     if name not in ("auto", "cpu", *there, *(device.partition(":")[0] for device in there)):
         raise TrainingError(
-            Hint("device", name), f": there is no such device here; there are: {', '.join(['cpu', *there])}"
+            Hint("device", name), f": this machine has no such device, only {', '.join(['cpu', *there])}"
         )
 
 
@@ -118,7 +118,7 @@ def device_map(source: str | os.PathLike[str], loading: Loading) -> tuple[Any, s
         return {"": str(first)}, f"The base model goes to {first}."
     return "auto", (
         f"The base model takes {needed / 1e9:.3g} GB and {first} has {free / 1e9:.3g} GB free: it is spread "
-        "over all devices and the CPU's memory, which is slower. To make it smaller, quantise it."
+        "over all devices and the CPU's memory, which is slower. Quantising makes it smaller."
     )
 
 

@@ -217,7 +217,7 @@ def _updates(
         elif kind not in TYPES:
             problems.append(f"{path}: its weight is stored as {kind}")
         elif settings.get("tie_word_embeddings") and "embed" in name and "lm_head.weight" not in files:
-            problems.append(f"{path}: its weight may be that of the output layer, too")
+            problems.append(f"{path}: the output layer may share its weight")
         else:
             found[name] = _Update(path, roles["A"], roles["B"], specs[path].scaling, transpose)
     if problems:
@@ -232,9 +232,11 @@ def _unmergeable(
     """What about an adapter or a base cannot be merged file to file, whatever the module."""
     problems = []
     if variant_name(config) != "plain":
-        problems.append(f"the adapter is a {variant_name(config)}, whose update is no product of two factors")
+        problems.append(
+            f"the adapter is a {variant_name(config)}, whose update is not a product of two factors"
+        )
     if others:
-        problems.append(f"it holds {len(others)} tensors beside its factors, such as {others[0]}")
+        problems.append(f"it contains {len(others)} tensors besides its factors, such as {others[0]}")
     if config.target_parameters or config.layer_replication:
         problems.append("it adapts bare parameters or replicated layers")
     if settings.get("quantization_config") or settings.get("compression_config"):

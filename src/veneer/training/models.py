@@ -139,8 +139,7 @@ def quantization(name: str, dtype: str = "auto") -> dict[str, Any]:
     if name == "int4" and not torch.cuda.is_available():
         raise TrainingError(
             asked,
-            " needs a GPU: torchao packs 4-bit integers for its kernels there only. "
-            "nf4, fp4 and int8 run on the CPU too",
+            " needs a GPU: torchao has 4-bit kernels for GPUs only. nf4, fp4 and int8 run on the CPU too",
         )
     require("torchao" if name == "int4" else "bitsandbytes", "quant", asked)
     if name == "int4":

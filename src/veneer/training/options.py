@@ -79,55 +79,53 @@ class TrainOptions:
 
     learning_rate: float = option(2e-4, "Steps", "Peak learning rate.", above=0)
     epochs: float = option(1.0, "Steps", "Passes over the data.", "num_train_epochs", above=0)
-    max_steps: int | None = option(None, "Steps", "Optimizer steps; goes before the epochs.", above=0)
+    max_steps: int | None = option(None, "Steps", "Optimizer steps; overrides the epochs.", above=0)
     batch_size: int = option(
-        8, "Steps", "Examples a forward pass, on each device.", "per_device_train_batch_size", above=0
+        8, "Steps", "Examples per forward pass, on each device.", "per_device_train_batch_size", above=0
     )
-    gradient_accumulation_steps: int = option(1, "Steps", "Forward passes an optimizer step.", above=0)
+    gradient_accumulation_steps: int = option(1, "Steps", "Forward passes per optimizer step.", above=0)
     lr_scheduler_type: str = option(
         "linear", "Steps", "Schedule of the learning rate:", "lr_scheduler", choices=SCHEDULES
     )
-    warmup_steps: int = option(0, "Steps", "Steps from 0 up to the learning rate.", least=0)
-    warmup_ratio: float = option(0.0, "Steps", "The same as a share of all steps.")
+    warmup_steps: int = option(0, "Steps", "Steps over which the learning rate rises from 0.", least=0)
+    warmup_ratio: float = option(0.0, "Steps", "The same, as a share of all steps.")
     weight_decay: float = option(0.0, "Steps", "Weight decay.", least=0)
-    max_grad_norm: float = option(
-        1.0, "Steps", "Gradients are scaled down to this norm; 0 leaves them.", least=0
-    )
+    max_grad_norm: float = option(1.0, "Steps", "Clip gradients to this norm; 0 does not clip.", least=0)
     optim: str = option(
         "adamw_torch",
         "Steps",
-        "Optimizer by transformers' name; with bitsandbytes also adamw_8bit, paged_adamw_8bit, lion_8bit.",
+        "Optimizer, by transformers' name; with bitsandbytes also adamw_8bit, paged_adamw_8bit, lion_8bit.",
     )
-    seed: int = option(0, "Steps", "Of the factors, the order of the data, and dropout.")
+    seed: int = option(0, "Steps", "Seed for the factors, the order of the data, and dropout.")
     gradient_checkpointing: bool = option(
-        False, "Memory", "Compute activations again in the backward pass instead of keeping them."
+        False, "Memory", "Recompute activations in the backward pass instead of keeping them."
     )
     loss_chunk_size: int = option(
         0,
         "Memory",
-        "Tokens whose logits are computed at a time, and again in the backward pass; 0 is all.",
+        "Compute logits for this many tokens at a time, and again in the backward pass; 0: all at once.",
         least=0,
     )
     eval_steps: int = option(
         0,
         "Evaluation",
-        "Steps between evaluations; 0 evaluates before the first and after the last.",
+        "Steps between evaluations; 0 evaluates only before the first and after the last.",
         least=0,
     )
     logging_steps: int = option(1, "Output", "Steps between reports to a tracker.", free=True, above=0)
     report_to: str = option(
-        "none", "Output", "Where losses are reported too: tensorboard, wandb, mlflow, …", free=True
+        "none", "Output", "Trackers to report losses to: tensorboard, wandb, mlflow, …", free=True
     )
     save_steps: int = option(0, "Output", "Steps between checkpoints; 0 writes none.", free=True, least=0)
-    save_total_limit: int = option(2, "Output", "Checkpoints kept, the newest.", free=True, above=0)
+    save_total_limit: int = option(2, "Output", "Number of checkpoints to keep.", free=True, above=0)
     resume: bool = option(
         False,
         "Output",
-        "Go on from the last checkpoint of the output; a finished run stays as it is.",
+        "Continue from the last checkpoint in the output; a finished run stays as it is.",
         free=True,
     )
     overwrite_output_dir: bool = option(
-        False, "Output", "Remove the checkpoints of an earlier run from the output.", free=True
+        False, "Output", "Delete the checkpoints of an earlier run in the output.", free=True
     )
 
     def __post_init__(self) -> None:
@@ -143,7 +141,7 @@ class TrainOptions:
             wrong.append(Text(Hint("warmup_ratio"), f" must be at least 0 and below 1, not {got}"))
         if self.warmup_steps and self.warmup_ratio:
             both = Text(Hint("warmup_steps"), " and ", Hint("warmup_ratio"))
-            wrong.append(Text(both, " say the same in two ways: give one of them"))
+            wrong.append(Text(both, " set the same thing: give only one of them"))
         return wrong
 
 
@@ -157,75 +155,89 @@ class RunOptions(TrainOptions):
 
     model: str = option("", "Run", "Base model: a directory or a hub id.", "model_name_or_path")
     data: str = option(
-        "", "Run", "Examples: JSONL, JSON, CSV, TSV or Parquet, or a data set of the hub.", "dataset_name"
+        "",
+        "Run",
+        "Examples: a JSONL, JSON, CSV, TSV or Parquet file, or a data set of the hub.",
+        "dataset_name",
     )
     output: str = option(
-        "", "Run", "Directory for the adapter, metrics.json, loss.png, checkpoints.", "output_dir", free=True
+        "",
+        "Run",
+        "Directory for the adapter, metrics.json, loss.png and checkpoints.",
+        "output_dir",
+        free=True,
     )
     method: str = option(
         "sft",
         "Run",
-        "sft learns the answers; dpo and orpo learn from preferences, kto from answers that are good or bad; "
-        "reward makes a reward model of preferences:",
+        "sft learns from answers, dpo and orpo from preferences, kto from answers rated good or bad; reward "
+        "trains a reward model on preferences:",
         choices=METHODS,
     )
     task: str = option("causal-lm", "Run", "What the model does:", choices=tuple(TASKS))
     resume_from_adapter: str | None = option(
         None,
         "Run",
-        "Train this saved adapter further, into a new output; its configuration and its base are taken.",
+        "Continue training a saved adapter, with its configuration and base, into a new output.",
     )
-    eval_data: str | None = option(None, "Evaluation", "Held-out examples, given as the data are.")
+    eval_data: str | None = option(None, "Evaluation", "Held-out examples, in the same form as the data.")
     columns: str | None = option(
         None, "Data", "Columns that have other names in the data: prompt=question,completion=answer."
     )
     validation_split: float = option(
-        0.0, "Evaluation", "Share of the examples that is set aside and measured, drawn by the seed."
+        0.0, "Evaluation", "Share of the examples to set aside for evaluation; the seed decides which."
     )
-    max_length: int = option(1024, "Data", "Longest example, in tokens; longer ones are cut.", above=0)
-    packing: bool = option(False, "Data", "Lay several short examples into one row, apart from one another.")
+    max_length: int = option(
+        1024, "Data", "Maximum length of an example, in tokens; longer ones are cut.", above=0
+    )
+    packing: bool = option(
+        False, "Data", "Put several short examples into one row; they do not see one another."
+    )
     beta: float = option(
         0.1,
         "Data",
-        "dpo, kto: how much straying from the start costs; orpo: weight of the preference.",
+        "dpo, kto: how strongly the model is kept close to its start; orpo: weight of the preference.",
         above=0,
     )
     lora_r: int = option(16, "Adapter", "Rank.", "r")
     lora_alpha: float = option(16.0, "Adapter", "Numerator of the scaling alpha / r.")
-    lora_dropout: float = option(0.0, "Adapter", "Dropout before the factors.")
+    lora_dropout: float = option(0.0, "Adapter", "Dropout on the input of the factors.")
     lora_target_modules: str = option(
         "all-linear",
         "Adapter",
-        "all-linear, names with commas, or an expression; empty for parameters alone.",
+        "all-linear, comma-separated names, or a regular expression; empty for parameters only.",
         "target_modules",
     )
     lora_target_parameters: str | None = option(
         None,
         "Adapter",
-        "Parameters of no module of their own, such as stacks of experts; names with commas.",
+        "Parameters without a module of their own, such as stacks of experts; comma-separated names.",
         "target_parameters",
     )
     lora_modules_to_save: str | None = option(
-        None, "Adapter", "Modules trained whole and saved along; names with commas.", "modules_to_save"
+        None,
+        "Adapter",
+        "Modules to train in full and save with the adapter; comma-separated names.",
+        "modules_to_save",
     )
-    use_dora: bool = option(False, "Adapter", "Train the norm of each weight's rows apart (DoRA).")
+    use_dora: bool = option(False, "Adapter", "Train the norm of each weight row separately (DoRA).")
     use_rslora: bool = option(False, "Adapter", "Scale by alpha / sqrt(r).")
     init_lora_weights: str = option(
         "true",
         "Adapter",
-        "Start of the factors: true, gaussian, orthogonal, pissa, olora, mica, …; eva, corda and lora_ga are "
-        "measured on the data.",
+        "Initialisation of the factors: true, gaussian, orthogonal, pissa, olora, mica, …; eva, corda and "
+        "lora_ga are computed from the data.",
     )
     dtype: str = option("auto", "Memory", "Type of the base's weights:", choices=DTYPES)
-    quantize: str | None = option(None, "Memory", "Keep the base quantised:", choices=QUANTIZATIONS)
+    quantize: str | None = option(None, "Memory", "Quantise the base:", choices=QUANTIZATIONS)
     attn_implementation: str | None = option(
-        None, "Memory", "eager, sdpa, flash_attention_2, …; transformers' choice without it."
+        None, "Memory", "eager, sdpa, flash_attention_2, …; by default transformers chooses."
     )
 
     def problems(self) -> list[Text]:
         """What cannot be right, a sentence each."""
         wrong = [
-            Text(Hint(name), " is missing: give it, or name it in a YAML file")
+            Text(Hint(name), " is missing: pass it, or set it in a YAML file")
             for name in ("model", "data", "output")
             if not getattr(self, name) and not (name == "model" and self.resume_from_adapter)
         ]
@@ -397,10 +409,10 @@ def read_yaml(path: str | os.PathLike[str], kind: type[TrainOptions] = RunOption
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is no UTF-8 text"
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise ConfigError(f"cannot read the configuration {file}: {reason}") from error
     except yaml.YAMLError as error:
-        raise ConfigError(f"{file} is no YAML: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{file} must hold keys and values, such as `lora_r: 8`, one a line")
     return from_mapping(content, str(file), kind)

@@ -33,7 +33,7 @@ def check_model(source: str | os.PathLike[str], *, config_file: bool = False) ->
     what = "has no config.json" if place.is_dir() else "does not exist"
     if place.is_file():
         what = "is a file"
-    adapter = " It holds an adapter: name its base model." * (place / CONFIG_NAME).is_file()
+    adapter = " It contains an adapter: pass its base model instead." * (place / CONFIG_NAME).is_file()
     raise TrainingError(
         f"no model at {str(source)!r}: it {what}.{adapter} Give a directory that transformers saved, "
         f"{'a config.json, ' * config_file}or a hub id."
@@ -49,11 +49,11 @@ def check_not_a_source(place: Path, source: str) -> None:
         VeneerError: The directory is one of these.
     """
     if source and Path(source).exists() and place.resolve() == Path(source).resolve():
-        raise VeneerError(f"{place} holds what is to be merged; name another directory for the output")
+        raise VeneerError(f"{place} is what is to be merged; choose another output directory")
     if (place / CONFIG_NAME).exists():
         raise VeneerError(
-            f"{place} holds an adapter, which transformers would apply to the merged model once more; "
-            "name another directory for the output"
+            f"{place} contains an adapter, which transformers would apply to the merged model again; "
+            "choose another output directory"
         )
 
 
@@ -64,9 +64,9 @@ def check_answer_file(output: Path) -> None:
         VeneerError: It exists, or its directory does not exist or cannot be written.
     """
     if output.is_dir():
-        raise VeneerError(f"{output} is a directory; name a file for the answers")
+        raise VeneerError(f"{output} is a directory; choose a file for the answers")
     if output.exists():
-        raise VeneerError(f"{output} exists; name another file for the answers, or remove it")
+        raise VeneerError(f"{output} exists already; choose another file for the answers, or remove it")
     if not output.parent.is_dir():
         raise VeneerError(f"the directory {output.parent} for the answers does not exist")
     check_writable(output.parent)
@@ -79,7 +79,7 @@ def check_output(place: Path) -> None:
         VeneerError: It is a file, or cannot be written to.
     """
     if place.is_file():
-        raise VeneerError(f"{place} is a file; name a directory for the output")
+        raise VeneerError(f"{place} is a file; the output must be a directory")
     check_writable(place)
 
 

@@ -207,7 +207,7 @@ def check_same_run(checkpoint: Path, now: Mapping[str, Any]) -> tuple[float, int
             Text.join("; ", differences),
             ". ",
             RESUME,
-            " goes on with the same run: give the same options and data, or start a new run in another ",
+            " continues the same run: give the same options and data, or start a new run in another ",
             Hint("output"),
         )
     return float(then["seconds"]), int(then["steps"])
@@ -277,7 +277,7 @@ def check_beginning(output: Path, resume: bool, overwrite: bool, processes: int)
             f"{output} holds checkpoints of an earlier run ({', '.join(one.name for one in found[-3:])}), "
             "which a later ",
             RESUME,
-            " could not tell from those of this one. Go on with ",
+            " could not tell from those of this one. Continue with ",
             RESUME,
             ", name another ",
             Hint("output"),

@@ -199,7 +199,7 @@ def train(
         progress.say(f"The run has reached its last step, {steps}: nothing is left to train, only to write.")
     elif run.planned < steps:
         progress.say(
-            f"The run was to have {run.planned} steps and goes on to {steps}. From here the learning rate "
+            f"The run was planned with {run.planned} steps and now has {steps}: from here the learning rate "
             f"follows the {options.lr_scheduler_type} schedule of {steps} steps."
         )
     make = partial(_trainer, model, tokenizer, rows, eval_rows, run, objective)
@@ -241,7 +241,7 @@ def _encoded(
     """
     length = longest_example(tokenizer, options.max_length)
     if length < options.max_length:
-        progress.say(f"The model takes {length} tokens at most: that is the longest example.")
+        progress.say(f"The model takes at most {length} tokens: longer examples are cut.")
     found = []
     for part in records:
         found.append(encode_records(part, tokenizer, length, options.method, names))
@@ -426,7 +426,7 @@ def _clear_away(run: Run, trainer: Any, error: BaseException) -> None:
             f"the checkpoint {place} cannot be written: {reason(error)}. The run stopped after step "
             f"{trainer.state.global_step}; earlier checkpoints are whole, and ",
             Hint("resume", True),
-            " goes on from the last one",
+            " continues from the last one",
         ) from error
 
 
@@ -480,7 +480,7 @@ def _write(run: Run, model: Any, tokenizer: Any, metrics: dict[str, Any]) -> Non
         last = checkpoints(run.output)
         way = Text("what was learned is lost")
         if last:
-            way = Text("make room and ", Hint("resume", True), f" goes on from {last[-1]}")
+            way = Text("make room and ", Hint("resume", True), f" continues from {last[-1]}")
         raise TrainingError(
             f"the result cannot be written to {run.output}: {reason(error)}; ", way
         ) from error

@@ -14,11 +14,11 @@ class Sampling:
 
     Attributes:
         max_new_tokens: Maximum length of an answer.
-        do_sample: Draw tokens instead of taking the likeliest. None draws if ``temperature`` (not 0),
+        do_sample: Sample instead of taking the most likely token. None samples if ``temperature`` (not 0),
             ``top_p`` or ``top_k`` is given.
-        temperature: Divides the logits before drawing.
-        top_p: Draw from the likeliest tokens that make up this share.
-        top_k: Draw from this many of the likeliest tokens.
+        temperature: Divides the logits before sampling.
+        top_p: Sample from the most likely tokens that make up this share.
+        top_k: Sample from this many of the most likely tokens.
         repetition_penalty: Divides the scores of tokens that occur already; 1 changes nothing.
     """
 
@@ -49,16 +49,16 @@ class Sampling:
         drawn = [Hint(n) for n in ("temperature", "top_p", "top_k") if getattr(self, n)]
         if self.do_sample is False and drawn:
             named = Text.join(" and ", drawn)
-            wrong.append(Text(named, " say how to draw tokens, but ", Hint("do_sample"), " is off"))
+            wrong.append(Text(named, " say how to sample, but ", Hint("do_sample"), " is off"))
         if self.temperature == 0 and (self.do_sample or len(drawn) > 0):
             zero = Hint("temperature", 0)
-            wrong.append(Text(zero, " takes the likeliest token, so there is nothing to draw from"))
+            wrong.append(Text(zero, " takes the most likely token, so there is nothing to sample"))
         if wrong:
             raise ConfigError(Text.join("; ", wrong))
 
     @property
     def draws(self) -> bool:
-        """Whether tokens are drawn."""
+        """Whether tokens are sampled."""
         if self.do_sample is not None:
             return self.do_sample
         return any((self.temperature, self.top_p, self.top_k))

@@ -50,7 +50,7 @@ class Stop:
 #: Within so many seconds, a second signal is the terminal's first, passed on by the launcher.
 ECHO_SECONDS = 1.0
 KINDS = (signal.SIGINT,) if sys.platform == "win32" else (signal.SIGINT, signal.SIGTERM)
-STOPPING = "Stopping after this step, with a checkpoint; once more leaves at once."
+STOPPING = "Stopping after this step, with a checkpoint; press Ctrl-C again to leave at once."
 
 
 @contextmanager

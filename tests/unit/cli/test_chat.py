@@ -73,7 +73,7 @@ def test_commands_that_do_not_exist_are_not_asked(
     assert messages[0].startswith("error: no command /adaptr (did you mean '/adapter'?); there are /adapter,")
     assert messages[1].startswith("error: no command /what; there are /adapter, /base")
     assert messages[2] == "error: no adapter 'nope'; there are: default"
-    assert messages[3] == "error: nothing was asked yet"
+    assert messages[3] == "error: nothing has been asked yet"
     assert messages[4].strip().startswith("/adapter") and messages[-1].strip().startswith("/exit")
 
 

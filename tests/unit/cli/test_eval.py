@@ -59,7 +59,7 @@ def test_eval_says_what_is_neither_an_adapter_nor_a_model(
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "adapter_config.json").write_text("{}")
     for words, code, said in (
-        (["empty"], 1, "neither an adapter (adapter_config.json) nor a model (config.json)"),
+        (["empty"], 1, "contains neither an adapter (adapter_config.json) nor a model (config.json)"),
         (["broken"], 1, "adapter_model.safetensors"),
         ([str(base), "--model", str(base)], 2, "--model names an adapter's base"),
         ([f"{adapter.name}s"], 1, "is neither an adapter nor a model"),

@@ -50,7 +50,7 @@ def test_a_file_of_prompts(adapter: Path, tmp_path: Path, capsys: pytest.Capture
     assert main([*words, "--base"]) == 0
     assert lines(capsys.readouterr().out) != found
     assert main([*words, "--output", str(out)]) == 1
-    assert "exists; name another file" in capsys.readouterr().err
+    assert "exists already; choose another file" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data.jsonl", "out.jsonl"]
 
 
@@ -61,7 +61,7 @@ def test_a_file_of_prompts(adapter: Path, tmp_path: Path, capsys: pytest.Capture
         (["hello", "--output", "x.jsonl"], "--output goes with --data"),
         (["--data", "x.jsonl", "--batch-size", "0"], "--batch-size must be above 0"),
         (["hello", "--top-k", "0"], "--top-k must be above 0"),
-        (["hello", "--temperature", "0", "--do-sample"], "nothing to draw from"),
+        (["hello", "--temperature", "0", "--do-sample"], "nothing to sample"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

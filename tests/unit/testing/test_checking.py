@@ -77,7 +77,7 @@ def test_refusals_are_told_and_nothing_tried_is_an_error() -> None:
     assert list(report.refused) == ["Conv2d with groups"] and "not this one" in str(report.refused)
     with pytest.raises(ConfigError, match="nothing could be tried on Shy"):
         check(Shy, cases=CASES[-1:])
-    with pytest.raises(ConfigError, match="no Variant"):
+    with pytest.raises(ConfigError, match="not a Variant"):
         check(nn.Linear)  # type: ignore[arg-type]
 
 

@@ -72,7 +72,7 @@ def test_an_adapter_that_names_no_base(adapter: Path) -> None:
     config = json.loads((adapter / "adapter_config.json").read_text())
     config["base_model_name_or_path"] = None
     (adapter / "adapter_config.json").write_text(json.dumps(config))
-    with pytest.raises(AdapterFileError, match="say which with model"):
+    with pytest.raises(AdapterFileError, match="pass it with model"):
         load_adapted(adapter)
 
 
@@ -153,7 +153,7 @@ def test_the_classes_of_a_classifier(adapter: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     head = as_task(adapter, "SEQ_CLS")
-    with pytest.raises(AdapterFileError, match="holds no head"):
+    with pytest.raises(AdapterFileError, match="contains no classification head"):
         head.classes()
     with pytest.raises(ConfigError, match="is an adapter for CAUSAL_LM"):
         load_adapted(head, others={"other": str(lm_beside(adapter))})

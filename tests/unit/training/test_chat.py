@@ -88,12 +88,12 @@ def test_without_a_chat_template_lines_are_continued() -> None:
 def test_what_cannot_be_asked_leaves_the_conversation_as_it_was() -> None:
     model = two_adapters()
     chat = Chat(model, TOKENIZER, Sampling(4))
-    with pytest.raises(VeneerError, match="nothing was asked yet"):
+    with pytest.raises(VeneerError, match="nothing has been asked yet"):
         chat.again(lambda text: None)
     asked(chat, "One")
     before = list(chat.messages)
     model.get_base_model().config.max_position_embeddings = 40
-    with pytest.raises(VeneerError, match="the model reads 40 at most: /clear begins anew"):
+    with pytest.raises(VeneerError, match="the model reads 40 at most: /clear starts over"):
         asked(chat, "x" * 40)
     TOKENIZER_THAT_FAILS = tiny_tokenizer("{{ raise_exception('never') }}")
     chat.tokenizer = TOKENIZER_THAT_FAILS

@@ -96,7 +96,7 @@ def test_everything_wrong_is_said_at_once() -> None:
     with pytest.raises(ConfigError, match="do_sample is off"):
         Sampling(do_sample=False, top_p=0.9)
     for given in ({"do_sample": True}, {"top_p": 0.9}):
-        with pytest.raises(ConfigError, match="nothing to draw from"):
+        with pytest.raises(ConfigError, match="nothing to sample"):
             Sampling(temperature=0.0, **given)  # type: ignore[arg-type]
 
 

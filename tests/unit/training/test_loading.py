@@ -45,7 +45,7 @@ def test_without_an_accelerator_everything_stays_on_the_cpu(
     monkeypatch.setattr(loading, "accelerators", lambda: [])
     for device in ("auto", "cpu"):
         assert device_map(base, Loading(device=device)) == (None, None)
-    with pytest.raises(TrainingError, match=r"device='cuda': there is no such device here; there are: cpu$"):
+    with pytest.raises(TrainingError, match=r"device='cuda': this machine has no such device, only cpu$"):
         device_map(base, Loading(device="cuda"))
 
 

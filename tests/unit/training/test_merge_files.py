@@ -89,7 +89,7 @@ def test_the_result_is_a_plain_model(tmp_path: Path) -> None:
     ("options", "said"),
     [
         ({"use_dora": True, "target_modules": ["q_proj"]}, "is a dora"),
-        ({"modules_to_save": ["lm_head"]}, "tensors beside its factors"),
+        ({"modules_to_save": ["lm_head"]}, "tensors besides its factors"),
     ],
 )
 def test_what_needs_a_model_is_refused(options: dict[str, Any], said: str, tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ def test_wrong_options_are_named_together() -> None:
         ({"method": "reward", "task": "seq-cls"}, "task='seq-cls' does not go with method='reward'"),
         ({"method": "kto", "batch_size": 1}, "compares the answers of a batch: batch_size must be above 1"),
         ({"task": "seq-cls", "loss_chunk_size": 8}, "loss_chunk_size does not go with task='seq-cls'"),
-        ({"warmup_steps": 2, "warmup_ratio": 0.1}, "give one of them"),
+        ({"warmup_steps": 2, "warmup_ratio": 0.1}, "give only one of them"),
         ({"warmup_ratio": 1.0}, "below 1"),
         ({"columns": "promt=a"}, "columns: 'promt' is no column"),
         ({"validation_split": 1.0}, "validation_split must be at least 0 and below 1"),
@@ -100,7 +100,7 @@ def test_unknown_keys_are_all_named_with_suggestions() -> None:
     [
         (None, "No such file"),
         ("- a\n", "must hold keys and values"),
-        ("a: [", "is no YAML"),
+        ("a: [", "is not valid YAML"),
         ("epochs: 1\nnum-train-epochs: 2\n", "epochs is given twice"),
         ("packing: maybe\n", "packing must be true or false"),
         ("max_steps: 1.5\n", "max_steps must be a whole number"),

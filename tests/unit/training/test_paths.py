@@ -32,7 +32,7 @@ def test_a_model_that_is_not_there(tmp_path: Path) -> None:
     check_model(tmp_path / "file.json", config_file=True)
     check_model("someone/something")
     (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(TrainingError, match="It holds an adapter: name its base model"):
+    with pytest.raises(TrainingError, match="It contains an adapter: pass its base model"):
         check_model(tmp_path)
 
 
@@ -41,7 +41,7 @@ def test_a_merged_model_never_lands_on_what_it_is_made_of(tmp_path: Path) -> Non
     for place in (base, adapter):
         place.mkdir()
     (adapter / "adapter_config.json").write_text("{}")
-    with pytest.raises(VeneerError, match="holds what is to be merged"):
+    with pytest.raises(VeneerError, match="is what is to be merged"):
         check_not_a_source(base, str(base))
     with pytest.raises(VeneerError, match="once more"):
         check_not_a_source(adapter, "org/base")
@@ -50,7 +50,7 @@ def test_a_merged_model_never_lands_on_what_it_is_made_of(tmp_path: Path) -> Non
 
 def test_an_output_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(VeneerError, match="is a file; name a directory"):
+    with pytest.raises(VeneerError, match="is a file; the output must be a directory"):
         check_output(tmp_path / "file")
     with pytest.raises(VeneerError, match="cannot write to the directory"):
         check_output(tmp_path / "file" / "out")
@@ -62,7 +62,7 @@ def test_where_answers_cannot_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     (tmp_path / "there.jsonl").write_text("")
     for place, words in (
         (tmp_path, "is a directory"),
-        (tmp_path / "there.jsonl", "exists; name another file"),
+        (tmp_path / "there.jsonl", "exists already; choose another file"),
         (tmp_path / "no" / "where.jsonl", "does not exist"),
     ):
         with pytest.raises(VeneerError, match=words):

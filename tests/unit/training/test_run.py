@@ -275,7 +275,7 @@ def test_a_result_that_cannot_be_written_is_said_with_the_way_on(
     monkeypatch.setattr(type(TOKENIZER), "save_pretrained", full)
     with pytest.raises(TrainingError, match=r"the result cannot be written .*: No space left .* is lost"):
         run(tmp_path / "out", max_steps=1)
-    with pytest.raises(TrainingError, match=r"make room and resume.* goes on from .*checkpoint-2"):
+    with pytest.raises(TrainingError, match=r"make room and resume.* continues from .*checkpoint-2"):
         run(tmp_path / "kept", max_steps=2, save_steps=1)
 
 
@@ -419,7 +419,7 @@ def test_more_epochs_follow_the_schedule_of_the_longer_run(tmp_path: Path) -> No
     assert [entry["learning_rate"] for entry in longer["losses"][4:]] == [
         entry["learning_rate"] for entry in whole["losses"][4:]
     ]
-    assert "was to have 4 steps and goes on to 8" in listening.notes[0] and "linear" in listening.notes[0]
+    assert "was planned with 4 steps and now has 8" in listening.notes[0] and "linear" in listening.notes[0]
 
 
 def test_a_run_that_its_trainer_ended_early_is_finished(tmp_path: Path) -> None:

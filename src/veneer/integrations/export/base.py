@@ -20,13 +20,13 @@ from .source import FEATURES, Source, Update, variant_problem
 
 #: What any target does with these by multiplying B and by padding with zeros.
 FOLDED = ("use_rslora", "rank_pattern", "alpha_pattern")
-MERGE = "`veneer merge` makes a plain model of the adapter and its base, which every reader takes"
+MERGE = "`veneer merge` makes a plain model of the adapter and its base, which every program reads"
 _WAYS = {
     "dora": Text(
         Hint("dora_to_plain", True),
         " and ",
         Hint("rank", Blank("N")),
-        " with the base model make plain LoRA of DoRA by a truncated SVD, and report its error",
+        " with the base model convert DoRA to plain LoRA by a truncated SVD, and report its error",
     ),
     "lora_bias": Text("the target plain, given the base model, adds it to the layers' own biases"),
 }
@@ -168,7 +168,7 @@ def refuse(problems: Mapping[str, list[Problem]], target: Target, directory: Pat
         return
     ways = list(dict.fromkeys(p.way for found in problems.values() for p in found if p.way))
     raise ExportError(
-        f"{directory} cannot be written for {target.name} ({target.reader}), which has no room for:\n",
+        f"{directory} cannot be exported for {target.name} ({target.reader}), which has no room for:\n",
         "\n".join(lines),
         "\nWays out:\n  - ",
         Text.join("\n  - ", [*ways, MERGE]),

@@ -1,4 +1,4 @@
-"""DoRA to plain LoRA: the best update of a given rank, and what it misses."""
+"""DoRA to plain LoRA: the closest update of a given rank, and its error."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def _matrix(base: BaseModel, path: str, turned: bool) -> Tensor:
 def _problem(path: str, update: Update, base: BaseModel, turned: bool) -> str | None:
     weight = base.tensor(path)
     if update.embedding or update.a.dim() != 2:
-        return f"{path} is no linear layer"
+        return f"{path} is not a linear layer"
     if weight is None:
         return f"the base has no {path}.weight"
     if (reason := base.codes(path)) is not None:

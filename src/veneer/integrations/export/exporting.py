@@ -110,7 +110,7 @@ def export_adapter(
     chosen, out, directory = find(target), Path(out), Path(directory)
     check_replaceable(out, overwrite, "adapter")
     if out.resolve() == directory.resolve():
-        raise ExportError(f"{out} holds the adapter itself; name another directory for the output")
+        raise ExportError(f"{out} contains the adapter itself; choose another output directory")
     sources = _sources(directory, chosen, component)
     base_model = None if base is None else BaseModel(base)
     errors: dict[str, float] = {}
@@ -121,7 +121,7 @@ def export_adapter(
             errors |= lost
         if not errors:
             raise ExportError(
-                f"{directory} is no DoRA, so there is nothing to make plain: leave out ",
+                f"{directory} is not a DoRA adapter, so there is nothing to convert: leave out ",
                 Hint("dora_to_plain"),
             )
     biases: dict[str, dict[str, Tensor]] = {}

@@ -1,4 +1,4 @@
-"""llama.cpp: what its converter to GGUF reads, which stops at any name it does not know."""
+"""llama.cpp: the files that its converter to GGUF reads; it stops at names that it does not know."""
 
 from __future__ import annotations
 

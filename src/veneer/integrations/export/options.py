@@ -49,7 +49,7 @@ def check_options(
     if rank is not None and rank < 1:
         wrong.append(Text(Hint("rank"), f" must be at least 1, got {rank}"))
     if rank is not None and not dora_to_plain:
-        wrong.append(Text(Hint("rank"), " is that of the result of ", plain, ", which was not asked for"))
+        wrong.append(Text(Hint("rank"), " is for ", plain, ", which was not given"))
     if component is not None and target != "diffusers":
         part = Hint("component", component)
         wrong.append(Text(part, f" is for the target diffusers; {target} has no such parts"))

@@ -1,4 +1,4 @@
-"""The field's own format as several readers take it: factors, one rank, one scale."""
+"""PEFT's format as several programs read it: factors, one rank, one scale."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ class PeftFiles(Target):
         wrong += [n for n in meant.keys() & read.keys() if not torch.equal(meant[n], read[n])]
         if wrong:
             raise ExportError(
-                f"what was written does not read back: {listed(sorted(wrong))}; nothing is left"
+                f"what was written does not read back, so it was removed: {listed(sorted(wrong))}"
             )
 
     def _update(self, parts: Mapping[str, Tensor], values: Mapping[str, Any]) -> Update:

@@ -39,7 +39,7 @@ def compare(meant: Mapping[str, Update], read: Mapping[str, Update]) -> dict[str
         ExportError: A module is missing, or is not that of the source; names all of them.
     """
     wrong = [f"{path} is missing" for path in meant if path not in read]
-    wrong += [f"{path} was not to be there" for path in read if path not in meant]
+    wrong += [f"{path} should not be there" for path in read if path not in meant]
     found = {}
     for path in meant:
         if path in read:
@@ -50,19 +50,19 @@ def compare(meant: Mapping[str, Update], read: Mapping[str, Update]) -> dict[str
                 found[path] = result
     if wrong:
         raise ExportError(
-            "what was written does not read back as the adapter, so nothing is left of it: " + listed(wrong)
+            "what was written does not read back as the adapter, so it was removed: " + listed(wrong)
         )
     return found
 
 
 def _compared(meant: Update, read: Update) -> Compared | str:
     if read.embedding is not None and meant.embedding != read.embedding:
-        return "a lookup and a product were taken for one another"
+        return "an embedding was mistaken for a linear layer, or the reverse"
     r = meant.r
     if read.r < r or read.a.shape[1:] != meant.a.shape[1:] or read.b.shape[0] != meant.b.shape[0]:
         return f"its factors have the shapes {tuple(read.a.shape)} and {tuple(read.b.shape)}"
     if read.a[r:].any() or read.b[:, r:].any():
-        return "what should be padding is not zero"
+        return "its padding is not zero"
     pairs: list[tuple[Tensor | None, Tensor | None, float, float]] = [
         (meant.a, read.a[:r], 1.0, 1.0),
         (meant.b, read.b[:, :r], meant.scaling, read.scaling),
@@ -72,11 +72,11 @@ def _compared(meant: Update, read: Update) -> Compared | str:
     exact = True
     for first, second, s, t in pairs:
         if (first is None) != (second is None):
-            return "a part of it is missing, or too many are there"
+            return "a bias or magnitude is missing, or there is one too many"
         if first is not None and second is not None:
             same = _same(first, second, s, t)
             if same is None:
-                return "its numbers are others"
+                return "its values differ"
             exact = exact and same
     return Compared(exact, 0.0 if exact else _error(meant, read))
 

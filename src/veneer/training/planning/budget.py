@@ -83,17 +83,16 @@ def propose(
             f"{_gigabytes(base_bytes(model, quantize)[0])}",
             "." if "quantize" in fixed else " even in 4 bits.",
             kept,
-            " Take a smaller model, or more memory",
+            " Use a smaller model, or more memory",
         )
     least, adapter, taken = min(tried, key=lambda found: found[0].peak)
     raise TrainingError(
-        f"nothing fits into {budget.text}, of which 5 % are to stay free: the least found takes "
+        f"nothing fits into {budget.text}, of which 5 % stay free: the smallest settings found take "
         f"{_gigabytes(least.peak)}, of which {_gigabytes(least.base)} are the base, with rank {adapter.r}, ",
         Hint("batch_size", taken.batch_size),
         f", {taken.quantize or 'no'} quantisation.",
         kept,
-        f" Shorter examples (of {step.sequence_length} tokens now), a smaller model or more memory would "
-        "help",
+        f" Shorter examples ({step.sequence_length} tokens now), a smaller model or more memory would help",
     )
 
 
@@ -170,7 +169,7 @@ def _within_share(
         given_up = tuple(_given_up(config, step, chosen, step))
         return Proposal(chosen, step, estimate_memory(model, chosen, step), given_up)
     raise TrainingError(
-        f"nothing keeps to {budget.text} of {total:,} parameters, which are {room:,}: the smallest adapter "
+        f"nothing keeps to {budget.text} of {total:,} parameters, that is {room:,}: the smallest adapter "
         f"found has {min(smallest):,} ({min(smallest) / max(1, total):.3%}). Name fewer ",
         Hint("target_modules"),
     )

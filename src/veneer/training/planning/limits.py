@@ -40,7 +40,7 @@ def parse_budget(text: str) -> Budget:
         except ValueError:
             share = -1.0
         if not 0 < share <= 1:
-            raise ConfigError(f"a budget in percent lies above 0% and at most at 100%, not {text!r}")
+            raise ConfigError(f"a budget in percent must be above 0% and at most 100%, not {text!r}")
         return Budget(word, share=share)
     found = _SIZE.fullmatch(word)
     if found is None:
@@ -50,5 +50,5 @@ def parse_budget(text: str) -> Budget:
     number, unit, binary = found[1], found[2].lower(), found[3]
     memory = int(float(number) * (_BINARY if binary and unit else _UNITS)[unit])
     if not unit and memory < 10**6:
-        raise ConfigError(f"a budget of {text!r} lacks its unit: 24GB, 800MB, or a share such as 1%")
+        raise ConfigError(f"a budget of {text!r} needs a unit: 24GB, 800MB, or a share such as 1%")
     return Budget(word, memory=memory)

@@ -67,7 +67,9 @@ def empty_model(
         reason = first_line(error)
         if "Unrecognized configuration class" in reason:
             reason = f"transformers has no {CLASSES[task]} of the type {config.model_type!r}"
-        raise TrainingError(f"no model can be made of the configuration {str(source)!r}: {reason}") from error
+        raise TrainingError(
+            f"no model can be built from the configuration {str(source)!r}: {reason}"
+        ) from error
     return model
 
 
@@ -103,7 +105,7 @@ def _read(source: str | os.PathLike[str]) -> Any:
             return AutoConfig.from_pretrained(source, **NO_CODE)
         except (OSError, ValueError, KeyError) as error:
             raise TrainingError(
-                f"there is no directory {str(source)!r}, and as a hub id it cannot be had: "
+                f"there is no directory {str(source)!r}, and it cannot be read from the hub: "
                 f"{first_line(error)}{unreachable and f' ({unreachable})'}"
             ) from error
 
@@ -114,22 +116,22 @@ def _from_file(place: Path) -> Any:
     try:
         values = json.loads(place.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
-        raise TrainingError(f"{place} is no configuration of a model: {error}") from error
+        raise TrainingError(f"{place} is not a model configuration: {error}") from error
     kind = values.get("model_type") if isinstance(values, dict) else None
     if not isinstance(kind, str):
         raise TrainingError(
-            f"{place} is no configuration of a transformers model: it names no model_type. Models of other "
-            "libraries are planned in Python: veneer.plan(model, config)"
+            f"{place} is not the configuration of a transformers model: it has no model_type. Plan models of "
+            "other libraries in Python: veneer.plan(model, config)"
         )
     if kind not in CONFIG_MAPPING:
-        hint = did_you_mean(kind, CONFIG_MAPPING) or ", or it brings code of its own, which is not run here"
-        raise TrainingError(f"{place}: transformers knows no model_type {kind!r}{hint}")
+        hint = did_you_mean(kind, CONFIG_MAPPING) or ", or it needs code of its own, which is not run here"
+        raise TrainingError(f"{place}: transformers does not know the model_type {kind!r}{hint}")
     with quiet_libraries():
         try:
             options = {key: value for key, value in values.items() if key != "model_type"}
             return AutoConfig.for_model(kind, **options)
         except Exception as error:  # a configuration may hold anything
-            raise TrainingError(f"{place} is no valid configuration of a {kind}: {error}") from error
+            raise TrainingError(f"{place} is not a valid configuration of a {kind}: {error}") from error
 
 
 def _dtype(value: Any) -> torch.dtype | None:

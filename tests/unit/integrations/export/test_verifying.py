@@ -37,7 +37,7 @@ def test_one_rounding_is_told_from_two() -> None:
     off = rounded.b.clone()
     off[1, 1] = torch.nextafter(off[1, 1], torch.tensor(9.0, dtype=torch.bfloat16))
     off[1, 1] = torch.nextafter(off[1, 1], torch.tensor(9.0, dtype=torch.bfloat16))
-    with pytest.raises(ExportError, match="its numbers are others"):
+    with pytest.raises(ExportError, match="its values differ"):
         compare({"m": meant}, {"m": replace(rounded, b=off)})
 
 
@@ -50,15 +50,15 @@ def nudged(tensor: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda u: replace(u, a=nudged(u.a)), "numbers are others"),
-        (lambda u: replace(u, b=nudged(u.b)), "numbers are others"),
-        (lambda u: replace(u, bias=nudged(u.bias)), "numbers are others"),
-        (lambda u: replace(u, magnitude=nudged(u.magnitude)), "numbers are others"),
-        (lambda u: replace(u, b=u.b * float("nan")), "numbers are others"),
-        (lambda u: replace(u, scaling=1.5001), "numbers are others"),
+        (lambda u: replace(u, a=nudged(u.a)), "values differ"),
+        (lambda u: replace(u, b=nudged(u.b)), "values differ"),
+        (lambda u: replace(u, bias=nudged(u.bias)), "values differ"),
+        (lambda u: replace(u, magnitude=nudged(u.magnitude)), "values differ"),
+        (lambda u: replace(u, b=u.b * float("nan")), "values differ"),
+        (lambda u: replace(u, scaling=1.5001), "values differ"),
         (lambda u: replace(u, bias=None), "a part of it"),
         (lambda u: replace(u, magnitude=None), "a part of it"),
-        (lambda u: replace(u, embedding=True), "taken for one another"),
+        (lambda u: replace(u, embedding=True), "mistaken for a linear layer"),
         (lambda u: replace(u, a=u.a[:1], b=u.b[:, :1]), "shapes"),
         (lambda u: replace(u, a=u.a[:, :5]), "shapes"),
         (lambda u: replace(u, a=torch.cat([u.a, u.a]), b=torch.cat([u.b, u.b], 1)), "not zero"),

@@ -85,7 +85,9 @@ def test_what_is_given_is_not_changed() -> None:
     held = {"gradient_checkpointing", "batch_size", "quantize", "r", "target_modules", "loss_chunk_size"}
     with pytest.raises(TrainingError) as caught:
         propose(tiny_model(), CONFIG, limit, STEP, fixed=held)
-    assert "Kept as given: batch_size" in str(caught.value) and "least found takes" in str(caught.value)
+    assert "Kept as given: batch_size" in str(caught.value) and "smallest settings found take" in str(
+        caught.value
+    )
 
 
 def test_what_cannot_fit_says_why() -> None:

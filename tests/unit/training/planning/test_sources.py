@@ -39,8 +39,8 @@ def test_the_task_chooses_the_class(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("{", "no configuration of a model"),
-        ("[]", "names no model_type"),
+        ("{", "not a model configuration"),
+        ("[]", "has no model_type"),
         ('{"hidden_size": 8}', "veneer.plan"),
         ('{"model_type": "lama"}', "did you mean 'llama'"),
         ('{"model_type": "llama", "hidden_size": "many"}', "config.json"),
@@ -62,11 +62,11 @@ def test_places_without_a_model_are_refused(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="does not exist"):
         empty_model(tmp_path / "nowhere")
     (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(TrainingError, match="It holds an adapter: name its base model"):
+    with pytest.raises(TrainingError, match="It contains an adapter: pass its base model"):
         empty_model(tmp_path)
     with pytest.raises(TrainingError, match="no model class for the task 'POETRY'"):
         empty_model(saved_tiny(tmp_path / "model"), "POETRY")
-    with pytest.raises(TrainingError, match="'someone/something', and as a hub id it cannot be had"):
+    with pytest.raises(TrainingError, match="'someone/something', and it cannot be read from the hub"):
         empty_model("someone/something")
 
 
