@@ -21,7 +21,9 @@ from veneer.training import progress
 from veneer.training.console import PlainConsole
 
 #: Imported by no check. Of numpy and safetensors torch and transformers bring their own.
-HEAVY = ("torch", "transformers", "datasets", "accelerate", "numpy", "safetensors", "huggingface_hub")
+HEAVY = tuple(
+    "torch transformers datasets accelerate trl peft diffusers numpy safetensors huggingface_hub".split()
+)
 GOLDEN = Path(__file__).parents[2] / "golden" / "data"
 Run = Callable[[Sequence[str]], int]
 

@@ -163,7 +163,7 @@ def test_the_classes_of_a_classifier(adapter: Path) -> None:
     assert read_head(adapter).classes() == ["0", "1", "2"]
     (adapter / "metrics.json").write_text('{"label_names": ["a", "b", "c"]}')
     assert read_head(adapter).classes() == ["a", "b", "c"]
-    with pytest.raises(VeneerError, match="an adapter for TOKEN_CLS; trained and measured are"):
+    with pytest.raises(VeneerError, match="an adapter for TOKEN_CLS; only CAUSAL_LM"):
         as_task(adapter, "TOKEN_CLS").classes()
 
 

@@ -55,7 +55,7 @@ def test_a_base_goes_to_the_first_gpu_or_the_one_that_is_named(base: Path) -> No
     assert device_map(base, Loading(device="cuda:1")) == ({"": "cuda:1"}, None)
     assert device_map(base, Loading(device="cpu")) == (None, None)
     assert device_map(base, Loading(device="cpu", quantize="nf4")) == ({"": "cpu"}, None)
-    with pytest.raises(TrainingError, match="there are: cpu, cuda:0, cuda:1"):
+    with pytest.raises(TrainingError, match="only cpu, cuda:0, cuda:1"):
         check_device("cuda:2")
 
 

@@ -26,7 +26,7 @@ def test_wrong_options_are_named_together() -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"model": ""}, "model is missing: give it"),
+        ({"model": ""}, "model is missing: pass it"),
         ({"lora_r": 0}, "r must be"),
         ({"lr_scheduler_type": "cosin"}, "did you mean 'cosine'?"),
         ({"dtype": "bf16"}, "dtype is one of auto, float32, bfloat16, float16"),

@@ -43,7 +43,7 @@ def test_a_merged_model_never_lands_on_what_it_is_made_of(tmp_path: Path) -> Non
     (adapter / "adapter_config.json").write_text("{}")
     with pytest.raises(VeneerError, match="is what is to be merged"):
         check_not_a_source(base, str(base))
-    with pytest.raises(VeneerError, match="once more"):
+    with pytest.raises(VeneerError, match="merged model again"):
         check_not_a_source(adapter, "org/base")
     check_not_a_source(tmp_path / "new", str(base))
 
