@@ -15,15 +15,15 @@ from .messages import say
 @app.command()
 def push(
     adapter: Annotated[Path, typer.Argument(help="Directory of the adapter.")],
-    repo_id: Annotated[str, typer.Argument(metavar="REPO", help="owner/name; made if it does not exist.")],
+    repo_id: Annotated[str, typer.Argument(metavar="REPO", help="owner/name; created if it does not exist.")],
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
     commit_message: Annotated[str, typer.Option(help="First line of the commit.")] = "Upload adapter",
     revision: Annotated[
-        str | None, typer.Option(help="Branch, made if it does not exist; the main branch without it.")
+        str | None, typer.Option(help="Branch, created if it does not exist; by default the main branch.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Upload an adapter to the Hugging Face hub: its files and its card, nothing else that lies beside them.
+    """Upload an adapter to the Hugging Face hub: its files and its model card, and no other files.
 
     The adapter is read before anything is sent. The token is that of `hf auth login`, or HF_TOKEN.
     """
