@@ -246,20 +246,7 @@ def test_on_a_terminal_it_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> No
     assert "Loading [torch] …" in shown.console.file.getvalue()  # type: ignore[attr-defined]
 
 
-def test_every_command_is_tried(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["--help"]) == 0
-    shown = capsys.readouterr().out
-    tried = {words.partition(" ")[0] for words, _, _ in CASES}
-    assert tried == {
-        "train",
-        "eval",
-        "generate",
-        "chat",
-        "merge",
-        "plan",
-        "export",
-        "import",
-        "inspect",
-        "ls",
-    }
-    assert all(command in shown for command in tried)
+def test_every_command_is_tried() -> None:
+    files = Path(common.__file__).parent.glob("*.py")
+    commands = {file.stem.rstrip("_") for file in files if "@app.command" in file.read_text()}
+    assert {words.partition(" ")[0] for words, _, _ in CASES} == commands and len(commands) > 9
