@@ -109,6 +109,9 @@ def _places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 TRAIN = "train --model base --data data.jsonl --output"
 CASES = [
+    ("data gone.jsonl --model ./gone", 1, ["data file gone.jsonl", "no model at './gone'"]),
+    ("data bad.jsonl --model base", 1, ["line 1"]),
+    ("data data.jsonl --model base --max-length 0", 2, ["--max-length"]),
     ("push base me/mine", 1, ["no adapter_config.json in"]),
     ("train --resume-from-adapter adapter --data data.jsonl --output out --lora-r 77", 2, ["--lora-r 77 ("]),
     ("train --model base --data gone.jsonl --output out", 1, ["data file gone.jsonl"]),
@@ -248,5 +251,5 @@ def test_on_a_terminal_it_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_every_command_is_tried() -> None:
     files = Path(common.__file__).parent.glob("*.py")
-    commands = {file.stem.rstrip("_") for file in files if "@app.command" in file.read_text()}
+    commands = {file.stem.rstrip("_") for file in files if "\n@app.command" in file.read_text()}
     assert {words.partition(" ")[0] for words, _, _ in CASES} == commands and len(commands) > 9
