@@ -180,15 +180,15 @@ def rows_of(data: Any) -> Source:
         if getattr(feature, "names", None) is not None
     }
     return _numbered(
-        {name: _filled_in(value) for name, value in row.items()} for row in data.to_list()
+        {name: _without_nulls(value) for name, value in row.items()} for row in data.to_list()
     ), classes
 
 
-def _filled_in(value: Any) -> Any:
-    """A value without the nulls of objects, which in a table have the keys of all others."""
+def _without_nulls(value: Any) -> Any:
+    """A value without nulls inside: in a table, each object has the keys of all others."""
     if isinstance(value, Mapping):
-        return {name: _filled_in(part) for name, part in value.items() if part is not None}
-    return [_filled_in(part) for part in value] if isinstance(value, list) else value
+        return {name: _without_nulls(part) for name, part in value.items() if part is not None}
+    return [_without_nulls(part) for part in value] if isinstance(value, list) else value
 
 
 READERS: dict[str, Callable[[Path], Source]] = {

@@ -133,17 +133,17 @@ def written(pieces: Sequence[Piece], in_colour: bool) -> Text:
 
 
 def histogram(lengths: Sequence[int]) -> list[str]:
-    """A line with a bar for each range of lengths."""
+    """A heading, and a line with a bar for each range of lengths."""
     least, most = min(lengths), max(lengths)
     widths = (factor * 10**power for power in range(10) for factor in (1, 2, 5))
     width = next(width for width in widths if most // width - least // width < BUCKETS)
     found = Counter(length // width for length in lengths)
     highest = max(found.values())
-    lines = []
+    lines = [f"  {'tokens':>16}  {'examples':>8}"]
     for bucket in range(least // width, most // width + 1):
         name = f"{bucket * width:,}" + (f" to {(bucket + 1) * width - 1:,}" if width > 1 else "")
         bar = "█" * -(-found[bucket] * BAR // highest)
-        lines.append(f"  {name:>16}  {found[bucket]:>7,}  {bar}".rstrip())
+        lines.append(f"  {name:>16}  {found[bucket]:>8,}  {bar}".rstrip())
     return lines
 
 

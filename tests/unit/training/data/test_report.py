@@ -83,8 +83,10 @@ def test_what_is_cut_and_what_is_there_twice(tmp_path: Path) -> None:
 
 
 def test_the_histogram() -> None:
-    assert histogram([17] * 4) == [f"  {'17':>16}  {'4':>7}  {'█' * 40}"]
-    lines = histogram([*range(0, 20), 55])
+    heading, *lines = histogram([17] * 4)
+    assert heading.split() == ["tokens", "examples"]
+    assert lines == [f"  {'17':>16}  {'4':>8}  {'█' * 40}"]
+    _, *lines = histogram([*range(0, 20), 55])
     assert [line.split()[:4] for line in lines[:2]] == [["0", "to", "4", "5"], ["5", "to", "9", "5"]]
     assert len(lines) == 12 and lines[-1].endswith("1  ████████") and lines[-2].rstrip().endswith("0")
     assert sum(int(line.split("  ")[-2 if "█" in line else -1]) for line in lines) == 21
