@@ -339,7 +339,9 @@ def _wrong(part: dataclasses.Field[Any], value: Any) -> list[Text]:
 
 def _listed(text: str | None) -> list[str] | None:
     """Names separated by commas."""
-    return None if text is None else [name for part in text.split(",") if (name := part.strip())]
+    if text is None:
+        return None
+    return [name.strip() for name in text.split(",")] if text.strip() else []
 
 
 def _names(text: str) -> str | list[str]:

@@ -105,6 +105,7 @@ def test_wrong_usage_is_2_and_names_the_word(
         ("lora_dropout", "2"),
         ("lora_target_modules", "["),
         ("lora_modules_to_save", ","),
+        ("lora_target_parameters", ","),
     ],
     ids=lambda value: value,
 )
