@@ -1,4 +1,4 @@
-"""What a golden file holds, and its base model. The module has `DATA`, `CASES` and a fixture `name`."""
+"""The contents of a golden file, and its base model. The module has `DATA`, `CASES` and a fixture `name`."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Write the golden adapters with the reference library: PYTHONHASHSEED=0 python -m tests.golden.make
+"""Write the golden adapters with PEFT: PYTHONHASHSEED=0 python -m tests.golden.make
 
-Each case of models.py gives data/<case>/ with adapter_config.json and adapter_model.safetensors as the
-reference saves them (sets in the order of their hashes), and golden.safetensors: the base weights, an input,
-and the outputs of the base alone and with the adapter. The reference's merged output is left out:
-it cannot merge a 1x1 Conv1d.
+Each case of models.py gives data/<case>/ with adapter_config.json and adapter_model.safetensors as PEFT
+saves them (sets in the order of their hashes), and golden.safetensors: the base weights, an input, and the
+outputs of the base alone and with the adapter. PEFT's merged output is left out, because it cannot merge a
+1x1 Conv1d.
 """
 
 from __future__ import annotations

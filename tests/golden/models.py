@@ -1,6 +1,6 @@
-"""The tiny models of the golden files, and what is asked of each. No library of adapters is imported here.
+"""The tiny models of the golden files, and the adapter of each. No library of adapters is imported here.
 
-A case's base weights lie beside its adapter, so that its numbers do not depend on anybody's random numbers.
+A case's base weights lie beside its adapter, so that its values do not depend on a random number generator.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Adapters that an earlier version of Veneer wrote mean what they meant."""
+"""Adapters written by an earlier version of Veneer still mean the same."""
 
 from __future__ import annotations
 

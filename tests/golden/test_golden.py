@@ -1,4 +1,4 @@
-"""Adapters that the reference library wrote, with what it computed from them."""
+"""Adapters that PEFT wrote, and the outputs that it computed with them."""
 
 from __future__ import annotations
 

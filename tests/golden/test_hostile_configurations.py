@@ -1,4 +1,4 @@
-"""Configurations from elsewhere end soon and in an error of Veneer's, whatever they hold."""
+"""A hostile configuration ends quickly in one of Veneer's errors, whatever it contains."""
 
 from __future__ import annotations
 

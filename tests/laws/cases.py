@@ -1,7 +1,7 @@
-"""What the laws are tried on: one table for each registry, keyed by what is registered.
+"""What the laws are checked on: one table for each registry, keyed by what is registered.
 
 `test_tables.py` fails for a registered layer, initialisation, variant or backend that has no entry here, so
-a new file is tested the moment it exists. The layer cases are the ones that break others.
+a new file is tested the moment it exists. The layer cases are those that break other libraries.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The laws of one combination in short: an adapter's life on one layer in a model, from start to file."""
+"""A short form of the laws for one combination: an adapter on one layer in a model, from start to file."""
 
 from __future__ import annotations
 

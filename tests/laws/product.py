@@ -1,6 +1,6 @@
-"""Every combination of a registered layer, initialisation, variant and storage: which there are, and why not.
+"""All combinations of registered layers, initialisations, variants and storages, and why some are refused.
 
-The page `docs/api.md` is written from this, and `test_every_combination.py` tries each of them.
+The page `docs/api.md` is written from this, and `test_every_combination.py` checks each of them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Models for what is adapted in place of a whole module: attention, bare parameters, rows of an embedding."""
+"""Models whose adapters replace a whole module: attention, bare parameters, rows of an embedding."""
 
 from __future__ import annotations
 

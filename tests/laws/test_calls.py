@@ -1,4 +1,4 @@
-"""What a call computes is decided at its start, by its own thread: other threads' contexts change nothing."""
+"""What a call computes is decided when it starts, in its own thread; contexts of other threads do not matter."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The product of the registries: each combination is refused with its reason, or obeys the laws in short."""
+"""The product of the registries: each combination is refused with a reason, or obeys a short form of the laws."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Any order of the verbs of a model's life, against a dense model of what it should compute.
+"""Any order of operations on a model, compared with a dense model of what it should compute.
 
 The dense model is ``W + Σ s·B A`` over the adapters that are active or merged, by plain torch on the base's
 own layer types. After `unload` the base is bit-identical.

@@ -1,4 +1,4 @@
-"""The laws, for what is adapted inside a model rather than as a layer by itself."""
+"""The laws for what is adapted inside a model rather than as a layer of its own."""
 
 from __future__ import annotations
 

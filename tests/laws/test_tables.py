@@ -1,4 +1,4 @@
-"""A registered layer, initialisation, variant or backend that the laws do not know fails here."""
+"""Every registered layer, initialisation, variant and backend has a case for the laws."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from veneer.testing.made import LayerCase, Made
 from veneer.variants import Variant
 from veneer.wording import first_line
 
-#: What is tried where no cases are given.
+#: The cases if none are given.
 CASES: tuple[LayerCase, ...] = (
     LayerCase("Linear", partial(nn.Linear, 12, 10), partial(torch.randn, 3, 12)),
     LayerCase("Linear without bias", partial(nn.Linear, 12, 10, bias=False), partial(torch.randn, 2, 3, 12)),
@@ -35,12 +35,12 @@ CASES: tuple[LayerCase, ...] = (
 
 @dataclass
 class Report:
-    """What `check` tried.
+    """What `check` found.
 
     Attributes:
-        tried: ``(law, case, dtype)`` of what holds.
+        tried: ``(law, case, dtype)`` of each law that holds.
         refused: Cases that Veneer refuses for what is checked, with the reason.
-        broken: What does not hold: ``law on case in dtype: error``.
+        broken: Each law that does not: ``law on case in dtype: error``.
     """
 
     tried: list[tuple[str, str, torch.dtype]] = field(default_factory=list)
@@ -64,17 +64,17 @@ def check(
 
     Args:
         item: The class; defining it has registered it.
-        cases: Layers to try it on. A layer class needs its own: of the types that it wraps.
+        cases: Layers to check it on. A layer class needs its own, of the types that it wraps.
         options: Options of the configuration besides those that ask for it (``variant_options``).
-        store: For a backend: brings an ordinary module into its storage, and returns what stands for it.
+        store: For a backend: converts an ordinary module to its storage, and returns the result.
         dtypes: Of the base layers.
 
     Returns:
-        What was tried and what was refused.
+        What was checked and what was refused.
 
     Raises:
         LawBroken: Naming every law that does not hold, and on what.
-        ConfigError: If nothing could be tried at all.
+        ConfigError: Nothing could be checked at all.
 
     Example:
         >>> from veneer.testing import check

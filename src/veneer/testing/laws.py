@@ -27,9 +27,9 @@ class Law:
     """One law.
 
     Attributes:
-        holds: Raises an `AssertionError` where it does not hold.
-        mergeable: It is about merging, so it is not tried where that is refused.
-        once: It does not depend on the numbers: one dtype and the default start will do.
+        holds: Raises an `AssertionError` if the law does not hold.
+        mergeable: It is about merging, so it is skipped where merging is refused.
+        once: It does not depend on the values: one dtype and the default initialisation are enough.
     """
 
     holds: Callable[[Made], None]
@@ -45,7 +45,7 @@ LAWS: list[Law] = []
 
 
 def law(mergeable: bool = False, once: bool = False) -> Callable[[Callable[[Made], None]], Law]:
-    """Enter a function into `LAWS`."""
+    """Add a function to `LAWS`."""
 
     def enter(holds: Callable[[Made], None]) -> Law:
         LAWS.append(made := Law(holds, mergeable, once))
@@ -56,7 +56,7 @@ def law(mergeable: bool = False, once: bool = False) -> Callable[[Callable[[Made
 
 @contextmanager
 def rounding_is_known() -> Iterator[None]:
-    """16-bit merges may say that they round."""
+    """Ignore the warning that a 16-bit merge rounds."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*survives rounding.*")
         yield
@@ -120,7 +120,7 @@ def close(actual: Tensor, expected: Tensor, made: Made) -> None:
 
 
 def close_once_merged(actual: Tensor, expected: Tensor, made: Made) -> None:
-    """As `close`; a weight that was quantised again is off by what that costs."""
+    """As `close`, but a weight that was quantised again may differ by what that costs."""
     if made.requantised is None:
         close(actual, expected, made)
     elif expected.numel():
@@ -130,7 +130,7 @@ def close_once_merged(actual: Tensor, expected: Tensor, made: Made) -> None:
 
 @law()
 def a_fresh_adapter_is_an_identity_where_its_init_promises_it(made: Made) -> None:
-    """A new adapter changes nothing, where its initialisation says so; it never changes the base unsaid."""
+    """A new adapter changes nothing if its initialisation promises that, and never the base unless declared."""
     layer, x = made.layer(trained=False), made.x()
     base = base_of(made, layer)
     init = made.start
@@ -248,7 +248,7 @@ def unmerge_is_exact_after_the_factors_changed(made: Made) -> None:
 
 @law(mergeable=True)
 def unmerge_is_exact_after_a_cast_copy_or_pickle(made: Made) -> None:
-    """Nor on what happened to the layer."""
+    """Unmerging does not depend on what happened to the layer meanwhile."""
     for dtype in (torch.bfloat16, torch.float64) if made.is_dense else ():
         layer = made.layer()
         expected = {name: tensor.to(dtype) for name, tensor in weight_of(layer.base_layer).items()}
@@ -414,7 +414,7 @@ def sweep(module: nn.Module) -> int:
 
 @law(once=True)
 def quantising_after_wrapping_leaves_the_factors_alone(made: Made) -> None:
-    """Whatever sweeps a model for linears finds the base only."""
+    """A quantiser that replaces the linear layers of a model finds only the base."""
     layer, x = made.layer(), made.x()
     expected = layer(x)
     factors = [p.detach().clone() for p in layer.adapter_parameters("default")]

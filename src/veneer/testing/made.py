@@ -1,4 +1,4 @@
-"""What a law is tried on: one base layer, adapted in one way."""
+"""What a law is checked on: one base layer, adapted in one way."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from veneer.testing.tolerances import Tolerance
 
 @dataclass(frozen=True, eq=False)
 class LayerCase:
-    """A base layer, an input for it, and what the adapter is configured with beside the defaults.
+    """A base layer, an input for it, and options of the adapter besides the defaults.
 
     Args:
-        name: What to call it.
+        name: Its name.
         base: Makes the layer.
         x: Makes an input.
         options: Of the configuration.

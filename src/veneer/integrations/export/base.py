@@ -14,6 +14,7 @@ from torch import Tensor
 from ...errors import Blank, ConfigError, ExportError, Hint, Text
 from ...registry import NameRegistry
 from ...wording import listed
+from .base_model import BaseModel
 from .folding import Folded, Rules
 from .options import no_target
 from .source import FEATURES, Source, Update, variant_problem
@@ -21,7 +22,8 @@ from .source import FEATURES, Source, Update, variant_problem
 #: What any target does with these by multiplying B and by padding with zeros.
 FOLDED = ("use_rslora", "rank_pattern", "alpha_pattern")
 MERGE = "`veneer merge` makes a plain model of the adapter and its base, which every program reads"
-_WAYS = {
+#: Feature -> a way out other than merging.
+WAYS = {
     "dora": Text(
         Hint("dora_to_plain", True),
         " and ",
@@ -71,6 +73,7 @@ class Target(ABC):
         rules: How it scales.
         keeps: The features of `FEATURES` that its files express as they are.
         files: Names of the files that it writes.
+        ways: Feature -> a way out, other than merging, where it is not kept.
     """
 
     name: ClassVar[str] = ""
@@ -78,6 +81,9 @@ class Target(ABC):
     rules: ClassVar[Rules] = Rules()
     keeps: ClassVar[frozenset[str]] = frozenset()
     files: ClassVar[tuple[str, ...]] = ()
+    ways: ClassVar[Mapping[str, Text]] = MappingProxyType(WAYS)
+    #: Whether copies of embeddings are written that were saved with the adapter.
+    takes_copies: ClassVar[bool] = False
     #: Features that are taken on a condition, which `more_problems` looks at, in a few words.
     sometimes: ClassVar[Mapping[str, str]] = MappingProxyType({})
 
@@ -98,7 +104,7 @@ class Target(ABC):
             found.append(
                 Problem(
                     f"{FEATURES[feature]}: {listed(names)}",
-                    None if self.name == "plain" and feature == "lora_bias" else _WAYS.get(feature),
+                    self.ways.get(feature),
                 )
             )
         return found + self.more_problems(source)
@@ -106,6 +112,16 @@ class Target(ABC):
     def more_problems(self, source: Source) -> list[Problem]:
         """What depends on more than the kind of feature."""
         return []
+
+    def with_biases(
+        self, source: Source, base: BaseModel | None
+    ) -> tuple[Source, dict[str, Tensor], list[Problem]]:
+        """The adapter, with the biases of B added to those of the layers where the target can take these.
+
+        Returns:
+            The adapter, module path -> bias of the layer, and what stands in the way.
+        """
+        return source, {}, []
 
     def component(self, source: Source, given: str | None) -> str:
         """What part of a pipeline the adapter belongs to; empty where the target knows none.
@@ -122,6 +138,10 @@ class Target(ABC):
     @abstractmethod
     def read(self, place: Path) -> dict[str, dict[str, Update]]:
         """Read such files: component -> module path -> update."""
+
+    def changed_others(self, part: Part, place: Path) -> list[str]:
+        """Names of tensors besides the factors that do not read back as they were, bit for bit."""
+        return []
 
     @abstractmethod
     def usage(self, place: Path, parts: list[Part]) -> str:

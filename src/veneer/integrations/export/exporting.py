@@ -1,18 +1,17 @@
-"""From an adapter's directory to another reader's files: check, fold, write, read back, then put in place."""
+"""Export an adapter: check, fold, write, read back, then move the files into place."""
 
 from __future__ import annotations
 
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from ...errors import ConfigError, ExportError, Hint, Text
-from ...files.keys import PREFIX
+from ...errors import ConfigError, ExportError, Hint
 from ...files.overwrite import check_replaceable, replacing
 from ...wording import listed
 from .base import Part, Problem, Target, find, refuse, targets
@@ -20,7 +19,6 @@ from .base_model import BaseModel
 from .dora import dora_to_plain as make_plain
 from .folding import fold
 from .options import check_options, pipeline_parts
-from .peft_files import PeftFiles
 from .source import Source, read_source
 from .verifying import Compared, compare
 
@@ -116,9 +114,7 @@ def export_adapter(
     errors: dict[str, float] = {}
     if dora_to_plain:
         assert base_model is not None and rank is not None
-        for name, source in sources.items():
-            sources[name], lost = make_plain(source, base_model, rank, tell)
-            errors |= lost
+        sources, errors = _made_plain(sources, base_model, rank, tell)
         if not errors:
             raise ExportError(
                 f"{directory} is not a DoRA adapter, so there is nothing to convert: leave out ",
@@ -127,15 +123,13 @@ def export_adapter(
     biases: dict[str, dict[str, Tensor]] = {}
     problems: dict[str, list[Problem]] = {}
     for name, source in sources.items():
-        if chosen.name == "plain" and source.features().get("lora_bias"):
-            sources[name], biases[name], more = _with_biases(source, base_model)
-            problems.setdefault(name, []).extend(more)
-        problems.setdefault(name, []).extend(chosen.problems(sources[name]))
+        sources[name], biases[name], problems[name] = chosen.with_biases(source, base_model)
+        problems[name] += chosen.problems(sources[name])
     refuse(problems, chosen, directory)
     left_out = [line for source in sources.values() for line in _left_out(source, chosen, base_model)]
     kind = None if dtype == "auto" else getattr(torch, dtype)
     parts = [
-        Part(source, fold(source.updates, chosen.rules, kind), name, biases.get(name, {}))
+        Part(source, fold(source.updates, chosen.rules, kind), name, biases[name])
         for name, source in sources.items()
     ]
     with replacing(out, overwrite, "adapter", _stale()) as made:
@@ -165,32 +159,16 @@ def _sources(directory: Path, target: Target, component: str | None) -> dict[str
     return {target.component(source, component): source}
 
 
-def _with_biases(source: Source, base: BaseModel | None) -> tuple[Source, dict[str, Tensor], list[Problem]]:
-    """The adapter without biases of B, and the layers' own biases with ``s·b`` added."""
-    saved = {
-        name.removeprefix(PREFIX).removesuffix(".base_layer.bias"): tensor
-        for name, tensor in source.others.get("bias", {}).items()
-    }
-    found: dict[str, Tensor] = {}
-    lacking = []
-    for path, update in source.updates.items():
-        if update.bias is not None:
-            own = saved.get(path, None if base is None else base.tensor(path, "bias"))
-            if own is None:
-                lacking.append(path)
-            else:
-                found[path] = (own.double() + update.scaling * update.bias.double()).to(update.bias.dtype)
-    if base is None and lacking:
-        way = Text(Hint("base"), ", the model's directory, to add it to the layers' own biases")
-        return source, {}, [Problem("a bias of B (lora_bias) without the base model", way)]
-    if lacking:
-        return source, {}, [Problem(f"a bias of B (lora_bias) on layers without a bias: {listed(lacking)}")]
-    others = {kind: dict(tensors) for kind, tensors in source.others.items()}
-    for path in found:
-        others.get("bias", {}).pop(f"{PREFIX}{path}.base_layer.bias", None)
-    updates = {path: replace(update, bias=None) for path, update in source.updates.items()}
-    config = replace(source.config, lora_bias=False)
-    return replace(source, config=config, updates=updates, others=others), found, []
+def _made_plain(
+    sources: dict[str, Source], base: BaseModel, rank: int, tell: Callable[[int, int], None] | None
+) -> tuple[dict[str, Source], dict[str, float]]:
+    """(the adapters without magnitudes, module path -> error of its update)."""
+    made: dict[str, Source] = {}
+    errors: dict[str, float] = {}
+    for name, source in sources.items():
+        made[name], lost = make_plain(source, base, rank, tell)
+        errors |= lost
+    return made, errors
 
 
 def _left_out(source: Source, target: Target, base: BaseModel | None) -> list[str]:
@@ -199,7 +177,7 @@ def _left_out(source: Source, target: Target, base: BaseModel | None) -> list[st
     Raises:
         ExportError: They are not those of the base that was given.
     """
-    if target.name == "plain" or not source.copies:
+    if target.takes_copies or not source.copies:
         return []
     changed = []
     for path, copy in source.copies.items():
@@ -224,14 +202,14 @@ def _stale() -> re.Pattern[str]:
 def _verified(target: Target, parts: list[Part], made: Path) -> dict[str, Compared]:
     read = target.read(made)
     if read.keys() != {part.component for part in parts}:
-        raise ExportError(f"what was written reads back as {listed(read)}; nothing is left of it")
+        raise ExportError(f"what was written reads back as {listed(read)}, so it was removed")
     found: dict[str, Compared] = {}
     for part in parts:
         start = f"{part.component}." if part.component else ""
         compared = compare(part.source.updates, read[part.component])
         found |= {f"{start}{path}": result for path, result in compared.items()}
-        if isinstance(target, PeftFiles):
-            target.check_others(part, made)
+        if changed := target.changed_others(part, made):
+            raise ExportError(f"what was written does not read back, so it was removed: {listed(changed)}")
     return found
 
 

@@ -16,7 +16,6 @@ from ...files.keys import PREFIX
 from ...files.layout import CONFIG_NAME, SAFETENSORS_NAME
 from ...files.read import open_adapter
 from ...files.write import write_adapter
-from ...wording import listed
 from .base import Part, Target, plain_config
 from .source import Update
 
@@ -81,20 +80,13 @@ class PeftFiles(Target):
                 found.setdefault(path.removeprefix(PREFIX), {})[role] = tensor
         return {"": {path: self._update(parts, values) for path, parts in found.items()}}
 
-    def check_others(self, part: Part, place: Path) -> None:
-        """Hold the tensors that are no factors against what was meant, bit for bit.
-
-        Raises:
-            ExportError: One is missing or another.
-        """
+    def changed_others(self, part: Part, place: Path) -> list[str]:
+        """Those of `others`."""
         meant, tensors = self.others(part), open_adapter(place).tensors()
         read = {name: tensor for name, tensor in tensors.items() if ".lora_" not in name}
         wrong = [n for n in meant.keys() | read.keys() if n not in meant or n not in read]
         wrong += [n for n in meant.keys() & read.keys() if not torch.equal(meant[n], read[n])]
-        if wrong:
-            raise ExportError(
-                f"what was written does not read back, so it was removed: {listed(sorted(wrong))}"
-            )
+        return sorted(wrong)
 
     def _update(self, parts: Mapping[str, Tensor], values: Mapping[str, Any]) -> Update:
         embedding = "embedding_A" in parts

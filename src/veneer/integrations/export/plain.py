@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
 
+from ...errors import Hint, Text
 from ...files.keys import PREFIX
-from .base import Part, plain_config
+from ...wording import listed
+from .base import WAYS, Part, Problem, plain_config
+from .base_model import BaseModel
 from .folding import Rules
 from .peft_files import PeftFiles
+from .source import Source
 
 
 class Plain(PeftFiles):
@@ -19,6 +25,43 @@ class Plain(PeftFiles):
     reader = "any reader of PEFT's format, however old"
     rules = Rules("integer")
     keeps = frozenset({"embedding", "head", "conv", "modules_to_save", "bias"})
+    ways = MappingProxyType({feature: way for feature, way in WAYS.items() if feature != "lora_bias"})
+    takes_copies = True
+
+    def with_biases(
+        self, source: Source, base: BaseModel | None
+    ) -> tuple[Source, dict[str, Tensor], list[Problem]]:
+        """The adapter without biases of B, and the layers' own biases with ``s·b`` added."""
+        if not source.features().get("lora_bias"):
+            return source, {}, []
+        saved = {
+            name.removeprefix(PREFIX).removesuffix(".base_layer.bias"): tensor
+            for name, tensor in source.others.get("bias", {}).items()
+        }
+        found: dict[str, Tensor] = {}
+        lacking = []
+        for path, update in source.updates.items():
+            if update.bias is not None:
+                own = saved.get(path, None if base is None else base.tensor(path, "bias"))
+                if own is None:
+                    lacking.append(path)
+                else:
+                    found[path] = (own.double() + update.scaling * update.bias.double()).to(update.bias.dtype)
+        if base is None and lacking:
+            way = Text(Hint("base"), ", the model's directory, to add it to the layers' own biases")
+            return source, {}, [Problem("a bias of B (lora_bias) without the base model", way)]
+        if lacking:
+            return (
+                source,
+                {},
+                [Problem(f"a bias of B (lora_bias) on layers without a bias: {listed(lacking)}")],
+            )
+        others = {kind: dict(tensors) for kind, tensors in source.others.items()}
+        for path in found:
+            others.get("bias", {}).pop(f"{PREFIX}{path}.base_layer.bias", None)
+        updates = {path: replace(update, bias=None) for path, update in source.updates.items()}
+        config = replace(source.config, lora_bias=False)
+        return replace(source, config=config, updates=updates, others=others), found, []
 
     def config(self, part: Part) -> dict[str, Any]:
         """With ``bias="lora_only"`` where biases of B were added to those of the layers."""
