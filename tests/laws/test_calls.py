@@ -1,4 +1,4 @@
-"""What a call computes is decided when it starts, in its own thread; contexts of other threads do not matter."""
+"""What a call computes is decided when it starts, in its own thread; other threads have no influence."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The product of the registries: each combination is refused with a reason, or obeys a short form of the laws."""
+"""The product of the registries: each combination is refused with a reason, or obeys the laws."""
 
 from __future__ import annotations
 

@@ -130,7 +130,7 @@ def close_once_merged(actual: Tensor, expected: Tensor, made: Made) -> None:
 
 @law()
 def a_fresh_adapter_is_an_identity_where_its_init_promises_it(made: Made) -> None:
-    """A new adapter changes nothing if its initialisation promises that, and never the base unless declared."""
+    """A new adapter changes nothing if its initialisation promises so, and the base only if declared."""
     layer, x = made.layer(trained=False), made.x()
     base = base_of(made, layer)
     init = made.start
