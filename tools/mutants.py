@@ -192,9 +192,9 @@ MUTANTS = (
         ("tests/laws/test_mixed_batch.py",),
     ),
     Mutant(
-        "rows-of-experts", "rows through adapters of bare parameters are refused", "layers/parameter.py",
-        "            raise RoutingError(reason)\n", "            pass\n",
-        ("tests/unit/layers/test_parameter.py",),
+        "rows-of-experts", "rows go through their own adapter of a bare parameter", "layers/parameter.py",
+        "return self._with(() if name is None else (name,))", "return self._with(None)",
+        ("tests/unit/test_routing.py",),
     ),
     Mutant(
         "nan-in-file", "NaN and infinity in a file are refused", "files/values.py",

@@ -168,10 +168,6 @@ class AdapterModule(nn.Module):
         """Why these adapters cannot be active together here, or None."""
         return None
 
-    def refuses_rows(self, names: Sequence[str]) -> str | None:
-        """Why rows of one batch cannot go through these adapters here, or None."""
-        return None
-
     def adapters_changed(self) -> None:
         """Called whenever adapters were activated, enabled, disabled, added or dropped."""
 

@@ -86,20 +86,23 @@ class Routing:
         """Whether any adapter of the batch is in ``held``."""
         return any(name in held for name in self.used)
 
-    def rows(self, count: int, held: tuple[str, ...], where: Callable[[], str]) -> tuple[str | None, ...]:
+    def rows(
+        self, count: int, held: tuple[str, ...], where: Callable[[], str], *, tokens: bool = False
+    ) -> tuple[str | None, ...]:
         """The adapter of each row of a layer's input, None for adapters that the layer does not have.
 
         Args:
             count: Number of rows of the layer's input.
             held: The adapters of the layer.
             where: Returns the layer's name for an error.
+            tokens: Whether the rows may be the tokens of one text after another.
 
         Raises:
             RoutingError: The rows are not those of the batch.
         """
         key = (count, held)
         if key not in self._rows:
-            times = self._times(count, where)
+            times = count // self.count if tokens and not count % self.count else self._times(count, where)
             mine = [name if name in held else None for name in self.names]
             self._rows[key] = tuple(name for name in mine for _ in range(times))
         found: tuple[str | None, ...] = self._rows[key]
@@ -339,6 +342,62 @@ def call_by_rows(layer: AdapterModule, names: Sequence[str] | None, *args: Any, 
         return forward(layer, *args, **kwargs)
 
 
+def by_adapter(
+    routing: Routing,
+    held: tuple[str, ...],
+    kind: str,
+    of: Callable[[str | None], Callable[..., Any]],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    *,
+    tokens: bool = False,
+) -> Any:
+    """Call what takes one adapter at a time once for each, with its rows of every argument.
+
+    Args:
+        routing: Of the current call.
+        held: The adapters that differ from the base here.
+        kind: What is called, for an error.
+        of: Returns what to call for the rows of an adapter, or of the base.
+        args: Arguments for all rows; the first tensor says how many there are.
+        kwargs: Likewise.
+        tokens: See `Routing.rows`.
+
+    Returns:
+        A tensor, or a tuple of them, with the rows in their order.
+
+    Raises:
+        RoutingError: The rows are not those of the batch, or what is called gives no row for each of them.
+    """
+    first = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.dim()), None)
+    mine = tuple(name for name in routing.used if name in held)
+    if first is None or not mine:
+        return of(None)(*args, **kwargs)
+    count = first.shape[0]
+    names = routing.rows(count, mine, lambda: kind, tokens=tokens)
+    whole: list[Tensor] = []
+    several = False
+    for name, rows in routing.indices(names, first.device).items():
+        given = [_select_rows(value, rows, count) for value in args]
+        named = {key: _select_rows(value, rows, count) for key, value in kwargs.items()}
+        part = of(name)(*given, **named)
+        several = isinstance(part, tuple)
+        parts = part if several else (part,)
+        if not all(isinstance(one, Tensor) and one.shape[:1] == rows.shape for one in parts):
+            raise RoutingError(
+                f"{kind} gives no tensor with one row for each row of the batch, so adapters cannot be mixed "
+                "in one batch here"
+            )
+        whole = whole or [one.new_zeros(count, *one.shape[1:]) for one in parts]
+        whole = [all_rows.index_copy(0, rows, one) for all_rows, one in zip(whole, parts, strict=True)]
+    return tuple(whole) if several else whole[0]
+
+
+def _select_rows(value: Any, rows: Tensor, count: int) -> Any:
+    """Select rows of a tensor that has one for each row of the batch; return other values unchanged."""
+    return value[rows] if isinstance(value, Tensor) and value.shape[:1] == (count,) else value
+
+
 def check_mixed_batch(
     names: Sequence[str], known: Collection[str], modules: Iterable[AdapterModule], more: Sequence[str] = ()
 ) -> None:
@@ -356,7 +415,6 @@ def check_mixed_batch(
     if isinstance(names, str) or not all(isinstance(name, str) for name in names):
         raise RoutingError(f"adapter_names is a list of names, one for each row, got {names!r}")
     problems = []
-    modules = list(modules)
     used = list(dict.fromkeys(name for name in names if name != BASE))
     if not names:
         problems.append("it is empty: one name for each row of the batch is needed")
@@ -369,8 +427,6 @@ def check_mixed_batch(
             "unmerge_adapter() first"
         )
     problems += more
-    refused = [reason for module in modules if (reason := module.refuses_rows(used)) is not None]
-    problems += refused[:3] + ([f"… and {len(refused) - 3} more like these"] if len(refused) > 3 else [])
     if problems:
         raise RoutingError("this batch cannot be mixed:\n" + "\n".join(f"  - {p}" for p in problems))
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from tests.tolerances import FAMILY, assert_close
 from veneer import Family, LoraConfig, get_peft_model
@@ -26,7 +26,17 @@ def llama() -> nn.Module:
     return LlamaForCausalLM(config)
 
 
-class Mixture(nn.Module):
+def mixtral() -> nn.Module:
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, num_local_experts=4, num_experts_per_tok=2,
+        bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    return MixtralForCausalLM(config)
+
+
+class Special(nn.Module):
     """Layers of every kind, over an image and a text."""
 
     def __init__(self) -> None:
@@ -58,12 +68,18 @@ OF_LLAMA: dict[str, dict[str, Any]] = {
     "saved": {"target_modules": ["q_proj"], "r": 2, "modules_to_save": ["lm_head", "model.norm"]},
     "tokens": {"target_modules": ["q_proj"], "r": 2, "trainable_token_indices": {"embed_tokens": [3, 5]}},
 }
-OF_MIXTURE: dict[str, dict[str, Any]] = {
+OF_SPECIAL: dict[str, dict[str, Any]] = {
     "convolutions": {"target_modules": ["conv", "grouped"], "r": 2},
     "attention": {"target_modules": ["attn", "head"], "r": 2, "lora_dropout": 0.2},
     "lookup": {"target_modules": ["embed"], "r": 3, "modules_to_save": ["norm"]},
     "dora": {"target_modules": ["conv", "head"], "r": 2, "use_dora": True},
 }
+OF_MIXTRAL: dict[str, dict[str, Any]] = {
+    "experts": {"target_parameters": ["gate_up_proj", "down_proj"], "target_modules": ["q_proj"], "r": 2},
+    "larger": {"target_parameters": ["gate_up_proj", "down_proj"], "target_modules": [], "r": 3},
+    "attention": {"target_modules": ["q_proj", "v_proj"], "r": 2, "lora_dropout": 0.1},
+}
+KINDS = {"llama": (llama, OF_LLAMA), "special": (Special, OF_SPECIAL), "mixtral": (mixtral, OF_MIXTRAL)}
 
 
 def texts(names: Mapping[str, Any]) -> Batches:
@@ -97,8 +113,8 @@ def of_pictures(output: Tensor, batch: Mapping[str, Tensor]) -> tuple[Tensor, in
 
 def family(kind: str, names: list[str], exact: bool = False) -> Family:
     """The adapters of these names, with factors that are not zero."""
-    of = OF_LLAMA if kind == "llama" else OF_MIXTURE
-    made = Family(llama() if kind == "llama" else Mixture(), exact=exact)
+    base, of = KINDS[kind]
+    made = Family(base(), exact=exact)
     for name in names:
         seed = list(of).index(name)
         made.add(name, LoraConfig(**of[name]), learning_rate=1e-2, seed=seed)
@@ -119,11 +135,12 @@ def gradients(made: Family, name: str) -> list[Tensor]:
 
 
 def everything(kind: str) -> tuple[list[str], Batches]:
-    return (list(OF_LLAMA), texts(OF_LLAMA)) if kind == "llama" else (list(OF_MIXTURE), pictures(OF_MIXTURE))
+    of = KINDS[kind][1]
+    return list(of), pictures(of) if kind == "special" else texts(of)
 
 
 @pytest.mark.parametrize("exact", [False, True])
-@pytest.mark.parametrize("kind", ["llama", "mixture"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_each_adapter_is_trained_as_if_it_were_alone(kind: str, exact: bool) -> None:
     names, batches = everything(kind)
     together = family(kind, names, exact)
@@ -216,7 +233,7 @@ def observed(made: Family, names: list[str], batches: Batches) -> Iterator[tuple
 
 @pytest.mark.filterwarnings("ignore:the gradient of")
 @pytest.mark.parametrize("what", ["factors", "optimizer", "data"])
-@pytest.mark.parametrize("kind", ["llama", "mixture"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_no_bit_of_another_adapter_changes(kind: str, what: str) -> None:
     names, batches = everything(kind)
     for spoilt in names:

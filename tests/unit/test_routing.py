@@ -319,8 +319,27 @@ def test_a_layer_refuses_names_that_are_none_of_its_own() -> None:
         layer(x, adapter_names=NAMES)
 
 
-def test_a_bare_parameter_cannot_have_rows() -> None:
-    net = nn.Sequential(nn.Linear(4, 4))
+def test_rows_of_a_bare_parameter_go_through_their_own_adapter() -> None:
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3))
+    config = LoraConfig(r=2, target_modules=["1"], target_parameters=["0.weight"], init_lora_weights=False)
+    model = get_peft_model(net, config, "a")
+    model.add_adapter("b", config)
+    x = torch.randn(4, 4)
+    mixed = model(x, adapter_names=NAMES)
+    for row, name in enumerate(NAMES):
+        model.set_adapter([] if name == BASE else name, inference_mode=True)
+        assert_close(mixed[row : row + 1], model(x[row : row + 1]))
+    with pytest.raises(RoutingError, match=r"the input of 0\.weight has 8 rows"):
+        model(x.repeat(2, 1), adapter_names=NAMES)
+
+
+class Pooling(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x).mean(0)
+
+
+def test_a_bare_parameter_that_gives_no_rows_is_refused() -> None:
+    net = nn.Sequential(Pooling(4, 4))
     model = get_peft_model(net, LoraConfig(r=2, target_modules=[], target_parameters=["0.weight"]), "a")
-    with pytest.raises(RoutingError, match="a bare parameter, which all rows of a batch share"):
-        model.get_base_model()[0](torch.ones(2, 4), adapter_names=["a", BASE])
+    with pytest.raises(RoutingError, match="gives no tensor with one row for each row"):
+        model(torch.randn(2, 4), adapter_names=["a", BASE])

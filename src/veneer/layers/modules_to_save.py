@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterator, Reversible, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from veneer import backends
 from veneer.adapters import AdapterModule, as_names
-from veneer.errors import AdapterNameError, RoutingError
-from veneer.routing import Routing, call_by_rows, current
+from veneer.errors import AdapterNameError
+from veneer.routing import Routing, by_adapter, call_by_rows, current
 
 
 class ModulesToSaveWrapper(AdapterModule):
@@ -113,27 +113,13 @@ class ModulesToSaveWrapper(AdapterModule):
         return self.current(*args, **kwargs)
 
     def _forward_rows(self, routing: Routing, *args: Any, **kwargs: Any) -> Any:
-        first = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.dim()), None)
-        mine = tuple(name for name in routing.used if name in self.modules_to_save)
-        if first is None or not mine:
-            return self.original_module(*args, **kwargs)
-        count = first.shape[0]
         kind = f"a {type(self.original_module).__name__} (modules_to_save)"
-        names = routing.rows(count, mine, lambda: kind)
-        whole: Tensor | None = None
-        for name, rows in routing.indices(names, first.device).items():
-            module = self.original_module if name is None else self.modules_to_save[name]
-            part = module(*(_select_rows(v, rows, count) for v in args),
-                          **{k: _select_rows(v, rows, count) for k, v in kwargs.items()})  # fmt: skip
-            if not isinstance(part, Tensor) or part.shape[:1] != rows.shape:
-                raise RoutingError(
-                    f"a {type(module).__name__} that is trained whole gives no tensor with one row for each "
-                    "row of the batch, so adapters cannot be mixed in one batch here"
-                )
-            if whole is None:
-                whole = part.new_zeros(count, *part.shape[1:])
-            whole = whole.index_copy(0, rows, part)
-        return whole
+        held = tuple(self.modules_to_save)
+
+        def of(name: str | None) -> nn.Module:
+            return self.original_module if name is None else self.modules_to_save[name]
+
+        return by_adapter(routing, held, kind, of, args, kwargs)
 
     if not TYPE_CHECKING:
 
@@ -144,8 +130,3 @@ class ModulesToSaveWrapper(AdapterModule):
                 if "original_module" not in self.__dict__.get("_modules", {}) or name.startswith("_"):
                     raise
                 return getattr(self.current, name)
-
-
-def _select_rows(value: Any, rows: Tensor, count: int) -> Any:
-    """Select rows of a tensor that has one for each row of the batch; return other values unchanged."""
-    return value[rows] if isinstance(value, Tensor) and value.shape[:1] == (count,) else value

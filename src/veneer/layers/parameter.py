@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from veneer import backends
-from veneer.errors import Hint, RoutingError, Text
+from veneer.errors import Hint, Text
 from veneer.layers.factor import stand_in
 from veneer.layers.layer import LoraLayer
 from veneer.ops.adapted_weight import AdaptedWeight, Term
-from veneer.routing import call_by_rows, current
+from veneer.routing import by_adapter, call_by_rows, current
 from veneer.spec import LoraSpec
 
 
@@ -139,46 +139,47 @@ class LoraParameter(LoraLayer):
 
     # -- forward -------------------------------------------------------------------------------------
 
-    def refuses_rows(self, names: Sequence[str]) -> str | None:
-        """Refuses mixed batches, because all rows share the parameter."""
-        mine = ", ".join(repr(name) for name in names if name in self._specs)
-        if not mine:
-            return None
-        return (
-            f"{mine}: {self._where()} is a bare parameter, which all rows of a batch share. Call the model "
-            "once for each adapter"
-        )
-
-    def _adapted_weight(self) -> Tensor | AdaptedWeight | None:
-        """What replaces the parameter in a forward; None to use the module's own.
-
-        Raises:
-            RoutingError: The call names rows for an adapter of the parameter.
-        """
-        routing = current(self)
-        if routing is not None and not self._disabled and (reason := self.refuses_rows(routing.used)):
-            raise RoutingError(reason)
-        if self._disabled or routing is not None:
-            return self.original_base()._parameters[self.weight_name] if self._merged else None
-        if not self._live:
-            return None
-        weight = _fetched(self.get_base_layer(), self.weight_name)
-        terms = [(a.to(weight), b.to(weight), s) for a, b, s in map(self.term, self._live)]
-        adapted = AdaptedWeight(weight, terms)
-        return adapted.dense() if torch.compiler.is_compiling() else adapted
-
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the module with the adapted parameters of all layers of the chain."""
+        """Call the module with the adapted parameters of all layers of the chain.
+
+        In a mixed batch it is called once for each adapter, with the rows that are the adapter's.
+        """
         if "adapter_names" in kwargs:
             return call_by_rows(self, kwargs.pop("adapter_names"), *args, **kwargs)
-        weights = {layer.weight_name: layer._adapted_weight() for layer in self.chain()}
-        adapted = {name: weight for name, weight in weights.items() if weight is not None}
+        routing = current(self)
+        if routing is None:
+            return self._with(None)(*args, **kwargs)
+        enabled = [layer for layer in self.chain() if not layer._disabled]
+        held = tuple(dict.fromkeys(name for layer in enabled for name in layer.held_adapters))
+        # transformers' mixtures pass their experts the tokens of one text after another.
+        tokens = type(self.get_base_layer()).__module__.startswith("transformers.")
+        return by_adapter(routing, held, self._where(), self._of, args, kwargs, tokens=tokens)
+
+    def _of(self, name: str | None) -> nn.Module:
+        return self._with(() if name is None else (name,))
+
+    def _with(self, names: tuple[str, ...] | None) -> nn.Module:
+        """The module with the parameters of these adapters; None for the active ones."""
         base = self.get_base_layer()
+        weights = {layer.weight_name: layer._adapted_weight(names) for layer in self.chain()}
+        adapted = {name: weight for name, weight in weights.items() if weight is not None}
         if not adapted:
-            return base(*args, **kwargs)
+            return base
         # The copy has no hook that would fetch other offloaded parameters.
         offloaded = {n: _fetched(base, n) for n, p in base._parameters.items() if p is not None and p.is_meta}
-        return stand_in(base, {**offloaded, **adapted})(*args, **kwargs)  # type: ignore[dict-item]
+        return stand_in(base, {**offloaded, **adapted})  # type: ignore[dict-item]
+
+    def _adapted_weight(self, names: tuple[str, ...] | None) -> Tensor | AdaptedWeight | None:
+        """What replaces the parameter for these adapters, None for the active ones; None for the module's."""
+        if self._disabled or names == ():
+            return self.original_base()._parameters[self.weight_name] if self._merged else None
+        live = self._live if names is None else [name for name in names if name in self._specs]
+        if not live:
+            return None
+        weight = _fetched(self.get_base_layer(), self.weight_name)
+        terms = [(a.to(weight), b.to(weight), s) for a, b, s in map(self.term, live)]
+        adapted = AdaptedWeight(weight, terms)
+        return adapted.dense() if torch.compiler.is_compiling() else adapted
 
     def low_rank(self, name: str, x: Tensor) -> Tensor:
         """A bare parameter has no input of its own."""

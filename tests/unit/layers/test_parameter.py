@@ -13,7 +13,7 @@ from tests.laws.cases import train
 from tests.laws.special_models import SPECIAL
 from tests.storages import torchao
 from veneer import LoraConfig, PeftModel, get_peft_model
-from veneer.errors import RoutingError, TargetError
+from veneer.errors import TargetError
 from veneer.routing import routed
 
 
@@ -60,18 +60,12 @@ def test_codes_are_refused() -> None:
     assert type(model[0]) is nn.Linear and model[0].weight is weight
 
 
-def test_a_mixed_batch_is_refused_by_name_before_anything_runs() -> None:
+def test_whose_tokens_a_model_packs_together_is_known_of_transformers_alone() -> None:
+    """`test_family.py` has that rows of transformers' mixtures go through their own experts."""
     case = SPECIAL["parameters"]
-    model, ran = adapted(case.build()), []
-    model.add_adapter("rows", LoraConfig(r=2, target_modules=["head"]))
-    handle = model.get_base_model().embed.register_forward_pre_hook(lambda *_: ran.append(1))
-    with pytest.raises(RoutingError) as refused:
-        model(case.x(), adapter_names=["default", "rows", "__base__", "rows", "default"])
-    handle.remove()
-    assert not ran
-    message = str(refused.value)
-    assert "'default'" in message and "'rows'" not in message
-    assert all(name in message for name in ("experts.up", "experts.down", "last.table"))
+    model = adapted(case.build())
+    with pytest.raises(RoutingError, match=r"the input of experts\.down has 15 rows"):
+        model(case.x(), adapter_names=["default", "default", "__base__", "__base__", "default"])
 
 
 def test_rows_that_need_no_bare_parameter_are_served() -> None:
@@ -89,13 +83,13 @@ def test_rows_that_need_no_bare_parameter_are_served() -> None:
     assert torch.equal(mixed[1], plain[1])
 
 
-def test_layers_that_are_called_by_themselves_refuse_rows_too() -> None:
+def test_experts_that_are_called_by_themselves_take_rows_too() -> None:
     experts = adapted(SPECIAL["parameters"].build()).get_base_model().experts
     x, chosen = torch.randn(2, 8), torch.tensor([0, 1])
-    with (
-        routed(experts, ["default", "default"]),
-        pytest.raises(RoutingError, match=r"experts\.down is a bare parameter"),
-    ):
-        experts(x, chosen)
+    with routed(experts, ["default", "__base__"]):
+        mixed = experts(x, chosen)
+    torch.testing.assert_close(mixed[:1], experts(x[:1], chosen[:1]))
     with routed(experts, ["__base__", "__base__"]):
-        assert torch.equal(experts(x, chosen), experts.get_base_layer()(x, chosen))
+        base = experts(x, chosen)
+    assert torch.equal(base, experts.get_base_layer()(x, chosen)) and not torch.equal(base[0], mixed[0])
+    torch.testing.assert_close(mixed[1:], base[1:])
