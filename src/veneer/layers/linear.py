@@ -161,9 +161,10 @@ class LoraLinear(LoraLayer):
 
     def _training_step(self, routing: Routing, x: Tensor) -> Tensor | None:
         """`mixed` with one product of the base for all rows; None if no adapter can take part in it."""
-        if self._disabled or not routing.concerns(self._specs) or x.dim() < 2:
-            return None
+        # First: a compiler that saw the names would compile anew for each batch of them.
         if wants_plain_torch(x) or autocasts(x.device.type):
+            return None
+        if self._disabled or not routing.concerns(self._specs) or x.dim() < 2:
             return None
         names = routing.rows(x.shape[0], tuple(self._specs), self._where)
         steps = {name: self._step_of(name, routing, x) for name in dict.fromkeys(names) if name is not None}

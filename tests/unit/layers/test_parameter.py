@@ -13,7 +13,7 @@ from tests.laws.cases import train
 from tests.laws.special_models import SPECIAL
 from tests.storages import torchao
 from veneer import LoraConfig, PeftModel, get_peft_model
-from veneer.errors import TargetError
+from veneer.errors import RoutingError, TargetError
 from veneer.routing import routed
 
 
