@@ -20,7 +20,7 @@ PYTEST = $(VENV)/python -m pytest -n $(WORKERS) --dist loadfile
 SITE = @NO_MKDOCS_2_WARNING=1 $(VENV)/python -m mkdocs build --strict --quiet
 SHORT := tests/architecture tests/unit tests/laws tests/golden tests/readers tests/docs
 
-.PHONY: help setup setup-test demo tutorial examples examples-data test test-all mutants check docs format bench bench-quick bench-check lock clean
+.PHONY: help setup setup-test demo tutorial examples examples-data test test-all mutants other-trainers check docs format bench bench-quick bench-check lock clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | head -11
@@ -55,6 +55,10 @@ test-all: examples-data
 
 mutants: setup-test
 	@$(VENV)/python tools/mutants.py $(ARGS)
+
+# axolotl and ms-swift, from the package index, with Veneer in the place of peft.
+other-trainers: setup-test
+	@$(VENV)/python tools/other_trainers.py
 
 check: setup-test
 	$(VENV)/ruff check .

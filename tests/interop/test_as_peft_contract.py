@@ -32,18 +32,29 @@ IMPORTED = {
     "peft": "PeftConfig PeftModel PeftMixedModel get_peft_model LoraConfig PrefixTuningConfig "
             "PromptLearningConfig AdaptionPromptConfig get_peft_model_state_dict set_peft_model_state_dict "
             "prepare_model_for_kbit_training PeftType TaskType inject_adapter_in_model __version__",
-    "peft.tuners.tuners_utils": "BaseTunerLayer BaseTuner",
-    "peft.tuners.lora": "LoraLayer LoraConfig LoraModel",
-    "peft.tuners.lora.layer": "LoraLayer",
+    "peft.config": "__version__ PeftConfigMixin",
+    "peft.import_utils": "is_torchao_available is_bnb_available is_bnb_4bit_available",
+    "peft.optimizers": "create_loraplus_optimizer create_lorafa_optimizer create_riemannian_optimizer",
+    "peft.tuners.adalora": "AdaLoraModel AdaLoraLayer RankAllocator",
+    "peft.tuners.tuners_utils": "BaseTunerLayer BaseTuner onload_layer check_adapters_to_merge "
+                                "check_target_module_exists _maybe_include_all_linear_layers",
+    "peft.tuners.lora": "LoraLayer LoraConfig LoraModel Linear Embedding Conv2d Linear4bit Linear8bitLt",
+    "peft.tuners.lora.bnb": "Linear4bit Linear8bitLt",
+    "peft.tuners.lora.layer": "LoraLayer Linear ParamWrapper",
+    "peft.tuners.lora.tp_layer": "LoraParallelLinear",
     "peft.tuners.loha.layer": "LoHaLayer",
     "peft.tuners.lokr.layer": "LoKrLayer factorization",
     "peft.helpers": "disable_input_dtype_casting",
-    "peft.utils": "ModulesToSaveWrapper _get_submodules get_peft_model_state_dict",
-    "peft.utils.other": "AuxiliaryTrainingWrapper fsdp_auto_wrap_policy",
+    "peft.utils": "ModulesToSaveWrapper _get_submodules get_peft_model_state_dict transpose "
+                  "get_quantization_config CONFIG_NAME",
+    "peft.utils.integrations": "dequantize_module_weight gather_params_ctx init_empty_weights",
+    "peft.utils.other": "AuxiliaryTrainingWrapper fsdp_auto_wrap_policy get_pattern_key "
+                        "SAFETENSORS_WEIGHTS_NAME WEIGHTS_NAME",
     "peft.utils.hotswap": "check_hotswap_configs_compatible hotswap_adapter_from_state_dict "
                           "prepare_model_for_compiled_hotswap hotswap_adapter",
     "peft.functional": "delete_adapter set_adapter set_requires_grad cast_adapter_dtype",
-    "peft.utils.transformers_weight_conversion": "build_peft_weight_mapping",
+    "peft.utils.transformers_weight_conversion": "build_peft_weight_mapping "
+        "convert_peft_config_for_transformers get_model_conversion_mapping",
 }
 lacking = []
 for name, words in IMPORTED.items():

@@ -17,7 +17,8 @@ import veneer
 from tests.unit.net import IDS, adapted
 from veneer import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from veneer.errors import AdapterFileError, ConfigError, VeneerError, VeneerWarning
-from veneer.integrations.as_peft.layout import INSIDES, LAYOUT
+from veneer.integrations.as_peft.layout import INSIDES, INSIDES_OF_MODELS, LAYOUT
+from veneer.integrations.as_peft.others import stub
 from veneer.layers import LoraLayer
 
 
@@ -59,6 +60,21 @@ def test_peft_s_insides_say_that_they_are(name: str) -> None:
     module = importlib.import_module("veneer.utils.transformers_weight_conversion")
     with pytest.raises(VeneerError, match=f"{name} is of peft's insides"):
         getattr(module, name)(None, None)
+
+
+@pytest.mark.parametrize("name", INSIDES_OF_MODELS)
+def test_methods_inside_peft_s_models_can_be_wrapped_and_are_not_called(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As axolotl and ms-swift do when they are imported."""
+    from veneer.tuners.lora.model import LoraModel
+
+    for model in (LoraModel, stub("AdaLoraModel")):
+        own = getattr(model, name)
+        with pytest.raises(VeneerError, match=f"{name} is of peft's insides"):
+            own(None)
+        monkeypatch.setattr(model, name, lambda *args, own=own: own(*args))
+    assert get_peft_model(llama(), LoraConfig(r=2, target_modules=["q_proj"])).active_adapters == ["default"]
 
 
 def test_small_functions_agree_with_pefts() -> None:

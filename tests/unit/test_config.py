@@ -592,6 +592,10 @@ def test_hub_arguments_are_swallowed_for_directories(tmp_path: Path) -> None:
         assert (type(config), config.r) == (LoraConfig, 3)
 
 
+def test_no_word_on_the_layout_of_weights_is_the_default() -> None:
+    assert LoraConfig(fan_in_fan_out=None) == LoraConfig()
+
+
 def test_a_repository_id_is_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     LoraConfig(r=3).save_pretrained(tmp_path)
     asked = []

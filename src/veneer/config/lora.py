@@ -262,6 +262,8 @@ class LoraConfig(PeftConfig):
         for name in ("rank_pattern", "alpha_pattern", "loftq_config", "variant_options"):
             if getattr(self, name) is None:
                 setattr(self, name, {})
+        layout: Any = self.fan_in_fan_out
+        self.fan_in_fan_out = False if layout is None else layout  # None is axolotl's word for nothing given
         for name in _VARIANT_DICTS:
             if dataclasses.is_dataclass(value := getattr(self, name)) and not isinstance(value, type):
                 setattr(self, name, dataclasses.asdict(value))

@@ -178,6 +178,7 @@ LAYOUT: dict[str, tuple[str, ...]] = {
     "peft.tuners.lora.eva": _EVA,
     "peft.tuners.lora.loraga": ("preprocess_loraga",),
     "peft.tuners.lora.model": ("LoraModel",),
+    "peft.tuners.lora.tp_layer": ("LoraParallelLinear",),
     "peft.tuners.loha": ("LoHaLayer",),
     "peft.tuners.loha.layer": ("LoHaLayer",),
     "peft.tuners.lokr": ("LoKrLayer",),
@@ -196,6 +197,8 @@ LAYOUT: dict[str, tuple[str, ...]] = {
 
 # Names of peft's insides: they can be imported, and calling one says what it is.
 INSIDES = ("convert_peft_config_for_transformers",)
+# The same of methods of PEFT's models.
+INSIDES_OF_MODELS = ("_create_and_replace", "_cast_adapter_dtype")
 
 # Public names of peft 0.21 of methods and options that Veneer does not have.
 _METHODS_WITH_MODEL = (

@@ -37,7 +37,7 @@ from ...layers.parameter import LoraParameter
 from ...lora_model import LoraModel
 from ...spec import PatternSet
 from ...targets import ALL_LINEAR
-from .layout import INSIDES
+from .layout import INSIDES, INSIDES_OF_MODELS
 from .others import OtherMethod, inside, stub
 
 __all__ = [
@@ -53,12 +53,17 @@ AuxiliaryTrainingWrapper = ModulesToSaveWrapper
 LoHaLayer: Any = stub("LoHaLayer")
 LoKrLayer: Any = stub("LoKrLayer")
 factorization: Any = stub("factorization")
+LoraParallelLinear: Any = stub("LoraParallelLinear")
 PrefixTuningConfig: Any = stub("PrefixTuningConfig")
 PromptLearningConfig: Any = stub("PromptLearningConfig")
 
 CONFIG_NAME = "adapter_config.json"
 SAFETENSORS_WEIGHTS_NAME = "adapter_model.safetensors"
 WEIGHTS_NAME = "adapter_model.bin"
+for _method in INSIDES_OF_MODELS:  # axolotl and ms-swift wrap them when they are imported
+    setattr(LoraModel, _method, inside(_method))
+    setattr(OtherMethod, _method, inside(_method))
+
 PeftError, PeftWarning, NoMatchingPeftModuleError = VeneerError, VeneerWarning, TargetError
 PEFT_TYPE_TO_MIXED_MODEL_MAPPING = {PeftType.LORA: LoraModel}
 PEFT_TYPE_TO_TUNER_MAPPING = {PeftType.LORA: LoraModel}
