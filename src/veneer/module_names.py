@@ -124,17 +124,6 @@ def portable_targets(targets: Iterable[str], others: Iterable[str]) -> set[str] 
     return f"^(?:{'|'.join([*parts, *map(re.escape, sorted(exact))])})$"
 
 
-def portable_parameters(targets: Collection[str], others: Iterable[str]) -> list[str]:
-    """Names of bare parameters for a file.
-
-    Args:
-        targets: Paths of the adapted parameters.
-        others: Paths of all other parameters.
-    """
-    names = portable_targets(targets, others)
-    return sorted(targets if isinstance(names, str) else names)
-
-
 def parents(path: str) -> list[str]:
     """The paths of the modules around one, the nearest first."""
     found = []

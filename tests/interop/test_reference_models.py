@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch import nn
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
     EfficientNetConfig,
     EfficientNetForImageClassification,
     LlamaForCausalLM,
@@ -131,6 +133,30 @@ def test_all_linear_over_experts(build: Callable[[], nn.Module], tmp_path: Path)
     assert set(mine.target_parameters or ()) == set(its.target_parameters or ())
     assert (mine.rank_pattern, mine.alpha_pattern) == (its.rank_pattern, its.alpha_pattern)
     assert bool(mine.target_parameters) == (build is not qwen2_moe)
+
+
+@pytest.mark.parametrize("kind", ["deepseek_v3", "glm4_moe", "hunyuan_v1_moe", "minimax", "qwen3_next"])
+@pytest.mark.filterwarnings("ignore:.*leaves out:veneer.VeneerWarning")
+def test_all_linear_takes_the_same_of_other_mixtures(kind: str) -> None:
+    """Dense layers and shared experts among them, whose names PEFT takes for those of the stacks."""
+    sizes = {
+        "vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "moe_intermediate_size": 8,
+        "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8,
+        "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2,
+        "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "q_lora_rank": 8, "kv_lora_rank": 8,
+        "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8, "linear_num_value_heads": 2,
+        "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8, "pad_token_id": 0,
+    }  # fmt: skip
+    known = AutoConfig.for_model(kind)
+    config = type(known)(**{name: size for name, size in sizes.items() if hasattr(known, name)})
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(config)
+    options = {"r": 2, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    ours = veneer.get_peft_model(copy.deepcopy(base), veneer.LoraConfig(**options), low_cpu_mem_usage=True)
+    with quiet():
+        theirs = peft.get_peft_model(base, peft.LoraConfig(**options), low_cpu_mem_usage=True)
+    mine, its = ({n: p.shape for n, p in m.named_parameters() if "lora_" in n} for m in (ours, theirs))
+    assert mine == its and any(".experts." in name for name in mine)
 
 
 @pytest.mark.parametrize(

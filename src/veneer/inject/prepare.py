@@ -16,7 +16,8 @@ from veneer.errors import Hint, TargetError, Text
 from veneer.inject.base_tensors import base_of
 from veneer.inject.injection import Addition, Copy, Injection, Rows
 from veneer.inject.replication import replication
-from veneer.inject.sites import Site, model_type, plan_sites, sites
+from veneer.inject.sites import Site, bases, model_type, plan_sites, sites
+from veneer.inject.stacks import names_of_parameters
 from veneer.inject.tokens import token_rows
 from veneer.inject.tying import followers, tie
 from veneer.layers import LoraLayer
@@ -307,8 +308,7 @@ def _complete(
         config.fan_in_fan_out = False
     bare = {a.spec.path for a in additions if a.spec.parameter}
     if bare and config.layers_to_transform:
-        every = {f"{path}.{name}" for path, site in found.items() for name in site.base._parameters}
-        config.target_parameters = module_names.portable_parameters(bare, every - bare)
+        config.target_parameters = names_of_parameters(bare, bases(found))
     if config.target_modules is None:
         names = targets.DEFAULT_TARGETS.get(model_type(model) or "", ())
         config.target_modules = names if isinstance(names, str) else set(names)
@@ -350,7 +350,7 @@ def _only_here(config: LoraConfig) -> bool:
     """Whether other readers would not understand the targets: ``all-linear``, or expressions in a list."""
     target = config.target_modules
     if isinstance(target, str):
-        return target.lower() == "all-linear" or config.layers_to_transform is not None
+        return target.lower() == targets.ALL_LINEAR or config.layers_to_transform is not None
     return any(looks_like_regex(pattern) for pattern in target or ())
 
 

@@ -74,6 +74,11 @@ def sites(model: nn.Module) -> dict[str, Site]:
     return {site.path: site for site in found.values()}
 
 
+def bases(found: Mapping[str, Site]) -> dict[str, nn.Module]:
+    """The modules that the model was built with, by path."""
+    return {path: site.base for path, site in found.items()}
+
+
 def input_embedding(model: nn.Module, found: Mapping[str, Site]) -> str:
     """The path of the input embedding; empty where the model does not name one."""
     module = embedding_of(model, "input")
@@ -127,7 +132,7 @@ def candidates(model: nn.Module, found: Mapping[str, Site], unread: bool = False
         unread: Take what the model reads without calling it, too.
     """
     head = embedding_of(model, "output")
-    experts = old_names({path: site.base for path, site in found.items()}, model_type(model))
+    experts = old_names(bases(found), model_type(model))
     result = []
     for path, site in found.items():
         base = site.base
@@ -211,7 +216,7 @@ def plan_sites(
 
     Stacks of experts among the targets are written into the configuration; see `name_stacks`.
     """
-    name_stacks(config, {p: site.base for p, site in found.items()}, model_type(model), quiet=loading)
+    name_stacks(config, bases(found), model_type(model), quiet=loading)
     modules = candidates(model, found, unread)
     return targets.plan(
         [*modules, *parameter_candidates(model, found, unread)] if config.target_parameters else modules,

@@ -11,7 +11,7 @@ from veneer.config import LoraConfig
 from veneer.config.expressions import Paths
 from veneer.config.values import show
 from veneer.errors import Hint, TargetError
-from veneer.module_names import portable_parameters
+from veneer.module_names import portable_targets
 from veneer.spec import PatternSet
 from veneer.targets import ALL_LINEAR
 from veneer.wording import listed, warn
@@ -100,10 +100,15 @@ def name_stacks(
         config.target_modules = [] if given in only else given if isinstance(given, str) else {*given} - only
         if not quiet:
             _mention_meant(meant, found)
-    others = {f"{path}.{name}" for path, base in bases.items() for name in base._parameters} - found
-    own = config.target_parameters or ()
-    config.target_parameters = sorted({*own, *portable_parameters(found, others)})
+    config.target_parameters = sorted({*(config.target_parameters or ()), *names_of_parameters(found, bases)})
     _widen(config, [path for path in found if len(STACKS.get(_last(path), ())) > 1])
+
+
+def names_of_parameters(paths: Collection[str], bases: Mapping[str, nn.Module]) -> list[str]:
+    """The names by which a file means these parameters and no others."""
+    every = {f"{path}.{name}" for path, base in bases.items() for name in base._parameters}
+    names = portable_targets(paths, every.difference(paths))
+    return sorted(paths if isinstance(names, str) else names)
 
 
 def _widen(config: LoraConfig, paths: Sequence[str]) -> None:
