@@ -39,7 +39,7 @@ COMMANDS = {
     "/again": "answer the last question again, with the current adapter",
     "/clear": "forget the conversation",
     "/help": "show this list",
-    "/exit": "leave, like Ctrl-D; Ctrl-C stops an answer",
+    "/exit": "leave, like Ctrl-D, or Ctrl-C twice; Ctrl-C stops an answer",
 }
 
 
@@ -121,8 +121,20 @@ def _talk(talk: Any, alone: bool) -> int:
     if alone:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  gives input() its line editing
-    code = DONE
-    while (line := _line(talk, alone)) is not None:
+    code, warned = DONE, False
+    while True:
+        try:
+            line = _line(talk, alone)
+        except KeyboardInterrupt:
+            if not alone or warned:
+                raise
+            show()
+            say("The conversation goes on; Ctrl-C once more, or Ctrl-D, leaves.")
+            warned = True
+            continue
+        warned = False
+        if line is None:
+            break
         if not line:
             continue
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,6 +19,7 @@ from .common import app, console, load_libraries, show, show_json, size, table
 
 if TYPE_CHECKING:
     from ..merge_report import MergeReport
+    from ..training.adapters import Drift
 
 #: Share of the update below which losing the rest is worth a warning.
 WORTH_SAYING = 0.9
@@ -82,22 +84,26 @@ def merge(
     load_libraries("torch", *([] if low_memory else ["transformers"]))
     from ..training.models import directory_bytes
 
+    drift: Drift | None = None
     if low_memory:
         report, stored = _from_file_to_file(head, output, base, dtype, overwrite, progress)
     else:
-        report, stored = _in_memory(head, output, base, loading, overwrite, untie, progress)
+        report, drift, stored = _in_memory(head, output, base, loading, overwrite, untie, progress)
     weights = directory_bytes(output, "*.safetensors")
     if report.undefined:
         progress.say(f"warning: {report}, as the base did")
     elif report.mean < WORTH_SAYING:
+        measured = "" if drift is None else f": {drift}"
         progress.say(
             f"warning: only {report.mean:.0%} of the update survived rounding to {stored}, so the merged "
-            "model answers differently from the adapter; --dtype float32 keeps all of it"
+            f"model answers differently from the adapter{measured}. --dtype float32 keeps all of it; "
+            f"veneer eval, of {output} and of the adapter, measures both on your data"
         )
     if as_json:
         modules = {path: _defined(share) for path, share in report.kept.items()}
         kept = {"mean": _defined(report.mean), "worst": _defined(report.worst), "modules": modules}
-        show_json({"output": str(output), "bytes": weights, "dtype": stored, "kept": kept})
+        found = {"output": str(output), "bytes": weights, "dtype": stored, "kept": kept}
+        show_json(found if drift is None else found | {"outputs": asdict(drift)})
         return
     _show(report, stored)
     show(f"model ({size(weights)}): {output}")
@@ -111,14 +117,14 @@ def _in_memory(
     overwrite: bool,
     untie: bool,
     progress: Terminal,
-) -> tuple[MergeReport, str]:
-    """What was kept, and the type of the merged weights."""
+) -> tuple[MergeReport, Drift | None, str]:
+    """What was kept, what it does to the outputs, and the type of the merged weights."""
     from ..training.adapters import load_adapted, save_merged
 
     adapted, tokenizer = load_adapted(head, base, loading, progress=progress)
     progress.say(f"Merging {head.name} and writing {output}")
     stored = str(adapted.dtype).removeprefix("torch.") if loading.quantize == "none" else loading.quantize
-    return save_merged(adapted, tokenizer, output, untie=untie, overwrite=overwrite), stored
+    return *save_merged(adapted, tokenizer, output, untie=untie, overwrite=overwrite), stored
 
 
 def _from_file_to_file(

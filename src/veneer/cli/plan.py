@@ -198,7 +198,9 @@ def _needs(console: Console, found: PlanReport) -> None:
     table.add_row(*(size(getattr(said, part)) for part in parts))
     console.print()
     console.print(table)
-    console.print("The peak is less than the sum: gradients come while activations go.")
+    total = sum(getattr(said, part) for part in parts[:-1])
+    if said.peak < total and size(said.peak) != size(total):
+        console.print("The peak is less than the sum: gradients come while activations go.")
     for note in said.notes:
         console.print(f"note: {note}", soft_wrap=True)
 

@@ -6,17 +6,21 @@ import math
 import os
 import warnings
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from ..adapters import check_adapter_name
 from ..errors import ConfigError, MissingExtraError, VeneerError, VeneerWarning
 from ..files.overwrite import check_replaceable, check_room, replacing
+from ..forward import without_cache
 from ..lora_file import OpenLora, factor_names, open_lora
 from ..merge_report import MergeReport
 from ..peft_model import PeftModel
 from ..spec import variant_name
+from .forward import evaluating
 from .head import Head, PlainModel, base_name, read_head, word
 from .libraries import quiet_libraries
 from .loading import Loading, device_map
@@ -129,9 +133,34 @@ def own_tokenizer(adapter: str | os.PathLike[str]) -> Any:
         return AutoTokenizer.from_pretrained(adapter, **NO_CODE)
 
 
+#: What the outputs are compared on.
+SAMPLE = "The lighthouse keeper wrote a letter every evening: 3 ships, 12 gulls, wind from the north-west."
+
+
+@dataclass(frozen=True)
+class Drift:
+    """How far the outputs of a merged model are from those of the adapter, on `SAMPLE`.
+
+    Attributes:
+        share: Norm of the difference of the logits, in units of the norm of what the adapter changes in them.
+        changed: Number of places where another token is the likeliest.
+        tokens: Number of places.
+    """
+
+    share: float
+    changed: int
+    tokens: int
+
+    def __str__(self) -> str:
+        return (
+            f"on a sample text its outputs are off by {self.share:.0%} of what the adapter changes, and "
+            f"another token is the likeliest at {self.changed} of {self.tokens} places"
+        )
+
+
 def save_merged(
     model: Any, tokenizer: Any, place: Path, *, untie: bool = False, overwrite: bool = False
-) -> MergeReport:
+) -> tuple[MergeReport, Drift | None]:
     """Merge an adapter into its base and save the model with tokenizer and generation config.
 
     Args:
@@ -142,19 +171,44 @@ def save_merged(
         overwrite: Replace the model in a directory that is not empty.
 
     Returns:
-        For each module, the share of the update that the base's type could hold.
+        For each module, the share of the update that the base's type could hold; and what that does to the
+        outputs, None where the type holds everything or the model writes no text.
 
     Raises:
         MergeError: Some layers cannot be merged; names all of them.
         VeneerError: The directory is not empty, cannot be written, or its disk is too small.
     """
     check_replaceable(place, overwrite)
+    before = _sample_logits(model, tokenizer)
     plain, report = merge(model, untie=untie)
+    drift = None if before is None else _drift(*before, _logits(plain, tokenizer))
     check_room(place, sum(p.numel() * p.element_size() for p in plain.parameters()))
     with quiet_libraries(), replacing(place, overwrite) as made:
         plain.save_pretrained(made)
         tokenizer.save_pretrained(made)
-    return report
+    return report, drift
+
+
+def _sample_logits(model: Any, tokenizer: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """The logits (tokens, vocabulary) of base and adapter, of a model whose weights are rounded."""
+    writes = model.get_output_embeddings() is not None
+    if not writes or all(p.element_size() >= 4 for p in model.get_base_model().parameters()):
+        return None
+    return _logits(model, tokenizer, base=True), _logits(model, tokenizer)
+
+
+@torch.no_grad()
+def _logits(model: Any, tokenizer: Any, base: bool = False) -> torch.Tensor:
+    ids = tokenizer(SAMPLE, return_tensors="pt")["input_ids"].to(next(model.parameters()).device)
+    with evaluating(model, base):
+        logits: torch.Tensor = model(input_ids=ids, **without_cache(model)).logits[0]
+    return logits.float().cpu()
+
+
+def _drift(base: torch.Tensor, adapter: torch.Tensor, merged: torch.Tensor) -> Drift:
+    share = float((merged - adapter).norm() / (adapter - base).norm().clamp(min=1e-30))
+    changed = int((merged.argmax(-1) != adapter.argmax(-1)).sum())
+    return Drift(share, changed, len(adapter))
 
 
 def merge(model: Any, *, untie: bool = False) -> tuple[Any, MergeReport]:

@@ -9,11 +9,13 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from tests.unit.training.tiny import saved_tiny
 from veneer.cli import main
+from veneer.cli.chat import _talk
 
 
 @pytest.fixture
@@ -133,6 +135,26 @@ def test_as_a_process(adapter: Path) -> None:
     assert talk.returncode == 130 and not more
     # On a busy machine, what takes long is said first.
     assert said.splitlines()[-2:] == ["the base model answers", "interrupted"]
+
+
+def test_ctrl_c_at_the_prompt_keeps_the_conversation_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    typed = iter([None, "Double 11.", None, None, "never asked"])
+
+    def line(prompt: str) -> str:
+        found = next(typed)
+        if found is None:
+            raise KeyboardInterrupt
+        return found
+
+    asked: list[str] = []
+    monkeypatch.setattr("builtins.input", line)
+    talk = SimpleNamespace(adapter="default", ask=lambda text, write: asked.append(text))
+    with pytest.raises(KeyboardInterrupt):
+        _talk(talk, alone=True)
+    assert asked == ["Double 11."]
+    assert capsys.readouterr().err.count("Ctrl-C once more, or Ctrl-D, leaves") == 2
 
 
 def test_at_a_terminal(adapter: Path) -> None:

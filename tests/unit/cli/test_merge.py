@@ -64,10 +64,16 @@ def test_rounding_away_is_said(adapter: Path, tmp_path: Path, capsys: pytest.Cap
     words = ["merge", str(tmp_path / "adapter"), "--output", str(tmp_path / "out"), "--dtype", "bfloat16"]
     assert main([*words, "--json"]) == 0
     captured = capsys.readouterr()
-    assert json.loads(captured.out)["dtype"] == "bfloat16"
+    report = json.loads(captured.out)
+    assert report["dtype"] == "bfloat16" and report["outputs"]["share"] > 0.1
     assert "of the update survived rounding to bfloat16" in captured.err
     assert captured.err.count("rounding to") == 1
+    assert "on a sample text its outputs are off by" in captured.err
     assert "--dtype float32 keeps all" in captured.err
+    assert main([*words, "--low-memory", "--overwrite-output-dir"]) == 0
+    said = capsys.readouterr().err
+    assert "of the update survived rounding to bfloat16" in said and "--dtype float32 keeps all" in said
+    assert f"veneer eval, of {tmp_path / 'out'} and of the adapter" in said
 
 
 def test_nothing_is_half_written(

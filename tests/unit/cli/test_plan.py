@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from veneer.cli import main
+from veneer.training.planning import plan_training
 
 LLAMA_70B = {
     "model_type": "llama",
@@ -32,6 +35,22 @@ def test_plan(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", str(base), *SMALL, "--lora_r", "4", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["estimate"]["trainable"] == 3712 and found["lora_r"] == 4
+
+
+@pytest.mark.parametrize("less", [0, 10**6])
+def test_the_peak_is_said_to_be_less_only_where_it_is(
+    less: int, base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def planned(*given: Any, **more: Any) -> Any:
+        found = plan_training(*given, **more)
+        parts = ("base", "factors", "gradients", "optimizer", "activations", "logits")
+        total = sum(getattr(found.estimate, part) for part in parts) + 2 * less
+        estimate = replace(found.estimate, base=found.estimate.base + 2 * less, peak=total - less)
+        return replace(found, estimate=estimate)
+
+    monkeypatch.setattr("veneer.training.planning.plan_training", planned)
+    assert main(["plan", str(base), *SMALL]) == 0
+    assert ("The peak is less than the sum" in capsys.readouterr().out) == bool(less)
 
 
 def test_near_misses_and_what_is_left_out(base: Path, capsys: pytest.CaptureFixture[str]) -> None:

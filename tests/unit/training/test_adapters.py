@@ -13,8 +13,9 @@ from tests.tolerances import assert_close
 from tests.unit.training.tiny import saved_tiny, tiny_model
 from veneer import AdapterFileError, AdapterNameError, ConfigError, LoraConfig, VeneerError, get_peft_model
 from veneer.training import adapters, load_base
-from veneer.training.adapters import describe, load_adapted, save_merged
+from veneer.training.adapters import SAMPLE, describe, load_adapted, save_merged
 from veneer.training.head import Head, read_head
+from veneer.training.loading import Loading
 
 IDS = torch.arange(8)[None] + 20
 
@@ -116,7 +117,7 @@ def test_a_merged_model_computes_the_same(adapter: Path, tmp_path: Path) -> None
     model, tokenizer = load_adapted(adapter)
     with torch.no_grad():
         expected = model(input_ids=IDS).logits
-    report = save_merged(model, tokenizer, tmp_path / "merged")
+    report, _ = save_merged(model, tokenizer, tmp_path / "merged")
     assert len(report.kept) == 4 and report.worst > 0.999
     merged, merged_tokenizer = load_base(tmp_path / "merged")
     with torch.no_grad():
@@ -218,3 +219,21 @@ def test_a_base_of_the_hub_is_said_before_it_is_fetched(
             base_directory(tmp_path / "adapter", given, said)
     named = "which" in said.lines[0] and str(tmp_path / "adapter") in said.lines[0]
     assert named == (given is None)
+
+
+def test_what_rounding_does_to_the_outputs_is_measured(adapter: Path, tmp_path: Path) -> None:
+    model, tokenizer = load_adapted(adapter, loading=Loading("bfloat16"))
+    ids = tokenizer(SAMPLE, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        before = model(input_ids=ids).logits[0].float()
+        with model.disable_adapter():
+            base = model(input_ids=ids).logits[0].float()
+    _, drift = save_merged(model, tokenizer, tmp_path / "merged")
+    merged, _ = load_base(tmp_path / "merged")
+    with torch.no_grad():
+        after = merged(ids).logits[0].float()
+    assert drift is not None and drift.tokens == ids.shape[1]
+    assert drift.share == float((after - before).norm() / (before - base).norm()) > 0
+    assert drift.changed == int((after.argmax(-1) != before.argmax(-1)).sum())
+    _, nothing = save_merged(*load_adapted(adapter), tmp_path / "whole")
+    assert nothing is None

@@ -50,8 +50,8 @@ class MemoryEstimate:
         optimizer: State of the optimizer.
         activations: Kept for the backward pass just before the output head.
         logits: The most on top of that until the loss.
-        peak: The most at any moment of a step after the first. Less than the sum of the above, as gradients
-            are made while activations are freed.
+        peak: The most at any moment of a step after the first. Mostly less than the sum of the above, as
+            gradients are made while activations are freed.
         trainable: Number of trainable parameters.
         parameters: Number of all parameters.
         adapter_bytes: Size of the saved adapter.
