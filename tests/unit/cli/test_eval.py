@@ -135,6 +135,18 @@ def test_eval_of_a_classifier(classifier: Path, tmp_path: Path, capsys: pytest.C
     )
 
 
+def test_a_reward_model_names_no_classes(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, _ = load_base(base, label_names=["reward"])
+    config = LoraConfig(r=4, target_modules=["q_proj"], task_type="SEQ_CLS")
+    get_peft_model(model, config).save_pretrained(tmp_path / "reward")
+    data = tmp_path / "texts.csv"
+    data.write_text("text,label\na,b\n")
+    assert main(["eval", str(tmp_path / "reward"), "--data", str(data)]) == 1
+    assert "is a reward model, which names no classes" in capsys.readouterr().err
+
+
 def test_a_classifier_writes_no_text(classifier: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for words in (["generate", str(classifier), "Hello"], ["chat", str(classifier)]):
         assert main(words) == 1
