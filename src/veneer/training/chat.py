@@ -34,7 +34,7 @@ class Chat:
         self, model: Any, tokenizer: Any, sampling: Sampling | None = None, system: str | None = None
     ) -> None:
         if system and not has_template(tokenizer):
-            raise VeneerError("this model has no chat template, so it has no place for a system message")
+            raise VeneerError("this model has no chat template, so it cannot take a system message")
         self.model, self.tokenizer = model, tokenizer
         self.sampling = Sampling(max_new_tokens=512) if sampling is None else sampling
         self.system = system

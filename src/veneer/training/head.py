@@ -210,7 +210,7 @@ def with_adapter(options: RunOptions, head: Head, given: Collection[str] | None 
     if head.directory.resolve().is_relative_to(Path(options.output).resolve()):
         raise ConfigError(
             Hint("output"),
-            f" {options.output} holds the adapter that is trained further: name a new directory",
+            f" {options.output} contains the adapter that is trained further: choose a new directory",
         )
     model = base_name(head, options.model or None)
     return replace(options, model=model, **of_adapter)

@@ -169,8 +169,8 @@ def check_chunks(model: Any) -> None:
         handle.remove()
     if len(made) != 1 or not torch.equal(logits.float(), made[0].float()):
         raise TrainingError(
-            f"{type(bare(model)).__name__} does not give the logits that its head makes as they are, so "
-            "its loss cannot be computed in chunks: leave out ",
+            f"{type(bare(model)).__name__} changes the logits after its head, so its loss cannot be "
+            "computed in chunks: leave out ",
             Hint("loss_chunk_size"),
         )
 
@@ -184,7 +184,7 @@ def head_of(model: Any) -> nn.Module:
     head = embedding_of(bare(model), "output")
     if head is None:
         raise TrainingError(
-            f"{type(bare(model)).__name__} has no head that makes logits of hidden states: leave out ",
+            f"{type(bare(model)).__name__} has no head that turns hidden states into logits: leave out ",
             Hint("loss_chunk_size"),
         )
     return head

@@ -416,7 +416,7 @@ def read_yaml(path: str | os.PathLike[str], kind: type[TrainOptions] = RunOption
     except yaml.YAMLError as error:
         raise ConfigError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
-        raise ConfigError(f"{file} must hold keys and values, such as `lora_r: 8`, one a line")
+        raise ConfigError(f"{file} must contain keys and values, one per line, such as `lora_r: 8`")
     return from_mapping(content, str(file), kind)
 
 

@@ -127,8 +127,8 @@ def last_checkpoint(output: Path, processes: int = 1) -> Path:
         return whole[-1]
     if found:
         raise TrainingError(
-            f"nothing to resume: {output} holds no complete checkpoint (of {processes} "
-            f"process{'es' * (processes > 1)}), only what was cut off or was not written by veneer train. "
+            f"nothing to resume: {output} contains no complete checkpoint (of {processes} "
+            f"process{'es' * (processes > 1)}), only incomplete ones or those of another program. "
             "Start without ",
             RESUME,
             " and with ",
@@ -136,7 +136,7 @@ def last_checkpoint(output: Path, processes: int = 1) -> Path:
         )
     done = "; the run that it holds went to its end" if (output / METRICS_NAME).is_file() else ""
     raise TrainingError(
-        f"nothing to resume: {output} holds no checkpoint{done}. Start without ",
+        f"nothing to resume: {output} contains no checkpoint{done}. Start without ",
         RESUME,
         "; Ctrl-C writes one, and ",
         Hint("save_steps", Blank("N")),
@@ -274,7 +274,7 @@ def check_beginning(output: Path, resume: bool, overwrite: bool, processes: int)
     found = checkpoints(output)
     if found and not overwrite:
         raise TrainingError(
-            f"{output} holds checkpoints of an earlier run ({', '.join(one.name for one in found[-3:])}), "
+            f"{output} contains checkpoints of an earlier run ({', '.join(one.name for one in found[-3:])}), "
             "which a later ",
             RESUME,
             " could not tell from those of this one. Continue with ",

@@ -338,8 +338,7 @@ def _check_trainable(model: Any, rows: Sequence[Any], options: TrainOptions) -> 
         raise TrainingError("there are no rows to train on")
     if not any(p.requires_grad for p in model.parameters()):
         raise TrainingError(
-            "no parameter of the model is trainable: a saved adapter is loaded for training with "
-            "is_trainable=True"
+            "no parameter of the model is trainable: to train a saved adapter, load it with is_trainable=True"
         )
     if options.loss_chunk_size:
         check_chunks(model)

@@ -53,13 +53,13 @@ def adapted(
         head = read_head(options.resume_from_adapter)
         model = PeftModel.from_pretrained(base, head.directory, is_trainable=True)
         model.peft_config["default"].base_model_name_or_path = options.model  # where it is now
-        progress.say(f"Training the adapter {head.name} further")
+        progress.say(f"Continuing to train the adapter {head.name}")
         return model
     config, init = options.lora_config(), options.init_lora_weights.lower()
     if init not in MEASURED or isinstance(objective, Preferred):
         return get_peft_model(base, config)
     chosen = random.Random(options.seed).sample(range(len(rows)), min(SAMPLES, len(rows)))
-    progress.say(f"Measuring the start of the adapter ({init}) on {len(chosen)} examples")
+    progress.say(f"Initialising the adapter ({init}) on {len(chosen)} examples")
     if next(base.parameters()).device.type == "cpu" and torch.cuda.is_available():
         base.to(torch.device("cuda", own_gpu()))  # where it will be trained
     measured = list(batches(base, [rows[i] for i in chosen], objective.collator, options.batch_size))

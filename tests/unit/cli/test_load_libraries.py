@@ -123,7 +123,7 @@ CASES = [
     (f"{TRAIN} file/out", 1, ["cannot write", "file/out"]),
     (f"{TRAIN} run", 1, ["checkpoint-3", "--overwrite-output-dir"]),
     (f"{TRAIN} run --resume", 1, ["no complete checkpoint"]),
-    (f"{TRAIN} out --resume", 1, ["holds no checkpoint"]),
+    (f"{TRAIN} out --resume", 1, ["contains no checkpoint"]),
     (f"{TRAIN} out --dtype int9", 2, ["--dtype is one of"]),
     (f"{TRAIN} out --method dpo --packing", 2, ["--packing does not go with --method dpo"]),
     (f"{TRAIN} out --init-lora-weights odd", 2, ["odd"]),

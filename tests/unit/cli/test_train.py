@@ -112,7 +112,7 @@ def test_an_adapter_that_is_trained_further_keeps_its_configuration(
     agreeing = ["--lora-r", "4", "--lora-target-modules", "all-linear", "--lora-alpha", "16"]
     assert main([*words, *more, *agreeing, "--json"]) == 0
     captured = capsys.readouterr()
-    assert f"Training the adapter {adapter} further" in captured.err
+    assert f"Continuing to train the adapter {adapter}" in captured.err
     options = json.loads(captured.out)["options"]
     assert (options["lora_r"], options["model"]) == (4, str(base))
     file = tmp_path / "run.yaml"
@@ -126,7 +126,7 @@ def test_an_adapter_that_is_trained_further_keeps_its_configuration(
     assert "alpha" not in said and not (tmp_path / "other").exists()
     for place in (adapter, adapter.parent):
         assert main([*words, "--output", str(place)]) == 2
-        assert "holds the adapter that is trained further" in capsys.readouterr().err
+        assert "contains the adapter that is trained further" in capsys.readouterr().err
 
 
 def test_train_says_what_was_cut(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -171,7 +171,7 @@ def test_train_refuses_bad_data_before_anything_is_written(
     ("more", "said"),
     [
         (["--target-modules", "q_porj"], "q_proj"),
-        (["--resume"], "holds no checkpoint"),
+        (["--resume"], "contains no checkpoint"),
     ],
     ids=" ".join,
 )

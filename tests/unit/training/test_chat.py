@@ -81,7 +81,7 @@ def test_without_a_chat_template_lines_are_continued() -> None:
     chat = Chat(two_adapters(), plain, Sampling(4))
     assert not chat.remembers
     assert asked(chat, "Hello")[0] == asked(chat, "Hello")[0]
-    with pytest.raises(VeneerError, match="no place for a system message"):
+    with pytest.raises(VeneerError, match="cannot take a system message"):
         Chat(two_adapters(), plain, system="Be short.")
 
 

@@ -99,7 +99,7 @@ def test_unknown_keys_are_all_named_with_suggestions() -> None:
     ("content", "said"),
     [
         (None, "No such file"),
-        ("- a\n", "must hold keys and values"),
+        ("- a\n", "must contain keys and values"),
         ("a: [", "is not valid YAML"),
         ("epochs: 1\nnum-train-epochs: 2\n", "epochs is given twice"),
         ("packing: maybe\n", "packing must be true or false"),

@@ -154,7 +154,7 @@ def test_a_frozen_model_is_refused(tmp_path: Path) -> None:
 
 
 def test_nothing_to_resume(tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match="holds no checkpoint"):
+    with pytest.raises(TrainingError, match="contains no checkpoint"):
         run(tmp_path / "empty", resume=True, max_steps=2)
 
 

@@ -53,7 +53,7 @@ def test_eva_is_measured_on_the_examples(packing: bool, tmp_path: Path) -> None:
     (tmp_path / "again").mkdir()
     _, again, _ = run(tmp_path / "again", "eva", packing=packing, max_length=64)  # as a run that is resumed
     assert again.keys() == tensors.keys() and all(torch.equal(again[n], t) for n, t in tensors.items())
-    assert packing or "Measuring the start of the adapter (eva) on 16 examples" in said
+    assert packing or "Initialising the adapter (eva) on 16 examples" in said
 
 
 @pytest.mark.parametrize("init", ["corda", "lora_ga"])
