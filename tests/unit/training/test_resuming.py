@@ -97,7 +97,7 @@ def test_a_checkpoint_of_another_program_is_refused(content: str | None, tmp_pat
     (place / RUN_NAME).unlink()
     if content is not None:
         (place / RUN_NAME).write_text(content)
-    with pytest.raises(TrainingError, match="not written by veneer train"):
+    with pytest.raises(TrainingError, match="of another program"):
         last_checkpoint(tmp_path)
 
 
