@@ -330,7 +330,7 @@ def test_a_loss_in_chunks_is_refused_where_the_head_does_not_make_the_logits(tmp
     options = TrainOptions(loss_chunk_size=5, max_steps=1)
     for base, says in (
         (Bounded(tiny_model()), "Bounded changes the logits after its head.*loss_chunk_size"),
-        (tiny_model().model, "LlamaModel has no head that makes logits.*loss_chunk_size"),
+        (tiny_model().model, "LlamaModel has no head that turns hidden states into logits.*loss_chunk_size"),
     ):
         with pytest.raises(TrainingError, match=says):
             train(get_peft_model(base, config), TOKENIZER, ROWS, tmp_path / "out", options)
