@@ -69,8 +69,9 @@ def load_base(
         source: A directory, or a repository id of the hub.
         dtype: ``auto`` (as saved), ``float32``, ``bfloat16`` or ``float16``.
         quantize: Keep the weights as ``nf4``, ``fp4``, ``int8`` or ``int4``, see `quantization`.
-        device_map, attn_implementation: As in transformers. Without a map the model is loaded onto the CPU,
-            a quantised one onto this process's GPU if there is one.
+        device_map: As in transformers. Without one the model is loaded onto the CPU, a quantised one onto
+            this process's GPU if there is one.
+        attn_implementation: As in transformers.
         label_names: Load the model as a classifier with these classes.
         progress: Where to report.
 
