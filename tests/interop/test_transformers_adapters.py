@@ -196,7 +196,12 @@ first = factors(model)
 for name in ("b", "smaller", "a"):
     report = model.load_adapter(str(place / name), "x", hotswap=True)
     assert not (report.missing_keys or report.unexpected_keys or report.mismatched_keys)
-    assert torch.equal(model(X).logits, wanted[name]), name
+    # A smaller rank is filled up with zeros, and a longer sum may be rounded in another order.
+    logits = model(X).logits
+    if name == "smaller":
+        assert_close(logits, wanted[name])
+    else:
+        assert torch.equal(logits, wanted[name]), name
     assert all(p is first[key] for key, p in factors(model).items()), "in place"
     assert not trainable(model)
 model.load_adapter(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -34,3 +35,17 @@ def test_a_repository_id_is_not_asked_for_with_misspelt_keywords() -> None:
 def test_an_unreachable_hub_is_asked_once(load: Callable[[str], object], unreachable_hub: str) -> None:
     with pytest.raises(AdapterFileError, match=f"the hub at {unreachable_hub} does not answer.*HF_ENDPOINT"):
         load("nobody/nothing")
+
+
+def test_a_token_without_the_right_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError
+
+    refusal = HfHubHTTPError("Forbidden", response=SimpleNamespace(status_code=403, headers={}, request=None))
+
+    def refuse(*args: object, **kwargs: object) -> str:
+        raise refusal
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse)
+    with pytest.raises(AdapterFileError, match=r"the hub refuses .* \(status 403\): the token is invalid"):
+        adapter_directory("team/adapter", token="hf_read_only")

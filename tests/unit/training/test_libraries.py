@@ -25,9 +25,10 @@ def test_notices_are_off_for_a_while() -> None:
 
 
 def test_downloads_are_shown_where_somebody_looks() -> None:
-    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+    from huggingface_hub.utils import are_progress_bars_disabled
+    from transformers.utils import logging
 
-    enable_progress_bars()
+    logging.enable_progress_bar()  # the hub's too
     for downloads in (True, False):
         with quiet_libraries(downloads):
             assert are_progress_bars_disabled() == (not downloads)
