@@ -100,7 +100,7 @@ class Routing:
         Raises:
             RoutingError: The rows are not those of the batch.
         """
-        key = (count, held)
+        key = (count, held, tokens)
         if key not in self._rows:
             times = count // self.count if tokens and not count % self.count else self._times(count, where)
             mine = [name if name in held else None for name in self.names]

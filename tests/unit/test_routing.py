@@ -18,7 +18,7 @@ from tests.laws.cases import train
 from tests.tolerances import assert_close
 from veneer import LoraConfig, PeftModel, RoutingError, get_peft_model
 from veneer.ops import mixed_batch
-from veneer.routing import BASE
+from veneer.routing import BASE, Routing
 
 NAMES = ["a", BASE, "b", "a"]
 
@@ -331,6 +331,13 @@ def test_rows_of_a_bare_parameter_go_through_their_own_adapter() -> None:
         assert_close(mixed[row : row + 1], model(x[row : row + 1]))
     with pytest.raises(RoutingError, match=r"the input of 0\.weight has 8 rows"):
         model(x.repeat(2, 1), adapter_names=NAMES)
+
+
+def test_tokens_are_taken_for_rows_only_where_that_is_known() -> None:
+    routing = Routing(["a", "b"])
+    assert routing.rows(4, ("a",), lambda: "experts", tokens=True) == ("a", "a", None, None)
+    with pytest.raises(RoutingError, match="the input of gate has 4 rows"):
+        routing.rows(4, ("a",), lambda: "gate")
 
 
 class Pooling(nn.Linear):
