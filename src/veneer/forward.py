@@ -1,11 +1,17 @@
-"""What the forward of a model takes."""
+"""What the forward of a model takes, and the logits that it gives."""
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
+
 from veneer.adapters import base_of
+
+#: The label of a token that no loss falls on, as in torch and transformers.
+IGNORED = -100
 
 
 def bare(model: Any) -> Any:
@@ -24,3 +30,22 @@ def without_cache(model: Any) -> dict[str, bool]:
     Training never reads a cache, and with one transformers takes packed rows for one sequence.
     """
     return {"use_cache": False} if takes(model, "use_cache") else {}
+
+
+def answer_logits(model: Any, inputs: Mapping[str, Any], labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Call a language model, with logits only where some row has a label.
+
+    Args:
+        model: A causal language model, adapted or not; also inside a data-parallel wrapper.
+        inputs: What it is called with.
+        labels: (rows, length).
+
+    Returns:
+        The logits (rows, places, vocabulary), and which places of ``labels[:, 1:]`` they predict, ascending.
+    """
+    places = (labels[:, 1:] != IGNORED).any(dim=0).nonzero().squeeze(1)
+    if takes(model, "logits_to_keep"):
+        return model(**inputs, logits_to_keep=places).logits, places
+    output = model(**inputs)
+    logits: Tensor = output if isinstance(output, Tensor) else output.logits
+    return logits[:, places], places

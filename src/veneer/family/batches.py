@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from veneer.errors import DataError
+from veneer.forward import IGNORED
 from veneer.wording import listed
 
-#: The label of a token that no loss falls on, as in torch and transformers.
-IGNORED = -100
 #: What rows of text are filled up with, by the name of the input; the token itself depends on the model.
 _FILLING = {"attention_mask": 0, "token_type_ids": 0, "position_ids": 0, "labels": IGNORED}
 

@@ -19,11 +19,11 @@ from veneer.adapters import as_names
 from veneer.atomic import atomic_file
 from veneer.config import LoraConfig
 from veneer.errors import AdapterFileError, AdapterNameError, ConfigError, Hint, TargetError, TrainingError
-from veneer.family.batches import IGNORED, Batch, Joined, join
+from veneer.family.batches import Batch, Joined, join
 from veneer.family.losses import ModelLoss, Result, check_loss, token_loss
 from veneer.family.sampling import Sample, check_prompts, sample
 from veneer.family.trainee import Maker, Step, Trainee, generator
-from veneer.forward import takes, without_cache
+from veneer.forward import answer_logits, without_cache
 from veneer.ops.dropout import Draws
 from veneer.peft_model import PeftModel
 from veneer.routing import keep_for_backward
@@ -122,9 +122,12 @@ class Family:
         settings = {"learning_rate": learning_rate, "weight_decay": weight_decay, "seed": seed}
         with self._lock:
             _refuse_changes_of_the_base(config)
-            with torch.random.fork_rng():
-                torch.manual_seed(seed)
+            before = torch.get_rng_state()
+            torch.default_generator.manual_seed(seed)  # initial factors draw from no other
+            try:
                 self.model.add_adapter(name, config)
+            finally:
+                torch.set_rng_state(before)
             try:
                 self.model.set_adapter([])  # rows choose their adapters; the first one would stay active
                 parameters = list(dict.fromkeys(self.model.base_model.index.parameters(name)))
@@ -312,30 +315,19 @@ class Family:
         loss: str | ModelLoss,
         options: Mapping[str, Any],
     ) -> dict[str, tuple[Tensor, Tensor | int, Tensor | None]]:
-        inputs = joined.inputs | without_cache(self.model)
-        positions = None
-        if isinstance(loss, str):
-            assert joined.labels is not None  # of `check_loss`
-            positions = (joined.labels[:, 1:] != IGNORED).any(0).nonzero().squeeze(1)
-            if takes(self.model, "logits_to_keep"):
-                inputs["logits_to_keep"] = positions
+        base, inputs = self.model.get_base_model(), joined.inputs | without_cache(self.model)
         draws = {n: Draws(self._trainees[n].generator, *joined.tokens[n]) for n in batches}
         activation = self.model._activation(joined.names, False, (), inputs)
         with self.model._routed(joined.names, 1, activation, draws) as routing:
-            output = self.model.get_base_model()(**inputs)
+            if isinstance(loss, str):
+                output, places = answer_logits(base, inputs, joined.labels)  # type: ignore[arg-type]
+            else:
+                output = base(**inputs)
         keep_for_backward(output, routing)
-        if positions is None:
-            return {
-                name: _of_caller(loss, _rows(output, joined.rows[name], len(joined.names)), batches[name])  # type: ignore[arg-type]
-                for name in batches
-            }
-        logits = output if isinstance(output, Tensor) else output.logits
-        if "logits_to_keep" not in inputs:
-            logits = logits[:, positions]
-        return {
-            name: token_loss(loss, options, logits[joined.rows[name]], positions, batches[name])  # type: ignore[arg-type]
-            for name in batches
-        }
+        own = {name: _rows(output, rows, len(joined.names)) for name, rows in joined.rows.items()}
+        if isinstance(loss, str):
+            return {n: token_loss(loss, options, own[n], places, batches[n]) for n in batches}
+        return {name: _of_caller(loss, own[name], batches[name]) for name in batches}
 
     @contextmanager
     def _training(self, names: Iterable[str]) -> Iterator[None]:

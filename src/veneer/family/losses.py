@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from veneer.errors import DataError, UnknownOptionError
-from veneer.family.batches import IGNORED, Batch
+from veneer.family.batches import Batch
+from veneer.forward import IGNORED
 from veneer.wording import listed
 
 #: (log-probabilities, what the loss needs of the batch at the same tokens, options) -> a loss for each token.

@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import Hint, TrainingError
-from ..forward import bare, takes, without_cache
+from ..forward import IGNORED, answer_logits, bare, without_cache
 from ..inject.base_tensors import embedding_of
-from .data import IGNORED
 from .forward import evaluating
 
 Batch = Mapping[str, Tensor]
@@ -99,13 +98,8 @@ def loss_sum(model: Any, batch: Batch, *, chunk: int = 0) -> tuple[Tensor, Tenso
     labels = batch["labels"][:, 1:]
     if chunk:
         return _chunked(model, batch, labels, chunk)
-    inputs = _inputs(batch) | without_cache(model)
-    keep = (labels != IGNORED).any(dim=0).nonzero().squeeze(1)
-    if takes(model, "logits_to_keep"):
-        logits = model(**inputs, logits_to_keep=keep).logits
-    else:
-        logits = model(**inputs).logits[:, keep]
-    targets = labels[:, keep]
+    logits, places = answer_logits(model, _inputs(batch) | without_cache(model), batch["labels"])
+    targets = labels[:, places]
     total = nn.functional.cross_entropy(
         logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum"
     )

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-IGNORED = -100
+from ...forward import IGNORED
 
 Row = dict[str, list[int]]
 Separation = Literal["position_ids", "mask"]

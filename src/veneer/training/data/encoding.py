@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from ...errors import DataError
-from .batch import IGNORED, Row
+from ...forward import IGNORED
+from .batch import Row
 from .forms import Form, Purpose, Record
 from .messages import Message, as_messages
 from .problems import Problem, Unfit, problem_list

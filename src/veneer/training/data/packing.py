@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from ...errors import DataError, TrainingError
-from ...forward import bare, without_cache
+from ...forward import IGNORED, bare, without_cache
 from ..forward import evaluating
-from .batch import IGNORED, Collator, Row, Separation
+from .batch import Collator, Row, Separation
 
 
 @dataclass(frozen=True)

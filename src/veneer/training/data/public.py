@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from .batch import IGNORED, Collator, LabelCollator, Row, pad_token
+from ...forward import IGNORED
+from .batch import Collator, LabelCollator, Row, pad_token
 from .encoding import Encoded, encode, has_template, pieces, prompt_ids
 from .forms import FORMS, PURPOSES, Form, Purpose
 from .labels import EncodedLabels, encode_classification

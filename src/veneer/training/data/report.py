@@ -10,9 +10,10 @@ from itertools import groupby
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from ...forward import IGNORED
 from ...wording import listed, some
 from ..console import paragraphs
-from .batch import IGNORED, Row
+from .batch import Row
 from .encoding import Encoded, count, each, laid_out
 from .labels import EncodedLabels
 from .records import Records
