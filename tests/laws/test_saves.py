@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import os
@@ -12,14 +13,16 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save_file
 from torch import nn
 
 from tests.configurations import read_config
 from veneer import CheckpointError, LoraConfig, PeftConfig, PeftModel, VeneerWarning, get_peft_model
+from veneer.files.header import metadata_and_shapes
 from veneer.files.layout import BIN_NAME, CONFIG_NAME, SAFETENSORS_NAME
 from veneer.files.read import open_adapter
 from veneer.files.write import write_adapter
@@ -123,8 +126,18 @@ def by_read_config(place: Path) -> Seen:
 
 
 def by_head(place: Path) -> Seen:
-    """What `generate`, `chat`, `eval` and `merge` look at first."""
-    return by_configuration(place)[0], read_head(place).config.lora_alpha
+    """What `generate`, `chat`, `eval` and `merge` look at first, with the tensors whose header it reads."""
+    values = []
+
+    def read(path: Path) -> Any:
+        raw = path.read_bytes()  # a mapped file could be replaced while it is opened
+        tensors = torch.load(io.BytesIO(raw), weights_only=True) if path.suffix == ".bin" else load(raw)
+        values.append(only(tensors.values()))
+        return metadata_and_shapes(path)
+
+    with mock.patch("veneer.training.head.metadata_and_shapes", read):
+        alpha = read_head(place).config.lora_alpha
+    return values[-1], alpha
 
 
 def by_inspect(place: Path) -> Seen:
