@@ -31,8 +31,8 @@ from veneer.integrations.export.source import read_source
 from veneer.listing import find_adapters
 from veneer.lora_file import open_lora
 from veneer.training.adapters import describe
-from veneer.training.head import read_head
 from veneer.training.merge_files import base_directory, merge_files
+from veneer.training.saved_adapter import read_adapter
 from veneer.training.spectra import spectra
 
 #: Every adapter here has the same shapes, so that only its values and its strength tell it from another.
@@ -135,8 +135,8 @@ def by_head(place: Path) -> Seen:
         values.append(only(tensors.values()))
         return metadata_and_shapes(path)
 
-    with mock.patch("veneer.training.head.metadata_and_shapes", read):
-        alpha = read_head(place).config.lora_alpha
+    with mock.patch("veneer.training.saved_adapter.metadata_and_shapes", read):
+        alpha = read_adapter(place).config.lora_alpha
     return values[-1], alpha
 
 

@@ -9,8 +9,8 @@ import typer
 from ..errors import VeneerError
 
 if TYPE_CHECKING:
-    from ..training.head import Head
     from ..training.sampling import Sampling
+    from ..training.saved_adapter import SavedAdapter
 
 Adapter = Annotated[str, typer.Argument(help="Directory or hub id of the adapter.")]
 Model = Annotated[
@@ -70,13 +70,13 @@ def sampling_of(
     return Sampling(max_new_tokens, do_sample, temperature, top_p, top_k, repetition_penalty)
 
 
-def require_language_model(head: Head) -> None:
+def require_language_model(saved: SavedAdapter) -> None:
     """Raise unless an adapter belongs to a model that writes text.
 
     Raises:
         VeneerError: Names the task of the model, and the command for it.
     """
-    if head.task != "CAUSAL_LM":
-        what = "a classifier, which names classes" if head.task == "SEQ_CLS" else f"the task {head.task}"
-        way = f": veneer eval {head.name} --data FILE measures it" if head.task == "SEQ_CLS" else ""
-        raise VeneerError(f"{head.name} is an adapter of {what}, and writes no text{way}")
+    if saved.task != "CAUSAL_LM":
+        what = "a classifier, which names classes" if saved.task == "SEQ_CLS" else f"the task {saved.task}"
+        way = f": veneer eval {saved.name} --data FILE measures it" if saved.task == "SEQ_CLS" else ""
+        raise VeneerError(f"{saved.name} is an adapter of {what}, and writes no text{way}")

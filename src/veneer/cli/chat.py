@@ -10,10 +10,10 @@ import typer
 
 from veneer.wording import did_you_mean
 
-from ..training.head import base_name, read_head
 from ..training.loading import Loading
 from ..training.paths import check_model
 from ..training.progress import Terminal
+from ..training.saved_adapter import base_name, read_adapter
 from .asking import (
     Adapter,
     Attention,
@@ -71,17 +71,17 @@ def chat(
     sampling = sampling_of(max_new_tokens, do_sample, temperature, top_p, top_k, repetition_penalty)
     paths = _paths_by_name(more or [])
     progress = Terminal()
-    head = read_head(adapter, progress)
-    require_language_model(head)
-    others = {name: read_head(path, progress) for name, path in paths.items()}
-    check_model(base_name(head, model))
+    saved = read_adapter(adapter, progress)
+    require_language_model(saved)
+    others = {name: read_adapter(path, progress) for name, path in paths.items()}
+    check_model(base_name(saved, model))
     load_libraries("torch", "transformers")
     import torch
 
     from ..training import Chat
     from ..training.adapters import load_adapted
 
-    adapted, tokenizer = load_adapted(head, model, loading, others, progress)
+    adapted, tokenizer = load_adapted(saved, model, loading, others, progress)
     torch.manual_seed(seed)
     talk = Chat(adapted, tokenizer, sampling, system)
     alone = sys.stdin.isatty()

@@ -10,10 +10,10 @@ import typer
 from ..errors import ConfigError, Hint, VeneerError
 from ..training.data.columns import parse_columns
 from ..training.data.sources import check_source, read_records
-from ..training.head import Head, PlainModel, base_name, read_head_or_model
 from ..training.loading import Loading
 from ..training.paths import check_model
 from ..training.progress import Terminal
+from ..training.saved_adapter import PlainModel, SavedAdapter, base_name, read_adapter_or_model
 from .asking import AsJson, Attention, Device, Dtype, Model, Quantize
 from .common import app, load_libraries, show_json
 
@@ -75,8 +75,8 @@ def evaluate(
 
         return models.read_plain(name)
 
-    source = read_head_or_model(adapter, read_plain, progress)
-    if isinstance(source, Head):
+    source = read_adapter_or_model(adapter, read_plain, progress)
+    if isinstance(source, SavedAdapter):
         names, kind = source.classes(), "adapter"
         check_model(base_name(source, model))
         progress.say(
@@ -102,7 +102,7 @@ def evaluate(
     from ..training.adapters import load_adapted, load_plain
     from ..training.scores import accuracy, compare
 
-    if isinstance(source, Head):
+    if isinstance(source, SavedAdapter):
         loaded, tokenizer = load_adapted(source, model, loading, progress=progress)
     else:
         loaded, tokenizer = load_plain(source, loading, progress)

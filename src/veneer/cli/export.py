@@ -11,9 +11,9 @@ import typer
 
 from ..files.overwrite import check_replaceable
 from ..integrations.export.options import check_options, pipeline_parts
-from ..training.head import Head, base_name, read_head
 from ..training.paths import check_model
 from ..training.progress import Terminal
+from ..training.saved_adapter import SavedAdapter, base_name, read_adapter
 from .common import app, load_libraries, show, show_json, size
 
 if TYPE_CHECKING:
@@ -69,9 +69,9 @@ def export(
     check_options(target, base or "BASE", dtype, dora_to_plain, rank, component)
     place, progress = Path(adapter).expanduser(), Terminal()
     parts = pipeline_parts(place) if target == "diffusers" else []
-    heads = [read_head(place / part) for part in parts] or [read_head(adapter, progress)]
+    adapters = [read_adapter(place / part) for part in parts] or [read_adapter(adapter, progress)]
     if base is None and dora_to_plain:
-        base = base_name(heads[0])
+        base = base_name(adapters[0])
     if base is not None and not Path(base).expanduser().is_dir():
         check_model(base)
     if output is None:
@@ -80,10 +80,10 @@ def export(
     load_libraries("torch")
     from ..integrations.export import export_adapter, targets
 
-    base_model = None if base is None else _base(heads[0], base, progress)
+    base_model = None if base is None else _base(adapters[0], base, progress)
     with _progress(dora_to_plain) as tell:
         report = export_adapter(
-            place if parts else heads[0].directory,
+            place if parts else adapters[0].directory,
             output,
             target,
             base=base_model,
@@ -123,11 +123,11 @@ def _progress(wanted: bool) -> Iterator[Callable[[int, int], None] | None]:
         yield tell
 
 
-def _base(head: Head, base: str, progress: Terminal) -> Path:
+def _base(saved: SavedAdapter, base: str, progress: Terminal) -> Path:
     from ..training.merge_files import base_directory
 
     place = Path(base).expanduser()
-    return place if place.is_dir() else base_directory(head, base, progress)
+    return place if place.is_dir() else base_directory(saved, base, progress)
 
 
 def _as_json(report: ExportReport) -> None:

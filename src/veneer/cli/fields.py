@@ -12,8 +12,8 @@ from typing import Annotated, Any, TypeVar, get_type_hints
 
 import typer
 
-from ..training.head import read_head, with_adapter
 from ..training.options import RunOptions, TrainOptions, plain_type, read_yaml
+from ..training.saved_adapter import read_adapter, with_adapter
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 #: The headings of ``--help``, in this order.
@@ -84,7 +84,7 @@ def options_of(kind: type[RunOptions], config: Path | None, given: Mapping[str, 
     options = kind(**found)
     if not options.resume_from_adapter:
         return options
-    return with_adapter(options, read_head(options.resume_from_adapter), given=found)
+    return with_adapter(options, read_adapter(options.resume_from_adapter), given=found)
 
 
 def commented(options: TrainOptions) -> str:

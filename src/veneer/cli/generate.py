@@ -10,10 +10,10 @@ from typing import Annotated
 import typer
 
 from ..training.data.sources import read_records
-from ..training.head import base_name, read_head
 from ..training.loading import Loading
 from ..training.paths import check_answer_file, check_model
 from ..training.progress import Terminal
+from ..training.saved_adapter import base_name, read_adapter
 from .asking import (
     Adapter,
     AsJson,
@@ -73,9 +73,9 @@ def generate(
     sampling = sampling_of(max_new_tokens, do_sample, temperature, top_p, top_k, repetition_penalty)
     prompt = _prompt(prompt, data, output, batch_size)
     progress = Terminal()
-    head = read_head(adapter, progress)
-    require_language_model(head)
-    check_model(base_name(head, model))
+    saved = read_adapter(adapter, progress)
+    require_language_model(saved)
+    check_model(base_name(saved, model))
     if output is not None:
         check_answer_file(output)
     records = None
@@ -91,7 +91,7 @@ def generate(
     from ..training.forward import evaluating
     from ..training.generation import ANSWER, answer_file, generate_answers, prompts_of
 
-    adapted, tokenizer = load_adapted(head, model, loading, progress=progress)
+    adapted, tokenizer = load_adapted(saved, model, loading, progress=progress)
     with evaluating(adapted, base):
         if records is None:
             torch.manual_seed(seed)
@@ -110,7 +110,7 @@ def generate(
             for record, answer in zip(records, answers, strict=True):
                 show_text(json.dumps({**record, ANSWER: answer}, ensure_ascii=False, default=str))
         else:
-            made_by = {"adapter": str(head.directory.resolve()), "bytes": _stamp(head.path),
+            made_by = {"adapter": str(saved.directory.resolve()), "bytes": _stamp(saved.path),
                        "base": base, "model": model, "dtype": dtype, "quantize": quantize}  # fmt: skip
             try:
                 answer_file(

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..files.overwrite import check_writable
-from ..training.head import read_head
 from ..training.libraries import require
 from ..training.progress import Terminal
+from ..training.saved_adapter import read_adapter
 from .common import app, load_libraries, show, show_json, size, table
 from .common import console as stdout
 
@@ -49,12 +49,12 @@ def inspect(
     """
     if plot is not None:
         _check_plot(plot)
-    head = read_head(adapter, Terminal())
+    saved = read_adapter(adapter, Terminal())
     load_libraries("torch")
     from ..lora_file import open_lora
     from ..training.adapters import describe
 
-    lora = open_lora(head.directory)
+    lora = open_lora(saved.directory)
     found = describe(lora)
     updates = _spectra(lora) if spectrum or modules or plot is not None else []
     if plot is not None:

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..files.overwrite import check_replaceable
-from ..training.head import Head, base_name, read_head
 from ..training.loading import Loading
 from ..training.paths import check_model, check_not_a_source
 from ..training.progress import Terminal
+from ..training.saved_adapter import SavedAdapter, base_name, read_adapter
 from .asking import Device
 from .common import app, console, load_libraries, show, show_json, size, table
 
@@ -77,8 +77,8 @@ def merge(
     progress = Terminal()
     check_not_a_source(output, adapter)
     check_replaceable(output, overwrite)
-    head = read_head(adapter, progress)
-    named = base_name(head, base)
+    saved = read_adapter(adapter, progress)
+    named = base_name(saved, base)
     check_model(named)
     check_not_a_source(output, named)
     load_libraries("torch", *([] if low_memory else ["transformers"]))
@@ -86,9 +86,9 @@ def merge(
 
     drift: Drift | None = None
     if low_memory:
-        report, stored = _from_file_to_file(head, output, base, dtype, overwrite, progress)
+        report, stored = _from_file_to_file(saved, output, base, dtype, overwrite, progress)
     else:
-        report, drift, stored = _in_memory(head, output, base, loading, overwrite, untie, progress)
+        report, drift, stored = _in_memory(saved, output, base, loading, overwrite, untie, progress)
     weights = directory_bytes(output, "*.safetensors")
     if report.undefined:
         progress.say(f"warning: {report}, as the base did")
@@ -110,7 +110,7 @@ def merge(
 
 
 def _in_memory(
-    head: Head,
+    saved: SavedAdapter,
     output: Path,
     base: str | None,
     loading: Loading,
@@ -121,20 +121,20 @@ def _in_memory(
     """What was kept, what it does to the outputs, and the type of the merged weights."""
     from ..training.adapters import load_adapted, save_merged
 
-    adapted, tokenizer = load_adapted(head, base, loading, progress=progress)
-    progress.say(f"Merging {head.name} and writing {output}")
+    adapted, tokenizer = load_adapted(saved, base, loading, progress=progress)
+    progress.say(f"Merging {saved.name} and writing {output}")
     stored = str(adapted.dtype).removeprefix("torch.") if loading.quantize == "none" else loading.quantize
     return *save_merged(adapted, tokenizer, output, untie=untie, overwrite=overwrite), stored
 
 
 def _from_file_to_file(
-    head: Head, output: Path, base: str | None, dtype: str, overwrite: bool, progress: Terminal
+    saved: SavedAdapter, output: Path, base: str | None, dtype: str, overwrite: bool, progress: Terminal
 ) -> tuple[MergeReport, str]:
     """What was kept, and the type of the merged weights."""
     from ..training.merge_files import base_directory, merge_files
 
-    found = base_directory(head, base, progress)
-    progress.say(f"Merging {head.name} into the files of {found} and writing {output}")
+    found = base_directory(saved, base, progress)
+    progress.say(f"Merging {saved.name} into the files of {found} and writing {output}")
     with progress.bar("tensors", 100) as advance:
         done = 0
 
@@ -144,7 +144,7 @@ def _from_file_to_file(
             advance(share - done, "")
             done = share
 
-        report = merge_files(head.directory, found, output, dtype, overwrite, tell)
+        report = merge_files(saved.directory, found, output, dtype, overwrite, tell)
     return report, "the stored types" if dtype == "auto" else dtype
 
 

@@ -12,11 +12,11 @@ import typer
 
 from ..errors import ConfigError
 from ..targets import ranges
-from ..training.head import adapter_config
 from ..training.options import RunOptions, option
 from ..training.paths import check_model
 from ..training.planning.limits import parse_budget
 from ..training.progress import Terminal
+from ..training.saved_adapter import adapter_config
 from ..wording import listed
 from .common import app, flags_of, load_libraries, show_json, size
 from .fields import options_of, with_flags

@@ -28,12 +28,12 @@ def push(
     The adapter is read before anything is sent. The token is that of `hf auth login`, or HF_TOKEN.
     """
     from ..hub import adapter_files, push_to_hub
-    from ..training.head import read_head
+    from ..training.saved_adapter import read_adapter
 
     files = adapter_files(adapter)
     for name in files:
         if name.endswith("adapter_config.json"):
-            read_head((adapter / name).parent)
+            read_adapter((adapter / name).parent)
     to = f"{repo_id}, branch {revision}" if revision else repo_id
     say(f"Pushing {adapter} to {to}: " + ", ".join(f"{name} ({size(n)})" for name, n in files.items()))
     url = push_to_hub(

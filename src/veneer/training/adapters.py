@@ -21,19 +21,19 @@ from ..merge_report import MergeReport
 from ..peft_model import PeftModel
 from ..spec import variant_name
 from .forward import evaluating
-from .head import Head, PlainModel, base_name, read_head, word
 from .libraries import quiet_libraries
 from .loading import Loading, device_map
 from .models import NO_CODE, load_base, quantization
 from .options import QUANTIZATIONS
 from .progress import Progress
+from .saved_adapter import PlainModel, SavedAdapter, base_name, read_adapter, word
 
 
 def load_adapted(
-    adapter: str | os.PathLike[str] | Head,
+    adapter: str | os.PathLike[str] | SavedAdapter,
     model: str | None = None,
     loading: Loading | None = None,
-    others: Mapping[str, str | Head] | None = None,
+    others: Mapping[str, str | SavedAdapter] | None = None,
     progress: Progress | None = None,
 ) -> tuple[Any, Any]:
     """Load a language model with saved adapters, for generation and merging.
@@ -41,7 +41,7 @@ def load_adapted(
     The files of all adapters are checked before the base is loaded.
 
     Args:
-        adapter: Directory or hub id of the adapter, or the result of `read_head`.
+        adapter: Directory or hub id of the adapter, or the result of `read_adapter`.
         model: Base model; by default the one that the adapter names.
         loading: Type, storage and device of the base; None loads it as saved, where it computes.
         others: Further adapters of the same base by name; the first one stays active.
@@ -55,9 +55,10 @@ def load_adapted(
         AdapterNameError: A name is no valid name of an adapter.
         TrainingError: The base cannot be loaded.
     """
-    first = adapter if isinstance(adapter, Head) else read_head(adapter)
+    first = adapter if isinstance(adapter, SavedAdapter) else read_adapter(adapter)
     more = {
-        name: other if isinstance(other, Head) else read_head(other) for name, other in (others or {}).items()
+        name: other if isinstance(other, SavedAdapter) else read_adapter(other)
+        for name, other in (others or {}).items()
     }
     for name, other in more.items():
         check_adapter_name(name)
@@ -104,11 +105,11 @@ def _loaded(
     )
 
 
-def _as_trained(loading: Loading, head: Head) -> tuple[Loading, str | None]:
+def _as_trained(loading: Loading, saved: SavedAdapter) -> tuple[Loading, str | None]:
     """(``loading`` with the storage of the training for ``quantize="auto"``, a line about it)."""
     if loading.quantize != "auto":
         return loading, None
-    options = head.noted("options")
+    options = saved.noted("options")
     noted = options.get("quantize") if isinstance(options, dict) else None
     if noted not in QUANTIZATIONS:
         return replace(loading, quantize="none"), None
@@ -117,7 +118,7 @@ def _as_trained(loading: Loading, head: Head) -> tuple[Loading, str | None]:
     except VeneerError as error:
         why = "its library is not installed" if isinstance(error, MissingExtraError) else "it needs a GPU"
         return replace(loading, quantize="none"), (
-            f"{head.name} was trained over {noted}, which this machine cannot use ({why}): the base is "
+            f"{saved.name} was trained over {noted}, which this machine cannot use ({why}): the base is "
             "loaded as it was saved."
         )
     return replace(loading, quantize=noted), f"The base is kept in {noted}, as in the adapter's training."

@@ -38,10 +38,10 @@ from ..merge_report import MergeReport
 from ..ops.merging import merge_into_, shared_buffers
 from ..spec import LoraSpec, variant_name
 from ..wording import first_line, some
-from .head import Head, base_name, read_head
 from .libraries import require
 from .paths import check_model
 from .progress import Progress
+from .saved_adapter import SavedAdapter, base_name, read_adapter
 
 INDEX = f"{WEIGHTS}.index.json"
 #: The names of types in a safetensors header; only these types can be merged into.
@@ -142,12 +142,12 @@ def merge_files(
 
 
 def base_directory(
-    adapter: str | os.PathLike[str] | Head, model: str | None = None, progress: Progress | None = None
+    adapter: str | os.PathLike[str] | SavedAdapter, model: str | None = None, progress: Progress | None = None
 ) -> Path:
     """The directory of an adapter's base model; a base of the hub is fetched, with its safetensors files.
 
     Args:
-        adapter: Directory of the adapter, or the result of `read_head`.
+        adapter: Directory of the adapter, or the result of `read_adapter`.
         model: Directory or hub id of the base; by default the one that the adapter names.
         progress: Reports a base of the hub before it is fetched.
 
@@ -155,7 +155,9 @@ def base_directory(
         AdapterFileError: No base is named.
         TrainingError: The base is missing, or cannot be fetched.
     """
-    named = base_name(adapter if isinstance(adapter, Head) else read_head(adapter), model, progress)
+    named = base_name(
+        adapter if isinstance(adapter, SavedAdapter) else read_adapter(adapter), model, progress
+    )
     check_model(named)
     if is_local(named):
         return Path(named)

@@ -12,11 +12,11 @@ from ..errors import Hint, TrainingError
 from ..hub import cached_if_unreachable, is_local
 from ..wording import first_line
 from .data.batch import pad_token
-from .head import PlainModel
 from .launcher import own_gpu
 from .libraries import quiet_libraries, require
 from .paths import check_model
 from .progress import Progress, waiting
+from .saved_adapter import PlainModel
 
 #: An adapter may name any base, so code in its repository is not run. By default transformers would ask.
 NO_CODE: dict[str, Any] = {"trust_remote_code": False}

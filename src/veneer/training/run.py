@@ -27,7 +27,6 @@ from .data import (
     read_records,
 )
 from .data.rows import encode_records, longest_example, set_aside
-from .head import adapter_config, read_head, with_adapter
 from .launcher import check_launcher, is_first, is_sharded, launched, processes
 from .libraries import quiet_libraries, require
 from .loading import accelerators, training_device
@@ -53,6 +52,7 @@ from .resuming import (
     run_record,
     write_json,
 )
+from .saved_adapter import adapter_config, read_adapter, with_adapter
 from .starting import adapted
 from .stopping import Interrupted, Stop, stop_on_signals
 
@@ -84,15 +84,15 @@ def fine_tune(options: RunOptions, progress: Progress | None = None) -> dict[str
     progress = progress if progress is not None and is_first() else Silent()
     check_names(options)
     output = Path(options.output)
-    head = classes = None
+    saved = classes = None
     if options.resume_from_adapter is not None:
-        head = read_head(options.resume_from_adapter)
-        options, classes = with_adapter(options, head), head.classes()
+        saved = read_adapter(options.resume_from_adapter)
+        options, classes = with_adapter(options, saved), saved.classes()
     check_run(options)
     # Saved in the adapter's configuration, where a relative path would mean another place later.
     options = dataclasses.replace(options, model=_absolute(options.model))
     records = _read(options, progress)
-    tokenizer = (head and own_tokenizer(head.directory)) or load_tokenizer(options.model)
+    tokenizer = (saved and own_tokenizer(saved.directory)) or load_tokenizer(options.model)
     rows, eval_rows, label_names = _encoded(options, records, tokenizer, classes, progress)
     torch.manual_seed(options.seed)  # a classifier's head is drawn while its base is loaded
     # Straight onto the device that trains it: not every process of a machine holds it on the CPU first.

@@ -19,11 +19,11 @@ from .. import (
 )
 from .data import IGNORED
 from .forward import batches
-from .head import read_head
 from .launcher import own_gpu
 from .losses import Objective, Preferred
 from .options import MEASURED, RunOptions
 from .progress import Progress
+from .saved_adapter import read_adapter
 
 #: Number of examples to measure on; about a hundred are enough.
 SAMPLES = 128
@@ -50,10 +50,10 @@ def adapted(
         BaseMismatchError: The saved adapter belongs to another base.
     """
     if options.resume_from_adapter is not None:
-        head = read_head(options.resume_from_adapter)
-        model = PeftModel.from_pretrained(base, head.directory, is_trainable=True)
+        saved = read_adapter(options.resume_from_adapter)
+        model = PeftModel.from_pretrained(base, saved.directory, is_trainable=True)
         model.peft_config["default"].base_model_name_or_path = options.model  # where it is now
-        progress.say(f"Continuing to train the adapter {head.name}")
+        progress.say(f"Continuing to train the adapter {saved.name}")
         return model
     config, init = options.lora_config(), options.init_lora_weights.lower()
     if init not in MEASURED or isinstance(objective, Preferred):

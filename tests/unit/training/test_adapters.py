@@ -14,8 +14,8 @@ from tests.unit.training.tiny import saved_tiny, tiny_model
 from veneer import AdapterFileError, AdapterNameError, ConfigError, LoraConfig, VeneerError, get_peft_model
 from veneer.training import adapters, load_base
 from veneer.training.adapters import SAMPLE, describe, load_adapted, save_merged
-from veneer.training.head import Head, read_head
 from veneer.training.loading import Loading
+from veneer.training.saved_adapter import SavedAdapter, read_adapter
 
 IDS = torch.arange(8)[None] + 20
 
@@ -131,12 +131,12 @@ def test_the_head_tells_of_an_adapter_without_its_base(
     adapter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("veneer.training.adapters.load_base", None)
-    head = read_head(adapter)
-    assert (head.task, head.config.r, head.directory, head.classes()) == ("CAUSAL_LM", 4, adapter, None)
+    saved = read_adapter(adapter)
+    assert (saved.task, saved.config.r, saved.directory, saved.classes()) == ("CAUSAL_LM", 4, adapter, None)
     with pytest.raises(AdapterFileError):
-        load_adapted(head, others={"other": str(adapter / "nowhere")})
+        load_adapted(saved, others={"other": str(adapter / "nowhere")})
     with pytest.raises(AdapterNameError):
-        load_adapted(head, others={"a.b": str(adapter)})
+        load_adapted(saved, others={"a.b": str(adapter)})
 
 
 def test_several_adapters_of_one_base(adapter: Path) -> None:
@@ -144,26 +144,26 @@ def test_several_adapters_of_one_base(adapter: Path) -> None:
     assert list(model.peft_config) == ["default", "other"] and model.active_adapters == ["default"]
 
 
-def as_task(adapter: Path, task: str) -> Head:
+def as_task(adapter: Path, task: str) -> SavedAdapter:
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps({**config, "task_type": task}))
-    return read_head(adapter)
+    return read_adapter(adapter)
 
 
 def test_the_classes_of_a_classifier(adapter: Path) -> None:
     from safetensors.torch import load_file, save_file
 
-    head = as_task(adapter, "SEQ_CLS")
+    saved = as_task(adapter, "SEQ_CLS")
     with pytest.raises(AdapterFileError, match="contains no classification head"):
-        head.classes()
+        saved.classes()
     with pytest.raises(ConfigError, match="is an adapter for CAUSAL_LM"):
-        load_adapted(head, others={"other": str(lm_beside(adapter))})
+        load_adapted(saved, others={"other": str(lm_beside(adapter))})
     tensors = load_file(adapter / "adapter_model.safetensors")
     tensors["base_model.model.score.weight"] = torch.zeros(3, 32)
     save_file(tensors, adapter / "adapter_model.safetensors")
-    assert read_head(adapter).classes() == ["0", "1", "2"]
+    assert read_adapter(adapter).classes() == ["0", "1", "2"]
     (adapter / "metrics.json").write_text('{"label_names": ["a", "b", "c"]}')
-    assert read_head(adapter).classes() == ["a", "b", "c"]
+    assert read_adapter(adapter).classes() == ["a", "b", "c"]
     with pytest.raises(VeneerError, match="an adapter for TOKEN_CLS; only CAUSAL_LM"):
         as_task(adapter, "TOKEN_CLS").classes()
 

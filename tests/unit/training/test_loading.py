@@ -13,8 +13,8 @@ from tests.unit.training.tiny import Told, tiny_model
 from veneer import ConfigError, LoraConfig, TrainingError, get_peft_model
 from veneer.training import load_base, loading, run
 from veneer.training.adapters import load_adapted
-from veneer.training.head import read_head
 from veneer.training.loading import Loading, check_device, device_map, weight_bytes
+from veneer.training.saved_adapter import read_adapter
 
 
 @pytest.fixture(scope="module")
@@ -122,14 +122,14 @@ def test_an_adapter_is_used_over_what_it_was_trained_over(
     (tmp_path / "metrics.json").write_text(json.dumps({"options": {"quantize": "nf4" if there else "int4"}}))
     if not there:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    progress, head = Told(), read_head(tmp_path)
-    model, _ = load_adapted(head, str(base), Loading(quantize="auto"), progress=progress)
+    progress, saved = Told(), read_adapter(tmp_path)
+    model, _ = load_adapted(saved, str(base), Loading(quantize="auto"), progress=progress)
     kind = type(model.get_base_model().model.layers[0].mlp.up_proj).__name__
     assert kind == ("Linear4bit" if there else "Linear")
     expected = "kept in nf4" if there else "int4, which this machine cannot use (it needs a GPU)"
     assert expected in progress.lines[0]
     (tmp_path / "metrics.json").write_text('{"options": "none that are known"}')
-    plain, _ = load_adapted(head, str(base), Loading(quantize="auto"))
+    plain, _ = load_adapted(saved, str(base), Loading(quantize="auto"))
     assert type(plain.get_base_model().model.layers[0].mlp.up_proj).__name__ == "Linear"
 
 

@@ -24,8 +24,8 @@ from veneer import (
     get_peft_model,
 )
 from veneer.training import RunOptions, TrainOptions, encode, load_base, train
-from veneer.training.head import adapter_config, read_head, with_adapter
 from veneer.training.run import fine_tune
+from veneer.training.saved_adapter import adapter_config, read_adapter, with_adapter
 
 #: No step moves anything: what is saved is the start.
 STILL = {"epochs": 1, "learning_rate": 1e-30, "batch_size": 16, "lora_r": 4, "lora_alpha": 4}
@@ -176,7 +176,7 @@ def test_a_classifier_that_is_trained_further_keeps_its_classes(trained: Path, t
 
 
 def test_what_contradicts_a_saved_adapter_is_listed(trained: Path) -> None:
-    head = read_head(trained / "a")
+    saved = read_adapter(trained / "a")
     options = RunOptions(
         data="d",
         output="o",
@@ -188,7 +188,7 @@ def test_what_contradicts_a_saved_adapter_is_listed(trained: Path) -> None:
     with pytest.raises(
         ConfigError, match=r"Leave out lora_r=8 \(.* has 4\), use_rslora=True \(.*\), or start"
     ):
-        with_adapter(options, head)
+        with_adapter(options, saved)
     assert adapter_config(replace(options, resume_from_adapter=str(trained / "a"))).rank_pattern
 
 

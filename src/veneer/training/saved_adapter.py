@@ -32,7 +32,7 @@ _CLASSES = re.compile(r"(^|\.)(score|classifier|classifier\.out_proj|classificat
 
 
 @dataclass(frozen=True)
-class Head:
+class SavedAdapter:
     """An adapter's files, read without its base.
 
     Attributes:
@@ -112,7 +112,7 @@ class PlainModel:
     classes: list[str] | None
 
 
-def read_head(adapter: str | os.PathLike[str], progress: Progress | None = None) -> Head:
+def read_adapter(adapter: str | os.PathLike[str], progress: Progress | None = None) -> SavedAdapter:
     """Read the configuration of an adapter and the header of its tensors.
 
     Args:
@@ -132,12 +132,12 @@ def read_head(adapter: str | os.PathLike[str], progress: Progress | None = None)
     with blame_file(adapter):
         config = PeftConfig.from_belonging(belonging_config(directory, metadata, beside))
         variant_name(config)
-    return Head(os.fspath(adapter), directory, config, path, shapes)
+    return SavedAdapter(os.fspath(adapter), directory, config, path, shapes)
 
 
-def read_head_or_model(
+def read_adapter_or_model(
     name: str, read_plain: Callable[[str | os.PathLike[str]], PlainModel], progress: Progress | None = None
-) -> Head | PlainModel:
+) -> SavedAdapter | PlainModel:
     """An adapter or, where there is none, a model without one; neither's weights are read.
 
     Args:
@@ -149,7 +149,7 @@ def read_head_or_model(
         AdapterFileError: It is neither, or a broken adapter.
     """
     try:
-        return read_head(name, progress)
+        return read_adapter(name, progress)
     except AdapterFileError as no_adapter:
         here = Path(name).expanduser()
         if here.is_dir():
@@ -170,12 +170,14 @@ def read_head_or_model(
             ) from no_model
 
 
-def with_adapter(options: RunOptions, head: Head, given: Collection[str] | None = None) -> RunOptions:
+def with_adapter(
+    options: RunOptions, saved: SavedAdapter, given: Collection[str] | None = None
+) -> RunOptions:
     """The options of a run that trains a saved adapter further: its configuration and its base fill the gaps.
 
     Args:
         options: With ``resume_from_adapter``.
-        head: That adapter.
+        saved: That adapter.
         given: Names of the options that the user gave; by default those that differ from their defaults.
 
     Raises:
@@ -183,18 +185,18 @@ def with_adapter(options: RunOptions, head: Head, given: Collection[str] | None 
         AdapterFileError: No base model is named.
         VeneerError: The adapter is for another task.
     """
-    classes, rewards = head.classes(), head.rewards()
+    classes, rewards = saved.classes(), saved.rewards()
     of_adapter: dict[str, Any] = {"task": "causal-lm" if classes is None or rewards else "seq-cls"}
     if rewards or options.method == "reward":
         of_adapter["method"] = "reward" if rewards else "sft"
     of_adapter |= {
-        part.name: _as_option(part.name, head.config)
+        part.name: _as_option(part.name, saved.config)
         for part in fields(RunOptions)
         if part.metadata["group"] == "Adapter"
     }
     if given is None:
         given = [part.name for part in fields(options) if getattr(options, part.name) != part.default]
-    noted = head.noted("options") or {}
+    noted = saved.noted("options") or {}
     wrong = [
         Text(Hint(name, getattr(options, name)), f" (the adapter has {value})")
         for name, value in of_adapter.items()
@@ -202,17 +204,17 @@ def with_adapter(options: RunOptions, head: Head, given: Collection[str] | None 
     ]
     if wrong:
         raise ConfigError(
-            f"{head.name} keeps its configuration when it is trained further. Leave out ",
+            f"{saved.name} keeps its configuration when it is trained further. Leave out ",
             Text.join(", ", wrong),
             ", or start a new adapter without ",
             Hint("resume_from_adapter"),
         )
-    if head.directory.resolve().is_relative_to(Path(options.output).resolve()):
+    if saved.directory.resolve().is_relative_to(Path(options.output).resolve()):
         raise ConfigError(
             Hint("output"),
             f" {options.output} contains the adapter that is trained further: choose a new directory",
         )
-    model = base_name(head, options.model or None)
+    model = base_name(saved, options.model or None)
     return replace(options, model=model, **of_adapter)
 
 
@@ -236,24 +238,24 @@ def adapter_config(options: RunOptions) -> LoraConfig:
     """The configuration of the adapter of a run: a saved one's where it is trained further."""
     if options.resume_from_adapter is None:
         return options.lora_config()
-    config = read_head(options.resume_from_adapter).config
+    config = read_adapter(options.resume_from_adapter).config
     config.inference_mode = False
     return config
 
 
-def base_name(head: Head, model: str | None = None, progress: Progress | None = None) -> str:
+def base_name(saved: SavedAdapter, model: str | None = None, progress: Progress | None = None) -> str:
     """The base model: ``model``, or else the one that the adapter names; a base of the hub is reported.
 
     Raises:
         AdapterFileError: Neither names one.
     """
-    named = model or head.config.base_model_name_or_path
+    named = model or saved.config.base_model_name_or_path
     if not named:
         raise AdapterFileError(
-            f"the adapter {head.name} does not name its base model: pass it with ", Hint("model")
+            f"the adapter {saved.name} does not name its base model: pass it with ", Hint("model")
         )
     if progress is not None and not is_local(named):
-        who = "" if model else f", which {head.name!r} names"
+        who = "" if model else f", which {saved.name!r} names"
         progress.say(f"The base model is {named!r} of the Hugging Face hub{who}.")
     return named
 
