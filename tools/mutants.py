@@ -202,6 +202,11 @@ MUTANTS = (
         ("tests/unit/files/test_values.py",),
     ),
     Mutant(
+        "flipped-bit", "tensors that differ from what was saved are refused", "files/read.py",
+        "if data_digest(self.memory, self.header.first) != saved:", "if False:",
+        ("tests/unit/files/test_read.py",),
+    ),
+    Mutant(
         "integer-factors", "factors that are no floating-point numbers are refused", "files/values.py",
         "if tensor.dtype not in _TYPES and _OF_THE_ADAPTER.search(name)", "if False",
         ("tests/unit/files/test_values.py",),

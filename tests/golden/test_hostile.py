@@ -64,11 +64,11 @@ def test_every_flipped_bit_of_the_header_is_an_error_or_another_valid_header(goo
         flipped[at] ^= 1 << random.Random(at).randrange(8)
         good.write_bytes(flipped)
         try:
-            file = open_adapter(good.parent)
+            tensors = open_adapter(good.parent).tensors()
         except AdapterFileError:
             refused += 1
         else:  # a letter of a name, of the metadata, or another dtype of the same size
-            assert sum(t.numel() * t.element_size() for t in file.tensors().values()) == 384
+            assert sum(t.numel() * t.element_size() for t in tensors.values()) == 384
     assert refused > length / 2
 
 

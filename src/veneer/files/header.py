@@ -44,12 +44,14 @@ class Header:
     Attributes:
         shapes: shape of each tensor, by its name on disk.
         dtypes: dtype of each tensor, by torch's name.
+        first: first byte after the header.
         places: first byte of each tensor in the file, and the one after its last.
         metadata: the file's own metadata.
     """
 
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, str]
+    first: int
     places: dict[str, tuple[int, int]]
     metadata: dict[str, str]
 
@@ -85,6 +87,7 @@ def _understood(path: Path, raw: bytes, room: int) -> Header:
     return Header(
         {name: tuple(entry["shape"]) for name, entry in header.items()},
         {name: DTYPES[entry["dtype"]][0] for name, entry in header.items()},
+        first,
         {name: (first + begin, first + end) for name, begin, end in places},
         metadata,
     )

@@ -13,17 +13,36 @@ from typing import Any
 import torch
 
 from veneer.errors import AdapterFileError
+from veneer.files.digest import DATA_DIGEST, data_digest
 from veneer.files.header import Header, bin_metadata, check_archive, name_problem, read_header
 from veneer.files.layout import BelongingConfig, belonging_config, check_directory, identity, together
 from veneer.wording import first_line, warn
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Mapped:
     """Tensors that lie in a file, which is mapped once for all of them."""
 
     header: Header
     memory: Any  # torch.UntypedStorage, of which mypy knows no slices
+    checked: bool = False
+
+    def check(self, path: Path) -> None:
+        """Compare the data with the digest that was saved with them, where there is one.
+
+        Raises:
+            AdapterFileError: They differ.
+        """
+        saved = self.header.metadata.get(DATA_DIGEST)
+        if self.checked or saved is None:
+            return
+        if data_digest(self.memory, self.header.first) != saved:
+            raise AdapterFileError(
+                f"{path} is damaged: its tensors are not those that were saved (they differ from "
+                f"{DATA_DIGEST} in the metadata). Fetch the file again. If a program changed them on "
+                f"purpose, let it drop the metadata: save_file(load_file(path), path)"
+            )
+        self.checked = True
 
     def __getitem__(self, name: str) -> torch.Tensor:
         begin, end = self.header.places[name]
@@ -70,8 +89,8 @@ class AdapterFile:
             device: where to put them.
 
         Raises:
-            AdapterFileError: a name that the file does not hold, or a file that was changed in place since
-                it was opened.
+            AdapterFileError: a name that the file does not hold, a file that was changed in place since
+                it was opened, or data that are not those that were saved.
         """
         wanted = list(self.shapes if keys is None else keys)
         unknown = [k for k in wanted if k not in self.shapes]
@@ -81,6 +100,8 @@ class AdapterFile:
             now = identity(self.path.stat())
             if now[:2] == self._identity[:2] and now != self._identity:
                 raise AdapterFileError(f"{self.path} cannot be read: it was changed since it was opened")
+        if wanted and isinstance(self._content, _Mapped):
+            self._content.check(self.path)
         return {key: self._content[key].to(device) for key in wanted}
 
 

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from veneer.atomic import HalfMovedError, atomic_file, atomic_files, locked
 from veneer.errors import CheckpointError
 from veneer.files.card import merge_card
+from veneer.files.digest import DATA_DIGEST, data_digest
 from veneer.files.header import BIN_METADATA, name_problem
 from veneer.files.layout import (
     BIN_NAME,
@@ -30,6 +31,9 @@ from veneer.files.layout import (
 )
 from veneer.ops.merging import is_finite
 from veneer.wording import warn
+
+#: Holds the place of the digest until the data lie in the file.
+NO_DIGEST = "0" * 64
 
 
 def write_adapter(
@@ -170,8 +174,8 @@ def _write_tensors(
     path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str], safetensors: bool
 ) -> None:
     if safetensors:
-        save_file(tensors, path, metadata={**metadata, "format": "pt"})
-        _sort_metadata(path)
+        save_file(tensors, path, metadata={**metadata, "format": "pt", DATA_DIGEST: NO_DIGEST})
+        _finish_metadata(path)
         return
     with path.open("wb") as file:
         torch.save(tensors, file)
@@ -180,16 +184,21 @@ def _write_tensors(
         archive.writestr(f"{inside}/{BIN_METADATA}", json.dumps(metadata, sort_keys=True))
 
 
-def _sort_metadata(path: Path) -> None:
-    """Put the metadata of a new file in order: safetensors leaves it to chance, and bytes would vary."""
+def _finish_metadata(path: Path) -> None:
+    """Enter the digest of the data, and put the metadata in order: safetensors leaves it to chance."""
     with path.open("rb+") as file:
         (length,) = struct.unpack("<Q", file.read(8))
-        header = json.loads(file.read(length))
+        memory = torch.UntypedStorage.from_file(str(path), False, path.stat().st_size)
+        raw = file.read(length).replace(_entry(NO_DIGEST), _entry(data_digest(memory, 8 + length)), 1)
+        header = json.loads(raw)
         header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        if len(text) <= length:
-            file.seek(8)
-            file.write(text.ljust(length))
+        file.seek(8)
+        file.write(text.ljust(length) if len(text) <= length else raw)
+
+
+def _entry(digest: str) -> bytes:
+    return f'"{DATA_DIGEST}":"{digest}"'.encode()
 
 
 def _with_existing(path: Path, card: str) -> str:
