@@ -40,11 +40,8 @@ that says what is not supported. Nothing is silently ignored.
 
 The registries contain {product} combinations of a layer, an initialisation, a variant and a storage of the
 base. In {total} of them the layer exists in that storage. {served} of these are supported, and all others
-are refused before anything changes. `make test-all` tries each of the {total}: either it is refused with this
-reason, or it starts as its initialisation promises, trains only the adapter, writes nothing in a forward
-pass, equals the base bit for bit while disabled, merges as shown below, equals the base bit for bit again
-once unmerged, and is the same bit for bit after saving and loading. Harder cases of each layer (shapes,
-dtypes, groups, several adapters) have tests of their own.
+are refused before anything changes. `make test-all` tries each of the {total}, by
+[the laws](extending.md#checking-the-laws).
 
 There is one table per variant; a line covers each of its layers in each of its storages. "merge" means
 merging into the storage itself, by `merge_adapter`, quantised again where necessary. A number refers to the
@@ -65,8 +62,7 @@ The libraries of these storages do not have this layer, or cannot compute with i
 {names}
 
 {refused} belong to methods or options that Veneer does not have. With `veneer.as_peft` they can be imported,
-for code that only checks for them, and raise an error when used. `from veneer import …` does not have
-them:
+for code that only checks for them, and raise an error when used. `from veneer import …` raises an error at once:
 
 {others}
 """
@@ -86,6 +82,12 @@ ASKED: dict[str, dict[str, Any]] = {
     "use_dora": {"use_dora": True},
     "use_qalora": {"use_qalora": True},
     "velora_config": {"velora_config": {}},
+}
+#: Options that are accepted, and what else is to be said of them.
+ACCEPTED = {
+    "megatron_core": "accepted; used by `megatron_config` only",
+    "qalora_group_size": "accepted; used by `use_qalora` only",
+    "runtime_config": "accepted, without effect",
 }
 
 
@@ -123,7 +125,7 @@ def _options() -> Iterator[str]:
         default = field.default
         empty = default is dataclasses.MISSING or default is None
         shown = "" if empty else f"`{default!r}`"
-        answer = "supported"
+        answer = ACCEPTED.get(field.name, "supported")
         if field.name in ASKED:
             try:
                 check_config(LoraConfig(target_modules=["a"], **ASKED[field.name]))

@@ -58,7 +58,7 @@ def test_a_missing_name_says_so_where_it_is_imported() -> None:
 @pytest.mark.parametrize("name", INSIDES)
 def test_peft_s_insides_say_that_they_are(name: str) -> None:
     module = importlib.import_module("veneer.utils.transformers_weight_conversion")
-    with pytest.raises(VeneerError, match=f"{name} is of peft's insides"):
+    with pytest.raises(VeneerError, match=f"{name} is internal to peft"):
         getattr(module, name)(None, None)
 
 
@@ -71,7 +71,7 @@ def test_methods_inside_peft_s_models_can_be_wrapped_and_are_not_called(
 
     for model in (LoraModel, stub("AdaLoraModel")):
         own = getattr(model, name)
-        with pytest.raises(VeneerError, match=f"{name} is of peft's insides"):
+        with pytest.raises(VeneerError, match=f"{name} is internal to peft"):
             own(None)
         monkeypatch.setattr(model, name, lambda *args, own=own: own(*args))
     assert get_peft_model(llama(), LoraConfig(r=2, target_modules=["q_proj"])).active_adapters == ["default"]

@@ -74,7 +74,7 @@ def unsupported_options(
             "import the module that defines it"
         ]
     found = [
-        f"{_VARIANT_OPTIONS[name]} asks for the variant {name!r}, which does not exist here yet"
+        f"{_VARIANT_OPTIONS[name]} asks for the variant {name!r}, which Veneer does not have"
         for name in requested
         if name not in variants
     ]
@@ -82,9 +82,7 @@ def unsupported_options(
         found.append(f"the variants {', '.join(requested)} cannot be combined: choose one")
     init = str(init_name(config.init_lora_weights)).split("_niter_")[0]
     if inits is not None and init not in ("True", "False") and init not in inits:
-        found.append(f"init_lora_weights={config.init_lora_weights!r} does not exist here yet")
-    rare = {
-        "megatron_config": "layers of Megatron",
-    }
-    found += [f"{name}: {what} cannot be done yet" for name, what in rare.items() if getattr(config, name)]
+        found.append(f"init_lora_weights={config.init_lora_weights!r} is no initialisation of Veneer's")
+    if config.megatron_config:
+        found.append("megatron_config: Megatron's layers are not supported")
     return found

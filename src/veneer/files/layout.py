@@ -39,7 +39,7 @@ REPLACED_CONFIG = "veneer_replaces"
 #: How often a reader begins again where the tensors are replaced under its hands.
 ATTEMPTS = 100
 
-#: What a save that was killed leaves; the second form is that of Veneer 0.1.
+#: What a save that was killed leaves; the second form is that of earlier versions.
 _LEFT_OVER = re.compile(
     r"\.veneer-(?P<id>[0-9a-f]{16})(-(?P<format>safetensors|bin)-(?P<file>config|tensors|card))?\.tmp"
 )

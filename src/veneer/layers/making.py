@@ -83,7 +83,7 @@ def why_not(layer: LoraLayer, spec: LoraSpec) -> str | Text | None:
         return Text(
             option,
             f" starts from directions of the layer's inputs, and a {kind} has none: it is given indices, "
-            "several inputs, or looks after bare parameters",
+            "several inputs, or holds bare parameters",
         )
     backend, variant = layer.backend, variants.get(spec.variant)
     reads = variant.reads_weight and not variant.additive

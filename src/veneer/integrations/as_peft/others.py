@@ -21,19 +21,18 @@ class OtherMethod:
             VeneerError: Always, naming what was used.
         """
         raise VeneerError(
-            f"{cls.__name__} is of a method or option that Veneer does not implement: it is a LoRA library. "
-            "It is reached because Veneer stands in for peft in this process; run this program with the "
-            "real peft (without register_as_peft, `python -m veneer.as_peft` or VENEER_AS_PEFT=1), or use "
-            "LoraConfig."
+            f"{cls.__name__} belongs to a method or option that Veneer, a LoRA library, does not have. "
+            "Veneer stands in for peft in this process: use LoraConfig, or run the program with the real peft "
+            "(without register_as_peft, `python -m veneer.as_peft` or VENEER_AS_PEFT=1)."
         )
 
 
 def inside(name: str) -> Callable[..., NoReturn]:
-    """The stand-in for a function of peft's own insides."""
+    """The stand-in for an internal function of peft."""
 
     def function(*args: Any, **kwargs: Any) -> NoReturn:
         raise VeneerError(
-            f"{name} is of peft's insides, which Veneer, standing in for peft, does not have: call the "
+            f"{name} is internal to peft, and Veneer, which stands in for peft, does not have it: call the "
             "public functions instead (get_peft_model, PeftModel.from_pretrained, set_peft_model_state_dict)"
         )
 
