@@ -62,7 +62,8 @@ The libraries of these storages do not have this layer, or cannot compute with i
 {names}
 
 {refused} belong to methods or options that Veneer does not have. With `veneer.as_peft` they can be imported,
-for code that only checks for them, and raise an error when used. `from veneer import …` raises an error at once:
+for code that only checks for them, and raise an error when used. `from veneer import …` raises an error
+at once:
 
 {others}
 """

@@ -304,7 +304,6 @@ def adapter_modules(model: nn.Module) -> list[AdapterModule]:
 
 
 def uncompiled(model: nn.Module) -> nn.Module:
-    """The module that `torch.compile` was called with; any other module itself."""
     # Not by getattr: a model passes on what it lacks to the base in it, which may be compiled.
     inner = model._modules.get("_orig_mod")
     return model if inner is None else inner
@@ -373,7 +372,6 @@ class AdapterSet:
         return list(dict.fromkeys(name for m in self.modules() for name in m.held_adapters))
 
     def active(self) -> list[str]:
-        """Names of the active adapters: the union over the modules, in order of appearance."""
         return list(dict.fromkeys(name for m in self.modules() for name in m.active_adapters))
 
     def check(self, names: Iterable[str], known: Iterable[str] | None = None) -> None:

@@ -44,7 +44,6 @@ class CombineReport:
 
     @property
     def worst(self) -> float:
-        """The largest error of any module."""
         return max(self.errors.values(), default=0.0)
 
     def __str__(self) -> str:

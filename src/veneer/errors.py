@@ -77,7 +77,6 @@ class Text:
 
     @classmethod
     def join(cls, separator: str, messages: Iterable[str | Hint | Text]) -> Text:
-        """As ``separator.join`` of texts."""
         parts = [part for message in messages for part in (separator, message)]
         return cls(*parts[1:])
 
@@ -108,7 +107,6 @@ def show(value: object) -> str:
 
 
 def short(text: str, most: int = 300) -> str:
-    """A text for a message, cut to so many characters."""
     return text if len(text) <= most else text[: most - 3] + "..."
 
 

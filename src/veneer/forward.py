@@ -20,7 +20,6 @@ def bare(model: Any) -> Any:
 
 
 def takes(model: Any, name: str) -> bool:
-    """Whether the base model's ``forward`` has an argument of this name."""
     return name in inspect.signature(bare(model).forward).parameters
 
 

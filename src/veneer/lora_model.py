@@ -100,7 +100,6 @@ class LoraModel(nn.Module):
 
     @property
     def index(self) -> AdapterSet:
-        """The adapters over all modules of the model."""
         return AdapterSet(self.model)
 
     def layers(self) -> dict[str, LoraLayer]:

@@ -87,7 +87,6 @@ class Mergeable(AdapterModule):
 
     @property
     def merged(self) -> bool:
-        """True while any adapter is merged into the base weight."""
         return bool(self.merged_adapters)
 
     def rename_merged(self, old: str, new: str) -> None:

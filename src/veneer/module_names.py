@@ -60,7 +60,6 @@ def by_ends(
 
 
 def _any_stored(paths: Iterable[str], stored: Iterable[str]) -> bool:
-    """Whether a file has a tensor of one of some modules itself."""
     names = "\n".join(f".{name}" for name in stored if ".lora_" not in name)
     return any(f".{path}." in names for path in paths)
 

@@ -72,7 +72,6 @@ class NameRegistry(Generic[T]):
         self._items[name] = item
 
     def get(self, name: str) -> T | None:
-        """The item of that name, or None."""
         load_plugins()
         return self._items.get(name)
 
@@ -117,7 +116,6 @@ class TypeRegistry(Generic[T]):
         return None
 
     def get(self, type_name: str) -> T | None:
-        """The item that serves the type of that name, or None."""
         return self._items.get(type_name)
 
     def items(self) -> Iterator[tuple[str, T]]:

@@ -80,7 +80,6 @@ class Rollback:
             self.on_failure(backend.write, module, backend.read(module, name).clone(), name)
 
     def take_over(self, other: Rollback) -> None:
-        """Take over everything that another rollback holds."""
         self._steps.push(other._steps.pop_all())
 
 

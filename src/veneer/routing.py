@@ -83,7 +83,6 @@ class Routing:
         return draws._replace(tokens=1, filled=1)  # not text
 
     def concerns(self, held: Container[str]) -> bool:
-        """Whether any adapter of the batch is in ``held``."""
         return any(name in held for name in self.used)
 
     def rows(
@@ -212,7 +211,6 @@ def current(layer: AdapterModule) -> Routing | None:
 
 
 def draws_of(name: str, x: Tensor) -> Draws | None:
-    """`Routing.draws_for` of the current call; None without one."""
     routing = _here.routing
     return None if routing is None else routing.draws_for(name, x)
 
@@ -394,7 +392,6 @@ def by_adapter(
 
 
 def _select_rows(value: Any, rows: Tensor, count: int) -> Any:
-    """Select rows of a tensor that has one for each row of the batch; return other values unchanged."""
     return value[rows] if isinstance(value, Tensor) and value.shape[:1] == (count,) else value
 
 

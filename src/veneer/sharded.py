@@ -74,12 +74,10 @@ def whole_storages(model: nn.Module) -> set[int]:
 
 
 def units(model: nn.Module) -> list[nn.Module]:
-    """The modules of FSDP1 in a model, outer ones first."""
     return [module for module in model.modules() if _is_unit(module)]
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether FSDP keeps parameters of the model in pieces, in either of its ways."""
     return any(is_distributed(p) or getattr(p, "_fsdp_flattened", False) for p in model.parameters())
 
 

@@ -81,7 +81,6 @@ def _container_tensors(layer: LoraLayer, container: str, adapter: str) -> Iterat
 
 
 def _root(model: nn.Module) -> tuple[nn.Module, str]:
-    """The module that was adapted, and the prefix under which ``model`` holds it."""
     inner = getattr(type(model), "get_base_model", None)
     return (model.get_base_model(), PREFIX) if inner is not None else (model, "")  # type: ignore[operator]
 

@@ -61,7 +61,6 @@ class Unmatched:
 
     @property
     def message(self) -> Text:
-        """All of it in one sentence."""
         near = f"; nearest names: {', '.join(self.suggestions)}" if self.suggestions else ""
         return Text(Hint(self.field), f" {show(self.pattern)} {self.note or 'matches nothing'}{near}")
 

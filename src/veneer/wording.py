@@ -40,7 +40,6 @@ def visible(text: str, *, lines: bool = False) -> str:
 
 
 def some(lines: Sequence[_Line], most: int = 20) -> list[_Line | str]:
-    """The first of many lines, and how many more there are."""
     rest = len(lines) - most
     return [*lines[:most], f"and {rest:,} more"] if rest > 0 else list(lines)
 

@@ -171,7 +171,6 @@ def find(module: nn.Module, name: str = "weight") -> Backend:
 
 
 def serving(kind: type) -> tuple[Backend, ...]:
-    """The backends that may store weights of modules of a type, in order of priority."""
     load_plugins()
     return _serving(kind)
 

@@ -73,7 +73,6 @@ class FourBits(_Quantised):
         return _state(module) is not None
 
     def dtype(self, module: nn.Module) -> torch.dtype:
-        """``bnb_4bit_compute_dtype`` if it is set, else the original type of the weight."""
         dtype = getattr(module, "compute_dtype", None)
         return dtype if isinstance(dtype, torch.dtype) else self.like(module).dtype
 

@@ -26,13 +26,11 @@ def _hook(module: nn.Module) -> Any:
 
 
 def stored(module: nn.Module, name: str) -> Tensor | None:
-    """The value of an offloaded parameter, or None if it is not offloaded."""
     hook = _hook(module)
     return None if hook is None else hook.weights_map[name].detach()
 
 
 def execution_device(module: nn.Module) -> torch.device | None:
-    """The device to which the offloaded parameters of a module are fetched, or None."""
     hook = _hook(module)
     return None if hook is None else torch.device(hook.execution_device)
 

@@ -117,7 +117,6 @@ def _unquantised_names(weights: BaseFiles, layers: Iterable[str]) -> dict[str, s
 
 
 def _refusal(weights: BaseFiles, name: str) -> str | None:
-    """Why a tensor of the files is not an unquantised weight, or None."""
     kind = weights.entry(name)[0]
     return weights.codes(name) or (None if kind.startswith(("F", "BF")) else f"it is stored as {kind}")
 

@@ -70,7 +70,6 @@ def _show(found: list[AdapterEntry], broken: list[AdapterEntry]) -> None:
 
 
 def _short_base(base: str | None) -> str:
-    """The last part of a path; a hub id without its owner."""
     return (base or "").replace("\\", "/").rstrip("/").rpartition("/")[2]
 
 

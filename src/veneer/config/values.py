@@ -33,7 +33,6 @@ def of_fields(owner: object, checks: Mapping[str, Check], prefix: str = "") -> l
 
 
 def optional(check: Check) -> Check:
-    """The same, for a field that may be None."""
     return lambda name, value: [] if value is None else check(name, value)
 
 
@@ -89,12 +88,10 @@ def ranges(name: str, value: Any) -> list[Text]:
 
 
 def flag(name: str, value: object) -> list[Text]:
-    """Problems of a boolean."""
     return [] if isinstance(value, bool) else [Text(Hint(name), f" must be True or False, got {show(value)}")]
 
 
 def one_of(*known: object) -> Check:
-    """A check for a value out of a few."""
     return lambda name, value: choice(name, value, known)
 
 
@@ -129,7 +126,6 @@ def dictionary_or_none(name: str, value: object) -> list[Text]:
 
 
 def is_names(value: object) -> bool:
-    """Whether it is a collection of non-empty strings."""
     return isinstance(value, (list, tuple, set, frozenset)) and all(isinstance(v, str) and v for v in value)
 
 
@@ -203,7 +199,6 @@ def patterns(name: str, value: object) -> list[Text]:
 
 
 def by_pattern(check: Check) -> Check:
-    """A check for a dictionary from patterns to numbers."""
     return lambda name, value: pattern_values(name, value, check)
 
 

@@ -53,5 +53,4 @@ def to_disk(memory_name: str, adapter: str) -> str:
 
 
 def without_wrappers(name: str) -> str:
-    """A name without the segments that compilers and shards put into it."""
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)

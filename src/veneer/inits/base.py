@@ -259,5 +259,4 @@ def subtracted(request: InitRequest, a: Tensor, b: Tensor) -> InitResult:
 
 
 def not_one_matrix(what: str, layer_type: str) -> str:
-    """The reason why an initialisation that factorises a matrix refuses a layer that has none."""
     return f"{what} needs one matrix, and the update of this {layer_type} is none (groups, or a stack)"

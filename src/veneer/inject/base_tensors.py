@@ -107,7 +107,6 @@ def _owner(model: nn.Module, name: str) -> tuple[nn.Module, nn.Module, str]:
 
 
 def merged_over(model: nn.Module, name: str) -> bool:
-    """Whether an adapter is merged into the layer that a base tensor belongs to."""
     module, _, _ = _owner(model, name)
     return isinstance(module, LoraLayer | TrainableTokens) and module.merged
 

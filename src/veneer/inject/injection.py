@@ -58,11 +58,9 @@ class Addition:
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Names on disk of its tensors, below the module's path, and their shapes."""
         return tensor_shapes(self.layer, self.spec)
 
     def keys(self) -> dict[str, tuple[int, ...]]:
-        """The same with the module's path."""
         return {f"{self.path}.{name}": shape for name, shape in self.shapes.items()}
 
     def initialise(self, seed: int, *, meta: bool) -> None:
@@ -101,7 +99,6 @@ class Copy:
     follows: Copy | None = None
 
     def keys(self) -> dict[str, tuple[int, ...]]:
-        """Names on disk of its tensors, and their shapes."""
         return {f"{self.site.path}.{k}": tuple(t.shape) for k, t in self.module.state_dict().items()}
 
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
@@ -133,20 +130,16 @@ class Rows:
 
     @property
     def key(self) -> str:
-        """The name on disk of the rows."""
         return f"{self.site.path}.token_adapter.trainable_tokens_delta"
 
     @property
     def own(self) -> bool:
-        """Whether the adapter has a tensor here."""
         return self.layer.tied_adapter is None
 
     def keys(self) -> dict[str, tuple[int, ...]]:
-        """Names on disk of its tensors, and their shapes."""
         return {self.key: tuple(self.rows.shape)} if self.own else {}
 
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take the rows from a tensor of that name, if it is there."""
         self.rows = tensors.get(self.key, self.rows)
 
     def ready(self, adapter: str, *, widen: bool, trainable: bool) -> Callable[[], None]:
@@ -191,12 +184,10 @@ class Injection:
 
     @property
     def parts(self) -> list[Addition | Copy | Rows]:
-        """All parts, in the order in which they are put in."""
         return [*self.additions, *self.copies, *self.tokens]
 
     @property
     def targets(self) -> dict[str, LoraLayer]:
-        """The layers that get factors, by their paths on disk."""
         return {addition.path: addition.layer for addition in self.additions}
 
     def initialise(self, seed: int, meta: bool = False) -> None:

@@ -46,12 +46,10 @@ class Replication:
     ranges: list[list[int]]
 
     def install(self) -> None:
-        """Put the longer list in."""
         self.owner._modules[self.name] = self.after
         self._describe(self.counts[1])
 
     def remove(self) -> None:
-        """Put the old list back."""
         self.owner._modules[self.name] = self.before
         self._describe(self.counts[0])
 
@@ -116,7 +114,6 @@ def keep(model: nn.Module, change: Replication) -> None:
 
 
 def is_replicated(model: nn.Module) -> bool:
-    """Whether the layers of a model are repeated for an adapter now."""
     return _KEPT in model.__dict__
 
 

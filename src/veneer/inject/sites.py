@@ -32,7 +32,6 @@ class Site:
 
     @property
     def base(self) -> nn.Module:
-        """The module that the model was built with."""
         return base_of(self.module) if isinstance(self.module, AdapterModule) else self.module
 
     @property
@@ -46,7 +45,6 @@ class Site:
         return next((cls for parent, name in self.parents if (cls := layers.reader(parent, name))), None)
 
     def replace(self, module: nn.Module) -> None:
-        """Put another module in its place, in every parent."""
         for parent, name in self.parents:
             parent._modules[name] = module
 
@@ -75,7 +73,6 @@ def sites(model: nn.Module) -> dict[str, Site]:
 
 
 def bases(found: Mapping[str, Site]) -> dict[str, nn.Module]:
-    """The modules that the model was built with, by path."""
     return {path: site.base for path, site in found.items()}
 
 

@@ -41,7 +41,6 @@ OLD_NAMES: dict[str, tuple[str, ...]] = {
 
 
 def holds_stacks(module: nn.Module) -> bool:
-    """Whether a module holds its experts in two parameters."""
     return STACKS.keys() <= module._parameters.keys()
 
 

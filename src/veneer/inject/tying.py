@@ -72,7 +72,6 @@ def tie(model: nn.Module, found: Mapping[str, Site], config: LoraConfig, *, quie
 
 
 def _hits(patterns: PatternSet, paths: Sequence[str]) -> dict[str, set[str]]:
-    """The paths that patterns match, and which patterns match each."""
     hits = patterns.over(Paths([path for path in paths if path]))
     return {path: {patterns.patterns[i] for i in indices} for path, indices in hits.items() if indices}
 

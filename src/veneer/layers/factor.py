@@ -102,7 +102,6 @@ class Mirror(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The owner's factor, transposed."""
         factor: Tensor = self._owner[0][self.name]
         return factor.T
 

@@ -277,7 +277,6 @@ class LoraLayer(Mergeable):
     # -- what a variant sees ---------------------------------------------------------------------------
 
     def variant(self, name: str) -> Variant:
-        """How an adapter combines its update with the base."""
         return variants.get(self._specs[name].variant)
 
     def add_branch(self, name: str, x: Tensor, result: Tensor) -> Tensor:
@@ -635,7 +634,6 @@ class LoraLayer(Mergeable):
         self.rename_merged(old, new)
 
     def note_start(self, name: str, init: bool | str) -> None:
-        """Record that the factors of an adapter started differently."""
         self._specs[name] = replace(self._specs[name], init=init)
 
     def respecify(self, spec: LoraSpec) -> None:

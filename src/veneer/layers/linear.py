@@ -269,7 +269,6 @@ class LoraLinear(LoraLayer):
         return mixed_batch.by_slots(x, result, [(*terms[name], mine) for name, mine in slots])
 
     def refuses_merge(self, names: Sequence[str]) -> list[str]:
-        """Also refuses a subclass whose forward is not ``x Wᵀ + b``."""
         plain = type(self.base_layer).forward is nn.Linear.forward
         return [*super().refuses_merge(names), *([] if plain or self._multiplies(names) else [_NO_PRODUCT])]
 

@@ -107,7 +107,6 @@ def why_not(layer: LoraLayer, spec: LoraSpec) -> str | Text | None:
 
 
 def with_variant_options(spec: LoraSpec, config: LoraConfig) -> LoraSpec:
-    """The spec with the options that its variant reads from the configuration."""
     options = dict(variants.get(spec.variant).options(config))
     return replace(spec, variant_options=options) if options else spec
 

@@ -36,7 +36,6 @@ class ModulesToSaveWrapper(AdapterModule):
 
     @property
     def tied_adapter(self) -> ModulesToSaveWrapper | None:
-        """The wrapper of the embedding whose copies share their weight with these."""
         return self._tied_to[0] if self._tied_to else None
 
     @property

@@ -129,11 +129,9 @@ class LoraParameter(LoraLayer):
         return left, right
 
     def to_matrix(self, weight: Tensor) -> Tensor:
-        """The matrices of a stack, concatenated by rows."""
         return weight.flatten(0, -2)
 
     def product(self, a: Tensor, b: Tensor) -> Tensor:
-        """The update in the layout of `to_matrix`."""
         left, right = self._sides(a, b)
         return self.to_matrix(left @ right)
 
@@ -182,7 +180,6 @@ class LoraParameter(LoraLayer):
         return adapted.dense() if torch.compiler.is_compiling() else adapted
 
     def low_rank(self, name: str, x: Tensor) -> Tensor:
-        """A bare parameter has no input of its own."""
         raise NotImplementedError("a bare parameter is adapted inside its module's forward")
 
     def extra_repr(self) -> str:

@@ -131,7 +131,6 @@ class LoraTiedEmbedding(LoraFollower, LoraEmbedding):
     def new_factors(
         self, name: str, a: Tensor, b: Tensor, bias: Tensor | None
     ) -> tuple[nn.Module | nn.Parameter, nn.Module | nn.Parameter]:
-        """The other embedding's factors; the arguments are ignored."""
         leader = self.tied_adapter
         return Shared(leader.lora_embedding_A, name), Shared(leader.lora_embedding_B, name)
 

@@ -203,7 +203,6 @@ class TrainableTokens(Mergeable):
         return None
 
     def refuses_active(self, names: Sequence[str]) -> str | None:
-        """Two rows of the same token cannot be active together."""
         return self._overlapping(names)
 
     def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
@@ -303,7 +302,6 @@ class TrainableTokens(Mergeable):
         return [] if reason is None else [reason]
 
     def update_of(self, name: str) -> Rows:
-        """What merging an adapter now would write: its rows, detached."""
         index: Tensor = self._index[name].index  # type: ignore[assignment]
         return Rows(index, self.rows(name).detach())
 

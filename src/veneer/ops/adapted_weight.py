@@ -41,7 +41,6 @@ class AdaptedWeight:
         return total
 
     def map(self, change: Callable[[Tensor], Tensor]) -> AdaptedWeight:
-        """Apply a function to W, to every L and to every R."""
         return AdaptedWeight(change(self.weight), [(change(a), change(b), s) for a, b, s in self.terms])
 
     def transposed(self) -> AdaptedWeight:

@@ -164,7 +164,6 @@ def packed(drop: Tensor, numel: int) -> Tensor:
 
 
 def unpacked(drop: Tensor) -> Tensor:
-    """The inverse of `packed`: positions as int64."""
     return drop if drop.dtype == torch.bool else drop.long()
 
 

@@ -205,7 +205,6 @@ def by_slots(x: Tensor, result: Tensor, slots: Sequence[tuple[Tensor, Tensor, An
 
 
 def along_rows(mine: Tensor, like: Tensor) -> Tensor:
-    """One value for each row, shaped to broadcast with a tensor (rows, ...)."""
     return mine.view(-1, *(1,) * (like.dim() - 1))
 
 

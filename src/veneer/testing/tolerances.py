@@ -16,7 +16,6 @@ class Tolerance(NamedTuple):
 
     @property
     def kwargs(self) -> dict[str, float]:
-        """For torch.testing.assert_close and torch.allclose."""
         return {"rtol": self.rtol, "atol": self.atol}
 
 

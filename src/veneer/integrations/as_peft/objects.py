@@ -149,18 +149,15 @@ def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dty
 
 
 def _get_submodules(model: nn.Module, key: str) -> tuple[nn.Module, nn.Module, str]:
-    """The parent of a module, the module, and its name in the parent."""
     parent, _, name = key.rpartition(".")
     return model.get_submodule(parent), model.get_submodule(key), name
 
 
 def transpose(weight: torch.Tensor, fan_in_fan_out: bool) -> torch.Tensor:
-    """A matrix turned if ``fan_in_fan_out``."""
     return weight.T if fan_in_fan_out else weight
 
 
 def get_pattern_key(pattern_keys: Sequence[str], key_to_match: str) -> str:
-    """The first of some patterns that matches the end of a path, or the path itself."""
     return next((key for key in pattern_keys if re.match(rf"(.*\.)?({key})$", key_to_match)), key_to_match)
 
 
@@ -172,7 +169,6 @@ def get_quantization_config(model: nn.Module, method: str) -> Any:
 
 
 def dequantize_module_weight(module: nn.Module) -> torch.Tensor:
-    """The dense weight of a module, quantised or not."""
     return backends.find(module).read(module, "weight")
 
 

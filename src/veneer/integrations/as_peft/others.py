@@ -22,8 +22,8 @@ class OtherMethod:
         """
         raise VeneerError(
             f"{cls.__name__} belongs to a method or option that Veneer, a LoRA library, does not have. "
-            "Veneer stands in for peft in this process: use LoraConfig, or run the program with the real peft "
-            "(without register_as_peft, `python -m veneer.as_peft` or VENEER_AS_PEFT=1)."
+            "Veneer stands in for peft in this process: use LoraConfig, or run the program with the real "
+            "peft (without register_as_peft, `python -m veneer.as_peft` or VENEER_AS_PEFT=1)."
         )
 
 
@@ -42,5 +42,4 @@ def inside(name: str) -> Callable[..., NoReturn]:
 
 @functools.cache
 def stub(name: str) -> type[OtherMethod]:
-    """The stand-in for one name; the same class each time."""
     return type(name, (OtherMethod,), {"__module__": "peft", "__doc__": f"Stand-in for peft's {name}."})
