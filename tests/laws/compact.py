@@ -66,17 +66,17 @@ class Trial:
         return model
 
     def config(self) -> LoraConfig:
-        """Of the adapter."""
+        """The adapter's configuration."""
         if self.choice.layer in PARAMETERS:
             return self.made.config(target_modules=[], target_parameters=["target.stack"])
         return self.made.config(target_modules=["target"])
 
     def batch(self) -> Tensor:
-        """Inputs enough to measure something on."""
+        """Enough inputs to measure on."""
         return torch.cat([self.made.case.x() for _ in range(4)]).to(self.x.dtype)
 
     def adapted(self) -> PeftModel:
-        """A model with a new adapter, measured on data where its initialisation asks for it."""
+        """A model with a new adapter, measured on data if its initialisation needs it."""
         model, init = self.holder(), self.choice.init
         if init == "Corda":
             preprocess_corda(model, self.config(), lambda: model(self.batch()))
@@ -95,7 +95,7 @@ class Trial:
         return result
 
     def _measure_gradients(self, model: Holder) -> None:
-        """On the dense weights, as codes have no gradient."""
+        """Measure on the dense weights, since codes have no gradient."""
         dense, file = self.holder(dense=True), self.place / "gradients.pt"
         preprocess_loraga(dense, self.config(), lambda: dense(self.x).square().sum().backward(), file)
         preprocess_loraga(model, self.config(), pytest.fail, file)

@@ -236,7 +236,7 @@ def saving(engine: str, unit: str, kind: str, place: Path) -> None:
 
 
 def not_saved(kind: str, place: Path) -> None:
-    """FSDP1's outermost unit is out of sight from within: refused, the files that are there untouched."""
+    """From inside, FSDP1's outermost unit cannot be seen: saving is refused, and existing files stay."""
     face = made(kind)
     if dist.get_rank() == 0:
         face.save_pretrained(place)

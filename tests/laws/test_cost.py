@@ -86,7 +86,7 @@ def test_dropout_copies_the_input_once_each_way() -> None:
 
 
 def of_rows(names: list[str], size: int, *, grad: bool = False) -> Counter[str]:
-    """Operations of a token of each row, once what many tokens share has been put together."""
+    """Operations for one token of each row, after the stacked factors have been made."""
     torch.manual_seed(0)
     layer: nn.Module = nn.Linear(size, size)
     for name in dict.fromkeys(names):
@@ -111,7 +111,7 @@ def test_scattered_rows_are_copied_once_each_way() -> None:
 
 
 def test_in_training_a_mixed_batch_takes_two_thin_products_for_each_adapter() -> None:
-    """Beside the one of the base; rows are views, and neither they nor factors are copied or stacked."""
+    """Besides the base's product. Rows are views; neither they nor factors are copied or stacked."""
     calls = of_rows(["a", "b", "c"], 64, grad=True)
     assert calls["addmm"] == 1 and calls["mm"] == calls["addmm_"] == 3
     assert set(calls) <= {"addmm", "mm", "addmm_", "slice", "clone"} and calls["clone"] <= 1

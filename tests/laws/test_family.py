@@ -274,7 +274,7 @@ def counted_products(made: Family, batches: Batches, monkeypatch: pytest.MonkeyP
 
 
 def test_the_base_is_multiplied_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever the number of adapters, and no more is kept than for one adapter with the same tokens."""
+    """For any number of adapters, and no more is kept than for one adapter with the same tokens."""
     made = Family(llama())
     for name in "abcd":
         made.add(name, LoraConfig(target_modules=EVERYWHERE, r=4))

@@ -130,7 +130,7 @@ def several_rows(made: Combination) -> Tensor:
 
 
 def everything(layer: LoraLayer, x: Tensor, spoilt: str, value: float) -> dict[str, Tensor]:
-    """Outputs and gradients but for those of "second", of which ``spoilt`` says what has the value."""
+    """Outputs and gradients, except those of "second", which gets the value in what ``spoilt`` names."""
     mine = torch.tensor([owner == "second" for owner in OWNERS])
     others = (~mine).nonzero().flatten()
     own = list(layer.adapter_parameters("second"))
@@ -186,7 +186,7 @@ def test_one_adapters_values_change_no_bit_of_anothers(made: Combination) -> Non
 
 @pytest.mark.parametrize("made", [p for p in BATCHED if p.values[0].dtype == torch.float32])
 def test_nor_do_they_where_a_compiler_looks(made: Combination, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`test_compile.py` has that what is computed then is the same as what is compiled."""
+    """That compiled code computes the same is tested in `test_compile.py`."""
     layer, x = layer_with_three(made), several_rows(made)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     assert_apart(layer, x)

@@ -100,7 +100,7 @@ def _paths_by_name(pairs: list[str]) -> dict[str, str]:
         if not (name and sign and path):
             raise typer.BadParameter(f"--adapter takes NAME=PATH, not {pair!r}")
         if name in found or name == "default":
-            taken = "is the adapter given first" if name == "default" else "is there twice"
+            taken = "is the adapter given first" if name == "default" else "is used twice"
             raise typer.BadParameter(f"--adapter: the name {name!r} {taken}")
         found[name] = path
     return found

@@ -91,7 +91,7 @@ def merge(
         report, drift, stored = _in_memory(saved, output, base, loading, overwrite, untie, progress)
     weights = directory_bytes(output, "*.safetensors")
     if report.undefined:
-        progress.say(f"warning: {report}, as the base did")
+        progress.say(f"warning: {report}; so do those of the base")
     elif report.mean < WORTH_SAYING:
         measured = "" if drift is None else f": {drift}"
         progress.say(

@@ -141,7 +141,7 @@ def bin_metadata(path: Path) -> dict[str, str]:
             if not entries:
                 return {}
             if len(entries) > 1 or entries[0].file_size > MAX_HEADER_BYTES:
-                raise ValueError("more of it than belongs to one adapter")
+                raise ValueError("its metadata are too large, or there twice")
             raw = archive.read(entries[0])
         metadata = json.loads(raw.decode("utf-8"), object_pairs_hook=no_duplicates)
     except Exception as exc:  # a damaged archive can fail anywhere in zipfile

@@ -222,7 +222,7 @@ def check_directory(directory: str | Path) -> Path:
 def left_over(root: Path) -> list[Path]:
     """What saves that were killed left in a directory.
 
-    Configurations come before tensors: without the tensors beside it, one of an earlier version would be believed.
+    Configurations come before tensors: without its tensors, that of an earlier version would be believed.
     """
     found = [path for path in root.iterdir() if _LEFT_OVER.fullmatch(path.name)]
     return sorted(found, key=lambda path: "-tensors." in path.name)

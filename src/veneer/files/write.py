@@ -84,7 +84,7 @@ def write_adapter(
         ) from exc
     except (OSError, SafetensorError, RuntimeError) as exc:
         raise CheckpointError(
-            f"the adapter could not be written to {root}, nothing has changed: {exc}"
+            f"the adapter could not be written to {root}; nothing has changed: {exc}"
         ) from exc
 
 
@@ -92,7 +92,7 @@ def write_card(directory: str | os.PathLike[str], card: str) -> None:
     """Write ``README.md``, whole or not at all; of one that exists only the front matter is updated.
 
     Raises:
-        CheckpointError: the directory cannot be made, or the card not be read or written.
+        CheckpointError: the directory cannot be made, or the card cannot be read or written.
     """
     root = Path(directory)
     with _directory(root):

@@ -79,7 +79,7 @@ def assert_same_tensors(actual: dict[str, Tensor], expected: dict[str, Tensor]) 
 
 
 def dense_like(made: Made, layer: LoraLayer) -> nn.Module:
-    """The base as an ordinary frozen module, with what the initialisation made of it."""
+    """The base as an ordinary frozen module, with the weight that the initialisation gave it."""
     base = made.dense().eval()
     with torch.no_grad():
         for name, tensor in weight_of(layer.base_layer).items():
@@ -88,7 +88,7 @@ def dense_like(made: Made, layer: LoraLayer) -> nn.Module:
 
 
 def address(tensor: Tensor) -> int:
-    """Where its values lie; 0 where it has none, or is made of other tensors."""
+    """The address of its values; 0 if it has none, or is made of other tensors."""
     return 0 if tensor.is_meta or hasattr(tensor, "__tensor_flatten__") else tensor.data_ptr()
 
 
@@ -105,7 +105,7 @@ def base_of(made: Made, layer: LoraLayer) -> nn.Module:
 
 
 def slack(made: Made) -> float:
-    """How often the errors of one rounding may add up: outputs of a merged weight are sums over its rows."""
+    """How many rounding errors may add up: outputs of a merged weight are sums over its rows."""
     return 4.0 if made.dtype in (torch.bfloat16, torch.float16) else 1.0
 
 
@@ -291,7 +291,7 @@ def merging_one_of_two_keeps_the_other(made: Made) -> None:
 
 @law(mergeable=True)
 def what_is_merged_stays_as_it_was_merged(made: Made) -> None:
-    """Neither another strength nor other factors reach a merged adapter, until it is merged again."""
+    """A new strength or new factors have no effect on a merged adapter until it is merged again."""
     layer, x = made.layer(), made.x()
     wrap(layer, made.config(init_lora_weights=False), "second")
     train(layer, "second", seed=5)

@@ -58,13 +58,13 @@ class Made:
     dtype: torch.dtype = torch.float32
 
     def config(self, **more: Any) -> LoraConfig:
-        """``lora_alpha`` is never ``r``: a scaling of one would hide a forgotten one."""
+        """The configuration. ``lora_alpha`` is never ``r``: a scaling of 1 would hide a forgotten scaling."""
         options = {"r": 4, **self.case.options, **self.asked, **more}
         return LoraConfig(lora_alpha=3 * options["r"] / 2, **options)
 
     @property
     def unmergeable(self) -> str:
-        """Part of the reason for which a merge is refused; empty where it is not."""
+        """Part of the reason why a merge is refused; empty if it is not."""
         return self.case.unmergeable
 
     @property
@@ -73,12 +73,12 @@ class Made:
 
     @property
     def stored(self) -> Tolerance | None:
-        """How far a base in that storage lies from a dense one, if not by rounding in its dtype only."""
+        """How far a base in that storage may differ from a dense one; None: by rounding in its dtype."""
         return None
 
     @property
     def requantised(self) -> Tolerance | None:
-        """What quantising a merged weight again costs of an output's norm; None where it is not done."""
+        """Share of an output's norm that quantising a merged weight again may cost, if it is done."""
         return None
 
     @property

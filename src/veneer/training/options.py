@@ -157,7 +157,7 @@ class RunOptions(TrainOptions):
     data: str = option(
         "",
         "Run",
-        "Examples: a JSONL, JSON, CSV, TSV or Parquet file, or a data set of the hub.",
+        "Examples: a JSONL, JSON, CSV, TSV or Parquet file, or a dataset of the hub.",
         "dataset_name",
     )
     output: str = option(

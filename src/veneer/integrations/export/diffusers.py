@@ -43,8 +43,8 @@ class Diffusers(Target):
             if any(pattern.fullmatch(path) for path in source.updates):
                 return name
         raise ConfigError(
-            f"which part of a pipeline {source.directory} belongs to does not show from paths such as "
-            f"{next(iter(source.updates))}: say ",
+            f"which part of a pipeline {source.directory} belongs to cannot be told from paths such as "
+            f"{next(iter(source.updates))}: pass ",
             Hint("component", COMPONENTS[0]),
             f" or another of {', '.join(COMPONENTS)}",
         )

@@ -61,7 +61,7 @@ class Ollama(PeftFiles):
         """A base that is not here."""
         if not source.base_config():
             return [
-                f"Ollama converts adapters of {' and '.join(FAMILIES)} only; the base was not at hand to look"
+                f"Ollama converts adapters of {' and '.join(FAMILIES)} only; the base is not there to check"
             ]
         return []
 
