@@ -1,8 +1,9 @@
 """Choosing the rank: spam by its subject alone, r from 1 to 128, three sizes of data, three seeds.
 
-And at one budget of parameters: a high rank on attention only, or a low one on every linear layer. MiniLM's
-lower half is frozen and its output computed once; its upper three layers are adapted. The mails are
-SpamAssassin's public corpus (``make examples-data``); no subject is in both training and held-out mails.
+Two budgets of parameters are also spent in two ways: on a high rank of the attention only, or on a low rank
+of every linear layer. MiniLM's lower half is frozen and its output computed once; its upper three layers are
+adapted. The mails are SpamAssassin's public corpus (``make examples-data``); no subject is in both training
+and held-out mails.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ class Upper(nn.Module):
 
 @torch.no_grad()
 def lower(model: Any, tokenizer: Any, examples: list[dict[str, Any]]) -> Rows:
-    """What the frozen layers make of the subjects: states, mask, labels."""
+    """The output of the frozen layers for the subjects: states, mask, labels."""
     texts = [e["text"] for e in examples]
     batch = tokenizer(texts, truncation=True, max_length=LENGTH, padding="max_length", return_tensors="pt")
     states = model(**batch).last_hidden_state
@@ -64,7 +65,7 @@ def lower(model: Any, tokenizer: Any, examples: list[dict[str, Any]]) -> Rows:
 
 
 def fit(model: nn.Module, rows: Rows, steps: int) -> None:
-    """The same number of steps whatever the size: small data are seen again and again."""
+    """Train for the same number of steps whatever the size of the data, which may be repeated."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=RATE)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps)
     order: list[int] = []
@@ -83,7 +84,7 @@ def fit(model: nn.Module, rows: Rows, steps: int) -> None:
 
 @torch.no_grad()
 def score(model: nn.Module, rows: Rows) -> tuple[float, float]:
-    """Share that is right, in %, and loss."""
+    """Accuracy in %, and loss."""
     scores = model.eval()(*rows[:2])
     return (
         100 * (scores.argmax(-1) == rows[2]).float().mean().item(),
@@ -106,7 +107,7 @@ WORK: dict[str, Any] = {}
 
 
 def begin(upper: nn.ModuleList, train_set: Rows, heldout: Rows) -> None:
-    """Let a process know what all runs share; each computes with one thread."""
+    """Give a process what all runs share; each computes with one thread."""
     torch.set_num_threads(1)
     WORK.update(upper=upper, train=train_set, heldout=heldout)
 
@@ -211,7 +212,7 @@ def main() -> int:
 
 
 def draw(study: Study, of: Any, ranks: tuple[int, ...], sizes: tuple[int, ...]) -> None:
-    """Right over rank, a line for each size; and attention beside all-linear at each budget."""
+    """Accuracy over rank, a line for each size; and attention beside all-linear at each budget."""
     figure, (curves, bars) = study.figure(10, 4, ncols=2, width_ratios=(3, 2))
     for size, colour in zip(sizes, (COLOURS[1], COLOURS[4], COLOURS[2]), strict=False):
         found = [of(size, r) for r in ranks]

@@ -1,7 +1,7 @@
 """A model of your own: a small network that knows upright clothes learns to see them lying on their side.
 
 Any ``torch.nn.Module`` can be adapted: name the layers in ``target_modules``. Base, head only, LoRA and full
-fine-tuning side by side, with a plain loop of torch. The pictures are Fashion-MNIST (``make examples-data``).
+fine-tuning are compared, with a plain PyTorch loop. The pictures are Fashion-MNIST (``make examples-data``).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ CONFIG = LoraConfig(r=8, lora_alpha=16, target_modules=["token", "up", "down"], 
 
 
 class Block(nn.Module):
-    """Each patch looks at all others, then each is thought about alone."""
+    """Mix over the patches, then transform each patch by itself."""
 
     def __init__(self, patches: int, width: int) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class Mixer(nn.Module):
 
 
 def fit(model: nn.Module, pictures: Tensor, labels: Tensor, steps: int, rate: float) -> None:
-    """A loop as everybody writes it; the optimizer gets what is trainable."""
+    """A plain training loop; the optimizer gets the trainable parameters."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps)
     model.train()

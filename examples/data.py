@@ -28,7 +28,7 @@ CLOTHES = (
 
 @functools.cache
 def fast_dtype() -> torch.dtype:
-    """bfloat16, unless this machine multiplies float32 faster: many processors only emulate bfloat16."""
+    """bfloat16, unless this machine is faster in float32: many processors only emulate bfloat16."""
 
     def seconds(dtype: torch.dtype) -> float:
         x = torch.ones(576, 576, dtype=dtype)
@@ -64,14 +64,14 @@ class Prompt:
 
 
 def folder(name: str) -> Path:
-    """Where a data set lies; ends the program with what to do where it is not there."""
+    """The directory of a dataset; if it is missing, the program ends and says what to do."""
     if not (DATA / name / ".stamp").is_file():
         raise SystemExit(f"{DATA / name} is not there. Fetch it: make examples-data")
     return DATA / name
 
 
 def smollm2() -> Path:
-    """Where SmolLM2-135M-Instruct lies; ends the program with what to do where it is not there."""
+    """The directory of SmolLM2-135M-Instruct; if it is missing, the program ends and says what to do."""
     if not (SMOLLM2 / "config.json").is_file():
         raise SystemExit(f"{SMOLLM2} is not there. Fetch it: python tools/smollm2.py")
     return SMOLLM2

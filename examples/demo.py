@@ -1,7 +1,7 @@
 """The demo: SmolLM2-135M learns to turn the header of an e-mail into JSON, and every claim is checked.
 
-The base answers held-out mails, an adapter is trained and answers them too; then it is loaded again over a
-fresh base, and merged into weights of 32 bits, and has to answer as before.
+The base answers held-out mails; an adapter is trained and answers them too. Then the adapter is loaded onto a
+fresh base, and merged into 32-bit weights, and must give the same answers each time.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class Examiner:
 
 
 def export(place: Path) -> None:
-    """Write what the demo works with: the model, and the mails as JSONL of prompt and completion."""
+    """Write the demo's model, and its mails as JSONL with prompt and completion."""
     if place.exists() and (not place.is_dir() or any(place.iterdir())):
         raise SystemExit(f"{place} is not empty; name a new directory")
     source = data.smollm2()

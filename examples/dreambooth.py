@@ -1,9 +1,8 @@
 """DreamBooth: a tiny diffusion pipeline learns one bag from four pictures, by diffusers' own calls.
 
-Nothing pretrained: the weights are random to begin with, and what the pipeline knows of clothes it learns
-here in seconds from Fashion-MNIST (``make examples-data``). That shows how it is done, not how good it can
-be. Base, LoRA on the UNet, LoRA on UNet and text encoder, and full fine-tuning side by side, with Veneer in
-the place of peft.
+Nothing is pretrained: the weights start out random, and the pipeline first learns clothes from Fashion-MNIST,
+in seconds (``make examples-data``). This shows how it is done, not how good it can be. It compares the base,
+LoRA on the UNet, LoRA on UNet and text encoder, and full fine-tuning, with Veneer in place of peft.
 """
 
 from __future__ import annotations
@@ -54,7 +53,7 @@ NOISE = DDPMScheduler(beta_schedule="squaredcos_cap_v2")
 
 
 class Pixels(ModelMixin, ConfigMixin):
-    """In the place of a VAE: the latents are the pixels, so the pictures show what the UNet does."""
+    """Instead of a VAE: the latents are the pixels, so the pictures show what the UNet does."""
 
     config_name = "config.json"
 
@@ -68,7 +67,7 @@ class Pixels(ModelMixin, ConfigMixin):
 
 
 def tokenizer() -> Any:
-    """CLIP's, that knows the few words of the prompts whole."""
+    """CLIP's tokenizer, with the few words of the prompts as single tokens."""
     merges = []
     for word in WORDS:
         letters = [*word[:-1], word[-1] + "</w>"]
@@ -277,7 +276,7 @@ def main() -> int:
 
 
 def show(study: side_by_side.Study, instances: Tensor, kept: Tensor, drawn: dict[str, Tensor]) -> None:
-    """What each was given and draws: left with the rare word, right without it."""
+    """The training pictures, and what each method draws: left with the rare word, right without it."""
     rows = {"given": torch.cat([instances[:, 0], kept[:4, 0]]) / 2 + 0.5, **drawn}
     figure, axes = study.figure(8.0, 0.95 * len(rows), nrows=len(rows), ncols=8)
     for line, (name, row) in zip(axes, rows.items(), strict=True):

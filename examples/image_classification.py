@@ -1,8 +1,8 @@
 """Image classification: a network trained on ImageNet learns ten kinds of clothes.
 
-``python examples/image_classification.py`` trains EfficientNet-Lite0 on Fashion-MNIST from a few thousand
-pictures in three ways: its new head alone, LoRA on all of its 1×1 convolutions with the head, and all of its
-weights. It exits with 1 where LoRA does not beat the head alone by three percentage points with every seed.
+``python examples/image_classification.py`` trains EfficientNet-Lite0 on a few thousand pictures of Fashion-
+MNIST in three ways: the new head alone, LoRA on all 1×1 convolutions with the head, and all weights. It exits
+with 1 unless LoRA beats the head alone by three percentage points with every seed.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """Semantic segmentation: a small SegFormer that knows shirts and shoes learns to outline other clothes.
 
-``python examples/segmentation.py`` makes its own pictures: clothes from Fashion-MNIST, cut out and laid on
-textures, so that every pixel's class is known. No pretrained SegFormer can be had without a hub, so it first
-trains a small one whole, from random weights, on one set of clothes; that is its base. Then it adapts the
-base to other clothes on other textures: the decoding head alone, LoRA in the encoder with the head, all
-weights. It exits with 1 where LoRA's mean IoU is not twice that of always guessing the most frequent class,
-or not above the head's.
+``python examples/segmentation.py`` composes its pictures: clothes from Fashion-MNIST, cut out and placed on
+textures, so that every pixel's class is known. No pretrained SegFormer is available without a hub, so it
+first trains a small one in full, from random weights, on one set of clothes; that is the base. Then it adapts
+the base to other clothes on other textures: the decoding head alone, LoRA in the encoder with the head, and
+all weights. It exits with 1 unless LoRA's mean IoU is at least twice that of always guessing the most
+frequent class, and above that of the head alone.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def main() -> int:
 
     @cache
     def base() -> SegformerForSemanticSegmentation:
-        """Trained whole on the source clothes, once."""
+        """The base: trained in full on the source clothes, once."""
         torch.manual_seed(0)
         study.progress.say("the base: random weights, trained whole on other clothes")
         model = new_segformer(len(SOURCE) + 1)

@@ -1,9 +1,9 @@
 """Sequence to sequence: a small T5 that turns English into German learns Dutch through an adapter.
 
-No pretrained T5 comes as a package, so this one starts from random weights and is first trained, here and
-whole, on Django's German messages: its translations are poor. What is shown is how base, LoRA and full
-fine-tuning compare on it, and that transformers' Seq2SeqTrainer and ``generate`` work with an adapter. The
-messages come from Django's translations (``make examples-data``).
+No pretrained T5 is available as a package, so this one starts from random weights and is first trained in
+full on Django's German messages: its translations are poor. The example compares base, LoRA and full fine-
+tuning, and shows that transformers' Seq2SeqTrainer and ``generate`` work with an adapter. The messages come
+from Django's translations (``make examples-data``).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def messages(language: str, held: dict[str, set[str]]) -> dict[str, list[tuple[s
 
 
 def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """A vocabulary of 1,000 pieces, of the training messages alone."""
+    """A vocabulary of 1,000 pieces, from the training messages only."""
     made = Tokenizer(models.BPE())
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()

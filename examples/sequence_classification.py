@@ -43,7 +43,7 @@ def words_of(mail: Message) -> str:
 
 
 def spam_examples(train: int, heldout: int, body: bool = True) -> dict[str, list[dict[str, Any]]]:
-    """Mails as ``{"text", "label"}``, spam as often as not, without a subject that two of them share.
+    """Mails as ``{"text", "label"}``, half of them spam, no two with the same subject.
 
     ``train`` of them for training, ``heldout`` for validation, and as many for the test.
     """

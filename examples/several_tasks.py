@@ -1,8 +1,8 @@
 """Several tasks on one base: three adapters on one MiniLM, switched, and mixed in one batch.
 
-Which of two kinds a mail is, which mailing list it went to, and which language a message is in: each task has
-an adapter with a head of its own, a third of a megabyte, on one base of 91 MB. The mails are SpamAssassin's
-public corpus, the messages Django's translations (``make examples-data``).
+Is a mail spam, to which mailing list was it sent, in which language is a message: each task has an adapter
+with a head of its own, on one base of 91 MB. The mails are SpamAssassin's public corpus, the messages
+Django's translations (``make examples-data``).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ LANGUAGES = ("de", "nl", "es", "pt")
 
 
 class Classifier(nn.Module):
-    """MiniLM as it was trained, a text being the mean of its tokens, with a head for up to four kinds."""
+    """MiniLM, whose output for a text is the mean of its tokens, with a head for up to four classes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -111,7 +111,7 @@ def main() -> int:
         return model
 
     def chosen(model: Any, task: str) -> Any:
-        """What answers for a task: the model with the task's adapter active, or the task's own model."""
+        """The model for a task: with the task's adapter active, or the task's own model."""
         if isinstance(model, PeftModel):
             model.set_adapter(task)
         return model[task] if isinstance(model, nn.ModuleDict) else model

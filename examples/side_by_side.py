@@ -1,6 +1,6 @@
-"""Bookkeeping of the examples: methods side by side, several seeds, one table, one JSON file, one verdict.
+"""What the examples share: methods side by side, seeds, a table, a JSON file, claims that are checked.
 
-An example gives functions of its own::
+An example passes its own functions::
 
     study = Study(__doc__)                      # reads the flags: --short, --out, --seeds
     study.compare(METHODS, build, train, score, once=("base",))
@@ -8,8 +8,8 @@ An example gives functions of its own::
     study.picture()
     return study.finish()                       # prints, writes, 0 if every claim holds, else 1
 
-``build(method)`` gives a model, ``train(model, method, seed)`` trains it and ``score(model)`` gives named
-figures, the first of which is the one that counts. A model nothing of which is trainable is not trained.
+``build(method)`` returns a model, ``train(model, method, seed)`` trains it, and ``score(model)`` returns
+named scores, the main one first. A model without trainable parameters is not trained.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ COLOURS = (PALE, "#8fa3ad", STRONG, INK, "#c8772e", "#6a4c93")
 
 @dataclass
 class Row:
-    """What one method reached: a figure for every seed."""
+    """The results of one method, for every seed."""
 
     method: str
     trainable: int
@@ -75,7 +75,7 @@ class Row:
 
     @property
     def values(self) -> list[float]:
-        """The score that counts, seed by seed."""
+        """The main score, seed by seed."""
         return next(iter(self.scores.values()))
 
 
@@ -83,13 +83,13 @@ class Study:
     """One example's run: its flags, its rows, its claims.
 
     Attributes:
-        short: Whether a small form is wanted that shows in seconds that everything works.
-        part: What is scored, where an example keeps examples apart for settling rates and set-up: ``"test"``,
-            or ``"validation"`` with the flag of that name.
+        short: Whether to run the short form, which only shows that everything works.
+        part: The held-out part to score: ``"test"``, or ``"validation"`` with the flag of that name, on which
+            learning rates and set-up were chosen.
         out: Directory for the results; it exists.
         seeds: The seeds: one in the short form, three otherwise, unless ``--seeds`` says how many.
         rows: What `compare` found, by method.
-        extra: More for the JSON file: what the example worked with, or found beside the scores.
+        extra: More for the JSON file.
     """
 
     def __init__(
@@ -99,11 +99,11 @@ class Study:
         self.title = (doc or "").strip().split("\n", 1)[0]
         parser = arguments or argparse.ArgumentParser()
         parser.description = self.title
-        parser.add_argument("--short", action="store_true", help="a small form, of some ten seconds")
+        parser.add_argument("--short", action="store_true", help="a short form of about ten seconds")
         parser.add_argument("--seeds", type=int, help="how many (1 in the short form, otherwise 3)")
         parser.add_argument("--out", type=Path, help="directory for the results (examples/results/NAME)")
         if validation:
-            what = "score the examples by which rates and set-up were chosen, not those of the test"
+            what = "score the examples on which rates and set-up were chosen, not the test"
             parser.add_argument("--validation", action="store_true", help=what)
         self.options = parser.parse_args()
         _hush()
@@ -285,13 +285,13 @@ class Study:
 
 
 def _cpu() -> float:
-    """Seconds that this process has computed, and those it has started and seen end."""
+    """CPU seconds of this process and of its finished children."""
     spent = os.times()
     return spent.user + spent.system + spent.children_user + spent.children_system
 
 
 def _hush() -> None:
-    """Let other libraries say only what went wrong."""
+    """Silence other libraries, except for errors."""
     if "transformers" in sys.modules:
         sys.modules["transformers"].logging.set_verbosity_error()
         sys.modules["transformers"].logging.disable_progress_bar()
@@ -300,7 +300,7 @@ def _hush() -> None:
 
 
 def quiet(trainer: Any) -> Any:
-    """A trainer of transformers that does not print its log: what counts is in the table."""
+    """A transformers trainer that does not print its log."""
     from transformers import PrinterCallback
 
     trainer.remove_callback(PrinterCallback)
@@ -308,14 +308,14 @@ def quiet(trainer: Any) -> Any:
 
 
 def seed_all(seed: int) -> None:
-    """Let everything that draws numbers start from a seed."""
+    """Seed all random generators."""
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
 
 
 def keep(model: Any, folder: Path) -> None:
-    """Write what somebody would keep of a model: the adapter; without one, the trained parameters."""
+    """Save what has to be kept of a model: the adapter, or without one the trained parameters."""
     if isinstance(model, PeftModel):
         model.save_pretrained(folder)
         return
@@ -326,7 +326,7 @@ def keep(model: Any, folder: Path) -> None:
 
 
 def _trainable(model: Any) -> int:
-    """Parameters that are trained; of a model with several adapters, those of all of them."""
+    """The number of trained parameters; with several adapters, of all of them together."""
     if isinstance(model, PeftModel) and len(model.peft_config) > 1:
         states = (get_peft_model_state_dict(model, adapter_name=name) for name in model.peft_config)
         return sum(tensor.numel() for state in states for tensor in state.values())
@@ -362,7 +362,7 @@ def machine() -> dict[str, Any]:
 
 
 def short(value: float) -> str:
-    """One digit after the point, or three where the number is small."""
+    """One digit after the point, or three if the number is small."""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.3f}"
 
 
@@ -389,7 +389,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def run(main: Callable[[], int]) -> None:
-    """Run an example's ``main`` as a program: its exit code, and a word instead of a traceback on Ctrl-C."""
+    """Run an example's ``main`` as a program, with a line instead of a traceback on Ctrl-C."""
     try:
         sys.exit(main())
     except KeyboardInterrupt:

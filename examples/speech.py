@@ -1,10 +1,10 @@
 """Speech to text: Whisper tiny learns to listen through a window of three seconds instead of thirty.
 
-Whisper pads whatever it hears to thirty seconds, so that a prompt of two seconds costs as much as a long
-speech. Cut to a short window it is cheap, and lost: it was never trained so. ``python examples/speech.py``
-measures the word error rate on spoken prompts of a telephone exchange with both windows, and repairs the
-short one by LoRA and by full fine-tuning; no text is in both training and test. It exits with 1 where LoRA
-does not bring the short window's errors below a tenth of what they were.
+Whisper pads its input to thirty seconds, so a prompt of two seconds costs as much as thirty. A shorter window
+is cheaper, but the model was never trained with one. ``python examples/speech.py`` measures the word error
+rate on spoken prompts of a telephone exchange with both windows, and repairs the short one by LoRA and by
+full fine-tuning; no text is in both training and test. It exits with 1 unless LoRA brings the short window's
+errors below a tenth of what they were.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ logging.set_verbosity_error()  # Whisper's generate passes options that it itsel
 
 
 def words(text: str) -> list[str]:
-    """What counts of a text: its words, without case and punctuation."""
+    """The words of a text, in lower case and without punctuation."""
     return re.findall(r"[a-z0-9']+", text.lower())
 
 
 def word_errors(said: list[str], heard: list[str]) -> int:
-    """How many words must be put in, left out or changed to make one of the other."""
+    """The edit distance in words: insertions, deletions and substitutions."""
     row = list(range(len(heard) + 1))
     for i, word in enumerate(said, 1):
         last, row[0] = row[0], i
@@ -54,7 +54,7 @@ def features(prompts: list[Prompt], window: int) -> torch.Tensor:
 
 
 def labels_of(prompts: list[Prompt]) -> torch.Tensor:
-    """What Whisper shall say (n, longest): no time stamps, the text, the end; -100 behind it."""
+    """Labels (n, longest): the token for no timestamps, the text, the end; then -100."""
     rows = [torch.tensor([NO_TIMES, *TOKENIZER(" " + p.text).input_ids, END]) for p in prompts]
     return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-100)
 
