@@ -44,7 +44,7 @@ logger = logging.getLogger("veneer")
 
 
 class LoraModel(nn.Module):
-    """A base model with adapters in it, and the verbs over all its adapted modules.
+    """A base model with adapters in it, and the methods that act on all of its adapted modules.
 
     Args:
         model: The base model; adapters are put into it in place.
@@ -100,10 +100,11 @@ class LoraModel(nn.Module):
 
     @property
     def index(self) -> AdapterSet:
+        """The adapters over all modules of the model."""
         return AdapterSet(self.model)
 
     def layers(self) -> dict[str, LoraLayer]:
-        """The low-ranked layers by their path in the base model."""
+        """The layers with low-rank factors, by their path in the base model."""
         return {path: m for path, m in walk(self.model) if isinstance(m, LoraLayer)}
 
     @property
@@ -213,7 +214,7 @@ class LoraModel(nn.Module):
 
     @property
     def active_adapter(self) -> str | list[str]:
-        """The active adapter's name; a list where it is not exactly one."""
+        """The active adapter's name; a list if it is not exactly one."""
         names = self.index.active()
         return names[0] if len(names) == 1 else names
 
@@ -255,7 +256,7 @@ class LoraModel(nn.Module):
         check_mixed_batch(names, self.peft_config, self.index.modules(), biases)
 
     def set_strength(self, adapter_name: str, factor: float) -> None:
-        """Let an adapter count ``factor`` times as much as its configuration says.
+        """Multiply an adapter's configured strength by ``factor``.
 
         ``s = factor · lora_alpha / r``. It is a property of the running model and is not saved. A merged
         adapter keeps the strength it was merged with until it is merged again.
@@ -269,7 +270,7 @@ class LoraModel(nn.Module):
             module.set_strength(adapter_name, factor)
 
     def copy_adapter(self, old: str, new: str) -> None:
-        """Add an adapter ``new`` that begins as a copy of ``old``; it is not activated.
+        """Add an adapter ``new`` that is a copy of ``old``; it is not activated.
 
         Raises:
             AdapterNameError: If ``old`` does not exist, or ``new`` is taken or unusable.
@@ -287,7 +288,7 @@ class LoraModel(nn.Module):
         self.peft_config[new] = config
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter. If it was active, it leaves nothing active in its place."""
+        """Remove an adapter. If it was active, no other one takes its place."""
         self.index.check([adapter_name], known=self.peft_config)
         merged: dict[Mergeable, dict[str, Any]] = {}
         if self.peft_config[adapter_name].bias != "none":
@@ -323,11 +324,11 @@ class LoraModel(nn.Module):
         self.peft_config = {new if n == old else n: c for n, c in self.peft_config.items()}
 
     def enable_adapter_layers(self) -> None:
-        """Let the active adapters work."""
+        """Enable the active adapters again."""
         self.index.enable(True)
 
     def disable_adapter_layers(self) -> None:
-        """Let the model compute what its base computes, until enabled again."""
+        """Disable all adapters: the model computes what its base computes, until they are enabled again."""
         mention_biases(self.peft_config)
         self.index.enable(False)
 
@@ -355,14 +356,14 @@ class LoraModel(nn.Module):
         untie: bool = False,
         undo: Undoing = "copy",
     ) -> MergeReport:
-        """Add adapters into the base weights, to be taken out again by `unmerge_adapter`.
+        """Add adapters to the base weights; `unmerge_adapter` undoes it.
 
-        An adapter that is merged already stays as it was merged, whatever became of it since.
+        An adapter that is already merged stays as it was merged, even if it has changed since.
 
         Args:
             adapter_names: The adapters; None means the active ones.
-            safe_merge: Refuse a base too that holds NaN or infinity. An adapter that does, and one that would
-                leave the range of a weight's type, is refused in any case.
+            safe_merge: Also refuse a base that holds NaN or infinity. An adapter that does, or whose sum with
+                the weight would overflow, is always refused.
             untie: Give an adapted layer whose weight is shared with another module a weight of its own.
             undo: What is kept of each weight for `unmerge_adapter`: "copy", all of it.
 
@@ -416,10 +417,10 @@ class LoraModel(nn.Module):
         return MergeReport(kept, requantised)
 
     def unmerge_adapter(self) -> None:
-        """Give every base weight back, bit for bit.
+        """Restore every base weight, bit for bit.
 
         Raises:
-            MergeError: Naming every layer whose weight cannot be had back. Nothing has changed then.
+            MergeError: Naming every layer whose weight cannot be restored. Nothing has changed then.
         """
         reshard(self)
         unmerge_all(self.mergeable())
@@ -435,15 +436,15 @@ class LoraModel(nn.Module):
     ) -> nn.Module:
         """Merge adapters into the base and return it without any trace of them.
 
-        What was kept of the update stands in `merge_report` afterwards. No copy of the base is made: should
-        memory run out between two layers, or somebody interrupt, then the layers that are written stay
-        merged, and the error names them. The model computes the same as before then, and calling this again
-        goes on. For all or nothing call `merge_adapter` before, which keeps copies.
+        Afterwards `merge_report` says how much of the update was kept. No copy of the base is made: if memory
+        runs out between two layers, or the call is interrupted, the layers already written stay merged, and
+        the error names them. The model then computes the same as before, and calling this again continues.
+        For all or nothing call `merge_adapter` first, which keeps copies.
 
         Args:
             progressbar: Show progress on standard error.
-            safe_merge: Refuse a base too that holds NaN or infinity. An adapter that does, and one that would
-                leave the range of a weight's type, is refused in any case.
+            safe_merge: Also refuse a base that holds NaN or infinity. An adapter that does, or whose sum with
+                the weight would overflow, is always refused.
             adapter_names: The adapters; None means the active ones.
             untie: Give an adapted layer whose weight is shared with another module a weight of its own.
             dequantize: First replace every quantised module of the model, adapted or not, by an ordinary one,
@@ -606,7 +607,7 @@ class LoraModel(nn.Module):
         return self.model
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the adapted model gives."""
+        """Run the adapted model."""
         return self.model(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:

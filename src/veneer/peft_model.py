@@ -62,7 +62,7 @@ _CHECKS = ("strict", "check_base", "check_finite")
 
 
 class PeftModel(nn.Module):
-    """A base model with adapters: trains, saves and loads only them.
+    """A base model with adapters, which alone are trained, saved and loaded.
 
     Args:
         model: The base model; adapters are put into it in place, and everything else is frozen.
@@ -155,7 +155,7 @@ class PeftModel(nn.Module):
 
     @property
     def active_adapter(self) -> str | list[str]:
-        """The active adapter's name; a list where it is not exactly one."""
+        """The active adapter's name; a list if it is not exactly one."""
         return self.base_model.active_adapter
 
     @property
@@ -165,7 +165,7 @@ class PeftModel(nn.Module):
 
     @property
     def modules_to_save(self) -> set[str] | None:
-        """Names of the modules that some adapter trains whole."""
+        """Names of the modules that some adapter trains in full."""
         names = {n for c in self.peft_config.values() for n in (c.modules_to_save or ())}
         return names or None
 
@@ -265,7 +265,7 @@ class PeftModel(nn.Module):
         return find_activation(tokens, offsets, args, kwargs, generates=generates)
 
     def train(self, mode: bool = True) -> PeftModel:
-        """Set the training mode, and say so if there is nothing to train."""
+        """Set the training mode; warn if there is nothing to train."""
         super().train(mode)
         if mode and self.peft_config and not any(p.requires_grad for p in self.parameters()):
             warn(
@@ -323,7 +323,7 @@ class PeftModel(nn.Module):
         self.base_model.set_adapter(adapter_name, inference_mode=inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter. If it was active, it leaves nothing active in its place."""
+        """Remove an adapter. If it was active, no other one takes its place."""
         self.base_model.delete_adapter(adapter_name)
 
     @contextmanager
@@ -369,7 +369,7 @@ class PeftModel(nn.Module):
     ) -> None:
         """Write adapters, and nothing of the base model.
 
-        The adapter ``"default"`` lies in the directory itself, any other in a sub-directory of its name.
+        The adapter ``"default"`` goes into the directory itself, any other into a subdirectory of its name.
 
         Args:
             save_directory: Made if it does not exist.
@@ -456,7 +456,7 @@ class PeftModel(nn.Module):
         config: PeftConfig | None = None,
         **kwargs: Any,
     ) -> LoadReport:
-        """Load an adapter beside those that are here; it is not activated unless it is the first.
+        """Load another adapter; it is not activated unless it is the first.
 
         Under a name that is taken it fills the tensors of that adapter, in place, as trainers do to resume.
 
@@ -553,19 +553,19 @@ class PeftModelForSeq2SeqLM(PeftModel):
 
 
 class PeftModelForSequenceClassification(PeftModel):
-    """A model with a head that classifies sequences; the head is trained whole."""
+    """A model with a head that classifies sequences; the head is trained in full."""
 
     task = TaskType.SEQ_CLS
 
 
 class PeftModelForTokenClassification(PeftModel):
-    """A model with a head that classifies tokens; the head is trained whole."""
+    """A model with a head that classifies tokens; the head is trained in full."""
 
     task = TaskType.TOKEN_CLS
 
 
 class PeftModelForQuestionAnswering(PeftModel):
-    """A model with a head that marks answers; the head is trained whole."""
+    """A model with a head that marks answers; the head is trained in full."""
 
     task = TaskType.QUESTION_ANS
 

@@ -46,7 +46,7 @@ class TunerLayerStatus:
 
 @dataclass
 class TunerModelStatus:
-    """The adapters of a model; where its modules disagree the value is ``"irregular"``.
+    """The adapters of a model; a value on which its modules disagree is ``"irregular"``.
 
     Attributes:
         base_model_type: Class of the base model.

@@ -135,13 +135,13 @@ class LoraConfig(PeftConfig):
     a regular expression that matches a whole path: alone and in a list, for every field that takes patterns.
 
     Args:
-        r: The rank of the update; above the size of a layer is legal.
+        r: The rank of the update; it may exceed the size of a layer.
         target_modules: Module patterns, or ``"all-linear"`` for every linear layer but the output head, and
             the experts that PEFT takes too. None takes the defaults of the model's type.
         exclude_modules: Module patterns to leave out again.
         lora_alpha: ``scaling = lora_alpha / r``, or ``lora_alpha / sqrt(r)`` with ``use_rslora``.
         lora_dropout: Probability of dropping an element of the branch's input.
-        fan_in_fan_out: The weight lies as (in, out), as in transformers' Conv1D.
+        fan_in_fan_out: The weight is stored as (in, out), as in transformers' Conv1D.
         bias: Which biases train: ``"none"``, ``"all"``, or ``"lora_only"`` for those of adapted layers.
         use_rslora: Scale by the square root of the rank (https://arxiv.org/abs/2312.03732).
         modules_to_save: Modules that train in full and are saved with the adapter. As in PEFT, a name takes
@@ -157,9 +157,9 @@ class LoraConfig(PeftConfig):
         eva_config: Options of the initialisation ``"eva"``.
         corda_config: Options of the initialisation ``"corda"``.
         lora_ga_config: Options of the initialisation ``"lora_ga"``.
-        use_dora: Train magnitude and direction of the weight apart.
-        alora_invocation_tokens: Act from the last place on where these tokens stand in a row.
-        use_qalora: A variant of PEFT that is refused, as those of the next lines are.
+        use_dora: Train magnitude and direction of the weight separately (DoRA).
+        alora_invocation_tokens: Act only from the last occurrence of these tokens on (aLoRA).
+        use_qalora: Refused: a variant of PEFT that Veneer does not have.
         qalora_group_size: Refused with ``use_qalora``.
         velora_config: Refused.
         monteclora_config: Refused.
@@ -168,15 +168,15 @@ class LoraConfig(PeftConfig):
         kasa_config: Refused.
         trainable_token_indices: Rows of the input embedding that train, or rows by module pattern; a name
             takes modules as in ``modules_to_save``.
-        target_parameters: Parameters that are no module's weight, by their path or the end of it.
-        layer_replication: Ranges ``[start, end)`` of layers, of which the model is built anew.
+        target_parameters: Parameters without a module of their own, by their path or the end of it.
+        layer_replication: Ranges ``[start, end)`` of layers, from which the model is rebuilt.
         ensure_weight_tying: Give an embedding and the head that shares its weight one update.
-        megatron_config: For layers of Megatron, which are refused.
+        megatron_config: Refused: for Megatron's layers.
         megatron_core: As ``megatron_config``.
-        variant: The name of a variant of the update that a plug-in has; PEFT's own have options of
-            their own. Saved with it, the adapter is refused by readers that cannot compute it.
-        variant_options: The options of that variant, JSON values.
-        runtime_config: Options of the running process.
+        variant: The name of a plug-in's variant; PEFT's variants have their own options. Readers without
+            the plug-in refuse the saved adapter.
+        variant_options: The options of that variant, as JSON values.
+        runtime_config: Accepted, without effect.
 
     Raises:
         UnknownOptionError: For an option that does not exist, with the one that was probably meant.

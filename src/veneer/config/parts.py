@@ -35,7 +35,7 @@ class LoraRuntimeConfig:
     """Options of the running process; never written to a file.
 
     Args:
-        ephemeral_gpu_offload: Copy offloaded weights to the GPU for heavy computations of DoRA.
+        ephemeral_gpu_offload: Accepted, without effect.
     """
 
     ephemeral_gpu_offload: bool = False
