@@ -1,4 +1,4 @@
-"""Check that a model trains, before hours of training."""
+"""Check that a model trains, before hours of training, and that an adapter does something."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer.adapters import AdapterModule, AdapterSet
-from veneer.errors import TrainingError
+from veneer.adapters import AdapterModule, AdapterSet, adapter_modules
+from veneer.errors import TrainingError, VeneerError
 from veneer.layers import LoraLayer
+from veneer.layers.modules_to_save import ModulesToSaveWrapper
+from veneer.layers.trainable_tokens import TrainableTokens
 
 
 @dataclass(frozen=True)
@@ -202,3 +204,50 @@ def _check_loss(value: Tensor) -> None:
         )
     if not bool(torch.isfinite(value)):
         raise TrainingError(f"the loss of this batch is {float(value.detach())}")
+
+
+@torch.no_grad()
+def check_adapters_act(model: Any, labels: Mapping[str, str]) -> None:
+    """Refuse adapters with which a model computes what its base computes, as before any training.
+
+    Args:
+        model: A `PeftModel`.
+        labels: By the names of its adapters, what to call them.
+
+    Raises:
+        VeneerError: Some change nothing; names all of them.
+    """
+    modules = adapter_modules(model)
+    idle = [
+        label
+        for name, label in labels.items()
+        if model.peft_config[name].bias == "none"
+        and not any(_differs(module, name) for module in modules if name in module.held_adapters)
+    ]
+    if idle:
+        raise VeneerError("\n".join(f"{label} changes nothing: all its updates are zero" for label in idle))
+
+
+def _differs(module: AdapterModule, name: str) -> bool:
+    """Whether an adapter lets a module compute something else than the base does."""
+    if isinstance(module, LoraLayer):
+        a, b, bias = module.factors(name)
+        residual = module.residual(name)
+        if residual is None:
+            moved = bool(a.any()) and bool(b.any())
+        else:
+            moved = not (torch.equal(a, residual[0]) and torch.equal(b, residual[1]))
+        if moved or (bias is not None and bool(bias.any())):
+            return True
+        if not (extra := module.extra(name)):
+            return False
+        weight = module.matrix()
+        merged = module.variant(name).merged(weight, torch.zeros_like(weight), extra)
+        return not torch.allclose(merged, weight)
+    if isinstance(module, TrainableTokens):
+        rows = module.rows(name)
+        return not torch.equal(rows, module.start(module.token_indices[name]).to(rows))
+    if isinstance(module, ModulesToSaveWrapper):
+        own, base = module.modules_to_save[name].state_dict(), module.original_module.state_dict()
+        return own.keys() != base.keys() or not all(torch.equal(own[k], base[k].to(own[k])) for k in own)
+    return True

@@ -1,12 +1,15 @@
-"""`check_training`: what one backward pass reaches."""
+"""`check_training`: what one backward pass reaches; adapters that change nothing."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from veneer import LoraConfig, TrainingError, check_training, get_peft_model
+from veneer import LoraConfig, TrainingError, VeneerError, check_training, get_peft_model
+from veneer.checks import check_adapters_act
 
 
 class Net(nn.Module):
@@ -133,3 +136,44 @@ def test_an_output_without_a_loss_is_an_error_that_names_the_way_out() -> None:
     with pytest.raises(TrainingError, match=r"neither loss nor logits.*pass loss="):
         check_training(model, torch.randn(4, 6))
     assert check_training(model, torch.randn(4, 6), loss=lambda m, x: m(x)["scores"].sum()).ok
+
+
+def idle(model: Any) -> str:
+    """What the refusal says; empty if there is none."""
+    try:
+        check_adapters_act(model, {name: f"<{name}>" for name in model.peft_config})
+    except VeneerError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"use_dora": True},
+        {"lora_bias": True},
+        {"modules_to_save": ["second"]},
+        {"init_lora_weights": "pissa"},
+    ],
+)
+def test_an_adapter_acts_once_one_of_its_tensors_moves(options: Any) -> None:
+    model: Any = adapted("first", **options)
+    model.add_adapter("drawn", LoraConfig(r=2, target_modules=["first"], init_lora_weights=False))
+    assert idle(model) == "<default> changes nothing: all its updates are zero"
+    for name, parameter in model.named_parameters():
+        # While B is zero, A moves nothing.
+        if "default" in name and "lora_A" not in name:
+            before = parameter.detach().clone()
+            parameter.data += 0.5
+            assert not idle(model), name
+            parameter.data.copy_(before)
+
+
+def test_trained_tokens_act_once_they_are_not_those_of_the_base() -> None:
+    net = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 2))
+    config = LoraConfig(r=2, target_modules=["1"], trainable_token_indices={"0": [1]})
+    model: Any = get_peft_model(net, config)
+    assert idle(model)
+    next(p for n, p in model.named_parameters() if "trainable_tokens_delta" in n).data += 1
+    assert not idle(model)

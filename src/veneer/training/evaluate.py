@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from .data import Collator, Row
-from .forward import batches, evaluating
-from .losses import loss_sum
+from .data import IGNORED, Collator, Row
+from .forward import batches, evaluating, mixed
+from .losses import loss_sum, row_losses
 from .progress import Progress
 
 
@@ -29,6 +29,28 @@ def answer_loss(
             part, tokens = loss_sum(model, batch)
             total, count = total + part.item(), count + int(tokens)
     return total / count
+
+
+@torch.no_grad()
+def answer_losses(
+    model: Any,
+    rows: Sequence[Row],
+    collator: Collator,
+    names: Sequence[str],
+    batch_size: int = 8,
+    *,
+    most: int,
+    progress: Progress | None = None,
+) -> dict[str, float]:
+    """`answer_loss` of several adapters of a model by their names, in mixed batches of ``most`` tokens."""
+    totals, count = dict.fromkeys(names, 0.0), 0
+    with evaluating(model):
+        for batch in batches(model, rows, collator, batch_size, progress, "held-out loss"):
+            count += int((batch["labels"][:, 1:] != IGNORED).sum())
+            for part in mixed(batch, names, most):
+                for name, loss in zip(part["adapter_names"], row_losses(model, part).tolist(), strict=True):
+                    totals[name] += loss
+    return {name: total / count for name, total in totals.items()}
 
 
 def valid_json(answer: str) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .progress import Progress, Silent
@@ -39,3 +40,21 @@ def batches(
             chosen = ordered[start : start + batch_size]
             yield {name: value.to(device) for name, value in collate(chosen).items()}
             advance(len(chosen), "")
+
+
+def mixed(batch: dict[str, Tensor], names: Sequence[str], most: int) -> Iterator[dict[str, Any]]:
+    """Every row of a batch once for each adapter, as mixed batches with their ``adapter_names``.
+
+    Args:
+        batch: ``input_ids`` (rows, length), and what else has a row for each of them.
+        names: The adapters of a model, `BASE` for none.
+        most: Tokens that a mixed batch may have; it has at least as many rows as the batch.
+    """
+    rows, length = batch["input_ids"].shape
+    lanes = [(name, row) for name in names for row in range(rows)]
+    size = max(rows, most // length)
+    for start in range(0, len(lanes), size):
+        chosen = lanes[start : start + size]
+        index = torch.tensor([row for _, row in chosen], device=batch["input_ids"].device)
+        part: dict[str, Any] = {key: value[index] for key, value in batch.items()}
+        yield part | {"adapter_names": [name for name, _ in chosen]}

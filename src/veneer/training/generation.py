@@ -33,6 +33,7 @@ def generate_answers(
     temperature: float = 0.0,
     sampling: Sampling | None = None,
     progress: Progress | None = None,
+    adapter_names: Sequence[str] | None = None,
 ) -> list[str]:
     """Answer tokenised prompts, in batches padded on the left.
 
@@ -45,13 +46,14 @@ def generate_answers(
         temperature: 0 takes the likeliest token at each step.
         sampling: Replaces ``max_new_tokens`` and ``temperature``.
         progress: Where to report.
+        adapter_names: The adapter that answers each prompt, as in `PeftModel.generate`.
 
     Returns:
         The answers in the order of the prompts, without special tokens.
     """
     config = (sampling or Sampling(max_new_tokens, temperature=temperature)).config(model, tokenizer)
     with evaluating(model), (progress or Silent()).bar("answers", len(prompts)) as advance:
-        return batched_answers(model, tokenizer, prompts, config, batch_size, advance)
+        return batched_answers(model, tokenizer, prompts, config, batch_size, advance, adapter_names)
 
 
 @torch.no_grad()
@@ -62,6 +64,7 @@ def batched_answers(
     config: Any,
     batch_size: int,
     advance: Advance,
+    adapter_names: Sequence[str] | None = None,
 ) -> list[str]:
     """The answers in the order of the prompts; see `generate_answers`."""
     device, pad = next(model.parameters()).device, pad_token(tokenizer)
@@ -69,6 +72,10 @@ def batched_answers(
     order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
     for start in range(0, len(order), batch_size):
         places = order[start : start + batch_size]
+        routed = {}
+        if adapter_names is not None:
+            places.sort(key=lambda place: adapter_names[place])  # rows of one adapter lie together
+            routed = {"adapter_names": [adapter_names[place] for place in places]}
         longest = max(len(prompts[place]) for place in places)
         gaps = [longest - len(prompts[place]) for place in places]
         ids = [[pad] * gap + prompts[place] for gap, place in zip(gaps, places, strict=True)]
@@ -77,6 +84,7 @@ def batched_answers(
             input_ids=torch.tensor(ids, device=device),
             attention_mask=torch.tensor(mask, device=device),
             generation_config=config,
+            **routed,
         )
         texts = tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)
         for place, text in zip(places, texts, strict=True):

@@ -95,18 +95,29 @@ def loss_sum(model: Any, batch: Batch, *, chunk: int = 0) -> tuple[Tensor, Tenso
     Returns:
         (sum, count), both scalars; the sum is of float32 and carries gradients.
     """
-    labels = batch["labels"][:, 1:]
     if chunk:
-        return _chunked(model, batch, labels, chunk)
-    logits, places = answer_logits(model, _inputs(batch) | without_cache(model), batch["labels"])
-    targets = labels[:, places]
-    total = nn.functional.cross_entropy(
-        logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum"
-    )
+        return _chunked(model, batch, batch["labels"][:, 1:], chunk)
+    total, targets = _cross_entropy(model, batch, "sum")
     return total, (targets != IGNORED).sum()
 
 
-def _inputs(batch: Batch) -> dict[str, Any]:
+def row_losses(model: Any, batch: Mapping[str, Any]) -> Tensor:
+    """The sum of `loss_sum` for each row by itself: (rows,). A mixed batch includes its ``adapter_names``."""
+    losses, targets = _cross_entropy(model, batch, "none")
+    return losses.view_as(targets).sum(dim=1)
+
+
+def _cross_entropy(model: Any, batch: Mapping[str, Any], reduction: str) -> tuple[Tensor, Tensor]:
+    """(losses, the labels that they are about, of those places where some row has one)."""
+    logits, places = answer_logits(model, _inputs(batch) | without_cache(model), batch["labels"])
+    targets = batch["labels"][:, 1:][:, places]
+    losses = nn.functional.cross_entropy(
+        logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction=reduction
+    )
+    return losses, targets
+
+
+def _inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in batch.items() if name != "labels"}
 
 

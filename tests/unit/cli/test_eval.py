@@ -1,9 +1,11 @@
-"""`veneer eval`: base beside adapter, as a table and as JSON; a classifier's accuracy."""
+"""`veneer eval`: base beside one adapter or several, as a table and as JSON; a classifier's accuracy."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from tests.tolerances import assert_close
 from tests.unit.training.tiny import RECORDS, saved_records, saved_tiny, tiny_tokenizer
 from veneer import LoraConfig, get_peft_model
 from veneer.cli import main
-from veneer.training import load_base
+from veneer.training import adapters, load_base
 
 
 def test_eval(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -105,15 +107,129 @@ def test_eval_refuses_bad_data_before_the_base_is_loaded(
         assert said in capsys.readouterr().err
 
 
+def made(base: Path, place: Path, **options: Any) -> Path:
+    """An adapter that was never trained, drawn at random."""
+    torch.manual_seed(len(place.name))
+    options = {"r": 3, "target_modules": ["q_proj", "down_proj"], "init_lora_weights": False, **options}
+    get_peft_model(load_base(base)[0], LoraConfig(task_type="CAUSAL_LM", **options)).save_pretrained(place)
+    return place
+
+
+def measured(words: list[str], capsys: pytest.CaptureFixture[str]) -> Any:
+    capsys.readouterr()
+    assert main(["eval", *words, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    """The same answers, and the same loss but for the order of sums in a larger batch."""
+    assert found.keys() == expected.keys() and found.get("exact") == expected.get("exact")
+    assert found.get("correct") == expected.get("correct")
+    assert_close(torch.tensor(found["loss"]), torch.tensor(expected["loss"]))
+
+
+def test_several_adapters_are_measured_as_one_at_a_time(
+    base: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    places = [adapter, made(base, tmp_path / "plain"), made(base, tmp_path / "dora", use_dora=True, r=5)]
+    named, data = [str(place) for place in places], str(saved_records(tmp_path / "held.jsonl"))
+    # At most two of the four examples of a batch fit into a mixed one with all adapters.
+    rest = ["--data", data, "--max-samples", "5", "--batch-size", "4", "--max-length", "60"]
+    with mock.patch.object(adapters, "load_base", wraps=load_base) as loading:
+        found = measured([*named, *rest], capsys)
+    assert loading.call_count == 1
+    assert found.keys() == {"data", "examples", "tokens", "asked", "base", "adapters"}
+    assert list(found["adapters"]) == named
+    for name in named:
+        alone = measured([name, *rest], capsys)
+        assert [alone[key] for key in ("examples", "tokens", "asked")] == [5, 15, 5]
+        assert_same(found["adapters"][name], alone["adapter"])
+        assert_same(found["base"], alone["base"])
+    assert len({score["loss"] for score in found["adapters"].values()}) == 3
+    assert main(["eval", *named, *rest, "--no-exact-match"]) == 0
+    captured = capsys.readouterr()
+    table = [line for line in captured.out.splitlines() if "│" in line]
+    assert len(table) == 4 and table[0].split()[1:3] == ["base", "│"] and "perplexity" not in table[0]
+    assert "3 adapters of one base" in captured.err and "in mixed batches" in captured.err
+
+
+def test_adapters_that_cannot_be_measured_together_are_named_at_once(
+    base: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other_base, elsewhere = saved_tiny(tmp_path / "other", seed=1), tmp_path / "elsewhere"
+    made(other_base, elsewhere, bias="lora_only")
+    noted = {"options": {"quantize": "nf4"}}
+    (elsewhere / "metrics.json").write_text(json.dumps(noted))
+    rest = ["--data", str(saved_records(tmp_path / "held.jsonl"))]
+    assert main(["eval", str(adapter), str(adapter), str(elsewhere), *rest]) == 2
+    said = capsys.readouterr().err
+    for part in (
+        "some of them are the same directory",
+        f"their bases differ ({adapter}, {adapter}: {base}; {elsewhere}: {other_base})",
+        "or pass --model",
+        f"{elsewhere}: nf4",
+        f"{elsewhere}: trains biases of the base",
+    ):
+        assert part in said
+    assert main(["eval", str(adapter), str(tmp_path / "a"), str(tmp_path / "b"), *rest]) == 1
+    said = capsys.readouterr().err
+    assert str(tmp_path / "a") in said and str(tmp_path / "b") in said
+
+
+def test_adapters_that_change_nothing_are_refused_by_name(
+    base: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    idle = made(base, tmp_path / "idle", init_lora_weights=True)
+    rest = ["--data", str(saved_records(tmp_path / "held.jsonl")), "--no-exact-match"]
+    for named in ([str(idle)], [str(adapter), str(idle)]):
+        assert main(["eval", *named, *rest]) == 1
+        captured = capsys.readouterr()
+        assert captured.out == "" and f"{idle} changes nothing" in captured.err
+        assert f"{adapter} changes" not in captured.err
+
+
+def test_adapters_with_other_tokenizers_are_refused(
+    base: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = made(base, tmp_path / "other")
+    tiny_tokenizer("{% for m in messages %}[{{ m['content'] }}]{% endfor %}").save_pretrained(other)
+    data = tmp_path / "held.jsonl"
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    data.write_text(json.dumps({"messages": turns}) + "\n")
+    assert main(["eval", str(adapter), str(other), "--data", str(data)]) == 1
+    assert f"beside {other} lays the data out in another way" in capsys.readouterr().err
+
+
 @pytest.fixture
 def classifier(tmp_path: Path) -> Path:
-    base, _ = load_base(saved_tiny(tmp_path / "base"), label_names=["odd", "even"])
-    torch.manual_seed(2)
-    config = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False, task_type="SEQ_CLS")
-    get_peft_model(base, config).save_pretrained(tmp_path / "classifier")
-    tiny_tokenizer().save_pretrained(tmp_path / "classifier")
-    (tmp_path / "classifier" / "metrics.json").write_text('{"label_names": ["odd", "even"]}')
-    return tmp_path / "classifier"
+    return made_classifier(saved_tiny(tmp_path / "base"), tmp_path / "classifier")
+
+
+def made_classifier(base: Path, place: Path, r: int = 4) -> Path:
+    torch.manual_seed(r)
+    model, _ = load_base(base, label_names=["odd", "even"])
+    config = LoraConfig(r=r, target_modules=["q_proj"], init_lora_weights=False, task_type="SEQ_CLS")
+    get_peft_model(model, config).save_pretrained(place)
+    tiny_tokenizer().save_pretrained(place)
+    (place / "metrics.json").write_text('{"label_names": ["odd", "even"]}')
+    return place
+
+
+def test_several_classifiers_are_measured_as_one_at_a_time(
+    classifier: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = made_classifier(tmp_path / "base", tmp_path / "other", r=2)
+    data = tmp_path / "texts.csv"
+    data.write_text("text,label\n" + "".join(f"Is {n}?,{('even', 'odd')[n % 2]}\n" for n in range(7)))
+    rest = ["--data", str(data), "--batch-size", "3"]
+    found = measured([str(classifier), str(other), *rest], capsys)
+    assert found["commonest"] == 4 / 7 and "base" not in found
+    losses = set()
+    for place in (classifier, other):
+        alone = measured([str(place), *rest], capsys)
+        assert_same(found["adapters"][str(place)], alone["adapter"])
+        losses.add(alone["adapter"]["loss"])
+    assert len(losses) == 2
 
 
 def test_eval_of_a_classifier(classifier: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
