@@ -3,7 +3,8 @@
 Names are looked through for ``.lora_A.weight``, ``.lora_B.weight``, ``.lora_embedding_A`` and
 ``.lora_embedding_B``. ``.base_layer.weight`` is passed over, norms are kept, anything else stops it. Of the
 configuration it reads ``lora_alpha``, written as 32 bits, and the base; rsLoRA, the patterns and every other
-option are ignored. The runtime scales by alpha over the rank of each pair.
+option are ignored. The runtime scales by alpha over the rank of each pair, ignores norms, and aborts on the
+update of an embedding that is the output's weight too.
 """
 
 from __future__ import annotations
@@ -33,11 +34,15 @@ def read(place: Path, tied: bool = False) -> dict[str, Tensor]:
         is_a = ".lora_A.weight" in name or ".lora_embedding_A" in name
         is_b = ".lora_B.weight" in name or ".lora_embedding_B" in name
         if not is_a and not is_b:
-            if ".base_layer.weight" in name or "_layernorm" in name or ".norm" in name:
+            if ".base_layer.weight" in name:
                 continue
+            if "_layernorm" in name or ".norm" in name:
+                raise Refused(f"ignored in silence: {name}")
             raise Refused(f"Unexpected name '{name}': Not a lora_A or lora_B tensor")
         if base == "lm_head.weight" and tied:
             raise Refused("lm_head is present in adapter, but is ignored in base model")
+        if ".lora_embedding_" in name and tied:
+            raise Refused("GGML_ASSERT(ggml_can_mul_mat(a, b))")
         role = ("A" if is_a else "B") + ("e" if "embedding" in name else "")
         pairs.setdefault(base.removesuffix(".weight"), {})[role] = tensor
     updates = {}

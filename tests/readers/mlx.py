@@ -1,7 +1,8 @@
 """mlx-lm's ``load_adapters``, from its sources (0.32), on a base given as the shapes of its modules.
 
 Modules whose path is among ``lora_parameters.keys`` become LoRA (or DoRA) layers of one rank and scale. Then
-every tensor of ``adapters.safetensors`` must be a parameter ``lora_a``, ``lora_b`` or ``m`` of one.
+every tensor of ``adapters.safetensors`` must be a parameter ``lora_a``, ``lora_b`` or ``m`` of one. A model
+whose head is its embedding has no ``lm_head`` there, and applies the embedding's update to its output.
 """
 
 from __future__ import annotations

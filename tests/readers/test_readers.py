@@ -31,7 +31,7 @@ RAW = {
     "lora_bias": "vllm llama.cpp ollama plain",
     "every bias": "vllm llama.cpp ollama",
     "whole head": "vllm llama.cpp ollama",
-    "norms": "vllm ollama",
+    "norms": "vllm llama.cpp ollama",
     "conv2d": "vllm llama.cpp ollama",
     "experts": "vllm llama.cpp ollama plain",
     "tokens": "vllm llama.cpp ollama plain",
@@ -78,9 +78,11 @@ def test_options_that_are_refused(name: str, change: dict[str, Any], tmp_path: P
         READERS[name](place)
 
 
-def test_a_tied_head_stops_the_converter(tmp_path: Path) -> None:
+def test_a_tied_weight_stops_llama_cpp(tmp_path: Path) -> None:
     with pytest.raises(Refused, match="ignored in base model"):
-        llama_cpp.read(save("head", tmp_path).place, tied=True)
+        llama_cpp.read(save("tied head", tmp_path / "head").place, tied=True)
+    with pytest.raises(Refused, match="GGML_ASSERT"):
+        llama_cpp.read(save("embedding of a tied base", tmp_path / "embedding").place, tied=True)
 
 
 def test_ollama_turns_a_factor_whose_rank_is_above_a_side(tmp_path: Path) -> None:

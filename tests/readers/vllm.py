@@ -36,6 +36,8 @@ def read(place: Path, max_lora_rank: int = 512) -> dict[str, Tensor]:
         problems.append("modules_to_save")
     if str(config.get("init_lora_weights")).split("_")[0].lower() in ("pissa", "olora", "corda", "loftq"):
         problems.append("init_lora_weights")
+    if max_lora_rank not in (1, 8, 16, 32, 64, 128, 256, 320, 512):
+        raise Refused(f"no --max-lora-rank {max_lora_rank}")
     if config.get("r", 0) > max_lora_rank:
         problems.append("rank above --max-lora-rank")
     if problems:

@@ -120,8 +120,27 @@ def is_replicated(model: nn.Module) -> bool:
 def restore(model: nn.Module, *, merged: bool) -> None:
     """Give a model its layers back; one that was merged keeps them, with weights of their own."""
     change = model.__dict__.pop(_KEPT, None)
-    if change is not None and not merged:
+    if change is None:
+        return
+    if merged:
+        _part(change.after)
+    else:
         change.remove()
+
+
+def _part(layers: nn.ModuleList) -> None:
+    """Give layers that share parameters their own, as a model that is saved must have."""
+    taken: set[int] = set()
+    for layer in layers:
+        own: dict[int, nn.Parameter] = {}
+        for module in layer.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None and id(parameter) in taken:
+                    if id(parameter) not in own:
+                        copied = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+                        own[id(parameter)] = copied
+                    module._parameters[name] = own[id(parameter)]
+        taken |= {id(parameter) for parameter in layer.parameters()}
 
 
 def _order(ranges: Sequence[Sequence[int]], count: int) -> list[int]:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.tolerances import assert_close
 from veneer import ConfigError, LoraConfig, TargetError, get_peft_model
 
 
@@ -56,3 +57,15 @@ def test_biases_that_layers_share_are_not_trained() -> None:
 def test_a_model_without_a_list_of_layers_is_refused() -> None:
     with pytest.raises(TargetError, match="no list of layers"):
         get_peft_model(nn.Sequential(nn.Linear(4, 4)), config(RANGES))
+
+
+@torch.no_grad()
+def test_merged_layers_share_no_parameter_and_compute_the_same() -> None:
+    torch.manual_seed(0)
+    model = get_peft_model(Net(), config(RANGES, init_lora_weights=False)).eval()
+    x = torch.randn(3, 4)
+    before = model(x)
+    plain = model.merge_and_unload(untie=True)
+    assert_close(plain(x), before)
+    parameters = [parameter for layer in plain.layers for parameter in layer.parameters()]
+    assert len(parameters) == len({parameter.data_ptr() for parameter in parameters}) == 10

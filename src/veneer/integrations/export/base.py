@@ -11,27 +11,16 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ...errors import Blank, ConfigError, ExportError, Hint, Text
+from ...errors import ConfigError, ExportError, Text
 from ...registry import NameRegistry
 from ...wording import listed
-from .base_model import BaseModel
 from .folding import Folded, Rules
 from .options import no_target
 from .source import FEATURES, Source, Update, variant_problem
+from .ways import WAYS, merging
 
 #: What any target does with these by multiplying B and by padding with zeros.
 FOLDED = ("use_rslora", "rank_pattern", "alpha_pattern")
-MERGE = "`veneer merge` makes a plain model of the adapter and its base, which every program reads"
-#: Feature -> a way out other than merging.
-WAYS = {
-    "dora": Text(
-        Hint("dora_to_plain", True),
-        " and ",
-        Hint("rank", Blank("N")),
-        " with the base model convert DoRA to plain LoRA by a truncated SVD, and report its error",
-    ),
-    "lora_bias": Text("the target plain, given the base model, adds it to the layers' own biases"),
-}
 
 
 @dataclass(frozen=True)
@@ -82,6 +71,8 @@ class Target(ABC):
     keeps: ClassVar[frozenset[str]] = frozenset()
     files: ClassVar[tuple[str, ...]] = ()
     ways: ClassVar[Mapping[str, Text]] = MappingProxyType(WAYS)
+    #: Variant -> why its files are not written, where another reason than that they have no place for it.
+    variants: ClassVar[Mapping[str, str]] = MappingProxyType({})
     #: Whether copies of embeddings are written that were saved with the adapter.
     takes_copies: ClassVar[bool] = False
     #: Features that are taken on a condition, which `more_problems` looks at, in a few words.
@@ -95,7 +86,7 @@ class Target(ABC):
     def problems(self, source: Source) -> list[Problem]:
         """Everything that the target's files cannot express of an adapter."""
         found = []
-        own = variant_problem(source)
+        own = variant_problem(source, self.variants)
         if own is not None:
             found.append(Problem(own))
         for feature, names in source.features().items():
@@ -113,13 +104,11 @@ class Target(ABC):
         """What depends on more than the kind of feature."""
         return []
 
-    def with_biases(
-        self, source: Source, base: BaseModel | None
-    ) -> tuple[Source, dict[str, Tensor], list[Problem]]:
-        """The adapter, with the biases of B added to those of the layers where the target can take these.
+    def prepared(self, source: Source) -> tuple[Source, dict[str, Tensor], list[Problem]]:
+        """The adapter without what the target takes in another form, such as biases of B.
 
         Returns:
-            The adapter, module path -> bias of the layer, and what stands in the way.
+            The adapter, module path -> bias of the layer with that of B in it, and what stands in the way.
         """
         return source, {}, []
 
@@ -168,11 +157,14 @@ def find(name: str) -> Target:
     return target
 
 
-def refuse(problems: Mapping[str, list[Problem]], target: Target, directory: Path) -> None:
+def refuse(
+    problems: Mapping[str, list[Problem]], sources: Mapping[str, Source], target: Target, directory: Path
+) -> None:
     """Raise where there is a problem, with all of them and every way out.
 
     Args:
         problems: Component -> problems.
+        sources: Component -> adapter.
         target: That cannot express them.
         directory: Of the adapter.
 
@@ -186,12 +178,14 @@ def refuse(problems: Mapping[str, list[Problem]], target: Target, directory: Pat
     ]
     if not lines:
         return
-    ways = list(dict.fromkeys(p.way for found in problems.values() for p in found if p.way))
+    ways = [p.way for found in problems.values() for p in found if p.way]
+    merge = [merging(source) for source in sources.values()]
+    ways += [] if None in merge else [Text(way) for way in merge if way is not None]
     raise ExportError(
         f"{directory} cannot be exported for {target.name} ({target.reader}), which has no room for:\n",
         "\n".join(lines),
-        "\nWays out:\n  - ",
-        Text.join("\n  - ", [*ways, MERGE]),
+        "\nWays out:\n  - " if ways else "\nIt cannot be merged either, so only PEFT and Veneer can use it",
+        Text.join("\n  - ", dict.fromkeys(ways)),
     )
 
 

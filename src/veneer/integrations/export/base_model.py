@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -12,11 +15,24 @@ from ...base_files import DIFFUSION_WEIGHTS, WEIGHTS, BaseFiles
 from ...errors import CheckpointError, ExportError
 
 
+def config_in(directory: str | os.PathLike[str]) -> dict[str, Any]:
+    """A model's ``config.json``; empty where there is none."""
+    try:
+        values = json.loads((Path(directory) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
 class BaseModel:
     """Weights and biases of a base model, one at a time.
 
     Args:
         base: The model, or a directory with its safetensors files.
+
+    Attributes:
+        place: The directory; empty for a model.
+        config: The model's configuration, as ``config.json`` has it; empty where there is none.
 
     Raises:
         ExportError: The directory holds no such files.
@@ -27,6 +43,8 @@ class BaseModel:
         self._names: list[str]
         if isinstance(base, nn.Module):
             tensors = dict(base.named_parameters()) | dict(base.named_buffers())
+            self.place = ""
+            self.config: dict[str, Any] = getattr(getattr(base, "config", None), "to_dict", dict)()
             self._names = list(tensors)
             self._read = lambda name: tensors[name].detach() if name in tensors else None
             return
@@ -34,6 +52,7 @@ class BaseModel:
             files = BaseFiles(base, (WEIGHTS, DIFFUSION_WEIGHTS))
         except CheckpointError as error:
             raise ExportError(f"no weights of a base model: {error}") from error
+        self.place, self.config = str(base), config_in(base)
         self._names = list(files)
         self._read = lambda name: None if (n := files.stored_name(name)) is None else files.read(n)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -109,8 +109,11 @@ def export_adapter(
     check_replaceable(out, overwrite, "adapter")
     if out.resolve() == directory.resolve():
         raise ExportError(f"{out} contains the adapter itself; choose another output directory")
-    sources = _sources(directory, chosen, component)
     base_model = None if base is None else BaseModel(base)
+    sources = {
+        name: replace(source, base=base_model)
+        for name, source in _sources(directory, chosen, component).items()
+    }
     errors: dict[str, float] = {}
     if dora_to_plain:
         assert base_model is not None and rank is not None
@@ -123,10 +126,10 @@ def export_adapter(
     biases: dict[str, dict[str, Tensor]] = {}
     problems: dict[str, list[Problem]] = {}
     for name, source in sources.items():
-        sources[name], biases[name], problems[name] = chosen.with_biases(source, base_model)
+        sources[name], biases[name], problems[name] = chosen.prepared(source)
         problems[name] += chosen.problems(sources[name])
-    refuse(problems, chosen, directory)
-    left_out = [line for source in sources.values() for line in _left_out(source, chosen, base_model)]
+    refuse(problems, sources, chosen, directory)
+    left_out = [line for source in sources.values() for line in _left_out(source, chosen)]
     kind = None if dtype == "auto" else getattr(torch, dtype)
     parts = [
         Part(source, fold(source.updates, chosen.rules, kind), name, biases[name])
@@ -171,7 +174,7 @@ def _made_plain(
     return made, errors
 
 
-def _left_out(source: Source, target: Target, base: BaseModel | None) -> list[str]:
+def _left_out(source: Source, target: Target) -> list[str]:
     """The copies of the base's embeddings that a target does not take.
 
     Raises:
@@ -181,7 +184,7 @@ def _left_out(source: Source, target: Target, base: BaseModel | None) -> list[st
         return []
     changed = []
     for path, copy in source.copies.items():
-        own = None if base is None else base.tensor(path)
+        own = None if source.base is None else source.base.tensor(path)
         if own is not None and (own.shape != copy.shape or not torch.equal(own.to(copy.dtype), copy)):
             changed.append(path)
     if changed:
@@ -189,7 +192,7 @@ def _left_out(source: Source, target: Target, base: BaseModel | None) -> list[st
             f"{source.directory} carries embeddings of its own ({listed(changed)}), which are not the "
             f"base's, and {target.name} takes those of the base: `veneer merge` makes a plain model of both"
         )
-    known = "they are equal" if base is not None else "if its vocabulary was extended, merge instead"
+    known = "they are equal" if source.base is not None else "if its vocabulary was extended, merge instead"
     return [f"the saved copy of {listed(source.copies)}: {target.name} takes the base's own ({known})"]
 
 

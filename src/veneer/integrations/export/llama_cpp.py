@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -15,46 +16,52 @@ from .folding import Rules
 from .peft_files import PeftFiles
 from .source import Source
 
-#: Parts of names that the converter takes for norms, and keeps.
-NORMS = ("_layernorm", ".norm")
-
 
 class LlamaCpp(PeftFiles):
     """llama.cpp's ``convert_lora_to_gguf.py``.
 
     It writes one alpha of 32 bits; every update is scaled by alpha over the rank of its own factors. rsLoRA
-    and patterns of strengths it ignores without a word.
+    and patterns of strengths it ignores without a word. Its runtime ignores whole norms.
     """
 
     name = "llama.cpp"
     reader = "llama.cpp's convert_lora_to_gguf.py"
     rules = Rules("float32", one_rank=False)
-    keeps = frozenset({"embedding"})
-    sometimes = MappingProxyType({"head": "where the base does not tie it", "modules_to_save": "norms only"})
+    variants = MappingProxyType(
+        {
+            "alora": "it is an aLoRA, which llama.cpp's server applies from one token before its invocation "
+            "on; where that is near enough, give the converter the adapter's own directory"
+        }
+    )
+    sometimes = MappingProxyType(dict.fromkeys(("embedding", "head"), "where the base does not tie them"))
 
     def more_problems(self, source: Source) -> list[Problem]:
-        """Whole modules that are no norms, and a head that the converted model has not got."""
-        names = source.others.get("modules_to_save", {})
-        other = [name for name in names if not any(norm in name for norm in NORMS)]
-        found = [Problem(f"modules trained whole, other than norms: {listed(other)}")] * bool(other)
-        heads = source.features().get("head")
-        if heads and source.base_config().get("tie_word_embeddings"):
-            found.append(
-                Problem(f"an update of {listed(heads)}, whose weight is the embedding's in this base")
-            )
-        return found
+        """An update of a tied weight, which aborts the whole program."""
+        names = _embedding_and_head(source)
+        if not names or not source.base_ties():
+            return []
+        return [Problem(f"an update of {listed(names)}, as embedding and head are one weight in this base")]
 
     def rank_of(self, a: Tensor, values: Mapping[str, Any]) -> int:
         return int(a.shape[0])
 
     def notes(self, source: Source) -> list[str]:
-        """A head of a base that is not here."""
-        if "head" in source.features() and not source.base_config():
-            return [
-                "the converter takes an update of lm_head only where the base has a weight of its own for it"
-            ]
-        return []
+        """A base that is not here, where it matters."""
+        names = _embedding_and_head(source)
+        if not names or source.base_ties() is not None:
+            return []
+        return [
+            f"llama.cpp fails on an update of {listed(names)} where the base ties embedding and head, and "
+            "the base was not at hand to look"
+        ]
 
     def usage(self, place: object, parts: list[Part]) -> str:
-        base = shlex.quote(parts[0].source.base_name())
-        return f"python convert_lora_to_gguf.py {shlex.quote(str(place))} --base-model-id {base}"
+        source = parts[0].source
+        option = "--base" if Path(source.base_name()).is_dir() else "--base-model-id"
+        base = shlex.quote(source.base_name())
+        return f"python convert_lora_to_gguf.py {shlex.quote(str(place))} {option} {base}"
+
+
+def _embedding_and_head(source: Source) -> list[str]:
+    features = source.features()
+    return [*features.get("embedding", ()), *features.get("head", ())]

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -25,22 +28,42 @@ class Mlx(Target):
     name = "mlx"
     reader = "mlx-lm's --adapter-path"
     rules = Rules("any")
-    keeps = frozenset({"head", "dora"})
+    keeps = frozenset({"dora"})
     files = (CONFIG, TENSORS)
     sometimes = MappingProxyType(
-        {"embedding": "where the base does not tie it", "tied": "where the base ties them"}
+        {
+            "embedding": "where the base does not tie it",
+            "head": "where the base does not tie it",
+            "tied": "where the base ties them",
+        }
     )
 
+    def prepared(self, source: Source) -> tuple[Source, dict[str, Tensor], list[Problem]]:
+        """The adapter without the pair of a head that follows the embedding: mlx-lm's does so by itself."""
+        following = _following(source) if "tied" in source.features() else []
+        updates = {path: update for path, update in source.updates.items() if path not in following}
+        return replace(source, updates=updates), {}, []
+
     def more_problems(self, source: Source) -> list[Problem]:
-        """An embedding's update, which mlx-lm applies to a tied head too."""
+        """A tied head, which mlx-lm has not got, and an embedding's update, which it applies to both."""
         features = source.features()
-        names = features.get("embedding")
-        if not names:
-            return []
+        names, heads, tied = features.get("embedding"), features.get("head"), source.base_ties()
+        found = []
+        if heads and (tied or "tied" in features):
+            found.append(
+                Problem(
+                    f"an update of {listed(heads)} alone: mlx-lm has no such layer where the base ties "
+                    "embedding and head"
+                )
+            )
+        return found + (self._of_embedding(names, features, tied) if names else [])
+
+    def _of_embedding(
+        self, names: list[str], features: Mapping[str, list[str]], tied: bool | None
+    ) -> list[Problem]:
         if "dora" in features:
             return [Problem(f"an embedding ({listed(names)}) in a DoRA")]
-        tied = source.base_config().get("tie_word_embeddings")
-        if tied is not None and bool(tied) == ("tied" in features):
+        if tied is not None and tied == ("tied" in features):
             return []
         reason = "the base is not at hand to look" if tied is None else f"tie_word_embeddings is {tied}"
         return [
@@ -50,6 +73,18 @@ class Mlx(Target):
                 f"{reason}"
             )
         ]
+
+    def notes(self, source: Source) -> list[str]:
+        """A head of a base that is not here, or one that follows the embedding."""
+        features = source.features()
+        if "tied" in features:
+            return ["the embedding's pair is written alone: mlx-lm applies it to the head too"]
+        if "head" in features and source.base_ties() is None:
+            return [
+                "mlx-lm takes an update of the head only where the base does not tie it to the embedding, "
+                "and the base was not at hand to look"
+            ]
+        return []
 
     def write(self, parts: list[Part], place: Path) -> None:
         """The two files; modules are named by full paths, so that no other becomes a LoRA."""
@@ -94,3 +129,16 @@ class Mlx(Target):
     def usage(self, place: object, parts: list[Part]) -> str:
         base = shlex.quote(parts[0].source.base_name())
         return f"mlx_lm.generate --model {base} --adapter-path {shlex.quote(str(place))}"
+
+
+def _following(source: Source) -> list[str]:
+    """The heads whose update is the embedding's, turned round."""
+    leads = [update for update in source.updates.values() if update.embedding]
+    return [path for path in source.features().get("head", ()) if _is_turned(source.updates[path], leads)]
+
+
+def _is_turned(head: Update, leads: list[Update]) -> bool:
+    return any(
+        head.scaling == lead.scaling and torch.equal(head.a, lead.b.t()) and torch.equal(head.b, lead.a.t())
+        for lead in leads
+    )

@@ -11,11 +11,11 @@ from torch import Tensor
 from ...errors import Hint, Text
 from ...files.keys import PREFIX
 from ...wording import listed
-from .base import WAYS, Part, Problem, plain_config
-from .base_model import BaseModel
+from .base import Part, Problem, plain_config
 from .folding import Rules
 from .peft_files import PeftFiles
 from .source import Source
+from .ways import WAYS
 
 
 class Plain(PeftFiles):
@@ -28,12 +28,11 @@ class Plain(PeftFiles):
     ways = MappingProxyType({feature: way for feature, way in WAYS.items() if feature != "lora_bias"})
     takes_copies = True
 
-    def with_biases(
-        self, source: Source, base: BaseModel | None
-    ) -> tuple[Source, dict[str, Tensor], list[Problem]]:
+    def prepared(self, source: Source) -> tuple[Source, dict[str, Tensor], list[Problem]]:
         """The adapter without biases of B, and the layers' own biases with ``s·b`` added."""
         if not source.features().get("lora_bias"):
             return source, {}, []
+        base = source.base
         saved = {
             name.removeprefix(PREFIX).removesuffix(".base_layer.bias"): tensor
             for name, tensor in source.others.get("bias", {}).items()

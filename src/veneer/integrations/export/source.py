@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from ...module_names import parents, saved_modules
 from ...ops.merging import is_finite
 from ...spec import variant_name
 from ...wording import some
+from .base_model import BaseModel, config_in
 
 #: Initialisations under whose name a file's factors count from a base that the initialisation changed.
 CHANGED_BASE = re.compile(r"pissa(_niter_\d+)?|olora|corda|loftq|lora_ga")
@@ -84,6 +85,7 @@ class Source:
         metadata: Those of its file.
         copies: Embedding's path -> the copy of its base weight that was saved along.
         others: The tensors that are no part of an update, by feature and by their names on disk.
+        base: Its base model, where that was given.
     """
 
     directory: Path
@@ -92,6 +94,7 @@ class Source:
     metadata: dict[str, str]
     copies: dict[str, Tensor] = field(default_factory=dict)
     others: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    base: BaseModel | None = None
 
     def features(self) -> dict[str, list[str]]:
         """The features that it has, with the modules or tensors that have them."""
@@ -119,17 +122,22 @@ class Source:
         return float(update.r**0.5 if self.config.use_rslora else update.r)
 
     def base_name(self) -> str:
-        """What the configuration calls the base model, for a command that the user completes."""
-        return self.config.base_model_name_or_path or "BASE"
+        """The base that was given, or what the configuration calls it, for a command."""
+        given = "" if self.base is None else self.base.place
+        return given or self.config.base_model_name_or_path or "BASE"
 
     def base_config(self) -> dict[str, Any]:
-        """The base model's ``config.json`` where the base lies on this disk, else empty."""
+        """The configuration of the base that was given, or that lies where it is named; else empty."""
+        if self.base is not None:
+            return self.base.config
         named = self.config.base_model_name_or_path
-        try:
-            values = json.loads((Path(named or "") / "config.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {}
-        return values if named and isinstance(values, dict) else {}
+        return config_in(named) if named else {}
+
+    def base_ties(self) -> bool | None:
+        """Whether the base's head shares the weight of its embedding; None where that is not known."""
+        config = self.base_config()
+        ties = config.get("tie_word_embeddings", config.get("text_config", {}).get("tie_word_embeddings"))
+        return None if ties is None else bool(ties)
 
 
 def read_source(directory: str | os.PathLike[str]) -> Source:
@@ -221,11 +229,16 @@ def _check(where: Path, config: LoraConfig, updates: dict[str, Update], unknown:
         )
 
 
-def variant_problem(source: Source) -> str | None:
-    """Why an adapter of this variant or initialisation is nothing but its own library's, or None."""
+def variant_problem(source: Source, reasons: Mapping[str, str]) -> str | None:
+    """Why an adapter of this variant or initialisation is nothing but its own library's, or None.
+
+    Args:
+        source: The adapter.
+        reasons: Variant -> what a reader says of it, where it knows the variant.
+    """
     name, init = variant_name(source.config), source.config.init_lora_weights
     if name not in ("plain", "dora"):
-        return f"it is a {name}, whose update no other reader's format has"
+        return reasons.get(name, f"it is of the variant {name}, for which it has no place")
     if isinstance(init, str) and CHANGED_BASE.fullmatch(init.lower()):
         way = (
             "load it onto the original base with PeftModel.from_pretrained and save it again, which writes a "

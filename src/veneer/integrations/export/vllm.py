@@ -11,6 +11,8 @@ from .folding import Rules
 from .peft_files import PeftFiles
 from .source import Source
 
+#: What its server takes for ``--max-lora-rank``.
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 #: Heads of classifiers, the only modules that may be whole.
 HEADS = ("classifier", "score")
 
@@ -25,16 +27,18 @@ class Vllm(PeftFiles):
     name = "vllm"
     reader = "vLLM, --lora-modules and LoRARequest"
     rules = Rules("integer", rslora=True)
-    keeps = frozenset({"embedding", "head"})
+    keeps = frozenset({"embedding", "head", "tied"})
     sometimes = MappingProxyType({"modules_to_save": "a classifier's head only"})
 
     def more_problems(self, source: Source) -> list[Problem]:
-        """Whole modules other than a classifier's head."""
+        """Whole modules other than a classifier's head, and ranks above the largest that it takes."""
+        wide = [path for path, update in source.updates.items() if update.r > RANKS[-1]]
+        found = [Problem(f"ranks above {RANKS[-1]}: {listed(wide)}")] * bool(wide)
         names = source.others.get("modules_to_save", {})
         other = [name for name in names if name.split(".")[-2] not in HEADS]
-        if not other:
-            return []
-        return [Problem(f"modules trained whole, other than {' and '.join(HEADS)}: {listed(other)}")]
+        if other:
+            found.append(Problem(f"modules trained whole, other than {' and '.join(HEADS)}: {listed(other)}"))
+        return found
 
     def notes(self, source: Source) -> list[str]:
         """What vLLM needs to be told."""
@@ -45,6 +49,7 @@ class Vllm(PeftFiles):
 
     def usage(self, place: object, parts: list[Part]) -> str:
         """The server's command line."""
-        base, r = shlex.quote(parts[0].source.base_name()), parts[0].folded.r
+        base = shlex.quote(parts[0].source.base_name())
+        r = next(rank for rank in RANKS if rank >= parts[0].folded.r)
         module = shlex.quote(f"NAME={place}")
         return f"vllm serve {base} --enable-lora --max-lora-rank {r} --lora-modules {module}"

@@ -80,7 +80,7 @@ CASES: dict[str, Case] = {
         llama, {**LM, "target_modules": ["q_proj", "lm_head"]}, "vllm llama.cpp mlx plain", ("output head",)
     ),
     "tied head": Case(
-        lambda: llama(True), {**LM, "target_modules": ["lm_head"]}, "vllm mlx plain", ("output head",)
+        lambda: llama(True), {**LM, "target_modules": ["lm_head"]}, "vllm plain", ("output head",)
     ),
     "llama embedding": Case(
         llama,
@@ -91,18 +91,16 @@ CASES: dict[str, Case] = {
     "embedding of a tied base": Case(
         lambda: llama(True),
         {**LM, "target_modules": ["embed_tokens"]},
-        "vllm llama.cpp plain",
+        "vllm plain",
         ("embedding",),
     ),
     "one for both": Case(
         lambda: llama(True),
         {**LM, "target_modules": ["embed_tokens"], "ensure_weight_tying": True},
-        "mlx",
+        "vllm mlx",
         ("ensure_weight_tying",),
     ),
-    "norms": Case(
-        llama, {**LM, "modules_to_save": ["input_layernorm", "norm"]}, "llama.cpp plain", ("trained whole",)
-    ),
+    "norms": Case(llama, {**LM, "modules_to_save": ["input_layernorm", "norm"]}, "plain", ("trained whole",)),
     "whole head": Case(llama, {**LM, "modules_to_save": ["lm_head"]}, "plain", ("trained whole",)),
     "head of a classifier": Case(
         classifier, {**LM, "task_type": "SEQ_CLS"}, "vllm plain", ("trained whole",)
