@@ -26,6 +26,7 @@ from typing import Any
 
 from veneer.errors import VeneerError
 from veneer.files.overwrite import replacing
+from veneer.files.rope import write_older_names
 
 CACHE = Path(__file__).resolve().parent.parent / ".cache"
 PLACE = CACHE / "veneer" / "SmolLM2-135M-Instruct"
@@ -48,6 +49,7 @@ class FetchError(Exception):
 def fetch(place: Path = PLACE) -> Path:
     """The model's directory; fetched, and converted where need be, unless it is there."""
     if (place / "config.json").is_file():
+        write_older_names(place)  # where an older version of this file made it
         return place
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -146,6 +148,7 @@ def convert_gguf(gguf: Path, made: Path) -> None:
             gguf.parent, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True), **source
         )
         model.save_pretrained(made)
+        write_older_names(made)
         tokenizer.save_pretrained(made)
 
 

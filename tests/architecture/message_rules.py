@@ -13,14 +13,14 @@ import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-#: Beginnings of command lines of other programs, whose flags may be called as ours are.
-OTHER_PROGRAMS = ("mlx_lm.",)
+#: Beginnings of whole command lines: of other programs, whose flags may be called as ours are, and of ours.
+COMMAND_LINES = ("mlx_lm.", "python convert_lora_to_gguf.py ", "`veneer merge ")
 
 
 def flags_in(tree: ast.Module, flags: Collection[str]) -> Iterator[tuple[int, str]]:
     """(line, flag) of each of these flags in a string that is no docstring."""
     for node in _strings(tree):
-        if not node.value.startswith(OTHER_PROGRAMS):
+        if not node.value.startswith(COMMAND_LINES):
             for found in re.findall(r"(?<![\w-])--[a-z][\w-]*", node.value):
                 if found in flags:
                     yield node.lineno, found

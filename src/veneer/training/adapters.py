@@ -15,6 +15,7 @@ import torch
 from ..adapters import check_adapter_name
 from ..errors import ConfigError, MissingExtraError, VeneerError, VeneerWarning
 from ..files.overwrite import check_replaceable, check_room, replacing
+from ..files.rope import write_older_names
 from ..forward import without_cache
 from ..lora_file import OpenLora, factor_names, open_lora
 from ..merge_report import MergeReport
@@ -186,6 +187,7 @@ def save_merged(
     check_room(place, sum(p.numel() * p.element_size() for p in plain.parameters()))
     with quiet_libraries(), replacing(place, overwrite) as made:
         plain.save_pretrained(made)
+        write_older_names(made)
         tokenizer.save_pretrained(made)
     return report, drift
 

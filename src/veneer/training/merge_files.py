@@ -31,6 +31,7 @@ from ..errors import (
 from ..files.fingerprint import compare_fingerprints, fingerprint
 from ..files.overwrite import check_room, replacing
 from ..files.read import AdapterFile
+from ..files.rope import write_older_names
 from ..files.values import check_values
 from ..hub import cached_if_unreachable, is_local
 from ..lora_file import factor_names, open_lora
@@ -338,6 +339,7 @@ def _write_companions(
         (made / "config.json").write_text(
             json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8"
         )
+    write_older_names(made)
     if total is not None:
         index = json.loads((base / INDEX).read_text(encoding="utf-8"))
         index.setdefault("metadata", {})["total_size"] = total

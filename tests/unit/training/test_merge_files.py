@@ -59,6 +59,8 @@ def test_the_same_bytes_as_in_memory(dtype: str, shards: int, tmp_path: Path) ->
     report = merge_files(adapter, base, tmp_path / "files", dtype, tell=lambda *n: told.append(n))
     model, tokenizer = load_adapted(adapter, loading=Loading(dtype))
     expected, _ = save_merged(model, tokenizer, tmp_path / "memory")
+    for made in ("files", "memory"):
+        assert json.loads((tmp_path / made / "config.json").read_text())["rope_theta"] == 10000.0
     assert dict(report.kept) == pytest.approx(dict(expected.kept))
     weights = sorted((tmp_path / "files").glob("*.safetensors"))
     assert len(weights) >= shards and told[-1][0] == told[-1][1]

@@ -56,10 +56,11 @@ class LlamaCpp(PeftFiles):
         ]
 
     def usage(self, place: object, parts: list[Part]) -> str:
-        source = parts[0].source
-        option = "--base" if Path(source.base_name()).is_dir() else "--base-model-id"
-        base = shlex.quote(source.base_name())
-        return f"python convert_lora_to_gguf.py {shlex.quote(str(place))} {option} {base}"
+        base = parts[0].source.base_name()
+        command = "python convert_lora_to_gguf.py --base-model-id {} {}"
+        if Path(base).is_dir():
+            command = "python convert_lora_to_gguf.py --base {} {}"
+        return command.format(shlex.quote(base), shlex.quote(str(place)))
 
 
 def _embedding_and_head(source: Source) -> list[str]:

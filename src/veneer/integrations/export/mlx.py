@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ...files.rope import older_names
 from ...wording import listed
 from .base import Part, Problem, Target
 from .folding import Rules
@@ -75,16 +76,22 @@ class Mlx(Target):
         ]
 
     def notes(self, source: Source) -> list[str]:
-        """A head of a base that is not here, or one that follows the embedding."""
+        """A head of a base that is not here, or one that follows the embedding; a base that it misreads."""
         features = source.features()
+        found = []
+        if missing := older_names(source.base_config()):
+            found.append(
+                f"mlx-lm looks for {' and '.join(missing)} at the top of {source.base_name()}'s config.json, "
+                f"and computes another model where that is missing: add {json.dumps(missing)}"
+            )
         if "tied" in features:
-            return ["the embedding's pair is written alone: mlx-lm applies it to the head too"]
+            found.append("the embedding's pair is written alone: mlx-lm applies it to the head too")
         if "head" in features and source.base_ties() is None:
-            return [
+            found.append(
                 "mlx-lm takes an update of the head only where the base does not tie it to the embedding, "
                 "and the base was not at hand to look"
-            ]
-        return []
+            )
+        return found
 
     def write(self, parts: list[Part], place: Path) -> None:
         """The two files; modules are named by full paths, so that no other becomes a LoRA."""

@@ -16,10 +16,14 @@ WAYS = {
     "lora_bias": Text("the target plain, given the base model, adds it to the layers' own biases"),
 }
 
+MERGED = "makes a plain model of the adapter and its base, which every program reads"
+MERGE = f"`veneer merge` {MERGED}"
+MERGE_UNTIED = f"`veneer merge --untie` {MERGED}"
+
 
 def merging(source: Source) -> str | None:
     """How a plain model is made of an adapter and its base; None where `veneer merge` refuses the adapter."""
-    features = source.features()
+    features, ties = source.features(), source.base_ties()
     conditions = []
     if source.config.alora_invocation_tokens:
         return None
@@ -28,11 +32,8 @@ def merging(source: Source) -> str | None:
             conditions.append("if every layer with a bias of B has one of its own")
         elif any(source.base.tensor(path, "bias") is None for path in biased):
             return None
-    flag = " --untie" if "layer_replication" in features else ""
-    if "tied" not in features and ("embedding" in features or "head" in features):
-        ties = source.base_ties()
-        flag = " --untie" if ties else flag
-        if ties is None:
-            conditions.append("with --untie if the base ties embedding and head")
-    made = f"`veneer merge{flag}` makes a plain model of the adapter and its base, which every program reads"
+    alone = "tied" not in features and ("embedding" in features or "head" in features)
+    if alone and ties is None:
+        conditions.append("`veneer merge --untie` if the base ties embedding and head")
+    made = MERGE_UNTIED if "layer_replication" in features or (alone and ties) else MERGE
     return f"{made} ({', '.join(conditions)})" if conditions else made

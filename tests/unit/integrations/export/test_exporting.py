@@ -25,6 +25,7 @@ from tests.tolerances import BY_DTYPE, assert_close
 from tests.unit.integrations.export.adapters import CASES, Saved, save
 from veneer import PeftModel, export_adapter
 from veneer.errors import AdapterFileError, ConfigError, ExportError, VeneerError, VeneerWarning
+from veneer.files.rope import write_older_names
 from veneer.integrations.export import ExportReport, options, targets
 from veneer.integrations.export.base import FOLDED
 from veneer.integrations.export.source import FEATURES, read_source
@@ -174,15 +175,15 @@ def test_the_converter_is_given_a_base_on_the_disk_or_the_name_of_one(
 ) -> None:
     adapter = saved("linear")
     usage = export_adapter(adapter.place, tmp_path / "here", "llama.cpp").usage
-    assert usage.endswith(f" --base {adapter.base}")
+    assert f" --base {adapter.base} " in usage
     config = json.loads((adapter.place / "adapter_config.json").read_text())
     place = tmp_path / "adapter"
     shutil.copytree(adapter.place, place)
     (place / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "org/base"}))
     usage = export_adapter(place, tmp_path / "hub", "llama.cpp").usage
-    assert usage.endswith(" --base-model-id org/base")
+    assert " --base-model-id org/base " in usage
     usage = export_adapter(place, tmp_path / "given", "llama.cpp", base=adapter.base).usage
-    assert usage.endswith(f" --base {adapter.base}")
+    assert f" --base {adapter.base} " in usage
 
 
 @pytest.mark.parametrize("pair", ["head mlx", "head llama.cpp", "embedding llama.cpp"])
@@ -197,7 +198,20 @@ def test_a_base_that_is_not_at_hand_is_said_where_it_may_be_tied(
     (note,) = export_adapter(place, tmp_path / "out", target).notes
     assert "was not at hand to look" in note
     if adapter.base is not None:
-        assert export_adapter(place, tmp_path / "known", target, base=adapter.base).notes == ()
+        known = export_adapter(place, tmp_path / "known", target, base=adapter.base)
+        assert not any("was not at hand to look" in note for note in known.notes)
+
+
+def test_a_base_whose_angles_mlx_lm_does_not_find_is_said(
+    saved: Callable[[str], Saved], tmp_path: Path
+) -> None:
+    adapter, base = saved("linear"), tmp_path / "base"
+    shutil.copytree(adapter.base, base)
+    (note,) = export_adapter(adapter.place, tmp_path / "one", "mlx", base=base).notes
+    assert f"mlx-lm looks for rope_theta at the top of {base}'s config.json" in note
+    assert 'add {"rope_theta": 10000.0}' in note
+    write_older_names(base)
+    assert export_adapter(adapter.place, tmp_path / "two", "mlx", base=base).notes == ()
 
 
 def test_one_update_for_both_is_that_of_the_embedding_to_mlx(
@@ -208,7 +222,7 @@ def test_one_update_for_both_is_that_of_the_embedding_to_mlx(
         "model.embed_tokens.lora_a",
         "model.embed_tokens.lora_b",
     }
-    assert report.exact and "the embedding's pair is written alone" in report.notes[0]
+    assert report.exact and "the embedding's pair is written alone" in report.notes[-1]
 
 
 def test_a_head_that_does_not_follow_its_embedding_is_refused(

@@ -14,6 +14,7 @@ from tests.unit.integrations.export.adapters import CASES, Saved, save
 from veneer import PeftModel, export_adapter
 from veneer.errors import ExportError, MergeError
 from veneer.integrations.export import targets
+from veneer.integrations.export.ways import MERGE_UNTIED
 
 REFUSED = [name for name, case in CASES.items() if set(case.targets.split()) < set(targets.names())]
 #: What merging refuses too.
@@ -50,7 +51,7 @@ def test_merging_is_named_where_it_is_a_way_and_with_the_flag_that_it_takes(
         with pytest.raises(MergeError):
             merged(adapter, tmp_path / "merged", True)
         return
-    untie = "veneer merge --untie" in said
+    untie = MERGE_UNTIED in said
     merged(adapter, tmp_path / "merged", untie)
     if untie:
         with pytest.raises(MergeError, match="untie=True"):
@@ -66,5 +67,5 @@ def test_a_bias_of_b_is_merged_into_a_bias_that_there_is(tmp_path: Path) -> None
 def test_a_base_that_is_not_at_hand_may_need_to_be_untied(tmp_path: Path) -> None:
     adapter = save("embedding", tmp_path)
     said = refusal(adapter, tmp_path / "out", "ollama")
-    assert "veneer merge" in said and "with --untie if the base ties embedding and head" in said
+    assert "veneer merge" in said and "`veneer merge --untie` if the base ties embedding and head" in said
     assert torch.is_tensor(merged(adapter, tmp_path / "merged", False).table.weight)
