@@ -36,11 +36,18 @@ def table(rows: Sequence[Row]) -> list[str]:
     return [f"| {' | '.join(line)} |" for line in lines]
 
 
+def in_words(value: object) -> str:
+    """A condition of a benchmark as text."""
+    if isinstance(value, Mapping):
+        return "; ".join(f"{name}: `{said}`" for name, said in value.items())
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
 def section(name: str, found: Mapping[str, Any]) -> list[str]:
     """A benchmark: its question, its table, its conditions, its picture."""
     report: Report = found["report"]
     lines = [f"### {name}", "", report.question, "", *table(report.rows), ""]
-    lines += [f"- {label}: {value}" for label, value in report.conditions.items()]
+    lines += [f"- {label}: {in_words(value)}" for label, value in report.conditions.items()]
     if found["quick"]:
         lines.append("- measured with `--quick`: fewer turns")
     module = importlib.import_module(f"benchmarks.{name}")
