@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
+import inspect
 import io
 import json
 import os
@@ -72,6 +73,9 @@ def register_commands(named: str | None = None) -> None:
     own = [name for name in names if name in (named, f"{named}_")]  # `import` is no name for a module
     for name in own or names:
         importlib.import_module(f"{package.__name__}.{name}")
+    for command in app.registered_commands:  # rich would keep the line breaks of the source
+        text = inspect.cleandoc(command.help or getattr(command.callback, "__doc__", None) or "")
+        command.help = "\n\n".join(" ".join(paragraph.split()) for paragraph in text.split("\n\n"))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
