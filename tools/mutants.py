@@ -255,7 +255,7 @@ MUTANTS = (
     ),
     Mutant(
         "mica", "MiCA never trains B", "layers/layer.py",
-        "if not inits.find(self._specs[name].init).freezes_b:", "if True:",
+        "if init is True or not inits.find(init).freezes_b:", "if True:",
         ("tests/unit/inits/test_mica.py",),
     ),
     Mutant(

@@ -165,7 +165,7 @@ class AdapterModule(nn.Module):
         return None
 
     def refuses_active(self, names: Sequence[str]) -> str | None:
-        """Why these adapters cannot be active together here, or None."""
+        """Why these adapters, two or more, cannot be active together here, or None."""
         return None
 
     def adapters_changed(self) -> None:
@@ -396,7 +396,7 @@ class AdapterSet:
             AdapterNameError: If some module cannot have them active together; nothing has changed.
         """
         modules, names = self.modules(), as_names(names)
-        if reasons := {r for m in modules if (r := m.refuses_active(names)) is not None}:
+        if len(names) > 1 and (reasons := {r for m in modules if (r := m.refuses_active(names)) is not None}):
             raise AdapterNameError("; ".join(sorted(reasons)))
         for module in modules:
             module.set_adapter(names, inference_mode)

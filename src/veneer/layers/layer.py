@@ -505,7 +505,8 @@ class LoraLayer(Mergeable):
 
     def trained_parameters(self, name: str) -> Iterator[nn.Parameter]:
         """Those of `adapter_parameters` that are trained: without B if the initialisation freezes it."""
-        if not inits.find(self._specs[name].init).freezes_b:
+        init = self._specs[name].init
+        if init is True or not inits.find(init).freezes_b:  # the default is not looked up, for speed
             return self.adapter_parameters(name)
         b = self.factors(name)[1]
         return (parameter for parameter in self.adapter_parameters(name) if parameter is not b)

@@ -88,6 +88,8 @@ class LoraLinear(LoraLayer):
         """The first variant may change the whole output; all others must be additive."""
         if self._disabled:
             return False
+        if len(self._live) < 2 and not self._merged:
+            return True
         alone = [name for name in self._live if not self.variant(name).additive]
         return not alone or (alone == [self._live[0]] and not self._merged)
 
