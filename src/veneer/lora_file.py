@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
+
+import torch
+from torch import Tensor
 
 from veneer.config import LoraConfig, PeftConfig
 from veneer.errors import AdapterFileError
@@ -28,6 +32,57 @@ class OpenLora(NamedTuple):
     specs: dict[str, LoraSpec]
 
 
+class FileUpdate(NamedTuple):
+    """The update ``s·B A`` of one module, as it lies on disk.
+
+    Attributes:
+        path: The module.
+        spec: What it got; inside a wrapper that of the wrapper, with the wrapper's path.
+        names: Names of A and B in the file.
+        a: A (r, in), of a convolution (r, in, k…); of E experts (E·r, in), one after the other.
+        b: B (out, r), of a convolution (out, r, 1…); of E experts (out, r·E), interleaved.
+    """
+
+    path: str
+    spec: LoraSpec
+    names: tuple[str, str]
+    a: Tensor
+    b: Tensor
+
+    def turned(self) -> FileUpdate:
+        """That of the transposed matrix: an embedding's, as a head that shares its weight has it."""
+        return self._replace(a=self.b.T.contiguous(), b=self.a.T.contiguous())
+
+    def pairs(self) -> list[tuple[Tensor, Tensor]]:
+        """``(B: (out, r), A: (r, in·k…))`` of each of the experts that share the factors, mostly of one."""
+        a, b, r = self.a.flatten(1), self.b.flatten(1), self.spec.r
+        experts = a.shape[0] // r
+        if experts == 1:
+            return [(b, a)]
+        rows, columns = a.reshape(experts, r, -1), b.reshape(-1, r, experts)
+        return [(columns[:, :, e], rows[e]) for e in range(experts)]
+
+    def with_pairs(self, pairs: Sequence[tuple[Tensor, Tensor]], spec: LoraSpec) -> FileUpdate:
+        """The same module with another update: the inverse of `pairs`, for any rank, in the stored type."""
+        b = torch.stack([b for b, _ in pairs], dim=-1).flatten(1)
+        a = torch.cat([a for _, a in pairs])
+        a = a.reshape(-1, *self.a.shape[1:]).to(self.a.dtype)
+        b = b.reshape(self.b.shape[0], -1, *self.b.shape[2:]).to(self.b.dtype)
+        return self._replace(spec=spec, a=a, b=b)
+
+    def stored(self) -> dict[str, Tensor]:
+        """The factors by their names in the file."""
+        return dict(zip(self.names, (self.a, self.b), strict=True))
+
+
+def updates(lora: OpenLora) -> Iterator[FileUpdate]:
+    """The updates of an adapter, each read when it is asked for."""
+    for path, roles in factor_names(lora.file)[0].items():
+        names = (roles["A"], roles["B"])
+        tensors = lora.file.tensors(names)
+        yield FileUpdate(path, lora.specs[path], names, *(tensors[name] for name in names))
+
+
 def open_lora(adapter: str | os.PathLike[str] | OpenLora) -> OpenLora:
     """Open a LoRA, unless it is open already.
 
@@ -49,7 +104,8 @@ def open_lora(adapter: str | os.PathLike[str] | OpenLora) -> OpenLora:
     for path, roles in factors.items():
         spec = specs[path]
         a, b = file.shapes[roles["A"]], file.shapes[roles["B"]]
-        if len(a) < 2 or len(b) < 2 or a[0] != b[1]:
+        flat = {1}.issuperset(b[2:]) and 0 not in (*a, *b)  # B of a convolution has kernels of one place
+        if len(a) < 2 or len(b) < 2 or a[0] != b[1] or not flat:
             wrong.append(f"{path}: factors of shapes {a} and {b} have no product")
         elif a[0] != spec.r and not (config.target_parameters and a[0] % spec.r == 0):
             wrong.append(f"{path}: the configuration gives it rank {spec.r}, its factors have rank {a[0]}")

@@ -4,7 +4,7 @@
            -> module_names -> targets · adapters · inits · variants · backends · sharded
            -> routing · rollback · base_files -> merge -> layers -> inject · arithmetic
            -> state_dict · base_fingerprint · hotswap · status -> lora_model -> load · save -> peft_model
-           -> calibration · family -> integrations -> training -> as_peft -> cli
+           -> calibration · family -> integrations -> training -> tools -> as_peft -> cli
 
 1. A unit (a module or folder right under the package) imports only from the left; units of one rank do not
    import one another. What stands to the right of all
@@ -47,6 +47,7 @@ RANKS: tuple[tuple[str, ...], ...] = (
     ("public",),
     ("training",),
     ("testing",),
+    ("tools",),
     ("as_peft",),
     ("cli",),
 )

@@ -39,9 +39,9 @@ def test_all_has_no_doubles_and_dir_shows_it() -> None:
 
 
 #: The modules whose ``__all__`` users import from.
-PUBLIC_MODULES = (
-    "veneer veneer.calibration veneer.integrations.export veneer.optimizers veneer.training".split()
-)
+PUBLIC_MODULES = """
+veneer veneer.calibration veneer.integrations.export veneer.optimizers veneer.tools veneer.training
+""".split()
 
 
 def undocumented(thing: object, name: str) -> list[str]:

@@ -12,7 +12,14 @@ from tests.architecture.references import Package, Reach
 from veneer.integrations.as_peft.layout import LAYOUT
 
 SOURCE = Path(__file__).parents[2] / "src"
-PUBLIC = ("veneer.public", "veneer.training.public", "veneer.testing", "veneer_as_peft", "veneer.as_peft")
+PUBLIC = (
+    "veneer.public",
+    "veneer.training.public",
+    "veneer.tools.public",
+    "veneer.testing",
+    "veneer_as_peft",
+    "veneer.as_peft",
+)
 FACADE = veneer_as_peft.FACADE
 
 #: Methods that only other libraries call, by the class of theirs that ours inherits from, or by ours.

@@ -7,6 +7,7 @@ import re
 import veneer
 import veneer.errors
 import veneer.family
+import veneer.tools
 import veneer.training
 from tests.docs.pages import ROOT
 
@@ -17,7 +18,7 @@ SITE = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
 def test_each_public_name_is_in_the_reference_once() -> None:
     pages = sorted((DOCS / "reference").glob("*.md"))
     shown = re.findall(r"^::: (veneer\.\S+)$", "\n".join(page.read_text() for page in pages), re.M)
-    for package in (veneer.training, veneer.family):  # they have public names of their own
+    for package in (veneer.training, veneer.tools, veneer.family):  # they have public names of their own
         mine = [name for name in shown if name.startswith(f"{package.__name__}.")]
         assert sorted(mine) == sorted(f"{package.__name__}.{name}" for name in package.__all__)
         shown = [name for name in shown if name not in mine]

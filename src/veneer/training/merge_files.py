@@ -54,7 +54,7 @@ _OF_MODEL = re.compile(
     r"|(configuration|modeling|tokenization|processing|image_processing)_\w+\.py"
     r"|(LICENSE|LICENCE|NOTICE|USE_POLICY)(\.txt|\.md)?"
 )
-_OF_TOKENIZER = re.compile(
+OF_TOKENIZER = re.compile(
     r"(tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|normalizer|tekken|chat_template)\.json"
     r"|(vocab|merges)\.(txt|bpe)|[\w.-]+\.(tiktoken|spm)|(tokenizer|spiece|sentencepiece(\.bpe)?)\.model(\.v\d+)?"
     r"|(additional_chat_templates/[\w.-]+|chat_template)\.jinja"
@@ -120,7 +120,7 @@ def merge_files(
     layouts = {shard: _layout(header, target) for shard, header in files.headers.items()}
     total = sum(size for _, size in layouts.values())
     _check_base(base, settings, file, files)
-    companions = _companions(base, Path(adapter))
+    beside = _companions(base, Path(adapter))
     check_room(place, total)
     kept: dict[str, float] = {}
     written = 0
@@ -138,7 +138,7 @@ def merge_files(
                     written += 1
                     if tell is not None:
                         tell(written, len(files))
-        _write_companions(companions, base, made, target, total if (base / INDEX).is_file() else None)
+        _write_companions(beside, base, made, target, total if (base / INDEX).is_file() else None)
     return MergeReport({path: kept[path] for path in specs})
 
 
@@ -307,7 +307,23 @@ def _companions(base: Path, adapter: Path) -> dict[str, Path]:
         MergeError: Some are links to files elsewhere.
     """
     own = (adapter / "tokenizer_config.json").is_file()
-    kinds = {base: [_OF_MODEL], adapter: [_OF_TOKENIZER]} if own else {base: [_OF_MODEL, _OF_TOKENIZER]}
+    kinds = {base: [_OF_MODEL], adapter: [OF_TOKENIZER]} if own else {base: [_OF_MODEL, OF_TOKENIZER]}
+    found, outside = companions(kinds)
+    if outside:
+        raise MergeError(
+            "\n  - ".join(["links are not followed into other directories:", *outside]), "\n", WAY_OUT
+        )
+    return found
+
+
+def companions(
+    kinds: Mapping[Path, Sequence[re.Pattern[str]]],
+) -> tuple[dict[str, Path], list[str]]:
+    """Files to copy beside new weights: (name -> file, what is wrong with others).
+
+    Args:
+        kinds: Directory -> what the files are called.
+    """
     found, outside = {}, []
     for source, patterns in kinds.items():
         root = source.resolve()
@@ -320,18 +336,21 @@ def _companions(base: Path, adapter: Path) -> dict[str, Path]:
             if any(file.resolve().is_relative_to(place) for place in inside):
                 found[name] = file
             else:
-                outside.append(f"\n  - {file} leads out of {source}, to {file.resolve()}")
-    if outside:
-        raise MergeError(f"links are not followed into other directories:{''.join(outside)}\n", WAY_OUT)
-    return found
+                outside.append(f"{file} leads out of {source}, to {file.resolve()}")
+    return found, outside
+
+
+def copy_files(files: Mapping[str, Path], made: Path) -> None:
+    """Copy files into a new directory, by the names that they get there."""
+    for name, file in files.items():
+        (made / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, made / name)
 
 
 def _write_companions(
-    companions: Mapping[str, Path], base: Path, made: Path, target: torch.dtype | None, total: int | None
+    beside: Mapping[str, Path], base: Path, made: Path, target: torch.dtype | None, total: int | None
 ) -> None:
-    for name, file in companions.items():
-        (made / name).parent.mkdir(exist_ok=True)
-        shutil.copyfile(file, made / name)
+    copy_files(beside, made)
     if target is not None:
         config = json.loads((made / "config.json").read_text(encoding="utf-8"))
         config.pop("torch_dtype", None)

@@ -14,10 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..errors import AdapterFileError, CombineError
-from ..lora_file import OpenLora, factor_names, open_lora
+from ..lora_file import OpenLora, open_lora, updates
 from ..ops import low_rank
 from ..wording import some
 
@@ -101,39 +100,26 @@ def spectra(
     Raises:
         AdapterFileError: The adapter is missing, broken, no LoRA, or not finite; lists the modules.
     """
-    _, file, specs = open_lora(adapter)
-    layers, _ = factor_names(file)
+    lora = open_lora(adapter)
     found, broken = [], []
-    for number, (path, roles) in enumerate(layers.items(), 1):
-        spec = specs[path]
-        factors = file.tensors(roles.values())
-        a, b = factors[roles["A"]].flatten(1), factors[roles["B"]].flatten(1)
+    for number, update in enumerate(updates(lora), 1):
+        spec, pairs = update.spec, update.pairs()
         try:
-            values = _values(b, a, spec.r)
+            values = torch.cat([low_rank.spectrum(b, a) for b, a in pairs]).sort(descending=True).values
         except CombineError as error:
-            broken.append(f"{path}: {error}")
+            broken.append(f"{update.path}: {error}")
             continue
         scaled = (values.double() * abs(spec.scaling)).tolist()
-        found.append(UpdateSpectrum(path, spec.r, spec.scaling, (b.shape[0], a.shape[1]), tuple(scaled)))
+        shape = (pairs[0][0].shape[0], pairs[0][1].shape[1])
+        found.append(UpdateSpectrum(update.path, spec.r, spec.scaling, shape, tuple(scaled)))
         if tell is not None:
-            tell(number, len(layers))
+            tell(number, len(lora.specs))
     if broken:
         raise AdapterFileError(
-            f"{file.path}: {len(broken)} of {len(layers)} updates cannot be computed:"
+            f"{lora.file.path}: {len(broken)} of {len(lora.specs)} updates cannot be computed:"
             + "".join(f"\n  {line}" for line in some(broken, 5))
         )
     return found
-
-
-def _values(b: Tensor, a: Tensor, r: int) -> Tensor:
-    """Singular values of one update, or of the updates of several experts together, descending."""
-    experts = a.shape[0] // r
-    if experts <= 1 or a.shape[0] != experts * r or b.shape[1] != a.shape[0]:
-        return low_rank.spectrum(b, a)
-    rows = a.reshape(experts, r, -1)
-    columns = b.reshape(b.shape[0], r, experts)
-    parts = [low_rank.spectrum(columns[:, :, e], rows[e]) for e in range(experts)]
-    return torch.cat(parts).sort(descending=True).values
 
 
 @dataclass(frozen=True)

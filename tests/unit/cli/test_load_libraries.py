@@ -184,6 +184,13 @@ CASES = [
     ("inspect full", 1, ["full"]),
     ("inspect adapter --plot map.gif", 2, [".png"]),
     ("inspect adapter --plot gone/map.png", 2, ["gone"]),
+    ("resize gone --rank 2 --output out", 1, ["no directory 'gone'"]),
+    ("resize adapter --output out", 2, ["--rank", "--energy"]),
+    ("resize adapter --rank 2 --energy 0.9 --output out", 2, ["not both"]),
+    ("resize adapter --energy 2 --output out", 2, ["--energy must be a share"]),
+    ("resize adapter --rank 2 --output full", 1, ["not empty", "--overwrite-output-dir"]),
+    ("resize adapter --rank 2 --output adapter", 1, ["the adapter itself"]),
+    ("resize broken --rank 2 --output out", 1, ["truncated"]),
     ("ls gone", 1, ["does not exist"]),
     ("ls full --check --jsn", 2, ["--json"]),
 ]
@@ -214,6 +221,7 @@ def test_what_is_wrong_is_said_first(
         "plan base",
         "export adapter --target vllm",
         "inspect adapter",
+        "resize adapter --rank 2 --output out",
     ],
 )
 def test_the_libraries_come_after_the_checks(

@@ -236,9 +236,15 @@ def variant_problem(source: Source, reasons: Mapping[str, str]) -> str | None:
         source: The adapter.
         reasons: Variant -> what a reader says of it, where it knows the variant.
     """
-    name, init = variant_name(source.config), source.config.init_lora_weights
+    name = variant_name(source.config)
     if name not in ("plain", "dora"):
         return reasons.get(name, f"it is of the variant {name}, for which it has no place")
+    return base_problem(source.config)
+
+
+def base_problem(config: LoraConfig) -> str | None:
+    """Why the factors in a file do not count from the base that its configuration names, or None."""
+    init = config.init_lora_weights
     if isinstance(init, str) and CHANGED_BASE.fullmatch(init.lower()):
         way = (
             "load it onto the original base with PeftModel.from_pretrained and save it again, which writes a "

@@ -1,0 +1,45 @@
+"""Norms and distances of updates on disk, in float64; the dense product is never formed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..lora_file import FileUpdate
+from ..ops import low_rank
+
+#: An update: ``(B: (out, r), A: (r, in·k…), s)``, one for each of the experts that share its factors.
+Terms = Sequence[low_rank.Term]
+
+
+def terms_of(update: FileUpdate) -> list[low_rank.Term]:
+    """The update of a module."""
+    return [(b.double(), a.double(), update.spec.scaling) for b, a in update.pairs()]
+
+
+def norm(update: Terms) -> float:
+    """Frobenius norm of an update, over its experts."""
+    return math.hypot(*(abs(s) * low_rank.norm(b, a) for b, a, s in update))
+
+
+def distance(one: Terms, other: Terms) -> float:
+    """Frobenius norm of the difference of two updates of one module."""
+    parts = []
+    for (b1, a1, s1), (b2, a2, s2) in zip(one, other, strict=True):
+        parts.append(low_rank.norm(torch.cat([s1 * b1, -s2 * b2], dim=1), torch.cat([a1, a2])))
+    return math.hypot(*parts)
+
+
+def relative(difference: float, whole: float) -> float:
+    """A distance in units of a norm; 0 where both are 0."""
+    return difference / whole if whole else 0.0 if not difference else math.inf
+
+
+def needed(values: Sequence[Tensor], energy: float) -> int:
+    """The smallest rank that keeps a share of ``Σσ²`` of matrices of one size, taken together."""
+    squares = torch.stack([v.double().square() for v in values]).sum(0)
+    kept = squares.cumsum(0)
+    return min(int((kept < energy * kept[-1]).sum()) + 1, len(kept))

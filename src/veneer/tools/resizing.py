@@ -1,0 +1,154 @@
+"""Give a saved adapter another rank: the best truncation of every update, and what it costs."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from torch import Tensor
+
+from ..lora_file import FileUpdate, OpenLora, updates
+from ..ops import low_rank
+from ..spec import LoraSpec, restate
+from .adapter_files import check_counts_from_base, oriented, read, write
+from .measuring import distance, needed, norm, relative, terms_of
+from .requests import check_place, check_size
+
+
+@dataclass(frozen=True)
+class Resized:
+    """What became of one module's update ``D``.
+
+    Attributes:
+        before: Its rank.
+        after: Its new rank.
+        error: ``‖D' − D‖ / ‖D‖`` in Frobenius norm, of the factors as they are stored; 0 if nothing changed.
+    """
+
+    before: int
+    after: int
+    error: float
+
+
+@dataclass(frozen=True)
+class ResizeReport:
+    """An adapter of another rank.
+
+    Attributes:
+        directory: Where it is.
+        modules: Module path -> what became of its update.
+        norm: Norm of all updates together.
+        error: Norm of all changes together, in units of ``norm``.
+        notes: What else is to be known.
+    """
+
+    directory: Path
+    modules: Mapping[str, Resized]
+    norm: float
+    error: float
+    notes: tuple[str, ...] = ()
+
+    @property
+    def worst(self) -> str:
+        """The module with the largest error."""
+        return max(self.modules, key=lambda path: self.modules[path].error)
+
+    def __str__(self) -> str:
+        ranks = [module.after for module in self.modules.values()]
+        count = f"{len(ranks)} module{'s' * (len(ranks) != 1)}"
+        span = f"{min(ranks)}" if min(ranks) == max(ranks) else f"{min(ranks)}–{max(ranks)}"
+        return (
+            f"{count}, rank {span}: {self.error:.2%} of the update is missed, "
+            f"at most {self.modules[self.worst].error:.2%} ({self.worst})"
+        )
+
+
+def resize_adapter(
+    directory: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    overwrite: bool = False,
+) -> ResizeReport:
+    """Write an adapter of a smaller rank whose updates are the nearest to those of another.
+
+    The ``k`` largest singular values of ``D = s·B A`` stay, which no other matrix of rank k comes nearer to.
+    Every module keeps its strength s, so ``lora_alpha`` follows the rank. Modules whose rank is not above the
+    new one stay as they are, bit for bit; so does all that is no factor.
+
+    Args:
+        directory: The adapter.
+        output: Directory to write; it appears whole or not at all.
+        rank: The largest rank that a module may have.
+        energy: Give each module the smallest rank that keeps this share of ``Σσ²``.
+        overwrite: Replace the adapter in a directory that holds files.
+
+    Returns:
+        Rank and error of each module.
+
+    Raises:
+        ConfigError: Not one of rank and energy was given, or it cannot be right.
+        AdapterFileError: The adapter is missing, broken, no LoRA, not finite, or counts from a changed base.
+        VeneerError: The output holds files already, is the adapter, or cannot be written.
+
+    Source: Eckart and Young, Psychometrika 1 (1936).
+    """
+    check_size(rank, energy)
+    place = Path(output)
+    check_place(place, [Path(directory)], overwrite)
+    lora = read(directory)
+    check_counts_from_base(lora)
+    ranks = None if energy is None else _ranks(lora, energy)
+    tensors: dict[str, Tensor] = {}
+    specs: dict[str, LoraSpec] = {}
+    modules: dict[str, Resized] = {}
+    whole: list[float] = []
+    lost: list[float] = []
+    for update in updates(lora):
+        spec = update.spec
+        most = rank or (ranks or {})[spec.path]
+        new = specs[spec.path] = of_rank(spec, min(most, spec.r))
+        made = update if new.r == spec.r else oriented(lora, update, partial(_truncated, new=new))
+        tensors |= made.stored()
+        before = terms_of(update)
+        whole.append(norm(before))
+        lost.append(0.0 if made is update else distance(before, terms_of(made)))
+        modules[update.path] = Resized(spec.r, new.r, relative(lost[-1], whole[-1]))
+    config = copy.deepcopy(lora.config)
+    restate(config, specs.values())
+    config.init_lora_weights = True
+    tensors = {name: tensors.get(name, tensor) for name, tensor in lora.file.tensors().items()}
+    write(place, overwrite, tensors, config, lora)
+    total = math.hypot(*whole)
+    notes: tuple[str, ...] = ()
+    if lora.config.use_dora:
+        notes = ("the magnitudes of DoRA stay as they are; errors are those of the update before them",)
+    return ResizeReport(place, modules, total, relative(math.hypot(*lost), total), notes)
+
+
+def of_rank(spec: LoraSpec, rank: int) -> LoraSpec:
+    """What a module got, with another rank and the same strength."""
+    alpha = spec.scaling * (math.sqrt(rank) if spec.use_rslora else rank)
+    near = round(alpha)
+    return replace(spec, r=rank, lora_alpha=near if math.isclose(near, alpha, rel_tol=1e-14) else alpha)
+
+
+def _ranks(lora: OpenLora, energy: float) -> dict[str, int]:
+    """The rank of each module; what is adapted inside a wrapper has that of the wrapper."""
+    found: dict[str, int] = {}
+    for update in updates(lora):
+        rank = needed([low_rank.spectrum(b, a) for b, a in update.pairs()], energy)
+        found[update.spec.path] = max(found.get(update.spec.path, 0), rank)
+    return found
+
+
+def _truncated(update: FileUpdate, new: LoraSpec) -> FileUpdate:
+    old = update.spec
+    cut = [low_rank.compress([(b, a, old.scaling / new.scaling)], new.r)[:2] for b, a in update.pairs()]
+    return update.with_pairs(cut, new)
