@@ -87,7 +87,7 @@ MUTANTS = (
     ),
     Mutant(
         "family-mean", "a step takes the mean over what was counted", "family/trainee.py",
-        "torch._foreach_mul_(gradients, 1.0 / self.count)", "pass",
+        "limit / (norm + 1e-6)) / count", "limit / (norm + 1e-6))",
         ("tests/unit/family/test_family.py",),
     ),
     Mutant(

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer.adapters import AdapterModule, Contexts, adapter_modules, opened
+from veneer.adapters import AdapterModule, Contexts, adapter_modules, opened, walk
 from veneer.errors import RoutingError, show
 from veneer.ops.dropout import Draws
 from veneer.ops.mixed_batch import Layout, layouts
@@ -501,7 +501,7 @@ def _checkpoints_carry(model: nn.Module) -> Iterator[None]:
     name = "_gradient_checkpointing_func"
     places = [
         m.__dict__
-        for m in model.modules()
+        for _, m in walk(model)
         if name in m.__dict__ and getattr(m, "gradient_checkpointing", False)
     ]
     contexts = list(dict.fromkeys(m._contexts for m in adapter_modules(model))) if places else []

@@ -15,15 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from veneer import inits
-from veneer.adapters import as_names
+from veneer.adapters import as_names, walk
 from veneer.atomic import atomic_file
 from veneer.config import LoraConfig
 from veneer.errors import AdapterFileError, AdapterNameError, ConfigError, Hint, TargetError, TrainingError
 from veneer.family.batches import Batch, Joined, join
-from veneer.family.losses import ModelLoss, Result, check_loss, token_loss
+from veneer.family.losses import ModelLoss, Result, check_loss, label_logprobs, token_loss
 from veneer.family.sampling import Sample, check_prompts, sample
-from veneer.family.trainee import Maker, Step, Trainee, generator
+from veneer.family.trainee import Maker, State, Step, Trainee, generator
 from veneer.forward import answer_logits, without_cache
+from veneer.layers.layer import LoraLayer
 from veneer.ops.dropout import Draws
 from veneer.peft_model import PeftModel
 from veneer.routing import keep_for_backward
@@ -324,17 +325,22 @@ class Family:
             else:
                 output = base(**inputs)
         keep_for_backward(output, routing)
-        own = {name: _rows(output, rows, len(joined.names)) for name, rows in joined.rows.items()}
         if isinstance(loss, str):
-            return {n: token_loss(loss, options, own[n], places, batches[n]) for n in batches}
+            logprobs = label_logprobs(output, joined.labels, places)  # type: ignore[arg-type]
+            return {
+                name: token_loss(loss, options, logprobs[rows], places, batches[name])
+                for name, rows in joined.rows.items()
+            }
+        own = {name: _rows(output, rows, len(joined.names)) for name, rows in joined.rows.items()}
         return {name: _of_caller(loss, own[name], batches[name]) for name in batches}
 
     @contextmanager
     def _training(self, names: Iterable[str]) -> Iterator[None]:
         """Dropout of these adapters, and checkpointing where the base has it; its own dropout stays off."""
-        layers = self.model.base_model.layers().values()
+        every = [module for _, module in walk(self.model.get_base_model())]
+        layers = [module for module in every if isinstance(module, LoraLayer)]
         modules = [layer.lora_dropout[n] for layer in layers for n in names if n in layer.lora_dropout]
-        modules += [m for m in self.model.modules() if getattr(m, "gradient_checkpointing", False)]
+        modules += [m for m in every if getattr(m, "gradient_checkpointing", False)]
         for module in modules:
             module.training = True
         try:
@@ -475,7 +481,7 @@ def _read_state(place: Path) -> dict[str, Any]:
     try:
         content = torch.load(place, weights_only=True)
         for state in content.values():
-            if missing := {"config", *Trainee.STATE} - set(state):
+            if missing := {"config", *State.__required_keys__} - set(state):
                 raise KeyError(f"it lacks {listed(sorted(missing))}")
     except Exception as error:
         raise AdapterFileError(f"{place} is not a state of a family: {first_line(error)}") from error

@@ -97,32 +97,45 @@ def check_loss(loss: str | ModelLoss, options: Mapping[str, Any], batches: Mappi
         raise DataError(f"the loss {loss!r} cannot be computed: {'; '.join(problems)}")
 
 
+def label_logprobs(logits: Tensor, labels: Tensor, positions: Tensor) -> Tensor:
+    """Log-probability of each label, 0 where there is none, of the rows of all adapters at once.
+
+    Args:
+        logits: (rows, positions, vocabulary): of the tokens before those that are predicted.
+        labels: (rows, length).
+        positions: The places of ``labels[:, 1:]`` that the logits predict.
+
+    Returns:
+        (rows, positions), float32.
+    """
+    targets = labels[:, 1:][:, positions].to(logits.device)
+    return -torch.nn.functional.cross_entropy(
+        logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none"
+    ).view(targets.shape)
+
+
 def token_loss(
-    loss: str, options: Mapping[str, Any], logits: Tensor, positions: Tensor, batch: Batch
+    loss: str, options: Mapping[str, Any], logprobs: Tensor, positions: Tensor, batch: Batch
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loss of one adapter's rows.
 
     Args:
         loss: Its name.
         options: Of the loss.
-        logits: (rows, positions, vocabulary): of the tokens before those that are predicted.
-        positions: The places of ``labels[:, 1:]`` that the logits predict, ascending.
+        logprobs: (rows, positions), as of `label_logprobs`.
+        positions: The places of ``labels[:, 1:]`` that they are of, ascending.
         batch: Of the adapter, filled up or not.
 
     Returns:
         (sum over the counted tokens, their number, log-probabilities like ``labels``).
     """
     function, needed = TOKEN_LOSSES[loss]
-    labels = batch["labels"].to(logits.device)
+    labels = batch["labels"].to(logprobs.device)
     inside = int((positions < labels.shape[1] - 1).sum())  # the first ones: they ascend
-    kept, logits = positions[:inside], logits[:, :inside]
-    targets = labels[:, 1:][:, kept]
-    counted = targets != IGNORED
-    logprobs = -torch.nn.functional.cross_entropy(
-        logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none"
-    ).view(targets.shape)
+    kept, logprobs = positions[:inside], logprobs[:, :inside]
+    counted = labels[:, 1:][:, kept] != IGNORED
     # Values where nothing counts may be anything, and would make the gradient no number.
-    given = {key: torch.where(counted, batch[key].to(logits.device)[:, 1:][:, kept], 0.0) for key in needed}
+    given = {key: torch.where(counted, batch[key].to(logprobs.device)[:, 1:][:, kept], 0.0) for key in needed}
     total = function(logprobs, given, **options).sum()  # 0 where nothing counts
     full = logprobs.new_zeros(labels.shape)
     full[:, kept + 1] = logprobs.detach()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,22 @@ class Step:
     taken: bool
 
 
+class State(TypedDict):
+    """Everything that `Trainee.restore` needs, as `torch.save` stores it."""
+
+    parameters: list[Tensor]
+    optimizer: dict[str, Any]
+    scheduler: dict[str, Any] | None
+    generator: Tensor
+    sampling: Tensor
+    gradients: list[Tensor | None]
+    count: float
+    steps: int
+    own_optimizer: bool
+    max_grad_norm: float | None
+    settings: dict[str, Any]
+
+
 @dataclass
 class Trainee:
     """One adapter of a family.
@@ -49,12 +66,6 @@ class Trainee:
         steps: Steps taken.
     """
 
-    #: The names in `state`.
-    STATE: ClassVar[tuple[str, ...]] = (
-        "parameters", "optimizer", "scheduler", "generator", "sampling", "gradients", "count", "steps",
-        "own_optimizer", "max_grad_norm", "settings",
-    )  # fmt: skip
-
     name: str
     parameters: Sequence[nn.Parameter]
     optimizer: torch.optim.Optimizer
@@ -70,14 +81,17 @@ class Trainee:
     def gather(self, gradients: Sequence[Tensor | None], count: float) -> None:
         """Add gradients of a sum over ``count`` things."""
         self.count += count
+        taken: set[int] = set()
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
             if gradient is None:
                 continue
-            if parameter.grad is None:
-                # In the layout of the parameter, which fused optimizers take for granted.
-                parameter.grad = torch.empty_like(parameter).copy_(gradient)
-            else:
+            if parameter.grad is not None:
                 parameter.grad.add_(gradient)
+            elif _fits(gradient, parameter) and gradient.data_ptr() not in taken:
+                taken.add(gradient.data_ptr())  # autograd may give two parameters one tensor
+                parameter.grad = gradient
+            else:
+                parameter.grad = torch.empty_like(parameter).copy_(gradient)
 
     def check_gathered(self) -> None:
         """Refuse a step without gradients.
@@ -97,18 +111,19 @@ class Trainee:
                 group["lr"] = learning_rate
         used = float(self.optimizer.param_groups[0]["lr"])
         gradients = [p.grad for p in self.parameters if p.grad is not None]
-        torch._foreach_mul_(gradients, 1.0 / self.count)
-        norm = torch.nn.utils.get_total_norm(gradients)
-        taken, count = bool(norm.isfinite()), self.count
+        count = self.count
+        norm = float(torch.nn.utils.get_total_norm(gradients)) / count
+        taken = math.isfinite(norm)
         if taken:
-            if self.max_grad_norm is not None:
-                torch.nn.utils.clip_grads_with_norm_(self.parameters, self.max_grad_norm, norm)
+            limit = math.inf if self.max_grad_norm is None else self.max_grad_norm
+            # Mean and clipping in one pass over the gradients; the 1e-6 is that of torch's clipping.
+            torch._foreach_mul_(gradients, min(1.0, limit / (norm + 1e-6)) / count)
             self.optimizer.step()
             if self.scheduler is not None:
                 self.scheduler.step()
             self.steps += 1
         self.forget()
-        return Step(self.steps, used, float(norm), count, taken)
+        return Step(self.steps, used, norm, count, taken)
 
     def forget(self) -> None:
         """Drop the gradients."""
@@ -116,8 +131,8 @@ class Trainee:
         for parameter in self.parameters:
             parameter.grad = None
 
-    def state(self) -> dict[str, Any]:
-        """Everything that `restore` needs, to be stored by `torch.save`."""
+    def state(self) -> State:
+        """What `restore` goes on from."""
         return {
             "parameters": [parameter.detach() for parameter in self.parameters],
             "optimizer": self.optimizer.state_dict(),
@@ -132,7 +147,7 @@ class Trainee:
             "settings": self.settings,
         }
 
-    def check_state(self, state: Mapping[str, Any], place: Path) -> None:
+    def check_state(self, state: State, place: Path) -> None:
         """Refuse the state of an adapter that has other parameters.
 
         Raises:
@@ -145,7 +160,7 @@ class Trainee:
                 "configuration that it was saved with, or not at all"
             )
 
-    def restore(self, state: Mapping[str, Any]) -> None:
+    def restore(self, state: State) -> None:
         """Go on from `state`."""
         with torch.no_grad():
             for parameter, tensor in zip(self.parameters, state["parameters"], strict=True):
@@ -158,6 +173,15 @@ class Trainee:
         for parameter, gradient in zip(self.parameters, state["gradients"], strict=True):
             parameter.grad = None if gradient is None else gradient.to(parameter)
         self.count, self.steps = state["count"], state["steps"]
+
+
+def _fits(gradient: Tensor, parameter: Tensor) -> bool:
+    """Whether a gradient has the layout of its parameter, which fused optimizers take for granted."""
+    return (
+        gradient.layout == parameter.layout
+        and gradient.dtype == parameter.dtype
+        and gradient.stride() == parameter.stride()
+    )
 
 
 #: Makes an optimizer of parameters, or a schedule of an optimizer.

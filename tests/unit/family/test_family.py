@@ -315,3 +315,15 @@ def test_names_and_batches_that_do_not_fit() -> None:
             lambda output, batch: output.logits.sum(),
         )
     assert all(parameter.grad is None for name in "ab" for parameter in made.parameters(name))
+
+
+def test_a_gradient_that_two_parameters_share_is_scaled_once() -> None:
+    """autograd may give two parameters one tensor."""
+    made = family("a")
+    trainee = made._of("a")
+    one, two = [p for p in trainee.parameters if p.shape == trainee.parameters[0].shape][:2]
+    shared = torch.ones_like(one)
+    trainee.gather([shared if p is one or p is two else None for p in trainee.parameters], 4.0)
+    assert made.optim_step()["a"].grad_norm == pytest.approx((2 * shared.numel()) ** 0.5 / 4.0)
+    first, second = (made.optimizer("a").state[p]["exp_avg"] for p in (one, two))
+    assert torch.equal(first, second)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.tolerances import FAMILY, assert_close
-from veneer.family.losses import cross_entropy, importance_sampling, ppo, token_loss
+from veneer.family.losses import cross_entropy, importance_sampling, label_logprobs, ppo, token_loss
 
 LOGPROBS = torch.tensor([[-1.0, -2.0, -0.5]])
 GIVEN = {"logprobs": torch.tensor([[-1.5, -2.0, -2.0]]), "advantages": torch.tensor([[1.0, -2.0, 0.5]])}
@@ -29,7 +29,9 @@ def test_only_labels_count_and_values_elsewhere_may_be_anything(loss: str) -> No
         value[labels != -100] = -0.5
     # The family's texts are longer: the last position is beyond these.
     positions = torch.tensor([0, 2, 3, 7])
-    total, count, logprobs = token_loss(loss, {}, logits, positions, {"labels": labels, **given})
+    filled = torch.nn.functional.pad(labels, (0, 4), value=-100)
+    found = label_logprobs(logits, filled, positions)
+    total, count, logprobs = token_loss(loss, {}, found, positions, {"labels": labels, **given})
     assert int(count) == 4 and bool(total.isfinite())
     (gradient,) = torch.autograd.grad(total, logits)
     assert bool(gradient.isfinite().all())
