@@ -72,12 +72,12 @@ MUTANTS = (
     ),
     Mutant(
         "dropout-scale", "what dropout leaves is divided by 1 - p", "ops/lora_linear.py",
-        "    scale = part.scaling / (1.0 - part.p)\n    h, Bt", "    scale = part.scaling\n    h, Bt",
+        "scale = scaling / (1.0 - p)\n", "scale = scaling\n",
         ("tests/unit/ops/test_lora_linear.py",),
     ),
     Mutant(
-        "gradient-of-rows", "an adapter's gradients come from its own rows", "ops/lora_linear.py",
-        "(G[part.rows], _own(rows, part))", "(G[part.rows], rows[: len(G[part.rows])])",
+        "gradient-of-rows", "an adapter's gradients come from its own rows", "ops/lora_rows.py",
+        "None if rows is None else block.of(rows)", "None if rows is None else block.of(rows.flip(0))",
         ("tests/laws/test_family.py",),
     ),
     Mutant(

@@ -249,7 +249,9 @@ def test_no_bit_of_another_adapter_changes(kind: str, what: str) -> None:
             assert torch.equal(tensor, right[name]), f"{spoilt} -> {name}"
 
 
-def counted_products(made: Family, batches: Batches, monkeypatch: pytest.MonkeyPatch) -> tuple[int, int]:
+def counted_products(
+    made: Family, batches: Batches, monkeypatch: pytest.MonkeyPatch, autocast: bool
+) -> tuple[int, int]:
     """How often a step multiplies with a base's weight, forwards, and the bytes kept for the backward."""
     calls = []
     original = torch.nn.functional.linear
@@ -268,20 +270,25 @@ def counted_products(made: Family, batches: Batches, monkeypatch: pytest.MonkeyP
         return tensor
 
     monkeypatch.setattr(torch.nn.functional, "linear", linear)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+    ):
         step(made, batches)
     monkeypatch.undo()
     return len(calls), sum(kept.values())
 
 
-def test_the_base_is_multiplied_once(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_base_is_multiplied_once(monkeypatch: pytest.MonkeyPatch, autocast: bool) -> None:
     """For any number of adapters, and no more is kept than for one adapter with the same tokens."""
     made = Family(llama())
     for name in "abcd":
         made.add(name, LoraConfig(target_modules=EVERYWHERE, r=4))
     ids = torch.randint(3, 64, (4, 12), generator=torch.Generator().manual_seed(0))
     apart = {name: {"input_ids": ids[i : i + 1], "labels": ids[i : i + 1]} for i, name in enumerate("abcd")}
-    calls, kept = counted_products(made, apart, monkeypatch)
-    one_calls, one_kept = counted_products(made, {"a": {"input_ids": ids, "labels": ids}}, monkeypatch)
+    whole = {"a": {"input_ids": ids, "labels": ids}}
+    calls, kept = counted_products(made, apart, monkeypatch, autocast)
+    one_calls, one_kept = counted_products(made, whole, monkeypatch, autocast)
     assert calls == one_calls == 2 * 7 + 1
     assert kept <= one_kept

@@ -302,7 +302,10 @@ class Family:
         self._check_names(batches)
         check_loss(loss, options, batches)
         base = self.model.get_base_model()
-        passes = [{name: batch} for name, batch in batches.items()] if self.exact else [batches]
+        # Neighbours of one size and similar ranks share their products.
+        order = sorted(batches, key=lambda name: (_length(batches[name]), self.model.peft_config[name].r))
+        ordered = {name: batches[name] for name in order}
+        passes = [{name: batch} for name, batch in ordered.items()] if self.exact else [ordered]
         joined = [join(some, base) for some in passes]
         found: dict[str, tuple[Tensor, Tensor | int, Tensor | None]] = {}
         for one in joined:
@@ -450,6 +453,10 @@ def _can_fuse(parameters: Sequence[Tensor]) -> bool:
 def _ends(model: PeftModel) -> list[int]:
     ends = getattr(getattr(model.get_base_model(), "generation_config", None), "eos_token_id", None)
     return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+
+
+def _length(batch: Batch) -> int:
+    return max((len(tensor) for tensor in batch.values() if tensor.dim()), default=0)
 
 
 def _rows(output: Any, rows: slice, count: int) -> Any:

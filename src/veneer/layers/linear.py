@@ -19,19 +19,16 @@ from veneer import backends
 from veneer.layers.factor import RESIDUAL, Factor, stand_in
 from veneer.layers.layer import LoraLayer
 from veneer.ops import mixed_batch
-from veneer.ops.dropout import wants_plain_torch
+from veneer.ops.dropout import Draws, wants_plain_torch
 from veneer.ops.lora_linear import (
-    Factors,
-    Part,
     add_lora_,
-    add_lora_rows_,
     autocasts,
     few_rows,
     is_decoding_step,
     linear_of_few_rows,
     lora_linear,
-    lora_linear_rows,
 )
+from veneer.ops.lora_rows import Factors, Part, add_lora_rows_, lora_linear_rows
 from veneer.routing import Routing, current
 
 _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -164,7 +161,9 @@ class LoraLinear(LoraLayer):
     def _training_step(self, routing: Routing, x: Tensor) -> Tensor | None:
         """`mixed` with one product of the base for all rows; None if no adapter can take part in it."""
         # First: a compiler that saw the names would compile anew for each batch of them.
-        if wants_plain_torch(x) or autocasts(x.device.type):
+        if wants_plain_torch(x):
+            return None
+        if x.dtype == torch.float64 and autocasts(x.device.type):  # which autocast leaves as it is
             return None
         if self._disabled or not routing.concerns(self._specs) or x.dim() < 2:
             return None
@@ -176,28 +175,37 @@ class LoraLinear(LoraLayer):
         for name, start, stop in routing.layouts(names)[0].runs:
             step = None if name is None else steps[name]
             if step is not None:
-                parts.append(step[0]._replace(rows=slice(start * tokens, stop * tokens)))
-                factors.append(step[1])
+                scaling, p, draws, own = step
+                parts.append(Part(scaling, p, slice(start * tokens, stop * tokens), draws))
+                factors.append(own)
         if not parts:
             return None
-        base: Any = self.original_base()
-        if _is_plain(base) and base.weight.dtype == x.dtype and base.weight.device == x.device:
-            result = lora_linear_rows(x, base.weight, base.bias, parts, factors)
-        else:
-            result = base(x)
-            fresh = backends.gives_fresh_output(base)
-            result = add_lora_rows_(result, x, parts, factors, inplace=fresh)
+        result = self._rows_step(x, parts, factors)
         others = tuple(None if name is None or steps[name] is not None else name for name in names)
         return super().add_rows(routing, others, x, result) if any(others) else result
 
-    def _step_of(self, name: str, routing: Routing, x: Tensor) -> tuple[Part, Factors] | None:
+    def _rows_step(self, x: Tensor, parts: Sequence[Part], factors: Sequence[Factors]) -> Tensor:
+        base: Any = self.original_base()
+        kind = x.device.type
+        if autocasts(kind):
+            result = base(x)
+            x = x.to(torch.get_autocast_dtype(kind))
+            with torch.autocast(kind, enabled=False):
+                return add_lora_rows_(result, x, parts, factors, inplace=backends.gives_fresh_output(base))
+        if _is_plain(base) and base.weight.dtype == x.dtype and base.weight.device == x.device:
+            return lora_linear_rows(x, base.weight, base.bias, parts, factors)
+        return add_lora_rows_(base(x), x, parts, factors, inplace=backends.gives_fresh_output(base))
+
+    def _step_of(
+        self, name: str, routing: Routing, x: Tensor
+    ) -> tuple[float, float, Draws | None, Factors] | None:
         """What a step over rows needs of an adapter; None if its update is not a plain product."""
         factors, p = self._plain_factors(name), self.dropout_of(name)
         if factors is None or not self.variant(name).additive or p == 1.0:
             return None
         if factors[0].device != x.device or wants_plain_torch(*factors[:2]):
             return None
-        return Part(self.scaling[name], p, None, routing.draws_for(name, x)), factors
+        return self.scaling[name], p, routing.draws_for(name, x), factors
 
     def add_rows(self, routing: Routing, names: tuple[str | None, ...], x: Tensor, result: Tensor) -> Tensor:
         """Apply all adapters of the batch together if their updates are plain products.

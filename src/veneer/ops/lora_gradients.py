@@ -3,6 +3,9 @@
 Notation as in `veneer.ops.lora_linear`: ``g = G B`` is computed once for both of its uses::
 
     dB = s (hᵀ G)ᵀ      dA = s gᵀ X      dX += s g A
+
+All of them also work for a block of k adapters with equally many rows: with a leading dimension of k, and
+``s: (k, 1, 1)`` where it differs.
 """
 
 from __future__ import annotations
@@ -55,32 +58,44 @@ def as_rows(tensor: Tensor) -> Tensor:
     return tensor.contiguous().view(math.prod(tensor.shape[:-1]), tensor.shape[-1])
 
 
+def add_product_(y: Tensor, thin: Tensor, wide: Tensor, scale: float | Tensor) -> None:
+    """``y += scale · thin wide`` for ``thin: (..., T, r)``, ``wide: (..., r, n)``, in the dtype of thin."""
+    if isinstance(scale, Tensor):
+        thin, scale = (thin * scale).to(thin.dtype), 1.0
+    if y.dtype != thin.dtype:
+        y.add_(thin @ wide, alpha=scale)
+    elif y.dim() == 2:
+        y.addmm_(thin, wide, alpha=scale)
+    else:
+        y.baddbmm_(thin, wide, alpha=scale)
+
+
 def branch_gradients(
     G: Tensor,
     saved: Saved,
     needs: Needs,
-    scale: float,
+    scale: float | Tensor,
     dx: Tensor | None,
     dtypes: Sequence[torch.dtype],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """``dX``, ``dA`` and ``dB`` of ``scale · drop(x) Aᵀ Bᵀ``.
 
     Args:
-        G: (T, out), the gradient of the output.
+        G: (..., T, out), the gradient of the output.
         saved: What the forward kept.
         needs: Which gradients are wanted.
         scale: With the ``1 / (1 - p)`` of dropout.
-        dx: (T, in), the gradient through the base, to which the branch's is added in place, or None.
+        dx: (..., T, in), the gradient through the base, to which the branch's is added in place, or None.
         dtypes: Of A and B.
     """
-    dB = None if saved.h is None else _outer(saved.h, G, scale, dtypes[1]).t()
+    dB = None if saved.h is None else _outer(saved.h, G, scale, dtypes[1], turned=True)
     if saved.B is None:
         return dx, None, dB
     g = G @ saved.B.to(G.dtype)
     drop = None if saved.drop is None else unpacked(saved.drop)
     dA = None
     if needs.A and saved.x is not None:
-        rows = as_rows(saved.x)
+        rows = _rows_like(saved.x, G)
         dA = _outer(g, rows if drop is None else zero_dropped_(rows.clone(), drop), scale, dtypes[0])
     if needs.x and saved.A is not None:
         A = saved.A.to(G.dtype)
@@ -94,12 +109,12 @@ def branch_gradients(
 
 
 def differentiable_gradients(
-    G: Tensor, saved: Saved, needs: Needs, scale: float, width: int
+    G: Tensor, saved: Saved, needs: Needs, scale: float | Tensor, width: int
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The branch's ``dX``, ``dA`` and ``dB`` as a graph over G, x, A and B, for ``create_graph=True``.
 
     Args:
-        G: (T, out), the gradient of the output.
+        G: (..., T, out), the gradient of the output.
         saved: What the forward kept, with h times `scale`; its ``drop`` may be a mask, True where x was kept.
         needs: Which gradients are wanted.
         scale: With the ``1 / (1 - p)`` of dropout.
@@ -109,7 +124,7 @@ def differentiable_gradients(
         RuntimeError: The gradient of B depends on an input that was not kept.
     """
     x, A, B, h = saved.x, saved.A, saved.B, saved.h
-    dropped = None if saved.drop is None else _dropped_mask(saved.drop, G.shape[0], width)
+    dropped = None if saved.drop is None else _dropped_mask(saved.drop, G, width)
 
     def kept(rows: Tensor) -> Tensor:
         return rows if dropped is None else rows.masked_fill(dropped, 0.0)
@@ -120,9 +135,9 @@ def differentiable_gradients(
     if B is not None:
         g = G @ B.to(G.dtype) * scale
         dx = kept(g @ A) if needs.x and A is not None else None
-        dA = g.t() @ kept(as_rows(x)) if needs.A and x is not None else None
+        dA = g.mT @ kept(_rows_like(x, G)) if needs.A and x is not None else None
     if h is not None and not needs.x and not needs.A:
-        dB = G.t() @ h  # no gradient flows through h
+        dB = G.mT @ h  # no gradient flows through h
     elif needs.B:
         if x is None or A is None:
             raise RuntimeError(
@@ -130,38 +145,54 @@ def differentiable_gradients(
                 "so the gradient of B cannot be differentiated again. Let A require a gradient too, or use "
                 "torch.func (grad, hessian, jacrev), which runs the layer in plain torch"
             )
-        dB = G.t() @ (kept(as_rows(x)) @ A.t() * scale)
+        dB = G.mT @ (kept(_rows_like(x, G)) @ A.mT * scale)
     return dx, dA, dB
 
 
-def _outer(thin: Tensor, wide: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """``scale · thinᵀ wide`` for ``thin: (T, r)``, ``wide: (T, n)``: the gradient of a factor, in its dtype.
+def _rows_like(x: Tensor, G: Tensor) -> Tensor:
+    """``x: (..., in)`` with the leading dimensions of G."""
+    return x.contiguous().view(*G.shape[:-1], x.shape[-1])
+
+
+def _outer(
+    thin: Tensor, wide: Tensor, scale: float | Tensor, dtype: torch.dtype, *, turned: bool = False
+) -> Tensor:
+    """``scale · thinᵀ wide`` for ``thin: (..., T, r)``, ``wide: (..., T, n)``: the gradient of a factor.
 
     Which order is faster depends on the dtype: by itself the difference is small (`benchmarks/products.py`),
     but in float32 a whole step is slower with the thin side first.
+
+    Args:
+        thin, wide, scale: As above.
+        dtype: Of the factor.
+        turned: Return its transpose. If it is cast, the result is contiguous, as optimizers want it.
     """
-    product = (wide.t() @ thin).t() if wide.dtype == torch.float32 else thin.t() @ wide
-    if dtype.itemsize > product.dtype.itemsize:
-        product = product.to(dtype)  # the scale is applied in the wider type
-    return (product if scale == 1.0 else product.mul_(scale)).to(dtype)
+    product = (wide.mT @ thin).mT if wide.dtype == torch.float32 else thin.mT @ wide
+    product = product.mT if turned else product
+    if dtype.itemsize > product.dtype.itemsize:  # the scale is applied in the wider type
+        product = product.to(dtype, memory_format=torch.contiguous_format)
+    if isinstance(scale, Tensor) or scale != 1.0:
+        product.mul_(scale)
+    return product.to(dtype)
 
 
-def _add_to_kept_(dx: Tensor, g: Tensor, A: Tensor, scale: float, drop: Tensor | None) -> None:
-    """``dx += keep * (scale · g A)`` for ``dx: (T, in)``: only the base's gradient where x was dropped."""
+def _add_to_kept_(dx: Tensor, g: Tensor, A: Tensor, scale: float | Tensor, drop: Tensor | None) -> None:
+    """``dx += keep * (scale · g A)`` for ``dx: (..., T, in)``: only the base's where x was dropped."""
     if drop is None:
-        dx.addmm_(g, A, alpha=scale)
+        add_product_(dx, g, A, scale)
     elif drop.dtype == torch.bool:
-        dx.add_(zero_dropped_(g @ A, drop), alpha=scale)
+        dx.add_(zero_dropped_(g @ A, drop).mul_(scale))
     else:
         flat = dx.view(-1)
         before = flat.take(drop)
-        dx.addmm_(g, A, alpha=scale)
+        add_product_(dx, g, A, scale)
         flat.index_put_((drop,), before)
 
 
-def _dropped_mask(drop: Tensor, rows: int, width: int) -> Tensor:
-    """``(T, in)``, True where x was dropped."""
+def _dropped_mask(drop: Tensor, G: Tensor, width: int) -> Tensor:
+    """``(..., T, in)``, True where x was dropped."""
+    shape = (*G.shape[:-1], width)
     if drop.dtype == torch.bool:
-        return ~drop.view(rows, width)
-    mask = torch.zeros(rows * width, dtype=torch.bool, device=drop.device)
-    return mask.index_fill_(0, unpacked(drop), True).view(rows, width)
+        return ~drop.view(shape)
+    mask = torch.zeros(math.prod(shape), dtype=torch.bool, device=drop.device)
+    return mask.index_fill_(0, unpacked(drop), True).view(shape)

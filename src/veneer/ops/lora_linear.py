@@ -1,7 +1,5 @@
 """The linear step of LoRA: fused, in plain torch, and the branch alone for base layers that cannot be fused.
 
-Several adapters may share a step, each with rows of its own: one product with W for all of them.
-
 Notation: ``X: (T, in)``, ``W: (out, in)``, ``A: (r, in)``, ``B: (out, r)``, ``s`` the scaling, ``G = dY``.
 Forward::
 
@@ -22,16 +20,23 @@ Source: LoRA, arXiv:2106.09685, equation 3.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from veneer.ops.dropout import Draws, check_probability, draw, packed, wants_plain_torch, zero_dropped_
+from veneer.ops.dropout import check_probability, draw, packed, wants_plain_torch, zero_dropped_
 from veneer.ops.gpu import triton_step
-from veneer.ops.lora_gradients import Needs, Saved, as_rows, branch_gradients, differentiable_gradients
+from veneer.ops.lora_gradients import (
+    Needs,
+    Saved,
+    add_product_,
+    as_rows,
+    branch_gradients,
+    differentiable_gradients,
+)
 
 #: Up to this many rows a 16-bit product on a CPU takes constant time, about five times that in float32.
 FEW_ROWS = 64
@@ -142,7 +147,7 @@ def _fused(
     if step is not None:
         A, B, B_bias = A.to(x.dtype), B.to(x.dtype), _to(B_bias, x.dtype)
         return step.apply(x, weight, bias, A, B, B_bias, scaling, p)  # type: ignore[no-any-return]
-    y: Tensor = _Lora.apply(None, x, weight, bias, False, (Part(scaling, p),), A, B, B_bias)  # type: ignore[no-untyped-call]
+    y: Tensor = _Lora.apply(None, x, weight, bias, A, B, B_bias, scaling, p, False)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -182,7 +187,7 @@ def add_lora_(
     if p == 1.0 or wants_plain_torch(x, y, A, B):
         return y + _branch_reference(x, A, B, B_bias, scaling, p, None).to(y.dtype)
     kind = x.device.type
-    inplace = inplace and _writable(y)
+    inplace = inplace and writable(y)
     if autocasts(kind):
         if x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(kind))
@@ -204,69 +209,7 @@ def _added(
     if not torch.is_grad_enabled() and p == 0.0 and few_rows(x):
         y = y if inplace else y.clone(memory_format=torch.contiguous_format)
         return _add_branch_of_few_rows_(y, x, A, B, B_bias, scaling)
-    out: Tensor = _Lora.apply(y, x, None, None, inplace, (Part(scaling, p),), A, B, B_bias)  # type: ignore[no-untyped-call]
-    return out
-
-
-class Part(NamedTuple):
-    """What a step needs to know of one adapter besides its factors.
-
-    Attributes:
-        scaling: s.
-        p: Dropout probability.
-        rows: Its rows of x as (T, in); None for all.
-        draws: Decide what is dropped; None for torch's global generator.
-    """
-
-    scaling: float
-    p: float
-    rows: slice | None = None
-    draws: Draws | None = None
-
-
-#: A (r, in), B (out, r) and the bias of B (out,) of an adapter.
-Factors = tuple[Tensor, Tensor, Tensor | None]
-
-
-def lora_linear_rows(
-    x: Tensor, weight: Tensor, bias: Tensor | None, parts: Sequence[Part], factors: Sequence[Factors]
-) -> Tensor:
-    """`lora_linear` for adapters that have rows of their own: one product with W for all rows.
-
-    A row without an adapter gets ``x Wᵀ + b``. An adapter's gradients come from its own rows alone.
-
-    Args:
-        x: ``(..., in)``; not under autocast, and nothing that `wants_plain_torch`.
-        weight: ``(out, in)``, of x's dtype.
-        bias: ``(out,)`` or None.
-        parts: Rows that do not overlap; an adapter may have several.
-        factors: Of each part.
-
-    Returns:
-        ``x: (..., in) -> (..., out)``.
-    """
-    every = [tensor for one in factors for tensor in one]
-    y: Tensor = _Lora.apply(None, x, weight, bias, False, tuple(parts), *every)  # type: ignore[no-untyped-call]
-    return y
-
-
-def add_lora_rows_(
-    y: Tensor, x: Tensor, parts: Sequence[Part], factors: Sequence[Factors], *, inplace: bool = False
-) -> Tensor:
-    """`add_lora_` for adapters that have rows of their own; see `lora_linear_rows`.
-
-    Args:
-        y: ``(..., out)``, what the base layer returned for x.
-        x: ``(..., in)``.
-        parts: Rows that do not overlap.
-        factors: Of each part.
-        inplace: As for `add_lora_`.
-
-    Returns:
-        ``(..., out)`` of y's dtype.
-    """
-    every = [tensor for one in factors for tensor in one]
-    out: Tensor = _Lora.apply(y, x, None, None, inplace and _writable(y), tuple(parts), *every)  # type: ignore[no-untyped-call]
+    out: Tensor = _Lora.apply(y, x, None, None, A, B, B_bias, scaling, p, inplace)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -349,7 +292,14 @@ def _to(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if tensor is None else tensor.to(dtype)
 
 
-def _writable(y: Tensor) -> bool:
+def without_autocast(grad: Tensor) -> AbstractContextManager[Any]:
+    """Of a backward: one inside autocast computes in its forward's dtype."""
+    kind = grad.device.type
+    return torch.autocast(kind, enabled=False) if autocasts(kind) else nullcontext()
+
+
+def writable(y: Tensor) -> bool:
+    """Whether a layer may write into what its base returned."""
     return not (
         y._is_view()
         or (y.is_leaf and y.requires_grad)
@@ -358,13 +308,31 @@ def _writable(y: Tensor) -> bool:
     )
 
 
-def _project(x: Tensor, A: Tensor, drop: Tensor | None) -> Tensor:
+def project(x: Tensor, A: Tensor, drop: Tensor | None) -> Tensor:
     """``h = drop(x) Aᵀ``; x is copied if elements have to be zeroed."""
-    return (x if drop is None else zero_dropped_(x.clone(), drop)) @ A.t()
+    return (x if drop is None else zero_dropped_(x.clone(), drop)) @ A.mT
+
+
+def base_product(
+    ctx: Any, y: Tensor | None, x: Tensor, weight: Tensor | None, bias: Tensor | None, inplace: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What a step adds to, x as rows (T, in), and the first as rows (T, out): y or ``x Wᵀ + b``."""
+    rows = as_rows(x)
+    if y is None:
+        flat = F.linear(rows, weight, bias)  # type: ignore[arg-type]
+        if x.dim() == 2:
+            return flat, rows, flat
+        # No view: an in-place operation on one would lose hooks. F.linear gives a view if there is a bias.
+        return torch.ops.aten._unsafe_view(flat, (*x.shape[:-1], flat.shape[-1])), rows, flat
+    if inplace:
+        ctx.mark_dirty(y)
+    else:
+        y = y.clone(memory_format=torch.contiguous_format)
+    return y, rows, y.view(rows.shape[0], y.shape[-1])
 
 
 class _Lora(torch.autograd.Function):
-    """Adds the branch of each part to its rows of ``y``, or of ``x Wᵀ + b`` if y is None."""
+    """Adds the branch to ``y``, or to ``x Wᵀ + b`` if y is None."""
 
     @staticmethod
     def forward(
@@ -373,108 +341,55 @@ class _Lora(torch.autograd.Function):
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        B_bias: Tensor | None,
+        scaling: float,
+        p: float,
         inplace: bool,
-        parts: tuple[Part, ...],
-        *factors: Tensor | None,
     ) -> Tensor:
-        if y is None:
-            y = F.linear(x.contiguous(), weight, bias)  # type: ignore[arg-type]
-            if y._is_view():  # of a 1-D x: in-place operations on a view would lose hooks
-                y = y.clone()
-        elif inplace:
-            ctx.mark_dirty(y)
-        else:
-            y = y.clone(memory_format=torch.contiguous_format)
-        rows = as_rows(x)
-        flat = y.view(rows.shape[0], y.shape[-1])
-        _, need_x, need_w, _, _, _, *need = ctx.needs_input_grad
-        kept: list[Tensor | None] = []
-        x_kept = None
-        ctx.needs = []
-        for i, part in enumerate(parts):
-            A, B, B_bias = factors[3 * i : 3 * i + 3]
-            own = (flat, rows) if part.rows is None else (flat[part.rows], rows[part.rows])
-            h, drop = _add_part_(*own, A, B, B_bias, part)  # type: ignore[arg-type]
-            needs = Needs(need_x, need_w, need[3 * i], need[3 * i + 1])
-            saved = Saved(x, weight, A, B, h, drop).for_gradients(needs)
-            ctx.needs.append((needs, A.dtype, B.dtype))  # type: ignore[union-attr]
-            kept += saved[2:]
-            x_kept = x_kept if saved.x is None else x
-        ctx.save_for_backward(x_kept, weight if need_x else None, *kept)
-        ctx.parts, ctx.shape, ctx.dtype = parts, x.shape, x.dtype
+        y, rows, flat = base_product(ctx, y, x, weight, bias, inplace)
+        drop = draw(x, p) if p > 0.0 else None
+        scale = scaling / (1.0 - p)
+        h = project(rows, A.to(x.dtype), drop)
+        add_product_(flat, h, B.t().to(x.dtype), scale)
+        if B_bias is not None:
+            flat.add_(B_bias.to(x.dtype), alpha=scaling)
+        _, need_x, need_w, _, need_a, need_b = ctx.needs_input_grad[:6]
+        ctx.needs = Needs(need_x, need_w, need_a, need_b)
+        drop = None if drop is None else packed(drop, x.numel())
+        ctx.save_for_backward(*Saved(x, weight, A, B, h, drop).for_gradients(ctx.needs))
+        ctx.scale, ctx.scaling, ctx.shape, ctx.dtype = scale, scaling, x.shape, x.dtype
+        ctx.dtypes = A.dtype, B.dtype
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        kind = grad.device.type
-        if not autocasts(kind):
-            return _Lora._gradients(ctx, grad)
-        with torch.autocast(
-            kind, enabled=False
-        ):  # a backward inside autocast computes in its forward's dtype
+        with without_autocast(grad):
             return _Lora._gradients(ctx, grad)
 
     @staticmethod
     def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, *kept = ctx.saved_tensors
-        need_y, _, need_w, need_bias, _, _, *need = ctx.needs_input_grad
+        saved, needs = Saved(*ctx.saved_tensors), ctx.needs
+        need_y, _, _, need_bias, _, _, need_bb = ctx.needs_input_grad[:7]
         G = as_rows(grad.to(ctx.dtype))
-        rows = None if x is None else as_rows(x)
-        dx = G @ weight if weight is not None else None
-        again = torch.is_grad_enabled()
-        gradients: list[Tensor | None] = []
-        for i, part in enumerate(ctx.parts):
-            needs, *dtypes = ctx.needs[i]
-            own, x_own = (G, rows) if part.rows is None else (G[part.rows], _own(rows, part))
-            saved = Saved(x_own, weight, *kept[4 * i : 4 * i + 4])
-            scale = part.scaling / (1.0 - part.p)
-            if again:
-                scaled = saved._replace(h=None if saved.h is None else saved.h * scale)
-                more, dA, dB = differentiable_gradients(own, scaled, needs, scale, ctx.shape[-1])
-                if more is not None:
-                    more = _among_all(more, part, G.shape[0])
-                    dx = more if dx is None else dx + more
-            else:
-                if dx is None and part.rows is not None and needs.x:
-                    dx = G.new_zeros(G.shape[0], ctx.shape[-1])
-                into, dA, dB = branch_gradients(own, saved, needs, scale, _own(dx, part), dtypes)
-                dx = into if dx is None else dx
-            gradients += (dA, dB, own.sum(0) * part.scaling if need[3 * i + 2] else None)
+        dx = G @ saved.weight if saved.weight is not None else None
+        if torch.is_grad_enabled():
+            scaled = saved._replace(h=None if saved.h is None else saved.h * ctx.scale)
+            more, dA, dB = differentiable_gradients(G, scaled, needs, ctx.scale, ctx.shape[-1])
+            dx = more if dx is None or more is None else dx + more
+        else:
+            dx, dA, dB = branch_gradients(G, saved, needs, ctx.scale, dx, ctx.dtypes)
+        summed = G.sum(0) if need_bias or need_bb else None
         return (
             grad if need_y else None,
             None if dx is None else dx.view(ctx.shape),
-            G.t() @ rows if need_w and rows is not None else None,
-            G.sum(0) if need_bias else None,
+            G.t() @ as_rows(saved.x) if needs.weight and saved.x is not None else None,
+            summed if need_bias else None,
+            dA,
+            dB,
+            summed * ctx.scaling if summed is not None and need_bb else None,
             None,
             None,
-            *gradients,
+            None,
         )
-
-
-def _add_part_(
-    flat: Tensor, rows: Tensor, A: Tensor, B: Tensor, B_bias: Tensor | None, part: Part
-) -> tuple[Tensor, Tensor | None]:
-    """``flat += s (drop(rows) Aᵀ Bᵀ + b_B)``; h and what was dropped, for the backward."""
-    drop = None
-    if part.p > 0.0:
-        drop = draw(rows, part.p) if part.draws is None else part.draws.draw(rows, part.p)
-    scale = part.scaling / (1.0 - part.p)
-    h, Bt = _project(rows, A.to(rows.dtype), drop), B.t().to(rows.dtype)
-    if flat.dtype == rows.dtype:
-        flat.addmm_(h, Bt, alpha=scale)
-    else:
-        flat.add_(h @ Bt, alpha=scale)
-    if B_bias is not None:
-        flat.add_(B_bias.to(rows.dtype), alpha=part.scaling)
-    return h, None if drop is None else packed(drop, rows.numel())
-
-
-def _own(rows: Tensor | None, part: Part) -> Tensor | None:
-    return rows if rows is None or part.rows is None else rows[part.rows]
-
-
-def _among_all(own: Tensor, part: Part, count: int) -> Tensor:
-    """Rows of a part among zeros for all others: (n, in) -> (T, in)."""
-    if part.rows is None:
-        return own
-    return F.pad(own, (0, 0, part.rows.start, count - part.rows.stop))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.laws.test_family import llama
-from tests.tolerances import FAMILY, assert_close
+from tests.tolerances import BY_DTYPE, FAMILY, assert_close
 from tests.unit.family.tiny import CONFIG, family, text, weights
 from veneer import Family, LoraConfig, PeftModel
 from veneer.errors import (
@@ -200,6 +200,20 @@ def test_dropout_is_the_same_when_it_is_recomputed(checkpointing: bool) -> None:
         assert_close(mine.grad, other.grad, FAMILY)
     assert torch.equal(made.generator("a").get_state(), plain.generator("a").get_state())
     assert len(calls) == 1 + checkpointing
+
+
+def test_autocast_gives_what_it_gives_alone() -> None:
+    made, alone = family("a", "b"), family("a")
+    for one in (made, alone):
+        with torch.no_grad():
+            for parameter in one.parameters("a"):
+                parameter.fill_(0.02)
+        with torch.autocast("cpu", torch.bfloat16):
+            one.forward_backward({"a": text(), "b": text(1)} if one is made else {"a": text()})
+    for mine, other in zip(made.parameters("a"), alone.parameters("a"), strict=True):
+        assert mine.grad is not None and other.grad is not None and mine.grad.dtype == torch.float32
+        scale = other.grad.abs().max()
+        assert_close(mine.grad / scale, other.grad / scale, BY_DTYPE[torch.bfloat16])
 
 
 # -- states ------------------------------------------------------------------------------------------------

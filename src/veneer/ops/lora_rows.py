@@ -1,0 +1,316 @@
+"""The linear step of several adapters that have rows of their own: one product with W for all of them.
+
+The formulae are those of `veneer.ops.lora_linear`. Adapters that lie side by side with equally many rows form
+a block, whose products are batched: in a block of k adapters ``X: (k, n, in)``, ``A: (k, r, in)`` and
+``B: (k, out, r)``, smaller ranks filled up with zeros. No number of one adapter takes part in another's sums,
+so what is not finite stays where it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from veneer.ops.dropout import Draws, draw, packed
+from veneer.ops.lora_gradients import (
+    Needs,
+    Saved,
+    add_product_,
+    as_rows,
+    branch_gradients,
+    differentiable_gradients,
+)
+from veneer.ops.lora_linear import base_product, project, without_autocast, writable
+
+#: Multiplications that take as long as the calls of one block, for numbers of so many bytes.
+_WORTH_A_BLOCK = {2: 5_000_000, 4: 1_000_000, 8: 1_000_000}
+
+
+class Part(NamedTuple):
+    """What a step needs to know of one adapter besides its factors.
+
+    Attributes:
+        scaling: s.
+        p: Dropout probability.
+        rows: Its rows of x as (T, in).
+        draws: Decide what is dropped; None for torch's global generator.
+    """
+
+    scaling: float
+    p: float
+    rows: slice
+    draws: Draws | None = None
+
+
+#: A (r, in), B (out, r) and the bias of B (out,) of an adapter.
+Factors = tuple[Tensor, Tensor, Tensor | None]
+
+
+def lora_linear_rows(
+    x: Tensor, weight: Tensor, bias: Tensor | None, parts: Sequence[Part], factors: Sequence[Factors]
+) -> Tensor:
+    """`lora_linear` for adapters that have rows of their own: one product with W for all rows.
+
+    A row without an adapter gets ``x Wᵀ + b``. An adapter's gradients come from its own rows alone.
+
+    Args:
+        x: ``(..., in)``; not under autocast, and nothing that `wants_plain_torch`.
+        weight: ``(out, in)``, of x's dtype.
+        bias: ``(out,)`` or None.
+        parts: Rows that do not overlap; an adapter may have several.
+        factors: Of each part.
+
+    Returns:
+        ``x: (..., in) -> (..., out)``.
+    """
+    every = [tensor for one in factors for tensor in one]
+    blocks = blocks_of(parts, factors, x.dtype)
+    y: Tensor = _LoraRows.apply(None, x, weight, bias, False, blocks, *every)  # type: ignore[no-untyped-call]
+    return y
+
+
+def add_lora_rows_(
+    y: Tensor, x: Tensor, parts: Sequence[Part], factors: Sequence[Factors], *, inplace: bool = False
+) -> Tensor:
+    """`add_lora_` for adapters that have rows of their own; see `lora_linear_rows`.
+
+    Args:
+        y: ``(..., out)``, what the base layer returned for x.
+        x: ``(..., in)``.
+        parts: Rows that do not overlap.
+        factors: Of each part.
+        inplace: As for `add_lora_`.
+
+    Returns:
+        ``(..., out)`` of y's dtype.
+    """
+    every = [tensor for one in factors for tensor in one]
+    blocks = blocks_of(parts, factors, x.dtype)
+    out: Tensor = _LoraRows.apply(y, x, None, None, inplace and writable(y), blocks, *every)  # type: ignore[no-untyped-call]
+    return out
+
+
+class Block(NamedTuple):
+    """Neighbouring parts of equal size.
+
+    Attributes:
+        parts: Which.
+        first: The number of the first one among all parts.
+    """
+
+    parts: tuple[Part, ...]
+    first: int
+
+    def of(self, rows: Tensor) -> Tensor:
+        """The block's rows of all: (T, m) -> (k, n, m), or (n, m) of a single part."""
+        own = rows[self.parts[0].rows.start : self.parts[-1].rows.stop]
+        return own if len(self.parts) == 1 else own.view(len(self.parts), -1, rows.shape[-1])
+
+    def scale(self, like: Tensor) -> float | Tensor:
+        """The strength of the branches that dropout leaves: one number, or (k, 1, 1)."""
+        scales = [part.scaling / (1.0 - part.p) for part in self.parts]
+        if len(set(scales)) == 1:
+            return scales[0]
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        return torch.tensor(scales, dtype=dtype, device=like.device).view(-1, 1, 1)
+
+    def drop(self, x: Tensor) -> Tensor | None:
+        """What dropout drops of the block's rows x, as `draw` gives it; None for nothing."""
+        if not any(part.p for part in self.parts):
+            return None
+        each = [x] if len(self.parts) == 1 else x.unbind()
+        return _joined([_drawn(part, own) for part, own in zip(self.parts, each, strict=True)], x)
+
+
+def blocks_of(parts: Sequence[Part], factors: Sequence[Factors], dtype: torch.dtype) -> tuple[Block, ...]:
+    """Parts in blocks: neighbours of equal size, unless filling up their ranks costs more than it saves.
+
+    Args:
+        parts: In the order of their rows.
+        factors: Of each part.
+        dtype: That is computed in.
+    """
+    found: list[list[Part]] = []
+    most = 0
+    for i, (part, (A, B, _)) in enumerate(zip(parts, factors, strict=True)):
+        r, width, size = A.shape[0], A.shape[1] + B.shape[0], part.rows.stop - part.rows.start
+        if found and _alike(parts[i - 1], factors[i - 1], part, factors[i]):
+            k, most_then = len(found[-1]), max(most, r)
+            in_vain = most_then * (k + 1) - most * k - r
+            if in_vain * size * width <= _WORTH_A_BLOCK[dtype.itemsize]:
+                found[-1].append(part)
+                most = most_then
+                continue
+        found.append([part])
+        most = r
+    starts = [sum(map(len, found[:i])) for i in range(len(found))]
+    return tuple(Block(tuple(some), start) for some, start in zip(found, starts, strict=True))
+
+
+def _alike(before: Part, its: Factors, part: Part, own: Factors) -> bool:
+    """Whether a part lies next to another, with as many rows and factors to be treated alike."""
+    return (
+        before.rows.stop == part.rows.start
+        and part.rows.stop - part.rows.start == before.rows.stop - before.rows.start
+        and all(
+            one.requires_grad is other.requires_grad and one.dtype == other.dtype
+            for one, other in zip(its[:2], own[:2], strict=True)
+        )
+    )
+
+
+def _drawn(part: Part, x: Tensor) -> Tensor | None:
+    if part.p == 0.0:
+        return None
+    return draw(x, part.p) if part.draws is None else part.draws.draw(x, part.p)
+
+
+def _joined(drops: Sequence[Tensor | None], x: Tensor) -> Tensor:
+    """What is dropped of each part of x, as one: positions if all have them, else a mask of what is kept."""
+    size = x.numel() // len(drops)
+    if not any(drop is not None and drop.dtype == torch.bool for drop in drops):
+        places = [drop + i * size for i, drop in enumerate(drops) if drop is not None]
+        return packed(torch.cat(places), x.numel())
+    masks = []
+    for drop in drops:
+        if drop is None or drop.dtype != torch.bool:
+            mask = torch.ones(size, dtype=torch.bool, device=x.device)
+            drop = mask if drop is None else mask.index_fill_(0, drop, False)
+        masks.append(drop)
+    return torch.cat(masks)
+
+
+def _stacked(factors: Sequence[Tensor | None], axis: int, dtype: torch.dtype) -> Tensor | None:
+    """A factor of each part of a block in one tensor, filled up along the rank; of a single part as it is."""
+    every = [factor for factor in factors if factor is not None]
+    if not every:
+        return None
+    if len(every) == 1:
+        return every[0].to(dtype)
+    ranks = [factor.shape[axis] for factor in every]
+    most = max(ranks)
+    if torch.is_grad_enabled():
+        short = [(0, 0, 0, most - r) if axis == 0 else (0, most - r) for r in ranks]
+        return torch.stack([F.pad(f.to(dtype), s) for f, s in zip(every, short, strict=True)])
+    shape = list(every[0].shape)
+    shape[axis] = most
+    new = torch.empty if min(ranks) == most else torch.zeros
+    whole = new(len(every), *shape, dtype=dtype, device=every[0].device)
+    places = [one.narrow(axis, 0, r) for one, r in zip(whole.unbind(), ranks, strict=True)]
+    torch._foreach_copy_(places, every)  # casts too
+    return whole
+
+
+class _LoraRows(torch.autograd.Function):
+    """Adds the branch of each part to its rows of ``y``, or of ``x Wᵀ + b`` if y is None."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        y: Tensor | None,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        inplace: bool,
+        blocks: tuple[Block, ...],
+        *factors: Tensor | None,
+    ) -> Tensor:
+        y, rows, flat = base_product(ctx, y, x, weight, bias, inplace)
+        _, need_x, need_w, _, _, _, *need = ctx.needs_input_grad
+        kept: list[Tensor | None] = []
+        x_kept, ctx.needs = None, []
+        for block in blocks:
+            first, k = 3 * block.first, len(block.parts)
+            As, Bs, biases = (factors[first + i : first + 3 * k : 3] for i in range(3))
+            own = block.of(rows)
+            drop = block.drop(own)
+            h = project(own, _stacked(As, 0, x.dtype), drop)  # type: ignore[arg-type]
+            y_own = block.of(flat)
+            add_product_(y_own, h, _stacked(Bs, 1, x.dtype).mT, block.scale(x))  # type: ignore[union-attr]
+            for part, B_bias in zip(block.parts, biases, strict=True):
+                if B_bias is not None:
+                    flat[part.rows].add_(B_bias.to(x.dtype), alpha=part.scaling)
+            needs = Needs(need_x, need_w, need[first], need[first + 1])
+            saved = Saved(x, weight, As[0], Bs[0], h, drop).for_gradients(needs)
+            ranks = [A.shape[0] for A in As]  # type: ignore[union-attr]
+            ctx.needs.append((needs, ranks, (As[0].dtype, Bs[0].dtype)))  # type: ignore[union-attr]
+            nothing = (None,) * k
+            kept += (saved.h, saved.drop)
+            kept += (*(nothing if saved.A is None else As), *(nothing if saved.B is None else Bs))
+            x_kept = x_kept if saved.x is None else x
+        ctx.save_for_backward(x_kept, weight if need_x else None, *kept)
+        ctx.blocks, ctx.shape, ctx.dtype = blocks, x.shape, x.dtype
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        with without_autocast(grad):
+            return _LoraRows._gradients(ctx, grad)
+
+    @staticmethod
+    def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, *kept = ctx.saved_tensors
+        need_y, need_x, need_w, need_bias, _, _, *need = ctx.needs_input_grad
+        G = as_rows(grad.to(ctx.dtype))
+        rows = None if x is None else as_rows(x)
+        again = torch.is_grad_enabled()
+        dx = G @ weight if weight is not None else None
+        if dx is None and need_x:
+            dx = G.new_zeros(G.shape[0], ctx.shape[-1])
+        gradients: list[Tensor | None] = []
+        for block, (needs, ranks, dtypes) in zip(ctx.blocks, ctx.needs, strict=True):
+            k = len(block.parts)
+            h, drop, *both = kept[: 2 + 2 * k]
+            kept = kept[2 + 2 * k :]
+            A, B = _stacked(both[:k], 0, G.dtype), _stacked(both[k:], 1, G.dtype)
+            own, x_own = block.of(G), None if rows is None else block.of(rows)
+            saved, scale = Saved(x_own, weight, A, B, h, drop), block.scale(G)
+            if again:
+                scale = scale.to(G.dtype) if isinstance(scale, Tensor) else scale
+                saved = saved._replace(h=None if h is None else h * scale)
+                more, dA, dB = differentiable_gradients(own, saved, needs, scale, ctx.shape[-1])
+                if more is not None and dx is not None:
+                    dx = dx + _among_all(more, block, G.shape[0])
+            else:
+                dx_own = None if dx is None else block.of(dx)
+                _, dA, dB = branch_gradients(own, saved, needs, scale, dx_own, dtypes)
+            gradients += _of_each(block, ranks, dA, dB, own, need)
+        return (
+            grad if need_y else None,
+            None if dx is None else dx.view(ctx.shape),
+            G.t() @ rows if need_w and rows is not None else None,
+            G.sum(0) if need_bias else None,
+            None,
+            None,
+            *gradients,
+        )
+
+
+def _of_each(
+    block: Block,
+    ranks: Sequence[int],
+    dA: Tensor | None,
+    dB: Tensor | None,
+    G: Tensor,
+    need: Sequence[bool],
+) -> list[Tensor | None]:
+    """The gradients of A, B and the bias of B of each part of a block, without what filled up the ranks."""
+    found: list[Tensor | None] = []
+    for i, (part, r) in enumerate(zip(block.parts, ranks, strict=True)):
+        alone = len(ranks) == 1
+        found += (
+            dA if dA is None or alone else dA[i, :r],
+            dB if dB is None or alone else dB[i, :, :r],
+            (G if alone else G[i]).sum(0) * part.scaling if need[3 * (block.first + i) + 2] else None,
+        )
+    return found
+
+
+def _among_all(own: Tensor, block: Block, count: int) -> Tensor:
+    """Rows of a block among zeros for all others: (n, in) or (k, n, in) -> (T, in)."""
+    first, last = block.parts[0].rows, block.parts[-1].rows
+    return F.pad(own.reshape(-1, own.shape[-1]), (0, 0, first.start, count - last.stop))
