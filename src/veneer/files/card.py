@@ -24,7 +24,7 @@ _AUTO_CLASS = {
 
 
 def hub_id(name: object) -> str | None:
-    """`name` if it can be a model's id on the hub, None if it looks like a path of somebody's machine."""
+    """`name` if it can be a model's id on the hub, None if it looks like a local path."""
     if not isinstance(name, str) or len(name) > 96 or not _HUB_ID.fullmatch(name):
         return None
     if (
@@ -86,7 +86,7 @@ The files are in PEFT's format: `veneer`, `peft` and what reads PEFT adapters lo
 
 
 def _scalar(text: str) -> str:
-    """`text` as a YAML string, in quotes where it would be read as a number or a truth value."""
+    """`text` as a YAML string, in quotes if it would be read as a number or a boolean."""
     return f'"{text}"' if _TYPED.fullmatch(text) else text
 
 
@@ -101,7 +101,7 @@ def _usage(config: Mapping[str, Any], base: str | None) -> str:
 def merge_card(existing: str, new: str) -> str:
     """The card to write over an existing one.
 
-    The body stays as it is, unless Veneer wrote it and nobody changed it since. In the front matter
+    The body stays as it is, unless Veneer wrote it and it has not been edited. In the front matter
     ``base_model`` and ``library_name`` are set, tags are added, ``pipeline_tag`` is set where there is none,
     and everything else stays.
     """

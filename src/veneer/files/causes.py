@@ -150,7 +150,7 @@ def _shapes(mismatched: Sequence[tuple[str, Shape, Shape]]) -> list[str]:
 
 
 def _options(report: LoadReport) -> list[str]:
-    """Options that the configuration has and the file's tensors do not show, or the other way round."""
+    """Options that the configuration has but the file's tensors do not, or the reverse."""
     return [
         f"the configuration has {option}, but the file has no {what}"
         if lacking

@@ -1,4 +1,4 @@
-"""The file ``adapter_config.json``, as it comes from anywhere."""
+"""Reading ``adapter_config.json``, which is not trusted."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LARGEST_FILE = 16 * 2**20
 
 
 def read_config_bytes(path: str | os.PathLike[str]) -> bytes:
-    """The content of an ``adapter_config.json``, not looked at.
+    """The raw content of an ``adapter_config.json``.
 
     Raises:
         AdapterFileError: If the file is missing or too large.
@@ -59,7 +59,7 @@ def parse_config(raw: bytes, name: str) -> dict[str, Any]:
 
 
 def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object as a dictionary, for ``object_pairs_hook``; of a key twice readers take either value."""
+    """A JSON object as a dictionary, for ``object_pairs_hook``; refuses a key that occurs twice."""
     table = dict(pairs)
     if len(table) != len(pairs):
         ((twice, _),) = Counter(name for name, _ in pairs).most_common(1)
@@ -68,7 +68,7 @@ def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def read_config_file(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The JSON object in an ``adapter_config.json``, whatever lies beside it.
+    """The JSON object in an ``adapter_config.json``, regardless of the tensors beside it.
 
     Raises:
         AdapterFileError: If the file is missing, too large, not UTF-8, no JSON, not an object, or has a key

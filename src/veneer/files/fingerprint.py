@@ -27,7 +27,7 @@ Severity = Literal["none", "note", "wrong"]
 
 @dataclass(frozen=True)
 class BaseComparison:
-    """How a present base model compares with the one that an adapter was made on.
+    """How the present base model compares with the one that an adapter was made on.
 
     Attributes:
         problems: what differs, in words.
@@ -55,7 +55,7 @@ def fingerprint(
 
     Of up to 16 adapted weights and 4 others, spread over their mappings, 16 values each at positions that
     depend on the shape only, to three digits: the same for fp32, fp16 and bf16 copies. Integer, sharded and
-    meta weights are passed over.
+    meta weights are skipped.
 
     Args:
         architecture: class name of the base model.
@@ -193,7 +193,7 @@ def _values(
 
 
 def _tolerated(saved: Mapping[str, Any], present: Mapping[str, Any]) -> float:
-    """The difference that needs no word: larger where either side says that its weights are quantised."""
+    """The difference that is accepted silently: larger if the weights of either side are quantised."""
     return QUANTISED_BELOW if saved.get("quantised") or present.get("quantised") else NOTE_ABOVE
 
 

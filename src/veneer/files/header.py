@@ -39,7 +39,7 @@ DTYPES: dict[str, tuple[str, int]] = {
 
 @dataclass(frozen=True)
 class Header:
-    """What a safetensors file says of its tensors.
+    """What the header of a safetensors file says about its tensors.
 
     Attributes:
         shapes: shape of each tensor, by its name on disk.
@@ -61,11 +61,11 @@ HeaderMemo = dict[tuple[bytes, int], Header]
 
 
 def read_header(path: Path, memo: HeaderMemo | None = None) -> Header:
-    """The tensors of a safetensors file by its header alone, checked against the file's size.
+    """Read the header of a safetensors file, and check it against the file's size.
 
     Args:
         path: the file.
-        memo: headers that were read before, and understood once; written to.
+        memo: headers that were parsed before; new ones are added.
 
     Raises:
         AdapterFileError: the file is truncated, damaged or hostile; says which.
@@ -106,7 +106,7 @@ def _checked_metadata(path: Path, metadata: Any) -> dict[str, str]:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """The metadata of a file of tensors of either format, from the part of it that holds them.
+    """The metadata of a file of tensors of either format; only that part is read.
 
     Raises:
         AdapterFileError: the file is truncated, damaged or hostile; says which.
@@ -117,7 +117,7 @@ def read_metadata(path: Path) -> dict[str, str]:
 def metadata_and_shapes(
     path: Path, memo: HeaderMemo | None = None
 ) -> tuple[dict[str, str], dict[str, tuple[int, ...]] | None]:
-    """The metadata and the shapes of tensors in a file of either format; a pickle says no shapes.
+    """The metadata and the shapes of tensors in a file of either format; none for a pickle.
 
     Raises:
         AdapterFileError: the file is truncated, damaged or hostile; says which.
@@ -130,7 +130,7 @@ def metadata_and_shapes(
 
 
 def bin_metadata(path: Path) -> dict[str, str]:
-    """The metadata in an archive of torch.save; empty where another library wrote it.
+    """The metadata in an archive of torch.save; empty if another library wrote it.
 
     Raises:
         AdapterFileError: the archive or its metadata are damaged.
@@ -150,7 +150,7 @@ def bin_metadata(path: Path) -> dict[str, str]:
 
 
 def check_archive(path: Path, size: int) -> None:
-    """Refuse what is no plain archive of torch.save; a compressed entry could unfold to any size."""
+    """Refuse anything but a plain archive of torch.save; a compressed entry could expand to any size."""
     try:
         entries = []
         if zipfile.is_zipfile(path):
@@ -171,7 +171,7 @@ def check_archive(path: Path, size: int) -> None:
 
 
 def raw_header(path: Path) -> bytes:
-    """The JSON header, which begins after eight bytes that say how long it is."""
+    """The JSON header, which follows eight bytes with its length."""
     size = path.stat().st_size
     with path.open("rb") as file:
         first = file.read(8)

@@ -5,8 +5,8 @@ The metadata of the tensors carry the configuration that they were saved with, a
 second. So a reader can tell what lies beside the tensors:
 
 - the configuration that was saved with them;
-- the one that was to be replaced, or none: the save was cut short, and the metadata's is used;
-- another one: somebody edited it, and it is used.
+- the one that was to be replaced, or none: the save was cut short, and that in the metadata is used;
+- a different one: it was edited, and is used.
 
 Writers take turns. While the same tensors are in place, no other save touches the configuration beside
 them. So a reader opens the tensors, reads the configuration, and begins again if the tensors were replaced.
@@ -54,7 +54,7 @@ _File = TypeVar("_File")
 
 
 def saved_metadata(root: Path, text: str) -> dict[str, str]:
-    """What the metadata of tensors say of the configuration `text` that is to be saved beside them."""
+    """The metadata for tensors that are saved with the configuration `text`."""
     beside, saved = _config_bytes(root), {SAVED_CONFIG: text}
     return saved if beside in (None, text.encode()) else {**saved, REPLACED_CONFIG: _digest(beside or b"")}
 
@@ -65,8 +65,8 @@ class BelongingConfig(NamedTuple):
     Attributes:
         path: The file that holds it, or would.
         values: The configuration.
-        cut_short: That the save of the tensors was cut short, in words.
-        saved: What was saved with the tensors, where somebody has edited the file since.
+        cut_short: A sentence if the save of the tensors was cut short.
+        saved: The configuration saved with the tensors, if the file was edited since.
     """
 
     path: Path
@@ -110,7 +110,7 @@ def belonging_config(root: Path, metadata: Mapping[str, str], beside: bytes | No
 
 @contextlib.contextmanager
 def blame_file(adapter: str | os.PathLike[str]) -> Iterator[None]:
-    """What is wrong in an adapter's configuration is an error of that file, not of the caller's options."""
+    """Raise errors in an adapter's configuration as errors of that file, not of the caller's options."""
     try:
         yield
     except ConfigError as error:
@@ -120,7 +120,7 @@ def blame_file(adapter: str | os.PathLike[str]) -> Iterator[None]:
 def together(root: Path, read: Callable[[Path], _File]) -> tuple[_File, bytes | None]:
     """The tensors of a directory as `read` gives them, and what its ``adapter_config.json`` held beside them.
 
-    Tensors that are replaced meanwhile are read again, so that both are of one moment.
+    If the tensors are replaced meanwhile, both are read again.
 
     Raises:
         AdapterFileError: There are no tensors, or `read` refuses them; or they are replaced again and again.
@@ -168,12 +168,12 @@ def watched(path: Path) -> Iterator[Callable[[], bool]]:
 
 
 def identity(status: os.stat_result) -> tuple[int, ...]:
-    """What differs after a file was replaced, or written to."""
+    """A value that changes when the file is replaced or written to."""
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def find_config(root: Path) -> BelongingConfig:
-    """The configuration that belongs to the tensors of a directory; where there are none, the one in it.
+    """The configuration that belongs to the tensors of a directory; without tensors, the one in it.
 
     Raises:
         AdapterFileError: Missing, too large, or not a JSON object.
@@ -184,7 +184,7 @@ def find_config(root: Path) -> BelongingConfig:
 
 
 def locate_tensors(directory: str | Path) -> Path:
-    """The file of tensors: safetensors when there is one, else the pickled one.
+    """The file of tensors: safetensors if there is one, else the pickle.
 
     Raises:
         AdapterFileError: with what the directory holds instead.
@@ -220,7 +220,7 @@ def check_directory(directory: str | Path) -> Path:
 
 
 def left_over(root: Path) -> list[Path]:
-    """What saves that were killed left in a directory.
+    """The files that killed saves left in a directory.
 
     Configurations come before tensors: without its tensors, that of an earlier version would be believed.
     """
@@ -229,7 +229,7 @@ def left_over(root: Path) -> list[Path]:
 
 
 def finish_older_save(root: Path) -> None:
-    """Finish a save by Veneer 0.1 that was killed between its moves, as its own next save would have."""
+    """Finish a save by an earlier version that was killed between its moves."""
     if older := _older_save(root):
         if older[1] == BIN_NAME:
             (root / SAFETENSORS_NAME).unlink(missing_ok=True)
@@ -237,7 +237,7 @@ def finish_older_save(root: Path) -> None:
 
 
 def _older_save(root: Path) -> tuple[Path, str] | None:
-    """(configuration, name of the tensors) of a save by Veneer 0.1 that was killed after it moved these."""
+    """Configuration and name of the tensors of an earlier version's save, killed after it moved these."""
     found = {path.name: parts for path in root.iterdir() if (parts := _LEFT_OVER.fullmatch(path.name))}
     for name, parts in found.items():
         if parts["file"] != "config" or name.replace("-config.", "-tensors.") in found:
@@ -275,7 +275,7 @@ def _digest(raw: bytes) -> str:
 
 
 def _adapters_in(root: Path) -> str:
-    """The sub-directories that hold an adapter, listed; empty where none does."""
+    """The subdirectories with an adapter, as a list in words; empty if there are none."""
     inside = [
         path.name
         for path in sorted(root.iterdir(), key=lambda p: p.name)
@@ -285,7 +285,7 @@ def _adapters_in(root: Path) -> str:
 
 
 def _contents(root: Path) -> str:
-    """One or two sentences on what a directory without an adapter does hold."""
+    """One or two sentences on the contents of a directory without an adapter."""
     if inside := _adapters_in(root):
         return f" Sub-directories hold one: {inside}; pass one of these."
     entries = sorted(root.iterdir(), key=lambda p: p.name)

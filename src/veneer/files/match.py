@@ -1,4 +1,4 @@
-"""Strict accounting of the tensors of a file against those that a model waits for."""
+"""Strict accounting of the tensors of a file against those that a model expects."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def match(
     """Account for every tensor of a file.
 
     Keys that differ from the expected ones in an unambiguous way are re-mapped: wrappers' segments
-    (``_orig_mod``), an adapter's name left in the key, one prefix more, fewer or other. What was done stands
-    in the report; where two re-mappings are equally good, none is made.
+    (``_orig_mod``), an adapter's name left in the key, an additional, missing or different prefix. The report
+    says what was done; if two re-mappings are equally good, none is made.
 
     Args:
         expected: the model's names on disk -> shapes.

@@ -1,4 +1,4 @@
-"""Directories for results: checked before the long work, and whole or not there at all after it.
+"""Directories for results: checked before the long work, and complete or absent after it.
 
 A directory is made beside its place, in a hidden one, and renamed when it is done. If files lie at the place,
 their directory is renamed aside first: no portable call exchanges two directories. A run that is killed
@@ -32,7 +32,7 @@ _WEIGHTS = re.compile(r"(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bi
 def check_replaceable(place: Path, overwrite: bool | None = None, what: str = "model") -> None:
     """Raise unless a directory of this name can be made; nothing is made yet.
 
-    What a run that was killed has left of the same directory is tidied first.
+    What a killed run has left of the same directory is removed first.
 
     Args:
         place: The directory to write.
@@ -102,15 +102,15 @@ def replacing(
 ) -> Iterator[Path]:
     """A directory to write into that becomes ``place`` at the end; a failure leaves ``place`` as it was.
 
-    Where ``place`` holds files already, its model is replaced and its other files stay. What lies at
-    ``place`` is the old directory or the new one, never a part of each, also after a kill at any moment;
-    between two renames there is none. Files get the permissions that the umask gives.
+    Where ``place`` holds files already, its model is replaced and its other files stay. At any moment, even
+    after a kill, ``place`` is the old directory or the new one, never a mixture; between two renames it is
+    missing. Files get the permissions that the umask gives.
 
     Args:
         place: The directory to write.
         overwrite: As for `check_replaceable`.
         what: As for `check_replaceable`.
-        stale: Names of files that are taken away from what is written over, to be read no more.
+        stale: Names of files of the old directory that are not kept.
 
     Raises:
         VeneerError: See `check_replaceable`.
@@ -138,7 +138,7 @@ _NEW, _OLD = "new", "old"
 
 
 def _set_permissions(made: Path) -> None:
-    """Those of new files: safetensors makes its own readable to their owner alone."""
+    """Give files the usual permissions: safetensors makes its files readable by their owner only."""
     mode = stat.S_IMODE(made.stat().st_mode) & 0o666
     for file in made.rglob("*"):
         found = file.lstat()
@@ -162,7 +162,7 @@ def _move(made: Path, place: Path, aside: Path, stale: re.Pattern[str]) -> None:
 
 
 def _keep_others(old: Path, new: Path, stale: re.Pattern[str]) -> None:
-    """Bring what is neither replaced nor stale into the new directory; it stays in the old one, too."""
+    """Copy files that are neither replaced nor stale into the new directory."""
     for file in old.iterdir():
         target = new / file.name
         folder = file.is_dir() and not file.is_symlink()
@@ -203,7 +203,7 @@ def _temporary_directory(place: Path) -> Iterator[Path]:
 
 
 def _tidy(place: Path) -> None:
-    """Finish what killed runs began: a new directory goes to its place, what else they left is removed."""
+    """Finish what killed runs began: move a complete new directory into place, remove the rest."""
     if not place.parent.is_dir():
         return
     name = re.compile(re.escape(f".{place.name}.") + "[0-9a-f]{16}")

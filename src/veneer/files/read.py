@@ -1,4 +1,4 @@
-"""Reading an adapter's directory. Files are hostile until proven otherwise."""
+"""Reading an adapter's directory. Files are not trusted."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class _Mapped:
     checked: bool = False
 
     def check(self, path: Path) -> None:
-        """Compare the data with the digest that was saved with them, where there is one.
+        """Compare the data with the digest that was saved with them, if there is one.
 
         Raises:
             AdapterFileError: They differ.
@@ -52,7 +52,7 @@ class _Mapped:
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """The tensors of an adapter on disk, not read yet, and the configuration that belongs to them.
+    """The tensors of an adapter on disk, not yet read, and their configuration.
 
     Attributes:
         path: the file.
@@ -82,7 +82,7 @@ class AdapterFile:
     ) -> dict[str, torch.Tensor]:
         """Read tensors, memory-mapped where the format allows it.
 
-        They are those of the file as it was opened, whatever has taken its place since.
+        They are those of the file that was opened, even if it has been replaced since.
 
         Args:
             keys: names on disk; all of them when None.
@@ -108,8 +108,8 @@ class AdapterFile:
 def open_adapter(directory: str | os.PathLike[str]) -> AdapterFile:
     """Open the tensors of the adapter in a directory; nothing but the header is read.
 
-    A ``.bin`` is a pickle: it is read with ``weights_only=True`` and one notice. Where both formats lie in
-    the directory, safetensors is taken.
+    A ``.bin`` is a pickle: it is read with ``weights_only=True`` and one notice. If both formats are in
+    the directory, safetensors is used.
 
     Raises:
         AdapterFileError: the file is missing, truncated, damaged, hostile, or no adapter at all; says which.
@@ -119,7 +119,7 @@ def open_adapter(directory: str | os.PathLike[str]) -> AdapterFile:
 
 
 def open_tensors(path: Path) -> AdapterFile:
-    """Open a file of tensors of whatever name, as `open_adapter` does that of a directory.
+    """Open a file of tensors of any name, as `open_adapter` does that of a directory.
 
     Raises:
         AdapterFileError: as for `open_adapter`.

@@ -1,4 +1,4 @@
-"""What of a file fits a model, and how that is said."""
+"""Which tensors of a file fit a model, and the report of it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What of a file fits a model. Keys of the file and of the model are both names on disk.
+    """Which tensors of a file fit a model. All keys are names on disk.
 
     Attributes:
         renamed: for every usable tensor, its key in the file -> the key that the model expects.
@@ -67,7 +67,7 @@ class LoadReport:
         return "; ".join(lines) if lines else None
 
     def message(self, where: object) -> str:
-        """Account for everything in one text: counts, up to three examples a kind, likely causes, way out."""
+        """One text about everything: counts, up to three examples of each kind, likely causes, way out."""
         return f"{self._text(where)}."
 
     def _text(self, where: object) -> str:

@@ -2,7 +2,7 @@
 
 In memory an adapter whose initialisation subtracts its start has ``A, B`` and, frozen, ``A₀, B₀``. On disk it
 is the plain adapter ``A' = [A; A₀]``, ``B' = [B, −B₀]`` with ``r' = 2r`` and the same scaling, which every
-reader understands. The metadata of the safetensors file say what it was, so that it is taken apart again,
+reader understands. The metadata of the safetensors file say what it was, so that it can be split again,
 bit for bit.
 """
 

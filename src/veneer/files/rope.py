@@ -1,7 +1,7 @@
 """Rotary embeddings in a model's ``config.json``, under the names that transformers 4 gave them too.
 
 transformers 5 writes ``rope_parameters`` alone. Other readers look for ``rope_theta`` and ``rope_scaling`` at
-the top, and without a word take their own defaults where these are missing.
+the top level, and silently use their own defaults if these are missing.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ NAME = "config.json"
 
 
 def older_names(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What ``rope_parameters`` say and the top of a configuration does not, by the older names."""
+    """What ``rope_parameters`` say and the top level of a configuration lacks, by the older names."""
     given = config.get("rope_parameters")
     if not isinstance(given, dict) or "rope_theta" not in given:
         return {}  # none, or one for each type of layer, which has no older name

@@ -1,4 +1,4 @@
-"""What tensors may hold that are loaded as an adapter's."""
+"""Which values the tensors of an adapter may have."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 def check_values(
     tensors: Mapping[str, torch.Tensor], where: object, *, check_finite: bool | None = None
 ) -> None:
-    """Refuse tensors that no adapter holds: NaN, infinity, and factors that are no floating-point numbers.
+    """Refuse NaN, infinity, and factors that are not of a floating-point type.
 
     Args:
         tensors: By their names on disk or in memory.

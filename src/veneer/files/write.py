@@ -1,4 +1,4 @@
-"""Writing an adapter's directory: everything beside the old files first, then moved into place."""
+"""Writing an adapter's directory: everything is written beside the old files, then moved into place."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def write_adapter(
     """Write ``adapter_config.json`` and the tensors, all or nothing.
 
     A save that fails or is killed leaves the old adapter or the new one, for whoever reads it with Veneer.
-    Another library that reads between the move of the tensors and that of the configuration, or after a kill
-    there, meets the new tensors with the old configuration. Writers into one directory take turns.
+    Another library that reads between the two moves, or after a kill there, finds the new tensors with the
+    old configuration. Writers into one directory take turns.
 
     Args:
         directory: made if it does not exist; other files in it are left alone.
@@ -89,7 +89,7 @@ def write_adapter(
 
 
 def write_card(directory: str | os.PathLike[str], card: str) -> None:
-    """Write ``README.md``, whole or not at all; of one that exists only the front matter is updated.
+    """Write ``README.md`` completely or not at all; only the front matter of an existing one is updated.
 
     Raises:
         CheckpointError: the directory cannot be made, or the card cannot be read or written.
@@ -104,7 +104,7 @@ def write_card(directory: str | os.PathLike[str], card: str) -> None:
 
 
 def check_tensors(tensors: Mapping[str, torch.Tensor]) -> None:
-    """Check that `tensors` hold an adapter's data; NaN and infinity are warned of.
+    """Check that `tensors` hold an adapter's data; warn of NaN and infinity.
 
     Raises:
         CheckpointError: listing everything that is wrong.
@@ -185,7 +185,7 @@ def _write_tensors(
 
 
 def _finish_metadata(path: Path) -> None:
-    """Enter the digest of the data, and put the metadata in order: safetensors leaves it to chance."""
+    """Enter the digest of the data, and sort the metadata, whose order safetensors leaves to chance."""
     with path.open("rb+") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         memory = torch.UntypedStorage.from_file(str(path), False, path.stat().st_size)
@@ -216,7 +216,7 @@ def _write_text(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def _directory(root: Path) -> Iterator[None]:
-    """Make the directory, and take it away again when the save into it fails."""
+    """Make the directory, and remove it again if the save into it fails."""
     new = [p for p in (root, *root.parents) if not p.exists()]
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -232,7 +232,7 @@ def _directory(root: Path) -> Iterator[None]:
 
 
 def _tidy(root: Path) -> None:
-    """Remove what a killed save left; where it is one of Veneer 0.1, finish it first."""
+    """Remove what a killed save left; finish one of an earlier version first."""
     finish_older_save(root)
     for path in left_over(root):
         path.unlink(missing_ok=True)
