@@ -135,32 +135,21 @@ def blocks_of(parts: Sequence[Part], factors: Sequence[Factors], dtype: torch.dt
         dtype: That is computed in.
     """
     found: list[list[Part]] = []
-    most = 0
-    for i, (part, (A, B, _)) in enumerate(zip(parts, factors, strict=True)):
-        r, width, size = A.shape[0], A.shape[1] + B.shape[0], part.rows.stop - part.rows.start
-        if found and _alike(parts[i - 1], factors[i - 1], part, factors[i]):
+    most, before = 0, None
+    for part, (A, B, _) in zip(parts, factors, strict=True):
+        r, size = A.shape[0], part.rows.stop - part.rows.start
+        kind = (size, A.requires_grad, B.requires_grad, A.dtype, B.dtype)
+        if kind == before and part.rows.start == found[-1][-1].rows.stop:
             k, most_then = len(found[-1]), max(most, r)
-            in_vain = most_then * (k + 1) - most * k - r
-            if in_vain * size * width <= _WORTH_A_BLOCK[dtype.itemsize]:
+            in_vain = (most_then * (k + 1) - most * k - r) * size * (A.shape[1] + B.shape[0])
+            if in_vain <= _WORTH_A_BLOCK[dtype.itemsize]:
                 found[-1].append(part)
                 most = most_then
                 continue
         found.append([part])
-        most = r
+        most, before = r, kind
     starts = [sum(map(len, found[:i])) for i in range(len(found))]
     return tuple(Block(tuple(some), start) for some, start in zip(found, starts, strict=True))
-
-
-def _alike(before: Part, its: Factors, part: Part, own: Factors) -> bool:
-    """Whether a part lies next to another, with as many rows and factors to be treated alike."""
-    return (
-        before.rows.stop == part.rows.start
-        and part.rows.stop - part.rows.start == before.rows.stop - before.rows.start
-        and all(
-            one.requires_grad is other.requires_grad and one.dtype == other.dtype
-            for one, other in zip(its[:2], own[:2], strict=True)
-        )
-    )
 
 
 def _drawn(part: Part, x: Tensor) -> Tensor | None:
