@@ -63,8 +63,6 @@ def sampling_of(
     repetition_penalty: float | None,
 ) -> Sampling:
     """The sampling options; `Sampling` checks that they go together."""
-    if temperature is not None and temperature < 0:
-        raise typer.BadParameter(f"--temperature must be 0 or more, not {temperature}")
     from ..training.sampling import Sampling
 
     return Sampling(max_new_tokens, do_sample, temperature, top_p, top_k, repetition_penalty)

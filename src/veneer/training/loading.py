@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, Hint, Text, TrainingError, VeneerError
 from ..wording import first_line
+from .bounds import bounded, wrong_values
 from .launcher import own_gpu
 from .options import DTYPES, QUANTIZATIONS
 
@@ -37,18 +38,13 @@ class Loading:
         ConfigError: Values that cannot be right, all of them at once.
     """
 
-    dtype: str = "auto"
+    dtype: str = bounded("auto", choices=DTYPES)
     device: str = "auto"
-    quantize: str = "none"
+    quantize: str = bounded("none", choices=("auto", "none", *QUANTIZATIONS))
     attn_implementation: str | None = None
 
     def __post_init__(self) -> None:
-        choices = {"dtype": DTYPES, "quantize": ("auto", "none", *QUANTIZATIONS)}
-        wrong = [
-            Text(Hint(name), f" is one of {', '.join(known)}, not {getattr(self, name)!r}")
-            for name, known in choices.items()
-            if getattr(self, name) not in known
-        ]
+        wrong = wrong_values(self)
         if not _DEVICE.fullmatch(self.device):
             wrong.append(Text(Hint("device"), f" is auto, cpu, cuda, cuda:1, mps, …, not {self.device!r}"))
         if wrong:

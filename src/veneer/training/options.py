@@ -6,13 +6,14 @@ import dataclasses
 import importlib.util
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
 from ..config import LoraConfig
 from ..errors import ConfigError, Hint, MissingExtraError, Text, UnknownOptionError
 from ..wording import did_you_mean, listed
+from .bounds import bounded, wrong_values
 from .data.columns import parse_columns
 from .data.forms import Purpose
 
@@ -40,14 +41,7 @@ MEASURED = {
 
 
 def option(
-    default: T,
-    group: str,
-    text: str,
-    *names: str,
-    free: bool = False,
-    choices: Any = (),
-    above: float | None = None,
-    least: float | None = None,
+    default: T, group: str, text: str, *names: str, free: bool = False, choices: Any = (), **bounds: float
 ) -> T:
     """A field that is also a flag and a key.
 
@@ -58,15 +52,11 @@ def option(
         names: Its names in other libraries, which are accepted too.
         free: Whether it may change between a checkpoint and its resumption, as no loss depends on it.
         choices: Its possible values, if they can be listed.
-        above: A number must be above this.
-        least: A number must be at least this.
+        bounds: Of a number, as in `bounded`.
     """
     if choices:
         text = f"{text} {', '.join(choices[:-1])} or {choices[-1]}."
-    details = {"group": group, "help": text, "names": names, "free": free}
-    bounds = {"choices": tuple(choices), "above": above, "least": least}
-    value: T = field(default=default, metadata=details | bounds)
-    return value
+    return bounded(default, group=group, help=text, names=names, free=free, choices=choices, **bounds)
 
 
 @dataclass(frozen=True)
@@ -88,7 +78,7 @@ class TrainOptions:
         "linear", "Steps", "Schedule of the learning rate:", "lr_scheduler", choices=SCHEDULES
     )
     warmup_steps: int = option(0, "Steps", "Steps over which the learning rate rises from 0.", least=0)
-    warmup_ratio: float = option(0.0, "Steps", "The same, as a share of all steps.")
+    warmup_ratio: float = option(0.0, "Steps", "The same, as a share of all steps.", least=0, below=1)
     weight_decay: float = option(0.0, "Steps", "Weight decay.", least=0)
     max_grad_norm: float = option(1.0, "Steps", "Clip gradients to this norm; 0 does not clip.", least=0)
     optim: str = option(
@@ -135,10 +125,7 @@ class TrainOptions:
 
     def problems(self) -> list[Text]:
         """What cannot be right, a sentence each."""
-        wrong = [text for part in dataclasses.fields(self) for text in _wrong(part, getattr(self, part.name))]
-        if not 0 <= self.warmup_ratio < 1:
-            got = self.warmup_ratio
-            wrong.append(Text(Hint("warmup_ratio"), f" must be at least 0 and below 1, not {got}"))
+        wrong = wrong_values(self)
         if self.warmup_steps and self.warmup_ratio:
             both = Text(Hint("warmup_steps"), " and ", Hint("warmup_ratio"))
             wrong.append(Text(both, " set the same thing: give only one of them"))
@@ -185,7 +172,11 @@ class RunOptions(TrainOptions):
         None, "Data", "Columns that have other names in the data: prompt=question,completion=answer."
     )
     validation_split: float = option(
-        0.0, "Evaluation", "Share of the examples to set aside for evaluation; the seed decides which."
+        0.0,
+        "Evaluation",
+        "Share of the examples to set aside for evaluation; the seed decides which.",
+        least=0,
+        below=1,
     )
     max_length: int = option(
         1024, "Data", "Maximum length of an example, in tokens; longer ones are cut.", above=0
@@ -267,10 +258,7 @@ class RunOptions(TrainOptions):
                     "replace_lora_weights_loftq(model, model_path) starts an adapter on a quantised base",
                 )
             )
-        if not 0 <= self.validation_split < 1:
-            got = self.validation_split
-            wrong.append(Text(Hint("validation_split"), f" must be at least 0 and below 1, not {got}"))
-        elif self.validation_split and self.eval_data:
+        if self.validation_split and self.eval_data:
             both = Text(Hint("validation_split"), " and ", Hint("eval_data"))
             wrong.append(Text(both, " both say what to validate on: give one of them"))
         wrong += super().problems()
@@ -320,21 +308,6 @@ class RunOptions(TrainOptions):
             init_lora_weights=init,
             task_type=self.task_type if self.task in TASKS else None,
         )
-
-
-def _wrong(part: dataclasses.Field[Any], value: Any) -> list[Text]:
-    """What is wrong with the value of one option."""
-    choices, above, least = (part.metadata[name] for name in ("choices", "above", "least"))
-    said = ""
-    if value is None:
-        return []
-    if choices and value not in choices:
-        said = f" is one of {', '.join(choices)}, not {value!r}{did_you_mean(value, choices)}"
-    elif above is not None and not value > above:
-        said = f" must be above {above}, not {value}"
-    elif least is not None and not value >= least:
-        said = f" must be {least} or more, not {value}"
-    return [Text(Hint(part.name), said)] if said else []
 
 
 def _listed(text: str | None) -> list[str] | None:

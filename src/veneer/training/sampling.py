@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import ConfigError, Hint, Text
+from .bounds import bounded, wrong_values
 
 
 @dataclass(frozen=True)
@@ -22,30 +23,15 @@ class Sampling:
         repetition_penalty: Divides the scores of tokens that occur already; 1 changes nothing.
     """
 
-    max_new_tokens: int = 128
+    max_new_tokens: int = bounded(128, above=0)
     do_sample: bool | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    repetition_penalty: float | None = None
+    temperature: float | None = bounded(None, least=0)
+    top_p: float | None = bounded(None, above=0, most=1)
+    top_k: int | None = bounded(None, above=0)
+    repetition_penalty: float | None = bounded(None, above=0)
 
     def __post_init__(self) -> None:
-        wrong = [
-            Text(Hint(name), f" must be {what}, not {value}")
-            for name, value, good, what in (
-                ("max_new_tokens", self.max_new_tokens, self.max_new_tokens > 0, "above 0"),
-                ("temperature", self.temperature, not (self.temperature or 0) < 0, "0 or more"),
-                ("top_p", self.top_p, self.top_p is None or 0 < self.top_p <= 1, "above 0 and at most 1"),
-                ("top_k", self.top_k, self.top_k is None or self.top_k > 0, "above 0"),
-                (
-                    "repetition_penalty",
-                    self.repetition_penalty,
-                    self.repetition_penalty is None or self.repetition_penalty > 0,
-                    "above 0",
-                ),
-            )
-            if not good
-        ]
+        wrong = wrong_values(self)
         drawn = [Hint(n) for n in ("temperature", "top_p", "top_k") if getattr(self, n)]
         if self.do_sample is False and drawn:
             named = Text.join(" and ", drawn)

@@ -85,7 +85,7 @@ def test_commands_that_do_not_exist_are_not_asked(
         (["--adapter", "path-only"], "--adapter takes NAME=PATH, not 'path-only'"),
         (["--adapter", "default=a"], "the name 'default' is the adapter given first"),
         (["--adapter", "b=a", "--adapter", "b=c"], "the name 'b' is used twice"),
-        (["--temperature", "-1"], "--temperature must be 0 or more"),
+        (["--temperature", "-1"], "--temperature must be at least 0, not -1.0"),
         (["--top-p", "2"], "--top-p must be above 0 and at most 1, not 2.0"),
         (["--no-do-sample", "--top-k", "3"], "--do-sample is off"),
     ],

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from ...adapters import base_of
 from ...config import LoraConfig
-from ...errors import ConfigError, VeneerError, VeneerWarning
+from ...errors import ConfigError, Text, VeneerError, VeneerWarning
 from ...files.keys import PREFIX
 from ...inject.base_tensors import embedding_of
 from ...peft_model import get_peft_model
 from ...wording import first_line, listed
+from ..bounds import bounded, wrong_values
 from ..libraries import quiet_libraries
 from ..options import RunOptions
 from .sources import shadow
@@ -115,13 +116,13 @@ class Step:
         ConfigError: Numbers that cannot be, or an unknown quantisation.
     """
 
-    batch_size: int = 8
-    sequence_length: int = 1024
+    batch_size: int = bounded(8, above=0)
+    sequence_length: int = bounded(1024, above=0)
     gradient_checkpointing: bool = False
-    gradient_accumulation_steps: int = 1
+    gradient_accumulation_steps: int = bounded(1, above=0)
     optim: str = "adamw_torch"
-    quantize: str | None = None
-    loss_chunk_size: int = 0
+    quantize: str | None = bounded(None, choices=tuple(QUANTIZED))
+    loss_chunk_size: int = bounded(0, least=0)
     padded: bool | None = None
     device: str = "cpu"
 
@@ -134,21 +135,8 @@ class Step:
         return cls(**{**given, "padded": False if options.packing else None, **more})
 
     def __post_init__(self) -> None:
-        least = {
-            "batch_size": 1,
-            "sequence_length": 1,
-            "gradient_accumulation_steps": 1,
-            "loss_chunk_size": 0,
-        }
-        wrong = [
-            f"{name} must be at least {bound}, not {getattr(self, name)}"
-            for name, bound in least.items()
-            if getattr(self, name) < bound
-        ]
-        if self.quantize is not None and self.quantize not in QUANTIZED:
-            wrong.append(f"quantize is one of {', '.join(QUANTIZED)}, not {self.quantize!r}")
-        if wrong:
-            raise ConfigError("; ".join(wrong))
+        if wrong := wrong_values(self):
+            raise ConfigError(Text.join("; ", wrong))
 
 
 def estimate_memory(model: nn.Module, config: LoraConfig, step: Step | None = None) -> MemoryEstimate:
