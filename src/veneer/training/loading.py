@@ -119,23 +119,12 @@ def device_map(source: str | os.PathLike[str], loading: Loading) -> tuple[Any, s
 
 
 def weight_bytes(source: str | os.PathLike[str], loading: Loading) -> int:
-    """Bytes that the weights of a base model take, told from its configuration alone.
-
-    Quantised, its matrices count by their bits; what belongs to the codes adds about a tenth.
-    """
-    from torch import nn
-
+    """Bytes that the weights and buffers of a base model take, told from its configuration alone."""
+    from .planning.memory import base_bytes
     from .planning.sources import empty_model
 
     model = empty_model(source, dtype=None if loading.dtype == "auto" else loading.dtype)
-    bits = {"nf4": 4, "fp4": 4, "int4": 4, "int8": 8}.get(loading.quantize)
-    coded = {id(m.weight) for m in model.modules() if bits and isinstance(m, nn.Linear)}
-    output = model.get_output_embeddings()
-    coded -= set() if output is None else {id(output.weight)}
-    return sum(
-        int(p.numel() * bits / 8 * 1.1) if bits and id(p) in coded else p.numel() * p.element_size()
-        for p in model.parameters()
-    )
+    return base_bytes(model, None if loading.quantize in ("none", "auto") else loading.quantize)[0]
 
 
 def _free_bytes(device: torch.device) -> int | None:

@@ -20,26 +20,20 @@ from torch import Tensor
 from ..base_files import WEIGHTS, BaseFiles, opened
 from ..base_fingerprint import FINGERPRINT, SIZES
 from ..config import LoraConfig
-from ..errors import (
-    BaseMismatchError,
-    CheckpointError,
-    Hint,
-    MergeError,
-    Text,
-    TrainingError,
-)
+from ..errors import BaseMismatchError, CheckpointError, Hint, MergeError, Text
 from ..files.fingerprint import compare_fingerprints, fingerprint
 from ..files.overwrite import check_room, replacing
 from ..files.read import AdapterFile
 from ..files.rope import write_older_names
 from ..files.values import check_values
-from ..hub import cached_if_unreachable, is_local
+from ..hub import is_local
 from ..lora_file import factor_names, open_lora
 from ..merge_report import MergeReport
 from ..ops.merging import merge_into_, shared_buffers
 from ..spec import LoraSpec, variant_name
-from ..wording import first_line, some
+from ..wording import some
 from .libraries import require
+from .models import loading_model
 from .paths import check_model
 from .progress import Progress
 from .saved_adapter import SavedAdapter, base_name, read_adapter
@@ -154,7 +148,7 @@ def base_directory(
 
     Raises:
         AdapterFileError: No base is named.
-        TrainingError: The base is missing, or cannot be fetched.
+        TrainingError: The base is missing, or cannot be loaded.
     """
     named = base_name(
         adapter if isinstance(adapter, SavedAdapter) else read_adapter(adapter), model, progress
@@ -166,14 +160,8 @@ def base_directory(
     from huggingface_hub import snapshot_download
 
     patterns = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
-    with cached_if_unreachable() as unreachable:
-        try:
-            return Path(snapshot_download(named, allow_patterns=patterns))
-        except (OSError, ValueError) as error:
-            raise TrainingError(
-                f"the model {named!r} cannot be fetched: {first_line(error)}"
-                f"{unreachable and f' ({unreachable})'}"
-            ) from error
+    with loading_model(named):
+        return Path(snapshot_download(named, allow_patterns=patterns))
 
 
 def _merged(

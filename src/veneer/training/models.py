@@ -32,12 +32,12 @@ def load_tokenizer(source: str | os.PathLike[str]) -> Any:
     require("transformers", "hf", "loading a language model")
     from transformers import AutoTokenizer
 
-    with _loading(source):
+    with loading_model(source):
         return AutoTokenizer.from_pretrained(source, **NO_CODE)
 
 
-def read_plain(source: str | os.PathLike[str]) -> PlainModel:
-    """Read the configuration of a model.
+def load_config(source: str | os.PathLike[str]) -> Any:
+    """The configuration of a model in a directory or on the hub, as transformers understands it.
 
     Raises:
         TrainingError: There is none.
@@ -45,8 +45,17 @@ def read_plain(source: str | os.PathLike[str]) -> PlainModel:
     require("transformers", "hf", "loading a language model")
     from transformers import AutoConfig
 
-    with _loading(source):
-        config = AutoConfig.from_pretrained(source, **NO_CODE)
+    with loading_model(source):
+        return AutoConfig.from_pretrained(source, **NO_CODE)
+
+
+def read_plain(source: str | os.PathLike[str]) -> PlainModel:
+    """What the configuration of a model says of it.
+
+    Raises:
+        TrainingError: There is none.
+    """
+    config = load_config(source)
     named = getattr(config, "architectures", None) or ()
     classifies = any(name.endswith("ForSequenceClassification") for name in named)
     names = [str(name) for _, name in sorted(config.id2label.items())] if classifies else None
@@ -95,7 +104,7 @@ def load_base(
         kind = AutoModelForSequenceClassification
         named = dict(enumerate(label_names))
         more |= {"id2label": named, "label2id": {name: number for number, name in named.items()}}
-    with _loading(source, progress):
+    with loading_model(source, progress):
         model = kind.from_pretrained(source, dtype=dtype, **NO_CODE, **more)
     if label_names is not None and getattr(model.config, "pad_token_id", None) is None:
         # Otherwise models that classify by the last token would take a padding token for it.
@@ -104,7 +113,12 @@ def load_base(
 
 
 @contextlib.contextmanager
-def _loading(source: str | os.PathLike[str], progress: Progress | None = None) -> Iterator[None]:
+def loading_model(source: str | os.PathLike[str], progress: Progress | None = None) -> Iterator[None]:
+    """Load from a directory or the hub, where a first request shows whether it answers.
+
+    Raises:
+        TrainingError: What is loaded in the block is missing or broken, or the hub does not answer.
+    """
     with contextlib.ExitStack() as stack:
         unreachable = ""
         if is_local(source):

@@ -218,7 +218,7 @@ def test_a_base_that_is_not_there(tmp_path: Path) -> None:
     adapter = adapter_of(base_of(tmp_path / "base"), tmp_path / "adapter")
     with pytest.raises(TrainingError, match=r"no model at .*nowhere': it does not exist"):
         base_directory(adapter, str(tmp_path / "nowhere"))
-    with pytest.raises(TrainingError, match="'someone/something' cannot be fetched"):
+    with pytest.raises(TrainingError, match="'someone/something' cannot be loaded"):
         base_directory(adapter, "someone/something")
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": None}))

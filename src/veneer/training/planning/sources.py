@@ -12,10 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import TrainingError
-from ...hub import cached_if_unreachable
 from ...wording import did_you_mean, first_line
 from ..libraries import quiet_libraries, require
-from ..models import NO_CODE
+from ..models import load_config
 from ..paths import check_model
 
 #: The task of an adapter -> transformers' class for it.
@@ -92,22 +91,11 @@ def task_of(config: Any) -> str:
 
 def _read(source: str | os.PathLike[str]) -> Any:
     """The configuration as transformers understands it."""
-    from transformers import AutoConfig
-
-    place = Path(source)
-    if place.is_file():
-        return _from_file(place)
     check_model(source, config_file=True)
-    if place.is_dir():
-        return _from_file(place / "config.json")
-    with quiet_libraries(), cached_if_unreachable() as unreachable:
-        try:
-            return AutoConfig.from_pretrained(source, **NO_CODE)
-        except (OSError, ValueError, KeyError) as error:
-            raise TrainingError(
-                f"there is no directory {str(source)!r}, and it cannot be read from the hub: "
-                f"{first_line(error)}{unreachable and f' ({unreachable})'}"
-            ) from error
+    place = Path(source)
+    if not place.exists():
+        return load_config(source)
+    return _from_file(place / "config.json" if place.is_dir() else place)
 
 
 def _from_file(place: Path) -> Any:
