@@ -99,9 +99,7 @@ def prompts_of(records: Records, tokenizer: Any) -> list[list[int]]:
     Raises:
         DataError: Some records cannot be laid out; one error for all of them.
     """
-    return list(
-        each(records, "prompt", lambda example, form: prompt_tokens(example, tokenizer, form.separator))
-    )
+    return each(records, "prompt", lambda example, form: prompt_tokens(example, tokenizer, form.separator))
 
 
 def answer_file(

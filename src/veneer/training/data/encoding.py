@@ -6,7 +6,7 @@ one, they are joined as they are and closed by the end-of-sequence token.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -15,7 +15,7 @@ from ...forward import IGNORED
 from .batch import Row
 from .forms import Form, Purpose, Record
 from .messages import Message, as_messages
-from .problems import Problem, Unfit, problem_list
+from .problems import Unfit, read_all
 from .recognition import form_of, read_as
 from .records import Records
 
@@ -123,26 +123,17 @@ def encode(records: Sequence[Record], tokenizer: Any, max_length: int = 1024) ->
     )
 
 
-def each(
-    records: Sequence[Record], purpose: Purpose, make: Callable[[dict[str, Any], Form], T]
-) -> Iterator[T]:
+def each(records: Sequence[Record], purpose: Purpose, make: Callable[[dict[str, Any], Form], T]) -> list[T]:
     """Apply a function to each record in plain words and to the form; raise one error for all bad records.
 
     Raises:
         DataError: With their number and the first few of them.
     """
     known = records if isinstance(records, Records) and records.form.purpose == purpose else None
-    form = form_of(records, purpose) if known is None else known.form
-    made: list[T] = []
-    problems: list[Problem] = []
-    for number, record in enumerate(records):
-        try:
-            made.append(make(read_as(form, record), form))
-        except Unfit as error:
-            problems.append((known.where(number) if known else f"record {number + 1}", error.message))
-    if problems:
-        raise DataError(problem_list(problems, len(records), known.source if known else "the data"))
-    return iter(made)
+    form, source = (form_of(records, purpose), "the data") if known is None else (known.form, known.source)
+    places = [known.where(n) if known else f"record {n + 1}" for n in range(len(records))]
+    found = list(zip(places, records, strict=True))
+    return read_all(found, lambda record: make(read_as(form, record), form), source)
 
 
 def _row(example: dict[str, Any], form: Form, tokenizer: Any) -> tuple[Row, bool]:

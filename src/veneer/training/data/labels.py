@@ -57,7 +57,7 @@ def encode_classification(
         DataError: Labels are partly texts and partly numbers, there are fewer than two classes, or a label is
             not among ``label_names``.
     """
-    examples = list(each(records, "classification", lambda example, form: example))
+    examples = each(records, "classification", lambda example, form: example)
     told = label_names if label_names is not None else getattr(records, "label_names", None)
     names = list(told) if told is not None else _names(examples)
     if len(names) < 2:

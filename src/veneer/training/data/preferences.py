@@ -60,7 +60,7 @@ def encode_preferences(
         DataError: Some records cannot be laid out; one error for all of them.
     """
     purpose: Purpose = "kto" if method == "kto" else "dpo"
-    found = list(each(records, purpose, lambda example, form: _row(example, form, tokenizer)))
+    found = each(records, purpose, lambda example, form: _row(example, form, tokenizer))
     left_out = method == "reward"
     rows = [row for row, length in found if not (left_out and length > max_length)]
     lengths = [length for _, length in found]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, NoReturn
 
 from ...errors import DataError, Hint, Text
 from ...wording import nearest
 from .forms import FORMS, PURPOSES, Form, Purpose, Record
-from .problems import Problem, Unfit, problem_list
+from .problems import Unfit, read_all
 from .values import kind_of
 
 #: What to say about data that is for another purpose.
@@ -32,25 +33,22 @@ def form_of(records: Sequence[object], purpose: Purpose = "sft") -> Form:
     Raises:
         DataError: No record has a form for the purpose; names the columns found and the nearest right ones.
     """
-    form = most_common_form(records, purpose)
-    if form is None:
-        problems: list[Problem] = [
-            (f"record {n}", lacking(r, purpose)) for n, r in enumerate(records, start=1)
-        ]
-        raise DataError(problem_list(problems, len(records), "the data", understood(purpose)))
-    return form
+    return common_form([(f"record {n}", record) for n, record in enumerate(records, start=1)], purpose)
 
 
-def most_common_form(records: Sequence[object], purpose: Purpose) -> Form | None:
-    """As `form_of`, but None if no record has a form for the purpose.
+def common_form(found: Sequence[tuple[str, object]], purpose: Purpose, source: str = "the data") -> Form:
+    """As `form_of`, for records with their places.
 
     Raises:
-        DataError: There is no such purpose.
+        DataError: There is no such purpose, no record has a form for it, or there are no records.
     """
     if purpose not in PURPOSES:
         raise DataError(f"the purpose of data is one of {', '.join(PURPOSES)}, not {purpose!r}")
-    found = Counter(form.name for record in records if (form := _first_fit(record, purpose)) is not None)
-    return max((form for form in FORMS if form.name in found), key=lambda f: found[f.name], default=None)
+    count = Counter(form for _, record in found if (form := _first_fit(record, purpose)) is not None)
+    if not count:
+        read_all(found, partial(_refuse, purpose), source)
+        raise DataError(f"{source} holds no records")
+    return max(FORMS, key=lambda form: count[form])
 
 
 def read_as(form: Form, record: object) -> dict[str, Any]:
@@ -64,7 +62,7 @@ def read_as(form: Form, record: object) -> dict[str, Any]:
     other = _first_fit(record, form.purpose)
     if other is not None:
         raise Unfit(f"it has the {other}, the others have the {form}; one set of data has one form")
-    raise Unfit(lacking(record, form.purpose))
+    _refuse(form.purpose, record)
 
 
 def _first_fit(record: object, purpose: Purpose) -> Form | None:
@@ -73,14 +71,18 @@ def _first_fit(record: object, purpose: Purpose) -> Form | None:
     return next((form for form in FORMS if form.purpose == purpose and form.fits(record)), None)
 
 
-def lacking(record: object, purpose: Purpose) -> str | Text:
-    """What is wrong with the columns of a record that has no form for a purpose."""
+def _refuse(purpose: Purpose, record: object) -> NoReturn:
+    """Say what is wrong with the columns of a record that has no form for a purpose."""
+    if isinstance(record, Unfit):  # there is none: the line of the file is broken
+        raise record
+    forms = ", ".join(form.example for form in FORMS if form.purpose == purpose)
+    way_out = Text(f"Understood: {forms}", Hint("columns", clause=". {} renames columns"))
     if not isinstance(record, Mapping):
-        return f"it is no object but {kind_of(record)}"
-    found = ", ".join(repr(name) for name in record) or "no column"
+        raise Unfit(f"it is no object but {kind_of(record)}", way_out=way_out)
+    columns = ", ".join(repr(name) for name in record) or "no column"
     hints = _hints(record, purpose)
     more = (" (", Text.join("; ", hints), ")") if hints else ()
-    return Text(f"it lacks columns that are needed: it has {found}", *more)
+    raise Unfit(f"it lacks columns that are needed: it has {columns}", *more, way_out=way_out)
 
 
 def _hints(record: Record, purpose: Purpose) -> list[str | Text]:
@@ -96,9 +98,3 @@ def near_columns(record: Record, columns: Collection[str]) -> list[str]:
     unknown = [name for name in record if name not in set(columns)]
     near = ((name, nearest(str(name).strip(), absent, cutoff=0.7)) for name in unknown)
     return [f"{name!r} should perhaps be {close[0]!r}" for name, close in near if close]
-
-
-def understood(purpose: Purpose) -> Text:
-    """The forms for a purpose, for the end of a message."""
-    forms = ", ".join(form.example for form in FORMS if form.purpose == purpose)
-    return Text(f"Understood: {forms}", Hint("columns", clause=". {} renames columns"))

@@ -15,8 +15,8 @@ from ..libraries import quiet_libraries, require
 from .columns import renamed
 from .files import READERS, TEXTS, Found, Source, check_type, read_file, rows_of
 from .forms import Purpose
-from .problems import Problem, Unfit, problem_list
-from .recognition import lacking, most_common_form, read_as, understood
+from .problems import read_all
+from .recognition import common_form, read_as
 from .records import Records
 
 #: Words in names of files that identify their split.
@@ -49,22 +49,8 @@ def read_records(
     found, classes = _reader(name)()
     if columns:
         found = renamed(found, columns, name)
-    form = most_common_form([record for _, record in found], purpose)
-    problems: list[Problem] = []
-    for place, record in found:
-        try:
-            if isinstance(record, Unfit):
-                raise record
-            if form is None:
-                raise Unfit(lacking(record, purpose))
-            read_as(form, record)
-        except Unfit as error:
-            problems.append((place, error.message))
-    if problems:
-        lacks = any("lacks columns" in str(words) for _, words in problems)
-        raise DataError(problem_list(problems, len(found), name, understood(purpose) if lacks else ""))
-    if form is None:
-        raise DataError(f"{name} holds no records")
+    form = common_form(found, purpose, name)
+    read_all(found, partial(read_as, form), name)
     places = [place for place, _ in found]
     records = (record for _, record in found)
     label_names = classes.get((columns or {}).get("label", "label"))
