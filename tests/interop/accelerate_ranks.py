@@ -348,9 +348,11 @@ def veneer_train(place: Path) -> None:
     class Third(Stop):
         """Asks to stop after the third step."""
 
-        steps = 0
+        def __init__(self) -> None:
+            self.steps = 0
 
-        def anywhere(self) -> bool:
+        @property
+        def asked(self) -> bool:
             self.steps += 1
             return self.steps == 3
 

@@ -35,17 +35,6 @@ class Stop:
     def __init__(self) -> None:
         self.asked = False
 
-    def anywhere(self) -> bool:
-        """Whether any process of the run has the request; all of them must call this."""
-        import torch
-
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-            return self.asked
-        on_cpu = "gloo" in torch.distributed.get_backend()
-        flag = torch.tensor(int(self.asked), device="cpu" if on_cpu else "cuda")
-        torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
-        return bool(flag.item())
-
 
 #: Within so many seconds, a second signal is the terminal's first, passed on by the launcher.
 ECHO_SECONDS = 1.0

@@ -188,9 +188,11 @@ class Reporter(TrainerCallback):
         self.step_begun = time.monotonic()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        """Stop, with a checkpoint, on request."""
+        """Stop, with a checkpoint, if any process was asked to."""
         self.working += time.monotonic() - self.step_begun
-        if state.global_step < state.max_steps and self.run.stop.anywhere():
+        if self.run.stop.asked:
+            self.trainer.accelerator.set_trigger()
+        if state.global_step < state.max_steps and self.trainer.accelerator.check_trigger():
             control.should_save = control.should_training_stop = True
             self.stopped = True
         return control

@@ -70,13 +70,12 @@ class StopAfter(Stop):
     """Asks to stop when it was asked a number of times: once a step."""
 
     def __init__(self, steps: int) -> None:
-        super().__init__()
         self.left = steps
 
-    def anywhere(self) -> bool:
+    @property
+    def asked(self) -> bool:
         self.left -= 1
-        self.asked = self.left <= 0
-        return self.asked
+        return self.left <= 0
 
 
 def test_the_loss_falls_and_the_base_stays(tmp_path: Path) -> None:

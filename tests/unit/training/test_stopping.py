@@ -15,9 +15,9 @@ from veneer.training.stopping import stop_on_signals
 def test_the_first_asks_and_the_second_leaves(kind: signal.Signals) -> None:
     before, said = signal.getsignal(kind), []
     with pytest.raises(KeyboardInterrupt), stop_on_signals(said.append) as stop:
-        assert not stop.anywhere()
+        assert not stop.asked
         os.kill(os.getpid(), kind)
-        assert stop.anywhere()
+        assert stop.asked
         os.kill(os.getpid(), kind)
     assert len(said) == 1
     assert signal.getsignal(kind) is before
