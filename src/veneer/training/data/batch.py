@@ -34,16 +34,14 @@ class Collator:
         longest), which start at 0 with every example; if ``packed`` is ``mask``, there is also an
         ``attention_mask`` (rows, 1, longest, longest), which is added to the scores.
         """
-        longest = max(len(row["input_ids"]) for row in rows)
-        batch = {
-            "input_ids": _filled([row["input_ids"] for row in rows], self.pad, longest),
-            # The first token of a row is predicted from nothing.
-            "labels": _filled([[IGNORED, *row["labels"][1:]] for row in rows], IGNORED, longest),
-        }
+        batch = _inputs(rows, self.pad)
+        # The first token of a row is predicted from nothing.
+        batch["labels"] = _filled([[IGNORED, *row["labels"][1:]] for row in rows], IGNORED)
         if "position_ids" not in rows[0]:
-            mask = _filled([[1] * len(row["input_ids"]) for row in rows], 0, longest)
-            return {"input_ids": batch["input_ids"], "attention_mask": mask, "labels": batch["labels"]}
+            return batch
         # The padding is one more example, so nothing attends to it and no mask is needed.
+        del batch["attention_mask"]
+        longest = batch["labels"].shape[1]
         batch["position_ids"] = torch.tensor(
             [[*row["position_ids"], *range(longest - len(row["position_ids"]))] for row in rows]
         )
@@ -79,15 +77,16 @@ class LabelCollator:
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """``input_ids`` and ``attention_mask``: (rows, longest); ``labels``: (rows,)."""
-        longest = max(len(row["input_ids"]) for row in rows)
-        return {
-            "input_ids": _filled([row["input_ids"] for row in rows], self.pad, longest),
-            "attention_mask": _filled([[1] * len(row["input_ids"]) for row in rows], 0, longest),
-            "labels": torch.tensor([row["labels"] for row in rows]),
-        }
+        return {**_inputs(rows, self.pad), "labels": torch.tensor([row["labels"] for row in rows])}
 
 
-def _filled(values: Sequence[Sequence[int]], filler: int, longest: int) -> Tensor:
+def _inputs(rows: Sequence[Mapping[str, Any]], pad: int) -> dict[str, Tensor]:
+    ids = [row["input_ids"] for row in rows]
+    return {"input_ids": _filled(ids, pad), "attention_mask": _filled([[1] * len(row) for row in ids], 0)}
+
+
+def _filled(values: Sequence[Sequence[int]], filler: int) -> Tensor:
+    longest = max(map(len, values))
     return torch.tensor([[*v, *[filler] * (longest - len(v))] for v in values])
 
 

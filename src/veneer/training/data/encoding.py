@@ -39,6 +39,11 @@ class Lengths:
         """Number of examples that exceed the maximum length."""
         return sum(length > self.max_length for length in self.lengths)
 
+    def about_cut(self, word: str = "example", what: str = "cut") -> list[str]:
+        """A warning of the examples that exceed the maximum length, if there are any."""
+        longer = f"{count(self.cut, word)} longer than {self.max_length} tokens"
+        return [f"warning: {longer} {'was' if self.cut == 1 else 'were'} {what}"] if self.cut else []
+
 
 @dataclass(frozen=True, kw_only=True)
 class Encoded(Lengths):
@@ -67,10 +72,9 @@ class Encoded(Lengths):
     def lines(self) -> list[str]:
         """What to say about it."""
         lines = [
-            f"{count(len(self.rows), 'example')}, {self.tokens:,} tokens, loss on {self.learned:,} of them"
+            f"{count(len(self.rows), 'example')}, {self.tokens:,} tokens, loss on {self.learned:,} of them",
+            *self.about_cut(),
         ]
-        if self.cut:
-            lines.append(f"warning: {longer(self.cut, 'example', self.max_length)} were cut")
         if self.dropped:
             lines.append(
                 f"warning: {count(self.dropped, 'example')} left out: nothing to learn in the first "
@@ -86,11 +90,6 @@ class Encoded(Lengths):
 def count(number: int, word: str) -> str:
     """``1 example``, ``2 examples``."""
     return f"{number:,} {word}{'' if number == 1 else 's'}"
-
-
-def longer(number: int, word: str, max_length: int) -> str:
-    """``2 examples longer than 1024 tokens``."""
-    return f"{count(number, word)} longer than {max_length} tokens"
 
 
 def encode(records: Sequence[Record], tokenizer: Any, max_length: int = 1024) -> Encoded:

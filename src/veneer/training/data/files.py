@@ -43,12 +43,11 @@ def check_type(place: Path) -> None:
 
 
 def read_file(place: Path) -> Source:
-    """Read one file; without a suffix it is read as JSONL.
+    """Read one file that passed `check_type`; without a suffix it is read as JSONL.
 
     Raises:
-        DataError: It cannot be read, or is of a type that is not known; lists those that are.
+        DataError: It cannot be read.
     """
-    check_type(place)
     try:
         return READERS.get(place.suffix.lower(), _jsonl)(place)
     except OSError as error:

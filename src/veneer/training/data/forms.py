@@ -31,7 +31,7 @@ class Form:
         columns: Required columns.
         more: Optional columns.
         read: Record -> record in plain words.
-        example: A short record, for messages.
+        example: A short record, for messages; by default one with the required columns.
         separator: Stands between prompt and answer if the model has no chat template.
     """
 
@@ -40,9 +40,13 @@ class Form:
     purpose: Purpose
     columns: tuple[str, ...]
     read: Reader = field(repr=False, compare=False)
-    example: str
+    example: str = ""
     more: tuple[str, ...] = ()
     separator: str = ""
+
+    def __post_init__(self) -> None:
+        shown = ", ".join(f'"{column}": …' for column in self.columns)
+        object.__setattr__(self, "example", self.example or f"{{{shown}}}")
 
     def __str__(self) -> str:
         return f"columns {' + '.join(self.columns)} ({self.title})"
@@ -189,7 +193,6 @@ FORMS: tuple[Form, ...] = (
     Form(
         name="prompt-completion", title="instruction", purpose="sft",
         columns=("prompt", "completion"), more=("tools",), read=_prompt_completion,
-        example='{"prompt": …, "completion": …}',
     ),
     Form(
         name="sharegpt", title="ShareGPT", purpose="sft",
@@ -199,17 +202,14 @@ FORMS: tuple[Form, ...] = (
     Form(
         name="alpaca", title="Alpaca", purpose="sft",
         columns=("instruction", "output"), more=("input", "system"), read=_alpaca, separator="\n\n",
-        example='{"instruction": …, "output": …}',
     ),
     Form(
         name="text", title="plain text, loss on all of it", purpose="sft",
         columns=("text",), read=_text,
-        example='{"text": …}',
     ),
     Form(
         name="preference", title="preference", purpose="dpo",
         columns=("prompt", "chosen", "rejected"), read=_preference,
-        example='{"prompt": …, "chosen": …, "rejected": …}',
     ),
     Form(
         name="preference-whole", title="preference, whole conversations", purpose="dpo",
@@ -224,12 +224,10 @@ FORMS: tuple[Form, ...] = (
     Form(
         name="classification", title="classification", purpose="classification",
         columns=("text", "label"), read=_classified("text"),
-        example='{"text": …, "label": …}',
     ),
     Form(
         name="classification-sentence", title="classification", purpose="classification",
         columns=("sentence", "label"), read=_classified("sentence"),
-        example='{"sentence": …, "label": …}',
     ),
     Form(
         name="prompt-messages", title="conversation", purpose="prompt",
@@ -239,7 +237,6 @@ FORMS: tuple[Form, ...] = (
     Form(
         name="prompt", title="prompt", purpose="prompt",
         columns=("prompt",), more=("tools",), read=_prompt,
-        example='{"prompt": …}',
     ),
     Form(
         name="prompt-sharegpt", title="ShareGPT", purpose="prompt",
@@ -249,6 +246,5 @@ FORMS: tuple[Form, ...] = (
     Form(
         name="prompt-alpaca", title="Alpaca", purpose="prompt",
         columns=("instruction",), more=("input", "system"), read=_instruction, separator="\n\n",
-        example='{"instruction": …}',
     ),
 )  # fmt: skip

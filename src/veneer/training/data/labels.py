@@ -9,7 +9,7 @@ from typing import Any
 
 from ...errors import DataError
 from ...wording import did_you_mean
-from .encoding import Lengths, count, each, longer
+from .encoding import Lengths, count, each
 from .forms import Record
 from .problems import Unfit
 
@@ -31,10 +31,7 @@ class EncodedLabels(Lengths):
         found = Counter(row["labels"] for row in self.rows)
         shown = [f"{name} {found[number]}" for number, name in enumerate(self.label_names)][:8]
         more = f", … ({len(self.label_names)} classes)" if len(self.label_names) > 8 else ""
-        lines = [f"{count(len(self.rows), 'example')}: {', '.join(shown)}{more}"]
-        if self.cut:
-            lines.append(f"warning: {longer(self.cut, 'example', self.max_length)} were cut")
-        return lines
+        return [f"{count(len(self.rows), 'example')}: {', '.join(shown)}{more}", *self.about_cut()]
 
 
 def encode_classification(

@@ -102,8 +102,7 @@ def packing_for(model: Any) -> Separation:
 
 
 def _separates(model: Any, collator: Collator) -> bool:
-    first, other, second = ([token] * 3 for token in (1, 2, 3))
-    second = [3, 4, 5, 6]
+    first, other, second = [1] * 3, [2] * 3, [3, 4, 5, 6]
     rows = [{"input_ids": part, "labels": part} for part in (first, other, second)]
     try:
         after_first, after_other, alone = (

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .encoding import Lengths, count, each, has_template, laid_out, longer
+from .encoding import Lengths, count, each, has_template, laid_out
 from .forms import Form, Purpose, Record
 from .messages import as_messages
 from .problems import Unfit
@@ -29,17 +29,13 @@ class Preferences(Lengths):
     def lines(self) -> list[str]:
         """What to say about it."""
         labels = [row["label"] for row in self.rows if "label" in row]
-        word = "answer" if labels else "pair"
         lines = [f"{count(len(self.rows), 'pair')} of answers"]
         if labels:
             good = sum(labels)
             lines = [f"{count(len(labels), 'answer')}: {good} good, {len(labels) - good} bad"]
             if good in (0, len(labels)):
                 lines.append("warning: all answers are judged alike, so there is nothing to tell apart")
-        if self.cut:
-            what = "left out" if self.left_out else "cut"
-            lines.append(f"warning: {longer(self.cut, word, self.max_length)}; such are {what}")
-        return lines
+        return lines + self.about_cut("answer" if labels else "pair", "left out" if self.left_out else "cut")
 
 
 def encode_preferences(

@@ -34,13 +34,13 @@ def test_long_pairs_are_counted() -> None:
     short = {"prompt": "a", "chosen": "b", "rejected": "c"}
     found = encode_preferences([TEXTS, short, short], plain, max_length=8)
     assert found.cut == 1
-    assert found.lines() == ["3 pairs of answers", "warning: 1 pair longer than 8 tokens; such are cut"]
+    assert found.lines() == ["3 pairs of answers", "warning: 1 pair longer than 8 tokens was cut"]
 
 
 def test_a_reward_is_one_of_a_whole_answer() -> None:
     found = encode_preferences([TEXTS, {**TEXTS, "chosen": "2" * 99}], tiny_tokenizer(), 60, "reward")
     assert found.rows == [TURNS]
-    assert found.lines()[1] == "warning: 1 pair longer than 60 tokens; such are left out"
+    assert found.lines()[1] == "warning: 1 pair longer than 60 tokens was left out"
 
 
 def test_answers_with_a_judgement() -> None:
