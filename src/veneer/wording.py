@@ -74,6 +74,14 @@ def first_line(error: BaseException) -> str:
     return lines[0].rstrip(". ") if lines else type(error).__name__
 
 
+def size(count: int) -> str:
+    """A number of bytes in readable units."""
+    for unit, factor in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= factor:
+            return f"{count / factor:.3g} {unit}"
+    return f"{count} bytes"
+
+
 def warn(*parts: str | Hint | Text) -> None:
     """Give a `VeneerWarning` at the line outside of Veneer that led here.
 

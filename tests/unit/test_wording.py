@@ -9,7 +9,7 @@ import pytest
 
 from veneer import wording
 from veneer.errors import VeneerWarning
-from veneer.wording import did_you_mean, first_line, listed, some, visible
+from veneer.wording import did_you_mean, first_line, listed, size, some, visible
 
 
 @pytest.mark.parametrize(
@@ -76,3 +76,12 @@ def test_a_warning_stands_where_the_caller_is() -> None:
 def test_the_first_line_of_an_error() -> None:
     assert first_line(OSError("\nNo room. \nmore")) == "No room"
     assert first_line(NotImplementedError()) == "NotImplementedError"
+
+
+def test_sizes() -> None:
+    assert [size(n) for n in (12, 19_600_000, 269_060_552, 1_234)] == [
+        "12 bytes",
+        "19.6 MB",
+        "269 MB",
+        "1.23 kB",
+    ]

@@ -254,11 +254,3 @@ def table(*columns: str) -> Table:
             paragraphs(column), justify="right" if number else "left", overflow="fold", no_wrap=number == 0
         )
     return made
-
-
-def size(count: int) -> str:
-    """A number of bytes in readable units."""
-    for unit, factor in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if count >= factor:
-            return f"{count / factor:.3g} {unit}"
-    return f"{count} bytes"

@@ -14,7 +14,8 @@ from ..integrations.export.options import check_options, pipeline_parts
 from ..training.paths import check_model
 from ..training.progress import Terminal
 from ..training.saved_adapter import SavedAdapter, base_name, read_adapter
-from .common import app, load_libraries, show, show_json, size
+from ..wording import size
+from .common import app, load_libraries, show, show_json
 
 if TYPE_CHECKING:
     from ..integrations.export import ExportReport

@@ -12,7 +12,8 @@ from ..files.overwrite import check_writable
 from ..training.libraries import require
 from ..training.progress import Terminal
 from ..training.saved_adapter import read_adapter
-from .common import app, load_libraries, show, show_json, size, table
+from ..wording import size
+from .common import app, load_libraries, show, show_json, table
 from .common import console as stdout
 
 if TYPE_CHECKING:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .common import DONE, FAILED, app, show, show_json, size
+from ..wording import size
+from .common import DONE, FAILED, app, show, show_json
 from .common import console as stdout
 from .messages import say
 

@@ -14,8 +14,9 @@ from ..training.loading import Loading
 from ..training.paths import check_model, check_not_a_source
 from ..training.progress import Terminal
 from ..training.saved_adapter import SavedAdapter, base_name, read_adapter
+from ..wording import size
 from .asking import Device
-from .common import app, console, load_libraries, show, show_json, size, table
+from .common import app, console, load_libraries, show, show_json, table
 
 if TYPE_CHECKING:
     from ..merge_report import MergeReport

@@ -17,8 +17,8 @@ from ..training.paths import check_model
 from ..training.planning.limits import parse_budget
 from ..training.progress import Terminal
 from ..training.saved_adapter import adapter_config
-from ..wording import listed
-from .common import app, flags_of, load_libraries, show_json, size
+from ..wording import listed, size
+from .common import app, flags_of, load_libraries, show_json
 from .fields import options_of, with_flags
 from .messages import in_flags
 

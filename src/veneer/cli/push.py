@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
+from ..wording import size
 from .asking import AsJson
-from .common import app, show, show_json, size
+from .common import app, show, show_json
 from .messages import say
 
 

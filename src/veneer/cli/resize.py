@@ -10,8 +10,9 @@ import typer
 from ..tools.requests import check_place, check_size
 from ..training.progress import Terminal
 from ..training.saved_adapter import read_adapter
+from ..wording import size
 from .asking import AsJson
-from .common import app, console, load_libraries, show, show_json, size, table
+from .common import app, console, load_libraries, show, show_json, table
 
 if TYPE_CHECKING:
     from ..tools import ResizeReport

@@ -13,7 +13,8 @@ from ..training.options import RunOptions
 from ..training.paths import check_run
 from ..training.progress import Terminal
 from ..training.stopping import Interrupted
-from .common import FAILED, INTERRUPTED, app, load_libraries, show, show_json, show_text, size
+from ..wording import size
+from .common import FAILED, INTERRUPTED, app, load_libraries, show, show_json, show_text
 from .fields import command_line, commented, options_of, with_flags
 from .messages import say
 

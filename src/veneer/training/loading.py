@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, Hint, Text, TrainingError, VeneerError
-from ..wording import first_line
+from ..wording import first_line, size
 from .bounds import bounded, wrong_values
 from .launcher import own_gpu
 from .options import DTYPES, QUANTIZATIONS
@@ -113,7 +113,7 @@ def device_map(source: str | os.PathLike[str], loading: Loading) -> tuple[Any, s
     if needed <= ROOM * free:
         return {"": str(first)}, f"The base model goes to {first}."
     return "auto", (
-        f"The base model takes {needed / 1e9:.3g} GB and {first} has {free / 1e9:.3g} GB free: it is spread "
+        f"The base model takes {size(needed)} and {first} has {size(free)} free: it is spread "
         "over all devices and the CPU's memory, which is slower. Quantising makes it smaller."
     )
 

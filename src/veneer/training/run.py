@@ -14,7 +14,7 @@ import torch
 
 from ..errors import Hint, Text, TrainingError, VeneerError
 from ..integrations.transformers import enable_trainer
-from ..wording import first_line
+from ..wording import first_line, size
 from .adapters import own_tokenizer
 from .data import (
     Collator,
@@ -325,7 +325,7 @@ def _estimate(
     seconds = steps * options.gradient_accumulation_steps * once
     time = f"{seconds / 60:.0f} min" if seconds >= 90 else f"{max(seconds, 1):.0f} s"
     yield (
-        f"Estimate: {steps} steps in about {time}, {found.peak / 1e9:.2g} GB of memory at the peak"
+        f"Estimate: {steps} steps in about {time}, {size(found.peak)} of memory at the peak"
         + (" in each process" if processes() > 1 else "")
         + " (if all rows were as long as the longest)"
     )

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from veneer import VeneerError, VeneerWarning
-from veneer.cli import common, main
+from veneer.cli import main
 
 TRAIN = ["train", "--model", "m", "--data", "d", "--output", "o"]
 
@@ -245,12 +245,3 @@ def test_json_has_names_as_they_are(
     told = json.loads(capsys.readouterr().out)
     found = told[0] if isinstance(told, list) else told
     assert found["path"] == HOSTILE and found["base"] == HOSTILE and found["target_modules"] == [HOSTILE]
-
-
-def test_sizes() -> None:
-    assert [common.size(n) for n in (12, 19_600_000, 269_060_552, 1_234)] == [
-        "12 bytes",
-        "19.6 MB",
-        "269 MB",
-        "1.23 kB",
-    ]

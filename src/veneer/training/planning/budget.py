@@ -10,6 +10,7 @@ from torch import nn
 from ...config import LoraConfig
 from ...errors import Hint, Text, TrainingError
 from ...targets import DEFAULT_TARGETS
+from ...wording import size
 from .limits import Budget, parse_budget
 from .memory import MemoryEstimate, Step, adapt_shadow, base_bytes, estimate_memory
 
@@ -79,8 +80,7 @@ def propose(
     if not tried:
         quantize = step.quantize if "quantize" in fixed else step.quantize or "nf4"
         raise TrainingError(
-            f"nothing fits into {budget.text}: the base alone takes "
-            f"{_gigabytes(base_bytes(model, quantize)[0])}",
+            f"nothing fits into {budget.text}: the base alone takes {size(base_bytes(model, quantize)[0])}",
             "." if "quantize" in fixed else " even in 4 bits.",
             kept,
             " Use a smaller model, or more memory",
@@ -88,7 +88,7 @@ def propose(
     least, adapter, taken = min(tried, key=lambda found: found[0].peak)
     raise TrainingError(
         f"nothing fits into {budget.text}, of which 5 % stay free: the smallest settings found take "
-        f"{_gigabytes(least.peak)}, of which {_gigabytes(least.base)} are the base, with rank {adapter.r}, ",
+        f"{size(least.peak)}, of which {size(least.base)} are the base, with rank {adapter.r}, ",
         Hint("batch_size", taken.batch_size),
         f", {taken.quantize or 'no'} quantisation.",
         kept,
@@ -177,7 +177,3 @@ def _within_share(
 
 def _trainable(model: nn.Module, config: LoraConfig) -> int:
     return sum(p.numel() for p in adapt_shadow(model, config).parameters() if p.requires_grad)
-
-
-def _gigabytes(count: int) -> str:
-    return f"{count / 1e9:.3g} GB" if count >= 10**9 else f"{count / 1e6:.3g} MB"
