@@ -25,8 +25,8 @@ from .generation import answer_file, generate_answers
 from .models import load_base
 from .options import RunOptions, TrainOptions
 from .progress import Progress, Silent, Terminal
-from .run import train
 from .sampling import Sampling
+from .train_rows import train
 
 __all__ = [
     "Chat",

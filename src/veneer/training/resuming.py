@@ -86,23 +86,20 @@ def run_record(
 ) -> dict[str, Any]:
     """Everything that the losses of a run depend on, and its number of steps."""
     adapters = getattr(model, "peft_config", None) or {}
-    return {
+    record = {
         "steps": steps,
         "options": {
             part.name: getattr(options, part.name)
             for part in dataclasses.fields(options)
             if not part.metadata["free"]
         },
-        "adapters": {name: _plain(config.to_dict()) for name, config in adapters.items()},
+        "adapters": {name: config.to_dict() for name, config in adapters.items()},
         "data": digest(rows),
         "evaluation data": digest(eval_rows),
         "processes": processes,
     }
-
-
-def _plain(content: Mapping[str, Any]) -> dict[str, Any]:
-    """As read back from JSON, with sets sorted and other objects as texts."""
-    told = json.dumps(content, default=lambda value: sorted(value) if isinstance(value, set) else str(value))
+    # As it is read back.
+    told = json.dumps(record, default=lambda value: sorted(value) if isinstance(value, set) else str(value))
     plain: dict[str, Any] = json.loads(told)
     return plain
 
@@ -235,10 +232,11 @@ def _differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[Text]:
     options = {
         name: Text(Hint(name), f" was {_told(was)} and is {_told(now['options'].get(name))}")
         for name, was in then["options"].items()
-        if was != _plain(now["options"]).get(name)
+        if was != now["options"].get(name)
     }
+    only_length = options.keys() <= _LENGTH
     others = []
-    if options.keys() <= _LENGTH and then["adapters"] != now["adapters"]:
+    if only_length and then["adapters"] != now["adapters"]:
         keys = {
             k for n, c in then["adapters"].items() for k in c if now["adapters"].get(n, {}).get(k) != c[k]
         }
@@ -251,7 +249,7 @@ def _differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[Text]:
         for name in ("data", "evaluation data", "processes")
         if then[name] != now[name]
     ]
-    if not others and options.keys() <= _LENGTH and now["steps"] >= then["steps"]:
+    if not others and only_length and now["steps"] >= then["steps"]:
         return []
     return [*options.values(), *others]
 
