@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
@@ -232,32 +232,7 @@ class RunOptions(TrainOptions):
             for name in ("model", "data", "output")
             if not getattr(self, name) and not (name == "model" and self.resume_from_adapter)
         ]
-        method = Hint("method", self.method)
-        if self.method != "sft" or self.task == "seq-cls":
-            other = method if self.method != "sft" else Hint("task", "seq-cls")
-            given = [Hint(name) for name in ("packing", "loss_chunk_size") if getattr(self, name)]
-            if self.method != "sft" and self.task == "seq-cls":
-                given.append(Hint("task", "seq-cls"))
-            wrong += [Text(hint, " does not go with ", other) for hint in given]
-        if self.method == "kto" and self.batch_size == 1:
-            wrong.append(
-                Text(method, " compares the answers of a batch: ", Hint("batch_size"), " must be above 1")
-            )
-        start = Hint("init_lora_weights", init := self.init_lora_weights.lower())
-        if self.resume_from_adapter:
-            pass  # nothing is initialised
-        elif init in MEASURED and self.method != "sft":
-            pairs = (" is measured on answers or classes, and ", method, " has preferences: ")
-            way = f"measure it in Python with {MEASURED[init]} beside get_peft_model, or start another way"
-            wrong.append(Text(start, *pairs, way))
-        elif init == "loftq":
-            wrong.append(
-                Text(
-                    start,
-                    " replaces weights of the base, which are not saved with the adapter. In Python, "
-                    "replace_lora_weights_loftq(model, model_path) starts an adapter on a quantised base",
-                )
-            )
+        wrong += [*self._misfits(), *self._start_problems()]
         if self.validation_split and self.eval_data:
             both = Text(Hint("validation_split"), " and ", Hint("eval_data"))
             wrong.append(Text(both, " both say what to validate on: give one of them"))
@@ -268,6 +243,34 @@ class RunOptions(TrainOptions):
             except ConfigError as error:
                 wrong.append(error.message)
         return wrong
+
+    def _misfits(self) -> Iterator[Text]:
+        """What does not go with the method or the task."""
+        method, classes = Hint("method", self.method), Hint("task", "seq-cls")
+        if self.purpose != "sft":
+            given = [Hint(name) for name in ("packing", "loss_chunk_size") if getattr(self, name)]
+            if self.method != "sft" and self.task == "seq-cls":
+                given.append(classes)
+            for hint in given:
+                yield Text(hint, " does not go with ", classes if self.method == "sft" else method)
+        if self.method == "kto" and self.batch_size == 1:
+            yield Text(method, " compares the answers of a batch: ", Hint("batch_size"), " must be above 1")
+
+    def _start_problems(self) -> Iterator[Text]:
+        """Why a new adapter cannot be initialised in this way."""
+        if self.resume_from_adapter:
+            return
+        start = Hint("init_lora_weights", init := self.init_lora_weights.lower())
+        if init in MEASURED and self.method != "sft":
+            pairs = (" is measured on answers or classes, and ", Hint("method", self.method))
+            way = f"measure it in Python with {MEASURED[init]} beside get_peft_model, or start another way"
+            yield Text(start, *pairs, f" has preferences: {way}")
+        elif init == "loftq":
+            yield Text(
+                start,
+                " replaces weights of the base, which are not saved with the adapter. In Python, "
+                "replace_lora_weights_loftq(model, model_path) starts an adapter on a quantised base",
+            )
 
     @property
     def purpose(self) -> Purpose:

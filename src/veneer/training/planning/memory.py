@@ -88,12 +88,7 @@ class MemoryEstimate:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return {
-            **dataclasses.asdict(self),
-            "unreached": list(self.unreached),
-            "notes": list(self.notes),
-            "flops_per_token": self.flops_per_token,
-        }
+        return {**dataclasses.asdict(self), "flops_per_token": self.flops_per_token}
 
 
 @dataclass(frozen=True)
