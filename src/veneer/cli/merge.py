@@ -136,16 +136,7 @@ def _from_file_to_file(
 
     found = base_directory(saved, base, progress)
     progress.say(f"Merging {saved.name} into the files of {found} and writing {output}")
-    with progress.bar("tensors", 100) as advance:
-        done = 0
-
-        def tell(count: int, total: int) -> None:
-            nonlocal done
-            share = 100 * count // total
-            advance(share - done, "")
-            done = share
-
-        report = merge_files(saved.directory, found, output, dtype, overwrite, tell)
+    report = merge_files(saved.directory, found, output, dtype, overwrite, progress)
     return report, "the stored types" if dtype == "auto" else dtype
 
 

@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -35,7 +35,8 @@ from ..wording import some
 from .libraries import require
 from .models import loading_model
 from .paths import check_model
-from .progress import Progress
+from .progress import Progress, Silent
+from .resuming import write_json
 from .saved_adapter import SavedAdapter, base_name, read_adapter
 
 INDEX = f"{WEIGHTS}.index.json"
@@ -75,7 +76,7 @@ def merge_files(
     place: Path,
     dtype: str = "auto",
     overwrite: bool = False,
-    tell: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> MergeReport:
     """Merge an adapter into a base model's safetensors files, shard by shard, into a new directory.
 
@@ -89,7 +90,7 @@ def merge_files(
         place: The directory; it appears when it is complete.
         dtype: ``auto`` (as stored), ``float32``, ``bfloat16`` or ``float16``.
         overwrite: Replace the model in a directory that is not empty.
-        tell: Called with (tensors written, all tensors).
+        progress: Told of each tensor that is written.
 
     Returns:
         For each module, the share of the update that its type could hold.
@@ -117,8 +118,8 @@ def merge_files(
     beside = _companions(base, Path(adapter))
     check_room(place, total)
     kept: dict[str, float] = {}
-    written = 0
-    with replacing(place, overwrite) as made, shared_buffers():
+    bar = (progress or Silent()).bar("tensors", len(files))
+    with replacing(place, overwrite) as made, shared_buffers(), bar as advance:
         for shard, header in files.headers.items():
             with opened(shard) as source, (made / shard.name).open("wb") as out:
                 out.write(_packed(layouts[shard][0]))
@@ -129,9 +130,7 @@ def merge_files(
                     elif target is not None and tensor.is_floating_point():
                         tensor = tensor.to(target)
                     out.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
-                    written += 1
-                    if tell is not None:
-                        tell(written, len(files))
+                    advance(1, "")
         _write_companions(beside, base, made, target, total if (base / INDEX).is_file() else None)
     return MergeReport({path: kept[path] for path in specs})
 
@@ -343,11 +342,9 @@ def _write_companions(
         config = json.loads((made / "config.json").read_text(encoding="utf-8"))
         config.pop("torch_dtype", None)
         config["dtype"] = str(target).removeprefix("torch.")
-        (made / "config.json").write_text(
-            json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8"
-        )
+        write_json(made / "config.json", dict(sorted(config.items())))
     write_older_names(made)
     if total is not None:
         index = json.loads((base / INDEX).read_text(encoding="utf-8"))
         index.setdefault("metadata", {})["total_size"] = total
-        (made / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        write_json(made / INDEX, index)

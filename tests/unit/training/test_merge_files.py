@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from veneer import AdapterFileError, BaseMismatchError, LoraConfig, MergeError, 
 from veneer.training.adapters import load_adapted, save_merged
 from veneer.training.loading import Loading
 from veneer.training.merge_files import base_directory, merge_files
+from veneer.training.progress import Advance, Silent
 
 DOWN = "model.layers.1.mlp.down_proj"
 
@@ -49,21 +51,36 @@ def adapter_of(base: Path, place: Path, **options: Any) -> Path:
     return place
 
 
+class Counting(Silent):
+    """Knows how much of a bar is left."""
+
+    left = -1
+
+    @contextmanager
+    def bar(self, title: str, total: int) -> Iterator[Advance]:
+        self.left = total
+
+        def advance(steps: int, note: str) -> None:
+            self.left -= steps
+
+        yield advance
+
+
 @pytest.mark.parametrize("dtype", ["auto", "float32", "float16"])
 @pytest.mark.parametrize("shards", [1, 2])
 def test_the_same_bytes_as_in_memory(dtype: str, shards: int, tmp_path: Path) -> None:
     saving = {} if shards == 1 else {"max_shard_size": "40KB"}
     base = base_of(tmp_path / "base", **saving)
     adapter = adapter_of(base, tmp_path / "adapter")
-    told: list[tuple[int, int]] = []
-    report = merge_files(adapter, base, tmp_path / "files", dtype, tell=lambda *n: told.append(n))
+    progress = Counting()
+    report = merge_files(adapter, base, tmp_path / "files", dtype, progress=progress)
     model, tokenizer = load_adapted(adapter, loading=Loading(dtype))
     expected, _ = save_merged(model, tokenizer, tmp_path / "memory")
     for made in ("files", "memory"):
         assert json.loads((tmp_path / made / "config.json").read_text())["rope_theta"] == 10000.0
     assert dict(report.kept) == pytest.approx(dict(expected.kept))
     weights = sorted((tmp_path / "files").glob("*.safetensors"))
-    assert len(weights) >= shards and told[-1][0] == told[-1][1]
+    assert len(weights) >= shards and progress.left == 0
     ours = {k: t for file in weights for k, t in load_file(file).items()}
     theirs = load_file(tmp_path / "memory" / "model.safetensors")
     assert ours.keys() == theirs.keys()
