@@ -79,11 +79,7 @@ def load_adapted(
 
 
 def load_plain(model: PlainModel, loading: Loading, progress: Progress | None = None) -> tuple[Any, Any]:
-    """Load a model without an adapter: (model, tokenizer).
-
-    Raises:
-        TrainingError: It cannot be loaded.
-    """
+    """Load a model without an adapter: (model, tokenizer)."""
     if loading.quantize == "auto":
         loading = replace(loading, quantize="none")
     return _loaded(model.name, loading, model.classes, progress)

@@ -94,11 +94,7 @@ def batched_answers(
 
 
 def prompts_of(records: Records, tokenizer: Any) -> list[list[int]]:
-    """The tokens of each record's prompt, laid out as in training.
-
-    Raises:
-        DataError: Some records cannot be laid out; one error for all of them.
-    """
+    """The tokens of each record's prompt, laid out as in training."""
     return each(records, "prompt", lambda example, form: prompt_tokens(example, tokenizer, form.separator))
 
 

@@ -11,11 +11,7 @@ from ..errors import Hint, MissingExtraError
 
 
 def require(library: str, extra: str, purpose: str | Hint) -> None:
-    """Check that an optional library is installed.
-
-    Raises:
-        MissingExtraError: It is not; names the command that installs it.
-    """
+    """Raise `MissingExtraError`, with the command that installs it, where an optional library is missing."""
     if importlib.util.find_spec(library) is None:
         raise MissingExtraError(library, extra, purpose)
 

@@ -64,11 +64,7 @@ def accelerators() -> list[torch.device]:
 
 
 def check_device(name: str) -> None:
-    """Refuse a device that is not there.
-
-    Raises:
-        TrainingError: Naming those that are.
-    """
+    """Refuse a device that is not there, and name those that are."""
     there = [str(device) for device in accelerators()]
     if name not in ("auto", "cpu", *there, *(device.partition(":")[0] for device in there)):
         raise TrainingError(

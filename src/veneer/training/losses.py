@@ -150,11 +150,7 @@ def chunked_sum(head: nn.Module, hidden: Tensor, targets: Tensor, chunk: int) ->
 
 
 def check_chunks(model: Any) -> None:
-    """Refuse a model that changes its logits after the head, by scaling or bounding them.
-
-    Raises:
-        TrainingError: It does, or it has no output head.
-    """
+    """Refuse a model that has no output head, or changes its logits after it, by scaling or bounding them."""
     head = head_of(model)
     ids = torch.arange(1, 5, device=next(model.parameters()).device)[None]
     made: list[Tensor] = []
@@ -181,11 +177,7 @@ def check_chunks(model: Any) -> None:
 
 
 def head_of(model: Any) -> nn.Module:
-    """The module that makes logits of hidden states.
-
-    Raises:
-        TrainingError: The model has no such head.
-    """
+    """The module that makes logits of hidden states."""
     head = embedding_of(bare(model), "output")
     if head is None:
         raise TrainingError(

@@ -37,11 +37,7 @@ def load_tokenizer(source: str | os.PathLike[str]) -> Any:
 
 
 def load_config(source: str | os.PathLike[str]) -> Any:
-    """The configuration of a model in a directory or on the hub, as transformers understands it.
-
-    Raises:
-        TrainingError: There is none.
-    """
+    """The configuration of a model in a directory or on the hub, as transformers understands it."""
     require("transformers", "hf", "loading a language model")
     from transformers import AutoConfig
 
@@ -50,11 +46,7 @@ def load_config(source: str | os.PathLike[str]) -> Any:
 
 
 def read_plain(source: str | os.PathLike[str]) -> PlainModel:
-    """What the configuration of a model says of it.
-
-    Raises:
-        TrainingError: There is none.
-    """
+    """What the configuration of a model says of it."""
     config = load_config(source)
     named = getattr(config, "architectures", None) or ()
     classifies = any(name.endswith("ForSequenceClassification") for name in named)

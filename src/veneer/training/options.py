@@ -280,11 +280,7 @@ class RunOptions(TrainOptions):
         return "classification" if self.task == "seq-cls" else "sft"
 
     def column_names(self) -> dict[str, str]:
-        """Name of a column here -> its name in the data.
-
-        Raises:
-            ConfigError: ``columns`` is invalid.
-        """
+        """Name of a column here -> its name in the data."""
         return {} if self.columns is None else parse_columns(self.columns)
 
     @property
@@ -293,11 +289,7 @@ class RunOptions(TrainOptions):
         return TASKS["seq-cls" if self.method == "reward" else self.task]
 
     def lora_config(self) -> LoraConfig:
-        """The configuration of the adapter.
-
-        Raises:
-            ConfigError: It is invalid.
-        """
+        """The configuration of the adapter."""
         init: Any = {"true": True, "false": False}.get(self.init_lora_weights.lower(), self.init_lora_weights)
         return LoraConfig(
             r=self.lora_r,
@@ -347,11 +339,7 @@ def check_names(options: TrainOptions) -> None:
 
 
 def trackers(report_to: str) -> list[str]:
-    """The names in ``report_to``.
-
-    Raises:
-        ConfigError: Some are not installed.
-    """
+    """The names in ``report_to``, which must all be installed."""
     from transformers.integrations import get_available_reporting_integrations
 
     names = [name.strip() for name in report_to.split(",") if name.strip() not in ("", "none")]

@@ -73,11 +73,7 @@ def check_answer_file(output: Path) -> None:
 
 
 def check_output(place: Path) -> None:
-    """Check that a directory for results can be made, and files in it; nothing is made yet.
-
-    Raises:
-        VeneerError: It is a file, or cannot be written to.
-    """
+    """Check that a directory for results can be made, and files in it; nothing is made yet."""
     if place.is_file():
         raise VeneerError(f"{place} is a file; the output must be a directory")
     check_writable(place)
@@ -102,11 +98,7 @@ def check_run(options: RunOptions) -> None:
 
 
 def all_of(checks: Sequence[Callable[[], object]]) -> None:
-    """Make several checks, and raise one error for all that fail.
-
-    Raises:
-        VeneerError: Some fail; an error of its own class where only one does.
-    """
+    """Make several checks, and raise one error for all that fail; of its own class where only one does."""
     failed = []
     for check in checks:
         try:

@@ -88,10 +88,6 @@ def _bars(axes: Any, shares: Mapping[str, tuple[float, float]]) -> None:
 
 
 def save_figure(figure: Any, path: Path) -> None:
-    """Write a figure of matplotlib atomically, in the format of the suffix.
-
-    Raises:
-        ValueError: The suffix names no format that matplotlib writes.
-    """
+    """Write a figure of matplotlib atomically, in the format of the suffix, which matplotlib must know."""
     with atomic_file(path) as waiting:
         figure.savefig(waiting, format=path.suffix.removeprefix(".") or "png")

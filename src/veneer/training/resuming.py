@@ -113,11 +113,7 @@ def digest(rows: Sequence[Any]) -> str:
 
 
 def last_checkpoint(output: Path, processes: int = 1) -> Path:
-    """The newest complete checkpoint, of whatever run; see `check_same_run`.
-
-    Raises:
-        TrainingError: There is none.
-    """
+    """The newest complete checkpoint, of whatever run (see `check_same_run`); there must be one."""
     found = checkpoints(output)
     whole = [place for place in found if _is_whole(place, processes)]
     if whole:
@@ -285,11 +281,7 @@ def check_beginning(output: Path, resume: bool, overwrite: bool, processes: int)
 
 
 def begin_afresh(output: Path, overwrite: bool) -> None:
-    """Make sure that the output has no checkpoints of an earlier run.
-
-    Raises:
-        TrainingError: It has some, and ``overwrite`` is False.
-    """
+    """Remove the checkpoints of an earlier run, or refuse them where ``overwrite`` is False."""
     check_beginning(output, False, overwrite, 1)
     for place in checkpoints(output):
         remove_checkpoint(place)

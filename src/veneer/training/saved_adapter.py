@@ -244,11 +244,7 @@ def adapter_config(options: RunOptions) -> LoraConfig:
 
 
 def base_name(saved: SavedAdapter, model: str | None = None, progress: Progress | None = None) -> str:
-    """The base model: ``model``, or else the one that the adapter names; a base of the hub is reported.
-
-    Raises:
-        AdapterFileError: Neither names one.
-    """
+    """The base model: ``model``, or else the one that the adapter names; a base of the hub is reported."""
     named = model or saved.config.base_model_name_or_path
     if not named:
         raise AdapterFileError(

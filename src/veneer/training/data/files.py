@@ -28,11 +28,7 @@ TEXTS = (".txt", ".md", ".rst", ".log")
 
 
 def check_type(place: Path) -> None:
-    """Check that a file is of a type that is read, by its suffix.
-
-    Raises:
-        DataError: It is not; lists those that are.
-    """
+    """Refuse a file of a type that is not read, by its suffix."""
     suffix = place.suffix.lower()
     if suffix and suffix not in READERS:
         what = "a text file" if suffix in TEXTS else f"of the unknown type {place.suffix}"
@@ -43,11 +39,7 @@ def check_type(place: Path) -> None:
 
 
 def read_file(place: Path) -> Source:
-    """Read one file that passed `check_type`; without a suffix it is read as JSONL.
-
-    Raises:
-        DataError: It cannot be read.
-    """
+    """Read one file that passed `check_type`; without a suffix it is read as JSONL."""
     try:
         return READERS.get(place.suffix.lower(), _jsonl)(place)
     except OSError as error:

@@ -79,11 +79,7 @@ def _names(examples: Sequence[Record]) -> list[str]:
 
 
 def _number(label: str | int, numbers: dict[str, int]) -> int:
-    """The number of a class, by name or number.
-
-    Raises:
-        Unfit: There is no such class.
-    """
+    """The number of a class, by name or number; `Unfit` if there is none."""
     if str(label) in numbers:
         return numbers[str(label)]
     if isinstance(label, int) and 0 <= label < len(numbers):

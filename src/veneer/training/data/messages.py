@@ -27,11 +27,7 @@ SPEAKERS = {
 
 
 def messages_of(value: object, name: str) -> list[Message]:
-    """Check a list of messages with role and content, and drop what is null in them.
-
-    Raises:
-        Unfit: It is no such list.
-    """
+    """A list of messages with role and content, without what is null in them; anything else is `Unfit`."""
     if not isinstance(value, list) or not value:
         what = "an empty list" if value == [] else kind_of(value)
         raise Unfit(f"{name} is {what}, not a list of messages with role and content")
@@ -49,11 +45,7 @@ def as_messages(prompt: str | Sequence[Message], role: str = "user") -> list[Mes
 
 
 def tools_of(value: object) -> list[Any]:
-    """The tools that a conversation may use; an empty list without any.
-
-    Raises:
-        Unfit: They are no list.
-    """
+    """The tools that a conversation may use; an empty list without any."""
     return list_of(value, "tools") if value else []
 
 

@@ -10,11 +10,7 @@ from .problems import Unfit
 
 
 def text_of(value: object, name: str) -> str:
-    """Check that a value is text that tokenizers take.
-
-    Raises:
-        Unfit: It is something else.
-    """
+    """Text that tokenizers take; anything else is `Unfit`."""
     if not isinstance(value, str):
         raise Unfit(f"{name} is {kind_of(value)}, not text")
     try:
@@ -32,11 +28,7 @@ def answer_of(value: object, name: str) -> str:
 
 
 def list_of(value: object, name: str) -> list[Any]:
-    """Check that a value is a list, or one as JSON.
-
-    Raises:
-        Unfit: It is something else.
-    """
+    """A list, or one as JSON; anything else is `Unfit`."""
     value = decoded(value, name)
     if not isinstance(value, list):
         raise Unfit(f"{name} is {kind_of(value)}, not a list")
@@ -44,11 +36,7 @@ def list_of(value: object, name: str) -> list[Any]:
 
 
 def decoded(value: object, name: str) -> object:
-    """A list that is written as JSON in a text, as in a CSV file; other values as they are.
-
-    Raises:
-        Unfit: It begins as a list and is no JSON.
-    """
+    """A list that is written as JSON in a text, as in a CSV file; other values as they are."""
     if not isinstance(value, str) or not value.lstrip().startswith("["):
         return value
     try:
@@ -58,11 +46,7 @@ def decoded(value: object, name: str) -> object:
 
 
 def read_json(text: str) -> Any:
-    """A JSON value.
-
-    Raises:
-        ValueError: It is none, or nested too deeply to read.
-    """
+    """A JSON value; `ValueError` if it is none, or nested too deeply to read."""
     try:
         return json.loads(text)
     except RecursionError:

@@ -28,11 +28,7 @@ class Budget:
 
 
 def parse_budget(text: str) -> Budget:
-    """Parse ``24GB``, ``16 GiB``, ``800M`` or ``1%``.
-
-    Raises:
-        ConfigError: The text is neither a size nor a share.
-    """
+    """Parse ``24GB``, ``16 GiB``, ``800M`` or ``1%``."""
     word = text.strip()
     if word.endswith("%"):
         try:
