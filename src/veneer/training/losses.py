@@ -162,12 +162,8 @@ def check_chunks(model: Any) -> None:
         )
         return made[-1]
 
-    handle = head.register_forward_hook(large)
-    try:
-        with torch.no_grad(), evaluating(model):
-            logits = model(input_ids=ids, **without_cache(model)).logits
-    finally:
-        handle.remove()
+    with head.register_forward_hook(large), torch.no_grad(), evaluating(model):
+        logits = model(input_ids=ids, **without_cache(model)).logits
     if len(made) != 1 or not torch.equal(logits.float(), made[0].float()):
         raise TrainingError(
             f"{type(bare(model)).__name__} changes the logits after its head, so its loss cannot be "
@@ -195,10 +191,7 @@ def into_head(model: Any, head: nn.Module, inputs: Mapping[str, Tensor]) -> Tens
         caught.append(args[0])
         return (args[0][:, :0], *args[1:])
 
-    handle = head.register_forward_pre_hook(catch)
-    try:
+    with head.register_forward_pre_hook(catch):
         model(**inputs, **without_cache(model))
-    finally:
-        handle.remove()
     (hidden,) = caught
     return hidden

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
@@ -212,11 +212,13 @@ def trace_step(
     ledger = _Ledger(known, GRAIN.get(device, GRAIN["cuda"]), answer=not padded)
     before: list[tuple[int, int]] = []  # (alive, the most until then) when the logits begin
 
-    def at_head() -> None:
+    def at_head(*_: Any) -> None:
         if not before:
             before.append((ledger.live, ledger.restart()))
 
-    with ledger, _KernelsOfAttention(device, ledger.count), _watching_head(model, at_head):
+    head = embedding_of(model, "output")
+    watching = nullcontext() if head is None else head.register_forward_pre_hook(at_head)
+    with ledger, _KernelsOfAttention(device, ledger.count), watching:
         loss = _loss(model, inputs, loss_chunk_size)
         # The scores of a classifier's head are too small to matter.
         kept, most = before[0] if before else (ledger.live, ledger.restart())
@@ -225,20 +227,6 @@ def trace_step(
         _backward(loss)
         del loss
     return Trace(kept, logits, max(most, ledger.peak), ledger.live, forward, ledger.flops)
-
-
-@contextmanager
-def _watching_head(model: nn.Module, mark: Callable[[], None]) -> Iterator[None]:
-    """Call `mark` before the output projection is called."""
-    head = embedding_of(model, "output")
-    if head is None:
-        yield
-        return
-    handle = head.register_forward_pre_hook(lambda *_: mark())
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def _loss(model: nn.Module, inputs: Mapping[str, Tensor], chunk: int) -> Tensor:
