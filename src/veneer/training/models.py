@@ -143,31 +143,28 @@ def quantization(name: str, dtype: str = "auto") -> dict[str, Any]:
     import torch
 
     asked = Hint("quantize", name)
-    if name == "int4" and not torch.cuda.is_available():
-        raise TrainingError(
-            asked,
-            " needs a GPU: torchao has 4-bit kernels for GPUs only. nf4, fp4 and int8 run on the CPU too",
-        )
-    require("torchao" if name == "int4" else "bitsandbytes", "quant", asked)
     if name == "int4":
+        if not torch.cuda.is_available():
+            raise TrainingError(
+                asked,
+                " needs a GPU: torchao has 4-bit kernels for GPUs only. nf4, fp4 and int8 run on the CPU too",
+            )
+        require("torchao", "quant", asked)
         from torchao.quantization import Int4WeightOnlyConfig
         from transformers import TorchAoConfig
 
         config = TorchAoConfig(Int4WeightOnlyConfig(group_size=128))
     else:
+        require("bitsandbytes", "quant", asked)
         from transformers import BitsAndBytesConfig
 
-        computed = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
-        config = (
-            BitsAndBytesConfig(load_in_8bit=True)
-            if name == "int8"
-            else BitsAndBytesConfig(
-                load_in_4bit=True,
-                bnb_4bit_quant_type=name,
-                bnb_4bit_use_double_quant=True,
-                bnb_4bit_compute_dtype=computed,
-            )
-        )
+        four_bits = {
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": name,
+            "bnb_4bit_use_double_quant": True,
+            "bnb_4bit_compute_dtype": torch.bfloat16 if dtype == "auto" else getattr(torch, dtype),
+        }
+        config = BitsAndBytesConfig(**({"load_in_8bit": True} if name == "int8" else four_bits))
     place = own_gpu() if torch.cuda.is_available() else "cpu"
     return {"quantization_config": config, "device_map": {"": place}}
 

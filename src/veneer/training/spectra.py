@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -79,11 +80,8 @@ class UpdateSpectrum:
     def needed(self, share: float = MOST) -> int:
         """How many of the largest values make up a share of ``Σσ²``; 0 if D is 0."""
         total = math.fsum(v * v for v in self.values)
-        held, count = 0.0, 0
-        while total and held < share * total and count < len(self.values):
-            held += self.values[count] ** 2
-            count += 1
-        return count
+        short = [held for held in accumulate(v * v for v in self.values) if held < share * total]
+        return min(len(short) + 1, len(self.values)) if total else 0
 
 
 def spectra(
