@@ -141,6 +141,7 @@ def change(adapter: Path, name: str, by: Callable[[torch.Tensor], Any]) -> None:
     tensors = load_file(file)
     with safe_open(file, framework="pt") as opened:
         metadata = opened.metadata()
+    del metadata["veneer_digest"]  # on purpose, not by accident
     by(tensors[f"base_model.model.{name}"])
     save_file(tensors, file, metadata)
 
