@@ -49,3 +49,6 @@ CONTEXT = Tolerance(0.0, 1e-3, "fp32, with the inverse of a covariance whose con
 
 #: Losses and factors of an adapter in a family, and alone: products of other sizes sum in another order.
 FAMILY = Tolerance(1e-4, 1e-6, "fp32 rounding of larger products, carried on by the optimizer")
+
+#: Principal angles in degrees, from float64 factors and from a dense product that was rounded to float32.
+ANGLES = Tolerance(0.0, 1e-3, "a rounding of eps turns weak directions by eps times what they are weaker")

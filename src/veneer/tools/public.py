@@ -2,6 +2,15 @@
 
 from __future__ import annotations
 
+from .comparing import AdapterDifference, Angles, ModuleDifference, compare_adapters
 from .resizing import Resized, ResizeReport, resize_adapter
 
-__all__ = ["ResizeReport", "Resized", "resize_adapter"]
+__all__ = [
+    "AdapterDifference",
+    "Angles",
+    "ModuleDifference",
+    "ResizeReport",
+    "Resized",
+    "compare_adapters",
+    "resize_adapter",
+]

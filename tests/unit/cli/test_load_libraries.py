@@ -191,6 +191,9 @@ CASES = [
     ("resize adapter --rank 2 --output full", 1, ["not empty", "--overwrite-output-dir"]),
     ("resize adapter --rank 2 --output adapter", 1, ["the adapter itself"]),
     ("resize broken --rank 2 --output out", 1, ["truncated"]),
+    ("diff adapter gone", 1, ["no directory 'gone'"]),
+    ("diff broken adapter", 1, ["truncated"]),
+    ("diff adapter adapter --energy 0", 2, ["--energy must be a share"]),
     ("ls gone", 1, ["does not exist"]),
     ("ls full --check --jsn", 2, ["--json"]),
 ]
@@ -222,6 +225,7 @@ def test_what_is_wrong_is_said_first(
         "export adapter --target vllm",
         "inspect adapter",
         "resize adapter --rank 2 --output out",
+        "diff adapter adapter",
     ],
 )
 def test_the_libraries_come_after_the_checks(
