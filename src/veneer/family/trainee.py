@@ -139,7 +139,8 @@ class Trainee:
             "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
             "generator": self.generator.get_state(),
             "sampling": self.sampling.get_state(),
-            "gradients": [parameter.grad for parameter in self.parameters],
+            # Copies: a gradient may share its memory with those of other adapters, which would be stored too.
+            "gradients": [None if p.grad is None else p.grad.clone() for p in self.parameters],
             "count": self.count,
             "steps": self.steps,
             "own_optimizer": self.own_optimizer,

@@ -243,6 +243,15 @@ def test_a_state_goes_on_bit_for_bit(tmp_path: Path) -> None:
             assert torch.equal(mine, right) if isinstance(right, Tensor) else mine == right
 
 
+def test_a_state_holds_nothing_of_another_adapter() -> None:
+    made = family("a", "b")
+    made.forward_backward({"a": text(), "b": text(1)})
+    state = made._of("a").state()
+    stored = [*state["parameters"], *(g for g in state["gradients"] if g is not None)]
+    assert len(stored) == 2 * len(state["parameters"])
+    assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in stored)
+
+
 def test_a_state_that_cannot_be_loaded_changes_nothing(tmp_path: Path) -> None:
     made = family("a")
     with pytest.raises(AdapterFileError, match="does not exist"):
