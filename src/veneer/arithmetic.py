@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -64,6 +64,20 @@ class Trim:
 
     def __call__(self, tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
         return pruning.combine(tensors, weights, self.method, self.density, self.majority_sign_method)
+
+
+class Share(NamedTuple):
+    """One adapter's update of a module: its factors, how strong it is, and the weight it is given."""
+
+    b: Tensor
+    a: Tensor
+    scaling: float
+    weight: float
+
+    @property
+    def strength(self) -> float:
+        """What its product is multiplied with."""
+        return self.weight * self.scaling
 
 
 @dataclass(frozen=True)
@@ -265,26 +279,25 @@ def _combine_layer(
     trim: Trim,
 ) -> Combined:
     parts = {n: layer.update_factors(n) for n in weights}
-    wide = {n: tuple(None if t is None else _wide(t) for t in part) for n, part in parts.items()}
+    wide: dict[str, tuple[Any, ...]] = {
+        n: tuple(None if t is None else _wide(t) for t in part) for n, part in parts.items()
+    }
     strengths = {n: w * layer.scaling[n] for n, w in weights.items()}
     bias = _sum_biases(wide, strengths)
     error = 0.0
-    widest = max(layer.r[n] * (1 if layer.residual(n) is None else 2) for n in weights)
-    if combination_type == "svd":
+    shares = [Share(b, a, layer.scaling[n], weights[n]) for n, (a, b, _) in wide.items()]
+    if combination_type.endswith("svd"):
+        widest = max(layer.r[n] * (1 if layer.residual(n) is None else 2) for n in weights)
         rank = svd_rank or widest
-        a, b, error = _reduced(layer, wide, strengths, rank)
-    elif combination_type.endswith("_svd"):
-        rank = svd_rank or widest
-        a, b, error = _trimmed_updates(layer, wide, weights, rank, trim)
+        matrices = [Share(*layer.matrices(s.a, s.b), s.scaling, s.weight) for s in shares]
+        b, a, error = low_rank.cut(*decomposed(matrices, combination_type, trim), rank)
     elif combination_type in pruning.METHODS:
-        roots = [math.sqrt(abs(s)) for s in strengths.values()]
-        signed = [math.copysign(root, s) for root, s in zip(roots, strengths.values(), strict=True)]
-        a = trim([_wide(a) for a, _, _ in parts.values()], signed)
-        b = trim([_wide(b) for _, b, _ in parts.values()], roots)
+        a, b = trimmed_factors(shares, trim)
         rank = layer.specs[next(iter(weights))].r
     else:
         a, b = _concatenated(layer, wide, strengths)
         rank = a.shape[0]
+    shape_a, shape_b = layer.shapes(layer.geometry(), rank)
     first = layer.specs[next(iter(weights))]
     # The factors already contain the strengths, so the scaling of the result is 1.
     spec = replace(
@@ -292,8 +305,32 @@ def _combine_layer(
         lora_bias=bias is not None, lora_dropout=0.0, init=True, init_config=None,
     )  # fmt: skip
     dtype = parts[first.adapter][0].dtype
-    start = InitResult(a.to(dtype), b.to(dtype), None if bias is None else bias.to(dtype))
+    start = InitResult(
+        a.reshape(shape_a).to(dtype), b.reshape(shape_b).to(dtype), None if bias is None else bias.to(dtype)
+    )
     return Combined(layer, spec, start, error)
+
+
+def decomposed(shares: Sequence[Share], combination_type: str, trim: Trim) -> tuple[Tensor, Tensor, Tensor]:
+    """The singular value decomposition of what a type that ends in "svd" makes of the updates of a matrix.
+
+    Returns:
+        ``U: (out, k)``, ``S: (k,)`` descending, ``Vh: (k, in)``.
+    """
+    if combination_type == "svd":
+        return low_rank.svd([(share.b, share.a, share.strength) for share in shares])
+    # An update is scaled before the vote and weighted after it.
+    dense = [share.scaling * (share.b @ share.a) for share in shares]
+    total = trim(dense, [share.weight for share in shares])
+    u, s, vh = torch.linalg.svd(total, full_matrices=False)
+    return u, s, vh
+
+
+def trimmed_factors(shares: Sequence[Share], trim: Trim) -> tuple[Tensor, Tensor]:
+    """(A, B), combined entry by entry from factors of one rank, with ``√|wᵢ sᵢ|`` on each."""
+    roots = [math.sqrt(abs(share.strength)) for share in shares]
+    signed = [math.copysign(root, share.strength) for root, share in zip(roots, shares, strict=True)]
+    return trim([share.a for share in shares], signed), trim([share.b for share in shares], roots)
 
 
 def _has_residual(layer: LoraLayer, name: str) -> bool:
@@ -318,45 +355,3 @@ def _concatenated(
     a = torch.cat([chunks[g] for g in range(groups) for chunks in a_chunks])
     b = torch.cat([strengths[n] * part[1] for n, part in parts.items()], dim=1)
     return a, b
-
-
-def _reduced(
-    layer: LoraLayer, parts: Mapping[str, tuple[Any, ...]], strengths: Mapping[str, float], rank: int
-) -> tuple[Tensor, Tensor, float]:
-    terms = []
-    for name, (a, b, _) in parts.items():
-        b2, a2 = layer.matrices(a, b)
-        terms.append((b2, a2, strengths[name]))
-    return _as_stored(layer, *low_rank.compress(terms, rank), rank)
-
-
-def _trimmed_updates(
-    layer: LoraLayer,
-    parts: Mapping[str, tuple[Any, ...]],
-    weights: Mapping[str, float],
-    rank: int,
-    trim: Trim,
-) -> tuple[Tensor, Tensor, float]:
-    """The dense updates combined entry by entry, then cut to a rank."""
-    dense = []
-    for name, (a, b, _) in parts.items():
-        b2, a2 = layer.matrices(a, b)
-        dense.append(layer.scaling[name] * (b2 @ a2))
-    # An update is scaled before the vote and weighted after it.
-    total = trim(dense, [weights[name] for name in parts])
-    u, s, vh = torch.linalg.svd(total, full_matrices=False)
-    root = s[:rank].sqrt()
-    energy = s.double().square()
-    whole = float(energy.sum())
-    error = 0.0 if whole == 0.0 else float((energy[rank:].sum() / whole).sqrt())
-    return _as_stored(layer, u[:, :rank] * root, root[:, None] * vh[:rank], error, rank)
-
-
-def _as_stored(
-    layer: LoraLayer, b2: Tensor, a2: Tensor, error: float, rank: int
-) -> tuple[Tensor, Tensor, float]:
-    shape_a, shape_b = layer.shapes(layer.geometry(), rank)
-    # A matrix may have fewer singular values than the rank: the rest of the factors is zero.
-    a, b = a2.new_zeros(rank, a2.shape[1]), b2.new_zeros(b2.shape[0], rank)
-    a[: a2.shape[0]], b[:, : b2.shape[1]] = a2, b2
-    return a.reshape(shape_a), b.reshape(shape_b), error

@@ -63,7 +63,19 @@ def compress(terms: Sequence[Term], rank: int | None = None) -> tuple[Tensor, Te
     if rank is not None and rank < 1:
         raise CombineError(f"the rank of a combination is at least 1, got {rank}")
     u, s, vh = svd(terms)
-    rank = s.numel() if rank is None else rank
+    return cut(u, s, vh, s.numel() if rank is None else rank)
+
+
+@torch.no_grad()
+def cut(u: Tensor, s: Tensor, vh: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
+    """The factors of given rank of a matrix ``U diag(S) Vh``, and the relative error; see `compress`.
+
+    Args:
+        u: ``(out, k)``, orthonormal.
+        s: ``(k,)``, descending.
+        vh: ``(k, in)``, orthonormal.
+        rank: of the result; padded with zeros above k.
+    """
     root = s[:rank].sqrt()
     B, A = u[:, :rank] * root, root.unsqueeze(1) * vh[:rank]
     missing = rank - root.numel()

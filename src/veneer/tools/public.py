@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .combining import combine_adapters
 from .comparing import AdapterDifference, Angles, ModuleDifference, compare_adapters
 from .resizing import Resized, ResizeReport, resize_adapter
 
@@ -11,6 +12,7 @@ __all__ = [
     "ModuleDifference",
     "ResizeReport",
     "Resized",
+    "combine_adapters",
     "compare_adapters",
     "resize_adapter",
 ]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import ConfigError, Hint, Text, VeneerError
@@ -42,3 +44,91 @@ def check_place(output: Path, sources: Sequence[Path], overwrite: bool) -> None:
     if any(output.resolve() == source.resolve() for source in sources):
         raise VeneerError(f"{output} contains the adapter itself; choose another output directory")
     check_replaceable(output, overwrite, "adapter")
+
+
+#: What `LoraModel.add_weighted_adapter` can do.
+TRIMMING = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
+METHODS = ("linear", "cat", "svd", *TRIMMING, *(f"{name}_svd" for name in TRIMMING))
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of `combine_adapters`."""
+
+    weights: tuple[float, ...]
+    combination_type: str
+    rank: int | None
+    energy: float | None
+    density: float | None
+    majority_sign_method: str
+
+    @classmethod
+    def of(
+        cls,
+        adapters: int,
+        weights: Sequence[float] | None,
+        combination_type: str,
+        rank: int | None,
+        energy: float | None,
+        density: float | None,
+        majority_sign_method: str,
+    ) -> Request:
+        """The request, checked; a rank makes "svd" of "cat".
+
+        Raises:
+            ConfigError: It cannot be right; lists everything.
+        """
+        wrong: list[str | Text] = []
+        if adapters < 1:
+            wrong.append("no adapter was named")
+        numbers = [1.0] * adapters if weights is None else list(weights)
+        if len(numbers) != adapters:
+            wrong.append(Text(f"{adapters} adapters, but {len(numbers)} numbers in ", Hint("weights")))
+        if not all(isinstance(w, int | float) and math.isfinite(w) for w in numbers):
+            wrong.append(Text(Hint("weights"), f" must be finite numbers, got {numbers}"))
+        method = combination_type.removesuffix("_svd")
+        hint = Hint("combination_type")
+        if combination_type not in METHODS:
+            wrong.append(Text(hint, f" is one of {', '.join(METHODS)}, not {combination_type!r}"))
+        elif method in TRIMMING:
+            if density is None or not 0 <= density <= 1:
+                wrong.append(
+                    Text(f"{method} needs ", Hint("density"), f", a share from 0 to 1, got {density}")
+                )
+            if method == combination_type and (rank is not None or energy is not None):
+                wrong.append(
+                    Text(
+                        f"{method} works on factors of one rank; to cut, use ",
+                        Hint("combination_type", f"{method}_svd"),
+                    )
+                )
+        elif density is not None:
+            wrong.append(Text(Hint("density"), f" belongs to {', '.join(TRIMMING)}"))
+        if majority_sign_method not in ("total", "frequency"):
+            wrong.append(
+                Text(Hint("majority_sign_method"), f" is total or frequency, not {majority_sign_method!r}")
+            )
+        try:
+            check_size(rank, energy, needed=False)
+        except ConfigError as error:
+            wrong.append(error.message)
+        if wrong:
+            raise ConfigError(Text.join("; ", wrong))
+        cuts = rank is not None or energy is not None
+        kind = "svd" if cuts and combination_type in ("linear", "cat") else combination_type
+        return cls(tuple(map(float, numbers)), kind, rank, energy, density, majority_sign_method)
+
+    @property
+    def method(self) -> str:
+        """How entries are combined."""
+        return self.combination_type.removesuffix("_svd")
+
+    @property
+    def trims(self) -> bool:
+        """Whether entries are trimmed."""
+        return self.method in TRIMMING
+
+    @property
+    def cuts(self) -> bool:
+        """Whether a decomposition is cut to a rank."""
+        return self.combination_type.endswith("svd")

@@ -194,6 +194,11 @@ CASES = [
     ("diff adapter gone", 1, ["no directory 'gone'"]),
     ("diff broken adapter", 1, ["truncated"]),
     ("diff adapter adapter --energy 0", 2, ["--energy must be a share"]),
+    ("combine adapter gone --output out", 1, ["no directory 'gone'"]),
+    ("combine adapter broken --output out", 1, ["truncated"]),
+    ("combine adapter --weights 1,2 --method ties --output out", 2, ["in --weights", "--density"]),
+    ("combine adapter --method sum --output out", 2, ["--method is one of"]),
+    ("combine adapter --output full", 1, ["not empty"]),
     ("ls gone", 1, ["does not exist"]),
     ("ls full --check --jsn", 2, ["--json"]),
 ]
@@ -226,6 +231,7 @@ def test_what_is_wrong_is_said_first(
         "inspect adapter",
         "resize adapter --rank 2 --output out",
         "diff adapter adapter",
+        "combine adapter --output out",
     ],
 )
 def test_the_libraries_come_after_the_checks(
