@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from .check import Check
 from .combining import combine_adapters
 from .comparing import AdapterDifference, Angles, ModuleDifference, compare_adapters
 from .resizing import Resized, ResizeReport, resize_adapter
+from .verifying import verify_adapter
 
 __all__ = [
     "AdapterDifference",
     "Angles",
+    "Check",
     "ModuleDifference",
     "ResizeReport",
     "Resized",
     "combine_adapters",
     "compare_adapters",
     "resize_adapter",
+    "verify_adapter",
 ]

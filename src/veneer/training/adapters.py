@@ -179,7 +179,7 @@ def save_merged(
     check_replaceable(place, overwrite)
     before = _sample_logits(model, tokenizer)
     plain, report = merge(model, untie=untie)
-    drift = None if before is None else _drift(*before, _logits(plain, tokenizer))
+    drift = None if before is None else _drift(*before, sample_logits(plain, tokenizer))
     check_room(place, sum(p.numel() * p.element_size() for p in plain.parameters()))
     with quiet_libraries(), replacing(place, overwrite) as made:
         plain.save_pretrained(made)
@@ -193,11 +193,12 @@ def _sample_logits(model: Any, tokenizer: Any) -> tuple[torch.Tensor, torch.Tens
     writes = model.get_output_embeddings() is not None
     if not writes or all(p.element_size() >= 4 for p in model.get_base_model().parameters()):
         return None
-    return _logits(model, tokenizer, base=True), _logits(model, tokenizer)
+    return sample_logits(model, tokenizer, base=True), sample_logits(model, tokenizer)
 
 
 @torch.no_grad()
-def _logits(model: Any, tokenizer: Any, base: bool = False) -> torch.Tensor:
+def sample_logits(model: Any, tokenizer: Any, base: bool = False) -> torch.Tensor:
+    """The logits on `SAMPLE`, of a language model (tokens, vocabulary); of its base with ``base``."""
     ids = tokenizer(SAMPLE, return_tensors="pt")["input_ids"].to(next(model.parameters()).device)
     with evaluating(model, base):
         logits: torch.Tensor = model(input_ids=ids, **without_cache(model)).logits[0]

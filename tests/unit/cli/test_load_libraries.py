@@ -199,6 +199,9 @@ CASES = [
     ("combine adapter --weights 1,2 --method ties --output out", 2, ["in --weights", "--density"]),
     ("combine adapter --method sum --output out", 2, ["--method is one of"]),
     ("combine adapter --output full", 1, ["not empty"]),
+    ("verify gone", 1, ["no directory 'gone'"]),
+    ("verify adapter --model ./gone", 1, ["no model at './gone'"]),
+    ("verify adapter --dtype int8", 2, ["--dtype"]),
     ("ls gone", 1, ["does not exist"]),
     ("ls full --check --jsn", 2, ["--json"]),
 ]
@@ -232,6 +235,7 @@ def test_what_is_wrong_is_said_first(
         "resize adapter --rank 2 --output out",
         "diff adapter adapter",
         "combine adapter --output out",
+        "verify adapter",
     ],
 )
 def test_the_libraries_come_after_the_checks(
