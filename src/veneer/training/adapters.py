@@ -56,11 +56,8 @@ def load_adapted(
         AdapterNameError: A name is no valid name of an adapter.
         TrainingError: The base cannot be loaded.
     """
-    first = adapter if isinstance(adapter, SavedAdapter) else read_adapter(adapter)
-    more = {
-        name: other if isinstance(other, SavedAdapter) else read_adapter(other)
-        for name, other in (others or {}).items()
-    }
+    first = read_adapter(adapter)
+    more = {name: read_adapter(other) for name, other in (others or {}).items()}
     for name, other in more.items():
         check_adapter_name(name)
         if other.task != first.task:

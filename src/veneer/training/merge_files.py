@@ -149,9 +149,7 @@ def base_directory(
         AdapterFileError: No base is named.
         TrainingError: The base is missing, or cannot be loaded.
     """
-    named = base_name(
-        adapter if isinstance(adapter, SavedAdapter) else read_adapter(adapter), model, progress
-    )
+    named = base_name(read_adapter(adapter), model, progress)
     check_model(named)
     if is_local(named):
         return Path(named)

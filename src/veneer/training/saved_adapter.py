@@ -112,16 +112,20 @@ class PlainModel:
     classes: list[str] | None
 
 
-def read_adapter(adapter: str | os.PathLike[str], progress: Progress | None = None) -> SavedAdapter:
+def read_adapter(
+    adapter: str | os.PathLike[str] | SavedAdapter, progress: Progress | None = None
+) -> SavedAdapter:
     """Read the configuration of an adapter and the header of its tensors.
 
     Args:
-        adapter: Its directory, or a hub id, of which the files are downloaded.
+        adapter: Its directory, or a hub id, of which the files are downloaded; or what was read before.
         progress: Told before the hub is asked.
 
     Raises:
         AdapterFileError: The adapter is missing, broken, or no LoRA.
     """
+    if isinstance(adapter, SavedAdapter):
+        return adapter
     if is_local(adapter) or "/" not in os.fspath(adapter):
         directory = check_directory(Path(adapter).expanduser())
     else:
