@@ -24,7 +24,7 @@ PACKAGE = ROOT / "src" / "veneer"
 PAGE = ROOT / "docs" / "architecture.md"
 BEGIN, END = "<!-- table: made by `python tools/structure.py --write` -->", "<!-- end of table -->"
 #: What is built on the library proper.
-AROUND = {"training", "integrations", "as_peft", "cli", "testing"}
+AROUND = {"training", "sweep", "integrations", "as_peft", "cli", "testing"}
 #: One idea each: how to count the places where it is written.
 IDEAS: dict[str, tuple[str, str]] = {
     "a suggestion (`difflib`)": (r"get_close_matches\(", "calls"),

@@ -4,7 +4,7 @@
            -> module_names -> targets · adapters · inits · variants · backends · sharded
            -> routing · rollback · base_files -> merge -> layers -> inject · arithmetic
            -> state_dict · base_fingerprint · hotswap · status -> lora_model -> load · save -> peft_model
-           -> calibration · family -> integrations -> training -> tools -> as_peft -> cli
+           -> calibration · family -> integrations -> training -> sweep · tools -> as_peft -> cli
 
 1. A unit (a module or folder right under the package) imports only from the left; units of one rank do not
    import one another. What stands to the right of all
@@ -46,13 +46,14 @@ RANKS: tuple[tuple[str, ...], ...] = (
     ("integrations",),
     ("public",),
     ("training",),
+    ("sweep",),
     ("testing",),
     ("tools",),
     ("as_peft",),
     ("cli",),
 )
 RANK = {unit: rank for rank, units in enumerate(RANKS) for unit in units}
-FUNCTION_IMPORTS = {"hub", "backends", "integrations", "training", "as_peft", "cli"}
+FUNCTION_IMPORTS = {"hub", "backends", "integrations", "training", "sweep", "as_peft", "cli"}
 #: (file, outermost function) of the doors: they need what stands to their right, or load public names lazily.
 DOORS = {
     ("__init__.py", "__getattr__"),
@@ -61,7 +62,7 @@ DOORS = {
 }
 #: Modules of kernels, and the optional library that each may import.
 KERNELS = {"ops/triton_kernels.py": "triton", "ops/triton_lora.py": "triton"}
-USES_PUBLIC_FACE = {"training", "as_peft", "cli"}
+USES_PUBLIC_FACE = {"training", "sweep", "as_peft", "cli"}
 STDLIB_ONLY = {
     "errors",
     "version",
@@ -75,7 +76,7 @@ STDLIB_ONLY = {
     "targets",
 }
 CORE_LIBRARIES = {"torch", "safetensors"}
-OPTIONAL_ALLOWED = {"hub", "backends", "integrations", "training", "as_peft", "cli"}
+OPTIONAL_ALLOWED = {"hub", "backends", "integrations", "training", "sweep", "as_peft", "cli"}
 
 
 @dataclass(frozen=True)

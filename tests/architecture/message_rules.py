@@ -37,8 +37,9 @@ def spelt_in_python(text: str, options: Collection[str]) -> list[str]:
     """The options of these that a text names as Python does.
 
     A name of several words is an option wherever it stands alone, outside quotes and paths; one of a single
-    word where a value follows.
+    word where a value follows. What follows ``--grid`` is written so on the command line.
     """
+    text = re.sub(r"--grid \S+", "", text)
     found = re.findall(r"(?<![\w.\-'\"/`])([a-z]\w*)(?:(=)|(?![\w\-/'\"]))", text)
     return [name for name, sign in found if name in options and ("_" in name or sign)]
 

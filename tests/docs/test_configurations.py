@@ -23,7 +23,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_there_is_one_for_each_kind_of_run() -> None:
-    kinds = {"instruction-tuning", "qlora-one-gpu", "dpo", "classification", "several-gpus"}
+    kinds = {"instruction-tuning", "qlora-one-gpu", "dpo", "classification", "several-gpus", "sweep"}
     assert {path.stem for path in CONFIGURATIONS} == kinds
     page = (ROOT / "docs" / "how-to" / "configurations.md").read_text(encoding="utf-8")
     assert all(f"(../../examples/configs/{kind}.yaml)" in page for kind in kinds)
@@ -34,7 +34,9 @@ def test_the_configuration_works(
     path: Path, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = path.read_text(encoding="utf-8")
-    assert main(["train", str(path), "--print-config"]) == 0
+    command = "sweep" if "grid:" in text else "train"
+    if command == "train":
+        assert main(["train", str(path), "--print-config"]) == 0
     capsys.readouterr()
     examples = re.findall(r"^#   (\{.*\})$", text, re.M)
     data = tmp_path / "data.jsonl"
@@ -47,7 +49,11 @@ def test_the_configuration_works(
     if "eval_data:" in text:
         files += ["--eval-data", str(data)]
     short = ["--max-steps", "1", "--batch-size", "2", "--gradient-accumulation-steps", "1", "--json"]
-    assert main(["train", str(path), *files, *short]) == 0
+    assert main([command, str(path), *files, *short]) == 0
     metrics = json.loads(capsys.readouterr().out)
+    if command == "sweep":
+        assert len(metrics["runs"]) == 12 and {run["step"] for run in metrics["runs"]} == {1}
+        assert (tmp_path / "out" / "best" / "adapter_model.safetensors").is_file()
+        return
     assert metrics["steps"] == 1
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()

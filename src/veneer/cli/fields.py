@@ -109,5 +109,6 @@ def command_line(command: str, config: Path | None, given: Mapping[str, Any], *m
         if isinstance(value, bool):
             words.append(_dashed(name) if value else f"--no-{name.replace('_', '-')}")
         elif value is not None:
-            words += [_dashed(name), str(value)]
+            for one in value if isinstance(value, list) else [value]:
+                words += [_dashed(name), str(one)]
     return shlex.join([*words, *more])

@@ -13,13 +13,13 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from ..errors import Text, VeneerWarning
+from ..training.planning.limits import out_of_memory
 from ..wording import first_line, visible
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FULL_WORDS = re.compile(
     r"no space left on device|disk quota exceeded|file too large|PytorchStreamWriter failed writing", re.I
 )
-_MEMORY_WORDS = re.compile(r"out of memory|can't allocate memory|cannot allocate memory", re.I)
 
 
 class Flag(NamedTuple):
@@ -97,7 +97,7 @@ def of_system(error: BaseException) -> str | None:
         place = getattr(error, "filename", None)
         where = f" while {place} was written" if place else ""
         return f"the disk is full{where} ({_reason(error)}). Free some space, or write to another disk."
-    if isinstance(error, MemoryError) or _MEMORY_WORDS.search(text):
+    if out_of_memory(error):
         return (
             f"out of memory ({_reason(error)}). Smaller batches (--batch-size), shorter examples "
             "(--max-length) or a smaller type (--dtype bfloat16) take less, where the command has them."

@@ -99,7 +99,7 @@ def device_map(source: str | os.PathLike[str], loading: Loading) -> tuple[Any, s
         return None, None
     if loading.device != "auto":
         return {"": loading.device}, None
-    first, free = there[0], _free_bytes(there[0])
+    first, free = there[0], free_bytes(there[0])
     if free is None:
         return {"": str(first)}, f"The base model goes to {first}."
     try:
@@ -123,7 +123,7 @@ def weight_bytes(source: str | os.PathLike[str], loading: Loading) -> int:
     return base_bytes(model, None if loading.quantize in ("none", "auto") else loading.quantize)[0]
 
 
-def _free_bytes(device: torch.device) -> int | None:
+def free_bytes(device: torch.device) -> int | None:
     """Free memory of an accelerator, None where torch cannot tell."""
     import torch
 

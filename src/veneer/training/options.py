@@ -369,6 +369,15 @@ def read_yaml(path: str | os.PathLike[str], kind: type[TrainOptions] = RunOption
         ConfigError: The file cannot be read, is no YAML, gives an option twice, or has a value of another
             type.
     """
+    return from_mapping(yaml_mapping(path), str(Path(path)), kind)
+
+
+def yaml_mapping(path: str | os.PathLike[str]) -> dict[Any, Any]:
+    """The keys and values of a YAML file.
+
+    Raises:
+        ConfigError: The file cannot be read, or contains anything else.
+    """
     import yaml
 
     file = Path(path)
@@ -381,7 +390,7 @@ def read_yaml(path: str | os.PathLike[str], kind: type[TrainOptions] = RunOption
         raise ConfigError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{file} must contain keys and values, one per line, such as `lora_r: 8`")
-    return from_mapping(content, str(file), kind)
+    return content
 
 
 def from_mapping(

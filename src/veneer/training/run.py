@@ -73,10 +73,10 @@ def fine_tune(options: RunOptions, progress: Progress | None = None) -> dict[str
         options, classes = with_adapter(options, saved), saved.classes()
     check_run(options)
     # Saved in the adapter's configuration, where a relative path would mean another place later.
-    options = dataclasses.replace(options, model=_absolute(options.model))
-    records = _read(options, progress)
+    options = dataclasses.replace(options, model=absolute(options.model))
+    records = read_all(options, progress)
     tokenizer = (saved and own_tokenizer(saved.directory)) or load_tokenizer(options.model)
-    rows, eval_rows, label_names = _encoded(options, records, tokenizer, classes, progress)
+    rows, eval_rows, label_names = encoded(options, records, tokenizer, classes, progress)
     torch.manual_seed(options.seed)  # a classifier's head is drawn while its base is loaded
     base = _base(options, label_names, progress)
     if is_first():
@@ -110,12 +110,12 @@ def fine_tune(options: RunOptions, progress: Progress | None = None) -> dict[str
     return metrics
 
 
-def _absolute(name: str) -> str:
+def absolute(name: str) -> str:
     """A directory's whole path; the id of a model on the hub as it is."""
     return str(Path(name).resolve()) if Path(name).is_dir() else name
 
 
-def _read(options: RunOptions, progress: Progress) -> list[Records]:
+def read_all(options: RunOptions, progress: Progress) -> list[Records]:
     """The records to train on and, if there are any, the held-out ones."""
     sources = [options.data, *([options.eval_data] if options.eval_data else [])]
     with waiting(progress, "Reading the data"):
@@ -125,7 +125,7 @@ def _read(options: RunOptions, progress: Progress) -> list[Records]:
     return records
 
 
-def _encoded(
+def encoded(
     options: RunOptions,
     records: Sequence[Records],
     tokenizer: Any,

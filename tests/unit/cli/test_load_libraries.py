@@ -108,6 +108,7 @@ def _places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 TRAIN = "train --model base --data data.jsonl --output"
+SWEEP = "sweep --model base --data data.jsonl --grid lora_r=4,8 --output"
 CASES = [
     ("data gone.jsonl --model ./gone", 1, ["data file gone.jsonl", "no model at './gone'"]),
     ("data bad.jsonl --model base", 1, ["line 1"]),
@@ -127,6 +128,12 @@ CASES = [
     (f"{TRAIN} out --dtype int9", 2, ["--dtype is one of"]),
     (f"{TRAIN} out --method dpo --packing", 2, ["--packing does not go with --method dpo"]),
     (f"{TRAIN} out --init-lora-weights odd", 2, ["odd"]),
+    (f"{SWEEP} out --grid lora_rank=4", 2, ["'lora_rank' (did you mean 'lora_r'?)"]),
+    (f"{SWEEP} out --grid learning_rate=0", 2, ["--learning-rate must be above 0"]),
+    (f"{SWEEP} out --lora-r 4", 2, ["--lora-r is in the grid and given beside it"]),
+    (f"{SWEEP} full --model ./gone", 1, ["no model at './gone'", "full is not empty"]),
+    (f"{SWEEP} out --resume", 1, ["out contains no sweep. Start without --resume"]),
+    ("sweep --model base --data data.jsonl --output out", 2, ["--grid learning_rate=1e-4,3e-4,1e-3"]),
     (
         "train --model ./gone --data gone.jsonl --output file",
         1,

@@ -29,7 +29,7 @@ def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     there = [torch.device("cuda", number) for number in range(2)]
     monkeypatch.setattr(loading, "accelerators", lambda: there)
-    monkeypatch.setattr(loading, "_free_bytes", lambda device: 10**9)
+    monkeypatch.setattr(loading, "free_bytes", lambda device: 10**9)
 
 
 def test_values_that_cannot_be_right_are_refused_together() -> None:
@@ -63,7 +63,7 @@ def test_a_base_goes_to_the_first_gpu_or_the_one_that_is_named(base: Path) -> No
 def test_a_base_that_one_gpu_cannot_hold_is_spread(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     size = weight_bytes(base, Loading())
     for free, place in ((size / loading.ROOM + 8, {"": "cuda:0"}), (size, "auto")):
-        monkeypatch.setattr(loading, "_free_bytes", lambda device, free=free: int(free))
+        monkeypatch.setattr(loading, "free_bytes", lambda device, free=free: int(free))
         where, said = device_map(base, Loading())
         assert where == place
     assert said is not None and "spread over all devices and the CPU's memory" in said
@@ -74,7 +74,7 @@ def test_what_cannot_be_known_is_said(base: Path, tmp_path: Path, monkeypatch: p
     (tmp_path / "config.json").write_text('{"model_type": "nothing"}')
     where, said = device_map(tmp_path, Loading())
     assert where == {"": "cuda:0"} and said is not None and "its size is unknown" in said
-    monkeypatch.setattr(loading, "_free_bytes", lambda device: None)
+    monkeypatch.setattr(loading, "free_bytes", lambda device: None)
     assert device_map(base, Loading())[0] == {"": "cuda:0"}
 
 
@@ -105,7 +105,7 @@ def test_an_adapter_is_loaded_as_it_was_asked_for(
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", watched)
     monkeypatch.setattr(loading, "accelerators", lambda: [torch.device("cuda", 0)])
-    monkeypatch.setattr(loading, "_free_bytes", lambda device: 10**9)
+    monkeypatch.setattr(loading, "free_bytes", lambda device: 10**9)
     progress = Told()
     model, _ = load_adapted(
         adapter, str(base), Loading("bfloat16", attn_implementation="eager"), progress=progress

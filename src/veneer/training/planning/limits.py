@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from ...errors import ConfigError
 
+_OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|cannot allocate memory", re.I)
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _BINARY = {"k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 _SIZE = re.compile(r"([0-9]*\.?[0-9]+)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
@@ -48,3 +49,8 @@ def parse_budget(text: str) -> Budget:
     if not unit and memory < 10**6:
         raise ConfigError(f"a budget of {text!r} needs a unit: 24GB, 800MB, or a share such as 1%")
     return Budget(word, memory=memory)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that there was not enough memory, on whatever device."""
+    return isinstance(error, MemoryError) or bool(_OUT_OF_MEMORY.search(str(error)))

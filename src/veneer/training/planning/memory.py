@@ -151,7 +151,7 @@ def estimate_memory(model: nn.Module, config: LoraConfig, step: Step | None = No
     """
     step = Step() if step is None else step
     adapted = adapt_shadow(model, config)
-    notes = _checkpoint(adapted) if step.gradient_checkpointing else []
+    notes = enable_checkpointing(adapted) if step.gradient_checkpointing else []
     trained = [p for p in adapted.parameters() if p.requires_grad]
     factors = _bytes(trained)
     base, unpacked = base_bytes(adapted, step.quantize, frozen_only=True)
@@ -263,7 +263,8 @@ def seconds_per_step(
     return estimate.flops / (REACHED * rate)
 
 
-def _checkpoint(model: Any) -> list[str]:
+def enable_checkpointing(model: Any) -> list[str]:
+    """Let a model compute its activations again in the backward pass; a note where it cannot."""
     for name in ("activation_checkpointing_enable", "gradient_checkpointing_enable"):
         enable = getattr(model, name, None)
         if callable(enable):

@@ -1,0 +1,198 @@
+"""The options of a sweep and its grid, checked before anything is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ..errors import Blank, ConfigError, Hint, Text, TrainingError
+from ..files.overwrite import check_replaceable
+from ..training.data.sources import check_source
+from ..training.options import MEASURED, RunOptions, from_mapping, option, spellings, yaml_mapping
+from ..training.paths import all_of, check_model
+from ..training.planning.limits import parse_budget
+from ..wording import listed
+
+#: What a sweep has no use for: it learns from answers, with AdamW, and saves in its own way.
+LEFT_OUT = (
+    "method", "task", "beta", "packing", "loss_chunk_size", "optim", "resume_from_adapter", "eval_steps",
+    "logging_steps", "report_to", "save_steps", "save_total_limit", "overwrite_output_dir",
+)  # fmt: skip
+#: Share of the examples that is set aside where nothing says what to compare the runs on.
+HELD_OUT = 0.1
+#: The file that says what a sweep did, and how far it is.
+RESULT_NAME = "sweep.json"
+
+#: Name of an option -> its values.
+Grid = dict[str, list[Any]]
+
+
+@dataclass(frozen=True)
+class SweepOptions(RunOptions):
+    """The options that all runs of a sweep share.
+
+    Raises:
+        ConfigError: Some values are invalid; lists all of them.
+    """
+
+    output: str = option(
+        "", "Run", "Directory for the adapters, sweep.json, sweep.md and sweep.png.", "output_dir", free=True
+    )
+    seeds: int = option(1, "Steps", "Runs of each configuration, with this seed and the next ones.", above=0)
+    early_stop: bool = option(
+        True, "Evaluation", "Stop runs early: a third of them goes on at 1/9 of the steps, and at 1/3."
+    )
+    memory: str | None = option(
+        None, "Memory", "Memory to use, such as 8GB; by default, most of what is free.", free=True
+    )
+
+    def problems(self) -> list[Text]:
+        """What cannot be right, a sentence each."""
+        parts = {part.name: part for part in dataclasses.fields(self)}
+        wrong = [
+            Text(Hint(name), " is nothing for a sweep: leave it out")
+            for name in LEFT_OUT
+            if getattr(self, name) != parts[name].default
+        ]
+        if self.init_lora_weights.lower() in MEASURED:
+            start = Hint("init_lora_weights", self.init_lora_weights)
+            wrong.append(Text(start, " is measured on the data, which a sweep does not do"))
+        if self.memory is not None:
+            try:
+                given = parse_budget(self.memory).memory
+            except ConfigError:
+                given = None
+            if given is None:
+                wrong.append(Text(Hint("memory"), f" is a size such as 8GB, not {self.memory!r}"))
+        return [*super().problems(), *wrong]
+
+    def points(self, grid: Grid) -> list[tuple[dict[str, Any], SweepOptions]]:
+        """Each configuration of a grid: its values, and its options.
+
+        Raises:
+            ConfigError: Some of them are invalid; lists everything that is wrong once.
+        """
+        found, wrong = [], {}
+        for values in itertools.product(*grid.values()):
+            named = dict(zip(grid, values, strict=True))
+            try:
+                found.append((named, replace(self, **named)))
+            except ConfigError as error:
+                wrong[str(error)] = error.message
+        if wrong:
+            raise ConfigError("the grid has values that cannot be used: ", Text.join("; ", wrong.values()))
+        return found
+
+
+def swept() -> list[str]:
+    """The options that a grid may vary."""
+    return [
+        part.name
+        for part in dataclasses.fields(SweepOptions)
+        if part.metadata["group"] in ("Steps", "Adapter") and part.name not in (*LEFT_OUT, "seed", "seeds")
+    ]
+
+
+def options_and_grid(
+    config: Path | None, given: Mapping[str, Any], flags: Sequence[str]
+) -> tuple[SweepOptions, Grid]:
+    """The options and the grid: of a YAML file, and over them those of the flags.
+
+    Args:
+        config: Keys of `SweepOptions`, and ``grid`` with a list of values for each option.
+        given: The options that were given as flags; None where one was not.
+        flags: ``name=value,value``; with a semicolon between values, commas belong to them.
+
+    Raises:
+        UnknownOptionError: Names that are no options.
+        ConfigError: Something cannot be right, or there is no grid.
+    """
+    content = {} if config is None else yaml_mapping(config)
+    told = content.pop("grid", None) or {}
+    found = from_mapping(content, str(config), SweepOptions)
+    found |= {name: value for name, value in given.items() if value is not None}
+    grid = (_grid(told, f"grid of {config}") if told else {}) | _grid(_of_flags(flags), "grid")
+    if not grid:
+        example = Hint("grid", Blank("learning_rate=1e-4,3e-4,1e-3"))
+        raise ConfigError("a sweep needs a grid of options to try: ", example)
+    if both := [name for name in grid if name in found]:
+        raise ConfigError(Text.join(", ", map(Hint, both)), " is in the grid and given beside it: choose one")
+    if not found.get("eval_data") and not found.get("validation_split"):
+        found["validation_split"] = HELD_OUT
+    options = SweepOptions(**found)
+    options.points(grid)
+    return options, grid
+
+
+def _of_flags(flags: Sequence[str]) -> dict[str, list[Any]]:
+    found: dict[str, list[Any]] = {}
+    words: dict[str, Any] = {"true": True, "false": False}
+    for flag in flags:
+        name, sign, text = flag.partition("=")
+        values = [part.strip() for part in text.split(";" if ";" in text else ",")]
+        if not sign or not all((name.strip(), *values)):
+            raise ConfigError(Hint("grid"), f" takes NAME=VALUE,VALUE, not {flag!r}")
+        if name in found:
+            raise ConfigError(Hint("grid"), f" has {name} twice: give all its values at once")
+        found[name.strip()] = [words.get(value, value) for value in values]
+    return found
+
+
+def _grid(content: Any, where: str) -> Grid:
+    """The values of each option, with its own name and type."""
+    if not isinstance(content, Mapping) or not all(isinstance(v, list) and v for v in content.values()):
+        raise ConfigError(f"{where}: each option needs a list of values, such as `lora_r: [4, 16]`")
+    known, may, grid, wrong = spellings(SweepOptions), swept(), Grid(), []
+    names = {key: str(key).replace("-", "_") for key in content}
+    from_mapping({key: None for key in content if names[key] not in known}, where, SweepOptions)
+    for key, values in content.items():
+        name = known[names[key]]
+        if name in grid:
+            wrong.append(f"{name} is given twice")
+            continue
+        if name not in may:
+            wrong.append(f"{key} is the same for all runs of a sweep; it can vary {listed(may, len(may))}")
+            continue
+        try:
+            grid[name] = [from_mapping({key: value}, where, SweepOptions)[name] for value in values]
+        except ConfigError as error:
+            wrong.append(str(error).removeprefix(f"{where}: "))
+            continue
+        if len(set(grid[name])) < len(values):
+            wrong.append(f"{key} has a value twice")
+    if wrong:
+        raise ConfigError(f"{where}: {'; '.join(wrong)}")
+    return grid
+
+
+def check_sweep(options: SweepOptions) -> None:
+    """Check everything that a sweep reads and writes, as far as it can be told without reading it.
+
+    Raises:
+        VeneerError: Something is missing or cannot be written; lists everything that is.
+    """
+    sources = [options.data, *([options.eval_data] if options.eval_data else [])]
+    all_of(
+        [
+            partial(check_model, options.model),
+            *(partial(check_source, source) for source in sources),
+            partial(_check_beginning, Path(options.output), options.resume),
+        ]
+    )
+
+
+def _check_beginning(output: Path, resume: bool) -> None:
+    there, again = (output / RESULT_NAME).is_file(), Hint("resume", True)
+    if resume and not there:
+        raise TrainingError(f"nothing to resume: {output} contains no sweep. Start without ", again)
+    if there and not resume:
+        raise TrainingError(
+            f"{output} contains a sweep. Continue it with ", again, ", or name another ", Hint("output")
+        )
+    if not resume:
+        check_replaceable(output, what="sweep")

@@ -1,0 +1,108 @@
+"""`veneer sweep`: what it prints and where, how it is interrupted, what it refuses."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.unit.training.tiny import saved_records
+from veneer.cli import main
+from veneer.sweep import sweep as module
+from veneer.sweep.board import Board
+from veneer.sweep.options import SweepOptions
+from veneer.sweep.trial import trials
+from veneer.training.console import PlainConsole
+from veneer.training.progress import Terminal
+from veneer.training.stopping import Interrupted
+
+HOW = "--max-steps 3 --batch-size 4 --grid lora_r=2,4 --grid learning_rate=1e-3,1e-2".split()
+
+
+def words(base: Path, data: Path, output: Path, *more: str) -> list[str]:
+    return ["sweep", "--model", str(base), "--data", str(data), "--output", str(output), *HOW, *more]
+
+
+def test_a_sweep_prints_its_table_and_the_best(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, out = saved_records(tmp_path / "data.jsonl"), tmp_path / "out"
+    assert main(words(base, data, out, "--seeds", "2")) == 0
+    captured = capsys.readouterr()
+    lines = captured.out.splitlines()
+    assert lines[0].split() == ["lora_r", "learning_rate", "held-out", "loss", "steps", "state", "runs"]
+    assert [line.split()[-3] for line in lines[1:5]].count("done") == 0 and "done" in lines[1]
+    assert sum("stopped" in line for line in lines[1:5]) == 3
+    assert "trained on" in lines[5] and "of the examples of the whole grid" in lines[5]
+    assert lines[6].startswith("best: run-") and lines[6].endswith(f"({out / 'best'})")
+    assert "2 of them are set aside for validation" in captured.err
+    assert "4 configurations with 2 seeds: 8 runs of 3 steps, compared after 1 and 3; 8 fit" in captured.err
+    assert captured.err.count(": stopped after step 1, held-out loss ") == 6
+    assert main(words(base, data, out, "--seeds", "2", "--resume", "--json")) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads((out / "sweep.json").read_text())
+
+
+def test_a_file_says_what_to_sweep_and_flags_override_it(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, file = saved_records(tmp_path / "data.jsonl"), tmp_path / "sweep.yaml"
+    file.write_text(
+        f"model: {base}\ndata: {data}\nmax_steps: 2\nvalidation_split: 0.25\ngrid: {{lora_r: [2, 4]}}\n"
+    )
+    more = ["--output", str(tmp_path / "out"), "--max-steps", "1", "--no-early-stop", "--json"]
+    assert main(["sweep", str(file), *more]) == 0
+    captured = capsys.readouterr()
+    found = json.loads(captured.out)
+    assert [run["state"] for run in found["runs"]] == ["done", "done"]
+    assert found["grid"] == {"lora_r": [2, 4]} and found["options"]["max_steps"] == 1
+    assert "4 of them are set aside" in captured.err
+
+
+def test_an_interrupted_sweep_shows_how_to_go_on(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cut(*_: Any) -> None:
+        raise Interrupted(5, 12, tmp_path / "out")
+
+    monkeypatch.setattr(module, "sweep", cut)
+    data = saved_records(tmp_path / "data.jsonl")
+    assert main(words(base, data, tmp_path / "out", "--no-early-stop")) == 130
+    said = capsys.readouterr().err.splitlines()
+    assert said[-3] == f"Stopped after 5 of at most 12 steps, saved in {tmp_path / 'out'}. To go on:"
+    assert said[-2].startswith("  veneer sweep ") and said[-2].endswith(" --resume")
+    assert "--grid lora_r=2,4 --grid learning_rate=1e-3,1e-2" in said[-2] and "--no-early-stop" in said[-2]
+
+
+def test_a_terminal_shows_one_table() -> None:
+    options = SweepOptions(model="m", data="d", output="o", max_steps=9)
+    every = trials(options, {"learning_rate": [n / 1000 for n in range(1, 30)]}, 16)
+    terminal = Terminal()
+    terminal.console = PlainConsole(force_terminal=True, width=90, height=12, record=True, file=io.StringIO())
+    with Board(terminal, every) as board:
+        every[7].state, every[7].step, every[7].losses, every[7].evaluations = "done", 9, [0.5], [0.25]
+        every[3].state, every[3].losses = "training", [0.75]
+        every[0].state = "stopped"
+        board.tell(every[0])
+        board.show()
+    shown = terminal.console.export_text()
+    table = shown[shown.rindex("run ") :].splitlines()
+    assert table[0].split() == ["run", "learning_rate", "seed", "step", "loss", "held-out", "state"]
+    assert table[1].split() == ["run-04", "4e-3", "0", "0/9", "0.750", "training"]
+    assert table[2].split() == ["run-08", "8e-3", "0", "9/9", "0.500", "0.250", "done"]
+    assert table[9].strip() == "and 21 more" and "stopped after" not in shown
+
+
+def test_elsewhere_there_are_lines(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = SweepOptions(model="m", data="d", output="o", max_steps=9)
+    every = trials(options, {"learning_rate": [1e-3, 1e-2]}, 16)
+    every[0].state, every[0].step = "training", 4
+    with Board(Terminal(), every) as board:
+        board.show()
+        board.said -= 60.0
+        board.show()
+    assert capsys.readouterr().err == "  1 runs are trained, 4 of at most 18 steps taken\n"

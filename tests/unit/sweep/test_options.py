@@ -1,0 +1,97 @@
+"""The grid of a sweep, and what is refused before anything is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from veneer.errors import ConfigError, UnknownOptionError
+from veneer.sweep.options import HELD_OUT, options_and_grid
+from veneer.sweep.trial import short
+
+GIVEN = {"model": "m", "data": "d", "output": "o", "seeds": None}
+
+
+def test_flags_and_yaml_make_one_grid(tmp_path: Path) -> None:
+    file = tmp_path / "sweep.yaml"
+    file.write_text(
+        "model: m\ndata: d\noutput: o\nseeds: 3\n"
+        "grid:\n  r: [4, 16]\n  learning-rate: [1e-4, 1e-3]\n"
+        "  target_modules: [all-linear, [q_proj, v_proj]]\n"
+    )
+    options, grid = options_and_grid(file, {"seeds": 2}, ["lora_r=8", "use_dora=true,false"])
+    assert options.seeds == 2 and options.validation_split == HELD_OUT
+    assert grid == {
+        "lora_r": [8],
+        "learning_rate": [1e-4, 1e-3],
+        "lora_target_modules": ["all-linear", "q_proj,v_proj"],
+        "use_dora": [True, False],
+    }
+    _, grid = options_and_grid(None, GIVEN, ["lora_target_modules=q_proj,v_proj; all-linear"])
+    assert grid == {"lora_target_modules": ["q_proj,v_proj", "all-linear"]}
+    assert len(options.points(grid)) == 2
+    options, _ = options_and_grid(None, {**GIVEN, "eval_data": "e"}, ["lora_r=8"])
+    assert options.validation_split == 0.0
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ([], "a sweep needs a grid of options to try"),
+        (["lora_r"], r"grid takes NAME=VALUE,VALUE, not 'lora_r'"),
+        (["lora_r=4,"], "NAME=VALUE"),
+        (["lora_r=4", "lora_r=8"], "grid has lora_r twice"),
+        (["lora_r=4,4"], "lora_r has a value twice"),
+        (["lora_r=4", "r=8"], "lora_r is given twice"),
+        (
+            ["lora_r=4,x", "learning_rate=fast"],
+            r"lora_r must be a whole number.*learning_rate must be a number",
+        ),
+        (["lora_r=0,-1"], "values that cannot be used: .*r"),
+        (["learning_rate=0", "batch_size=0"], "learning_rate must be above 0.*batch_size must be above 0"),
+        (["model=a,b", "seed=1,2"], "model is the same for all runs of a sweep.*seed is the same"),
+        (["init_lora_weights=eva,pissa"], "eva.* is measured on the data"),
+        (["output=a"], "output is the same"),
+    ],
+)
+def test_bad_grids_are_refused(flags: list[str], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        options_and_grid(None, GIVEN, flags)
+
+
+def test_all_unknown_names_are_listed() -> None:
+    with pytest.raises(
+        UnknownOptionError, match=r"'lora_rank'.*'lerning_rate' .did you mean 'learning_rate'"
+    ):
+        options_and_grid(None, GIVEN, ["lora_rank=4", "lerning_rate=1"])
+
+
+def test_a_grid_in_a_file_needs_lists(tmp_path: Path) -> None:
+    file = tmp_path / "sweep.yaml"
+    for text in ("grid: {lora_r: 4}", "grid: [4]", "grid: {lora_r: []}"):
+        file.write_text(text)
+        with pytest.raises(ConfigError, match="each option needs a list of values"):
+            options_and_grid(file, GIVEN, [])
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"lora_r": 8}, "lora_r is in the grid and given beside it"),
+        ({"method": "dpo", "packing": True}, "method is nothing for a sweep.*packing is nothing for a sweep"),
+        ({"memory": "1%"}, "memory is a size such as 8GB, not '1%'"),
+        ({"memory": "much"}, "memory is a size such as 8GB, not 'much'"),
+        ({"seeds": 0}, "seeds must be above 0"),
+    ],
+)
+def test_options_that_do_not_go_with_a_sweep(given: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        options_and_grid(None, {**GIVEN, **given}, ["lora_r=4,8"])
+
+
+def test_values_are_short() -> None:
+    assert [short(v) for v in (1e-4, 3e-4, 0.05, 0.00123, 16.0, 4, True, "pissa")] == [
+        "1e-4", "3e-4", "0.05", "0.00123", "16", "4", "True", "pissa",
+    ]  # fmt: skip
