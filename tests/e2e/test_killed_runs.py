@@ -37,6 +37,20 @@ def test_killed_anywhere_it_goes_on_to_the_same_run(tmp_path: Path) -> None:
         assert ours.read_bytes() == theirs.read_bytes(), place.name
 
 
+@pytest.mark.slow
+def test_killed_anywhere_a_sweep_goes_on_to_the_same_result(tmp_path: Path) -> None:
+    count = count_of("killed_sweeps", tmp_path, 13)
+    places = [place for place in tmp_path.iterdir() if place.name.isdigit()]
+    assert len(places) >= count // 13 > 5
+    whole = json.loads((tmp_path / "whole" / "sweep.json").read_text())
+    for place in places:
+        assert json.loads((place / "sweep.json").read_text()) == whole, place.name
+        names = {path.name for path in place.iterdir() if not path.name.startswith(".veneer-")}
+        assert names == {path.name for path in (tmp_path / "whole").iterdir()}, place.name
+        best = f"{whole['best']}/adapter_model.safetensors"
+        assert (place / best).read_bytes() == (tmp_path / "whole" / best).read_bytes(), place.name
+
+
 def content(place: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in place.iterdir()}
 

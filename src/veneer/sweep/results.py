@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import secrets
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,7 +148,7 @@ def best_of(trials: Sequence[Trial]) -> Trial:
 
 
 def write_results(output: Path, found: Mapping[str, Any], progress: Progress) -> None:
-    """Write the table, the picture and the link to the best run."""
+    """Write the table, the picture and the link to the best run; what was needed to go on is removed."""
     header, *body = rows(found)
     lines = [header, ["---"] * len(header), *body]
     text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
@@ -156,6 +157,8 @@ def write_results(output: Path, found: Mapping[str, Any], progress: Progress) ->
     if can_plot():
         picture(output / "sweep.png", found)
     _link(output, found["best"], progress)
+    for place in output.glob("state-*"):
+        shutil.rmtree(place, ignore_errors=True)
 
 
 def rows(found: Mapping[str, Any]) -> list[list[str]]:

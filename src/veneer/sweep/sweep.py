@@ -38,6 +38,8 @@ from .trial import Trial, trials
 
 #: Seconds between two saves of everything.
 SAVE_SECONDS = 300.0
+#: Held-out examples that runs are compared on at least, if there are so many.
+FEWEST = 16
 
 Batches = Mapping[str, Mapping[str, Tensor]]
 
@@ -74,6 +76,7 @@ def sweep(options: SweepOptions, grid: Grid, progress: Progress | None = None) -
         record.check_same(saved, output)
         if saved["finished"]:
             progress.say(f"The sweep in {output} is finished: nothing is left to train.")
+            write_results(output, saved, progress)
             return saved
         for trial, one in zip(every, saved["runs"], strict=True):
             trial.restore(one)
@@ -100,7 +103,7 @@ def sweep(options: SweepOptions, grid: Grid, progress: Progress | None = None) -
             progress.say(note)
     work = Sweep(Family(base), every, rows, eval_rows, collate, tokenizer, fitting, record, output)
     with Board(progress, every) as board, stop_on_signals(progress.say) as stop:
-        work.go(board, stop, output / saved["state"] if saved is not None else None)
+        work.go(board, stop, None if saved is None or saved["state"] is None else output / saved["state"])
     return work.finish(progress)
 
 
@@ -165,6 +168,8 @@ class Sweep:
                 self._add(trial)
             self.family.load_state(state)
             self.states = int(state.name.partition("-")[2])
+        else:
+            self.record.write(self.output, self.trials, room=self.packs.room, state=None)
         saved = time.monotonic()
         self._begin()
         while training := self._in("training"):
@@ -233,9 +238,20 @@ class Sweep:
 
     def _compare(self, arrived: Sequence[Trial]) -> None:
         """Evaluate runs together, and decide which ones go on."""
+        for rung in sorted({trial.rung for trial in arrived}):
+            self._evaluate([trial for trial in arrived if trial.rung == rung], self._held_out(rung))
+        for trial in self.halving.out():
+            self._leave(trial, "stopped")
+
+    def _held_out(self, rung: int) -> list[Row]:
+        """What to compare runs on: before their end as many examples as they were trained on, or a few."""
+        every, count = self.eval_rows, max(trial.seen(trial.rungs[rung]) for trial in self.trials)
+        count = len(every) if rung == len(self.trials[0].rungs) - 1 else min(max(count, FEWEST), len(every))
+        return [every[number * len(every) // count] for number in range(count)]
+
+    def _evaluate(self, arrived: Sequence[Trial], rows: Sequence[Row]) -> None:
         sums = {trial.name: (0.0, 0.0) for trial in arrived}
-        size = arrived[0].options.batch_size
-        for batch in batches(self.family.model, self.eval_rows, self.collate, size):
+        for batch in batches(self.family.model, rows, self.collate, arrived[0].options.batch_size):
             for name, one in self._together(dict.fromkeys(sums, batch), self.family.forward).items():
                 sums[name] = sums[name][0] + one.loss * one.count, sums[name][1] + one.count
         for trial in arrived:
@@ -244,13 +260,10 @@ class Sweep:
                 self._leave(trial, "diverged")
                 continue
             trial.evaluations.append(total / count)
-            if trial.step < trial.steps:
-                trial.state = "paused"
-            else:
+            trial.state = "paused"
+            if trial.step == trial.steps:
                 self._keep(trial)
                 self._leave(trial, "done")
-        for trial in self.halving.out():
-            self._leave(trial, "stopped")
 
     def _together(self, given: Batches, call: Callable[[Batches], dict[str, Result]]) -> dict[str, Result]:
         """Compute batches of several runs, in as few passes as fit into memory."""
@@ -307,8 +320,6 @@ class Sweep:
             )
         found = self.record.write(self.output, self.trials)
         write_results(self.output, found, progress)
-        for place in self.output.glob("state-*"):
-            shutil.rmtree(place, ignore_errors=True)
         return found
 
 

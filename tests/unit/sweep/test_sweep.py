@@ -113,12 +113,12 @@ def test_one_run_that_does_not_fit_is_refused(
 
     monkeypatch.setattr(Family, "forward_backward", raising(MemoryError()))
     with pytest.raises(TrainingError, match=r"out of memory with run-. alone.*batch_size"):
-        sweep(replace(options, output=str(tmp_path / "out")), GRID)
+        sweep(replace(options, output=str(tmp_path / "1")), GRID)
     monkeypatch.setattr(Family, "forward_backward", raising(RuntimeError("shapes differ")))
     with pytest.raises(RuntimeError, match="shapes differ"):
-        sweep(replace(options, output=str(tmp_path / "out")), GRID)
+        sweep(replace(options, output=str(tmp_path / "2")), GRID)
     with pytest.raises(TrainingError, match="memory='100kB' is too little"):
-        sweep(replace(options, output=str(tmp_path / "out"), memory="100kB"), GRID)
+        sweep(replace(options, output=str(tmp_path / "3"), memory="100kB"), GRID)
 
 
 def test_a_run_that_diverges_is_stopped_and_the_others_go_on(options: SweepOptions, tmp_path: Path) -> None:
@@ -176,7 +176,9 @@ def test_a_sweep_resumes_bit_for_bit(
     weights = f"{found['best']}/adapter_model.safetensors"
     assert (tmp_path / "cut" / weights).read_bytes() == (place / weights).read_bytes()
     told = Told()
+    (tmp_path / "cut" / "best").unlink()
     assert sweep(replace(cut, resume=True), GRID, told) == found
+    assert (tmp_path / "cut" / "best").resolve() == tmp_path / "cut" / found["best"]
     assert any("is finished: nothing is left to train" in line for line in told.lines)
 
 
