@@ -15,6 +15,7 @@ import pytest
 
 from tests.processes import run_python
 from tests.programs import program
+from tests.unit.training.tiny import saved_records, saved_tiny
 
 pytestmark = [pytest.mark.model, pytest.mark.slow]
 
@@ -189,6 +190,19 @@ def test_control_c_while_training(smollm2: Path, data: Path, tmp_path: Path) -> 
     words = ["train", "--model", smollm2, "--data", data, "--output", "out", *SHORT, "--max-steps", "200"]
     code, said = interrupted(words, "raining", tmp_path)
     assert code == 130 and "Traceback" not in said
+
+
+def test_control_c_in_a_sweep_saves_it(tmp_path: Path) -> None:
+    saved_tiny(tmp_path / "base")
+    saved_records(tmp_path / "data.jsonl")
+    words = "sweep --model base --data data.jsonl --output out --grid lora_r=2,4,8 --batch-size 2".split()
+    code, said = interrupted([*words, "--max-steps", "900"], "stopped after step 300", tmp_path)
+    assert code == 130 and "Traceback" not in said
+    assert "To go on:\n  veneer sweep --grid lora_r=2,4,8 --model base --data data.jsonl --output out" in said
+    saved = json.loads((tmp_path / "out" / "sweep.json").read_text())
+    assert not saved["finished"] and (tmp_path / "out" / saved["state"] / "family.pt").is_file()
+    found = parsed(veneer(*words, "--max-steps", "900", "--resume", "--json", cwd=tmp_path))
+    assert found["finished"] and [len(run["losses"]) for run in found["runs"]].count(900) == 1
 
 
 @pytest.mark.parametrize("module", ["typer", "torch", "veneer.training.spectra"])

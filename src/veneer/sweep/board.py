@@ -63,9 +63,11 @@ class Board:
             self.live.update(self._table(), refresh=True)
         elif time.monotonic() - self.said > LINE_SECONDS:
             self.said = time.monotonic()
-            training = [trial for trial in self.trials if trial.state == "training"]
+            training = sum(trial.state == "training" for trial in self.trials)
             done, steps = (sum(getattr(t, name) for t in self.trials) for name in ("step", "steps"))
-            self.say(f"  {len(training)} runs are trained, {done} of at most {steps} steps taken")
+            self.say(
+                f"  training {training} of {len(self.trials)} runs, {done} of at most {steps} steps taken"
+            )
 
     def _table(self) -> Table:
         from rich.table import Table

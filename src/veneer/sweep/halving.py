@@ -3,11 +3,12 @@
 Configurations are compared at rungs, by the mean held-out loss of their seeds. Of those that have reached a
 rung so far, the best third goes on to the next one, without waiting for the others::
 
-    goes on   if its rank at rung k is below min(⌊n_k / 3⌋, ⌊N / 3^(k+1)⌋)
-    stops     if its rank at rung k is above ⌊N / 3^(k+1)⌋
+    goes on   if its rank at rung k is below min(⌊n_k / 3⌋, ⌈N / 3^(k+1)⌉)
+    stops     if its rank at rung k is above ⌈N / 3^(k+1)⌉
 
-with n_k configurations at the rung and N in all. A rank only gets worse when others arrive, so what is
-stopped could never have gone on. One more than go on is kept until the end, in case those diverge.
+with n_k configurations at the rung and N in all; ⌈n_k / 3⌉ where nobody else is on the way to it. A rank only
+gets worse when others arrive, so what is stopped could never have gone on. One more than go on is kept until
+the end, in case those diverge.
 
 Source: Li et al., A System for Massively Parallel Hyperparameter Tuning, 2020, arXiv:1810.05934, algorithm 2.
 """
@@ -53,7 +54,8 @@ class Halving:
         """
         for rung in reversed(range(self.rungs - 1)):
             losses = self.losses(rung)
-            for number in list(losses)[: min(len(losses) // KEEP, self._most(rung))]:
+            more = KEEP - 1 if self._all_are_at(rung) else 0  # a third is rounded up at the end
+            for number in list(losses)[: min((len(losses) + more) // KEEP, self._most(rung))]:
                 if math.isfinite(losses[number]) and self._is_at(number, rung):
                     return self.configurations[number]
         for number in self.order:
@@ -83,7 +85,15 @@ class Halving:
 
     def _most(self, rung: int) -> int:
         """How many configurations go on at a rung at most."""
-        return int(len(self.configurations) // KEEP ** (rung + 1))
+        most: int = math.ceil(len(self.configurations) / KEEP ** (rung + 1))
+        return most
+
+    def _all_are_at(self, rung: int) -> bool:
+        """Whether nobody is on the way to a rung."""
+        every = (one for seeds in self.configurations.values() for one in seeds)
+        return not any(
+            one.state == "waiting" or (one.state == "training" and one.rung <= rung) for one in every
+        )
 
     def _is_at(self, number: int, rung: int) -> bool:
         """Whether a configuration waits at a rung."""

@@ -13,6 +13,7 @@ from typing import Any
 from ..errors import Blank, ConfigError, Hint, Text, TrainingError
 from ..files.overwrite import check_replaceable
 from ..training.data.sources import check_source
+from ..training.launcher import launched
 from ..training.options import MEASURED, RunOptions, from_mapping, option, spellings, yaml_mapping
 from ..training.paths import all_of, check_model
 from ..training.planning.limits import parse_budget
@@ -176,6 +177,8 @@ def check_sweep(options: SweepOptions) -> None:
     Raises:
         VeneerError: Something is missing or cannot be written; lists everything that is.
     """
+    if launched():
+        raise TrainingError("a sweep runs in one process: start it without a launcher")
     sources = [options.data, *([options.eval_data] if options.eval_data else [])]
     all_of(
         [

@@ -1,4 +1,4 @@
-"""The picture of a sweep: held-out loss over the learning rate, a line for each rank."""
+"""The picture of a sweep: held-out loss over the learning rate, curves for each rank."""
 
 from __future__ import annotations
 
@@ -9,19 +9,22 @@ from typing import Any
 from ..training.plots import INK, save_figure
 from .trial import short
 
-#: What is drawn along the axis and what makes the lines, the first that the grid varies.
+#: What the axis shows: the first of these that the grid varies, or else its first option.
 ALONG = ("learning_rate", "lora_r", "lora_alpha", "batch_size")
+#: Of curves at the last comparison and those before it.
+STYLES = ("-", "--", ":")
 
 
 def picture(path: Path, found: Mapping[str, Any]) -> None:
     """Draw the configurations: mean over the seeds, whiskers from the lowest to the highest.
 
-    Hollow marks are of runs that were stopped early, at the loss that they had then.
+    A curve joins runs at the same step, one for each time that they were compared; marks at the end are full.
 
     Args:
         path: The PNG.
         found: What ``sweep.json`` holds.
     """
+    from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -30,59 +33,51 @@ def picture(path: Path, found: Mapping[str, Any]) -> None:
     values = found["grid"][along]
     numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
     place = {short(value): value if numbers else number for number, value in enumerate(values)}
-    lines: dict[str, list[dict[str, Any]]] = {}
-    for one in found["configurations"]:
-        rest = ", ".join(f"{name}={short(one['values'][name])}" for name in varied if name != along)
-        if one["losses"]:
-            lines.setdefault(rest, []).append(one)
+    curves = _curves(found, [name for name in varied if name != along], along)
+    last = max((rung for _, rung in curves), default=0)
     figure = Figure(figsize=(7.2, 4.4), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    from matplotlib import colormaps
-
-    shades = colormaps["viridis"]
-    ordered = [name for name in _in_order(found["grid"], varied, along) if name in lines]
-    for number, name in enumerate(ordered):
-        color = shades(0.9 * number / max(len(ordered) - 1, 1))
-        _line(axes, lines[name], lambda one: place[short(one["values"][along])], color, name)
+    lines = list(dict.fromkeys(line for line, _ in curves))
+    for (line, rung), points in curves.items():
+        color = colormaps["viridis"](0.9 * lines.index(line) / max(len(lines) - 1, 1))
+        x = [place[value] for value in points]
+        mean = [sum(losses) / len(losses) for losses in points.values()]
+        ends = [[m - min(p), max(p) - m] for m, p in zip(mean, points.values(), strict=True)]
+        axes.errorbar(
+            x,
+            mean,
+            yerr=list(zip(*ends, strict=True)) if any(map(any, ends)) else None,
+            linestyle=STYLES[last - rung],
+            color=color,
+            marker="o",
+            markerfacecolor=color if rung == last else "white",
+            capsize=3,
+            linewidth=1.2,
+            label=line if line and rung == 0 else None,
+        )
+    axes.axhline(found["base"], color=INK, linewidth=0.8, label="base")
+    for rung in range(last + 1) if last else ():
+        entry = next(run["evaluations"][rung] for run in found["runs"] if len(run["evaluations"]) > rung)
+        axes.plot([], [], STYLES[last - rung], color=INK, label=f"after step {entry['step']}")
     if numbers and min(values) > 0 and max(values) > 5 * min(values):
         axes.set_xscale("log")
     axes.set_xticks(list(place.values()), list(place))
     axes.minorticks_off()
-    if any(one["state"] == "stopped" for one in found["configurations"]):
-        axes.plot([], [], "o", color=INK, markerfacecolor="none", linestyle="none", label="stopped early")
-    axes.axhline(found["base"], color=INK, linewidth=0.8, linestyle=":", label="base")
     axes.set(xlabel=along, ylabel="held-out loss per token of the answer")
     axes.legend(frameon=False, fontsize="small")
     axes.spines[["top", "right"]].set_visible(False)
     save_figure(figure, path)
 
 
-def _in_order(grid: Mapping[str, Any], varied: list[str], along: str) -> list[str]:
-    names = [""]
-    for name in varied:
-        if name != along:
-            names = [
-                f"{first}{', ' * bool(first)}{name}={short(value)}" for first in names for value in grid[name]
-            ]
-    return names
-
-
-def _line(axes: Any, configurations: list[dict[str, Any]], where: Any, color: Any, label: str) -> None:
-    """One line through the runs that came to the end, and marks for all."""
-    points = []
-    for one in sorted(configurations, key=where):
-        mean = sum(one["losses"]) / len(one["losses"])
-        whiskers = [[mean - min(one["losses"])], [max(one["losses"]) - mean]]
-        axes.errorbar(
-            where(one),
-            mean,
-            yerr=whiskers if len(one["losses"]) > 1 else None,
-            marker="o",
-            color=color,
-            markerfacecolor=color if one["state"] == "done" else "none",
-            capsize=3,
-            linewidth=1,
-        )
-        points.append((where(one), mean))
-    axes.plot(*zip(*points, strict=True), color=color, linewidth=1.2, alpha=0.6, label=label or None)
+def _curves(
+    found: Mapping[str, Any], others: list[str], along: str
+) -> dict[tuple[str, int], dict[str, list[float]]]:
+    """(what a line stands for, which comparison) -> losses of the seeds by place on the axis."""
+    curves: dict[tuple[str, int], dict[str, list[float]]] = {}
+    for run in found["runs"]:
+        line = ", ".join(f"{name}={short(run['values'][name])}" for name in others)
+        for rung, entry in enumerate(run["evaluations"]):
+            points = curves.setdefault((line, rung), {})
+            points.setdefault(short(run["values"][along]), []).append(entry["loss"])
+    return curves

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from veneer.errors import ConfigError, UnknownOptionError
-from veneer.sweep.options import HELD_OUT, options_and_grid
+from veneer.errors import ConfigError, TrainingError, UnknownOptionError
+from veneer.sweep.options import HELD_OUT, SweepOptions, check_sweep, options_and_grid
 from veneer.sweep.trial import short
 
 GIVEN = {"model": "m", "data": "d", "output": "o", "seeds": None}
@@ -95,3 +95,9 @@ def test_values_are_short() -> None:
     assert [short(v) for v in (1e-4, 3e-4, 0.05, 0.00123, 16.0, 4, True, "pissa")] == [
         "1e-4", "3e-4", "0.05", "0.00123", "16", "4", "True", "pissa",
     ]  # fmt: skip
+
+
+def test_a_launcher_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(TrainingError, match="a sweep runs in one process: start it without a launcher"):
+        check_sweep(SweepOptions(model="m", data="d", output="o"))
