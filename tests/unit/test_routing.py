@@ -340,6 +340,24 @@ def test_tokens_are_taken_for_rows_only_where_that_is_known() -> None:
         routing.rows(4, ("a",), lambda: "gate")
 
 
+class Sparse(nn.Module):
+    """A mixture whose first expert is called with as many tokens as there are rows, both of the first row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList([nn.Linear(4, 4)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([x[0], x[1]]) + self.experts[0](x[0, :2]).sum()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_tokens_that_were_chosen_for_an_expert_are_never_taken_for_rows(training: bool) -> None:
+    model = get_peft_model(Sparse(), LoraConfig(r=2, target_modules=["0"], init_lora_weights=False), "a")
+    with torch.set_grad_enabled(training), pytest.raises(RoutingError, match=r"experts\.0 is an expert"):
+        model(torch.randn(2, 3, 4), adapter_names=["a", BASE])
+
+
 class Pooling(nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(x).mean(0)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from veneer import backends, inits, merge, variants
 from veneer.adapters import as_names
-from veneer.errors import AdapterNameError, Hint, MergeError, TargetError, Text
+from veneer.errors import AdapterNameError, Hint, MergeError, RoutingError, TargetError, Text
 from veneer.inits import InitResult, folded
 from veneer.layers.factor import NOTHING, RESIDUAL, Factor, Frozen, empty, operate, stand_in
 from veneer.layers.refused import refusal
@@ -172,11 +172,33 @@ class LoraLayer(Mergeable):
         if self._disabled or not self._specs or not routing.count:
             return y
         if torch.compiler.is_compiling():
+            self.check_rows(x)
             return self.add_slots(routing, x, y)
         if not routing.concerns(self._specs):
             return y
-        names = routing.rows(x.shape[0] if x.dim() else 0, tuple(self._specs), self._where)
-        return self.add_rows(routing, names, x, y)
+        return self.add_rows(routing, self.row_names(routing, x), x, y)
+
+    def row_names(self, routing: Routing, x: Tensor) -> tuple[str | None, ...]:
+        """The adapter of each row of ``x: (rows, ...)``, None for one that is not here.
+
+        Raises:
+            RoutingError: The rows are not those of the batch.
+        """
+        self.check_rows(x)
+        return routing.rows(x.shape[0] if x.dim() else 0, tuple(self._specs), self._where)
+
+    def check_rows(self, x: Tensor) -> None:
+        """Refuse what may be tokens chosen for an expert, of which a batch could have as many as rows.
+
+        Raises:
+            RoutingError: It may be.
+        """
+        if x.dim() == 2 and "experts" in self._where().split("."):
+            raise RoutingError(
+                f"{self._where()} is an expert: to which row each of the tokens that were chosen for it "
+                "belongs is unknown, so adapters cannot be mixed there. Leave the experts out "
+                "(exclude_modules), or give each adapter a batch of its own"
+            )
 
     def add_rows(self, routing: Routing, names: tuple[str | None, ...], x: Tensor, result: Tensor) -> Tensor:
         """``result`` with the branch of each row's own adapter added.

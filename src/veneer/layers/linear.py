@@ -167,7 +167,7 @@ class LoraLinear(LoraLayer):
             return None
         if self._disabled or not routing.concerns(self._specs) or x.dim() < 2:
             return None
-        names = routing.rows(x.shape[0], tuple(self._specs), self._where)
+        names = self.row_names(routing, x)
         steps = {name: self._step_of(name, routing, x) for name in dict.fromkeys(names) if name is not None}
         tokens = x[:1].numel() // x.shape[-1]
         parts: list[Part] = []
