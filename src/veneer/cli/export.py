@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -146,6 +146,7 @@ def _as_json(report: ExportReport) -> None:
             "left_out": list(report.left_out),
             "notes": list(report.notes),
             "dora_errors": dict(report.dora_errors),
+            "dora_output_errors": dict(report.dora_output_errors),
             "usage": report.usage,
         }
     )
@@ -160,14 +161,18 @@ def _show(report: ExportReport, reader: str) -> None:
         for line in lines:
             show(f"{label}: {line}")
     if report.dora_errors:
-        errors = sorted(report.dora_errors.items(), key=lambda pair: -pair[1])
-        mean = sum(report.dora_errors.values()) / len(errors)
         show(
-            f"DoRA made plain: {mean:.2%} of an update is missed on average, at most {errors[0][1]:.2%} "
-            f"({errors[0][0]}); a higher --rank misses less"
+            f"DoRA made plain: {_mean_and_most(report.dora_errors, 'of an update is missed')}; that is "
+            f"{_mean_and_most(report.dora_output_errors, 'of an output')}, for inputs that prefer no "
+            "direction. A higher --rank misses less"
         )
     show(f"read back: {_verdict(report)}")
     show(f"use it: {report.usage}")
+
+
+def _mean_and_most(errors: Mapping[str, float], words: str) -> str:
+    most = max(errors, key=lambda path: errors[path])
+    return f"{sum(errors.values()) / len(errors):.2%} {words} on average, at most {errors[most]:.2%} ({most})"
 
 
 def _verdict(report: ExportReport) -> str:

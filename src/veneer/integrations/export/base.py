@@ -61,7 +61,7 @@ class Target(ABC):
         reader: Who reads it, in words.
         rules: How it scales.
         keeps: The features of `FEATURES` that its files express as they are.
-        files: Names of the files that it writes.
+        files: Names of the files that it may write.
         ways: Feature -> a way out, other than merging, where it is not kept.
     """
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,10 +20,23 @@ _EXACT_UP_TO = 1024
 _ROUNDS = 6
 
 
+@dataclass(frozen=True)
+class Lost:
+    """What one module loses on becoming plain.
+
+    Attributes:
+        update: ``‖D − B A‖ / ‖D‖``, as a share of its update.
+        output: ``‖D − B A‖ / ‖W + D‖``, as a share of its output for inputs that prefer no direction.
+    """
+
+    update: float
+    output: float
+
+
 @torch.no_grad()
 def dora_to_plain(
     source: Source, base: BaseModel, rank: int, tell: Callable[[int, int], None] | None = None
-) -> tuple[Source, dict[str, float]]:
+) -> tuple[Source, dict[str, Lost]]:
     """An adapter without magnitudes whose updates are the nearest of a rank.
 
     ``D = m ⊙ (W + s·BA) / ‖W + s·BA‖ − W`` row by row; its first singular values make ``B = U √S`` and
@@ -36,7 +49,7 @@ def dora_to_plain(
         tell: Called with (how many are done, how many there are).
 
     Returns:
-        The adapter, and for each module ``‖D − B A‖ / ‖D‖``.
+        The adapter, and what each module loses.
 
     Raises:
         ExportError: The base lacks a weight or has another shape, or a module is no matrix; lists them.
@@ -80,7 +93,7 @@ def _problem(path: str, update: Update, base: BaseModel, turned: bool) -> str | 
     return None
 
 
-def _plain(update: Update, weight: Tensor, rank: int) -> tuple[Update, float]:
+def _plain(update: Update, weight: Tensor, rank: int) -> tuple[Update, Lost]:
     delta = update.scaling * (update.b.float() @ update.a.float())
     assert update.magnitude is not None
     change = Dora().merged(weight, delta, {MAGNITUDE: update.magnitude.float()}) - weight
@@ -90,7 +103,11 @@ def _plain(update: Update, weight: Tensor, rank: int) -> tuple[Update, float]:
         u, s, vh = torch.linalg.svd(change, full_matrices=False)
     root = s[:rank].sqrt()
     b, a = (u[:, :rank] * root).to(update.b.dtype), (root[:, None] * vh[:rank]).to(update.a.dtype)
-    norm = float(torch.linalg.matrix_norm(change))
-    missed = float(torch.linalg.matrix_norm(change - b.float() @ a.float()))
+    missed = change - b.float() @ a.float()
     new = Update(a.contiguous(), b.contiguous(), 1.0, False, update.bias)
-    return new, missed / norm if norm else 0.0
+    return new, Lost(_share(missed, change), _share(missed, weight + change))
+
+
+def _share(part: Tensor, whole: Tensor) -> float:
+    norm = float(torch.linalg.matrix_norm(whole))
+    return float(torch.linalg.matrix_norm(part)) / norm if norm else 0.0

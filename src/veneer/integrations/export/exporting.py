@@ -16,6 +16,7 @@ from ...files.overwrite import check_replaceable, replacing
 from ...wording import listed
 from .base import Part, Problem, Target, find, refuse, targets
 from .base_model import BaseModel
+from .dora import Lost
 from .dora import dora_to_plain as make_plain
 from .folding import fold
 from .options import check_options, pipeline_parts
@@ -36,7 +37,9 @@ class ExportReport:
         folded: What the target cannot say and was put into the factors, in words.
         left_out: What was not written because the reader has it from the base, in words.
         notes: What else the reader needs.
-        dora_errors: Module path -> relative norm of what a DoRA lost on becoming plain; empty otherwise.
+        dora_errors: Module path -> relative norm of what a DoRA's update lost on becoming plain; empty
+            otherwise.
+        dora_output_errors: The same as a share of the module's output, for inputs that prefer no direction.
         usage: What to do with the files.
     """
 
@@ -48,6 +51,7 @@ class ExportReport:
     left_out: tuple[str, ...]
     notes: tuple[str, ...]
     dora_errors: Mapping[str, float]
+    dora_output_errors: Mapping[str, float]
     usage: str
 
     @property
@@ -114,11 +118,11 @@ def export_adapter(
         name: replace(source, base=base_model)
         for name, source in _sources(directory, chosen, component).items()
     }
-    errors: dict[str, float] = {}
+    lost: dict[str, Lost] = {}
     if dora_to_plain:
         assert base_model is not None and rank is not None
-        sources, errors = _made_plain(sources, base_model, rank, tell)
-        if not errors:
+        sources, lost = _made_plain(sources, base_model, rank, tell)
+        if not lost:
             raise ExportError(
                 f"{directory} is not a DoRA adapter, so there is nothing to convert: leave out ",
                 Hint("dora_to_plain"),
@@ -138,15 +142,17 @@ def export_adapter(
     with replacing(out, overwrite, "adapter", _stale()) as made:
         chosen.write(parts, made)
         modules = _verified(chosen, parts, made)
+        files = tuple(name for name in chosen.files if (made / name).is_file())
     return ExportReport(
         chosen.name,
         out,
-        chosen.files,
+        files,
         modules,
         tuple(line for part in parts for line in _in_words(part, chosen.rules.alpha)),
         tuple(left_out),
         tuple(line for source in sources.values() for line in chosen.notes(source)),
-        errors,
+        {path: share.update for path, share in lost.items()},
+        {path: share.output for path, share in lost.items()},
         chosen.usage(out, parts),
     )
 
@@ -164,10 +170,10 @@ def _sources(directory: Path, target: Target, component: str | None) -> dict[str
 
 def _made_plain(
     sources: dict[str, Source], base: BaseModel, rank: int, tell: Callable[[int, int], None] | None
-) -> tuple[dict[str, Source], dict[str, float]]:
-    """(the adapters without magnitudes, module path -> error of its update)."""
+) -> tuple[dict[str, Source], dict[str, Lost]]:
+    """(the adapters without magnitudes, module path -> what it loses)."""
     made: dict[str, Source] = {}
-    errors: dict[str, float] = {}
+    errors: dict[str, Lost] = {}
     for name, source in sources.items():
         made[name], lost = make_plain(source, base, rank, tell)
         errors |= lost

@@ -1,4 +1,4 @@
-"""llama.cpp: the files that its converter to GGUF reads; it stops at names that it does not know."""
+"""llama.cpp: the files that its converter reads, and its GGUF file where that is installed."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ from torch import Tensor
 
 from ...wording import listed
 from .base import Part, Problem
+from .converter import command, convert, converter
 from .folding import Rules
-from .peft_files import PeftFiles
-from .source import Source
+from .peft_files import FILES, PeftFiles
+from .source import NO_BASE, Source
+
+GGUF = "adapter.gguf"
 
 
 class LlamaCpp(PeftFiles):
@@ -26,6 +29,7 @@ class LlamaCpp(PeftFiles):
 
     name = "llama.cpp"
     reader = "llama.cpp's convert_lora_to_gguf.py"
+    files = (*FILES, GGUF)
     rules = Rules("float32", one_rank=False)
     variants = MappingProxyType(
         {
@@ -52,15 +56,21 @@ class LlamaCpp(PeftFiles):
             return []
         return [
             f"llama.cpp fails on an update of {listed(names)} where the base ties embedding and head, and "
-            "the base was not at hand to look"
+            "the base is not there to check"
         ]
 
-    def usage(self, place: object, parts: list[Part]) -> str:
+    def write(self, parts: list[Part], place: Path) -> None:
+        """The files, and the GGUF file where the converter is on the PATH and the base has a name."""
+        super().write(parts, place)
         base = parts[0].source.base_name()
-        command = "python convert_lora_to_gguf.py --base-model-id {} {}"
-        if Path(base).is_dir():
-            command = "python convert_lora_to_gguf.py --base {} {}"
-        return command.format(shlex.quote(base), shlex.quote(str(place)))
+        if (program := converter()) is not None and base != NO_BASE:
+            convert(program, base, place, place / GGUF)
+
+    def usage(self, place: Path, parts: list[Part]) -> str:
+        """The server's command line, or that of the converter where there is no GGUF file yet."""
+        if (place / GGUF).is_file():
+            return f"llama-server --model BASE.gguf --lora {shlex.quote(str(place / GGUF))}"
+        return command(parts[0].source.base_name(), place, place / GGUF)
 
 
 def _embedding_and_head(source: Source) -> list[str]:

@@ -66,7 +66,7 @@ class Mlx(Target):
             return [Problem(f"an embedding ({listed(names)}) in a DoRA")]
         if tied is not None and tied == ("tied" in features):
             return []
-        reason = "the base is not at hand to look" if tied is None else f"tie_word_embeddings is {tied}"
+        reason = "the base is not there to check" if tied is None else f"tie_word_embeddings is {tied}"
         return [
             Problem(
                 f"an update of {listed(names)}: mlx-lm applies it to the output as well where the base ties "
@@ -89,7 +89,7 @@ class Mlx(Target):
         if "head" in features and source.base_ties() is None:
             found.append(
                 "mlx-lm takes an update of the head only where the base does not tie it to the embedding, "
-                "and the base was not at hand to look"
+                "and the base is not there to check"
             )
         return found
 

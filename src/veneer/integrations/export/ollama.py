@@ -1,9 +1,11 @@
-"""Ollama: the ADAPTER line of a Modelfile."""
+"""Ollama: a Modelfile beside the files that its ADAPTER line names."""
 
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -11,13 +13,14 @@ from torch import Tensor
 from ...wording import listed
 from .base import Part, Problem
 from .folding import Rules
-from .peft_files import PeftFiles
+from .peft_files import FILES, PeftFiles
 from .source import Source
 
 #: The only modules whose names it knows.
 KNOWN = re.compile(r"(model\.)?model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)")
 #: The families that it converts adapters of, by the model's type.
 FAMILIES = ("llama", "gemma2")
+MODELFILE = "Modelfile"
 
 
 class Ollama(PeftFiles):
@@ -29,6 +32,7 @@ class Ollama(PeftFiles):
     name = "ollama"
     reader = "Ollama's ADAPTER"
     rules = Rules("integer", one_rank=False)
+    files = (*FILES, MODELFILE)
 
     def more_problems(self, source: Source) -> list[Problem]:
         """Other modules, other families, ranks above a side."""
@@ -59,15 +63,21 @@ class Ollama(PeftFiles):
 
     def notes(self, source: Source) -> list[str]:
         """A base that is not here."""
+        found = []
         if not source.base_config():
-            return [
+            found.append(
                 f"Ollama converts adapters of {' and '.join(FAMILIES)} only; the base is not there to check"
-            ]
-        return []
+            )
+        if not Path(source.base_name()).is_dir():
+            found.append(f"in the Modelfile, put what Ollama calls {source.base_name()} after FROM")
+        return found
 
-    def usage(self, place: object, parts: list[Part]) -> str:
-        base = parts[0].source.base_name()
-        return (
-            "ollama create NAME -f Modelfile, where the Modelfile has the two lines FROM (what Ollama calls "
-            f'{base}) and ADAPTER "{place}"'
-        )
+    def write(self, parts: list[Part], place: Path) -> None:
+        """The adapter's files and the Modelfile; a base on this disk is named by its directory."""
+        super().write(parts, place)
+        base = Path(parts[0].source.base_name())
+        named = base.resolve() if base.is_dir() else base
+        (place / MODELFILE).write_text(f'FROM "{named}"\nADAPTER .\n', encoding="utf-8")
+
+    def usage(self, place: Path, parts: list[Part]) -> str:
+        return f"ollama create NAME -f {shlex.quote(str(place / MODELFILE))}"

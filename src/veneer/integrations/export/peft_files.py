@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -48,7 +48,7 @@ def metadata(part: Part) -> dict[str, str]:
 class PeftFiles(Target):
     """A target whose files are `adapter_config.json` and `adapter_model.safetensors`."""
 
-    files = FILES
+    files: ClassVar[tuple[str, ...]] = FILES
 
     def write(self, parts: list[Part], place: Path) -> None:
         """The two files."""

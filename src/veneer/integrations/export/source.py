@@ -45,6 +45,10 @@ FEATURES = {
 }
 
 
+#: What stands in commands for a base that nobody has named.
+NO_BASE = "BASE"
+
+
 @dataclass(frozen=True)
 class Update:
     """One module's update ``s·B A``, as it lies on disk.
@@ -124,7 +128,7 @@ class Source:
     def base_name(self) -> str:
         """The base that was given, or what the configuration calls it, for a command."""
         given = "" if self.base is None else self.base.place
-        return given or self.config.base_model_name_or_path or "BASE"
+        return given or self.config.base_model_name_or_path or NO_BASE
 
     def base_config(self) -> dict[str, Any]:
         """The configuration of the base that was given, or that lies where it is named; else empty."""

@@ -151,8 +151,7 @@ def test_commands_quote_a_path_with_a_space(
 ) -> None:
     place = tmp_path / "my adapter"
     report = export_adapter(saved("linear").place, place, target)
-    # Ollama's command refers to a Modelfile, whose strings have double quotes.
-    quoted = {"vllm": f"'NAME={place}'", "ollama": f'ADAPTER "{place}"'}.get(target, f"'{place}'")
+    quoted = {"vllm": f"'NAME={place}'", "ollama": f"'{place}/Modelfile'"}.get(target, f"'{place}'")
     assert quoted in report.usage
 
 
@@ -196,10 +195,10 @@ def test_a_base_that_is_not_at_hand_is_said_where_it_may_be_tied(
     config = json.loads((place / "adapter_config.json").read_text())
     (place / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "org/base"}))
     (note,) = export_adapter(place, tmp_path / "out", target).notes
-    assert "was not at hand to look" in note
+    assert "is not there to check" in note
     if adapter.base is not None:
         known = export_adapter(place, tmp_path / "known", target, base=adapter.base)
-        assert not any("was not at hand to look" in note for note in known.notes)
+        assert not any("is not there to check" in note for note in known.notes)
 
 
 def test_a_base_whose_angles_mlx_lm_does_not_find_is_said(
@@ -212,6 +211,20 @@ def test_a_base_whose_angles_mlx_lm_does_not_find_is_said(
     assert 'add {"rope_theta": 10000.0}' in note
     write_older_names(base)
     assert export_adapter(adapter.place, tmp_path / "two", "mlx", base=base).notes == ()
+
+
+def test_ollama_gets_a_modelfile(saved: Callable[[str], Saved], tmp_path: Path) -> None:
+    adapter = saved("linear")
+    report = export_adapter(adapter.place, tmp_path / "here", "ollama")
+    assert (tmp_path / "here" / "Modelfile").read_text() == f'FROM "{adapter.base}"\nADAPTER .\n'
+    assert report.usage == f"ollama create NAME -f {tmp_path}/here/Modelfile"
+    place = tmp_path / "adapter"
+    shutil.copytree(adapter.place, place)
+    config = json.loads((place / "adapter_config.json").read_text())
+    (place / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "org/base"}))
+    report = export_adapter(place, tmp_path / "hub", "ollama")
+    assert (tmp_path / "hub" / "Modelfile").read_text().startswith('FROM "org/base"')
+    assert "put what Ollama calls org/base after FROM" in report.notes[-1]
 
 
 def test_one_update_for_both_is_that_of_the_embedding_to_mlx(
@@ -365,6 +378,9 @@ def test_dora_made_plain_is_what_the_report_says(
             wanted = adapter.changes[path]
             missed = torch.linalg.matrix_norm(update - wanted) / torch.linalg.matrix_norm(wanted)
             assert_close(missed, torch.tensor(report.dora_errors[path]).double(), SINGLE)
+            after = torch.linalg.matrix_norm(adapter.model.get_submodule(path).weight.double() + wanted)
+            share = torch.linalg.matrix_norm(update - wanted) / after
+            assert_close(share, torch.tensor(report.dora_output_errors[path]).double(), SINGLE)
             whole = torch.linalg.svdvals(wanted)
             best = (whole[rank:].square().sum() / whole.square().sum()).sqrt()
             assert_close(missed, best, SINGLE)
