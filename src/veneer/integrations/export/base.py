@@ -182,7 +182,7 @@ def refuse(
     merge = [merging(source) for source in sources.values()]
     ways += [] if None in merge else [Text(way) for way in merge if way is not None]
     raise ExportError(
-        f"{directory} cannot be exported for {target.name} ({target.reader}), which has no room for:\n",
+        f"{directory} cannot be exported for {target.name} ({target.reader}), which does not support:\n",
         "\n".join(lines),
         "\nWays out:\n  - " if ways else "\nIt cannot be merged either, so only PEFT and Veneer can use it",
         Text.join("\n  - ", dict.fromkeys(ways)),

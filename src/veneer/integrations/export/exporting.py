@@ -195,8 +195,8 @@ def _left_out(source: Source, target: Target) -> list[str]:
             changed.append(path)
     if changed:
         raise ExportError(
-            f"{source.directory} carries embeddings of its own ({listed(changed)}), which are not the "
-            f"base's, and {target.name} takes those of the base: `veneer merge` makes a plain model of both"
+            f"{source.directory} has embeddings of its own ({listed(changed)}), which are not the base's, "
+            f"and {target.name} uses those of the base: `veneer merge` makes a plain model of both"
         )
     known = "they are equal" if source.base is not None else "if its vocabulary was extended, merge instead"
     return [f"the saved copy of {listed(source.copies)}: {target.name} takes the base's own ({known})"]

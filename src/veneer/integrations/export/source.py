@@ -242,21 +242,21 @@ def variant_problem(source: Source, reasons: Mapping[str, str]) -> str | None:
     """
     name = variant_name(source.config)
     if name not in ("plain", "dora"):
-        return reasons.get(name, f"it is of the variant {name}, for which it has no place")
+        return reasons.get(name, f"it is of the variant {name}, which no other format has")
     return base_problem(source.config)
 
 
 def base_problem(config: LoraConfig) -> str | None:
-    """Why the factors in a file do not count from the base that its configuration names, or None."""
+    """Why the factors in a file are not relative to the base that its configuration names, or None."""
     init = config.init_lora_weights
     if isinstance(init, str) and CHANGED_BASE.fullmatch(init.lower()):
         way = (
             "load it onto the original base with PeftModel.from_pretrained and save it again, which writes a "
             "plain adapter"
             if init.lower().startswith(("pissa", "olora"))
-            else "it fits nothing but that base"
+            else "it fits only that base"
         )
-        return f"init_lora_weights={init!r} changed the base that its factors count from: {way}"
+        return f"init_lora_weights={init!r} changed the base, to which its factors are relative: {way}"
     return None
 
 

@@ -43,9 +43,8 @@ class Vllm(PeftFiles):
     def notes(self, source: Source) -> list[str]:
         """What vLLM needs to be told."""
         rank = max(update.r for update in source.updates.values())
-        return [
-            f"vLLM takes ranks up to --max-lora-rank, 16 unless told otherwise; this adapter has {rank}"
-        ] * (rank > 16)
+        note = f"vLLM takes ranks up to --max-lora-rank, by default 16; this adapter has {rank}"
+        return [note] * (rank > 16)
 
     def usage(self, place: object, parts: list[Part]) -> str:
         """The server's command line."""
