@@ -27,8 +27,10 @@ from veneer.routing import Routing, disabled, keep_for_backward, routed
 from veneer.save import save, subtracted_start, update_card
 from veneer.state_dict import check_save_embedding_layers
 from veneer.status import (
+    AdapterStates,
     TunerLayerStatus,
     TunerModelStatus,
+    adapter_states,
     count_parameters,
     get_layer_status,
     get_model_status,
@@ -157,6 +159,11 @@ class PeftModel(nn.Module):
     def active_adapter(self) -> str | list[str]:
         """The active adapter's name; a list if it is not exactly one."""
         return self.base_model.active_adapter
+
+    @property
+    def adapters(self) -> AdapterStates:
+        """The adapters by name: ranks, size, and whether active, merged, trainable; shown as a table."""
+        return adapter_states(self)
 
     @property
     def has_active_enabled_adapter(self) -> bool:

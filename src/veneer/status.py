@@ -156,6 +156,74 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
     )
 
 
+@dataclass(frozen=True)
+class AdapterState:
+    """One adapter of a model, over all modules that hold it.
+
+    Attributes:
+        ranks: Its ranks, ascending; empty if it only trains modules in full.
+        modules: Number of modules that hold it.
+        parameters: Number of its parameters.
+        states: What it is: ``active``, ``merged``, ``trainable``, ``disabled``; with ``in part`` behind where
+            modules disagree.
+    """
+
+    ranks: tuple[int, ...]
+    modules: int
+    parameters: int
+    states: tuple[str, ...]
+
+
+class AdapterStates(dict[str, AdapterState]):
+    """The adapters of a model by name, as they are now; ``repr`` shows them as a table."""
+
+    def __repr__(self) -> str:
+        rows = [("adapter", "rank", "modules", "parameters", "")]
+        for name, state in self.items():
+            ranks = ", ".join(map(str, state.ranks))
+            rows.append((name, ranks, str(state.modules), f"{state.parameters:,}", ", ".join(state.states)))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = (
+            "  ".join(
+                cell.rjust(width) if 0 < column < 4 else cell.ljust(width)
+                for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+            ).rstrip()
+            for row in rows
+        )
+        return "\n".join(lines) if self else "no adapters"
+
+
+def adapter_states(model: nn.Module) -> AdapterStates:
+    """The adapters of a model and what each of them is: active, merged, trainable.
+
+    Args:
+        model: A `PeftModel`, or any model that adapters were injected into.
+    """
+    held: dict[str, list[AdapterModule]] = {}
+    for module in AdapterSet(base_of(model)).modules():
+        for name in module.held_adapters:
+            held.setdefault(name, []).append(module)
+    return AdapterStates({name: _state(name, modules) for name, modules in held.items()})
+
+
+def _state(name: str, modules: Sequence[AdapterModule]) -> AdapterState:
+    layers = [module for module in modules if isinstance(module, LoraLayer)]
+    parameters = {id(p): p for module in modules for p in module.adapter_parameters(name)}
+    facts = {
+        "active": [name in module.active_adapters for module in modules],
+        "merged": [name in layer.merged_adapters for layer in layers],
+        "trainable": [p.requires_grad for module in modules for p in module.trained_parameters(name)],
+        "disabled": [module.disable_adapters for module in modules],
+    }
+    words = [word if all(found) else f"{word} in part" for word, found in facts.items() if any(found)]
+    return AdapterState(
+        tuple(sorted({layer.specs[name].r for layer in layers})),
+        len(modules),
+        sum(parameter.numel() for parameter in parameters.values()),
+        tuple(words),
+    )
+
+
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """Numbers of trainable and of all parameters; packed 4-bit weights count each of their values."""
     trainable = total = 0

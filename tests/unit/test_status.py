@@ -57,6 +57,28 @@ def test_a_model_that_adapters_were_injected_into() -> None:
     assert status.peft_types == {"x": "LORA"}
 
 
+def test_the_adapters_as_a_table() -> None:
+    model = get_peft_model(_net(), LoraConfig(r=2, target_modules=["0"]), "a")
+    model.add_adapter("other", LoraConfig(r=3, target_modules=["0", "2"], rank_pattern={"2": 4}))
+    assert repr(model.adapters) == (
+        "adapter  rank  modules  parameters\n"
+        "a           2        1          18  active, trainable\n"
+        "other    3, 4        2          59"
+    )
+    assert model.adapters["other"].ranks == (3, 4)
+    model.merge_adapter(["other"])
+    assert model.adapters["other"].states == ("merged",)
+    with model.disable_adapter():
+        assert model.adapters["a"].states == ("active", "trainable", "disabled")
+    model.set_adapter("other")
+    model.get_base_model()[0].lora_A["other"].weight.requires_grad_(False)
+    assert model.adapters["other"].states == ("active", "merged", "trainable in part")
+    model.delete_adapter("a")
+    with pytest.warns(UserWarning, match="none is left"):
+        model.delete_adapter("other")
+    assert repr(model.adapters) == "no adapters" and not model.adapters
+
+
 def test_no_adapter_is_said() -> None:
     with pytest.raises(TargetError, match="holds no adapter"):
         get_layer_status(_net())
