@@ -244,6 +244,26 @@ MUTANTS = (
         ("tests/unit/test_arithmetic.py",),
     ),
     Mutant(
+        "resize-strength", "resizing keeps the strength of every module", "tools/resizing.py",
+        "alpha = spec.scaling * (math.sqrt(rank) if spec.use_rslora else rank)", "alpha = spec.lora_alpha",
+        ("tests/unit/tools/test_resizing.py", "-k", "strength"),
+    ),
+    Mutant(
+        "combine-weights", "a sum of saved adapters counts their weights", "tools/combining.py",
+        "s.strength * s.b for s", "s.scaling * s.b for s",
+        ("tests/unit/tools/test_combining.py", "-k", "weighted"),
+    ),
+    Mutant(
+        "diff-sign", "two updates are compared by their difference", "tools/measuring.py",
+        "-s2 * b2", "s2 * b2",
+        ("tests/unit/tools/test_comparing.py", "-k", "dense"),
+    ),
+    Mutant(
+        "verify-merge", "an adapter that merges into something else fails", "tools/verifying.py",
+        "apart <= allowed", "True",
+        ("tests/unit/tools/test_verifying.py", "-k", "merging"),
+    ),
+    Mutant(
         "wrong-base", "an adapter of another base is refused", "base_fingerprint.py",
         '    if result.severity == "wrong":\n', "    if False:\n",
         ("tests/unit/test_load.py", "tests/laws/test_trust.py"),

@@ -16,6 +16,7 @@ from tests.tolerances import BY_DTYPE, OPS_SPECTRUM, assert_close
 from tests.unit.integrations.export.adapters import CASES, Saved, llama, save
 from tests.unit.tools.updates import loaded
 from veneer import AdapterFileError, ConfigError, PeftModel, VeneerError
+from veneer.lora_file import open_lora
 from veneer.tools import resize_adapter
 
 TENSORS = "adapter_model.safetensors"
@@ -116,6 +117,16 @@ def test_files_say_what_they_are(saved: Callable[[str], Saved], tmp_path: Path) 
     assert {config["r"], *config["rank_pattern"].values()} == {2, 3}
     assert (tmp_path / "out" / "tokenizer_config.json").read_text() == "{}"
     assert "r = " in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("case", ["patterns", "rslora and patterns", "lora_bias", "experts"])
+def test_every_module_keeps_its_strength(case: str, saved: Callable[[str], Saved], tmp_path: Path) -> None:
+    """Biases of B and magnitudes, which stay, count with it."""
+    source = saved(case).place
+    resize_adapter(source, tmp_path / "out", rank=2)
+    before, after = (open_lora(place).specs for place in (source, tmp_path / "out"))
+    for path, spec in before.items():
+        assert after[path].scaling == pytest.approx(spec.scaling)
 
 
 def test_an_update_of_zero_gets_rank_one(tmp_path: Path) -> None:
