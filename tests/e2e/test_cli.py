@@ -104,7 +104,9 @@ def test_inspect(adapter: Path, tmp_path: Path) -> None:
 
 def test_generate(adapter: Path) -> None:
     asked = veneer("generate", adapter, "--max-new-tokens", "4", said="Hello.\n")
-    assert done(asked).stdout.strip() and asked.stderr == ""
+    assert done(asked).stdout.strip()
+    waited = [line for line in asked.stderr.splitlines() if line.endswith(" …")]  # on a slow machine
+    assert asked.stderr.splitlines() == waited
 
 
 def test_eval(adapter: Path, data: Path) -> None:
