@@ -6,6 +6,7 @@
 # make examples run all examples, some twenty minutes; make examples-data fetches only what they read
 # make bench    run the benchmarks; tables on the screen, JSON and pictures in benchmarks/results
 # make bench-quick   the training step only, fewer turns    make bench-check   exit 1 where a bar is missed
+# make readers  run llama.cpp and mlx-lm on what is exported for them, and write the table of docs/exporting.md
 # make setup    only set up        make clean   remove what all of this made
 #
 # Another interpreter: make PYTHON=python3.12 …    Arguments for pytest: make test ARGS="-k merge"
@@ -20,10 +21,10 @@ PYTEST = $(VENV)/python -m pytest -n $(WORKERS) --dist loadfile
 SITE = @NO_MKDOCS_2_WARNING=1 $(VENV)/python -m mkdocs build --strict --quiet
 SHORT := tests/architecture tests/unit tests/laws tests/golden tests/readers tests/docs
 
-.PHONY: help setup setup-test demo tutorial examples examples-data test test-all mutants other-trainers check docs format bench bench-quick bench-check lock clean
+.PHONY: help setup setup-test demo tutorial examples examples-data test test-all mutants other-trainers readers check docs format bench bench-quick bench-check lock clean
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -11
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -12
 
 setup:
 	@$(PYTHON) tools/setup.py base
@@ -59,6 +60,11 @@ mutants: setup-test
 # axolotl and ms-swift, from the package index, with Veneer in the place of peft.
 other-trainers: setup-test
 	@$(VENV)/python tools/other_trainers.py
+
+# llama.cpp and mlx-lm, from the package index, each apart from the environment of the tests.
+readers: setup-test
+	@$(VENV)/python tools/smollm2.py
+	@$(VENV)/python -W ignore tools/readers.py
 
 check: setup-test
 	$(VENV)/ruff check .

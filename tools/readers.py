@@ -1,0 +1,350 @@
+"""Run llama.cpp and mlx-lm on what Veneer exports for them, and compare what they compute: ``make readers``.
+
+The base is the first layers of SmolLM2, with their real weights. Adapters of each kind are exported, every
+printed command is run as it stands, and the reader's log-probabilities are compared with those of Veneer:
+their difference, the slope of the adapter's effect there on its effect here (1.00; 0 is an ignored adapter),
+and the tokens written greedily. The table goes to docs/exporting.md. Exits with 1 if something differs.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import readers_setup
+import smollm2
+import torch
+from readers_setup import BUILD, CONVERTERS, ROOT
+
+from veneer import LoraConfig, PeftModel, export_adapter, get_peft_model
+from veneer.errors import ExportError
+from veneer.files.rope import write_older_names
+from veneer.integrations.export import ExportReport
+from veneer.training.adapters import load_adapted, save_merged
+from veneer.training.loading import Loading
+
+PAGE = ROOT / "docs" / "exporting.md"
+BEGIN, END = "<!-- readers: made by `make readers` -->", "<!-- end of readers -->"
+WORK = BUILD / "work"
+LAYERS, STEPS, SEED = 4, 8, 0
+#: How far log-probabilities may be off, of sums in 32 bits in another order.
+CLOSE = 2e-4
+#: How far the slope may be from 1.
+STRAIGHT = 1e-3
+#: So many tokens have their log-probabilities compared: the likeliest of the base after each prompt.
+LIKELIEST = 200
+TEXTS = ("The capital of France is", "def add(a, b):\n    return", "Once upon a time there was a")
+EVERY = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+#: Kind of adapter -> whether its base ties embedding and head, and its options.
+KINDS: dict[str, tuple[bool, dict[str, Any]]] = {
+    "plain": (True, {"r": 8, "lora_alpha": 16, "target_modules": EVERY}),
+    "an odd rank": (True, {"r": 5, "lora_alpha": 7, "target_modules": EVERY}),
+    "use_rslora": (True, {"r": 9, "lora_alpha": 4, "use_rslora": True, "target_modules": EVERY}),
+    "patterns of ranks and strengths": (
+        True,
+        {
+            "r": 6,
+            "lora_alpha": 9,
+            "target_modules": EVERY,
+            "rank_pattern": {"down_proj": 3, "layers.1.self_attn.q_proj": 11},
+            "alpha_pattern": {"v_proj": 5, "layers.2.mlp.up_proj": 20},
+        },
+    ),
+    "DoRA": (True, {"r": 8, "lora_alpha": 16, "use_dora": True, "target_modules": EVERY}),
+    "an embedding": (False, {"r": 8, "lora_alpha": 16, "target_modules": ["v_proj", "embed_tokens"]}),
+    "an output head": (False, {"r": 8, "lora_alpha": 16, "target_modules": ["v_proj", "lm_head"]}),
+    "a tied embedding": (True, {"r": 8, "lora_alpha": 16, "target_modules": ["v_proj", "embed_tokens"]}),
+    "a tied embedding, with its head (ensure_weight_tying)": (
+        True,
+        {
+            "r": 8,
+            "lora_alpha": 16,
+            "target_modules": ["v_proj", "embed_tokens"],
+            "ensure_weight_tying": True,
+        },
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One adapter in one reader."""
+
+    error: float
+    slope: float
+    written: int
+
+    @property
+    def good(self) -> bool:
+        return self.error <= CLOSE and abs(self.slope - 1) <= STRAIGHT
+
+    def __str__(self) -> str:
+        return f"{self.slope:.4f}, {self.error:.0e}, {self.written}"
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A program: how it is asked, and what it takes for a base and an adapter."""
+
+    target: str
+    title: str
+    ask: Callable[[dict[str, Any], Path], dict[str, Any]]
+    base: Callable[[Path], str]
+    adapter: Callable[[ExportReport], str]
+
+
+def base_of(tied: bool) -> Path:
+    """The first layers of the model, saved; with a head of its own where it is not tied."""
+    place = WORK / ("tied" if tied else "untied")
+    if (place / "config.json").is_file():
+        return place
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = smollm2.fetch()
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, num_hidden_layers=LAYERS)
+    if not tied:
+        model.config.tie_word_embeddings = False
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    model.save_pretrained(place)
+    AutoTokenizer.from_pretrained(source).save_pretrained(place)
+    write_older_names(place)
+    return place
+
+
+def adapter_of(kind: str, place: Path) -> tuple[Path, Path]:
+    """(the saved adapter, its base); factors of a size that changes the answers."""
+    from transformers import AutoModelForCausalLM
+
+    tied, options = KINDS[kind]
+    base = base_of(tied)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    torch.manual_seed(SEED)
+    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **options))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name or "lora_embedding_B" in name or "lora_embedding_A" in name:
+            torch.nn.init.normal_(parameter, std=0.03)
+    adapted.peft_config["default"].base_model_name_or_path = str(base)
+    adapted.save_pretrained(place)
+    return place, base
+
+
+@torch.no_grad()
+def after(model: Any, prompts: list[list[int]]) -> torch.Tensor:
+    """Log-probabilities (prompts, vocabulary) of what follows."""
+    return torch.stack([model(input_ids=torch.tensor([p])).logits[0, -1].log_softmax(-1) for p in prompts])
+
+
+def written(model: Any, prompts: list[list[int]]) -> tuple[list[list[int]], list[list[float]]]:
+    """(tokens written greedily after each prompt, how far each leads the second likeliest)."""
+    tokens, leads = [], []
+    for prompt in prompts:
+        text, lead = list(prompt), []
+        for _ in range(STEPS):
+            (first, second), (token, _) = after(model, [text])[0].topk(2)
+            lead.append(float(first - second))
+            text.append(int(token))
+        tokens.append(text[len(prompt) :])
+        leads.append(lead)
+    return tokens, leads
+
+
+@functools.cache
+def bare(reader: Reader, base: Path) -> tuple[dict[str, Any], torch.Tensor, torch.Tensor]:
+    """(what is asked, log-probabilities of the tokens asked for here, and there), without an adapter."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    prompts = [tokenizer(text)["input_ids"] for text in TEXTS]
+    here = after(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval(), prompts)
+    likely = here.topk(LIKELIEST).indices.unique()
+    asked = {"prompts": prompts, "tokens": likely.tolist(), "steps": STEPS, "vocabulary": here.shape[1]}
+    found = reader.ask({**asked, "model": reader.base(base), "adapter": None}, WORK)
+    return asked, here[:, likely], torch.tensor(found["logprobs"])
+
+
+def compared(reader: Reader, model: Any, base: Path, there: str, adapter: str | None) -> Compared:
+    """What a reader computes from its model and adapter, beside what ours computes."""
+    asked, without, without_there = bare(reader, base)
+    within = after(model, asked["prompts"])[:, asked["tokens"]]
+    found = reader.ask({**asked, "model": there, "adapter": adapter}, WORK)
+    theirs = torch.tensor(found["logprobs"])
+    here, effect = (within - without).flatten(), (theirs - without_there).flatten()
+    same = sum(map(_written_alike, found["greedy"], *written(model, asked["prompts"])))
+    return Compared(float((theirs - within).abs().max()), float(effect @ here / (here @ here)), same)
+
+
+def _written_alike(theirs: list[int], mine: list[int], leads: list[float]) -> int:
+    """How many tokens are the same before the first that differs; one that leads by a hair ends it too."""
+    for place, (one, other, lead) in enumerate(zip(theirs, mine, leads, strict=True)):
+        if one != other:
+            if lead > 10 * CLOSE:
+                raise SystemExit(f"token {place} is {one} there and {other} here, which leads by {lead:.3f}")
+            return place
+    return len(mine)
+
+
+def run_command(command: str, paths: list[Path], where: Path) -> None:
+    """Run a printed command as it stands in a shell."""
+    path = os.pathsep.join([*map(str, paths), os.environ["PATH"]])
+    done = subprocess.run(
+        command,
+        shell=True,
+        cwd=where,
+        capture_output=True,
+        text=True,
+        env={**readers_setup.environment(), "PATH": path},
+    )
+    if done.returncode:
+        raise SystemExit(f"{command}\n{done.stderr[-2000:]}")
+
+
+def asking(python: Path, script: str) -> Callable[[dict[str, Any], Path], dict[str, Any]]:
+    """A program in another environment, asked and answering by files."""
+
+    def ask(asked: dict[str, Any], place: Path) -> dict[str, Any]:
+        files = place / "asked.json", place / "answered.json"
+        files[0].write_text(json.dumps(asked))
+        command = [str(python), str(ROOT / "tools" / script), *map(str, files)]
+        done = subprocess.run(command, capture_output=True, text=True, env=readers_setup.environment())
+        if done.returncode:
+            raise SystemExit(f"{script}: {done.stderr[-2000:]}")
+        found: dict[str, Any] = json.loads(files[1].read_text())
+        return found
+
+    return ask
+
+
+def gguf_of(model: Path) -> str:
+    """A model's GGUF file in 32 bits, made by llama.cpp's own converter."""
+    out = model.with_suffix(".gguf")
+    if not out.is_file():
+        run_command(
+            f"python convert_hf_to_gguf.py {model} --outtype f32 --outfile {out}",
+            [Path(sys.executable).parent],
+            CONVERTERS,
+        )
+    return str(out)
+
+
+def converted(report: ExportReport) -> str:
+    """The adapter's GGUF file, made by the printed command."""
+    if "adapter.gguf" not in report.files:
+        run_command(report.usage, [Path(sys.executable).parent], CONVERTERS)
+    return str(report.directory / "adapter.gguf")
+
+
+def generated(report: ExportReport) -> str:
+    """The adapter's directory, after the printed command has generated something with it."""
+    run_command(report.usage, [readers_setup.MLX_PYTHON.parent], WORK)
+    return str(report.directory)
+
+
+def all_readers() -> list[Reader]:
+    """Those that are installed here."""
+    llama = asking(Path(sys.executable), "reader_llama_cpp.py")
+    mlx = asking(readers_setup.MLX_PYTHON, "reader_mlx.py")
+    return [
+        Reader("llama.cpp", "llama.cpp in xllamacpp", llama, gguf_of, converted),
+        Reader("mlx", "mlx-lm", mlx, str, generated),
+    ]
+
+
+def rows(readers: list[Reader]) -> Iterator[tuple[str, list[Compared | str]]]:
+    """Each kind of adapter, and what every reader makes of it; and of a merged model."""
+    for number, kind in enumerate(KINDS):
+        place, base = adapter_of(kind, WORK / f"adapter-{number}")
+        model = _loaded(base, place)
+        yield kind, [_exported(reader, model, base, place) for reader in readers]
+    place, base = WORK / "adapter-0", base_of(True)
+    model, merged = _loaded(base, place), WORK / "merged"
+    save_merged(*load_adapted(place, loading=Loading("float32")), merged)
+    yield "a merged model", [compared(r, model, base, r.base(merged), None) for r in readers]
+
+
+def _loaded(base: Path, place: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    return PeftModel.from_pretrained(model, place).eval()
+
+
+def _exported(reader: Reader, model: Any, base: Path, place: Path) -> Compared | str:
+    out = place.with_name(f"{place.name}-{reader.target}")
+    try:
+        report = export_adapter(place, out, reader.target)
+    except ExportError:
+        return "refused"
+    return compared(reader, model, base, reader.base(base), reader.adapter(report))
+
+
+def controls(reader: Reader) -> Compared:
+    """An adapter that llama.cpp reads wrongly where nothing folds it: what a comparison must find."""
+    number = list(KINDS).index("use_rslora")
+    place, base = WORK / f"adapter-{number}", base_of(True)
+    out = WORK / "unfolded.gguf"
+    command = f"python convert_lora_to_gguf.py --base {base} --outfile {out} {place}"
+    run_command(command, [Path(sys.executable).parent], CONVERTERS)
+    try:
+        return compared(reader, _loaded(base, place), base, reader.base(base), str(out))
+    except SystemExit:
+        return Compared(float("inf"), 0.0, 0)
+
+
+def page(table: list[str]) -> str:
+    """docs/exporting.md with a new table in it."""
+    between = re.compile(re.escape(BEGIN) + ".*?" + re.escape(END), re.S)
+    text = "\n".join([BEGIN, *table, END])
+    return between.sub(lambda _: text, PAGE.read_text(encoding="utf-8"))
+
+
+def main() -> int:
+    """Install, compare, write the table."""
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    versions = readers_setup.install()
+    shutil.rmtree(WORK, ignore_errors=True)
+    WORK.mkdir(parents=True)
+    readers = all_readers()
+    titles = [f"{reader.title} {versions[reader.target]}" for reader in readers]
+    lines = [f"| an adapter with | {' | '.join(titles)} |", "|---|" + "---|" * len(readers)]
+    bad = []
+    for kind, found in rows(readers):
+        lines.append(f"| {kind} | {' | '.join(map(str, found))} |")
+        print(lines[-1], flush=True)
+        bad += [kind for one in found if isinstance(one, Compared) and not one.good]
+    unfolded = controls(readers[0])
+    print(f"use_rslora, not folded: {unfolded}", flush=True)
+    bad += ["use_rslora, not folded"] * unfolded.good
+    note = (
+        f"Slope, largest difference of a log-probability, and tokens written alike, of {STEPS * len(TEXTS)}; "
+        f"the first {LAYERS} layers of SmolLM2-135M-Instruct in 32 bits, on {_machine()}."
+    )
+    if bad:
+        print(f"these differ: {', '.join(bad)}", file=sys.stderr)
+        return 1
+    PAGE.write_text(page([note, "", *lines]), encoding="utf-8")
+    return 0
+
+
+def _machine() -> str:
+    try:
+        found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    except OSError:
+        found = None
+    return f"{found[1].strip() if found else platform.processor()} ({platform.system()})"
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
