@@ -105,6 +105,7 @@ def open_lora(adapter: str | os.PathLike[str] | OpenLora) -> OpenLora:
         spec = specs[path]
         a, b = file.shapes[roles["A"]], file.shapes[roles["B"]]
         flat = {1}.issuperset(b[2:]) and 0 not in (*a, *b)  # B of a convolution has kernels of one place
+        flat = flat and ("lora_embedding" not in roles["A"] or len(a) == len(b) == 2)
         if len(a) < 2 or len(b) < 2 or a[0] != b[1] or not flat:
             wrong.append(f"{path}: factors of shapes {a} and {b} have no product")
         elif a[0] != spec.r and not (config.target_parameters and a[0] % spec.r == 0):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..base_fingerprint import FINGERPRINT
 from ..config import LoraConfig
-from ..errors import AdapterFileError, VeneerError
+from ..errors import AdapterFileError, CombineError, VeneerError
 from ..files.card import model_card
 from ..files.layout import BIN_NAME, SAFETENSORS_NAME
 from ..files.overwrite import replacing
@@ -19,6 +19,7 @@ from ..files.values import check_values
 from ..files.write import write_adapter
 from ..integrations.export.source import base_problem
 from ..lora_file import FileUpdate, OpenLora, open_lora
+from ..ops.merging import is_finite
 from ..training.merge_files import OF_TOKENIZER, companions, copy_files
 
 _TENSORS = re.compile("|".join(map(re.escape, (BIN_NAME, SAFETENSORS_NAME))))
@@ -55,6 +56,17 @@ def oriented(lora: OpenLora, update: FileUpdate, change: Callable[[FileUpdate], 
     if lora.config.ensure_weight_tying and "lora_embedding" in update.names[0]:
         return change(update.turned()).turned()
     return change(update)
+
+
+def check_fits(update: FileUpdate) -> FileUpdate:
+    """An update that was made of others, unless its numbers have left the range of their type.
+
+    Raises:
+        CombineError: They have.
+    """
+    if not (is_finite(update.a) and is_finite(update.b)):
+        raise CombineError(f"{update.path}: the new factors leave the range of {update.a.dtype}")
+    return update
 
 
 def write(

@@ -24,7 +24,7 @@ from ..lora_file import FileUpdate, OpenLora, factor_names, updates
 from ..ops import low_rank
 from ..spec import LoraSpec, restate, variant_name
 from ..wording import listed, some, warn
-from .adapter_files import check_counts_from_base, read, write
+from .adapter_files import check_counts_from_base, check_fits, read, write
 from .measuring import distance, needed, norm, relative, terms_of
 from .requests import Request, check_place
 
@@ -121,8 +121,14 @@ def _combined(
             a=_widest([u.a for u, _ in held]), b=_widest([u.b for u, _ in held])
         )
         turned = _turned(loras, first[path])
+        kind = torch.promote_types(
+            torch.promote_types(first[path].a.dtype, first[path].b.dtype), torch.float32
+        )
         stacks = [
-            [Share(_wide(b), _wide(a), u.spec.scaling, w) for b, a in (u.turned() if turned else u).pairs()]
+            [
+                Share(b.to(kind), a.to(kind), u.spec.scaling, w)
+                for b, a in (u.turned() if turned else u).pairs()
+            ]
             for u, w in held
         ]
         parts[path] = [_parts(list(shares), request, trim) for shares in zip(*stacks, strict=True)]
@@ -138,7 +144,7 @@ def _combined(
         ]
         done = like.with_pairs(pairs, spec)
         done = done.turned() if _turned(loras, update) else done
-        made.append(done)
+        made.append(check_fits(done))
         errors[path] = _error(done, group[path], own, request)
     return made, errors
 
@@ -190,10 +196,6 @@ def _error(
         for experts in zip(*(terms for terms, _ in held), strict=True)
     ]
     return relative(distance(stacked, terms_of(made)), norm(stacked))
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _widest(tensors: Sequence[Tensor]) -> Tensor:

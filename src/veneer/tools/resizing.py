@@ -15,7 +15,7 @@ from torch import Tensor
 from ..lora_file import FileUpdate, OpenLora, updates
 from ..ops import low_rank
 from ..spec import LoraSpec, restate
-from .adapter_files import check_counts_from_base, oriented, read, write
+from .adapter_files import check_counts_from_base, check_fits, oriented, read, write
 from .measuring import distance, needed, norm, relative, terms_of
 from .requests import check_place, check_size
 
@@ -151,4 +151,4 @@ def _ranks(lora: OpenLora, energy: float) -> dict[str, int]:
 def _truncated(update: FileUpdate, new: LoraSpec) -> FileUpdate:
     old = update.spec
     cut = [low_rank.compress([(b, a, old.scaling / new.scaling)], new.r)[:2] for b, a in update.pairs()]
-    return update.with_pairs(cut, new)
+    return check_fits(update.with_pairs(cut, new))

@@ -16,7 +16,14 @@ from safetensors.torch import load_file, save_file
 from tests.tolerances import BY_DTYPE, OPS_SPECTRUM, assert_close
 from tests.unit.integrations.export.adapters import CASES, save
 from tests.unit.tools.updates import loaded
-from veneer import BaseMismatchError, CombineError, ConfigError, PeftModel, VeneerError, VeneerWarning
+from veneer import (
+    BaseMismatchError,
+    CombineError,
+    ConfigError,
+    PeftModel,
+    VeneerError,
+    VeneerWarning,
+)
 from veneer.arithmetic import COMBINATIONS
 from veneer.tools import combine_adapters, compare_adapters
 from veneer.tools.requests import METHODS
@@ -140,6 +147,23 @@ def test_errors_are_said(places: tuple[Path, Path], tmp_path: Path) -> None:
     assert exact.worst < OPS_SPECTRUM.atol
     pruned = combine_adapters(places, tmp_path / "pruned", combination_type="ties_svd", density=0.5, rank=2)
     assert pruned.worst > 0.05
+
+
+def test_numbers_that_overflow_are_refused(tmp_path: Path) -> None:
+    half = save("linear", tmp_path, torch.float16).place
+    with pytest.raises(CombineError, match="leave the range"):
+        combine_adapters([half], tmp_path / "out", [1e9])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["cat", "svd", "ties_svd"])
+def test_types_that_differ_give_the_wider_one(kind: str, tmp_path: Path) -> None:
+    one = save("linear", tmp_path / "one", torch.bfloat16).place
+    two = Path(shutil.copytree(one, tmp_path / "two"))
+    save_file({name: t.double() for name, t in load_file(one / TENSORS).items()}, two / TENSORS)
+    density = {"density": 1.0} if kind == "ties_svd" else {}
+    combine_adapters([one, two], tmp_path / "out", [0.5, 0.25], combination_type=kind, **density)
+    assert {t.dtype for t in load_file(tmp_path / "out" / TENSORS).values()} == {torch.float64}
 
 
 @pytest.mark.filterwarnings("ignore::veneer.VeneerWarning")

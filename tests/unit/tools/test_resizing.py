@@ -180,6 +180,18 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         ),
         "have no product",
     ),
+    "an embedding with kernels": (
+        lambda p: save_file(
+            {
+                n.replace("lora_B.weight", "lora_embedding_B").replace(
+                    "lora_A.weight", "lora_embedding_A"
+                ): t[..., None] if "lora_B" in n else t
+                for n, t in load_file(p / TENSORS).items()
+            },
+            p / TENSORS,
+        ),
+        "have no product",
+    ),
     "another rank": (lambda p: _config(p, r=5), "gives it rank 5"),
     "a changed base": (lambda p: _config(p, init_lora_weights="pissa"), "changed the base"),
     "truncated": (lambda p: os.truncate(p / TENSORS, 900), "truncated"),
