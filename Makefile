@@ -57,7 +57,7 @@ test-all: examples-data
 mutants: setup-test
 	@$(VENV)/python tools/mutants.py $(ARGS)
 
-# axolotl and ms-swift, from the package index, with Veneer in the place of peft.
+# axolotl, ms-swift and lm-evaluation-harness, from the package index.
 other-trainers: setup-test
 	@$(VENV)/python tools/other_trainers.py
 

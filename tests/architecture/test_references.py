@@ -50,17 +50,20 @@ CALLED = {
     "Distribution": {"locate_file"},
     # transformers, on each key of an adapter's file.
     "WeightRenaming": {"rename_source_key"},
+    # lm-evaluation-harness.
+    "HFLM": {"_create_model", "_loglikelihood_tokens", "_model_generate"},
 }
 
 
 def public_names() -> set[str]:
-    """All that users, PEFT's users and the libraries that import PEFT may name."""
+    """All that users, PEFT's users, and libraries that import PEFT or a model of ours may name."""
     public = {f"{module}:{name}" for module in PUBLIC for name in importlib.import_module(module).__all__}
     facade = {f"{FACADE}.objects:{name}" for names in LAYOUT.values() for name in names}
     guards = {
         f"{FACADE}.{module}:{name}" for _, module, names in veneer_as_peft.GUARDED.values() for name in names
     }
-    return public | facade | guards
+    registered = {"veneer.integrations.lm_eval:VeneerLM"}
+    return public | facade | guards | registered
 
 
 @pytest.fixture(scope="module")

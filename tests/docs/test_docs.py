@@ -181,7 +181,7 @@ def _problem(line: str) -> str:
         return "" if all(target in _make_targets() for target in rest) else "no such make target"
     if program == "veneer":
         return _veneer_problem(rest)
-    if program == "python" and rest[:2] == ["-m", "veneer.as_peft"]:
+    if program == "python" and rest[:2] in (["-m", "veneer.as_peft"], ["-m", "veneer.integrations.lm_eval"]):
         return ""
     if program == "python" and rest and rest[0].startswith("examples/"):
         return _example_problem(*rest)
