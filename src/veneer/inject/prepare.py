@@ -16,7 +16,7 @@ from veneer.errors import Hint, TargetError, Text
 from veneer.inject.base_tensors import base_of
 from veneer.inject.injection import Addition, Copy, Injection, Rows
 from veneer.inject.replication import replication
-from veneer.inject.sites import Site, bases, model_type, plan_sites, sites
+from veneer.inject.sites import Site, bases, model_type, plan_sites, sharing, sites
 from veneer.inject.stacks import names_of_parameters
 from veneer.inject.tokens import token_rows
 from veneer.inject.tying import followers, tie
@@ -119,6 +119,8 @@ def _parts(
         _mention_replaced_bases(additions)
     taken = dict.fromkeys((a.site.path for a in additions), "target_modules")
     taken |= dict.fromkeys((c.site.path for c in copies), "modules_to_save")
+    if not config.ensure_weight_tying:
+        _mention_uncalled(found, taken)
     return additions, copies, token_rows(model, found, config, taken, stored, quiet=quiet)
 
 
@@ -344,6 +346,19 @@ def _mention_unread(found: Mapping[str, Site], specs: Sequence[LoraSpec]) -> Non
             "calling the module, so what the adapter has there gets no gradient and has no effect until it "
             "is merged"
         )
+
+
+def _mention_uncalled(found: Mapping[str, Site], taken: Mapping[str, str]) -> None:
+    """Warn of what holds the embedding of an encoder and a decoder, which call modules of their own."""
+    for path, field in taken.items():
+        own = [other for other in sharing(found, path) if other.endswith(".embed_tokens")]
+        if path.rpartition(".")[2] == "shared" and own:
+            warn(
+                f"{path} ({field}) holds the weight of {listed(own)} and is never called itself, so what an "
+                "adapter has there gets no gradient and has no effect: set ",
+                Hint("ensure_weight_tying", True),
+                ", which trains all of them as one, or name embed_tokens",
+            )
 
 
 def _only_here(config: LoraConfig) -> bool:

@@ -187,6 +187,19 @@ def answers(model: nn.Module) -> torch.Tensor:
     return logits(model, labels=IDS)
 
 
+@pytest.mark.parametrize(
+    "options", [{"target_modules": ["shared"]}, {"target_modules": ["q"], "modules_to_save": ["shared"]}]
+)
+def test_an_embedding_that_is_never_called_is_named(options: Any) -> None:
+    with pytest.warns(VeneerWarning, match=r"shared .*weight of encoder.embed_tokens, .*ensure_weight_tying"):
+        model = get_peft_model(t5(), LoraConfig(r=2, **options))
+    base = answers(model)
+    for name, parameter in model.named_parameters():
+        if ".shared." in name and parameter.requires_grad:
+            parameter.data.normal_()
+    assert torch.equal(answers(model), base)
+
+
 def test_the_embeddings_of_an_encoder_decoder_follow_through_their_life() -> None:
     model = get_peft_model(t5(), config(target_modules=["shared"])).eval()
     moved(model)
