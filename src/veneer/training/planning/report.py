@@ -32,7 +32,7 @@ class LeftOut:
         name: The end of their paths that they share.
         type_name: Their class; ``Parameter`` for stacks.
         number: How many there are.
-        parameters: How many numbers they hold in all.
+        parameters: How many numbers they hold in all, without those of a weight that is listed before.
     """
 
     name: str
@@ -147,19 +147,25 @@ def left_out(model: nn.Module, chosen: Plan) -> tuple[LeftOut, ...]:
     """What a plan leaves as it is of a model's layers and stacks, by name and type, the largest first."""
     taken = {spec.path for spec in chosen.specs} | {*chosen.modules_to_save}
     sizes: dict[tuple[str, str], list[int]] = {}
+    counted: set[nn.Parameter] = set()
+
+    def numbers(parameter: nn.Parameter) -> int:
+        if parameter in counted:
+            return 0  # of a head, say, that shares the embedding's weight
+        counted.add(parameter)
+        return parameter.numel()
+
     for path, site in sites(model).items():
         if around(path, taken):
             continue
         own = {name: p for name, p in site.base._parameters.items() if p is not None}
         name = path.rpartition(".")[2]
         if layers.find(site.base) is not None:
-            sizes.setdefault((name, type(site.base).__name__), []).append(
-                sum(p.numel() for p in own.values())
-            )
+            sizes.setdefault((name, type(site.base).__name__), []).append(sum(map(numbers, own.values())))
             continue
         for part, parameter in own.items():
             if parameter.dim() in (2, 3) and f"{path}.{part}" not in taken:
-                sizes.setdefault((f"{name}.{part}", "Parameter"), []).append(parameter.numel())
+                sizes.setdefault((f"{name}.{part}", "Parameter"), []).append(numbers(parameter))
     groups = [LeftOut(*key, len(counts), sum(counts)) for key, counts in sizes.items()]
     return tuple(sorted(groups, key=lambda group: -group.parameters))
 

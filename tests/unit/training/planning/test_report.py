@@ -48,6 +48,15 @@ def test_a_report_says_what_is_adapted_and_what_is_not(source: Path) -> None:
     assert told["estimate"]["trainable"] == 4 * 64 and told["batch_size"] == 2 and told["given_up"] is None
 
 
+def test_a_weight_that_two_modules_share_is_counted_once(tmp_path: Path) -> None:
+    shape = tiny_model().config
+    shape.tie_word_embeddings = True
+    shape.save_pretrained(tmp_path)
+    found = plan_training(tmp_path, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    left = {group.name: group.parameters for group in found.left_out}
+    assert left["embed_tokens"] == shape.vocab_size * shape.hidden_size and left["lm_head"] == 0
+
+
 def test_targets_that_are_nowhere_are_an_error(source: Path) -> None:
     with pytest.raises(TargetError, match="q_proj"):
         plan_training(source, LoraConfig(target_modules=["q_prj"], task_type="CAUSAL_LM"), budget="1%")
