@@ -95,6 +95,8 @@ def merge(
         progress.say(f"warning: {report}; so do those of the base")
     elif report.mean < WORTH_SAYING:
         measured = "" if drift is None else f": {drift}"
+        if low_memory:
+            measured = " (by how much is not measured, as --low-memory loads no model)"
         progress.say(
             f"warning: only {report.mean:.0%} of the update survived rounding to {stored}, so the merged "
             f"model answers differently from the adapter{measured}. --dtype float32 keeps all of it; "

@@ -74,6 +74,7 @@ def test_rounding_away_is_said(adapter: Path, tmp_path: Path, capsys: pytest.Cap
     said = capsys.readouterr().err
     assert "of the update survived rounding to bfloat16" in said and "--dtype float32 keeps all" in said
     assert f"veneer eval, of {tmp_path / 'out'} and of the adapter" in said
+    assert "by how much is not measured, as --low-memory loads no model" in said
 
 
 def test_nothing_is_half_written(
