@@ -33,6 +33,10 @@ def test_every_module_of_peft_is_one_of_veneers(row: str) -> None:
     assert [name for name in LAYOUT[row] if not hasattr(module, name)] == []
 
 
+def test_the_module_of_configurations_has_a_version_as_that_of_peft() -> None:
+    assert importlib.import_module("veneer.config").__version__ == veneer.__version__
+
+
 def test_modules_hold_veneers_own_objects() -> None:
     from veneer.peft_model import get_peft_model_state_dict
     from veneer.tuners.lora import LoraConfig as Config

@@ -76,6 +76,8 @@ def names_of(module: ModuleType) -> Any:
     stands_in = "stands in for peft here (register_as_peft), and " if module.__name__ == row else ""
 
     def __getattr__(name: str) -> Any:
+        if name == "__version__" and module.__name__ == "veneer.config":
+            return sys.modules["veneer"].__version__
         if name in LAYOUT.get(row, ()):
             return getattr(importlib.import_module(f"{__name__}.objects"), name)
         if _is_of_another_method(row) and name[:1].isupper():
