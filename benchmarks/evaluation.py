@@ -17,8 +17,8 @@ from benchmarks._models import LINEARS, adapted, llama
 from benchmarks.harness import THREADS, Report, Row, question, ratio, take_turns, timed
 
 RANKS = (4, 8, 8, 16, 16, 32, 32, 64)
-HIDDEN, LAYERS, VOCABULARY = 576, 30, 1024
-ROWS, SHORTEST, LONGEST = 32, 12, 28
+HIDDEN, LAYERS, VOCABULARY = 576, 8, 1024
+ROWS, SHORTEST, LONGEST = 16, 12, 28
 #: Of eight adapters ÷ one.
 BAR = 2.5
 #: As `veneer eval --max-length`.
