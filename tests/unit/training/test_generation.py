@@ -29,6 +29,22 @@ def test_answers_in_a_batch_equal_those_alone() -> None:
     assert len(set(together)) > 1
 
 
+def test_adapters_answer_in_one_batch_as_alone() -> None:
+    torch.manual_seed(3)
+    config = LoraConfig(r=4, lora_alpha=6, target_modules="all-linear", init_lora_weights=False)
+    model = get_peft_model(tiny_model(), config, "a")
+    model.add_adapter("b", config)
+    prompts = [prompt_ids(text, TOKENIZER) for text in ("One", "A much longer question")]
+    names = ["a", "b", "__base__"]
+    owners, asked = [name for name in names for _ in prompts], prompts * 3
+    found = generate_answers(model, TOKENIZER, asked, max_new_tokens=6, batch_size=5, adapter_names=owners)
+    alone = generate_answers(tiny_model(), TOKENIZER, prompts, max_new_tokens=6)
+    for name in ("b", "a"):
+        model.set_adapter(name)
+        alone = generate_answers(model, TOKENIZER, prompts, max_new_tokens=6) + alone
+    assert found == alone and len(set(found)) > 4
+
+
 def test_sampling_follows_the_seed() -> None:
     model, prompts = tiny_model(), [prompt_ids("Hello", TOKENIZER)]
     drawn = []

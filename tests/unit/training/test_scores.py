@@ -66,6 +66,24 @@ def test_exact_match_asks_adapter_and_base(monkeypatch: pytest.MonkeyPatch) -> N
     assert own[1] == generate_answers(model, TOKENIZER, prompts, max_new_tokens=3) != own[0]
 
 
+def test_every_adapter_gets_its_own_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapted()
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    right = {"__base__": 1, "default": 2, "other": 3}
+
+    def answering(model: Any, tokenizer: Any, prompts: Any, adapter_names: list[str], **more: Any) -> Any:
+        counts = {name: iter(range(9)) for name in right}
+        return ["a" if next(counts[name]) < right[name] else "b" for name in adapter_names]
+
+    monkeypatch.setattr("veneer.training.scores.generate_answers", answering)
+    records = known([{"prompt": str(number), "completion": "a"} for number in range(4)])
+    found = compare(model, TOKENIZER, records, labels={"default": "first", "other": "second"})
+    assert {name: score.exact for name, score in {**found.scores, **found.adapters}.items()} == {
+        "base": 1, "first": 2, "second": 3
+    }  # fmt: skip
+    assert [row[0] for row in found.table()] == ["", "base", "first", "second"]
+
+
 def test_the_last_answer_of_a_conversation_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     turns = [{"role": r, "content": c} for r, c in (("user", "a"), ("assistant", "b"), ("user", "c"))]
     record = {"messages": [*turns, {"role": "assistant", "content": " d "}]}
