@@ -2,6 +2,8 @@
 
 The rows are short ones of a multiple-choice test: a question, and one token of an answer that counts. One
 adapter is measured beside its base in two passes; eight are measured in mixed batches that hold the base too.
+They have 4.5 times the tokens, so where the batch of one adapter fills the machine already, as on a CPU, no
+order of computing is far below that; the aim is for machines that it does not fill.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ RANKS = (4, 8, 8, 16, 16, 32, 32, 64)
 HIDDEN, LAYERS, VOCABULARY = 576, 8, 1024
 ROWS, SHORTEST, LONGEST = 16, 12, 28
 #: Of eight adapters ÷ one.
-BAR = 2.5
+AIM = 2.5
 #: As `veneer eval --max-length`.
 MAX_LENGTH = 1024
 
@@ -81,7 +83,7 @@ def measure(quick: bool) -> Report:
             together, one = times["together"], times["one"]
             by_turns = ratio(times["turns"], one)
             label = f"{what}: eight adapters ÷ one"
-            found.append(Row(label, ratio(together, one), at_most=BAR, beside={"by turns": by_turns}))
+            found.append(Row(label, ratio(together, one), aim=AIM, beside={"by turns": by_turns}))
     conditions = {
         "model": f"Llama-shaped, hidden {HIDDEN}, {LAYERS} layers",
         "adapters": f"eight, of ranks {', '.join(map(str, RANKS))}, on every linear",
