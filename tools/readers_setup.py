@@ -67,9 +67,10 @@ def _unpack(place: Path) -> None:
     with tarfile.open(archive) as source:
         for member in source.getmembers():
             inside = member.name.partition("/")[2].removeprefix("llama.cpp/")
-            if inside.startswith(WANTED) and member.isfile():
-                member.name = f"llama.cpp/{inside}"
-                source.extract(member, place, filter="data")
+            if inside.startswith(WANTED) and (file := source.extractfile(member)) is not None:
+                out = place / "llama.cpp" / inside
+                out.parent.mkdir(parents=True, exist_ok=True)
+                out.write_bytes(file.read())
 
 
 def _version(pins: Path, name: str) -> str:
