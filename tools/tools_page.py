@@ -38,6 +38,8 @@ def page() -> str:
 
 def _with_output(found: re.Match[str], names: dict[str, Any]) -> str:
     language, code, shown = found.groups()
+    if language == "bash" and shown is None:  # a command whose output the page does not show
+        return found[0]
     out = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(io.StringIO()):
         if language == "python":
