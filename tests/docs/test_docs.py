@@ -25,7 +25,6 @@ NOT_RUN: dict[str, str] = {
     # "docs/page.md": "why its `python no-run` blocks cannot run"
     "README.md": "it loads a model of the hub; tests/docs/test_readme.py runs it on a tiny one",
     "docs/distributed.md": "they take several processes; tests/interop/accelerate_ranks.py makes these calls",
-    "docs/tools.md": "it loads a model of the hub; tests/unit/cli/test_verify.py runs it on a tiny one",
 }
 #: Pages whose blocks need another process, as peft itself may have been imported in this one.
 AS_PEFT = "<!-- run with python -m veneer.as_peft -->"
