@@ -85,7 +85,7 @@ def test_a_claim_that_does_not_hold_fails(wanted: str, code: int, tmp_path: Path
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
-def test_every_example_has_a_page_that_names_it(path: Path) -> None:
-    page = (ROOT / "docs" / "guides" / f"{path.stem}.md").read_text("utf-8")
-    assert f"python examples/{path.name}" in page
-    assert f"guides/{path.stem}.md" in (FOLDER / "README.md").read_text("utf-8")
+def test_every_example_has_a_page_that_names_it_and_is_listed(path: Path) -> None:
+    guides = ROOT / "docs" / "guides"
+    assert f"python examples/{path.name}" in (guides / f"{path.stem}.md").read_text("utf-8")
+    assert f"({path.stem}.md)" in (guides / "index.md").read_text("utf-8")
