@@ -23,6 +23,7 @@ from veneer.inits import InitResult
 from veneer.layers import LoraLayer
 from veneer.ops import low_rank, pruning
 from veneer.spec import LoraSpec
+from veneer.wording import span
 
 #: What `combine` can do. The first three are the same exact sum; they differ in the rank of the result.
 COMBINATIONS = ("linear", "cat", "svd", *pruning.METHODS, *(f"{name}_svd" for name in pruning.METHODS))
@@ -48,8 +49,7 @@ class CombineReport:
 
     def __str__(self) -> str:
         return (
-            f"{self.combination_type}: {len(self.ranks)} modules, rank "
-            f"{min(self.ranks.values(), default=0)}–{max(self.ranks.values(), default=0)}, "
+            f"{self.combination_type}: {len(self.ranks)} modules, rank {span(self.ranks.values())}, "
             f"relative error of the update at most {self.worst:.2%}"
         )
 

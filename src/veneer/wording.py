@@ -7,7 +7,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import TypeVar
 
 from veneer.errors import Hint, Text, VeneerWarning
@@ -72,6 +72,12 @@ def first_line(error: BaseException) -> str:
     """The first line of what an error says, without a full stop; the name of its type if it says nothing."""
     lines = str(error).strip().splitlines()
     return lines[0].rstrip(". ") if lines else type(error).__name__
+
+
+def span(numbers: Collection[int]) -> str:
+    """The least and the largest of some numbers: ``4`` if they are equal, else ``4–16``."""
+    least, most = min(numbers, default=0), max(numbers, default=0)
+    return str(least) if least == most else f"{least}–{most}"
 
 
 def size(count: int) -> str:

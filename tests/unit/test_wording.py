@@ -9,7 +9,7 @@ import pytest
 
 from veneer import wording
 from veneer.errors import VeneerWarning
-from veneer.wording import did_you_mean, first_line, listed, size, some, visible
+from veneer.wording import did_you_mean, first_line, listed, size, some, span, visible
 
 
 @pytest.mark.parametrize(
@@ -85,3 +85,7 @@ def test_sizes() -> None:
         "269 MB",
         "1.23 kB",
     ]
+
+
+def test_the_span_of_numbers() -> None:
+    assert (span([4, 4]), span({16, 4}), span([])) == ("4", "4–16", "0")

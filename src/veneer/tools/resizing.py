@@ -15,6 +15,7 @@ from torch import Tensor
 from ..lora_file import FileUpdate, OpenLora, updates
 from ..ops import low_rank
 from ..spec import LoraSpec, restate
+from ..wording import span
 from .adapter_files import check_counts_from_base, check_fits, oriented, read, write
 from .measuring import distance, needed, norm, relative, terms_of
 from .requests import check_place, check_size
@@ -61,9 +62,8 @@ class ResizeReport:
     def __str__(self) -> str:
         ranks = [module.after for module in self.modules.values()]
         count = f"{len(ranks)} module{'s' * (len(ranks) != 1)}"
-        span = f"{min(ranks)}" if min(ranks) == max(ranks) else f"{min(ranks)}–{max(ranks)}"
         return (
-            f"{count}, rank {span}: {self.error:.2%} of the update is missed, "
+            f"{count}, rank {span(ranks)}: {self.error:.2%} of the update is missed, "
             f"at most {self.modules[self.worst].error:.2%} ({self.worst})"
         )
 

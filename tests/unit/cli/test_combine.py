@@ -16,7 +16,7 @@ def test_combine(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     words = ["combine", str(adapter), other, "--output"]
     assert main([*words, str(tmp_path / "sum"), "--weights", "0.7,-0.2"]) == 0
     out = capsys.readouterr().out
-    assert "cat: 14 modules, rank 8–8" in out and "at most 0.00%" in out and "down_proj" in out
+    assert "cat: 14 modules, rank 8" in out and "at most 0.00%" in out and "down_proj" in out
     assert main([*words, str(tmp_path / "few"), "--energy", "0.9", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["method"] == "svd" and {m["rank"] <= 4 for m in found["modules"].values()} == {True}
