@@ -83,7 +83,9 @@ class Request:
             wrong.append("no adapter was named")
         numbers = [1.0] * adapters if weights is None else list(weights)
         if len(numbers) != adapters:
-            wrong.append(Text(Hint("weights"), f" has {len(numbers)} for {adapters} adapters"))
+            wrong.append(
+                Text(Hint("weights"), f" takes a number for each adapter: {adapters}, not {len(numbers)}")
+            )
         if not all(isinstance(w, int | float) and math.isfinite(w) for w in numbers):
             wrong.append(Text(Hint("weights"), f" must be finite numbers, got {numbers}"))
         method = combination_type.removesuffix("_svd")

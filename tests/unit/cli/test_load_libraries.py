@@ -203,7 +203,11 @@ CASES = [
     ("diff adapter adapter --energy 0", 2, ["--energy must be a share"]),
     ("combine adapter gone --output out", 1, ["no directory 'gone'"]),
     ("combine adapter broken --output out", 1, ["truncated"]),
-    ("combine adapter --weights 1,2 --method ties --output out", 2, ["in --weights", "--density"]),
+    (
+        "combine adapter --weights 1,2 --method ties --output out",
+        2,
+        ["--weights takes a number", "--density"],
+    ),
     ("combine adapter --method sum --output out", 2, ["--method is one of"]),
     ("combine adapter --output full", 1, ["not empty"]),
     ("verify gone", 1, ["no directory 'gone'"]),

@@ -180,7 +180,7 @@ def test_biases_of_b_are_added_too(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"weights": [1.0]}, "weights has 1 for 2 adapters"),
+        ({"weights": [1.0]}, "weights takes a number for each adapter: 2, not 1"),
         ({"weights": [1.0, float("nan")]}, "finite"),
         ({"combination_type": "sum"}, "is one of linear, cat"),
         ({"combination_type": "ties"}, "ties needs density"),
