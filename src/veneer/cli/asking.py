@@ -1,7 +1,8 @@
-"""Flags that `generate`, `chat` and `eval` share."""
+"""Flags that several commands share."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -50,6 +51,11 @@ Attention = Annotated[
     typer.Option(
         "--attn-implementation", help="eager, sdpa, flash_attention_2, …; by default transformers chooses."
     ),
+]
+NewAdapter = Annotated[Path, typer.Option(help="Directory for the new adapter; a failure writes nothing.")]
+Overwrite = Annotated[
+    bool,
+    typer.Option("--overwrite-output-dir", help="Replace the adapter in a directory that is not empty."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -10,9 +9,9 @@ import typer
 from ..tools.requests import METHODS, Request, check_place
 from ..training.progress import Terminal
 from ..training.saved_adapter import read_adapter
-from ..wording import size
-from .asking import AsJson
-from .common import app, console, load_libraries, show, show_json, table
+from ..wording import span
+from .asking import AsJson, NewAdapter, Overwrite
+from .common import app, by_kind, console, load_libraries, show, show_json, show_written, table
 
 if TYPE_CHECKING:
     from ..arithmetic import CombineReport
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
 @app.command()
 def combine(
     adapters: Annotated[list[str], typer.Argument(help="Directories or hub ids of adapters of one base.")],
-    output: Annotated[Path, typer.Option(help="Directory for the new adapter; a failure writes nothing.")],
+    output: NewAdapter,
     weights: Annotated[
         str | None, typer.Option(help="A number for each adapter, as 0.7,0.3 or 1,-1; by default 1.")
     ] = None,
@@ -45,10 +44,7 @@ def combine(
         str, typer.Option(help="How ties and dare_ties vote: total or frequency.")
     ] = "total",
     seed: Annotated[int, typer.Option(help="Seed for the entries that dare drops.")] = 0,
-    overwrite: Annotated[
-        bool,
-        typer.Option("--overwrite-output-dir", help="Replace the adapter in a directory that is not empty."),
-    ] = False,
+    overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
     """Add up adapters of one base: the result's update is the weighted sum of theirs.
@@ -85,7 +81,7 @@ def combine(
         show_json({**found, "modules": modules})
         return
     _show(report)
-    show(f"adapter ({size((output / 'adapter_model.safetensors').stat().st_size)}): {output}")
+    show_written(output)
 
 
 def _numbers(weights: str) -> list[float]:
@@ -98,16 +94,11 @@ def _numbers(weights: str) -> list[float]:
 
 
 def _show(report: CombineReport) -> None:
-    kinds: dict[str, list[str]] = {}
-    for path in report.ranks:
-        kinds.setdefault(path.rpartition(".")[2], []).append(path)
     shown = table("module", "count", "rank", "error", "most")
-    for kind, paths in kinds.items():
-        ranks = sorted({report.ranks[path] for path in paths})
-        errors = [report.errors[path] for path in paths]
-        span = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}–{ranks[-1]}"
+    for kind, paths in by_kind(report.ranks).items():
+        ranks, errors = [report.ranks[path] for path in paths], [report.errors[path] for path in paths]
         mean = sum(errors) / len(errors)
-        shown.add_row(kind, str(len(paths)), span, f"{mean:.2%}", f"{max(errors):.2%}")
+        shown.add_row(kind, str(len(paths)), span(ranks), f"{mean:.2%}", f"{max(errors):.2%}")
     console().print(shown)
     show()
     show(str(report))

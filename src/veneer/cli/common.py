@@ -12,13 +12,15 @@ import os
 import pkgutil
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..errors import ConfigError, VeneerError
-from ..wording import visible
+from ..files.layout import SAFETENSORS_NAME
+from ..wording import size, visible
 from . import messages
 from .messages import Flag, say
 
@@ -240,6 +242,19 @@ def console(piped: int = 1000) -> PlainConsole:
 
     made = PlainConsole()
     return made if made.is_terminal else PlainConsole(width=piped)
+
+
+def by_kind(paths: Iterable[str], every: bool = False) -> dict[str, list[str]]:
+    """Paths of modules by their last name, as one table row each; by themselves with ``every``."""
+    kinds: dict[str, list[str]] = {}
+    for path in paths:
+        kinds.setdefault(path if every else path.rpartition(".")[2], []).append(path)
+    return kinds
+
+
+def show_written(output: Path) -> None:
+    """Where a new adapter is, and how large."""
+    show(f"adapter ({size((output / SAFETENSORS_NAME).stat().st_size)}): {output}")
 
 
 def table(*columns: str) -> Table:

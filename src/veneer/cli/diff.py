@@ -13,10 +13,10 @@ from ..training.progress import Terminal
 from ..training.saved_adapter import read_adapter
 from ..wording import listed
 from .asking import AsJson
-from .common import app, console, load_libraries, show, show_json, table
+from .common import app, by_kind, console, load_libraries, show, show_json, table
 
 if TYPE_CHECKING:
-    from ..tools import AdapterDifference, ModuleDifference
+    from ..tools import AdapterDifference
 
 
 @app.command()
@@ -72,14 +72,12 @@ def _show(found: AdapterDifference, every: bool) -> None:
 
 
 def _table(found: AdapterDifference, every: bool) -> None:
-    kinds: dict[str, list[ModuleDifference]] = {}
-    for path, module in found.modules.items():
-        kinds.setdefault(path if every else path.rpartition(".")[2], []).append(module)
     shown = table(
         "module", "count", "norm A", "norm B", "distance", "cosine", "inputs\nshared", "outputs\nshared",
         "by\nchance",
     )  # fmt: skip
-    for kind, own in kinds.items():
+    for kind, paths in by_kind(found.modules, every).items():
+        own = [found.modules[path] for path in paths]
         inputs, outputs = (
             [getattr(m, side) for m in own if getattr(m, side)] for side in ("inputs", "outputs")
         )

@@ -15,6 +15,7 @@ from ..training.paths import check_model
 from ..training.progress import Terminal
 from ..training.saved_adapter import SavedAdapter, base_name, read_adapter
 from ..wording import size
+from .asking import Overwrite
 from .common import app, load_libraries, show, show_json
 
 if TYPE_CHECKING:
@@ -55,10 +56,7 @@ def export(
             help="Part of the pipeline, for diffusers: unet, transformer, text_encoder or text_encoder_2."
         ),
     ] = None,
-    overwrite: Annotated[
-        bool,
-        typer.Option("--overwrite-output-dir", help="Replace the adapter in a directory that is not empty."),
-    ] = False,
+    overwrite: Overwrite = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Export an adapter for vLLM, llama.cpp, Ollama, mlx-lm, diffusers, or any reader of plain LoRA.

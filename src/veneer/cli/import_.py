@@ -10,6 +10,7 @@ import typer
 
 from ..files.overwrite import check_replaceable
 from ..integrations.imports.locating import check_source
+from .asking import Overwrite
 from .common import app, load_libraries, show, show_json
 
 
@@ -25,10 +26,7 @@ def import_(
             "resolve flattened names.",
         ),
     ] = None,
-    overwrite: Annotated[
-        bool,
-        typer.Option("--overwrite-output-dir", help="Replace the adapter in a directory that is not empty."),
-    ] = False,
+    overwrite: Overwrite = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Convert an adapter of diffusers or kohya's sd-scripts to PEFT's format.

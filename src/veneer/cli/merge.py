@@ -16,7 +16,7 @@ from ..training.progress import Terminal
 from ..training.saved_adapter import SavedAdapter, base_name, read_adapter
 from ..wording import size
 from .asking import Device
-from .common import app, console, load_libraries, show, show_json, table
+from .common import app, by_kind, console, load_libraries, show, show_json, table
 
 if TYPE_CHECKING:
     from ..merge_report import MergeReport
@@ -143,12 +143,10 @@ def _from_file_to_file(
 
 
 def _show(report: MergeReport, stored: str) -> None:
-    kinds: dict[str, list[tuple[float, str]]] = {}
-    for path, share in report.kept.items():
-        kinds.setdefault(path.rpartition(".")[2], []).append((share, path))
     shown = table("module", "count", "kept", "least", "in")
     shown.columns[-1].justify = "left"
-    for kind, shares in kinds.items():
+    for kind, paths in by_kind(report.kept).items():
+        shares = [(report.kept[path], path) for path in paths]
         least, path = min(shares, key=_least_first)
         mean = sum(share for share, _ in shares) / len(shares)
         shown.add_row(kind, str(len(shares)), _percent(mean), _percent(least), path)

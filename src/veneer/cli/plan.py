@@ -18,7 +18,7 @@ from ..training.planning.limits import parse_budget
 from ..training.progress import Terminal
 from ..training.saved_adapter import adapter_config
 from ..wording import listed, size
-from .common import app, flags_of, load_libraries, show_json
+from .common import app, by_kind, flags_of, load_libraries, show_json
 from .fields import options_of, with_flags
 from .messages import in_flags
 
@@ -143,9 +143,7 @@ def _targets(console: Console, found: PlanReport) -> None:
     for column in ("pattern", "modules", "layers", "r", "scaling", "for example"):
         table.add_column(column, justify="right" if column in ("modules", "r", "scaling") else "left")
     for pattern, paths in found.plan.matched.items():
-        kinds: dict[str, list[str]] = {}
-        for path in paths:
-            kinds.setdefault(path.rpartition(".")[2], []).append(path)
+        kinds = by_kind(paths)
         for place, (name, inside) in enumerate(kinds.items() or [("", [])]):
             ranks = sorted({specs[path].r for path in inside})
             scales = sorted({specs[path].scaling for path in inside})

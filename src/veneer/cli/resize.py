@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -10,9 +9,9 @@ import typer
 from ..tools.requests import check_place, check_size
 from ..training.progress import Terminal
 from ..training.saved_adapter import read_adapter
-from ..wording import size
-from .asking import AsJson
-from .common import app, console, load_libraries, show, show_json, table
+from ..wording import span
+from .asking import AsJson, NewAdapter, Overwrite
+from .common import app, by_kind, console, load_libraries, show, show_json, show_written, table
 
 if TYPE_CHECKING:
     from ..tools import ResizeReport
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
 @app.command()
 def resize(
     adapter: Annotated[str, typer.Argument(help="Directory or hub id of the adapter.")],
-    output: Annotated[Path, typer.Option(help="Directory for the new adapter; a failure writes nothing.")],
+    output: NewAdapter,
     rank: Annotated[
         int | None, typer.Option(help="Largest rank of a module; smaller ones stay as they are.")
     ] = None,
@@ -32,10 +31,7 @@ def resize(
     modules: Annotated[
         bool, typer.Option("--modules", help="List every module, not only the kinds of modules.")
     ] = False,
-    overwrite: Annotated[
-        bool,
-        typer.Option("--overwrite-output-dir", help="Replace the adapter in a directory that is not empty."),
-    ] = False,
+    overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
     """Give an adapter a smaller rank: the nearest updates of that rank, and the error of each module.
@@ -57,8 +53,7 @@ def resize(
         show_json(_plain(report))
         return
     _show(report, modules)
-    (weights,) = output.glob("adapter_model.safetensors")
-    show(f"adapter ({size(weights.stat().st_size)}): {output}")
+    show_written(output)
 
 
 def _plain(report: ResizeReport) -> dict[str, object]:
@@ -76,18 +71,15 @@ def _plain(report: ResizeReport) -> dict[str, object]:
 
 
 def _show(report: ResizeReport, every: bool) -> None:
-    kinds: dict[str, list[str]] = {}
-    for path in report.modules:
-        kinds.setdefault(path if every else path.rpartition(".")[2], []).append(path)
     shown = table("module", "count", "rank before", "rank", "error", "most")
-    for kind, paths in kinds.items():
+    for kind, paths in by_kind(report.modules, every).items():
         found = [report.modules[path] for path in paths]
         errors = [module.error for module in found]
         shown.add_row(
             kind,
             str(len(found)),
-            _span([module.before for module in found]),
-            _span([module.after for module in found]),
+            span([module.before for module in found]),
+            span([module.after for module in found]),
             f"{sum(errors) / len(errors):.2%}",
             f"{max(errors):.2%}",
         )
@@ -96,7 +88,3 @@ def _show(report: ResizeReport, every: bool) -> None:
     for note in report.notes:
         show(f"note: {note}")
     show(str(report))
-
-
-def _span(ranks: list[int]) -> str:
-    return str(min(ranks)) if min(ranks) == max(ranks) else f"{min(ranks)}–{max(ranks)}"

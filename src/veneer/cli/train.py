@@ -13,8 +13,7 @@ from ..training.options import RunOptions
 from ..training.paths import check_run
 from ..training.progress import Terminal
 from ..training.stopping import Interrupted
-from ..wording import size
-from .common import FAILED, INTERRUPTED, app, load_libraries, show, show_json, show_text
+from .common import FAILED, INTERRUPTED, app, load_libraries, show, show_json, show_text, show_written
 from .fields import command_line, commented, options_of, with_flags
 from .messages import say
 
@@ -78,8 +77,7 @@ def train(
     show(f"{metrics['steps']} steps in {metrics['seconds']:.0f} s, loss {losses[0]:.3f} -> {losses[-1]:.3f}")
     if held_out := [entry["loss"] for entry in metrics["evaluations"]]:
         show(f"held-out loss {held_out[0]:.3f} -> {held_out[-1]:.3f}")
-    weights = (output / "adapter_model.safetensors").stat().st_size
-    show(f"adapter ({size(weights)}): {output}")
+    show_written(output)
     return None
 
 
