@@ -3,16 +3,36 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.unit.training.tiny import saved_tiny
 
+if TYPE_CHECKING:
+    from tests.unit.integrations.export.adapters import Saved
+
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return saved_tiny(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Saved]:
+    """Makes adapters of `tests.unit.integrations.export.adapters.CASES`, each once a file."""
+    made: dict[str, Saved] = {}
+
+    def get(name: str) -> Saved:
+        from tests.unit.integrations.export.adapters import save
+
+        if name not in made:
+            made[name] = save(name, tmp_path_factory.mktemp("case"))
+        return made[name]
+
+    return get
 
 
 @pytest.fixture

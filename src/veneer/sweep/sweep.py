@@ -22,12 +22,11 @@ from ..training.data.batch import Row, pad_token
 from ..training.evaluate import answer_loss
 from ..training.forward import batches
 from ..training.libraries import require
-from ..training.loading import training_device
-from ..training.models import load_base, load_tokenizer
+from ..training.models import load_tokenizer
 from ..training.planning.memory import enable_checkpointing
 from ..training.progress import Progress, Silent
 from ..training.resuming import METRICS_NAME, digest, write_json
-from ..training.run import absolute, encoded, read_all
+from ..training.run import absolute, encoded, load_training_base, read_all
 from ..training.stopping import Interrupted, Stop, stop_on_signals
 from .board import Board
 from .halving import Halving
@@ -80,15 +79,7 @@ def sweep(options: SweepOptions, grid: Grid, progress: Progress | None = None) -
             return saved
         for trial, one in zip(every, saved["runs"], strict=True):
             trial.restore(one)
-    place = training_device()
-    base, _ = load_base(
-        options.model,
-        options.dtype,
-        quantize=options.quantize,
-        device_map=None if place is None else {"": str(place)},
-        attn_implementation=options.attn_implementation,
-        progress=progress,
-    )
+    base = load_training_base(options, None, progress)
     length = max(len(row["input_ids"]) for row in (*rows, *eval_rows))
     fitting = packs(base, every, length, options)
     collate = Collator(pad_token(tokenizer))

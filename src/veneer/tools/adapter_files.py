@@ -53,9 +53,12 @@ def oriented(lora: OpenLora, update: FileUpdate, change: Callable[[FileUpdate], 
 
     Two factors have many products alike. Embedding and head are to get the same ones.
     """
-    if lora.config.ensure_weight_tying and "lora_embedding" in update.names[0]:
-        return change(update.turned()).turned()
-    return change(update)
+    return change(update.turned()).turned() if is_turned(lora, update) else change(update)
+
+
+def is_turned(lora: OpenLora, update: FileUpdate) -> bool:
+    """Whether an update is an embedding's that a head shares, see `oriented`."""
+    return lora.config.ensure_weight_tying and "lora_embedding" in update.names[0]
 
 
 def check_fits(update: FileUpdate) -> FileUpdate:

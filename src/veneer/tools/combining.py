@@ -24,7 +24,7 @@ from ..lora_file import FileUpdate, OpenLora, factor_names, updates
 from ..ops import low_rank
 from ..spec import LoraSpec, restate, variant_name
 from ..wording import listed, some, warn
-from .adapter_files import check_counts_from_base, check_fits, read, write
+from .adapter_files import check_counts_from_base, check_fits, is_turned, read, write
 from .measuring import distance, needed, norm, relative, terms_of
 from .requests import Request, check_place
 
@@ -120,7 +120,7 @@ def _combined(
         first[path] = held[0][0]._replace(
             a=_widest([u.a for u, _ in held]), b=_widest([u.b for u, _ in held])
         )
-        turned = _turned(loras, first[path])
+        turned = is_turned(loras[0], first[path])
         kind = torch.promote_types(
             torch.promote_types(first[path].a.dtype, first[path].b.dtype), torch.float32
         )
@@ -137,13 +137,14 @@ def _combined(
     for path, own in parts.items():
         update = first[path]
         spec = replace(update.spec, r=size, lora_alpha=size, use_rslora=False)
-        like = update.turned() if _turned(loras, update) else update
+        turned = is_turned(loras[0], update)
+        like = update.turned() if turned else update
         pairs = [
             low_rank.cut(*part, size)[:2] if len(part) == 3 else _padded(part[0], part[1], size)
             for part in own
         ]
         done = like.with_pairs(pairs, spec)
-        done = done.turned() if _turned(loras, update) else done
+        done = done.turned() if turned else done
         made.append(check_fits(done))
         errors[path] = _error(done, group[path], own, request)
     return made, errors
@@ -204,10 +205,6 @@ def _widest(tensors: Sequence[Tensor]) -> Tensor:
     for tensor in tensors:
         kind = torch.promote_types(kind, tensor.dtype)
     return tensors[0].to(kind)
-
-
-def _turned(loras: Sequence[OpenLora], update: FileUpdate) -> bool:
-    return loras[0].config.ensure_weight_tying and "lora_embedding" in update.names[0]
 
 
 def _check(loras: Sequence[OpenLora], request: Request) -> None:

@@ -78,7 +78,9 @@ def fine_tune(options: RunOptions, progress: Progress | None = None) -> dict[str
     tokenizer = (saved and own_tokenizer(saved.directory)) or load_tokenizer(options.model)
     rows, eval_rows, label_names = encoded(options, records, tokenizer, classes, progress)
     torch.manual_seed(options.seed)  # a classifier's head is drawn while its base is loaded
-    base = _base(options, label_names, progress)
+    base = load_training_base(options, label_names, progress)
+    for line in _about_devices(base):
+        progress.say(line)
     if is_first():
         for line in _estimate(options, rows, label_names, base):
             progress.say(line)
@@ -176,8 +178,12 @@ def _objective(options: RunOptions, base: Any, tokenizer: Any) -> Objective | Pr
     return Answers(collator, options.loss_chunk_size)
 
 
-def _base(options: RunOptions, label_names: list[str] | None, progress: Progress) -> Any:
-    """Load the base, and say what there is to say about its devices."""
+def load_training_base(options: RunOptions, label_names: list[str] | None, progress: Progress) -> Any:
+    """The base of a run, on the device that trains it.
+
+    Raises:
+        TrainingError: It cannot be loaded.
+    """
     # Straight onto the device that trains it: not every process of a machine holds it on the CPU first.
     place = None if is_sharded() else training_device()
     base, _ = load_base(
@@ -189,8 +195,6 @@ def _base(options: RunOptions, label_names: list[str] | None, progress: Progress
         label_names=label_names,
         progress=progress,
     )
-    for line in _about_devices(base):
-        progress.say(line)
     return base
 
 

@@ -22,18 +22,6 @@ from veneer.tools import resize_adapter
 TENSORS = "adapter_model.safetensors"
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Saved]:
-    made: dict[str, Saved] = {}
-
-    def get(name: str) -> Saved:
-        if name not in made:
-            made[name] = save(name, tmp_path_factory.mktemp("case"))
-        return made[name]
-
-    return get
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_the_best_updates_of_the_rank_and_their_error(
     case: str, saved: Callable[[str], Saved], tmp_path: Path

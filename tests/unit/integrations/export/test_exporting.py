@@ -33,18 +33,6 @@ from veneer.integrations.export.source import FEATURES, read_source
 SINGLE = BY_DTYPE[torch.float32]
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Saved]:
-    made: dict[str, Saved] = {}
-
-    def get(name: str) -> Saved:
-        if name not in made:
-            made[name] = save(name, tmp_path_factory.mktemp("case"))
-        return made[name]
-
-    return get
-
-
 def read(target: str, place: Path, adapter: Saved) -> dict[str, Tensor]:
     """What the target's own reader makes of the files; for diffusers see tests/interop/test_export.py."""
     if target == "vllm":
