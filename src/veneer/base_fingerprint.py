@@ -26,7 +26,7 @@ FINGERPRINT = "veneer_base"
 #: Sizes of an architecture, as transformers' configurations call them.
 SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers")
 #: A path into one of several blocks that are alike.
-_BLOCK = re.compile(r"(^|\.)\d+\.")
+BLOCK = re.compile(r"(^|\.)\d+\.")
 
 
 def base_fingerprint(
@@ -61,6 +61,13 @@ def base_fingerprint(
                 weights[without_wrappers(path)] = partial(
                     _original_weight, layer
                 )  # only a few of them are sampled
+    size, sizes = sizes_of(model)
+    beside = _other_weights(model, {without_wrappers(path) for path in targets}, others)
+    return fingerprint(type(model).__name__, size, weights, storages, others=beside, sizes=sizes)
+
+
+def sizes_of(model: nn.Module) -> tuple[int | None, dict[str, int]]:
+    """(size of the vocabulary, other sizes of the architecture), as the model's configuration has them."""
     config = getattr(model, "config", None)
     found = {
         name: config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
@@ -72,8 +79,7 @@ def base_fingerprint(
     size = sizes.pop("vocab_size", None)
     if is_replicated(model):
         sizes.pop("num_hidden_layers", None)
-    beside = _other_weights(model, {without_wrappers(path) for path in targets}, others)
-    return fingerprint(type(model).__name__, size, weights, storages, others=beside, sizes=sizes)
+    return size, sizes
 
 
 def _other_weights(
@@ -88,7 +94,7 @@ def _other_weights(
     for name, place in base_names(model).items():
         path, _, attribute = name.rpartition(".")
         path = without_wrappers(path)
-        if attribute != "weight" or _BLOCK.search(path) is None:
+        if attribute != "weight" or BLOCK.search(path) is None:
             continue
         if samples is None and (path in adapted or place.holder is not None):
             continue

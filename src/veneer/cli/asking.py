@@ -57,6 +57,9 @@ Overwrite = Annotated[
     bool,
     typer.Option("--overwrite-output-dir", help="Replace the adapter in a directory that is not empty."),
 ]
+ListModules = Annotated[
+    bool, typer.Option("--modules", help="List every module, not only the kinds of modules.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from ..tools.requests import METHODS, Request, check_place
 from ..training.progress import Terminal
 from ..training.saved_adapter import read_adapter
-from ..wording import span
 from .asking import AsJson, NewAdapter, Overwrite
-from .common import app, by_kind, console, load_libraries, show, show_json, show_written, table
-
-if TYPE_CHECKING:
-    from ..arithmetic import CombineReport
+from .common import app, load_libraries, show, show_errors, show_json, show_written
 
 
 @app.command()
@@ -80,7 +76,8 @@ def combine(
         found = {"output": str(output), "method": report.combination_type, "worst_error": report.worst}
         show_json({**found, "modules": modules})
         return
-    _show(report)
+    show_errors(report.ranks, report.errors)
+    show(str(report))
     show_written(output)
 
 
@@ -91,14 +88,3 @@ def _numbers(weights: str) -> list[float]:
         raise typer.BadParameter(
             f"--weights takes numbers with commas between them, not {weights!r}"
         ) from None
-
-
-def _show(report: CombineReport) -> None:
-    shown = table("module", "count", "rank", "error", "most")
-    for kind, paths in by_kind(report.ranks).items():
-        ranks, errors = [report.ranks[path] for path in paths], [report.errors[path] for path in paths]
-        mean = sum(errors) / len(errors)
-        shown.add_row(kind, str(len(paths)), span(ranks), f"{mean:.2%}", f"{max(errors):.2%}")
-    console().print(shown)
-    show()
-    show(str(report))

@@ -12,7 +12,7 @@ import os
 import pkgutil
 import sys
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,7 +20,7 @@ import typer
 
 from ..errors import ConfigError, VeneerError
 from ..files.layout import SAFETENSORS_NAME
-from ..wording import size, visible
+from ..wording import size, span, visible
 from . import messages
 from .messages import Flag, say
 
@@ -255,6 +255,17 @@ def by_kind(paths: Iterable[str], every: bool = False) -> dict[str, list[str]]:
 def show_written(output: Path) -> None:
     """Where a new adapter is, and how large."""
     show(f"adapter ({size((output / SAFETENSORS_NAME).stat().st_size)}): {output}")
+
+
+def show_errors(ranks: Mapping[str, int], errors: Mapping[str, float], every: bool = False) -> None:
+    """A table of the ranks and errors of modules, by kind, or one by one with ``every``."""
+    shown = table("module", "count", "rank", "error", "most")
+    for kind, paths in by_kind(ranks, every).items():
+        found, own = [ranks[path] for path in paths], [errors[path] for path in paths]
+        mean = sum(own) / len(own)
+        shown.add_row(kind, str(len(paths)), span(found), f"{mean:.2%}", f"{max(own):.2%}")
+    console().print(shown)
+    show()
 
 
 def table(*columns: str) -> Table:

@@ -12,7 +12,7 @@ from ..tools.requests import check_size
 from ..training.progress import Terminal
 from ..training.saved_adapter import read_adapter
 from ..wording import listed
-from .asking import AsJson
+from .asking import AsJson, ListModules
 from .common import app, by_kind, console, load_libraries, show, show_json, table
 
 if TYPE_CHECKING:
@@ -26,9 +26,7 @@ def diff(
     energy: Annotated[
         float, typer.Option(help="The directions compared hold this share of the energy of each update.")
     ] = 0.99,
-    modules: Annotated[
-        bool, typer.Option("--modules", help="List every module, not only the kinds of modules.")
-    ] = False,
+    modules: ListModules = False,
     as_json: AsJson = False,
 ) -> None:
     """Compare two adapters: options, tensors, and for each module how far apart the updates are.

@@ -13,6 +13,7 @@ from ..training.libraries import require
 from ..training.progress import Terminal
 from ..training.saved_adapter import read_adapter
 from ..wording import size
+from .asking import ListModules
 from .common import app, load_libraries, show, show_json, table
 from .common import console as stdout
 
@@ -32,9 +33,7 @@ def inspect(
     first: Annotated[
         int, typer.Option(min=1, help="Number of leading directions whose share of the energy is shown.")
     ] = 4,
-    modules: Annotated[
-        bool, typer.Option("--modules", help="List every module, not only the kinds of modules.")
-    ] = False,
+    modules: ListModules = False,
     plot: Annotated[
         Path | None,
         typer.Option(help="Draw norm and effective rank by layer and module type: .png, .svg or .pdf."),

@@ -10,7 +10,7 @@ from ..tools.requests import check_place, check_size
 from ..training.progress import Terminal
 from ..training.saved_adapter import read_adapter
 from ..wording import span
-from .asking import AsJson, NewAdapter, Overwrite
+from .asking import AsJson, ListModules, NewAdapter, Overwrite
 from .common import app, by_kind, console, load_libraries, show, show_json, show_written, table
 
 if TYPE_CHECKING:
@@ -28,9 +28,7 @@ def resize(
         float | None,
         typer.Option(help="Give each module the smallest rank that keeps this share of its update, as 0.99."),
     ] = None,
-    modules: Annotated[
-        bool, typer.Option("--modules", help="List every module, not only the kinds of modules.")
-    ] = False,
+    modules: ListModules = False,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:

@@ -1,4 +1,4 @@
-"""Singular value decompositions by random projection, and of rows that come in batches."""
+"""Singular value decompositions: truncated, by random projection, and of rows that come in batches."""
 
 from __future__ import annotations
 
@@ -10,6 +10,46 @@ from torch import Tensor
 #: Batches whose smaller side exceeds this many times the number of components are reduced by random
 #: projection.
 _EXACT_UP_TO = 8
+#: Above this many rows and columns a truncated decomposition comes from random projections,
+_DENSE_UP_TO = 512
+#: with so many power iterations.
+_ROUNDS = 6
+#: Singular values that are looked at first where an energy decides how many are needed.
+_FIRST_GUESS = 32
+
+
+@torch.no_grad()
+def truncated_svd(
+    matrix: Tensor, rank: int | None = None, energy: float | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The largest singular values of a matrix and their vectors: so many, or as many as an energy takes.
+
+    Where both sides exceed 512 they come from `randomised_svd`. Then the number that an energy takes may be a
+    little above the smallest one; what it keeps is never less than the energy.
+
+    Args:
+        matrix: M (out, in), of a floating type of 32 bits or more.
+        rank: How many, at most ``min(out, in)``.
+        energy: Take the least number that keeps this share of ``Σσ²``, but at least one.
+
+    Returns:
+        ``U: (out, k)``, ``S: (k,)`` descending, ``Vh: (k, in)``.
+    """
+    whole, side = float(torch.linalg.matrix_norm(matrix)) ** 2, min(matrix.shape)
+    guess = _FIRST_GUESS if rank is None else min(rank, side)
+    generator = torch.Generator().manual_seed(0)
+    while side > _DENSE_UP_TO and 4 * guess <= side:
+        u, s, vh = randomised_svd(matrix, guess, _ROUNDS, generator)
+        kept = s.double().square().cumsum(0)
+        if energy is None or float(kept[-1]) >= energy * whole:
+            break
+        guess *= 2
+    else:
+        u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+        kept = s.double().square().cumsum(0)
+        whole = float(kept[-1])  # the norm before was rounded otherwise
+    count = guess if energy is None else min(int((kept < energy * whole).sum()) + 1, len(s))
+    return u[:, :count], s[:count], vh[:count]
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -93,11 +93,35 @@ def write(
     Raises:
         VeneerError: The directory cannot be written, or a file to copy is a link to another directory.
     """
-    beside = [OF_TOKENIZER, *([_METRICS] if metrics else [])]
-    files, outside = companions({source.file.path.parent: beside})
+    beside = {source.file.path.parent: [OF_TOKENIZER, *([_METRICS] if metrics else [])]}
+    metadata = {name: text for name, text in source.file.metadata.items() if name == FINGERPRINT}
+    write_new(place, overwrite, tensors, config, beside, metadata)
+
+
+def write_new(
+    place: Path,
+    overwrite: bool,
+    tensors: Mapping[str, Tensor],
+    config: LoraConfig,
+    beside: Mapping[Path, Sequence[re.Pattern[str]]],
+    metadata: Mapping[str, str],
+) -> None:
+    """Write an adapter.
+
+    Args:
+        place: The directory; it appears whole or not at all.
+        overwrite: Replace the adapter in a directory that holds files.
+        tensors: By their names on disk.
+        config: Its configuration.
+        beside: Directory -> names of files to copy from it.
+        metadata: Of its file of tensors.
+
+    Raises:
+        VeneerError: The directory cannot be written, or a file to copy is a link to another directory.
+    """
+    files, outside = companions(beside)
     if outside:
         raise VeneerError("\n  - ".join(["links are not followed into other directories:", *outside]))
-    metadata = {name: text for name, text in source.file.metadata.items() if name == FINGERPRINT}
     values, count = config.to_json(), sum(tensor.numel() for tensor in tensors.values())
     card = model_card(values, transformers_model=config.task_type is not None, parameters=count)
     with replacing(place, overwrite, "adapter", _TENSORS) as made:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..lora_file import FileUpdate
 from ..ops import low_rank
+from ..wording import span
 
 #: An update: ``(B: (out, r), A: (r, in·k…), s)``, one for each of the experts that share its factors.
 Terms = Sequence[low_rank.Term]
@@ -36,6 +37,14 @@ def distance(one: Terms, other: Terms) -> float:
 def relative(difference: float, whole: float) -> float:
     """A distance in units of a norm; 0 where both are 0."""
     return difference / whole if whole else 0.0 if not difference else math.inf
+
+
+def in_words(ranks: Sequence[int], error: float, worst: str, largest: float) -> str:
+    """The ranks of modules, the error of all updates together, and the module with the largest one."""
+    return (
+        f"{len(ranks)} module{'s' * (len(ranks) != 1)}, rank {span(ranks)}: "
+        f"{error:.2%} of the update is missed, at most {largest:.2%} ({worst})"
+    )
 
 
 def needed(values: Sequence[Tensor], energy: float) -> int:

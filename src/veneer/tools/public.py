@@ -5,6 +5,7 @@ from __future__ import annotations
 from .check import Check
 from .combining import combine_adapters
 from .comparing import AdapterDifference, Angles, ModuleDifference, compare_adapters
+from .extracting import Extracted, ExtractReport, LeftOut, extract_adapter
 from .resizing import Resized, ResizeReport, resize_adapter
 from .verifying import verify_adapter
 
@@ -12,11 +13,15 @@ __all__ = [
     "AdapterDifference",
     "Angles",
     "Check",
+    "ExtractReport",
+    "Extracted",
+    "LeftOut",
     "ModuleDifference",
     "ResizeReport",
     "Resized",
     "combine_adapters",
     "compare_adapters",
+    "extract_adapter",
     "resize_adapter",
     "verify_adapter",
 ]

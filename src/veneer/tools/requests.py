@@ -35,14 +35,14 @@ def check_size(rank: int | None, energy: float | None, *, needed: bool = True) -
         raise ConfigError(Text.join("; ", wrong))
 
 
-def check_place(output: Path, sources: Sequence[Path], overwrite: bool) -> None:
-    """Check that an adapter can be written; the adapters that it is made of are never written to.
+def check_place(output: Path, sources: Sequence[Path], overwrite: bool, what: str = "adapter") -> None:
+    """Check that an adapter can be written; the adapters or models that it is made of are never written to.
 
     Raises:
         VeneerError: The directory is one of the sources, holds files, or cannot be written.
     """
     if any(output.resolve() == source.resolve() for source in sources):
-        raise VeneerError(f"{output} contains the adapter itself; choose another output directory")
+        raise VeneerError(f"{output} contains the {what} itself; choose another output directory")
     check_replaceable(output, overwrite, "adapter")
 
 

@@ -15,9 +15,8 @@ from torch import Tensor
 from ..lora_file import FileUpdate, OpenLora, updates
 from ..ops import low_rank
 from ..spec import LoraSpec, restate
-from ..wording import span
 from .adapter_files import check_counts_from_base, check_fits, oriented, read, write
-from .measuring import distance, needed, norm, relative, terms_of
+from .measuring import distance, in_words, needed, norm, relative, terms_of
 from .requests import check_place, check_size
 
 
@@ -61,11 +60,7 @@ class ResizeReport:
 
     def __str__(self) -> str:
         ranks = [module.after for module in self.modules.values()]
-        count = f"{len(ranks)} module{'s' * (len(ranks) != 1)}"
-        return (
-            f"{count}, rank {span(ranks)}: {self.error:.2%} of the update is missed, "
-            f"at most {self.modules[self.worst].error:.2%} ({self.worst})"
-        )
+        return in_words(ranks, self.error, self.worst, self.modules[self.worst].error)
 
 
 def resize_adapter(

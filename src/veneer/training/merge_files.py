@@ -26,15 +26,12 @@ from ..files.overwrite import check_room, replacing
 from ..files.read import AdapterFile
 from ..files.rope import write_older_names
 from ..files.values import check_values
-from ..hub import is_local
 from ..lora_file import factor_names, open_lora
 from ..merge_report import MergeReport
 from ..ops.merging import merge_into_, shared_buffers
 from ..spec import LoraSpec, variant_name
 from ..wording import some
-from .libraries import require
-from .models import loading_model
-from .paths import check_model
+from .model_files import model_directory
 from .progress import Progress, Silent
 from .resuming import write_json
 from .saved_adapter import SavedAdapter, base_name, read_adapter
@@ -149,16 +146,7 @@ def base_directory(
         AdapterFileError: No base is named.
         TrainingError: The base is missing, or cannot be loaded.
     """
-    named = base_name(read_adapter(adapter), model, progress)
-    check_model(named)
-    if is_local(named):
-        return Path(named)
-    require("huggingface_hub", "hf", "fetching a model")
-    from huggingface_hub import snapshot_download
-
-    patterns = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
-    with loading_model(named):
-        return Path(snapshot_download(named, allow_patterns=patterns))
+    return model_directory(base_name(read_adapter(adapter), model, progress))
 
 
 def _merged(
@@ -267,13 +255,13 @@ def _layout(
     at = 0
     for name, (kind, shape) in header.items():
         new = NAMES[target] if target is not None and kind in TYPES else kind
-        end = at + math.prod(shape) * _width(new)
+        end = at + math.prod(shape) * width(new)
         layout[name] = {"dtype": new, "shape": list(shape), "data_offsets": [at, end]}
         at = end
     return layout, at
 
 
-def _width(kind: str) -> int:
+def width(kind: str) -> int:
     if kind == "BOOL":
         return 1
     return int("".join(c for c in kind.split("_")[0] if c.isdigit())) // 8

@@ -9,15 +9,12 @@ import torch
 from torch import Tensor
 
 from ...errors import ExportError
-from ...ops.svd import randomised_svd
+from ...ops import low_rank
+from ...ops.svd import truncated_svd
 from ...variants.dora import MAGNITUDE, Dora
 from ...wording import listed
 from .base_model import BaseModel
 from .source import Source, Update
-
-#: Above this many rows or columns the singular values come from random projections.
-_EXACT_UP_TO = 1024
-_ROUNDS = 6
 
 
 @dataclass(frozen=True)
@@ -97,12 +94,8 @@ def _plain(update: Update, weight: Tensor, rank: int) -> tuple[Update, Lost]:
     delta = update.scaling * (update.b.float() @ update.a.float())
     assert update.magnitude is not None
     change = Dora().merged(weight, delta, {MAGNITUDE: update.magnitude.float()}) - weight
-    if min(change.shape) > _EXACT_UP_TO and rank < min(change.shape):
-        u, s, vh = randomised_svd(change, rank, _ROUNDS, torch.Generator().manual_seed(0))
-    else:
-        u, s, vh = torch.linalg.svd(change, full_matrices=False)
-    root = s[:rank].sqrt()
-    b, a = (u[:, :rank] * root).to(update.b.dtype), (root[:, None] * vh[:rank]).to(update.a.dtype)
+    b, a, _ = low_rank.cut(*truncated_svd(change, rank), min(rank, *change.shape))
+    b, a = b.to(update.b.dtype), a.to(update.a.dtype)
     missed = change - b.float() @ a.float()
     new = Update(a.contiguous(), b.contiguous(), 1.0, False, update.bias)
     return new, Lost(_share(missed, change), _share(missed, weight + change))

@@ -39,7 +39,8 @@ def empty_model(
 
     Args:
         source: The directory of a model, a configuration file, or a hub id.
-        task: A `TaskType`; inferred from the name of the architecture if None.
+        task: A `TaskType`; if None, the model is of the architecture that the configuration names, or of
+            the task in that name where transformers has no such class.
         dtype: ``float32``, ``bfloat16`` or ``float16``; the configuration's if None or ``auto``.
         num_labels: Number of classes of a classifier.
 
@@ -53,6 +54,7 @@ def empty_model(
     config = _read(source)
     if num_labels is not None:
         config.num_labels = num_labels
+    named = None if task is not None else getattr(transformers, _architecture(config), None)
     if task is None:
         task = task_of(config)
     if task not in CLASSES:
@@ -61,7 +63,8 @@ def empty_model(
     loader = getattr(transformers, CLASSES[task])
     try:
         with quiet_libraries(), torch.device("meta"):
-            model = loader.from_config(config, dtype=wanted)
+            made = loader.from_config if named is None else named._from_config
+            model = made(config, dtype=wanted)
     except Exception as error:  # each architecture fails in its own way on values that make no sense
         reason = first_line(error)
         if "Unrecognized configuration class" in reason:
@@ -74,7 +77,12 @@ def empty_model(
 
 def task_of(config: Any) -> str:
     """The task in the name of a configuration's architecture; CAUSAL_LM if there is none."""
-    name = (getattr(config, "architectures", None) or [""])[0]
+    return named_task(config) or "CAUSAL_LM"
+
+
+def named_task(config: Any) -> str | None:
+    """The task in the name of a configuration's architecture, if there is one."""
+    name = _architecture(config)
     for ending, task in (
         ("ForSequenceClassification", "SEQ_CLS"),
         ("ForTokenClassification", "TOKEN_CLS"),
@@ -86,7 +94,11 @@ def task_of(config: Any) -> str:
     ):
         if name.endswith(ending):
             return task
-    return "CAUSAL_LM"
+    return None
+
+
+def _architecture(config: Any) -> str:
+    return str((getattr(config, "architectures", None) or [""])[0])
 
 
 def _read(source: str | os.PathLike[str]) -> Any:

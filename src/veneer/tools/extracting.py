@@ -1,0 +1,404 @@
+"""An adapter from what training changed in a whole model: the best low-rank update of every weight."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import layers
+from ..base_fingerprint import BLOCK, FINGERPRINT, sizes_of
+from ..config import LoraConfig
+from ..errors import CheckpointError, CombineError, ConfigError, Hint
+from ..files.fingerprint import fingerprint
+from ..files.keys import PREFIX
+from ..inject.sites import input_embedding, sharing, sites
+from ..layers import LoraLayer
+from ..layers.conv import LoraConv
+from ..module_names import portable_saved, portable_targets
+from ..ops import low_rank
+from ..ops.merging import is_finite
+from ..ops.svd import truncated_svd
+from ..spec import resolve_all, restate
+from ..targets import head_names
+from ..training.merge_files import OF_TOKENIZER, width
+from ..training.model_files import ModelFiles, open_model
+from ..training.planning.sources import named_task
+from ..training.progress import Progress, Silent
+from ..wording import listed
+from .adapter_files import write_new
+from .measuring import in_words, relative
+from .requests import check_place, check_size
+from .tuned_model import check_alike, other_options
+
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Extracted:
+    """The update of one module.
+
+    Attributes:
+        rank: Its rank.
+        norm: ``‖ΔW‖``, the Frobenius norm of what training changed.
+        error: ``‖ΔW − BA‖ / ‖ΔW‖``, of the factors as they are stored.
+    """
+
+    rank: int
+    norm: float
+    error: float
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A tensor that training changed and that the adapter does not hold.
+
+    Attributes:
+        size: In bytes.
+        norm: Norm of its change.
+        reason: Why.
+    """
+
+    size: int
+    norm: float
+    reason: str
+
+
+@dataclass(frozen=True)
+class ExtractReport:
+    """An adapter that was made of two models.
+
+    Attributes:
+        directory: Where it is.
+        modules: Module path -> its update.
+        whole: Tensor -> its size in bytes, of those that are saved as they are: norms in ``modules_to_save``,
+            and biases.
+        left_out: Tensor -> what is missing.
+        unchanged: Number of tensors that are the same in both models.
+        norm: Norm of everything that training changed.
+        error: Norm of what the adapter misses, in units of ``norm``.
+        notes: What else is to be known.
+    """
+
+    directory: Path
+    modules: Mapping[str, Extracted]
+    whole: Mapping[str, int]
+    left_out: Mapping[str, LeftOut]
+    unchanged: int
+    norm: float
+    error: float
+    notes: tuple[str, ...] = ()
+
+    @property
+    def worst(self) -> str:
+        """The module with the largest error."""
+        return max(self.modules, key=lambda path: self.modules[path].error)
+
+    def __str__(self) -> str:
+        ranks = [module.rank for module in self.modules.values()]
+        words = in_words(ranks, self.error, self.worst, self.modules[self.worst].error)
+        return f"{words}; what is left out counts as missed" if self.left_out else words
+
+
+def extract_adapter(
+    base: str | os.PathLike[str],
+    tuned: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    dtype: str = "float32",
+    whole: bool = True,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> ExtractReport:
+    """Write an adapter that makes of a base model what full training made of it.
+
+    For every weight that differs, ``B A`` is the nearest matrix of its rank to ``ΔW = W_tuned − W_base``; the
+    scale is 1. Linear layers, embeddings and convolutions get factors. Norms and other small modules are
+    saved whole, as ``modules_to_save``, and biases of adapted layers as ``bias="lora_only"`` has them. What
+    an adapter cannot hold, such as bare parameters, is listed in the report.
+
+    Both models are read tensor by tensor: memory is that of the largest one, and of the adapter.
+
+    Args:
+        base: Directory or hub id of the base model.
+        tuned: That of the trained model, of the same architecture and the same shapes.
+        output: Directory to write; it appears whole or not at all.
+        rank: The largest rank that a module may have.
+        energy: Give each module the smallest rank that keeps this share of ``Σσ²``.
+        dtype: Type of the factors: "float32", "bfloat16" or "float16".
+        whole: False leaves out what is no factor, as many programs read factors only.
+        overwrite: Replace the adapter in a directory that holds files.
+        progress: Told of each tensor.
+
+    Returns:
+        Rank and error of each module, and what is saved in another way or left out.
+
+    Raises:
+        ConfigError: Options that cannot be right.
+        CheckpointError: The files are missing or broken, the models are not two states of one model (lists
+            everything that differs), a weight is not finite, or no weight differs.
+        TrainingError: transformers cannot make the model from its configuration, or it is quantised.
+        VeneerError: The output holds files already, is one of the models, or cannot be written.
+
+    Source: Eckart and Young, Psychometrika 1 (1936).
+    """
+    check_size(rank, energy)
+    if dtype not in _DTYPES:
+        raise ConfigError(Hint("dtype"), f" is one of {', '.join(_DTYPES)}, not {dtype!r}")
+    place = Path(output)
+    check_place(place, [Path(base), Path(tuned)], overwrite, "model")
+    first, second = open_model(base, progress), open_model(tuned, progress)
+    check_alike(first, second)
+    work = _Work(
+        first, second, partial(truncated_svd, rank=rank, energy=energy), getattr(torch, dtype), whole
+    )
+    bar = (progress or Silent()).bar("tensors", len(first.names))
+    with bar as advance:
+        for name in first.names:
+            work.take(name)
+            advance(1, "")
+    work.finish()
+    config = work.config(os.fspath(base))
+    metadata = {FINGERPRINT: json.dumps(work.fingerprint())}
+    write_new(place, overwrite, work.tensors, config, {second.place: [OF_TOKENIZER]}, metadata)
+    return work.report(place)
+
+
+@dataclass
+class _Work:
+    """What was found so far."""
+
+    base: ModelFiles
+    tuned: ModelFiles
+    cut: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
+    dtype: torch.dtype
+    keeps_whole: bool
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    modules: dict[str, Extracted] = field(default_factory=dict)
+    biased: dict[str, float] = field(default_factory=dict)
+    saved: dict[str, float] = field(default_factory=dict)
+    left_out: dict[str, LeftOut] = field(default_factory=dict)
+    broken: list[str] = field(default_factory=list)
+    unchanged: int = 0
+
+    def __post_init__(self) -> None:
+        self.sites = sites(self.base.model)
+        self.embedding = input_embedding(self.base.model, self.sites)
+        self.heads = sharing(self.sites, self.embedding)
+        self.task = _task(self.base.model.config)
+        #: What trains whole for a task, whatever the configuration names.
+        self.trained = [p for p in self.sites if p.rpartition(".")[2] in head_names(self.task)]
+        self.whole: dict[str, int] = {}
+
+    def take(self, name: str) -> None:
+        """Compare one tensor, and keep what the adapter holds of its change."""
+        before, after = self.base.read(name), self.tuned.read(name)
+        kind = torch.promote_types(torch.promote_types(before.dtype, after.dtype), torch.float32)
+        before, after = before.to(kind), after.to(kind)
+        if torch.equal(before, after):
+            self.unchanged += 1
+            return
+        if not (is_finite(before) and is_finite(after)):
+            self.broken.append(name)
+            return
+        delta = after - before
+        del before, after
+        path, _, attribute = name.rpartition(".")
+        change, layer = float(torch.linalg.vector_norm(delta)), self._layer(path)
+        reason = self._unfit(name, layer)
+        if reason is not None:
+            self.left_out[name] = LeftOut(_bytes(self.tuned.entry(name)), change, reason)
+        elif layer is None:
+            self.saved[name] = change
+        elif attribute == "bias":
+            self.biased[name] = change
+        else:
+            self._factorise(path, layer, delta, change)
+
+    def _layer(self, path: str) -> type[LoraLayer] | None:
+        """How a module's weight gets factors; None where it gets none."""
+        site = self.sites.get(path)
+        layer = None if site is None else layers.find(site.module)
+        weight = None if site is None else site.module._parameters.get("weight")
+        if site is None or layer is None or weight is None or layer.weight_name != "weight":
+            return None
+        if path in self.trained:
+            return None
+        grouped = issubclass(layer, LoraConv) and getattr(site.module, "groups", 1) > 1
+        return None if grouped or site.reader is not None else layer
+
+    def _unfit(self, name: str, layer: type[LoraLayer] | None) -> str | None:
+        """Why the adapter cannot hold the change of a tensor; None where it can."""
+        path, _, attribute = name.rpartition(".")
+        site = self.sites.get(path)
+        if site is None or name in self.base.converted:
+            return "transformers makes another tensor of it, or none, when it loads the model"
+        tensor = site.module._parameters.get(attribute)
+        shares = [n for n, other in self.sites.items() if n != path and _holds(other.module, tensor)]
+        if shares and not (attribute == "weight" and path == self.embedding):
+            return f"{listed([path, *shares])} share it"
+        if layer is not None and attribute == "weight":
+            return None
+        if not self.keeps_whole and path not in self.trained:
+            return "no factors, which are all that was asked for"
+        if layer is not None and attribute == "bias":
+            return None
+        bare = any(p.dim() > 1 for p in site.module.parameters()) and layers.find(site.module) is None
+        if site.reader is not None:
+            return f"{site.reader} reads it and never calls the layer"
+        if next(site.module.children(), None) is not None or bare:
+            return f"a parameter of {type(site.module).__name__}, which LoRA does not adapt"
+        return None
+
+    def _factorise(self, path: str, layer: type[LoraLayer], delta: Tensor, norm: float) -> None:
+        matrix = delta.T if layer.transposed else delta.flatten(1)
+        u, s, vh = self.cut(matrix)
+        b, a, _ = low_rank.cut(u, s, vh, len(s))
+        self._put(path, layer, a.to(self.dtype), b.to(self.dtype))
+        if path == self.embedding:
+            for other in self.heads:  # a head shares the weight, and reads it the other way round
+                own = layers.find(self.sites[other].module)
+                pair = (a, b) if own is layer else (b.T, a.T)
+                self._put(other, own or layer, *(factor.to(self.dtype) for factor in pair))
+        b, a = b.to(self.dtype).to(matrix), a.to(self.dtype).to(matrix)
+        missed = float(torch.linalg.matrix_norm(matrix.addmm_(b, a, alpha=-1)))
+        self.modules[path] = Extracted(len(s), norm, relative(missed, norm))
+
+    def _put(self, path: str, layer: type[LoraLayer], a: Tensor, b: Tensor) -> None:
+        if not (is_finite(a) and is_finite(b)):
+            raise CombineError(
+                f"{path}: the factors leave the range of {a.dtype}; write them with ",
+                Hint("dtype", "float32"),
+            )
+        shapes = layer.shapes(self.sites[path].module, len(a))
+        for name, tensor, shape in zip(layer.factor_names, (a, b), shapes, strict=True):
+            ending = "" if layer.lookup else ".weight"
+            self.tensors[f"{PREFIX}{path}.{name}{ending}"] = tensor.reshape(shape).contiguous()
+
+    def finish(self) -> None:
+        """Add what is saved as it is.
+
+        Raises:
+            CheckpointError: Weights are not finite, or no module got an update.
+        """
+        if self.broken:
+            raise CheckpointError(f"these weights hold NaN or infinity: {listed(self.broken, 10)}")
+        for name in self.biased:
+            path = name.rpartition(".")[0]
+            if path not in self.modules:  # the bias of an adapted layer goes with it
+                layer = self._layer(path)
+                assert layer is not None
+                a, b = (torch.zeros(shape) for shape in layer.shapes(self.sites[path].module, 1))
+                self._put(path, layer, a.to(self.dtype), b.to(self.dtype))
+                self.modules[path] = Extracted(1, 0.0, 0.0)
+        if not self.modules:
+            changed = len(self.saved) + len(self.left_out)
+            raise CheckpointError(
+                f"{self.base.place} and {self.tuned.place} "
+                + (
+                    f"differ in {changed} tensor{'s' * (changed > 1)}, none of which LoRA adapts: "
+                    if changed
+                    else "are equal: "
+                )
+                + listed([*self.saved, *self.left_out] or ["there is nothing to extract"])
+            )
+        if self.biased:
+            for path in self.modules:
+                if f"{path}.bias" in self.tuned.stored:
+                    self._keep(f"{path}.bias", f"{path}.base_layer.bias")
+        for path in self._whole_modules():
+            for attribute in self.sites[path].module.state_dict():
+                if f"{path}.{attribute}" in self.tuned.stored:
+                    self._keep(f"{path}.{attribute}", f"{path}.{attribute}")
+
+    def _whole_modules(self) -> list[str]:
+        return list(dict.fromkeys([*(name.rpartition(".")[0] for name in self.saved), *self.trained]))
+
+    def _keep(self, name: str, as_name: str) -> None:
+        self.tensors[f"{PREFIX}{as_name}"] = self.tuned.read(name).clone()
+        self.whole[name] = _bytes(self.tuned.entry(name))
+
+    def config(self, base: str) -> LoraConfig:
+        """The adapter's configuration, which names exactly its modules."""
+        targets = [path for path in self.sites if path in self.modules]
+        tied = bool(self.heads) and self.embedding in self.modules
+        if tied and not self.embedding.endswith("embed_tokens"):
+            targets.append(self.heads[-1])  # PEFT knows the embedding by its name, or by the head
+        paths = [path for path in self.sites if path]
+        config = LoraConfig(
+            r=1,
+            lora_alpha=1,
+            task_type=self.task,
+            target_modules=portable_targets(targets, [path for path in paths if path not in targets]),
+            modules_to_save=portable_saved([], self._whole_modules(), paths) or None,
+            bias="lora_only" if self.biased else "none",
+            fan_in_fan_out=any(type(self.sites[path].module).__name__ == "Conv1D" for path in targets),
+            ensure_weight_tying=tied,
+            base_model_name_or_path=base,
+            inference_mode=True,
+        )
+        specs = resolve_all(config, "default", dict.fromkeys(self.modules, ""))
+        ranks = {path: module.rank for path, module in self.modules.items()}
+        restate(config, [replace(s, r=ranks[path], lora_alpha=ranks[path]) for path, s in specs.items()])
+        return config
+
+    def fingerprint(self) -> dict[str, Any]:
+        """That of the base, as an adapter that was trained on it has it."""
+        matrices = {
+            path: partial(self.base.read, f"{path}.weight")
+            for path, site in self.sites.items()
+            if f"{path}.weight" in self.base.stored and _dimensions(site.module) > 1
+        }
+        adapted = {path: read for path, read in matrices.items() if path in self.modules}
+        others = {p: read for p, read in matrices.items() if p not in adapted and BLOCK.search(p)}
+        vocabulary, sizes = sizes_of(self.base.model)
+        name = type(self.base.model).__name__
+        return fingerprint(name, vocabulary, adapted, others=others, sizes=sizes)
+
+    def report(self, place: Path) -> ExtractReport:
+        changes = [module.norm for module in self.modules.values()]
+        missed = [module.norm * module.error for module in self.modules.values()]
+        lost = [tensor.norm for tensor in self.left_out.values()]
+        norm = math.hypot(*changes, *self.biased.values(), *self.saved.values(), *lost)
+        modules = {path: self.modules[path] for path in self.sites if path in self.modules}
+        return ExtractReport(
+            place,
+            modules,
+            self.whole,
+            self.left_out,
+            self.unchanged,
+            norm,
+            relative(math.hypot(*missed, *lost), norm),
+            other_options(self.base, self.tuned),
+        )
+
+
+def _task(config: Any) -> str | None:
+    """The task of an adapter; None for a model that is neither of text nor of a head that PEFT knows."""
+    task = named_task(config)
+    joined = task == "SEQ_2_SEQ_LM" and not getattr(config, "is_encoder_decoder", False)
+    return None if joined else task
+
+
+def _holds(module: nn.Module, tensor: Tensor | None) -> bool:
+    return tensor is not None and any(own is tensor for own in module._parameters.values())
+
+
+def _dimensions(module: nn.Module) -> int:
+    weight = module._parameters.get("weight")
+    return 0 if weight is None else weight.dim()
+
+
+def _bytes(entry: tuple[str, tuple[int, ...]]) -> int:
+    kind, shape = entry
+    return math.prod(shape) * width(kind)
