@@ -21,7 +21,7 @@ from ..wording import listed
 
 #: What a sweep has no use for: it learns from answers, with AdamW, and saves in its own way.
 LEFT_OUT = (
-    "method", "task", "beta", "packing", "loss_chunk_size", "optim", "resume_from_adapter", "eval_steps",
+    "method", "beta", "packing", "loss_chunk_size", "optim", "resume_from_adapter", "eval_steps",
     "logging_steps", "report_to", "save_steps", "save_total_limit", "overwrite_output_dir",
 )  # fmt: skip
 #: Share of the examples that is set aside where nothing says what to compare the runs on.

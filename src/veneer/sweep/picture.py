@@ -56,6 +56,7 @@ def picture(path: Path, found: Mapping[str, Any]) -> None:
             linewidth=1.2,
             label=line if line and rung == 0 else None,
         )
+    unit = "example" if found["options"]["task"] == "seq-cls" else "token of the answer"
     axes.axhline(found["base"], color=INK, linewidth=0.8, label="base")
     for rung in range(last + 1) if last else ():
         entry = next(run["evaluations"][rung] for run in found["runs"] if len(run["evaluations"]) > rung)
@@ -64,7 +65,7 @@ def picture(path: Path, found: Mapping[str, Any]) -> None:
         axes.set_xscale("log")
     axes.set_xticks(list(place.values()), list(place))
     axes.minorticks_off()
-    axes.set(xlabel=along, ylabel="held-out loss per token of the answer")
+    axes.set(xlabel=along, ylabel=f"held-out loss per {unit}")
     axes.legend(frameon=False, fontsize="small")
     axes.spines[["top", "right"]].set_visible(False)
     save_figure(figure, path)

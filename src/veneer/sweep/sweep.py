@@ -13,21 +13,25 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..errors import Hint, TrainingError, VeneerWarning
 from ..family import Family, Result
-from ..training.data import Collator
-from ..training.data.batch import Row, pad_token
-from ..training.evaluate import answer_loss
+from ..family.losses import ModelLoss
+from ..training.data import Collator, LabelCollator
+from ..training.data.batch import pad_token
+from ..training.evaluate import objective_loss
 from ..training.forward import batches
 from ..training.libraries import require
+from ..training.losses import Answers, Classes, Objective, class_loss
 from ..training.models import load_tokenizer
 from ..training.planning.memory import enable_checkpointing
 from ..training.progress import Progress, Silent
 from ..training.resuming import METRICS_NAME, digest, write_json
 from ..training.run import absolute, encoded, load_training_base, read_all
 from ..training.stopping import Interrupted, Stop, stop_on_signals
+from ..training.train_rows import class_names
 from .board import Board
 from .halving import Halving
 from .options import Grid, SweepOptions, check_sweep
@@ -68,7 +72,7 @@ def sweep(options: SweepOptions, grid: Grid, progress: Progress | None = None) -
     saved = read_record(output) if options.resume else None
     records = read_all(options, progress)
     tokenizer = load_tokenizer(options.model)
-    rows, eval_rows, _ = encoded(options, records, tokenizer, None, progress)
+    rows, eval_rows, classes = encoded(options, records, tokenizer, None, progress)
     every = trials(options, grid, len(rows))
     record = Record(options, grid, digest(rows), digest(eval_rows))
     if saved is not None:
@@ -79,12 +83,14 @@ def sweep(options: SweepOptions, grid: Grid, progress: Progress | None = None) -
             return saved
         for trial, one in zip(every, saved["runs"], strict=True):
             trial.restore(one)
-    base = load_training_base(options, None, progress)
+    torch.manual_seed(options.seed)  # a classifier's head, which all runs start from, is drawn with the base
+    base = load_training_base(options, classes, progress)
     length = max(len(row["input_ids"]) for row in (*rows, *eval_rows))
     fitting = packs(base, every, length, options)
-    collate = Collator(pad_token(tokenizer))
+    pad = pad_token(tokenizer)
+    objective: Objective = Classes(LabelCollator(pad)) if classes else Answers(Collator(pad))
     if saved is None:
-        record.base = answer_loss(base, eval_rows, collate, options.batch_size, progress)
+        record.base = objective_loss(base, eval_rows, objective, options.batch_size, progress)
         progress.say(_what_comes(every, fitting, options, record.base))
     else:
         record.go_on(saved)
@@ -92,7 +98,7 @@ def sweep(options: SweepOptions, grid: Grid, progress: Progress | None = None) -
     if options.gradient_checkpointing:
         for note in enable_checkpointing(base):
             progress.say(note)
-    work = Sweep(Family(base), every, rows, eval_rows, collate, tokenizer, fitting, record, output)
+    work = Sweep(Family(base), every, rows, eval_rows, objective, tokenizer, fitting, record, output)
     with Board(progress, every) as board, stop_on_signals(progress.say) as stop:
         work.go(board, stop, None if saved is None or saved["state"] is None else output / saved["state"])
     return work.finish(progress)
@@ -117,7 +123,7 @@ class Sweep:
         trials: All runs.
         rows: To train on.
         eval_rows: To compare on.
-        collate: Makes batches of rows.
+        objective: What is learned from a row.
         tokenizer: Saved beside each adapter.
         packs: What fits into memory.
         record: What identifies the sweep.
@@ -128,16 +134,17 @@ class Sweep:
         self,
         family: Family,
         trials: Sequence[Trial],
-        rows: Sequence[Row],
-        eval_rows: Sequence[Row],
-        collate: Collator,
+        rows: Sequence[Any],
+        eval_rows: Sequence[Any],
+        objective: Objective,
         tokenizer: Any,
         packs: Packs,
         record: Record,
         output: Path,
     ) -> None:
         self.family, self.trials, self.rows, self.eval_rows = family, trials, rows, eval_rows
-        self.collate, self.tokenizer, self.packs = collate, tokenizer, packs
+        self.collate, self.tokenizer, self.packs = objective.collator, tokenizer, packs
+        self.loss: str | ModelLoss = class_loss if isinstance(objective, Classes) else "cross_entropy"
         self.record, self.output = record, output
         self.halving = Halving(trials)
         self.states = 0
@@ -234,13 +241,13 @@ class Sweep:
         for trial in self.halving.out():
             self._leave(trial, "stopped")
 
-    def _held_out(self, rung: int) -> list[Row]:
+    def _held_out(self, rung: int) -> list[Any]:
         """What to compare runs on: before their end as many examples as they were trained on, or a few."""
         every, count = self.eval_rows, max(trial.seen(trial.rungs[rung]) for trial in self.trials)
         count = len(every) if rung == len(self.trials[0].rungs) - 1 else min(max(count, FEWEST), len(every))
         return [every[number * len(every) // count] for number in range(count)]
 
-    def _evaluate(self, arrived: Sequence[Trial], rows: Sequence[Row]) -> None:
+    def _evaluate(self, arrived: Sequence[Trial], rows: Sequence[Any]) -> None:
         sums = {trial.name: (0.0, 0.0) for trial in arrived}
         for batch in batches(self.family.model, rows, self.collate, arrived[0].options.batch_size):
             for name, one in self._together(dict.fromkeys(sums, batch), self.family.forward).items():
@@ -256,14 +263,16 @@ class Sweep:
                 self._keep(trial)
                 self._leave(trial, "done")
 
-    def _together(self, given: Batches, call: Callable[[Batches], dict[str, Result]]) -> dict[str, Result]:
+    def _together(
+        self, given: Batches, call: Callable[[Batches, str | ModelLoss], dict[str, Result]]
+    ) -> dict[str, Result]:
         """Compute batches of several runs, in as few passes as fit into memory."""
         found: dict[str, Result] = {}
         waiting = list(given)
         while waiting:
             pack = self.packs.first(waiting)
             try:
-                found |= call({name: given[name] for name in pack})
+                found |= call({name: given[name] for name in pack}, self.loss)
             except (RuntimeError, MemoryError) as error:
                 self.packs.halve(pack, error)
                 self.board.say(f"Out of memory with {len(pack)} runs at once: half as many from here on.")
@@ -283,6 +292,8 @@ class Sweep:
             "losses": [{"step": step, "loss": loss} for step, loss in enumerate(trial.losses, 1)],
             "evaluations": trial.record()["evaluations"],
         }
+        if names := class_names(self.family.model):
+            metrics["label_names"] = names
         write_json(place / METRICS_NAME, metrics)
 
     def _leave(self, trial: Trial, state: Any) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from .data import IGNORED, Collator, Row
 from .forward import batches, evaluating, mixed
-from .losses import loss_sum, row_losses
+from .losses import Answers, Objective, row_losses
 from .progress import Progress
 
 
@@ -23,11 +23,23 @@ def answer_loss(
     progress: Progress | None = None,
 ) -> float:
     """Mean negative log-likelihood of an answer's token (natural logarithm)."""
+    return objective_loss(model, rows, Answers(collator), batch_size, progress)
+
+
+@torch.no_grad()
+def objective_loss(
+    model: Any,
+    rows: Sequence[Any],
+    objective: Objective,
+    batch_size: int = 8,
+    progress: Progress | None = None,
+) -> float:
+    """Mean of what an objective sums, over the labels that it counts."""
     total, count = 0.0, 0
     with evaluating(model):
-        for batch in batches(model, rows, collator, batch_size, progress, "held-out loss"):
-            part, tokens = loss_sum(model, batch)
-            total, count = total + part.item(), count + int(tokens)
+        for batch in batches(model, rows, objective.collator, batch_size, progress, "held-out loss"):
+            total += objective.loss(model, batch)[0].item()
+            count += int((batch["labels"] != IGNORED).sum())
     return total / count
 
 

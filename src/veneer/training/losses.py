@@ -64,9 +64,8 @@ class Classes:
 
     def loss(self, model: Any, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Cross entropy, and the ``logits`` (rows, classes)."""
-        logits = model(**_inputs(batch)).logits.float()
-        total = nn.functional.cross_entropy(logits, batch["labels"], ignore_index=IGNORED, reduction="sum")
-        return total, {"logits": logits}
+        output = model(**_inputs(batch))
+        return class_loss(output, batch)[0], {"logits": output.logits.float()}
 
 
 @dataclass(frozen=True)
@@ -82,6 +81,13 @@ class Preferred:
     method: str
     beta: float
     max_length: int | None
+
+
+def class_loss(output: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Sum of the cross entropy of a classifier's rows, and their number."""
+    labels = batch["labels"]
+    total = nn.functional.cross_entropy(output.logits.float(), labels, ignore_index=IGNORED, reduction="sum")
+    return total, (labels != IGNORED).sum()
 
 
 def loss_sum(model: Any, batch: Batch, *, chunk: int = 0) -> tuple[Tensor, Tensor]:

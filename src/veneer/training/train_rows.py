@@ -222,12 +222,12 @@ def _metrics(run: Run, model: Any, state: Any, seconds: float) -> dict[str, Any]
         ],
         "evaluations": evaluations(state.log_history),
     }
-    if names := _class_names(model):
+    if names := class_names(model):
         metrics["label_names"] = names
     return metrics
 
 
-def _class_names(model: Any) -> list[str]:
+def class_names(model: Any) -> list[str]:
     """The names of a classifier's classes, by number; its head does not contain them."""
     if not any(c.task_type == "SEQ_CLS" for c in getattr(model, "peft_config", {}).values()):
         return []

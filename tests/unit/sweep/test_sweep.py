@@ -20,6 +20,7 @@ from veneer.sweep import sweep as module
 from veneer.sweep.options import SweepOptions
 from veneer.sweep.sweep import sweep
 from veneer.training import Collator, answer_loss, encode, load_base
+from veneer.training.scores import accuracy
 from veneer.training.stopping import Interrupted, Stop
 
 GRID = {"lora_r": [2, 4], "learning_rate": [1e-3, 1e-2, 3e-2]}
@@ -119,6 +120,22 @@ def test_one_run_that_does_not_fit_is_refused(
         sweep(replace(options, output=str(tmp_path / "2")), GRID)
     with pytest.raises(TrainingError, match="memory='100kB' is too little"):
         sweep(replace(options, output=str(tmp_path / "3"), memory="100kB"), GRID)
+
+
+def test_a_classifier_is_swept_with_its_head(options: SweepOptions, tmp_path: Path) -> None:
+    data = tmp_path / "labels.jsonl"
+    records = [{"text": f"{n}.", "label": "high" if n > 17 else "low"} for n in range(10, 26)]
+    data.write_text("".join(json.dumps(record) + "\n" for record in records))
+    given = replace(options, task="seq-cls", data=str(data), eval_data=str(data), max_steps=12)
+    found = sweep(replace(given, output=str(tmp_path / "out")), {"learning_rate": [1e-3, 3e-2]})
+    metrics = json.loads((tmp_path / "out" / "best" / "metrics.json").read_text())
+    assert metrics["label_names"] == ["high", "low"]
+    model, tokenizer = load_base(options.model, label_names=["high", "low"])
+    adapted = PeftModel.from_pretrained(model, tmp_path / "out" / "best")
+    score = accuracy(adapted, tokenizer, records, ["high", "low"]).scores["adapter"]
+    best = found["configurations"][0]
+    assert_close(torch.tensor(score.loss), torch.tensor(best["mean"]), FAMILY)
+    assert best["mean"] < 0.9 * found["base"]
 
 
 def test_a_run_that_diverges_is_stopped_and_the_others_go_on(options: SweepOptions, tmp_path: Path) -> None:
