@@ -25,6 +25,7 @@ from veneer.adapters import AdapterModule, Contexts, adapter_modules, opened, wa
 from veneer.errors import RoutingError, show
 from veneer.ops.dropout import Draws
 from veneer.ops.mixed_batch import Layout, layouts
+from veneer.ops.token_rows import LOST, TokenRows
 from veneer.variants.alora import Activation
 
 #: The name that stands for the base model without an adapter.
@@ -43,6 +44,8 @@ class Routing:
         device: The device of the layers.
         draws: By adapter, what decides which elements its dropout drops; torch's global generator for
             adapters without any.
+        tokens: Follows tokens whose rows share an axis with them; None where none are expected.
+        direct: A layer is called by itself, with the rows that the names are for.
     """
 
     def __init__(
@@ -53,6 +56,8 @@ class Routing:
         adapters: Sequence[str] = (),
         device: torch.device | str = "cpu",
         draws: Mapping[str, Draws] = MappingProxyType({}),
+        tokens: TokenRows | None = None,
+        direct: bool = False,
     ) -> None:
         self.names = tuple(names)
         #: The adapters of the batch, without the base, in order of appearance.
@@ -69,6 +74,8 @@ class Routing:
         self.activation = activation
         self.draws = draws
         self.expand = expand
+        self.tokens = tokens
+        self.direct = direct
         #: Layers that ran inside a checkpoint that does not pass this routing on.
         self.recomputed: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._rows: dict[Any, Any] = {}
@@ -78,32 +85,65 @@ class Routing:
     def draws_for(self, name: str, x: Tensor) -> Draws | None:
         """What decides which elements of a layer's input an adapter drops. x: (rows, ...)."""
         draws = self.draws.get(name)
-        if draws is None or (x.dim() > 2 and x.shape[1] == draws.filled):
+        if draws is None or draws.filled == (self.known_tokens(x) or (x.shape[1] if x.dim() > 2 else 0)):
             return draws
         return draws._replace(tokens=1, filled=1)  # not text
 
     def concerns(self, held: Container[str]) -> bool:
         return any(name in held for name in self.used)
 
-    def rows(
-        self, count: int, held: tuple[str, ...], where: Callable[[], str], *, tokens: bool = False
+    def known_tokens(self, x: Tensor) -> int | None:
+        """How many tokens of each row x has in its first axis, or `LOST`; None if nothing is known."""
+        return None if self.tokens is None else self.tokens.of(x)
+
+    def rows_of(
+        self, x: Tensor, held: tuple[str, ...], where: Callable[[], str], *, chosen: bool = False
     ) -> tuple[str | None, ...]:
-        """The adapter of each row of a layer's input, None for adapters that the layer does not have.
+        """The adapter of each row of a layer's input, or of each token where both are in the first axis.
+
+        Args:
+            x: (rows, ...) or (rows · tokens, ...), the layer's input.
+            held: The adapters of the layer.
+            where: Returns the layer's name for an error.
+            chosen: The model may call the layer with tokens that it chose, of which there can be as many as
+                rows. Without a second axis, only tokens that were followed are then taken.
+
+        Raises:
+            RoutingError: It is not known to which row of the batch each of x belongs.
+        """
+        tokens = self.known_tokens(x)
+        if tokens is None and chosen and x.dim() < 3 and not self.direct:
+            tokens = LOST
+        return self.rows(x.shape[0] if x.dim() else 0, held, where, tokens=tokens)
+
+    def rows(
+        self, count: int, held: tuple[str, ...], where: Callable[[], str], *, tokens: int | None = None
+    ) -> tuple[str | None, ...]:
+        """`rows_of` an input of so many rows.
 
         Args:
             count: Number of rows of the layer's input.
             held: The adapters of the layer.
             where: Returns the layer's name for an error.
-            tokens: Whether the rows may be the tokens of one text after another.
+            tokens: How many tokens of each row are side by side, or `LOST`; None for rows.
 
         Raises:
-            RoutingError: The rows are not those of the batch.
+            RoutingError: As `rows_of`.
         """
         key = (count, held, tokens)
         if key not in self._rows:
-            times = count // self.count if tokens and not count % self.count else self._times(count, where)
             mine = [name if name in held else None for name in self.names]
-            self._rows[key] = tuple(name for name in mine for _ in range(times))
+            if tokens == LOST and len(set(mine)) > 1:
+                raise RoutingError(
+                    f"to which row each token belongs that reaches {where()} is unknown: the model chose, "
+                    "sorted or repeated them, or did what cannot be followed, as under torch.compile. Leave "
+                    "it out of the adapters, or give each adapter a batch of its own"
+                )
+            if tokens == LOST:
+                self._rows[key] = (mine[0],) * count
+            else:
+                times = count // self.count if tokens else self._times(count, where)
+                self._rows[key] = tuple(name for name in mine for _ in range(times))
         found: tuple[str | None, ...] = self._rows[key]
         return found
 
@@ -158,6 +198,16 @@ class Routing:
                 for name in dict.fromkeys(names)
             }
         found: dict[str | None, Tensor] = self._rows[key]
+        return found
+
+    def back(self, names: tuple[str | None, ...], device: torch.device) -> Tensor | None:
+        """What puts rows that lie adapter by adapter into their places; None if they do."""
+        key = ("back", names, device)
+        if key not in self._rows:
+            order = torch.cat([*self.indices(names, device).values()])
+            there = torch.equal(order, torch.arange(len(order), device=device))
+            self._rows[key] = None if there else order.argsort()
+        found: Tensor | None = self._rows[key]
         return found
 
     def note(self, layer: nn.Module) -> None:
@@ -289,12 +339,25 @@ def routed(
     """
     first = next(model.parameters(), None)
     device = "cpu" if first is None or first.is_meta else first.device
-    routing = Routing(names, expand, activation, adapters, device, draws)
+    tokens = TokenRows({len(names), len(names) * expand}) if _has_experts(model) else None
+    routing = Routing(names, expand, activation, adapters, device, draws, tokens)
     routing.with_grad = torch.is_grad_enabled()
     # Nothing is recomputed without a graph.
     carried = _checkpoints_carry(model) if routing.with_grad else nullcontext()
     with carried, _as_current(routing):
         yield routing
+
+
+def _has_experts(model: nn.Module) -> bool:
+    """Whether tokens of a model may have to be followed. Compiled code cannot be followed."""
+    if torch.compiler.is_compiling():
+        return False
+    found = False
+    for path, module in walk(model):
+        if module._compiled_call_impl is not None:
+            return False
+        found = found or "expert" in path or "parameter_name" in module.__dict__
+    return found
 
 
 @contextmanager
@@ -313,9 +376,11 @@ def disabled(model: nn.Module, *more: Contexts) -> Iterator[None]:
 @contextmanager
 def _as_current(routing: Routing | None, carried: bool = False) -> Iterator[None]:
     before = _here.routing, _here.carried
+    tokens = None if routing is None or routing is _here.routing else routing.tokens
     _here.routing, _here.carried = routing, carried
     try:
-        yield
+        with tokens or nullcontext():
+            yield
     finally:
         _here.routing, _here.carried = before
 
@@ -336,7 +401,7 @@ def call_by_rows(layer: AdapterModule, names: Sequence[str] | None, *args: Any, 
     if names is None:
         return forward(layer, *args, **kwargs)
     check_mixed_batch(names, layer.held_adapters, [layer])
-    with _as_current(Routing(names)):
+    with _as_current(Routing(names, direct=True)):
         return forward(layer, *args, **kwargs)
 
 
@@ -348,7 +413,8 @@ def by_adapter(
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
     *,
-    tokens: bool = False,
+    chosen: bool = False,
+    by_token: bool = False,
 ) -> Any:
     """Call what takes one adapter at a time once for each, with its rows of every argument.
 
@@ -359,7 +425,8 @@ def by_adapter(
         of: Returns what to call for the rows of an adapter, or of the base.
         args: Arguments for all rows; the first tensor says how many there are.
         kwargs: Likewise.
-        tokens: See `Routing.rows`.
+        chosen: See `Routing.rows_of`.
+        by_token: Every tensor among the arguments is known to have a row for each token.
 
     Returns:
         A tensor, or a tuple of them, with the rows in their order.
@@ -371,24 +438,69 @@ def by_adapter(
     mine = tuple(name for name in routing.used if name in held)
     if first is None or not mine:
         return of(None)(*args, **kwargs)
+    names = routing.rows_of(first, mine, lambda: kind, chosen=chosen)
+    if len(set(names)) == 1:
+        return of(names[0])(*args, **kwargs)
+    if not by_token:
+        _check_tokens(routing, first, [*args, *kwargs.values()], kind)
     count = first.shape[0]
-    names = routing.rows(count, mine, lambda: kind, tokens=tokens)
-    whole: list[Tensor] = []
-    several = False
+    parts: list[tuple[Any, ...]] = []
     for name, rows in routing.indices(names, first.device).items():
         given = [_select_rows(value, rows, count) for value in args]
         named = {key: _select_rows(value, rows, count) for key, value in kwargs.items()}
-        part = of(name)(*given, **named)
+        with nullcontext() if routing.tokens is None else routing.tokens.among(len(rows)):
+            part = of(name)(*given, **named)
         several = isinstance(part, tuple)
-        parts = part if several else (part,)
-        if not all(isinstance(one, Tensor) and one.shape[:1] == rows.shape for one in parts):
-            raise RoutingError(
-                f"{kind} gives no tensor with one row for each row of the batch, so adapters cannot be mixed "
-                "in one batch here"
-            )
-        whole = whole or [one.new_zeros(count, *one.shape[1:]) for one in parts]
-        whole = [all_rows.index_copy(0, rows, one) for all_rows, one in zip(whole, parts, strict=True)]
+        parts.append(part if several else (part,))
+    whole = [_together(routing, names, own, kind) for own in zip(*parts, strict=True)]
+    if routing.tokens is not None:
+        for one in whole:
+            routing.tokens.pass_on(first, one)
     return tuple(whole) if several else whole[0]
+
+
+def _together(routing: Routing, names: tuple[str | None, ...], parts: Sequence[Any], kind: str) -> Tensor:
+    """One output for all rows, of those for the rows of each adapter.
+
+    Raises:
+        RoutingError: They are not tensors with a row for each row, or for each token of a row.
+    """
+    given = [part.shape[0] if isinstance(part, Tensor) and part.dim() else -1 for part in parts]
+    sizes = [names.count(name) for name in dict.fromkeys(names)]
+    each = None
+    if given != sizes and routing.tokens is not None:
+        known = {routing.known_tokens(part) for part in parts if isinstance(part, Tensor)}
+        each = known.pop() if len(known) == 1 else None
+        names = tuple(name for name in names for _ in range(each or 1))
+    if given != [size * (each or 1) for size in sizes]:
+        raise RoutingError(
+            f"{kind} gives no tensor with one row for each row of the batch, so adapters cannot be mixed in "
+            "one batch here"
+        )
+    back = routing.back(names, parts[0].device)
+    whole = torch.cat(list(parts)) if back is None else torch.cat(list(parts))[back]
+    if each and routing.tokens is not None:
+        routing.tokens.note(whole, each)
+    return whole
+
+
+def _check_tokens(routing: Routing, first: Tensor, given: Sequence[Any], kind: str) -> None:
+    """Refuse arguments of which it is not known what each token has of them.
+
+    Raises:
+        RoutingError: There are such.
+    """
+    tokens = routing.known_tokens(first)
+    for value in given:
+        if isinstance(value, Tensor):
+            known = not value.dim() or routing.known_tokens(value) == tokens
+        else:
+            known = tokens is None or isinstance(value, int | float | str | None)
+        if not known:
+            raise RoutingError(
+                f"{kind} is called with tokens and a {type(value).__name__}, and what of it belongs to which "
+                "token is unknown. Leave it out of the adapters, or give each adapter a batch of its own"
+            )
 
 
 def _select_rows(value: Any, rows: Tensor, count: int) -> Any:

@@ -8,7 +8,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+)
 
 from tests.tolerances import FAMILY, assert_close
 from veneer import Family, LoraConfig, get_peft_model
@@ -34,6 +41,18 @@ def mixtral() -> nn.Module:
         bos_token_id=1, eos_token_id=2, pad_token_id=0,
     )  # fmt: skip
     return MixtralForCausalLM(config)
+
+
+def qwen2_moe() -> nn.Module:
+    """With shared experts, which get rows and tokens in one axis."""
+    torch.manual_seed(0)
+    config = Qwen2MoeConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, num_experts=4, num_experts_per_tok=2,
+        moe_intermediate_size=16, shared_expert_intermediate_size=24, decoder_sparse_step=1,
+        bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    return Qwen2MoeForCausalLM(config)
 
 
 class Special(nn.Module):
@@ -79,7 +98,21 @@ OF_MIXTRAL: dict[str, dict[str, Any]] = {
     "larger": {"target_parameters": ["gate_up_proj", "down_proj"], "target_modules": [], "r": 3},
     "attention": {"target_modules": ["q_proj", "v_proj"], "r": 2, "lora_dropout": 0.1},
 }
-KINDS = {"llama": (llama, OF_LLAMA), "special": (Special, OF_SPECIAL), "mixtral": (mixtral, OF_MIXTRAL)}
+OF_QWEN2_MOE: dict[str, dict[str, Any]] = {
+    "shared": {"target_modules": r".*\.(q_proj|shared_expert.*)", "r": 2, "lora_dropout": 0.2},
+    "experts": {
+        "target_parameters": ["gate_up_proj", "down_proj", "gate.weight"],
+        "target_modules": [],
+        "r": 3,
+    },
+    "dora": {"target_modules": r".*\.shared_expert\.\w+", "r": 2, "use_dora": True, "lora_dropout": 0.1},
+}
+KINDS = {
+    "llama": (llama, OF_LLAMA),
+    "special": (Special, OF_SPECIAL),
+    "mixtral": (mixtral, OF_MIXTRAL),
+    "qwen2-moe": (qwen2_moe, OF_QWEN2_MOE),
+}
 
 
 def texts(names: Mapping[str, Any]) -> Batches:

@@ -18,6 +18,7 @@ from tests.laws.cases import train
 from tests.tolerances import assert_close
 from veneer import LoraConfig, PeftModel, RoutingError, get_peft_model
 from veneer.ops import mixed_batch
+from veneer.ops.token_rows import LOST
 from veneer.routing import BASE, Routing
 
 NAMES = ["a", BASE, "b", "a"]
@@ -335,9 +336,12 @@ def test_rows_of_a_bare_parameter_go_through_their_own_adapter() -> None:
 
 def test_tokens_are_taken_for_rows_only_where_that_is_known() -> None:
     routing = Routing(["a", "b"])
-    assert routing.rows(4, ("a",), lambda: "experts", tokens=True) == ("a", "a", None, None)
+    assert routing.rows(4, ("a",), lambda: "experts", tokens=2) == ("a", "a", None, None)
     with pytest.raises(RoutingError, match="the input of gate has 4 rows"):
         routing.rows(4, ("a",), lambda: "gate")
+    with pytest.raises(RoutingError, match="reaches gate is unknown"):
+        routing.rows(2, ("a",), lambda: "gate", tokens=LOST)
+    assert routing.rows(3, (), lambda: "gate", tokens=LOST) == (None,) * 3
 
 
 class Sparse(nn.Module):
@@ -354,7 +358,10 @@ class Sparse(nn.Module):
 @pytest.mark.parametrize("training", [True, False])
 def test_tokens_that_were_chosen_for_an_expert_are_never_taken_for_rows(training: bool) -> None:
     model = get_peft_model(Sparse(), LoraConfig(r=2, target_modules=["0"], init_lora_weights=False), "a")
-    with torch.set_grad_enabled(training), pytest.raises(RoutingError, match=r"experts\.0 is an expert"):
+    with (
+        torch.set_grad_enabled(training),
+        pytest.raises(RoutingError, match=r"reaches experts\.0 is unknown"),
+    ):
         model(torch.randn(2, 3, 4), adapter_names=["a", BASE])
 
 

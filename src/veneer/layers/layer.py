@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from veneer import backends, inits, merge, variants
 from veneer.adapters import as_names
-from veneer.errors import AdapterNameError, Hint, MergeError, RoutingError, TargetError, Text
+from veneer.errors import AdapterNameError, Hint, MergeError, TargetError, Text
 from veneer.inits import InitResult, folded
 from veneer.layers.factor import NOTHING, RESIDUAL, Factor, Frozen, empty, operate, stand_in
 from veneer.layers.refused import refusal
@@ -143,7 +143,10 @@ class LoraLayer(Mergeable):
         if "adapter_names" in kwargs:
             return call_by_rows(self, kwargs.pop("adapter_names"), x, *args, **kwargs)  # type: ignore[no-any-return]
         if (routing := current(self)) is not None:
-            return self.mixed(routing, x, *args, **kwargs)
+            mixed = self.mixed(routing, x, *args, **kwargs)
+            if routing.tokens is not None:
+                routing.tokens.pass_on(x, mixed)
+            return mixed
         if self.fused and not args and not kwargs and (fused := self.fused_step(x)) is not None:
             return fused
         if self._disabled and self._merged:
@@ -172,33 +175,20 @@ class LoraLayer(Mergeable):
         if self._disabled or not self._specs or not routing.count:
             return y
         if torch.compiler.is_compiling():
-            self.check_rows(x)
+            if self._of_an_expert():
+                self.row_names(routing, x)
             return self.add_slots(routing, x, y)
         if not routing.concerns(self._specs):
             return y
         return self.add_rows(routing, self.row_names(routing, x), x, y)
 
     def row_names(self, routing: Routing, x: Tensor) -> tuple[str | None, ...]:
-        """The adapter of each row of ``x: (rows, ...)``, None for one that is not here.
+        """The adapter of each row of x, None for one that is not here; see `Routing.rows_of`."""
+        return routing.rows_of(x, tuple(self._specs), self._where, chosen=self._of_an_expert())
 
-        Raises:
-            RoutingError: The rows are not those of the batch.
-        """
-        self.check_rows(x)
-        return routing.rows(x.shape[0] if x.dim() else 0, tuple(self._specs), self._where)
-
-    def check_rows(self, x: Tensor) -> None:
-        """Refuse what may be tokens chosen for an expert, of which a batch could have as many as rows.
-
-        Raises:
-            RoutingError: It may be.
-        """
-        if x.dim() == 2 and "experts" in self._where().split("."):
-            raise RoutingError(
-                f"{self._where()} is an expert: to which row each of the tokens that were chosen for it "
-                "belongs is unknown, so adapters cannot be mixed there. Leave the experts out "
-                "(exclude_modules), or give each adapter a batch of its own"
-            )
+    def _of_an_expert(self) -> bool:
+        """Whether the layer may get tokens that were chosen for it."""
+        return "experts" in self._where().split(".")
 
     def add_rows(self, routing: Routing, names: tuple[str | None, ...], x: Tensor, result: Tensor) -> Tensor:
         """``result`` with the branch of each row's own adapter added.
@@ -213,8 +203,10 @@ class LoraLayer(Mergeable):
         for name, rows in routing.indices(names, x.device).items():
             if name is not None:
                 there = rows.to(result.device)
-                own = base[there]
-                part = self.variant(name).forward(self, name, x[rows], own, lambda own=own: own)  # type: ignore[misc]
+                own, mine = base[there], x[rows]
+                if routing.tokens is not None:
+                    routing.tokens.keep(x, mine)
+                part = self.variant(name).forward(self, name, mine, own, lambda own=own: own)  # type: ignore[misc]
                 result = result.index_copy(0, there, part.to(result))
         return result
 
@@ -322,7 +314,7 @@ class LoraLayer(Mergeable):
         x = self.to_factors(name, x)
         draws, p = draws_of(name, x), self.dropout_of(name)
         if draws is not None and 0.0 < p < 1.0:
-            flat = x.flatten(0, 1) if draws.filled > 1 else x
+            flat = x.flatten(0, 1) if draws.filled > 1 and x.dim() > 2 else x
             return zero_dropped_(x.clone(memory_format=torch.contiguous_format), draws.draw(flat, p)) / (
                 1.0 - p
             )

@@ -16,6 +16,10 @@ from veneer.ops.adapted_weight import AdaptedWeight, Term
 from veneer.routing import by_adapter, call_by_rows, current
 from veneer.spec import LoraSpec
 
+#: Attributes of transformers' experts. They are called with tokens, and the indices and weights of the
+#: experts that were chosen for each.
+_EXPERTS = {"has_gate", "has_bias", "is_transposed"}
+
 
 class LoraParameter(LoraLayer):
     """LoRA on a parameter P of a module, which computes with ``P + s · Δ``.
@@ -149,9 +153,10 @@ class LoraParameter(LoraLayer):
             return self._with(None)(*args, **kwargs)
         enabled = [layer for layer in self.chain() if not layer._disabled]
         held = tuple(dict.fromkeys(name for layer in enabled for name in layer.held_adapters))
-        # transformers' mixtures pass their experts the tokens of one text after another.
-        tokens = type(self.get_base_layer()).__module__.startswith("transformers.")
-        return by_adapter(routing, held, self._where(), self._of, args, kwargs, tokens=tokens)
+        chosen = self._of_an_expert() or not all(layer.is_matrix() for layer in enabled)
+        by_token = self.get_base_layer().__dict__.keys() >= _EXPERTS
+        options = {"chosen": chosen, "by_token": by_token}
+        return by_adapter(routing, held, self._where(), self._of, args, kwargs, **options)
 
     def _of(self, name: str | None) -> nn.Module:
         return self._with(() if name is None else (name,))

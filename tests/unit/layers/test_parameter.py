@@ -7,14 +7,14 @@ import copy
 import pytest
 import torch
 from accelerate import cpu_offload
-from torch import nn
+from torch import Tensor, nn
 
 from tests.laws.cases import train
 from tests.laws.special_models import SPECIAL
 from tests.storages import torchao
+from tests.tolerances import BY_DTYPE, assert_close
 from veneer import LoraConfig, PeftModel, get_peft_model
 from veneer.errors import RoutingError, TargetError
-from veneer.routing import routed
 
 
 def adapted(base: nn.Module) -> PeftModel:
@@ -60,12 +60,50 @@ def test_codes_are_refused() -> None:
     assert type(model[0]) is nn.Linear and model[0].weight is weight
 
 
-def test_whose_tokens_a_model_packs_together_is_known_of_transformers_alone() -> None:
-    """`test_family.py` has that rows of transformers' mixtures go through their own experts."""
+def test_tokens_that_a_model_packs_together_are_followed() -> None:
+    """`tests/laws/test_experts.py` has that of transformers' mixtures."""
     case = SPECIAL["parameters"]
-    model = adapted(case.build())
-    with pytest.raises(RoutingError, match=r"the input of experts\.down has 15 rows"):
-        model(case.x(), adapter_names=["default", "default", "__base__", "__base__", "default"])
+    model, names = adapted(case.build()), ["default", "default", "__base__", "__base__", "default"]
+    mixed = model(case.x(), adapter_names=names).view(5, 3, -1)
+    own = [0, 1, 4]
+    assert_close(mixed[own].flatten(0, 1), model(case.x()[own]), BY_DTYPE[torch.float32])
+    with model.disable_adapter():
+        assert_close(mixed[2:4].flatten(0, 1), model(case.x()[2:4]), BY_DTYPE[torch.float32])
+
+
+class Sorted(nn.Module):
+    """Experts that get their tokens side by side, and how many each has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(2, 4, 4))
+
+    def forward(self, x: Tensor, sizes: list[int]) -> Tensor:
+        return torch.cat([part @ one for part, one in zip(x.split(sizes), self.weight, strict=True)])
+
+
+class Packing(nn.Module):
+    def __init__(self, *, sort: bool) -> None:
+        super().__init__()
+        self.experts, self.sort = Sorted(), sort
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(0, 1)
+        tokens = tokens[tokens[:, 0].argsort()] if self.sort else tokens
+        return self.experts(tokens, [len(tokens) - 3, 3]).view_as(x)
+
+
+@pytest.mark.parametrize(
+    ("sort", "reason"),
+    [(True, "the model chose, sorted or repeated"), (False, "with tokens and a list, and what")],
+)
+def test_tokens_in_an_order_of_the_model_are_refused(sort: bool, reason: str) -> None:
+    config = LoraConfig(r=2, target_modules=[], target_parameters=["experts.weight"], init_lora_weights=False)
+    model = get_peft_model(Packing(sort=sort), config)
+    x = torch.randn(2, 2, 4)
+    with pytest.raises(RoutingError, match=reason):
+        model(x, adapter_names=["default", "__base__"])
+    assert torch.equal(model(x, adapter_names=["default"] * 2), model(x))
 
 
 def test_rows_that_need_no_bare_parameter_are_served() -> None:
@@ -86,10 +124,8 @@ def test_rows_that_need_no_bare_parameter_are_served() -> None:
 def test_experts_that_are_called_by_themselves_take_rows_too() -> None:
     experts = adapted(SPECIAL["parameters"].build()).get_base_model().experts
     x, chosen = torch.randn(2, 8), torch.tensor([0, 1])
-    with routed(experts, ["default", "__base__"]):
-        mixed = experts(x, chosen)
+    mixed = experts(x, chosen, adapter_names=["default", "__base__"])
     torch.testing.assert_close(mixed[:1], experts(x[:1], chosen[:1]))
-    with routed(experts, ["__base__", "__base__"]):
-        base = experts(x, chosen)
+    base = experts(x, chosen, adapter_names=["__base__", "__base__"])
     assert torch.equal(base, experts.get_base_layer()(x, chosen)) and not torch.equal(base[0], mixed[0])
     torch.testing.assert_close(mixed[1:], base[1:])
