@@ -103,11 +103,10 @@ def short(value: Any) -> str:
     """A value of a grid for a table: ``1e-4`` and not ``0.0001``."""
     if not isinstance(value, float):
         return str(value)
-    return (
-        f"{value:.0e}".replace("e-0", "e-")
-        if 0 < value < 0.01 and value == float(f"{value:.0e}")
-        else f"{value:g}"
-    )
+    if not 0 < value < 0.01:
+        return f"{value:g}"
+    digits, _, exponent = f"{value:e}".partition("e")
+    return f"{float(digits):g}e{int(exponent)}"
 
 
 def trials(options: SweepOptions, grid: Grid, examples: int) -> list[Trial]:

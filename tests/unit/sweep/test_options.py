@@ -93,7 +93,7 @@ def test_options_that_do_not_go_with_a_sweep(given: dict[str, Any], said: str) -
 
 def test_values_are_short() -> None:
     assert [short(v) for v in (1e-4, 3e-4, 0.05, 0.00123, 16.0, 4, True, "pissa")] == [
-        "1e-4", "3e-4", "0.05", "0.00123", "16", "4", "True", "pissa",
+        "1e-4", "3e-4", "0.05", "1.23e-3", "16", "4", "True", "pissa",
     ]  # fmt: skip
 
 
