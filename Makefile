@@ -3,7 +3,7 @@
 # make check    lint, formatting, types, architecture, the documentation    make mutants   break one law at a time: the short suite notices
 # make docs     build the documentation as a site, strictly, into build/site
 # make tutorial run docs/tutorial.md from top to bottom and draw its pictures
-# make examples run all examples, some twenty minutes; make examples-data fetches only what they read
+# make examples run all examples, hours (without sweep_study, some twenty minutes)    make examples-data   fetch only their data
 # make bench    run the benchmarks; tables on the screen, JSON and pictures in benchmarks/results
 # make bench-quick   the training step only, fewer turns    make bench-check   exit 1 where a bar is missed
 # make readers  run llama.cpp and mlx-lm on what is exported for them, and write the table of docs/exporting.md

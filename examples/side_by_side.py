@@ -117,6 +117,7 @@ class Study:
         self.extra: dict[str, Any] = {}
         self.progress = Terminal()
         self._begun = (time.perf_counter(), _cpu())
+        self._spent = self.out / f"spent{'-short' * self.short}.json"
         self._console = Console(record=True, width=114, highlight=False)
         self._console.print(f"[bold]{self.title}[/bold]")
 
@@ -179,6 +180,16 @@ class Study:
     def _values(self, method: str, score: str | None) -> list[float]:
         row = self.rows[method]
         return row.values if score is None else row.scores[score]
+
+    def go_on(self) -> None:
+        """Count the time of earlier calls too, up to the last `keep_time` of each."""
+        if self._spent.is_file():
+            wall, cpu = json.loads(self._spent.read_text(encoding="utf-8"))
+            self._begun = (self._begun[0] - wall, self._begun[1] - cpu)
+
+    def keep_time(self) -> None:
+        """Write down the time so far: what was done in it, the next call need not do again."""
+        write(self._spent, json.dumps([time.perf_counter() - self._begun[0], _cpu() - self._begun[1]]))
 
     def claim(self, what: str, holds: bool) -> None:
         """Something that must hold, or the example exits with 1."""
@@ -253,9 +264,9 @@ class Study:
             "passed": all(self.claims.values()),
             "extra": self.extra,
         }
-        _write(self.out / f"{self.name}.json", json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        write(self.out / f"{self.name}.json", json.dumps(content, indent=2, ensure_ascii=False) + "\n")
         self._console.print(f"Written to {self.out}", soft_wrap=True)
-        _write(self.out / f"{self.name}.txt", self._console.export_text().rpartition("\nWritten to ")[0])
+        write(self.out / f"{self.name}.txt", self._console.export_text().rpartition("\nWritten to ")[0])
         return 0 if content["passed"] else 1
 
     def table(self) -> Table:
@@ -382,7 +393,8 @@ def _size(number: int) -> str:
     return f"{number / 1e6:.3g} MB" if number >= 1e5 else f"{number / 1e3:.3g} kB"
 
 
-def _write(path: Path, text: str) -> None:
+def write(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     beside.write_text(text, encoding="utf-8")
     beside.replace(path)
