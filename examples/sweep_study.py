@@ -436,16 +436,18 @@ def draw_rates(study: Study, done: dict[str, Runs]) -> None:
         (FULL, FULL + LARGE, LORA, LORA + LARGE),
         (LORA, ATTENTION, *VARIANTS),
     )
+    colours = dict(zip((LORA, FULL), COLOURS[2:0:-1], strict=True))
     figure, grid = study.figure(11, 3.4 * len(done), nrows=len(done), ncols=3, squeeze=False, sharey="row")
     for line, (title, runs) in zip(grid, done.items(), strict=True):
-        lowest = min(statistics.fmean(curve.at_best) for curve in runs.curves.values())
         for axes, methods in zip(line, columns, strict=True):
-            for colour, method in zip(COLOURS[1:], methods, strict=False):
+            others = iter((*COLOURS[3:], COLOURS[1]))
+            for method in methods:
+                colour = colours.get(method.removesuffix(LARGE)) or next(others)
+                style = "o--" if method.endswith(LARGE) else "o-"
                 curve = runs.curves[method]
                 seeds = [curve.losses[rate] for rate in curve.rates]
-                axes.plot(
-                    curve.rates, list(map(statistics.fmean, seeds)), "o-", ms=3.5, color=colour, label=method
-                )
+                middle = [statistics.fmean(losses) for losses in seeds]
+                axes.plot(curve.rates, middle, style, ms=3.5, color=colour, label=method)
                 axes.fill_between(
                     curve.rates, list(map(min, seeds)), list(map(max, seeds)), color=colour, alpha=0.2, lw=0
                 )
@@ -453,41 +455,44 @@ def draw_rates(study: Study, done: dict[str, Runs]) -> None:
             axes.set_xlabel("learning rate")
             axes.spines[["top", "right"]].set_visible(False)
             axes.legend(frameon=False, fontsize=7)
+        lowest = min(statistics.fmean(curve.at_best) for curve in runs.curves.values())
         line[0].set_ylim(0.95 * lowest, min(runs.base, 2 * lowest))
-        line[0].set_ylabel(f"held-out loss\n{title}")
+        line[0].set_ylabel(f"{title}\nheld-out loss")
     study.save_figure(figure, "rates")
 
 
 def draw_findings(study: Study, found: dict[str, list[Finding]]) -> None:
-    """The intervals over the range in which each claim holds."""
-    figure, sides = study.figure(10, 4.2, ncols=2, width_ratios=(3, 4))
-    for axes, factor in zip(sides, (True, False), strict=True):
-        for shift, colour, (title, every) in zip((0.14, -0.14), COLOURS[2:5:2], found.items(), strict=False):
-            chosen = [one for one in every if one.factor is factor][::-1]
+    """The intervals of the tasks over the range in which each claim holds."""
+    figure, (factors, differences) = study.figure(10, 4.4, ncols=2, width_ratios=(3, 4))
+    factors.set_xscale("log")
+    for axes, is_factor in ((factors, True), (differences, False)):
+        for shift, colour, (title, every) in zip((0.14, -0.14), COLOURS[2::2], found.items(), strict=False):
+            chosen = [one for one in every if one.factor is is_factor][::-1]
             for place, one in enumerate(chosen):
-                mean, low, high = (10**v if factor else v for v in one.interval)
+                mean, low, high = (10**v if is_factor else v for v in one.interval)
                 if math.isfinite(high):
                     axes.plot([low, high], [place + shift] * 2, color=colour, lw=2)
                 axes.plot(mean, place + shift, "o", color=colour, label=None if place else title)
-        if factor:
-            axes.set_xscale("log")
         left, right = axes.get_xlim()
+        if is_factor:
+            left, right = min(left, 0.2), max(right, 50)
+            ticks = [tick for tick in (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300) if left < tick < right]
+            axes.set_xticks(ticks, list(map(str, ticks)))
+            axes.minorticks_off()
         for place, one in enumerate(chosen):
-            low, high = (10**v if factor else v for v in one.held)
+            low, high = (10**v if is_factor else v for v in one.held)
+            where = [max(low, left), min(high, right)]
+            label = None if place else "the claim holds"
             axes.fill_between(
-                [max(low, left), min(high, right)],
-                place - 0.4,
-                place + 0.4,
-                color=COLOURS[0],
-                alpha=0.5,
-                lw=0,
+                where, place - 0.4, place + 0.4, color=COLOURS[0], alpha=0.5, lw=0, zorder=0, label=label
             )
         axes.set_xlim(left, right)
-        axes.axvline(1 if factor else 0, color=COLOURS[3], lw=0.8, ls=":")
+        axes.axvline(1 if is_factor else 0, color=COLOURS[3], lw=0.8, ls=":")
         axes.set_yticks(range(len(chosen)), [one.label for one in chosen])
-        axes.set_xlabel("ratio of best rates" if factor else "held-out loss against LoRA, r=16, in %")
         axes.spines[["top", "right"]].set_visible(False)
-    sides[1].legend(frameon=False, fontsize=8)
+    factors.set_xlabel("ratio of best learning rates")
+    differences.set_xlabel("held-out loss at the best rate, against LoRA, r=16 (%)")
+    figure.legend(*factors.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     study.save_figure(figure)
 
 
