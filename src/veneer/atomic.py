@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import re
 import secrets
 import stat
 import sys
@@ -17,9 +19,19 @@ if sys.platform != "win32":
 #: Seconds that one writer waits for another.
 PATIENCE = 120.0
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FULL_WORDS = re.compile(
+    r"no space left on device|disk quota exceeded|file too large|PytorchStreamWriter failed writing", re.I
+)
+
 
 class HalfMovedError(OSError):
     """The first of several files was moved; moving another, or syncing their directory, failed."""
+
+
+def disk_is_full(error: BaseException) -> bool:
+    """Whether a full disk is behind an error; safetensors and torch say so in words alone."""
+    return (isinstance(error, OSError) and error.errno in _FULL) or bool(_FULL_WORDS.search(str(error)))
 
 
 @contextlib.contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 import pickle
 import random
 import struct
@@ -14,29 +14,21 @@ from typing import Any
 import pytest
 import torch
 
+from tests.fuzz.files import Bomb, parts, put
 from veneer.errors import AdapterFileError
-from veneer.files.layout import BIN_NAME, SAFETENSORS_NAME
+from veneer.files.layout import BIN_NAME, CONFIG_NAME, SAFETENSORS_NAME
 from veneer.files.read import open_adapter
 from veneer.files.write import write_adapter
+from veneer.training.adapters import own_tokenizer
+from veneer.training.saved_adapter import read_adapter
 
 TENSORS = {f"m.{i}.lora_{x}.weight": torch.full((4, 4), float(i)) for i in range(3) for x in "AB"}
 
 
 @pytest.fixture
 def good(tmp_path: Path) -> Path:
-    write_adapter(tmp_path, TENSORS, {"r": 4}, metadata={"veneer": "{}"})
+    write_adapter(tmp_path, TENSORS, {"peft_type": "LORA", "r": 4}, metadata={"veneer": "{}"})
     return tmp_path / SAFETENSORS_NAME
-
-
-def parts(file: Path) -> tuple[dict[str, Any], bytes]:
-    raw = file.read_bytes()
-    (length,) = struct.unpack("<Q", raw[:8])
-    return json.loads(raw[8 : 8 + length]), raw[8 + length :]
-
-
-def put(file: Path, header: object, body: bytes) -> None:
-    text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    file.write_bytes(struct.pack("<Q", len(text)) + text + body)
 
 
 def test_the_same_bytes_put_together_again_are_good(good: Path) -> None:
@@ -91,6 +83,7 @@ FIRST, SECOND = "m.0.lora_A.weight", "m.0.lora_B.weight"
         (change(FIRST, shape="44"), "not a list of sizes"),
         (change(FIRST, dtype="F128"), "dtype 'F128' is unknown"),
         (change(FIRST, dtype=["F32"]), "is unknown"),
+        (change(FIRST, dtype="F" * 10_000), r"dtype 'F{70,80}\.\.\. is unknown"),
         (change(FIRST, dtype="F64"), r"needs 128 bytes, it has 64"),
         (change(FIRST, data_offsets=[0, 2**63]), "not a list of sizes"),
         (change(FIRST, data_offsets=[0]), "too many|wrong number"),
@@ -137,13 +130,6 @@ def test_a_pointer_of_git_lfs_is_named(good: Path) -> None:
     good.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n")
     with pytest.raises(AdapterFileError, match="git lfs pull"):
         open_adapter(good.parent)
-
-
-class Bomb:
-    """What runs when it is unpickled by a careless reader."""
-
-    def __reduce__(self) -> tuple[Any, tuple[str]]:
-        return (Path.touch, (Path("exploded"),))  # type: ignore[return-value]
 
 
 @pytest.mark.parametrize("where", ["value", "whole", "legacy"])
@@ -214,3 +200,28 @@ def test_archives_of_something_else_are_refused(tmp_path: Path) -> None:
     (tmp_path / BIN_NAME).write_bytes(raw)
     with pytest.raises(AdapterFileError, match=r"is damaged: .*central directory"):
         open_adapter(tmp_path)
+
+
+def test_a_pipe_in_place_of_the_configuration(good: Path) -> None:
+    (good.parent / CONFIG_NAME).unlink()
+    os.mkfifo(good.parent / CONFIG_NAME)
+    with pytest.raises(AdapterFileError, match="it is a pipe, not a file"):
+        open_adapter(good.parent)
+
+
+@pytest.mark.parametrize(
+    "strange", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")], ids=["pipe", "device"]
+)
+def test_what_is_no_file_beside_an_adapter(good: Path, strange: Callable[[Path], object]) -> None:
+    strange(good.parent / "metrics.json")
+    assert read_adapter(good.parent).noted("options") is None
+    assert own_tokenizer(good.parent) is None
+    (good.parent / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(AdapterFileError, match=r"neither a file nor a directory: metrics\.json"):
+        own_tokenizer(good.parent)
+
+
+def test_a_damaged_tokenizer_beside_an_adapter(good: Path) -> None:
+    (good.parent / "tokenizer_config.json").write_text('{"tokenizer_class": 3')
+    with pytest.raises(AdapterFileError, match=r"the tokenizer beside the adapter .* is damaged"):
+        own_tokenizer(good.parent)

@@ -6,11 +6,9 @@ import io
 import itertools
 import json
 import os
-import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -21,6 +19,7 @@ from safetensors.torch import load, load_file, save_file
 from torch import nn
 
 from tests.configurations import read_config
+from tests.kills import dies_at, ended, forked
 from veneer import CheckpointError, LoraConfig, PeftConfig, PeftModel, VeneerWarning, get_peft_model
 from veneer.files.header import metadata_and_shapes
 from veneer.files.layout import BIN_NAME, CONFIG_NAME, SAFETENSORS_NAME
@@ -200,62 +199,6 @@ def seen(door: Callable[[Path], Seen], place: Path) -> int | None:
     return WHOLE[found]
 
 
-#: Everything by which a program changes a directory or a file, as Python announces it before it happens.
-CALLS = frozenset(
-    "open os.rename os.remove os.mkdir os.rmdir os.chmod os.truncate os.link os.symlink os.utime".split()
-)
-
-
-@contextmanager
-def dying_at(step: int) -> Iterator[None]:
-    """End this process without a word at its `step`-th change of the disk, or before it syncs one."""
-    steps = itertools.count(1)
-
-    def count() -> None:
-        if next(steps) == step:
-            os._exit(9)
-
-    def hear(event: str, arguments: tuple[Any, ...]) -> None:
-        if event in CALLS and not (event == "open" and not (arguments[2] or 0) & os.O_ACCMODE):
-            count()
-
-    sync = os.fsync
-    os.fsync = lambda handle: (count(), sync(handle))[1]
-    sys.addaudithook(hear)
-    yield
-
-
-def forked(work: Callable[[], object]) -> int:
-    """Do `work` in another process, whose number is returned."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of forks beside threads, in newer Pythons
-        child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            work()
-            status = 0
-        finally:
-            os._exit(status)
-    return child
-
-
-def ended(child: int) -> int:
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
-def killed(step: int, work: Callable[[], object]) -> bool:
-    """Do `work` in a process that dies at its `step`-th change; whether it did."""
-
-    def mortal() -> None:
-        with dying_at(step):
-            work()
-
-    status = ended(forked(mortal))
-    assert status in (0, 9), f"the save itself failed: {status}"
-    return status == 9
-
-
 def content(place: Path) -> frozenset[tuple[str, bytes]]:
     """What lies in a directory; files of names that are left to chance by what they hold alone."""
     files = place.iterdir() if place.is_dir() else ()
@@ -281,7 +224,7 @@ def test_a_kill_between_any_two_writes_leaves_the_old_adapter_or_the_new_one(
         place = tmp_path / str(step) / "adapter"
         place.parent.mkdir()
         BEFORE[before](place)
-        if not killed(step, lambda place=place: save(place, NEW, safe_serialization=safe)):
+        if not dies_at(step, lambda place=place: save(place, NEW, safe_serialization=safe), place.parent):
             break
         files = content(place)
         if files not in found:  # most steps leave what the one before left

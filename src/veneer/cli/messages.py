@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import re
@@ -12,14 +11,10 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from ..atomic import disk_is_full
 from ..errors import Text, VeneerWarning
 from ..training.planning.limits import out_of_memory
 from ..wording import first_line, visible
-
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_FULL_WORDS = re.compile(
-    r"no space left on device|disk quota exceeded|file too large|PytorchStreamWriter failed writing", re.I
-)
 
 
 class Flag(NamedTuple):
@@ -92,8 +87,7 @@ def was_interrupted(error: BaseException | None) -> bool:
 
 def of_system(error: BaseException) -> str | None:
     """An error of the machine in one sentence with the way out, or None where it is something else."""
-    text = str(error).strip()
-    if (isinstance(error, OSError) and error.errno in _FULL) or _FULL_WORDS.search(text):
+    if disk_is_full(error):
         place = getattr(error, "filename", None)
         where = f" while {place} was written" if place else ""
         return f"the disk is full{where} ({_reason(error)}). Free some space, or write to another disk."

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import stat
 from collections import Counter
 from typing import Any
 
@@ -16,10 +18,12 @@ def read_config_bytes(path: str | os.PathLike[str]) -> bytes:
     """The raw content of an ``adapter_config.json``.
 
     Raises:
-        AdapterFileError: If the file is missing or too large.
+        AdapterFileError: If the file is missing or too large, or a pipe, from which nothing may ever come.
     """
     name = os.fspath(path)
     try:
+        if stat.S_ISFIFO(os.stat(path).st_mode):
+            raise OSError(errno.EINVAL, "it is a pipe, not a file")
         with open(path, "rb") as file:
             raw = file.read(LARGEST_FILE + 1)
     except (OSError, ValueError) as error:  # ValueError: a name with a null byte

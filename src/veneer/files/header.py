@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from veneer.errors import AdapterFileError
+from veneer.errors import AdapterFileError, show
 from veneer.files.config import no_duplicates
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format itself
@@ -224,7 +224,7 @@ def _entry_problem(entry: Any) -> str | None:
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
         return "its entry lacks dtype, shape or data_offsets"
     if entry["dtype"] not in DTYPES if isinstance(entry["dtype"], str) else True:
-        return f"dtype {entry['dtype']!r} is unknown; adapters hold {', '.join(DTYPES)}"
+        return f"dtype {show(entry['dtype'])} is unknown; adapters hold {', '.join(DTYPES)}"
     for key in ("shape", "data_offsets"):
         values = entry[key]
         if not isinstance(values, list) or not all(type(v) is int and 0 <= v < 2**63 for v in values):

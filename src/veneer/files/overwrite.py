@@ -10,6 +10,7 @@ what is left over.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import secrets
@@ -20,7 +21,9 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from veneer.atomic import disk_is_full
 from veneer.errors import Hint, VeneerError
+from veneer.wording import first_line
 
 if sys.platform != "win32":
     import fcntl
@@ -113,7 +116,7 @@ def replacing(
         stale: Names of files of the old directory that are not kept.
 
     Raises:
-        VeneerError: See `check_replaceable`.
+        VeneerError: See `check_replaceable`; or the disk is full or refuses to be written to.
     """
     check_replaceable(place, overwrite, what)
     real = Path(os.path.realpath(place))
@@ -127,14 +130,20 @@ def replacing(
             check_replaceable(place, overwrite, what)  # somebody may have put files there meanwhile
             _set_permissions(made)
             _move(made, real, folder / _OLD, stale)
-    except BaseException:
+    except BaseException as error:
         for parent in new:
             with contextlib.suppress(OSError):
                 parent.rmdir()
+        refused = isinstance(error, OSError) and error.errno in _REFUSED
+        if (refused or disk_is_full(error)) and not isinstance(error, VeneerError):
+            raise VeneerError(
+                f"{place} could not be written; nothing has changed: {first_line(error)}"
+            ) from error
         raise
 
 
 _NEW, _OLD = "new", "old"
+_REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def _set_permissions(made: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ..adapters import check_adapter_name
-from ..errors import ConfigError, MissingExtraError, VeneerError, VeneerWarning
+from ..errors import AdapterFileError, ConfigError, MissingExtraError, VeneerError, VeneerWarning, short
 from ..files.overwrite import check_replaceable, check_room, replacing
 from ..files.rope import write_older_names
 from ..forward import without_cache
@@ -21,6 +21,7 @@ from ..lora_file import OpenLora, factor_names, open_lora
 from ..merge_report import MergeReport
 from ..peft_model import PeftModel
 from ..spec import variant_name
+from ..wording import first_line, listed
 from .forward import evaluating
 from .libraries import quiet_libraries
 from .loading import Loading, device_map
@@ -119,13 +120,30 @@ def _as_trained(loading: Loading, saved: SavedAdapter) -> tuple[Loading, str | N
 
 
 def own_tokenizer(adapter: str | os.PathLike[str]) -> Any:
-    """The tokenizer saved beside an adapter, if there is one."""
-    if not (Path(adapter) / "tokenizer_config.json").is_file():
+    """The tokenizer saved beside an adapter, if there is one.
+
+    Raises:
+        AdapterFileError: It is damaged.
+    """
+    place = Path(adapter)
+    if not (place / "tokenizer_config.json").is_file():
         return None
     from transformers import AutoTokenizer
 
-    with quiet_libraries():
-        return AutoTokenizer.from_pretrained(adapter, **NO_CODE)
+    # transformers would wait for a pipe, and read a device to its end.
+    strange = [
+        file.name for file in place.iterdir() if file.exists() and not (file.is_file() or file.is_dir())
+    ]
+    if strange:
+        raise AdapterFileError(f"{place} contains what is neither a file nor a directory: {listed(strange)}")
+    try:
+        with quiet_libraries():
+            return AutoTokenizer.from_pretrained(adapter, **NO_CODE)
+    except Exception as error:  # a damaged file can fail anywhere in tokenizers
+        raise AdapterFileError(
+            f"the tokenizer beside the adapter {place} is damaged: {short(first_line(error))}. Without its "
+            "files, that of the base is used"
+        ) from error
 
 
 #: What the outputs are compared on.

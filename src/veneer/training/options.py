@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -11,13 +12,17 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
 from ..config import LoraConfig
-from ..errors import ConfigError, Hint, MissingExtraError, Text, UnknownOptionError
+from ..errors import ConfigError, Hint, MissingExtraError, Text, UnknownOptionError, short, show
+from ..files.config import LARGEST_FILE
 from ..wording import did_you_mean, listed
 from .bounds import bounded, wrong_values
 from .data.columns import parse_columns
 from .data.forms import Purpose
 
 T = TypeVar("T")
+
+#: Values in a YAML file.
+MOST_VALUES = 100_000
 
 SCHEDULES = (
     "linear",
@@ -382,15 +387,33 @@ def yaml_mapping(path: str | os.PathLike[str]) -> dict[Any, Any]:
 
     file = Path(path)
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        with file.open("rb") as stream:
+            text = stream.read(LARGEST_FILE + 1).decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise ConfigError(f"cannot read the configuration {file}: {reason}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from error
+    if len(text) > LARGEST_FILE:
+        raise ConfigError(f"{file} is larger than {LARGEST_FILE >> 20} MiB: not the options of a run")
+    try:
+        content = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{file} is not valid YAML: {short(' '.join(str(error).split()))}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{file} must contain keys and values, one per line, such as `lora_r: 8`")
+    if _expanded(content, {}) > MOST_VALUES:
+        raise ConfigError(f"{file} repeats its values with anchors until they are more than {MOST_VALUES:,}")
     return content
+
+
+def _expanded(value: Any, known: dict[int, float]) -> float:
+    """How many values a document of YAML has where each alias counts as what it stands for."""
+    if not isinstance(value, dict | list):
+        return 1
+    if id(value) not in known:
+        known[id(value)] = math.inf  # for one that contains itself
+        inside = [*value, *value.values()] if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_expanded(part, known) for part in inside)
+    return known[id(value)]
 
 
 def from_mapping(
@@ -408,7 +431,7 @@ def from_mapping(
     for key, value in content.items():
         name = str(key).replace("-", "_")
         if name not in known:
-            unknown.append(f"{key!r}{did_you_mean(name, known)}")
+            unknown.append(f"{show(key)}{did_you_mean(name, known)}")
             continue
         if known[name] in found:
             wrong.append(f"{known[name]} is given twice")
@@ -416,7 +439,7 @@ def from_mapping(
         try:
             found[known[name]] = _typed(value, types[known[name]])
         except ValueError as error:
-            wrong.append(f"{key} must be {error}, not {value!r}")
+            wrong.append(f"{key} must be {error}, not {show(value)}")
     if unknown:
         more = f"; {'; '.join(wrong)}" if wrong else ""
         raise UnknownOptionError(

@@ -80,8 +80,11 @@ class SavedAdapter:
 
     def noted(self, what: str) -> Any:
         """A value of ``metrics.json`` beside the adapter, if `train` wrote one."""
+        file = self.directory / "metrics.json"
+        if not file.is_file():  # a pipe or a device would be read for ever
+            return None
         try:
-            return json.loads((self.directory / "metrics.json").read_text(encoding="utf-8"))[what]
+            return json.loads(file.read_text(encoding="utf-8"))[what]
         except (OSError, ValueError, KeyError, TypeError):
             return None
 

@@ -95,12 +95,22 @@ def test_unknown_keys_are_all_named_with_suggestions() -> None:
     assert "'zzz'" in said and "lora_r must be a whole number, not 'many'" in said
 
 
+#: Twelve lines that stand for 9 to the 11th values.
+LAUGHS = "\n".join(["a0: &a0 [x]", *(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 12))])
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [
         (None, "No such file"),
         ("- a\n", "must contain keys and values"),
         ("a: [", "is not valid YAML"),
+        ("seed: 2024-13-45\n", "is not valid YAML: month must be in 1..12"),
+        ("seed: " + "[" * 5000, "is not valid YAML: maximum recursion depth"),
+        ("seed: &a [*a]\n", "repeats its values with anchors until they are more than 100,000"),
+        (LAUGHS, "repeats its values with anchors"),
+        ("#" * (2**24 + 1), "is larger than 16 MiB: not the options of a run"),
+        ("seed: " + "x" * 5000, "seed must be a whole number, not 'xxx"),
         ("epochs: 1\nnum-train-epochs: 2\n", "epochs is given twice"),
         ("packing: maybe\n", "packing must be true or false"),
         ("max_steps: 1.5\n", "max_steps must be a whole number"),
@@ -108,7 +118,7 @@ def test_unknown_keys_are_all_named_with_suggestions() -> None:
         ("learning_rate: .nan\n", "learning_rate must be a number"),
         ("model: {a: 1}\n", "model must be a text"),
     ],
-    ids=str,
+    ids=lambda value: str(value)[:30],
 )
 def test_a_yaml_file_that_cannot_be_right(content: str | None, said: str, tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
@@ -117,3 +127,4 @@ def test_a_yaml_file_that_cannot_be_right(content: str | None, said: str, tmp_pa
     with pytest.raises(ConfigError) as refused:
         read_yaml(file)
     assert said in str(refused.value) and str(file) in str(refused.value)
+    assert len(str(refused.value)) < 1000 + len(str(file))

@@ -159,8 +159,12 @@ def _parquet(place: Path) -> Source:
         raise DataError(f"{place} is no Parquet file that can be read: {first_line(error)}") from error
     try:
         return rows_of(datasets.Dataset(table))
-    except (TypeError, ValueError):  # a type or metadata that datasets does not know
+    except Exception:  # a type or metadata that datasets does not know
+        pass
+    try:
         return _numbered(table.to_pylist()), {}
+    except Exception as error:  # a damaged column can fail in any conversion
+        raise DataError(f"{place} has values that cannot be read: {first_line(error)}") from error
 
 
 def rows_of(data: Any) -> Source:

@@ -120,6 +120,16 @@ def test_parquet_that_datasets_does_not_know(tmp_path: Path, metadata: bytes | N
     assert [record["prompt"] for record in read_records(tmp_path / "data.parquet", "prompt")] == ["a", "b"]
 
 
+def test_parquet_with_texts_that_are_none(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    texts = pyarrow.array([b"\xff"], pyarrow.binary()).view(pyarrow.string())
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": texts}), tmp_path / "data.parquet")
+    with pytest.raises(DataError, match=r"data\.parquet has values that cannot be read: 'utf-8' codec"):
+        read_records(tmp_path / "data.parquet", "prompt")
+
+
 def test_nulls_of_columns_that_a_table_has_for_other_rows(tmp_path: Path) -> None:
     from datasets import Dataset
 

@@ -1,0 +1,74 @@
+"""A short form of `make fuzz`: broken input is used or refused, nothing is written, no model is changed."""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from tests.fuzz import cases
+from tests.fuzz.cases import Case, drawn, tried
+from tests.fuzz.doors import DOORS, WITH_BASE, Door, Inputs
+from tests.fuzz.materials import make
+from tests.kills import done
+from tests.unit.training.tiny import tiny_model
+from veneer import ConfigError
+from veneer.cli import main
+
+QUICK = {name: door for name, door in DOORS.items() if door.weight > WITH_BASE}
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("good")
+    done(partial(make, place))
+    tiny_model()  # imports what every case needs
+    assert main(["ls", str(place)]) == 0
+    return place
+
+
+def test_broken_input_is_used_or_refused(good: Path, tmp_path: Path) -> None:
+    found = {number: tried(drawn(18, number, QUICK), good, tmp_path / str(number)) for number in range(40)}
+    assert {number: outcome for number, outcome in found.items() if outcome.word == "failed"} == {}
+    assert {outcome.word for outcome in found.values()} == {"done", "refused"}
+
+
+def write(inputs: Inputs) -> None:
+    """A door that writes where it refuses."""
+    Path("left").touch()
+    raise ConfigError("no")
+
+
+def fill(inputs: Inputs) -> None:
+    bytearray(3 * 2**30)
+
+
+def wait(inputs: Inputs) -> None:
+    os.read(os.pipe()[0], 1)
+
+
+@pytest.mark.parametrize(
+    ("enter", "says"),
+    [
+        (lambda inputs: 1 / 0, "ZeroDivisionError: division by zero"),
+        (lambda inputs: (_ for _ in ()).throw(ConfigError("x" * 10**6)), "a message of 1,000,000 characters"),
+        (write, "refused, and changed left"),
+        (fill, "MemoryError: "),
+        (wait, "it waits for ever"),
+        (lambda inputs: os._exit(3), "the process ended with 3"),
+        (
+            lambda inputs: os.write(2, b"Traceback (most recent") and 1,
+            "exit code 1: Traceback",
+        ),
+    ],
+    ids="error message written memory waiting exit traceback".split(),
+)
+def test_what_is_wrong_is_noticed(
+    enter: object, says: str, good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cases, "PATIENCE", 2)
+    monkeypatch.setitem(DOORS, "bad", Door(enter, ("adapter",)))  # type: ignore[arg-type]
+    outcome = tried(Case(0, 0, "configuration", "adapter", "bad"), good, tmp_path / "case")
+    assert outcome.word == "failed" and says in outcome.detail
