@@ -1,6 +1,7 @@
 # make demo     set up, then watch a real language model learn a real task
 # make test     set up, then run the short suite: laws, units, golden files, readers, docs    make test-all   every test
 # make check    lint, formatting, types, architecture, the documentation    make mutants   break one law at a time: the short suite notices
+# make fuzz     broken and hostile input for SECONDS=60, from a new SEED    make kills    kill saves, merges, runs N=60 times
 # make docs     build the documentation as a site, strictly, into build/site
 # make tutorial run docs/tutorial.md from top to bottom and draw its pictures
 # make examples run all examples, hours (without sweep_study, some twenty minutes)    make examples-data   fetch only their data
@@ -21,10 +22,10 @@ PYTEST = $(VENV)/python -m pytest -n $(WORKERS) --dist loadfile
 SITE = @NO_MKDOCS_2_WARNING=1 $(VENV)/python -m mkdocs build --strict --quiet
 SHORT := tests/architecture tests/unit tests/laws tests/golden tests/readers tests/docs
 
-.PHONY: help setup setup-test demo tutorial examples examples-data test test-all mutants other-trainers readers check docs format bench bench-quick bench-check lock clean
+.PHONY: help setup setup-test demo tutorial examples examples-data test test-all fuzz kills mutants other-trainers readers check docs format bench bench-quick bench-check lock clean
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -12
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -13
 
 setup:
 	@$(PYTHON) tools/setup.py base
@@ -53,6 +54,13 @@ test: setup-test
 # Everything: other libraries live, whole runs of the command line, examples; and that every refusal was raised.
 test-all: examples-data
 	@VENEER_NOPEFT_PYTHON="$$($(VENV)/python tools/make_nopeft_env.py)" $(PYTEST) $(ARGS)
+
+# A case that fails is printed with its seed and number, and its files stay in build/fuzz.
+fuzz: setup-test
+	@$(VENV)/python -W ignore -m tests.fuzz --seconds $(or $(SECONDS),60) $(if $(SEED),--seed $(SEED)) $(ARGS)
+
+kills: setup-test
+	@$(VENV)/python -W ignore -m tests.e2e.kills $(or $(N),60) $(if $(SEED),--seed $(SEED)) $(ARGS)
 
 mutants: setup-test
 	@$(VENV)/python tools/mutants.py $(ARGS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -11,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import Blank, ConfigError, Hint, Text, TrainingError
-from ..files.overwrite import check_replaceable
+from ..files.layout import left_over
+from ..files.overwrite import check_replaceable, check_writable
 from ..training.data.sources import check_source
 from ..training.launcher import launched
 from ..training.options import MEASURED, RunOptions, from_mapping, option, spellings, yaml_mapping
@@ -26,6 +28,8 @@ LEFT_OUT = (
 )  # fmt: skip
 #: Share of the examples that is set aside where nothing says what to compare the runs on.
 HELD_OUT = 0.1
+#: Configurations of a grid.
+MOST_POINTS = 10_000
 #: The file that says what a sweep did, and how far it is.
 RESULT_NAME = "sweep.json"
 
@@ -78,6 +82,10 @@ class SweepOptions(RunOptions):
         Raises:
             ConfigError: Some of them are invalid; lists everything that is wrong once.
         """
+        if (count := math.prod(map(len, grid.values()))) > MOST_POINTS:
+            raise ConfigError(
+                f"the grid has {count:,} configurations; at most {MOST_POINTS:,} can be compared"
+            )
         found, wrong = [], {}
         for values in itertools.product(*grid.values()):
             named = dict(zip(grid, values, strict=True))
@@ -197,5 +205,13 @@ def _check_beginning(output: Path, resume: bool) -> None:
         raise TrainingError(
             f"{output} contains a sweep. Continue it with ", again, ", or name another ", Hint("output")
         )
-    if not resume:
+    if not resume and _killed_at_once(output):
+        check_writable(output)
+    elif not resume:
         check_replaceable(output, what="sweep")
+
+
+def _killed_at_once(output: Path) -> bool:
+    """Whether a directory holds nothing but what a sweep left that was killed before its first record."""
+    left = set(output.iterdir()) if output.is_dir() else set()
+    return bool(left) and left == set(left_over(output))

@@ -176,7 +176,7 @@ def rows(found: Mapping[str, Any]) -> list[list[str]]:
 
 
 def _link(output: Path, name: str, progress: Progress) -> None:
-    waiting = output / f".{BEST}.{secrets.token_hex(4)}"
+    waiting = output / f".veneer-{secrets.token_hex(8)}.tmp"
     try:
         waiting.symlink_to(name, target_is_directory=True)
         os.replace(waiting, output / BEST)

@@ -19,6 +19,7 @@ from torch import Tensor
 from ..errors import Hint, TrainingError, VeneerWarning
 from ..family import Family, Result
 from ..family.losses import ModelLoss
+from ..files.layout import left_over
 from ..training.data import Collator, LabelCollator
 from ..training.data.batch import pad_token
 from ..training.evaluate import objective_loss
@@ -161,6 +162,9 @@ class Sweep:
             Interrupted: By ``stop``; everything is saved.
         """
         self.board = board
+        if self.output.is_dir():
+            for path in left_over(self.output):
+                path.unlink(missing_ok=True)
         if state is not None:
             for trial in self._in("training", "paused"):
                 self._add(trial)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from veneer.errors import ConfigError, TrainingError, UnknownOptionError
+from veneer.errors import ConfigError, TrainingError, UnknownOptionError, VeneerError
 from veneer.sweep.options import HELD_OUT, SweepOptions, check_sweep, options_and_grid
 from veneer.sweep.trial import short
 
@@ -54,6 +54,13 @@ def test_flags_and_yaml_make_one_grid(tmp_path: Path) -> None:
         (["model=a,b", "seed=1,2"], "model is the same for all runs of a sweep.*seed is the same"),
         (["init_lora_weights=eva,pissa"], "eva.* is measured on the data"),
         (["output=a"], "output is the same"),
+        (
+            [
+                f"{name}={','.join(map(str, range(1, 23)))}"
+                for name in ("lora_r", "lora_alpha", "warmup_steps")
+            ],
+            "the grid has 10,648 configurations; at most 10,000 can be compared",
+        ),
     ],
 )
 def test_bad_grids_are_refused(flags: list[str], said: str) -> None:
@@ -101,3 +108,16 @@ def test_a_launcher_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(TrainingError, match="a sweep runs in one process: start it without a launcher"):
         check_sweep(SweepOptions(model="m", data="d", output="o"))
+
+
+def test_what_a_sweep_left_that_was_killed_at_once_is_no_obstacle(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    output.mkdir()
+    (tmp_path / "data.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    (tmp_path / "config.json").write_text("{}")
+    (output / ".veneer-0123456789abcdef.tmp").write_text('{"finished": fal')
+    options = SweepOptions(model=str(tmp_path), data=str(tmp_path / "data.jsonl"), output=str(output))
+    check_sweep(options)
+    (output / "notes.txt").write_text("mine")
+    with pytest.raises(VeneerError, match="is not empty; choose another one"):
+        check_sweep(options)
