@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -58,6 +59,11 @@ class BaseFiles:
 
     def codes(self, stored: str) -> str | None:
         return self._codes.why(stored, self.entry(stored)[0].startswith(("F8", "F4")))
+
+    def reader(self, name: str) -> Callable[[], Tensor] | None:
+        """What reads a tensor of the model; None where the files have none of this name."""
+        stored = self.stored_name(name)
+        return None if stored is None else partial(self.read, stored)
 
     def read(self, stored: str) -> Tensor:
         """One tensor."""

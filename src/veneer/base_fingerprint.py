@@ -160,3 +160,39 @@ def check_base(
             Hint("check_base", False, "; {} loads it all the same"),
         )
     warn(f"{where}: the base model is not exactly the one it was made on: {problems}")
+
+
+def check_base_files(
+    reader: Callable[[str], Callable[[], Tensor] | None],
+    config: Mapping[str, Any],
+    metadata: Mapping[str, str],
+    where: object,
+    base: object,
+) -> None:
+    """The same as `check_base` for a base of which no model is made; smaller differences are passed over.
+
+    Args:
+        reader: Gives what reads the weight of a module by its path; None where there is none.
+        config: The base's configuration.
+        metadata: That of the adapter's file.
+        where: What to call the adapter in messages.
+        base: What to call the base.
+
+    Raises:
+        BaseMismatchError: If they are plainly different models.
+    """
+    try:
+        saved = json.loads(metadata[FINGERPRINT])
+        paths = (list(saved["samples"]), list(saved.get("others", {})))
+    except (LookupError, ValueError, TypeError):  # an adapter of another library has none
+        return
+    adapted, others = (
+        {path: read for path in sampled if (read := reader(path)) is not None} for sampled in paths
+    )
+    sizes = {name: config[name] for name in SIZES if isinstance(config.get(name), int)}
+    present = fingerprint(None, saved.get("vocab_size"), adapted, others=others, sizes=sizes)
+    compared = compare_fingerprints(saved, present)
+    if compared.severity == "wrong":
+        raise BaseMismatchError(
+            f"{where} was made on another base model than {base}: {'; '.join(compared.problems)}"
+        )

@@ -10,7 +10,6 @@ import shutil
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +17,9 @@ import torch
 from torch import Tensor
 
 from ..base_files import WEIGHTS, BaseFiles, opened
-from ..base_fingerprint import FINGERPRINT, SIZES
+from ..base_fingerprint import check_base_files
 from ..config import LoraConfig
-from ..errors import BaseMismatchError, CheckpointError, Hint, MergeError, Text
-from ..files.fingerprint import compare_fingerprints, fingerprint
+from ..errors import CheckpointError, Hint, MergeError, Text
 from ..files.overwrite import check_room, replacing
 from ..files.read import AdapterFile
 from ..files.rope import write_older_names
@@ -111,7 +109,9 @@ def merge_files(
     target = None if dtype == "auto" else getattr(torch, dtype)
     layouts = {shard: _layout(header, target) for shard, header in files.headers.items()}
     total = sum(size for _, size in layouts.values())
-    _check_base(base, settings, file, files)
+    check_base_files(
+        lambda path: files.reader(f"{path}.weight"), settings, file.metadata, file.path.parent, base
+    )
     beside = _companions(base, Path(adapter))
     check_room(place, total)
     kept: dict[str, float] = {}
@@ -221,30 +221,6 @@ def _unmergeable(
         if len(files.entry(key)[1]) > 1 and (why := files.codes(key)) is not None:
             problems.append(f"{key.rpartition('.')[0]}: {why}")
     return problems
-
-
-def _check_base(base: Path, settings: Mapping[str, Any], file: AdapterFile, files: BaseFiles) -> None:
-    """Refuse another base of the same shapes, by the fingerprint in the adapter."""
-    try:
-        saved = json.loads(file.metadata[FINGERPRINT])
-        paths = (list(saved["samples"]), list(saved.get("others", {})))
-    except (LookupError, ValueError, TypeError):  # an adapter of another library has none
-        return
-    adapted, others = (
-        {
-            path: partial(files.read, name)
-            for path in sampled
-            if (name := files.stored_name(f"{path}.weight")) is not None
-        }
-        for sampled in paths
-    )
-    sizes = {name: settings[name] for name in SIZES if isinstance(settings.get(name), int)}
-    present = fingerprint(None, saved.get("vocab_size"), adapted, others=others, sizes=sizes)
-    compared = compare_fingerprints(saved, present)
-    if compared.severity == "wrong":
-        raise BaseMismatchError(
-            f"{file.path.parent} was made on another base model than {base}: {'; '.join(compared.problems)}"
-        )
 
 
 def _layout(

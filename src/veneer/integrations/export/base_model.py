@@ -39,14 +39,14 @@ class BaseModel:
     """
 
     def __init__(self, base: str | os.PathLike[str] | nn.Module) -> None:
-        self._read: Callable[[str], Tensor | None]
+        self._find: Callable[[str], Callable[[], Tensor] | None]
         self._names: list[str]
         if isinstance(base, nn.Module):
             tensors = dict(base.named_parameters()) | dict(base.named_buffers())
             self.place = ""
             self.config: dict[str, Any] = getattr(getattr(base, "config", None), "to_dict", dict)()
             self._names = list(tensors)
-            self._read = lambda name: tensors[name].detach() if name in tensors else None
+            self._find = lambda name: tensors[name].detach if name in tensors else None
             return
         try:
             files = BaseFiles(base, (WEIGHTS, DIFFUSION_WEIGHTS))
@@ -54,10 +54,16 @@ class BaseModel:
             raise ExportError(f"no weights of a base model: {error}") from error
         self.place, self.config = str(base), config_in(base)
         self._names = list(files)
-        self._read = lambda name: None if (n := files.stored_name(name)) is None else files.read(n)
+        self._find = files.reader
 
     def tensor(self, path: str, name: str = "weight") -> Tensor | None:
-        return self._read(f"{path}.{name}")
+        read = self._find(f"{path}.{name}")
+        return None if read is None else read()
+
+    def reader(self, path: str) -> Callable[[], Tensor] | None:
+        """What reads the weight of a module; None where there is none, or where it holds codes."""
+        read = self._find(f"{path}.weight")
+        return None if read is None or self.codes(path) is not None else read
 
     def codes(self, path: str) -> str | None:
         """Why the weight of a module holds codes and no values, or None. It must be there."""

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ...base_fingerprint import check_base_files
 from ...errors import ConfigError, ExportError, Hint
 from ...files.overwrite import check_replaceable, replacing
 from ...wording import listed
@@ -90,7 +91,8 @@ def export_adapter(
         out: Directory to write; it appears whole or not at all. The source is never written to.
         target: ``vllm``, ``llama.cpp``, ``ollama``, ``mlx``, ``diffusers`` or ``plain``.
         base: The base model or the directory of its files, for ``dora_to_plain``, for folding ``lora_bias``
-            into biases, and to make sure that embeddings left out are the base's.
+            into biases, and to make sure that it is the base which the adapter was made on, and that
+            embeddings left out are its own.
         dtype: Type of the factors: ``auto`` (as they are), ``float32``, ``float16`` or ``bfloat16``.
         dora_to_plain: Make plain LoRA of DoRA by a truncated SVD.
         rank: Rank of the result of ``dora_to_plain``.
@@ -106,6 +108,7 @@ def export_adapter(
         ExportError: The target cannot express the adapter (with everything that stands in
             the way, and the ways out), or reading back found a difference. Nothing is written then.
         AdapterFileError: The adapter is missing, broken or no LoRA.
+        BaseMismatchError: It was made on another base model than the one that is given.
         VeneerError: The output holds files already, or cannot be written.
     """
     check_options(target, base, dtype, dora_to_plain, rank, component)
@@ -118,6 +121,7 @@ def export_adapter(
         name: replace(source, base=base_model)
         for name, source in _sources(directory, chosen, component).items()
     }
+    _check_base(sources, base_model)
     lost: dict[str, Lost] = {}
     if dora_to_plain:
         assert base_model is not None and rank is not None
@@ -166,6 +170,14 @@ def _sources(directory: Path, target: Target, component: str | None) -> dict[str
         return {name: read_source(directory / name) for name in inside}
     source = read_source(directory)
     return {target.component(source, component): source}
+
+
+def _check_base(sources: Mapping[str, Source], base: BaseModel | None) -> None:
+    """Refuse another base than the adapter's. The parts of a pipeline have a base each, so none is theirs."""
+    if base is not None and len(sources) == 1:
+        (source,) = sources.values()
+        where = base.place or "the one that was given"
+        check_base_files(base.reader, base.config, source.metadata, source.directory, where)
 
 
 def _made_plain(

@@ -157,6 +157,7 @@ class Saved:
 
     place: Path
     base: Path | None
+    #: The base once more, made anew.
     model: nn.Module
     #: Module path -> update as (out, in[, k…]), (vocabulary, dim) of an embedding.
     updates: dict[str, Tensor]
@@ -188,6 +189,7 @@ def save(name: str, place: Path, dtype: torch.dtype = torch.float32, **more: Any
         adapted.save_pretrained(place / "adapter")
     updates = {path: _delta(layer) for path, layer in _layers(adapted).items()}
     changes = _changes(adapted) if options.get("use_dora") else {}
+    torch.manual_seed(0)
     return Saved(place / "adapter", where, case.build(), updates, changes)
 
 

@@ -24,7 +24,14 @@ from tests.golden.make import DATA
 from tests.tolerances import BY_DTYPE, assert_close
 from tests.unit.integrations.export.adapters import CASES, Saved, save
 from veneer import PeftModel, export_adapter
-from veneer.errors import AdapterFileError, ConfigError, ExportError, VeneerError, VeneerWarning
+from veneer.errors import (
+    AdapterFileError,
+    BaseMismatchError,
+    ConfigError,
+    ExportError,
+    VeneerError,
+    VeneerWarning,
+)
 from veneer.files.rope import write_older_names
 from veneer.integrations.export import ExportReport, options, targets
 from veneer.integrations.export.base import FOLDED
@@ -290,11 +297,11 @@ def test_files_of_the_reference_library(tmp_path: Path) -> None:
 
 
 def test_biases_of_b_go_into_the_layers_own(saved: Callable[[str], Saved], tmp_path: Path) -> None:
-    case = CASES["lora_bias"]
+    place, base = saved("lora_bias").place, saved("lora_bias").model
     with pytest.raises(ExportError, match="without the base model"):
-        export_adapter(saved("lora_bias").place, tmp_path / "out", "plain")
+        export_adapter(place, tmp_path / "out", "plain")
     with pytest.raises(ExportError, match=r"layers without a bias: down"):
-        export_adapter(saved("lora_bias").place, tmp_path / "out", "plain", base=case.build())
+        export_adapter(place, tmp_path / "out", "plain", base=base)
     adapter = save("lora_bias", tmp_path, target_modules=["up", "head"])
     report = export_adapter(adapter.place, tmp_path / "out", "plain", base=adapter.model)
     assert report.exact and "added to the layers' own biases" in report.folded[-1]
@@ -335,6 +342,20 @@ def test_copies_of_embeddings_are_left_out_and_said(saved: Callable[[str], Saved
         export_adapter(adapter.place, tmp_path / "three", "vllm", base=other)
     with torch.no_grad():
         other.get_input_embeddings().weight[3] -= 1
+
+
+def test_another_base_than_the_adapters_is_refused(saved: Callable[[str], Saved], tmp_path: Path) -> None:
+    adapter, other = saved("rslora"), tmp_path / "other"
+    export_adapter(adapter.place, tmp_path / "own", "vllm", base=adapter.base)
+    shutil.copytree(adapter.base, other)
+    tensors = load_file(other / "model.safetensors")
+    save_file({k: -t for k, t in tensors.items()}, other / "model.safetensors", {"format": "pt"})
+    with pytest.raises(BaseMismatchError, match=rf"another base model than {other}: .* 200%"):
+        export_adapter(adapter.place, tmp_path / "out", "vllm", base=other)
+    # Of weights stored as codes nothing can be said.
+    codes = {k: t.to(torch.float8_e4m3fn) if t.dim() == 2 else t for k, t in tensors.items()}
+    save_file(codes, other / "model.safetensors", {"format": "pt"})
+    export_adapter(adapter.place, tmp_path / "out", "vllm", base=other)
 
 
 def test_a_start_that_changed_the_base_is_refused(saved: Callable[[str], Saved], tmp_path: Path) -> None:
