@@ -52,6 +52,8 @@ CALLED = {
     "WeightRenaming": {"rename_source_key"},
     # lm-evaluation-harness.
     "HFLM": {"_create_model", "_loglikelihood_tokens", "_model_generate"},
+    # vLLM.
+    "LoRAResolver": {"resolve_lora"},
 }
 
 
@@ -62,7 +64,7 @@ def public_names() -> set[str]:
     guards = {
         f"{FACADE}.{module}:{name}" for _, module, names in veneer_as_peft.GUARDED.values() for name in names
     }
-    registered = {"veneer.integrations.lm_eval:VeneerLM"}
+    registered = {"veneer.integrations.lm_eval:VeneerLM", "veneer.integrations.vllm:register"}
     return public | facade | guards | registered
 
 
