@@ -109,6 +109,8 @@ def _in_words(found: AdapterDifference) -> str:
 
 
 def _value(value: Any) -> str:
+    if isinstance(value, dict):
+        return listed([f"{name}: {one}" for name, one in value.items()]) or "none"
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 

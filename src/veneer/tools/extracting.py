@@ -250,7 +250,7 @@ class _Work:
         if layer is not None and attribute == "weight":
             return None
         if not self.keeps_whole and path not in self.trained:
-            return "no factors, which are all that was asked for"
+            return "only factors were asked for"
         if layer is not None and attribute == "bias":
             return None
         bare = any(p.dim() > 1 for p in site.module.parameters()) and layers.find(site.module) is None

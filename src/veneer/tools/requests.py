@@ -94,9 +94,8 @@ class Request:
             wrong.append(Text(hint, f" is one of {', '.join(METHODS)}, not {combination_type!r}"))
         elif method in TRIMMING:
             if density is None or not 0 <= density <= 1:
-                wrong.append(
-                    Text(f"{method} needs ", Hint("density"), f", a share from 0 to 1, got {density}")
-                )
+                given = "" if density is None else f", got {density}"
+                wrong.append(Text(f"{method} needs ", Hint("density"), f", a share from 0 to 1{given}"))
             if method == combination_type and (rank is not None or energy is not None):
                 wrong.append(
                     Text(

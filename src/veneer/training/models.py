@@ -123,10 +123,10 @@ def loading_model(source: str | os.PathLike[str], progress: Progress | None = No
         try:
             yield
         except (OSError, ValueError, KeyError) as error:
-            raise TrainingError(
-                f"the model {str(source)!r} cannot be loaded: {first_line(error)}"
-                f"{unreachable and f' ({unreachable})'}"
-            ) from error
+            reason = first_line(error)
+            if unreachable and isinstance(error, OSError):
+                reason = f"there is no such directory, the cache does not have it whole, and {unreachable}"
+            raise TrainingError(f"the model {str(source)!r} cannot be loaded: {reason}") from error
 
 
 def quantization(name: str, dtype: str = "auto") -> dict[str, Any]:

@@ -47,7 +47,7 @@ def test_what_is_left_out_is_named(
         == 0
     )
     out = capsys.readouterr().out
-    assert "left out, " in out and ("more: no factors" in out) is not every
+    assert "left out, " in out and ("more: only factors" in out) is not every
     assert "model.layers.0.input_layernorm.weight (" in out
 
 
@@ -61,3 +61,21 @@ def test_everything_wrong_is_said_before_anything_is_loaded(
     assert main(["extract", *places, "--rank", "1"]) == 1
     err = capsys.readouterr().err
     assert f"{tmp_path / 'a'}" in err and f"{tmp_path / 'b'}" in err and "Traceback" not in err
+
+
+def test_an_interrupted_extraction_writes_nothing(
+    base: Path,
+    tuned: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from veneer.tools import extracting
+
+    def interrupted(*matrix: object, **sizes: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(extracting, "truncated_svd", interrupted)
+    places = ["--base", str(base), "--tuned", str(tuned), "--output", str(tmp_path / "o")]
+    assert main(["extract", *places, "--rank", "2"]) == 130
+    assert capsys.readouterr().err.endswith("interrupted\n") and list(tmp_path.iterdir()) == []
