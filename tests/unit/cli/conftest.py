@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 
 from tests.architecture.message_rules import spelt_in_python
 from tests.unit.cli.words import train_words
-from tests.unit.training.tiny import saved_records
+from tests.unit.training.tiny import saved_records, tiny_model
 from veneer.cli import common, main, messages
 from veneer.training import progress
 
@@ -44,3 +45,19 @@ def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("trained")
     assert main(train_words(base, saved_records(place / "data.jsonl"), place / "adapter")) == 0
     return place / "adapter"
+
+
+@pytest.fixture(scope="module")
+def dora(adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from veneer import LoraConfig, get_peft_model
+
+    place = tmp_path_factory.mktemp("dora") / "adapter"
+    base = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
+    config = LoraConfig(r=4, lora_alpha=6, use_dora=True, target_modules=["q_proj", "v_proj"])
+    model = get_peft_model(tiny_model(), config)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.1)
+    model.peft_config["default"].base_model_name_or_path = base
+    model.save_pretrained(place)
+    return place

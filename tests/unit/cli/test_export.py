@@ -79,22 +79,6 @@ def test_what_is_rounded_is_said(adapter: Path, tmp_path: Path, capsys: pytest.C
     assert "one rounding of their factors" in out and "--dtype float32 rounds less" in out
 
 
-@pytest.fixture(scope="module")
-def dora(adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from veneer import LoraConfig, get_peft_model
-
-    place = tmp_path_factory.mktemp("dora") / "adapter"
-    base = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
-    config = LoraConfig(r=4, lora_alpha=6, use_dora=True, target_modules=["q_proj", "v_proj"])
-    model = get_peft_model(tiny_model(), config)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            parameter.data.normal_(std=0.1)
-    model.peft_config["default"].base_model_name_or_path = base
-    model.save_pretrained(place)
-    return place
-
-
 def test_dora_is_refused_with_the_flags_that_help(
     dora: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
