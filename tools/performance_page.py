@@ -19,7 +19,7 @@ END = "<!-- end of results -->"
 #: In the order of a model's life.
 ORDER = (
     "training_step training_run saved_for_backward plan_memory wrapping loading activating merging combining "
-    "extracting mixed_batch family evaluation inference compiling import_time products"
+    "extracting mixed_batch family evaluation experts inference compiling import_time products"
 ).split()
 
 
