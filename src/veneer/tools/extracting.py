@@ -23,7 +23,7 @@ from ..files.keys import PREFIX
 from ..inject.sites import input_embedding, sharing, sites
 from ..layers import LoraLayer
 from ..layers.conv import LoraConv
-from ..module_names import portable_saved, portable_targets
+from ..module_names import around, portable_saved, portable_targets
 from ..ops import low_rank
 from ..ops.merging import is_finite
 from ..ops.svd import truncated_svd
@@ -124,8 +124,9 @@ def extract_adapter(
 
     For every weight that differs, ``B A`` is the nearest matrix of its rank to ``ΔW = W_tuned − W_base``; the
     scale is 1. Linear layers, embeddings and convolutions get factors. Norms and other small modules are
-    saved whole, as ``modules_to_save``, and biases of adapted layers as ``bias="lora_only"`` has them. What
-    an adapter cannot hold, such as bare parameters, is listed in the report.
+    saved whole, as ``modules_to_save``, like the head of a classifier, and biases of adapted layers as
+    ``bias="lora_only"`` has them. What an adapter cannot hold, such as bare parameters, is listed in the
+    report.
 
     Both models are read tensor by tensor: memory is that of the largest one, and of the adapter.
 
@@ -232,7 +233,7 @@ class _Work:
         weight = None if site is None else site.module._parameters.get("weight")
         if site is None or layer is None or weight is None or layer.weight_name != "weight":
             return None
-        if path in self.trained:
+        if around(path, self.trained):
             return None
         grouped = issubclass(layer, LoraConv) and getattr(site.module, "groups", 1) > 1
         return None if grouped or site.reader is not None else layer
@@ -247,9 +248,9 @@ class _Work:
         shares = [n for n, other in self.sites.items() if n != path and _holds(other.module, tensor)]
         if shares and not (attribute == "weight" and path == self.embedding):
             return f"{listed([path, *shares])} share it"
-        if layer is not None and attribute == "weight":
+        if (layer is not None and attribute == "weight") or around(path, self.trained):
             return None
-        if not self.keeps_whole and path not in self.trained:
+        if not self.keeps_whole:
             return "only factors were asked for"
         if layer is not None and attribute == "bias":
             return None
@@ -322,7 +323,9 @@ class _Work:
                     self._keep(f"{path}.{attribute}", f"{path}.{attribute}")
 
     def _whole_modules(self) -> list[str]:
-        return list(dict.fromkeys([*(name.rpartition(".")[0] for name in self.saved), *self.trained]))
+        """Paths of the modules that are saved as they are; a classifier's head always is."""
+        paths = (name.rpartition(".")[0] for name in self.saved)
+        return list(dict.fromkeys([*(around(path, self.trained) or path for path in paths), *self.trained]))
 
     def _keep(self, name: str, as_name: str) -> None:
         self.tensors[f"{PREFIX}{as_name}"] = self.tuned.read(name).clone()

@@ -54,6 +54,13 @@ def classifier() -> Any:
     )
 
 
+def head_of_two_layers() -> Any:
+    from transformers import RobertaConfig, RobertaForSequenceClassification
+
+    sizes = {**SMALL, "intermediate_size": 12, "max_position_embeddings": 16, "pad_token_id": 1}
+    return RobertaForSequenceClassification(RobertaConfig(**sizes))
+
+
 def images() -> Any:
     from transformers import ViTConfig, ViTForImageClassification
 
@@ -83,6 +90,7 @@ CASES: dict[str, tuple[Callable[[], Any], dict[str, Any], set[str]]] = {
     "biased": (biased, TEXT, set()),
     "transposed and tied": (gpt2, TEXT, set()),
     "classifier": (classifier, TEXT, set()),
+    "head of two layers": (head_of_two_layers, TEXT, set()),
     "convolution": (
         images,
         {"pixel_values": torch.rand(2, 3, 8, 8)},
