@@ -52,3 +52,7 @@ FAMILY = Tolerance(1e-4, 1e-6, "fp32 rounding of larger products, carried on by 
 
 #: Principal angles in degrees, from float64 factors and from a dense product that was rounded to float32.
 ANGLES = Tolerance(0.0, 1e-3, "a rounding of eps turns weak directions by eps times what they are weaker")
+
+#: ΔW of an expert, in fp64 from the same fp32 factors in two layouts; with one more rounding of B.
+EXPERTS_DELTA = Tolerance(1e-14, 1e-14, "fp64: sums of a few products, in another order")
+EXPERTS_ROUNDED = Tolerance(2e-7, 2e-7, "one rounding of B to fp32, eps 1.2e-7")

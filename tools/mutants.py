@@ -245,8 +245,13 @@ MUTANTS = (
     ),
     Mutant(
         "resize-strength", "resizing keeps the strength of every module", "tools/resizing.py",
-        "alpha = spec.scaling * (math.sqrt(rank) if spec.use_rslora else rank)", "alpha = spec.lora_alpha",
+        "lora_alpha=alpha_of(spec.scaling, rank, spec.use_rslora)", "lora_alpha=spec.lora_alpha",
         ("tests/unit/tools/test_resizing.py", "-k", "strength"),
+    ),
+    Mutant(
+        "layout-order", "the order of B says whose a column is", "expert_layouts/reading.py",
+        "order = (1, 0, 2) if layout.expert_slowest", "order = (1, 2, 0) if layout.expert_slowest",
+        ("tests/laws/test_expert_layouts.py", "-k", "stay and unsloth and qwen3_moe-plain"),
     ),
     Mutant(
         "combine-weights", "a sum of saved adapters counts their weights", "tools/combining.py",

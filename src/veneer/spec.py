@@ -181,6 +181,13 @@ def restate(config: LoraConfig, specs: Iterable[LoraSpec]) -> None:
     config.alpha_pattern = {f"^{s.path}$": s.lora_alpha for s in specs if s.lora_alpha != config.lora_alpha}
 
 
+def alpha_of(scaling: float, r: int, use_rslora: bool) -> float:
+    """The ``lora_alpha`` of a strength; one that is a whole number but for the last digits is made whole."""
+    alpha = scaling * (math.sqrt(r) if use_rslora else r)
+    near = round(alpha)
+    return near if math.isclose(near, alpha, rel_tol=1e-14) else alpha
+
+
 def resolve(config: LoraConfig, adapter: str, path: str, parameter: str = "") -> LoraSpec:
     """The spec of the module at ``path``; see `resolve_all`."""
     return resolve_all(config, adapter, {path: parameter})[path]

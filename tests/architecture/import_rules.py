@@ -1,7 +1,7 @@
 """Who may import whom, read from the syntax trees.
 
     errors -> wording -> registry · lazy · atomic · ops -> files -> hub -> config -> spec
-           -> module_names -> targets · adapters · inits · variants · backends · sharded
+           -> module_names · expert_layouts -> targets · adapters · inits · variants · backends · sharded
            -> routing · rollback · base_files -> merge -> layers -> inject · arithmetic
            -> state_dict · base_fingerprint · hotswap · status -> lora_model -> load · save -> peft_model
            -> calibration · family -> integrations -> training -> sweep · tools -> as_peft -> cli
@@ -32,7 +32,7 @@ RANKS: tuple[tuple[str, ...], ...] = (
     ("hub",),
     ("config",),
     ("spec",),
-    ("module_names",),
+    ("module_names", "expert_layouts"),
     ("targets", "adapters", "inits", "variants", "backends", "sharded"),
     ("routing", "rollback", "base_files", "forward"),
     ("merge",),

@@ -54,7 +54,11 @@ NEEDS_INIT = {
     "lora_ga_config": "lora_ga",
 }
 
-_HARMLESS = frozenset("runtime_config merge_weights lora_dtype lorap_lr_ratio lorap_emb_lr".split())
+#: The last two name the order of factors, which is looked at where they are read.
+_HARMLESS = frozenset(
+    "runtime_config merge_weights lora_dtype lorap_lr_ratio lorap_emb_lr "
+    "lora_B_layout unsloth_fused_expert_lora".split()
+)
 
 _E = TypeVar("_E", bound=Enum)
 

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from veneer import layers, module_names
 from veneer.config import LoraConfig
 from veneer.errors import Hint, LoadMismatchError
+from veneer.expert_layouts.layouts import STACKS
 from veneer.files.keys import PREFIX
 from veneer.inject.sites import sites
-from veneer.inject.stacks import PARTS, STACKS, holds_stacks
+from veneer.inject.stacks import PARTS, holds_stacks
 from veneer.spec import resolve_all
 from veneer.wording import warn
 

@@ -11,16 +11,12 @@ from veneer.config import LoraConfig
 from veneer.config.expressions import Paths
 from veneer.config.values import show
 from veneer.errors import Hint, TargetError
+from veneer.expert_layouts.layouts import STACKS
 from veneer.module_names import portable_targets
 from veneer.spec import PatternSet
 from veneer.targets import ALL_LINEAR
 from veneer.wording import listed, warn
 
-#: The stacks of today, the outermost layer last, and the projections of an expert that each holds.
-STACKS = {
-    "gate_up_proj": (("gate_proj", "w1"), ("up_proj", "w3")),
-    "down_proj": (("down_proj", "w2"),),
-}
 #: The names of an expert's projections, with the stack and the part of it that holds them today.
 PARTS = {
     name: (stack, half)

@@ -79,6 +79,7 @@ def write(
     config: LoraConfig,
     source: OpenLora,
     metrics: bool = True,
+    mark: Mapping[str, str] | None = None,
 ) -> None:
     """Write an adapter that was made of another one, with its tokenizer and the fingerprint of its base.
 
@@ -89,12 +90,14 @@ def write(
         config: Its configuration.
         source: The adapter that it was made of.
         metrics: Whether what its training left is still true of it.
+        mark: Further metadata.
 
     Raises:
         VeneerError: The directory cannot be written, or a file to copy is a link to another directory.
     """
     beside = {source.file.path.parent: [OF_TOKENIZER, *([_METRICS] if metrics else [])]}
     metadata = {name: text for name, text in source.file.metadata.items() if name == FINGERPRINT}
+    metadata |= mark or {}
     write_new(place, overwrite, tensors, config, beside, metadata)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from .check import Check
 from .combining import combine_adapters
 from .comparing import AdapterDifference, Angles, ModuleDifference, compare_adapters
+from .converting import ConvertReport, convert_adapter
 from .extracting import Extracted, ExtractReport, LeftOut, extract_adapter
 from .resizing import Resized, ResizeReport, resize_adapter
 from .verifying import verify_adapter
@@ -13,6 +14,7 @@ __all__ = [
     "AdapterDifference",
     "Angles",
     "Check",
+    "ConvertReport",
     "ExtractReport",
     "Extracted",
     "LeftOut",
@@ -21,6 +23,7 @@ __all__ = [
     "Resized",
     "combine_adapters",
     "compare_adapters",
+    "convert_adapter",
     "extract_adapter",
     "resize_adapter",
     "verify_adapter",

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..lora_file import FileUpdate, OpenLora, updates
 from ..ops import low_rank
-from ..spec import LoraSpec, restate
+from ..spec import LoraSpec, alpha_of, restate
 from .adapter_files import check_counts_from_base, check_fits, oriented, read, write
 from .measuring import distance, in_words, needed, norm, relative, terms_of
 from .requests import check_place, check_size
@@ -129,9 +129,7 @@ def resize_adapter(
 
 def of_rank(spec: LoraSpec, rank: int) -> LoraSpec:
     """What a module got, with another rank and the same strength."""
-    alpha = spec.scaling * (math.sqrt(rank) if spec.use_rslora else rank)
-    near = round(alpha)
-    return replace(spec, r=rank, lora_alpha=near if math.isclose(near, alpha, rel_tol=1e-14) else alpha)
+    return replace(spec, r=rank, lora_alpha=alpha_of(spec.scaling, rank, spec.use_rslora))
 
 
 def _ranks(lora: OpenLora, energy: float) -> dict[str, int]:

@@ -1,0 +1,96 @@
+"""``veneer convert``: an adapter written in another way, with the updates that it has."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..expert_layouts.layouts import LAYOUTS, known
+from ..tools.requests import check_place
+from ..training.progress import Terminal
+from ..training.saved_adapter import read_adapter
+from .asking import AsJson, Overwrite
+from .common import app, load_libraries, show, show_json, show_written
+
+if TYPE_CHECKING:
+    from ..tools import ConvertReport
+
+
+@app.command()
+def convert(
+    adapter: Annotated[str, typer.Argument(help="Directory or hub id of the adapter.")],
+    output: Annotated[Path, typer.Argument(help="Directory for the adapter; a failure writes nothing.")],
+    layout: Annotated[
+        str | None, typer.Option(help=f"Layout of the experts to write: {', '.join(LAYOUTS)}.")
+    ] = None,
+    from_layout: Annotated[
+        str | None, typer.Option(help="Layout of the experts in the file, where it cannot be told.")
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            "--model", help="Directory of the base model, whose config.json tells how its experts are stored."
+        ),
+    ] = None,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write an adapter as safetensors, with the experts of a mixture in another layout.
+
+    Programs write the factors of experts in several layouts, some of which differ in nothing but their order.
+    The update of every expert stays what it was. What a layout has no place for is refused, with a list of
+    everything in the way.
+    """
+    for name in (layout, from_layout):
+        if name is not None:
+            known(name)
+    progress = Terminal()
+    saved = read_adapter(adapter, progress)
+    check_place(output, [saved.directory], overwrite)
+    load_libraries("torch")
+    from ..tools import convert_adapter
+
+    with progress.waiting(f"Converting {saved.name}"):
+        report = convert_adapter(
+            saved.directory,
+            output,
+            layout=layout,
+            from_layout=from_layout,
+            base=base,
+            overwrite=overwrite,
+        )
+    if as_json:
+        show_json(_plain(report))
+        return
+    _show(report)
+    show_written(output)
+
+
+def _plain(report: ConvertReport) -> dict[str, object]:
+    return {
+        "output": str(report.directory),
+        "found": report.found,
+        "why": report.why,
+        "layout": report.layout,
+        "experts": {
+            path: {"count": count, "projections": list(parts)}
+            for path, (count, parts) in report.experts.items()
+        },
+        "tensors": {"read": report.tensors[0], "written": report.tensors[1]},
+        "notes": list(report.notes),
+    }
+
+
+def _show(report: ConvertReport) -> None:
+    if report.found is None:
+        show("no experts")
+    else:
+        counts = sorted({count for count, _ in report.experts.values()})
+        show(f"found: {report.found} ({report.why})")
+        show(f"written: {report.layout} ({LAYOUTS[report.layout or report.found].program})")
+        show(f"experts: {', '.join(map(str, counts))} in each of {len(report.experts)} layers")
+    for note in report.notes:
+        show(f"note: {note}")
+    show(f"tensors: {report.tensors[0]} read, {report.tensors[1]} written")

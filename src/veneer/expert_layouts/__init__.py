@@ -1,0 +1,1 @@
+"""The layouts in which programs write the factors of a mixture's experts."""

@@ -1,0 +1,92 @@
+"""Writing a saved adapter in another layout of its experts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.laws.expert_layouts import FAMILIES, deltas, factors, read
+from tests.laws.test_expert_layouts import same, written
+from veneer.config import LoraConfig, PeftConfig
+from veneer.errors import AdapterFileError, ConfigError, ExportError
+from veneer.expert_layouts.layouts import LAYOUTS
+from veneer.tools import convert_adapter
+
+
+def save(place: Path, name: str, kind: str = "plain", base: str | None = "Qwen3-MoE", **keys: object) -> Path:
+    """A directory as another program writes it: no metadata of Veneer's."""
+    made = written(LAYOUTS[name], kind, FAMILIES["qwen3_moe"])
+    place.mkdir()
+    tensors = {key: tensor.contiguous().clone() for key, tensor in made.tensors.items()}
+    save_file(tensors, place / "adapter_model.safetensors", {"format": "pt"})
+    values = {**made.config.to_json(), "base_model_name_or_path": base, **keys}
+    (place / "adapter_config.json").write_text(json.dumps(values))
+    return place
+
+
+def loaded(place: Path) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
+    return PeftConfig.from_pretrained(place), load_file(place / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("name", [n for n, row in LAYOUTS.items() if row.shared != "outer"])
+def test_directories(name: str, tmp_path: Path) -> None:
+    """There and back, with the layout of what Veneer wrote told by its mark."""
+    there = convert_adapter(save(tmp_path / "a", "transformers-4"), tmp_path / "b", layout=name)
+    assert (there.found, there.layout, there.directory) == ("transformers-4", name, tmp_path / "b")
+    assert set(there.experts.values()) == {(4, ("gate_proj", "up_proj", "down_proj"))}
+    back = convert_adapter(tmp_path / "b", tmp_path / "c", layout="transformers-4")
+    assert back.found == name and back.why == "veneer_expert_layout in the metadata of the tensors"
+    config, tensors = loaded(tmp_path / "c")
+    same(read("transformers-4", FAMILIES["qwen3_moe"], config, tensors), deltas(factors("plain")))
+
+
+def test_a_pickle_becomes_safetensors(tmp_path: Path) -> None:
+    source = save(tmp_path / "a", "transformers-4")
+    torch.save(load_file(source / "adapter_model.safetensors"), source / "adapter_model.bin")
+    (source / "adapter_model.safetensors").unlink()
+    with pytest.warns(match="is a pickle"):
+        report = convert_adapter(source, tmp_path / "b")
+    assert report.layout == report.found == "transformers-4"
+    assert not (tmp_path / "b" / "adapter_model.bin").exists()
+    config, tensors = loaded(tmp_path / "b")
+    same(read("transformers-4", FAMILIES["qwen3_moe"], config, tensors), deltas(factors("plain")))
+
+
+def test_unsloth_says_its_order(tmp_path: Path) -> None:
+    save(tmp_path / "old", "unsloth", lora_B_layout="grouped_by_expert")
+    save(tmp_path / "new", "peft", lora_B_layout="rank_major")
+    for name, layout in (("old", "unsloth"), ("new", "peft")):
+        assert convert_adapter(tmp_path / name, tmp_path / f"{name}-each", layout="vllm").found == layout
+        config, tensors = loaded(tmp_path / f"{name}-each")
+        same(read("vllm", FAMILIES["qwen3_moe"], config, tensors), deltas(factors("plain")))
+
+
+def test_what_is_refused(tmp_path: Path) -> None:
+    each, folded = save(tmp_path / "a", "transformers-4"), save(tmp_path / "b", "peft")
+    with pytest.raises(ConfigError, match=r"no layout 'pef' \(did you mean 'peft'\?\)"):
+        convert_adapter(each, tmp_path / "x", layout="pef")
+    with pytest.raises(AdapterFileError, match=r"ambiguous, peft or unsloth: .* from_layout decides"):
+        convert_adapter(folded, tmp_path / "x", layout="vllm")
+    assert convert_adapter(folded, tmp_path / "y", layout="vllm", from_layout="peft").why == "given"
+    with pytest.raises(ExportError, match="does not name: give it with base"):
+        convert_adapter(save(tmp_path / "c", "transformers-4", base=None), tmp_path / "x", layout="peft")
+    with pytest.raises(ExportError, match="gate_proj has another lora_A for every expert"):
+        convert_adapter(each, tmp_path / "x", layout="sglang-shared")
+    assert not (tmp_path / "x").exists()
+
+
+def test_an_adapter_without_experts(tmp_path: Path) -> None:
+    place = tmp_path / "plain"
+    place.mkdir()
+    names = [f"base_model.model.layers.0.q_proj.lora_{role}.weight" for role in "AB"]
+    save_file({names[0]: torch.ones(2, 3), names[1]: torch.ones(4, 2)}, place / "adapter_model.safetensors")
+    config = LoraConfig(r=2, target_modules=["q_proj"]).to_json()
+    (place / "adapter_config.json").write_text(json.dumps(config))
+    assert convert_adapter(place, tmp_path / "again").found is None
+    assert loaded(tmp_path / "again")[1].keys() == set(names)
+    with pytest.raises(ExportError, match="has no experts, so there is no layout to choose"):
+        convert_adapter(place, tmp_path / "x", layout="peft")
