@@ -13,6 +13,7 @@ from ..training.progress import Terminal
 from ..training.saved_adapter import read_adapter
 from .asking import AsJson, Overwrite
 from .common import app, load_libraries, show, show_json, show_written
+from .plain_lora import make_plain
 
 if TYPE_CHECKING:
     from ..tools import ConvertReport
@@ -31,24 +32,42 @@ def convert(
     base: Annotated[
         str | None,
         typer.Option(
-            "--model", help="Directory of the base model, whose config.json tells how its experts are stored."
+            "--model",
+            help="Directory of the base model: its config.json tells how its experts are stored, and --plain "
+            "of a DoRA reads its weights.",
         ),
     ] = None,
+    plain: Annotated[
+        bool,
+        typer.Option(
+            "--plain",
+            help="Write plain LoRA: a DoRA as the nearest updates of --rank, options folded.",
+        ),
+    ] = False,
+    rank: Annotated[int | None, typer.Option(min=1, help="Rank for --plain of a DoRA.")] = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write an adapter as safetensors, with the experts of a mixture in another layout.
+    """Write an adapter as safetensors, with the experts of a mixture in another layout, or as plain LoRA.
 
     Programs write the factors of experts in several layouts, some of which differ in nothing but their order.
     The update of every expert stays what it was. What a layout has no place for is refused, with a list of
-    everything in the way.
+    everything in the way. Plain LoRA of a DoRA is an approximation, whose error is said for each module, as
+    a share of its update and of its output.
     """
+    if plain and (layout or from_layout):
+        raise typer.BadParameter("--plain and a layout of experts are two conversions: make one of the other")
+    if rank is not None and not plain:
+        raise typer.BadParameter("--rank is for --plain")
     for name in (layout, from_layout):
         if name is not None:
             known(name)
     progress = Terminal()
     saved = read_adapter(adapter, progress)
     check_place(output, [saved.directory], overwrite)
+    if plain:
+        make_plain(saved, output, base, rank, overwrite, as_json)
+        return
     load_libraries("torch")
     from ..tools import convert_adapter
 

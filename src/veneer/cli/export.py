@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,6 +16,7 @@ from ..training.saved_adapter import SavedAdapter, base_name, read_adapter
 from ..wording import size
 from .asking import Overwrite
 from .common import app, load_libraries, show, show_json
+from .plain_lora import module_bar
 
 if TYPE_CHECKING:
     from ..integrations.export import ExportReport
@@ -80,7 +80,7 @@ def export(
     from ..integrations.export import export_adapter, targets
 
     base_model = None if base is None else _base(adapters[0], base, progress)
-    with _progress(dora_to_plain) as tell:
+    with module_bar(progress, dora_to_plain) as tell:
         report = export_adapter(
             place if parts else adapters[0].directory,
             output,
@@ -103,23 +103,6 @@ def _default_output(place: Path, target: str) -> Path:
     """Where the files go when nobody says: beside the adapter, or here for one of the hub."""
     place = place.resolve() if place.name in ("", "..") else place
     return place.with_name(f"{place.name}-{target}")
-
-
-@contextlib.contextmanager
-def _progress(wanted: bool) -> Iterator[Callable[[int, int], None] | None]:
-    """A bar for the modules that are converted, the only long work."""
-    if not wanted:
-        yield None
-        return
-    with contextlib.ExitStack() as stack:
-        bars: list[Callable[[int, str], None]] = []
-
-        def tell(count: int, total: int) -> None:
-            if not bars:
-                bars.append(stack.enter_context(Terminal().bar("modules made plain", total)))
-            bars[0](1, "")
-
-        yield tell
 
 
 def _base(saved: SavedAdapter, base: str, progress: Terminal) -> Path:

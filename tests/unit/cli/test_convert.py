@@ -36,3 +36,49 @@ def test_the_flags_that_decide(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert main(["convert", unnamed, str(tmp_path / "b"), "--layout", "peft"]) == 1
     assert "give it with --model" in capsys.readouterr().err
     assert not (tmp_path / "b").exists()
+
+
+def test_plain_of_a_dora_says_what_it_misses(
+    dora: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["convert", str(dora), "--plain", "--rank", "8"]
+    assert main([*words, str(tmp_path / "plain")]) == 0
+    shown = capsys.readouterr()
+    assert "of the" in shown.out and "of an update is missed" in shown.out and "of an output" in shown.out
+    assert "modules made plain" in shown.err
+    assert main([*words, str(tmp_path / "json"), "--json"]) == 0
+    modules = json.loads(capsys.readouterr().out)["modules"]
+    assert modules and all(0 < m["output_error"] < m["update_error"] < 1 for m in modules.values())
+    assert json.loads((tmp_path / "plain" / "adapter_config.json").read_text())["use_dora"] is False
+
+
+def test_plain_of_what_needs_no_decomposition(
+    adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["convert", str(adapter), str(tmp_path / "plain"), "--plain"]) == 0
+    assert "modules of plain LoRA: every update is the same" in capsys.readouterr().out
+    assert main(["convert", str(adapter), str(tmp_path / "json"), "--plain", "--json"]) == 0
+    modules = json.loads(capsys.readouterr().out)["modules"]
+    assert {m["update_error"] for m in modules.values()} == {0.0}
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--plain"], "is a DoRA: --plain needs the rank of the result, --rank N"),
+        (["--rank", "2"], "--rank is for --plain"),
+        (["--plain", "--layout", "peft", "--rank", "2"], "are two conversions"),
+    ],
+)
+def test_flags_that_do_not_go_together(
+    flags: list[str], said: str, dora: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["convert", str(dora), str(tmp_path / "out"), *flags]) == 2
+    assert said in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_a_rank_for_what_is_no_dora(
+    adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["convert", str(adapter), str(tmp_path / "out"), "--plain", "--rank", "2"]) == 2
+    assert "is no DoRA, so every rank stays" in capsys.readouterr().err
