@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -38,6 +39,31 @@ class Joined:
     rows: dict[str, slice]
     tokens: dict[str, tuple[int, int]]
     labels: Tensor | None
+
+    def own(self, name: str, output: Any) -> Any:
+        """What a model gives for the rows of one adapter, so that no loss reaches those of another.
+
+        Its tensors have as many rows as the batch; those of texts, (rows, length, features), are cut to the
+        adapter's own length. Whatever else it holds is None, unless it is a plain value.
+        """
+        if isinstance(output, Tensor):
+            if not output.dim() or len(output) != len(self.names):
+                return None
+            tokens, filled = self.tokens[name]
+            own = output[self.rows[name]]
+            return own[:, :tokens] if own.dim() == 3 and own.shape[1] == filled else own
+        if isinstance(output, Mapping):
+            chosen = {key: self.own(name, value) for key, value in output.items()}
+            return type(output)(**chosen) if dataclasses.is_dataclass(output) else chosen
+        if isinstance(output, list | tuple):
+            every = [self.own(name, value) for value in output]
+            return type(output)(*every) if hasattr(output, "_fields") else type(output)(every)
+        if dataclasses.is_dataclass(output) and not isinstance(output, type):
+            fields = [field.name for field in dataclasses.fields(output) if field.init]
+            return dataclasses.replace(
+                output, **{key: self.own(name, getattr(output, key)) for key in fields}
+            )
+        return output if isinstance(output, int | float | str) else None
 
 
 def join(batches: Mapping[str, Batch], model: nn.Module) -> Joined:

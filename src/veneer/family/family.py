@@ -20,7 +20,7 @@ from veneer.atomic import atomic_file
 from veneer.config import LoraConfig
 from veneer.errors import AdapterFileError, AdapterNameError, ConfigError, Hint, TargetError, TrainingError
 from veneer.family.batches import Batch, Joined, join
-from veneer.family.losses import ModelLoss, Result, check_loss, label_logprobs, token_loss
+from veneer.family.losses import ModelLoss, Result, check_loss, label_logprobs, loss_of_caller, token_loss
 from veneer.family.sampling import Sample, check_prompts, sample
 from veneer.family.trainee import Maker, State, Step, Trainee, generator
 from veneer.forward import answer_logits, without_cache
@@ -184,8 +184,9 @@ class Family:
                 transformers.
             loss: ``"cross_entropy"``, ``"importance_sampling"`` or ``"ppo"`` (both with ``logprobs`` and
                 ``advantages`` of the shape of ``labels``), or a function of the model's output for the rows
-                of one adapter and its batch. It returns a scalar, or a sum and what it is a sum over: the
-                gradient of a step is the mean over everything that was counted since the last one.
+                of one adapter (what has no rows is None) and its batch. It returns a scalar, or a sum and
+                what it is a sum over: the gradient of a step is the mean over everything that was counted
+                since the last one.
             **options: Of a loss of tokens: ``low`` and ``high`` of ``"ppo"``.
 
         Returns:
@@ -334,8 +335,7 @@ class Family:
                 name: token_loss(loss, options, logprobs[rows], places, batches[name])
                 for name, rows in joined.rows.items()
             }
-        own = {name: _rows(output, rows, len(joined.names)) for name, rows in joined.rows.items()}
-        return {name: _of_caller(loss, own[name], batches[name]) for name in batches}
+        return {name: loss_of_caller(loss, joined.own(name, output), batches[name]) for name in joined.rows}
 
     @contextmanager
     def _training(self, names: Iterable[str]) -> Iterator[None]:
@@ -457,24 +457,6 @@ def _ends(model: PeftModel) -> list[int]:
 
 def _length(batch: Batch) -> int:
     return max((len(tensor) for tensor in batch.values() if tensor.dim()), default=0)
-
-
-def _rows(output: Any, rows: slice, count: int) -> Any:
-    """The rows of one adapter in what a model gives: in tensors, and in mappings and sequences of them."""
-    if isinstance(output, Tensor):
-        return output[rows] if output.dim() and len(output) == count else output
-    if isinstance(output, Mapping):
-        chosen = {key: _rows(value, rows, count) for key, value in output.items()}
-        return type(output)(**chosen) if hasattr(output, "to_tuple") else chosen
-    if isinstance(output, list | tuple):
-        return type(output)(_rows(value, rows, count) for value in output)
-    return output
-
-
-def _of_caller(loss: ModelLoss, output: Any, batch: Batch) -> tuple[Tensor, Tensor | int, None]:
-    found = loss(output, batch)
-    total, count = found if isinstance(found, tuple) else (found, 1)
-    return total, count, None
 
 
 def _result(total: Tensor, count: Tensor | int, logprobs: Tensor | None) -> Result:

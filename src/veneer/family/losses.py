@@ -97,6 +97,22 @@ def check_loss(loss: str | ModelLoss, options: Mapping[str, Any], batches: Mappi
         raise DataError(f"the loss {loss!r} cannot be computed: {'; '.join(problems)}")
 
 
+def loss_of_caller(loss: ModelLoss, output: Any, batch: Batch) -> tuple[Tensor, Tensor | int, None]:
+    """The loss of one adapter's rows, and what it is a sum over.
+
+    Raises:
+        DataError: The model gives nothing that has rows.
+    """
+    if output is None:
+        raise DataError(
+            "the model's output has no row for each of the batch, so a function cannot be computed for one "
+            "adapter alone: return a tensor whose first dimension is that of the input"
+        )
+    found = loss(output, batch)
+    total, count = found if isinstance(found, tuple) else (found, 1)
+    return total, count, None
+
+
 def label_logprobs(logits: Tensor, labels: Tensor, positions: Tensor) -> Tensor:
     """Log-probability of each label, 0 where there is none, of the rows of all adapters at once.
 

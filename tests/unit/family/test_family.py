@@ -1,8 +1,9 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -214,6 +215,77 @@ def test_autocast_gives_what_it_gives_alone() -> None:
         assert mine.grad is not None and other.grad is not None and mine.grad.dtype == torch.float32
         scale = other.grad.abs().max()
         assert_close(mine.grad / scale, other.grad / scale, BY_DTYPE[torch.bfloat16])
+
+
+@dataclass
+class Seen:
+    logits: Tensor
+    total: Tensor
+    layers: tuple[Tensor, ...]
+    kind: str = "seen"
+
+
+class Pair(NamedTuple):
+    first: Tensor
+    cache: object
+
+
+class Giving(nn.Module):
+    """A model whose output is an object of a kind, with what has rows and what has none."""
+
+    def __init__(self, kind: type) -> None:
+        super().__init__()
+        self.linear, self.kind = nn.Linear(4, 4), kind
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.linear(x)
+        forms = {Seen: Seen(y, y.sum(), (y, y.mean())), Pair: Pair(y, object()), dict: {"y": y, "n": 3}}
+        return {**forms, list: [y, y.sum()], Tensor: y, float: y.sum()}[self.kind]
+
+
+@pytest.mark.parametrize("kind", [Seen, Pair, dict, list, Tensor])
+def test_a_loss_of_the_callers_gets_the_rows_of_one_adapter_and_nothing_else(kind: type) -> None:
+    made, found = Family(Giving(kind)), {}
+    for name in "ab":
+        made.add(name, LoraConfig(target_modules=["linear"], r=2))
+
+    def loss(output: Any, batch: Any) -> Tensor:
+        found[len(batch["x"])] = output
+        if kind is Tensor:
+            return output.sum()  # type: ignore[no-any-return]
+        values = vars(output).values() if kind is Seen else output.values() if kind is dict else output
+        (rows,) = [value for value in values if isinstance(value, Tensor)]
+        return rows.sum()
+
+    made.forward_backward({"a": {"x": torch.ones(1, 4)}, "b": {"x": torch.ones(2, 4)}}, loss)
+    assert set(found) == {1, 2} and all(isinstance(output, kind) for output in found.values())
+    if kind is Seen:
+        assert len(found[2].logits) == len(found[2].layers[0]) == 2
+        assert found[2].kind == "seen" and found[2].total is None and found[2].layers[1] is None
+    elif kind is Pair:
+        assert len(found[2].first) == 2 and found[2].cache is None
+    elif kind is dict:
+        assert len(found[2]["y"]) == 2 and found[2]["n"] == 3
+
+
+def test_a_loss_of_the_callers_does_not_see_what_its_texts_are_filled_up_to() -> None:
+    def loss(output: Any, batch: Any) -> tuple[Tensor, int]:
+        logits, labels = output.logits[:, :-1], batch["labels"][:, 1:]
+        assert logits.shape[:2] == labels.shape
+        total = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+        return total, int((labels != -100).sum())
+
+    made, batches = family("a", "b"), {"a": text(tokens=6), "b": text(1, tokens=9)}
+    own, named = made.forward(batches, loss), made.forward(batches)
+    for name in "ab":
+        assert_close(torch.tensor(own[name].loss), torch.tensor(named[name].loss), FAMILY)
+
+
+def test_what_has_no_rows_is_refused() -> None:
+    made = Family(Giving(float))
+    made.add("a", LoraConfig(target_modules=["linear"], r=2))
+    with pytest.raises(DataError, match="has no row for each of the batch"):
+        made.forward_backward({"a": {"x": torch.ones(2, 4)}}, lambda output, batch: output)
 
 
 # -- states ------------------------------------------------------------------------------------------------
