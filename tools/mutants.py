@@ -188,8 +188,23 @@ MUTANTS = (
     ),
     Mutant(
         "rows-of-others", "a row goes through its own adapter", "layers/layer.py",
-        "result = result.index_copy(0, there, part.to(result))", "result = part.to(result)",
+        "rows, scale = slice(start, stop), self", "rows, scale = slice(0, stop - start), self",
         ("tests/laws/test_mixed_batch.py",),
+    ),
+    Mutant(
+        "rows-of-dropout", "each adapter of a family has random numbers of its own", "layers/linear.py",
+        "own_draws = p > 0.0 and draws_of(name, x) is not None", "own_draws = False",
+        ("tests/laws/test_family_layers.py", "-k", "Linear-plain and alora-dense"),
+    ),
+    Mutant(
+        "rows-in-place", "a training step copies no output for each adapter", "ops/rows.py",
+        "kept.append(y[own].clone())", "kept.append(y.clone()[own])",
+        ("tests/laws/test_family_layers.py", "-k", "Linear-plain and dora-dense"),
+    ),
+    Mutant(
+        "rows-of-callers", "a loss of the caller's reaches its adapter's rows alone", "family/batches.py",
+        "own = output[self.rows[name]]", "own = output",
+        ("tests/unit/family/test_family.py",),
     ),
     Mutant(
         "rows-of-experts", "rows go through their own adapter of a bare parameter", "layers/parameter.py",

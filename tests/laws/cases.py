@@ -302,11 +302,15 @@ class Combination(Made):
     def base(self) -> nn.Module:
         """The base in the storage of the backend, with what its initialisation needs to know."""
         base = super().base()
-        if self.init in STATISTICS:
-            cls = find(base)
-            assert cls is not None
-            note_statistics(base, STATISTICS[self.init](cls(base), self.config().r))
+        cls = find(base)
+        assert cls is not None
+        self.measure(cls(base), self.config().r)
         return base
+
+    def measure(self, layer: LoraLayer, r: int) -> None:
+        """Note what an initialisation that starts from data needs to know of a layer's base."""
+        if self.init in STATISTICS:
+            note_statistics(layer.base_layer, STATISTICS[self.init](layer, r))
 
 
 def init_of(name: str) -> Any:

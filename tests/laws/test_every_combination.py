@@ -21,6 +21,7 @@ from veneer.errors import TargetError
 from veneer.inits.base import Init
 from veneer.inits.random import Arbitrary, Default
 from veneer.layers import LoraLayer
+from veneer.layers.linear import LoraLinear
 from veneer.testing import registered_for_now
 from veneer.variants.alora import ALora
 from veneer.variants.dora import Dora
@@ -105,7 +106,8 @@ def _start_of_nothing(patch: pytest.MonkeyPatch) -> None:
 
 def _whole(change: Callable[[Any, Callable[[], torch.Tensor]], torch.Tensor]) -> Callable[..., None]:
     def break_it(patch: pytest.MonkeyPatch) -> None:
-        patch.setattr(Plain, "whole", lambda self, layer, name, x, together, bias: change(layer, together))
+        right = LoraLinear.fused_step
+        patch.setattr(LoraLinear, "fused_step", lambda self, x: change(self, lambda: right(self, x)))
 
     return break_it
 

@@ -12,6 +12,11 @@ class Dense(Backend):
     """The weight is a plain parameter of the module."""
 
     name = "dense"
+    fresh_output = (
+        "torch.nn.modules.linear.Linear",
+        "torch.nn.modules.sparse.Embedding",
+        *(f"torch.nn.modules.conv.Conv{n}d" for n in (1, 2, 3)),
+    )
 
     def matches(self, module: nn.Module) -> bool:
         return self.holds(module, "weight")

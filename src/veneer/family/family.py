@@ -367,18 +367,26 @@ class Family:
             self._check_names(names)
             self.model.save_pretrained(directory, selected_adapters=names)
 
-    def save_state(self, directory: str | os.PathLike[str]) -> None:
-        """Save everything that training changes, to go on bit for bit: see `load_state`.
+    def save_state(
+        self, directory: str | os.PathLike[str], selected_adapters: Sequence[str] | None = None
+    ) -> None:
+        """Save everything that training changes, of all adapters or of some, to go on bit for bit.
 
-        It is one file, which replaces an earlier one when it is complete.
+        It is one file, which replaces an earlier one when it is complete; see `load_state`.
+
+        Raises:
+            AdapterNameError: There is none of that name. Nothing has been written.
         """
         with self._lock:
+            names = self.names if selected_adapters is None else list(selected_adapters)
+            if selected_adapters is not None:
+                self._check_names(names)
             content = {
                 name: {
                     "config": json.dumps(self.model.peft_config[name].to_json()),
-                    **one.state(),
+                    **self._trainees[name].state(),
                 }
-                for name, one in self._trainees.items()
+                for name in names
             }
             place = Path(directory)
             place.mkdir(parents=True, exist_ok=True)
@@ -388,8 +396,8 @@ class Family:
     def load_state(self, directory: str | os.PathLike[str]) -> None:
         """Go on from `save_state`, on the same base.
 
-        Adapters that the family lacks are added. One whose optimizer or schedule was given to `add` must be
-        added in the same way first.
+        Adapters that the family lacks are added, and those that were not saved stay as they are. One whose
+        optimizer or schedule was given to `add` must be added in the same way first.
 
         Raises:
             AdapterFileError: There is no state, or it is damaged; or an adapter does not fit the one that the

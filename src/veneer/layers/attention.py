@@ -14,7 +14,8 @@ from torch.nn import functional as F
 from veneer import backends
 from veneer.layers.factor import stand_in
 from veneer.layers.layer import LoraLayer
-from veneer.routing import call_by_rows, current
+from veneer.ops.mixed_batch import on_gathered_rows
+from veneer.routing import Routing, call_by_rows, current
 from veneer.spec import LoraSpec
 
 
@@ -145,7 +146,7 @@ class LoraMultiheadAttention(LoraLayer):
         heads: int = self.base_layer.num_heads  # type: ignore[assignment]
         mask = _combined_mask(key_padding_mask, None if causal else attn_mask, query, heads)
         inputs = [query] if same else [query, key, value]
-        q, k, v = self._project_in(inputs, self._rows(query.shape[1], query.device))
+        q, k, v = self._project_in(inputs, routing)
         result, weights = self._attend(q, k, v, mask, need_weights, causal)
         result = out(result)  # batch first, so that rows can be selected
         if weights is not None and average_attn_weights:
@@ -154,33 +155,44 @@ class LoraMultiheadAttention(LoraLayer):
             return result.squeeze(0), None if weights is None else weights.squeeze(0)
         return result if turned else result.transpose(0, 1), weights
 
-    def _rows(self, batch: int, device: torch.device) -> list[tuple[str, Tensor | None]]:
-        """The adapters to apply, and the rows of the batch for each; None for all rows."""
-        routing = current(self)
-        if routing is None:
-            return [(name, None) for name in self._live]
-        names = routing.rows(batch, self.held_adapters, self._where)
-        return [(name, rows) for name, rows in routing.indices(names, device).items() if name is not None]
-
-    def _project_in(
-        self, inputs: Sequence[Tensor], adapters: Sequence[tuple[str, Tensor | None]]
-    ) -> Sequence[Tensor]:
+    def _project_in(self, inputs: Sequence[Tensor], routing: Routing | None) -> Sequence[Tensor]:
         """Query, key and value after the projections and branches; a single input is used for all three."""
-        base: Any = self.base_layer if current(self) is None else self.original_base()
+        base: Any = self.base_layer if routing is None else self.original_base()
         parts = 3 // len(inputs)
-        weights = base.in_proj_weight.split(parts * base.embed_dim)
-        biases = (None,) * 3 if base.in_proj_bias is None else base.in_proj_bias.split(parts * base.embed_dim)
+        size = parts * base.embed_dim
         results: list[Tensor] = []
         for i, x in enumerate(inputs):
-            result = F.linear(x, weights[i], biases[i])
-            for name, rows in adapters:
-                own = x if rows is None else x[:, rows]
-                b = torch.split(self.update_factors(name)[1], parts * base.embed_dim)[i]
-                reduced = self.operators(name)[0](self.dropped(name, own))
-                branch = (F.linear(reduced, b.to(reduced.dtype)) * self.strength(name)).to(result)
-                result = result + branch if rows is None else result.index_add(1, rows, branch)
+            own = slice(i * size, (i + 1) * size)
+            bias = None if base.in_proj_bias is None else base.in_proj_bias[own]
+            result = F.linear(x, base.in_proj_weight[own], bias)
+            if routing is None:
+                for name in self._live:
+                    result = result + self._branch(name, x, own).to(result)
+            else:
+                result = self._by_rows(routing, x.transpose(0, 1), result.transpose(0, 1), own)
+                result = result.transpose(0, 1)
             results += result.chunk(parts, dim=-1)
         return results
+
+    def _branch(self, name: str, x: Tensor, own: slice) -> Tensor:
+        """What an adapter adds to these of the features of query, key and value."""
+        b = self.update_factors(name)[1][own]
+        reduced = self.operators(name)[0](self.dropped(name, x))
+        return F.linear(reduced, b.to(reduced.dtype)) * self.strength(name)
+
+    def _by_rows(self, routing: Routing, x: Tensor, result: Tensor, own: slice) -> Tensor:
+        """``result`` with the `_branch` of each row's adapter. x, result: (N, L, E) and (N, L, …)."""
+        layout = routing.layouts(routing.rows(x.shape[0], self.held_adapters, self._where))[-1]
+        sizes = [stop - start for _, start, stop in layout.runs]
+
+        def together(x: Tensor, result: Tensor, fresh: bool) -> Tensor:
+            every = zip(layout.runs, torch.split(x, sizes), torch.split(result, sizes), strict=True)
+            return torch.cat(
+                [y if name is None else y + self._branch(name, x, own).to(y) for (name, *_), x, y in every]
+            )
+
+        order = None if layout.order is None else routing.order(layout.order, x.device)
+        return on_gathered_rows(x, result, together, order, fresh=False)
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, need_weights: bool, causal: bool

@@ -25,15 +25,16 @@ from veneer.layers.factor import NOTHING, RESIDUAL, Factor, Frozen, empty, opera
 from veneer.layers.refused import refusal
 from veneer.layers.strengths import Strengths
 from veneer.merge import Mergeable
-from veneer.ops.dropout import zero_dropped_
-from veneer.ops.mixed_batch import along_rows, own_rows
+from veneer.ops.dropout import wants_plain_torch, zero_dropped_
+from veneer.ops.mixed_batch import Run, along_rows, on_gathered_rows, own_rows
 from veneer.ops.row_norms import State
+from veneer.ops.rows import add_to_rows_, scale_rows_
 from veneer.registry import TypeRegistry
 from veneer.rollback import Undo, Update
 from veneer.routing import Routing, acting, call_by_rows, current, draws_of
 from veneer.sharded import gathered, is_distributed
 from veneer.spec import LoraSpec
-from veneer.variants import Variant
+from veneer.variants import Variant, scaled_branch
 from veneer.wording import warn
 
 registry: TypeRegistry[type[LoraLayer]] = TypeRegistry("layer")
@@ -199,16 +200,64 @@ class LoraLayer(Mergeable):
             x: (rows, ...) as the base takes it.
             result: (rows, ...), the base's output, fresh.
         """
-        base = result
-        for name, rows in routing.indices(names, x.device).items():
-            if name is not None:
-                there = rows.to(result.device)
-                own, mine = base[there], x[rows]
-                if routing.tokens is not None:
-                    routing.tokens.keep(x, mine)
-                part = self.variant(name).forward(self, name, mine, own, lambda own=own: own)  # type: ignore[misc]
-                result = result.index_copy(0, there, part.to(result))
-        return result
+        layout = routing.layouts(names)[-1]
+
+        def together(own: Tensor, result: Tensor, fresh: bool) -> Tensor:
+            inputs = torch.split(own, [stop - start for _, start, stop in layout.runs])
+            if routing.tokens is not None:
+                for part in inputs:
+                    routing.tokens.keep(x, part)
+            return self._add_runs(layout.runs, inputs, result, fresh)
+
+        fresh = backends.gives_fresh_output(self.get_base_layer())
+        order = None if layout.order is None else routing.order(layout.order, result.device)
+        return on_gathered_rows(x, result, together, order, fresh=fresh)
+
+    def _add_runs(self, runs: Sequence[Run], inputs: Sequence[Tensor], result: Tensor, fresh: bool) -> Tensor:
+        """`add_rows` for adapters whose rows lie side by side, in place where the contribution is known."""
+        known = not wants_plain_torch(*inputs, result)
+        added: list[tuple[slice, Tensor, float]] = []
+        scaled: list[tuple[slice, Tensor]] = []
+        dropped: list[tuple[slice, str, Tensor, Tensor]] = []
+        others: dict[int, str] = {}
+        for i, ((name, start, stop), own) in enumerate(zip(runs, inputs, strict=True)):
+            if name is None:
+                continue
+            rows, scale = slice(start, stop), self.variant(name).output_scale(self, name) if known else None
+            if scale is None:
+                others[i] = name
+            elif isinstance(scale, Tensor) and self.dropout_of(name):
+                dropped.append((rows, name, self.dropped(name, own), scale))
+            else:
+                added.append((rows, self.low_rank(name, self.dropped(name, own)), self.strength(name)))
+                if isinstance(scale, Tensor):
+                    scaled.append((rows, scale))
+        added += self._scaled_branches(dropped, result)
+        if added:
+            result = add_to_rows_(result, added, inplace=fresh)
+        if scaled:
+            result = scale_rows_(result, scaled, self.base_bias(result), inplace=True)
+        if not others:
+            return result
+        parts = list(torch.split(result, [stop - start for _, start, stop in runs]))
+        for i, name in others.items():
+            own = parts[i]
+            part = self.variant(name).forward(self, name, inputs[i], own, lambda own=own: own)  # type: ignore[misc]
+            parts[i] = part.to(result)
+        return torch.cat(parts)
+
+    def _scaled_branches(
+        self, dropped: Sequence[tuple[slice, str, Tensor, Tensor]], result: Tensor
+    ) -> list[tuple[slice, Tensor, float]]:
+        """What adapters that scale the base add with dropout: one product of the base for all of them."""
+        if not dropped:
+            return []
+        inputs = [x.to(result.device) for _, _, x, _ in dropped]
+        plain = torch.split(self.base_linear(torch.cat(inputs)).to(result), [len(x) for x in inputs])
+        return [
+            (rows, scaled_branch(self, name, x, own, scale), 1.0)
+            for (rows, name, x, scale), own in zip(dropped, plain, strict=True)
+        ]
 
     def add_slots(self, routing: Routing, x: Tensor, result: Tensor) -> Tensor:
         """As `add_rows`, for a compiler: the adapters of the rows are data, so the graph can be reused.
@@ -339,13 +388,18 @@ class LoraLayer(Mergeable):
 
     def without_bias(self, output: Tensor) -> Tensor:
         """An output of the base minus its bias."""
+        bias = self.base_bias(output)
+        return output if bias is None else output - bias
+
+    def base_bias(self, output: Tensor) -> Tensor | None:
+        """The bias of the base, shaped to broadcast with an output and of its type."""
         base = self.original_base()
         bias = getattr(base, "bias", None)
         if not isinstance(bias, Tensor):
-            return output
+            return None
         if bias.is_meta:
             bias = backends.find(base).read(base, "bias")
-        return output - self.along_output(gathered(bias).to(output))
+        return self.along_output(gathered(bias).to(output))
 
     def along_output(self, vector: Tensor) -> Tensor:
         """One number for each output feature, shaped to broadcast with an output."""

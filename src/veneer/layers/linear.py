@@ -29,7 +29,8 @@ from veneer.ops.lora_linear import (
     lora_linear,
 )
 from veneer.ops.lora_rows import Factors, Part, add_lora_rows_, lora_linear_rows
-from veneer.routing import Routing, current
+from veneer.ops.rows import scale_rows_, scaled
+from veneer.routing import Routing, current, draws_of
 
 _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _NO_PRODUCT = (
@@ -102,20 +103,26 @@ class LoraLinear(LoraLayer):
         if not self._live:
             return nn.functional.linear(x, weight, bias)
         first, *rest = self._live
-        factors, variant, p = self._plain_factors(first), self.variant(first), self.dropout_of(first)
+        factors, p = self._plain_factors(first), self.dropout_of(first)
         if factors is None or x.dtype != weight.dtype:
             return None
-        if not (rest or p) and variant.additive and is_decoding_step(x, weight, *factors[:2]):
+        if not (rest or p) and self.variant(first).additive and is_decoding_step(x, weight, *factors[:2]):
             return linear_of_few_rows(x, weight, bias, *factors, self.scaling[first])
         if autocasts(x.device.type) or not factors[0].device == x.device == weight.device:
             return None
-        together = partial(lora_linear, x, weight, bias, *factors, self.strength(first), p)
-        result = variant.whole(self, first, x, together, bias)
-        if result is None:
+        if (scale := self._scale_of(first, p)) is None:
             return None
+        result = lora_linear(x, weight, bias, *factors, self.strength(first), p)
+        if isinstance(scale, Tensor):
+            result = scaled(result, scale.to(result.device), bias)
         for name in rest:
             result = self.add_branch(name, x, result)
         return result
+
+    def _scale_of(self, name: str, p: float) -> Tensor | float | None:
+        """`Variant.output_scale` if the base sees one input: not that of what is scaled, with dropout."""
+        variant = self.variant(name)
+        return None if p and not variant.additive else variant.output_scale(self, name)
 
     def _plain_factors(self, name: str) -> tuple[Tensor, Tensor, Tensor | None] | None:
         """`update_factors` if the factors can be read without calling their modules; else None."""
@@ -131,15 +138,15 @@ class LoraLinear(LoraLayer):
 
     def add_branch(self, name: str, x: Tensor, result: Tensor) -> Tensor:
         """``result + s · dropout(x) Aᵀ Bᵀ``; one step, no full-size temporary."""
-        factors = self._plain_factors(name)
-        if factors is None or autocasts(x.device.type):
+        factors, p = self._plain_factors(name), self.dropout_of(name)
+        own_draws = p > 0.0 and draws_of(name, x) is not None
+        if factors is None or own_draws or autocasts(x.device.type):
             return super().add_branch(name, x, result)
         a, b, bias = factors
         x = self.to_factors(name, x)
         if result.device != a.device:
             return super().add_branch(name, x, result)
-        fresh = self._may_write()
-        return add_lora_(result, x, a, b, bias, self.strength(name), self.dropout_of(name), inplace=fresh)
+        return add_lora_(result, x, a, b, bias, self.strength(name), p, inplace=self._may_write())
 
     def _may_write(self) -> bool:
         """Whether nothing else uses the output of the base, now or later."""
@@ -172,15 +179,20 @@ class LoraLinear(LoraLayer):
         tokens = x[:1].numel() // x.shape[-1]
         parts: list[Part] = []
         factors: list[Factors] = []
+        scales: list[tuple[slice, Tensor]] = []
         for name, start, stop in routing.layouts(names)[0].runs:
             step = None if name is None else steps[name]
             if step is not None:
-                scaling, p, draws, own = step
+                scaling, p, draws, scale, own = step
                 parts.append(Part(scaling, p, slice(start * tokens, stop * tokens), draws))
                 factors.append(own)
+                if isinstance(scale, Tensor):
+                    scales.append((slice(start, stop), scale))
         if not parts:
             return None
         result = self._rows_step(x, parts, factors)
+        if scales:
+            result = scale_rows_(result, scales, self.base_bias(result), inplace=True)
         others = tuple(None if name is None or steps[name] is not None else name for name in names)
         return super().add_rows(routing, others, x, result) if any(others) else result
 
@@ -198,14 +210,15 @@ class LoraLinear(LoraLayer):
 
     def _step_of(
         self, name: str, routing: Routing, x: Tensor
-    ) -> tuple[float, float, Draws | None, Factors] | None:
-        """What a step over rows needs of an adapter; None if its update is not a plain product."""
+    ) -> tuple[float, float, Draws | None, Tensor | float, Factors] | None:
+        """What a step over rows needs of an adapter; None if it takes more than a product and a scale."""
         factors, p = self._plain_factors(name), self.dropout_of(name)
-        if factors is None or not self.variant(name).additive or p == 1.0:
+        if factors is None or p == 1.0:
             return None
         if factors[0].device != x.device or wants_plain_torch(*factors[:2]):
             return None
-        return self.scaling[name], p, routing.draws_for(name, x), factors
+        scale = self._scale_of(name, p)
+        return None if scale is None else (self.scaling[name], p, routing.draws_for(name, x), scale, factors)
 
     def add_rows(self, routing: Routing, names: tuple[str | None, ...], x: Tensor, result: Tensor) -> Tensor:
         """Apply all adapters of the batch together if their updates are plain products.
@@ -265,9 +278,7 @@ class LoraLinear(LoraLayer):
         else:
             a, b, scales = mixed_batch.stacked([terms.get(n) for n in layout.groups], dtype)  # type: ignore[arg-type]
             function = partial(mixed_batch.by_groups, a=a, b=b, scales=scales)
-        if layout.order is None:
-            return function
-        order = routing.order(layout.order, x.device)
+        order = None if layout.order is None else routing.order(layout.order, x.device)
         return partial(mixed_batch.on_gathered_rows, function=function, order=order)
 
     def add_slots(self, routing: Routing, x: Tensor, result: Tensor) -> Tensor:

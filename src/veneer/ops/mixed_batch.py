@@ -166,7 +166,7 @@ def by_runs(
 
 
 def on_gathered_rows(
-    x: Tensor, result: Tensor, function: Callable[..., Tensor], order: Tensor, fresh: bool = True
+    x: Tensor, result: Tensor, function: Callable[..., Tensor], order: Tensor | None, fresh: bool = True
 ) -> Tensor:
     """Apply one of the other functions to some rows, in a given order.
 
@@ -174,12 +174,14 @@ def on_gathered_rows(
         x: (rows, ..., in).
         result: (rows, ..., out); where it is fresh and no gradient is recorded, it is written.
         function: Called with these rows of both, and ``fresh``.
-        order: The rows, each once.
+        order: The rows, each once; None for all of them, as they are.
         fresh: Whether nobody else holds the result.
 
     Returns:
         (rows, ..., out).
     """
+    if order is None:
+        return function(x, result, fresh=fresh)
     own = function(x[order], result[order], fresh=True)
     if torch.is_grad_enabled() or not fresh:
         return result.index_copy(0, order, own)

@@ -138,19 +138,13 @@ class Variant(abc.ABC):
             base: Returns the output of the base alone for x.
         """
 
-    def whole(
-        self, layer: Branch, name: str, x: Tensor, together: Callable[[], Tensor], bias: Tensor | None
-    ) -> Tensor | None:
-        """As `forward`, for a layer that can compute base and branch in one step; None to use `forward`.
+    def output_scale(self, layer: Branch, name: str) -> Tensor | float | None:
+        """c, if `forward` is ``W x + b + (c − 1) W x̃ + c s·BA x̃`` with x̃ = dropout(x); else None.
 
-        Args:
-            layer: The layer.
-            name: The adapter, the first to be applied.
-            x: The layer's input.
-            together: Returns ``W x + b + s·B(A(dropout(x)))``.
-            bias: The base's bias b, or None.
+        c is 1 for an additive variant, or has one number for each output feature and the shape to multiply
+        an output. A layer that knows it computes base and branch in one step, also for many adapters' rows.
         """
-        return None
+        return 1.0 if self.additive else None
 
     @abc.abstractmethod
     def merged(self, weight: Tensor, delta: Tensor, extra: Mapping[str, Tensor]) -> Tensor:
@@ -161,6 +155,20 @@ class Variant(abc.ABC):
             delta: The scaled update, of the same shape.
             extra: The variant's own parameters of this adapter, as stored.
         """
+
+
+def scaled_branch(layer: Branch, name: str, dropped: Tensor, plain: Tensor, scale: Tensor) -> Tensor:
+    """``(c − 1) W x̃ + c s·BA x̃``, what an adapter with an `output_scale` c adds to the base.
+
+    Args:
+        layer: The layer.
+        name: The adapter.
+        dropped: x̃, the dropped input.
+        plain: ``W x̃``.
+        scale: c.
+    """
+    both = plain + layer.low_rank(name, dropped).to(plain) * layer.strength(name)
+    return both * scale.to(both.device) - plain
 
 
 def get(name: str) -> Variant:

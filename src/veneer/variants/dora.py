@@ -13,7 +13,7 @@ from veneer.errors import Hint, Text
 from veneer.ops.dropout import wants_plain_torch
 from veneer.ops.row_norms import State, squared_row_norms, updated_row_norms
 from veneer.spec import LoraSpec
-from veneer.variants.base import Branch, ParameterRequest, Variant
+from veneer.variants.base import Branch, ParameterRequest, Variant, scaled_branch
 
 MAGNITUDE = "lora_magnitude_vector"
 
@@ -55,25 +55,12 @@ class Dora(Variant):
         self, layer: Branch, name: str, x: Tensor, result: Tensor, base: Callable[[], Tensor]
     ) -> Tensor:
         """``result + (c − 1) W x̃ + c s·BA x̃``."""
-        scale = self._scale(layer, name, result)
+        dropped = layer.dropped(name, x)
         if layer.dropout_of(name):
-            dropped = layer.dropped(name, x)
             plain = layer.base_linear(dropped.to(x.device)).to(result)
         else:
-            dropped = layer.dropped(name, x)
             plain = layer.without_bias(base())
-        branch = layer.low_rank(name, dropped).to(result) * layer.strength(name)
-        return result + ((plain + branch) * scale - plain).to(result)
-
-    def whole(
-        self, layer: Branch, name: str, x: Tensor, together: Callable[[], Tensor], bias: Tensor | None
-    ) -> Tensor | None:
-        """``c (W x + b + s·BA x) + (1 − c) b``; None with dropout, where the base sees two inputs."""
-        if layer.dropout_of(name):
-            return None
-        both = together()
-        scale = self._scale(layer, name, both)
-        return (both * scale if bias is None else torch.addcmul((1.0 - scale) * bias, both, scale)).to(both)
+        return result + scaled_branch(layer, name, dropped, plain, self.output_scale(layer, name)).to(result)
 
     def merged(self, weight: Tensor, delta: Tensor, extra: Mapping[str, Tensor]) -> Tensor:
         """``m ⊙ (W + ΔW) / ‖W + ΔW‖``."""
@@ -81,11 +68,11 @@ class Dora(Variant):
         norms = torch.linalg.vector_norm(total, dim=1)
         return total * (extra[MAGNITUDE].reshape(-1) / _safe(norms)).unsqueeze(1)
 
-    def _scale(self, layer: Branch, name: str, output: Tensor) -> Tensor:
-        """c, one number per output feature, shaped to multiply an output; only m gets its gradient."""
+    def output_scale(self, layer: Branch, name: str) -> Tensor:
+        """``m / ‖W + s·BA‖``; only m gets its gradient."""
         magnitude = layer.extra(name)[MAGNITUDE]
         norms = _safe(self._norms(layer, name, torch.is_grad_enabled())).to(magnitude.device)
-        return layer.along_output(magnitude.reshape(-1) / norms).to(output.device)
+        return layer.along_output(magnitude.reshape(-1) / norms)
 
     @torch.no_grad()
     def _norms(self, layer: Branch, name: str, grad: bool) -> Tensor:

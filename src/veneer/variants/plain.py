@@ -23,10 +23,5 @@ class Plain(Variant):
     ) -> Tensor:
         return layer.add_branch(name, x, result)
 
-    def whole(
-        self, layer: Branch, name: str, x: Tensor, together: Callable[[], Tensor], bias: Tensor | None
-    ) -> Tensor:
-        return together()
-
     def merged(self, weight: Tensor, delta: Tensor, extra: Mapping[str, Tensor]) -> Tensor:
         return weight + delta

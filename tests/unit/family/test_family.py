@@ -315,6 +315,27 @@ def test_a_state_goes_on_bit_for_bit(tmp_path: Path) -> None:
             assert torch.equal(mine, right) if isinstance(right, Tensor) else mine == right
 
 
+def test_one_adapter_leaves_and_comes_back_while_another_goes_on(tmp_path: Path) -> None:
+    made, stayed = family("a", "b"), family("a")
+    for one in (made, stayed):
+        one.forward_backward({name: text(i) for i, name in enumerate(one.names)})
+        one.optim_step()
+    made.save_state(tmp_path, ["b"])
+    left = weights(made, "b")
+    made.remove("b")
+    for one in (made, stayed):
+        one.forward_backward({"a": text(2)})
+        one.optim_step()
+    before = weights(made, "a")
+    made.load_state(tmp_path)
+    assert all(map(torch.equal, weights(made, "b"), left)) and made.names == ["a", "b"]
+    assert all(map(torch.equal, weights(made, "a"), before))
+    made.forward_backward({"b": text(3)})
+    assert made.optim_step()["b"].step == 2
+    with pytest.raises(AdapterNameError, match="no adapter is called 'c'"):
+        made.save_state(tmp_path, ["c"])
+
+
 def test_a_state_holds_nothing_of_another_adapter() -> None:
     made = family("a", "b")
     made.forward_backward({"a": text(), "b": text(1)})
