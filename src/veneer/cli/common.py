@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
     from ..training.console import PlainConsole
 
+#: Flags whose value may be left out, and what it is then.
+ALONE = {"--ray": "local"}
 DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
 app = typer.Typer(
@@ -153,6 +155,9 @@ def _normalised(words: list[str]) -> tuple[list[str], bool]:
             name, sign, value = word.partition("=")
             word = name.replace("_", "-") + sign + value
         out.append(word)
+    for number, (word, after) in enumerate(zip(out, [*out[1:], "-"], strict=True)):
+        if word in ALONE and after.startswith("-"):
+            out[number] = f"{word}={ALONE[word]}"
     return out + rest, verbose
 
 

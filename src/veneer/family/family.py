@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from veneer import inits
 from veneer.adapters import as_names, walk
@@ -367,6 +368,52 @@ class Family:
             self._check_names(names)
             self.model.save_pretrained(directory, selected_adapters=names)
 
+    def state_dict(self, selected_adapters: Sequence[str] | None = None) -> dict[str, Any]:
+        """What `save_state` saves, by adapter; the tensors are on the CPU, and no copies if they were there.
+
+        Raises:
+            AdapterNameError: An adapter is unknown.
+        """
+        with self._lock:
+            names = self.names if selected_adapters is None else list(selected_adapters)
+            if selected_adapters is not None:
+                self._check_names(names)
+            configs = self.model.peft_config
+            content = {
+                name: {"config": json.dumps(configs[name].to_json()), **self._trainees[name].state()}
+                for name in names
+            }
+            return tree_map_only(Tensor, Tensor.cpu, content)  # type: ignore[no-any-return]
+
+    def load_state_dict(self, states: Mapping[str, Any], *, source: str = "the state") -> None:
+        """Go on from `state_dict`, as `load_state` does.
+
+        Args:
+            states: By adapter.
+            source: Where they are from, for messages.
+
+        Raises:
+            AdapterFileError: An adapter does not fit the one that the family has. The family is then as it
+                was.
+        """
+        with self._lock:
+            added: list[str] = []
+            before = {name: copy.deepcopy(one.state()) for name, one in self._trainees.items()}
+            try:
+                for name, state in states.items():
+                    if name not in self._trainees:
+                        self._add_saved(name, state, source)
+                        added.append(name)
+                    self._trainees[name].check_state(state, source)
+                for name, state in states.items():
+                    self._trainees[name].restore(state)
+            except BaseException:
+                for name in added:
+                    self.remove(name)
+                for name, state in before.items():
+                    self._trainees[name].restore(state)
+                raise
+
     def save_state(
         self, directory: str | os.PathLike[str], selected_adapters: Sequence[str] | None = None
     ) -> None:
@@ -378,20 +425,7 @@ class Family:
             AdapterNameError: There is none of that name. Nothing has been written.
         """
         with self._lock:
-            names = self.names if selected_adapters is None else list(selected_adapters)
-            if selected_adapters is not None:
-                self._check_names(names)
-            content = {
-                name: {
-                    "config": json.dumps(self.model.peft_config[name].to_json()),
-                    **self._trainees[name].state(),
-                }
-                for name in names
-            }
-            place = Path(directory)
-            place.mkdir(parents=True, exist_ok=True)
-            with atomic_file(place / _STATE) as waiting:
-                torch.save(content, waiting)
+            write_states(directory, self.state_dict(selected_adapters))
 
     def load_state(self, directory: str | os.PathLike[str]) -> None:
         """Go on from `save_state`, on the same base.
@@ -403,30 +437,12 @@ class Family:
             AdapterFileError: There is no state, or it is damaged; or an adapter does not fit the one that the
                 family has. The family is then as it was.
         """
-        with self._lock:
-            place = Path(directory) / _STATE
-            content = _read_state(place)
-            added: list[str] = []
-            before = {name: copy.deepcopy(one.state()) for name, one in self._trainees.items()}
-            try:
-                for name, state in content.items():
-                    if name not in self._trainees:
-                        self._add_saved(name, state, place)
-                        added.append(name)
-                    self._trainees[name].check_state(state, place)
-                for name, state in content.items():
-                    self._trainees[name].restore(state)
-            except BaseException:
-                for name in added:
-                    self.remove(name)
-                for name, state in before.items():
-                    self._trainees[name].restore(state)
-                raise
+        self.load_state_dict(read_states(directory), source=str(Path(directory) / _STATE))
 
-    def _add_saved(self, name: str, state: Mapping[str, Any], place: Path) -> None:
+    def _add_saved(self, name: str, state: Mapping[str, Any], source: str) -> None:
         if state["own_optimizer"]:
             raise AdapterFileError(
-                f"{place}: {name!r} has an optimizer or a schedule of its own: add it with the same ones "
+                f"{source}: {name!r} has an optimizer or a schedule of its own: add it with the same ones "
                 "first, then load"
             )
         config = LoraConfig(**json.loads(state["config"]))
@@ -472,7 +488,21 @@ def _result(total: Tensor, count: Tensor | int, logprobs: Tensor | None) -> Resu
     return Result(float(total.detach()) / max(number, 1.0), number, logprobs)
 
 
-def _read_state(place: Path) -> dict[str, Any]:
+def write_states(directory: str | os.PathLike[str], states: Mapping[str, Any]) -> None:
+    """Write what `Family.state_dict` gives, atomically."""
+    place = Path(directory)
+    place.mkdir(parents=True, exist_ok=True)
+    with atomic_file(place / _STATE) as waiting:
+        torch.save(dict(states), waiting)
+
+
+def read_states(directory: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read what `write_states` wrote.
+
+    Raises:
+        AdapterFileError: There is no state, or it is damaged.
+    """
+    place = Path(directory) / _STATE
     if not place.is_file():
         raise AdapterFileError(f"{place} does not exist: there is no state of a family")
     try:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
@@ -148,7 +147,7 @@ class Trainee:
             "settings": self.settings,
         }
 
-    def check_state(self, state: State, place: Path) -> None:
+    def check_state(self, state: State, source: str) -> None:
         """Refuse the state of an adapter that has other parameters.
 
         Raises:
@@ -157,7 +156,7 @@ class Trainee:
         theirs = [tuple(tensor.shape) for tensor in state["parameters"]]
         if theirs != [tuple(parameter.shape) for parameter in self.parameters]:
             raise AdapterFileError(
-                f"{place}: {self.name!r} has other factors than in this family: add it with the "
+                f"{source}: {self.name!r} has other factors than in this family: add it with the "
                 "configuration that it was saved with, or not at all"
             )
 

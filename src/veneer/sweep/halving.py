@@ -1,16 +1,15 @@
-"""Asynchronous successive halving: which runs go on, and which are not worth it.
+"""Successive halving: which runs go on, and which are not worth it.
 
-Configurations are compared at rungs, by the mean held-out loss of their seeds. Of those that have reached a
-rung so far, the best third goes on to the next one, without waiting for the others::
+Configurations are compared at rungs, by the mean held-out loss of their seeds. Of N configurations, the best
+⌈N / 3^(k+1)⌉ at rung k go on to the next one::
 
-    goes on   if its rank at rung k is below min(⌊n_k / 3⌋, ⌈N / 3^(k+1)⌉)
-    stops     if its rank at rung k is above ⌈N / 3^(k+1)⌉
+    goes on   if fewer than ⌈N / 3^(k+1)⌉ are better, counting those that have not come to the rung
+    stops     if more than ⌈N / 3^(k+1)⌉ of those that have come to it are better
 
-with n_k configurations at the rung and N in all; ⌈n_k / 3⌉ where nobody else is on the way to it. A rank only
-gets worse when others arrive, so what is stopped could never have gone on. One more than go on is kept until
-the end, in case those diverge.
+So nobody waits for what is decided already, and what is decided does not depend on the order in which runs
+come. One more than go on is kept until the end, in case those diverge.
 
-Source: Li et al., A System for Massively Parallel Hyperparameter Tuning, 2020, arXiv:1810.05934, algorithm 2.
+Source: Jamieson and Talwalkar, Non-stochastic Best Arm Identification, 2016, arXiv:1502.07943, algorithm 1.
 """
 
 from __future__ import annotations
@@ -53,11 +52,9 @@ class Halving:
         Whoever takes them begins with them before asking again.
         """
         for rung in reversed(range(self.rungs - 1)):
-            losses = self.losses(rung)
-            more = KEEP - 1 if self._all_are_at(rung) else 0  # a third is rounded up at the end
-            for number in list(losses)[: min((len(losses) + more) // KEEP, self._most(rung))]:
-                if math.isfinite(losses[number]) and self._is_at(number, rung):
-                    return self.configurations[number]
+            for number in self._best(rung, self._most(rung) - self._missing(rung)):
+                if self._is_at(number, rung):
+                    return self._paused(number)
         for number in self.order:
             if all(one.state == "waiting" for one in self.configurations[number]):
                 return self.configurations[number]
@@ -71,7 +68,7 @@ class Halving:
         for rung in reversed(range(self.rungs - 1)):
             for number, loss in self.losses(rung).items():
                 if math.isfinite(loss) and self._is_at(number, rung):
-                    return self.configurations[number]
+                    return self._paused(number)
         return []
 
     def out(self) -> list[Trial]:
@@ -80,7 +77,7 @@ class Halving:
         for rung in range(self.rungs - 1):
             for rank, (number, loss) in enumerate(self.losses(rung).items()):
                 if self._is_at(number, rung) and (rank > self._most(rung) or not math.isfinite(loss)):
-                    found += [one for one in self.configurations[number] if one.state == "paused"]
+                    found += self._paused(number)
         return found
 
     def _most(self, rung: int) -> int:
@@ -88,16 +85,25 @@ class Halving:
         most: int = math.ceil(len(self.configurations) / KEEP ** (rung + 1))
         return most
 
-    def _all_are_at(self, rung: int) -> bool:
-        """Whether nobody is on the way to a rung."""
-        every = (one for seeds in self.configurations.values() for one in seeds)
-        return not any(
-            one.state == "waiting" or (one.state == "training" and one.rung <= rung) for one in every
-        )
+    def _best(self, rung: int, count: int) -> list[int]:
+        """The best of those at a rung, without what diverged."""
+        losses = self.losses(rung)
+        return [number for number in list(losses)[: max(count, 0)] if math.isfinite(losses[number])]
+
+    def _missing(self, rung: int) -> int:
+        """How many configurations may still come to a rung."""
+        there = self.losses(rung)
+        if rung == 0:
+            return len(self.configurations) - len(there)
+        if self._missing(rung - 1) == 0:
+            return sum(number not in there for number in self._best(rung - 1, self._most(rung - 1)))
+        came = sum(any(one.rung >= rung for one in self.configurations[number]) for number in there)
+        return self._most(rung - 1) - came
+
+    def _paused(self, number: int) -> list[Trial]:
+        return [one for one in self.configurations[number] if one.state == "paused"]
 
     def _is_at(self, number: int, rung: int) -> bool:
         """Whether a configuration waits at a rung."""
-        seeds = self.configurations[number]
-        return any(one.state == "paused" for one in seeds) and all(
-            one.rung == rung for one in seeds if one.state == "paused"
-        )
+        paused = self._paused(number)
+        return bool(paused) and all(one.rung == rung for one in paused)

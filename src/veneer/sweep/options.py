@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,6 +17,7 @@ from ..files.layout import left_over
 from ..files.overwrite import check_replaceable, check_writable
 from ..training.data.sources import check_source
 from ..training.launcher import launched
+from ..training.libraries import require
 from ..training.options import MEASURED, RunOptions, from_mapping, option, spellings, yaml_mapping
 from ..training.paths import all_of, check_model
 from ..training.planning.limits import parse_budget
@@ -32,6 +34,10 @@ HELD_OUT = 0.1
 MOST_POINTS = 10_000
 #: The file that says what a sweep did, and how far it is.
 RESULT_NAME = "sweep.json"
+
+#: Where `ray` is to run unless a cluster runs already.
+LOCAL = "local"
+_ADDRESS = re.compile(r"auto|(ray://)?[^:/\s]+:\d+|(ray://)?\[[0-9a-f:]+\]:\d+")
 
 #: Name of an option -> its values.
 Grid = dict[str, list[Any]]
@@ -53,7 +59,31 @@ class SweepOptions(RunOptions):
         True, "Evaluation", "Stop runs early: a third of them goes on at 1/9 of the steps, and at 1/3."
     )
     memory: str | None = option(
-        None, "Memory", "Memory to use, such as 8GB; by default, most of what is free.", free=True
+        None,
+        "Memory",
+        "Memory to use, such as 8GB, by each worker; by default, most of what is free.",
+        free=True,
+    )
+    exact: bool = option(
+        False,
+        "Memory",
+        "Compute each run in a pass of its own: slower, and the same bit for bit with any memory and any "
+        "number of workers.",
+    )
+    ray: str | None = option(
+        None,
+        "Run",
+        "Train on a Ray cluster: alone, on one that is started here and ended with the sweep; with HOST:PORT "
+        "or auto, on one that runs.",
+        free=True,
+    )
+    ray_workers: int | None = option(
+        None,
+        "Run",
+        "Workers on it, each with the base; by default one for each GPU, or for each machine if there are "
+        "none.",
+        free=True,
+        above=0,
     )
 
     def problems(self) -> list[Text]:
@@ -74,6 +104,10 @@ class SweepOptions(RunOptions):
                 given = None
             if given is None:
                 wrong.append(Text(Hint("memory"), f" is a size such as 8GB, not {self.memory!r}"))
+        if self.ray is not None and self.ray != LOCAL and not _ADDRESS.fullmatch(self.ray):
+            wrong.append(Text(Hint("ray"), f" is {LOCAL}, auto or HOST:PORT, not {self.ray!r}"))
+        if self.ray_workers is not None and self.ray is None:
+            wrong.append(Text(Hint("ray_workers"), " are those of a Ray cluster: give ", Hint("ray", LOCAL)))
         return [*super().problems(), *wrong]
 
     def points(self, grid: Grid) -> list[tuple[dict[str, Any], SweepOptions]]:
@@ -186,7 +220,9 @@ def check_sweep(options: SweepOptions) -> None:
         VeneerError: Something is missing or cannot be written; lists everything that is.
     """
     if launched():
-        raise TrainingError("a sweep runs in one process: start it without a launcher")
+        raise TrainingError("a sweep starts its own processes: start it without a launcher")
+    if options.ray is not None:
+        require("ray", "ray", Hint("ray"))
     sources = [options.data, *([options.eval_data] if options.eval_data else [])]
     all_of(
         [

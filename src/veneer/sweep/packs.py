@@ -61,7 +61,7 @@ class Packs:
             torch.cuda.empty_cache()
 
 
-def packs(base: Any, trials: Sequence[Trial], length: int, options: SweepOptions) -> Packs:
+def packs(base: Any, trials: Sequence[Trial], length: int, options: SweepOptions, share: int = 1) -> Packs:
     """What each run of a sweep takes by the planner, and what there is.
 
     Args:
@@ -69,6 +69,7 @@ def packs(base: Any, trials: Sequence[Trial], length: int, options: SweepOptions
         trials: The runs.
         length: Of the longest row, in tokens.
         options: With the memory to use.
+        share: Processes that share what is free.
 
     Raises:
         TargetError: The adapter of a run does not fit the base.
@@ -89,7 +90,7 @@ def packs(base: Any, trials: Sequence[Trial], length: int, options: SweepOptions
         taken, costs[trial.name] = known[key]
     if options.memory is None:
         free = free_bytes(there[0]) if there else None
-        return Packs(costs, int(ROOM * (_free_memory() if free is None else free)))
+        return Packs(costs, int(ROOM * (_free_memory() if free is None else free) / share))
     room = int((parse_budget(options.memory).memory or 0) * (1 - SPARE)) - taken
     largest = max(costs.values())
     if room < largest:

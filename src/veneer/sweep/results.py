@@ -68,10 +68,6 @@ class Record:
         if wrong:
             raise TrainingError(f"{output} contains another sweep: ", Text.join("; ", wrong))
 
-    def go_on(self, saved: Mapping[str, Any]) -> None:
-        """Take over what was measured before."""
-        self.base = saved["base"]
-
     def write(self, output: Path, trials: Sequence[Trial], **unfinished: Any) -> dict[str, Any]:
         """Write ``sweep.json``.
 

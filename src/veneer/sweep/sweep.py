@@ -1,55 +1,41 @@
-"""A sweep: the runs of a grid as one family, compared on held-out data, most of them stopped early."""
+"""A sweep: the runs of a grid, compared on held-out data, most of them stopped early."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
 import shutil
 import time
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from ..errors import Hint, TrainingError, VeneerWarning
-from ..family import Family, Result
-from ..family.losses import ModelLoss
+from ..atomic import atomic_files
+from ..errors import Hint, TrainingError
+from ..family.family import read_states, write_states
 from ..files.layout import left_over
-from ..training.data import Collator, LabelCollator
 from ..training.data.batch import pad_token
-from ..training.evaluate import objective_loss
-from ..training.forward import batches
 from ..training.libraries import require
-from ..training.losses import Answers, Classes, Objective, class_loss
 from ..training.models import load_tokenizer
-from ..training.planning.memory import enable_checkpointing
 from ..training.progress import Progress, Silent
 from ..training.resuming import METRICS_NAME, digest, write_json
-from ..training.run import absolute, encoded, load_training_base, read_all
+from ..training.run import absolute, encoded, read_all
 from ..training.stopping import Interrupted, Stop, stop_on_signals
-from ..training.train_rows import class_names
 from .board import Board
 from .halving import Halving
+from .handle import Handle, Here, Lost
 from .options import Grid, SweepOptions, check_sweep
-from .packs import Packs, packs
 from .results import Record, configurations, read_record, write_results
 from .trial import Trial, trials
+from .worker import Report, Work, Worker
 
 #: Seconds between two saves of everything.
 SAVE_SECONDS = 300.0
-#: Held-out examples that runs are compared on at least, if there are so many.
-FEWEST = 16
-
-Batches = Mapping[str, Mapping[str, Tensor]]
 
 
 def sweep(options: SweepOptions, grid: Grid, progress: Progress | None = None) -> dict[str, Any]:
-    """Train the runs of a grid in one pass, compare them on held-out data, and write what came of it.
+    """Train the runs of a grid, compare them on held-out data, and write what came of it.
 
     Args:
         options: What all runs share.
@@ -82,32 +68,37 @@ def sweep(options: SweepOptions, grid: Grid, progress: Progress | None = None) -
             progress.say(f"The sweep in {output} is finished: nothing is left to train.")
             write_results(output, saved, progress)
             return saved
+        record.base = saved["base"]
         for trial, one in zip(every, saved["runs"], strict=True):
             trial.restore(one)
-    torch.manual_seed(options.seed)  # a classifier's head, which all runs start from, is drawn with the base
-    base = load_training_base(options, classes, progress)
-    length = max(len(row["input_ids"]) for row in (*rows, *eval_rows))
-    fitting = packs(base, every, length, options)
-    pad = pad_token(tokenizer)
-    objective: Objective = Classes(LabelCollator(pad)) if classes else Answers(Collator(pad))
-    if saved is None:
-        record.base = objective_loss(base, eval_rows, objective, options.batch_size, progress)
-        progress.say(_what_comes(every, fitting, options, record.base))
-    else:
-        record.go_on(saved)
-        fitting.room = saved["room"]
-    if options.gradient_checkpointing:
-        for note in enable_checkpointing(base):
-            progress.say(note)
-    work = Sweep(Family(base), every, rows, eval_rows, objective, tokenizer, fitting, record, output)
-    with Board(progress, every) as board, stop_on_signals(progress.say) as stop:
-        work.go(board, stop, None if saved is None or saved["state"] is None else output / saved["state"])
-    return work.finish(progress)
+    work = Work(options, every, rows, eval_rows, pad_token(tokenizer), classes)
+    with _workers(work, progress) as workers:
+        if saved is None:
+            record.base = workers[0].call("base_loss")
+            progress.say(_what_comes(every, workers, options, record.base))
+        with Board(progress, every) as board, stop_on_signals(progress.say) as stop:
+            loop = Sweep(every, workers, tokenizer, classes, record, output)
+            loop.go(board, stop, saved)
+    return loop.finish(progress)
 
 
-def _what_comes(every: Sequence[Trial], fitting: Packs, options: SweepOptions, base: float) -> str:
+@contextmanager
+def _workers(work: Work, progress: Progress) -> Iterator[list[Handle]]:
+    if work.options.ray is not None:
+        from .on_ray import ray_workers
+
+        with ray_workers(work, progress) as there:
+            yield there
+        return
+    here = Here(Worker(work, progress))
+    here.call("load")
+    here.packs = here.call("prepare")
+    yield [here]
+
+
+def _what_comes(every: Sequence[Trial], workers: Sequence[Handle], options: SweepOptions, base: float) -> str:
     count = len({trial.configuration for trial in every})
-    together = len(fitting.first([trial.name for trial in every]))
+    together = min(len(worker.packs.first([trial.name for trial in every])) for worker in workers)
     seeds = f" with {options.seeds} seeds" * (options.seeds > 1)
     rungs = f", compared after {' and '.join(map(str, every[0].rungs))}" * (len(every[0].rungs) > 1)
     return (
@@ -120,175 +111,181 @@ class Sweep:
     """The loop.
 
     Args:
-        family: Of the base.
         trials: All runs.
-        rows: To train on.
-        eval_rows: To compare on.
-        objective: What is learned from a row.
+        workers: Where they are trained.
         tokenizer: Saved beside each adapter.
-        packs: What fits into memory.
+        classes: Of a classifier, by number.
         record: What identifies the sweep.
         output: Directory of the results.
     """
 
     def __init__(
         self,
-        family: Family,
         trials: Sequence[Trial],
-        rows: Sequence[Any],
-        eval_rows: Sequence[Any],
-        objective: Objective,
+        workers: list[Handle],
         tokenizer: Any,
-        packs: Packs,
+        classes: list[str] | None,
         record: Record,
         output: Path,
     ) -> None:
-        self.family, self.trials, self.rows, self.eval_rows = family, trials, rows, eval_rows
-        self.collate, self.tokenizer, self.packs = objective.collator, tokenizer, packs
-        self.loss: str | ModelLoss = class_loss if isinstance(objective, Classes) else "cross_entropy"
+        self.trials = {trial.name: trial for trial in trials}
+        self.workers, self.tokenizer, self.classes = workers, tokenizer, classes
         self.record, self.output = record, output
         self.halving = Halving(trials)
-        self.states = 0
+        #: What runs go on from that are paused, or would if their worker were lost.
+        self.held: dict[str, Any] = {}
+        self.began: dict[str, dict[str, Any]] = {}
+        self.news = True
+        self.saves = 0
 
-    def go(self, board: Board, stop: Stop, state: Path | None = None) -> None:
+    def go(self, board: Board, stop: Stop, saved: dict[str, Any] | None = None) -> None:
         """Train until nothing is left to train.
 
         Args:
             board: Shows the runs.
             stop: Ends the loop after a step.
-            state: What to go on from.
+            saved: The record of what to go on from.
 
         Raises:
             Interrupted: By ``stop``; everything is saved.
+            TrainingError: No worker is left; everything is saved that the sweep had of the runs.
         """
         self.board = board
         if self.output.is_dir():
             for path in left_over(self.output):
                 path.unlink(missing_ok=True)
-        if state is not None:
-            for trial in self._in("training", "paused"):
-                self._add(trial)
-            self.family.load_state(state)
-            self.states = int(state.name.partition("-")[2])
+        if saved is None:
+            self.record.write(self.output, list(self.trials.values()), room=self._room(), state=None)
         else:
-            self.record.write(self.output, self.trials, room=self.packs.room, state=None)
-        saved = time.monotonic()
+            self._go_on(saved)
+        last = time.monotonic()
         self._begin()
-        while training := self._in("training"):
-            self._step(training)
-            arrived = [trial for trial in self._in("training") if trial.step == trial.rungs[trial.rung]]
-            if arrived:
-                self._compare(arrived)
-                self._begin()
-            board.show()
-            if stop.asked or time.monotonic() - saved > SAVE_SECONDS:
+        while self._train():
+            if stop.asked or time.monotonic() - last > SAVE_SECONDS:
                 self._save()
-                saved = time.monotonic()
+                last = time.monotonic()
             if stop.asked:
-                done = sum(trial.step for trial in self.trials)
-                raise Interrupted(done, sum(trial.steps for trial in self.trials), self.output)
+                done, steps = (sum(getattr(t, n) for t in self.trials.values()) for n in ("step", "steps"))
+                raise Interrupted(done, steps, self.output)
+            self._begin()
         for trial in self._in("paused"):
             self._leave(trial, "stopped")
 
+    def _go_on(self, saved: dict[str, Any]) -> None:
+        for worker in self.workers:
+            worker.packs.room = saved["room"]
+            worker.call("set_room", saved["room"])
+        if saved["state"] is not None:
+            self.held = read_states(self.output / saved["state"])
+            self.saves = int(saved["state"].partition("-")[2])
+
+    def _room(self) -> int:
+        return min(worker.packs.room for worker in self.workers)
+
     def _in(self, *states: str) -> list[Trial]:
-        return [trial for trial in self.trials if trial.state in states]
+        return [trial for trial in self.trials.values() if trial.state in states]
 
     def _begin(self) -> None:
-        """Begin with what is to be trained next, as far as it fits."""
-        while seeds := self.halving.next():
-            names = [trial.name for trial in (*self._in("training"), *seeds)]
-            if len(names) > len(seeds) and not self.packs.fit(names):
-                return
-            for trial in seeds:
-                if trial.state == "waiting":
-                    self._add(trial)
-                trial.state, trial.rung = "training", trial.rung + 1
-
-    def _add(self, trial: Trial) -> None:
-        options = trial.options
-        self.family.add(
-            trial.name,
-            options.lora_config(),
-            learning_rate=options.learning_rate,
-            weight_decay=options.weight_decay,
-            schedule=partial(_schedule, trial),
-            max_grad_norm=options.max_grad_norm or None,
-            seed=options.seed,
-        )
-
-    def _step(self, training: Sequence[Trial]) -> None:
-        """One optimizer step of each run."""
-        parts = {trial.name: trial.batches(self.rows) for trial in training}
-        sums = {trial.name: (0.0, 0.0) for trial in training}
-        for number in range(max(map(len, parts.values()))):
-            given = {name: self.collate(p[number]) for name, p in parts.items() if number < len(p)}
-            for name, one in self._together(given, self.family.forward_backward).items():
-                sums[name] = sums[name][0] + one.loss * one.count, sums[name][1] + one.count
-        losses = {name: total / count for name, (total, count) in sums.items()}
-        sound = [trial for trial in training if math.isfinite(losses[trial.name])]
-        taken = {}
-        if sound:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", VeneerWarning)  # what is not taken is said below
-                taken = self.family.optim_step([trial.name for trial in sound])
-        for trial in training:
-            if trial.name not in taken or not taken[trial.name].taken:
-                self._leave(trial, "diverged")
-                continue
-            trial.step += 1
-            trial.losses.append(losses[trial.name])
-
-    def _compare(self, arrived: Sequence[Trial]) -> None:
-        """Evaluate runs together, and decide which ones go on."""
-        for rung in sorted({trial.rung for trial in arrived}):
-            self._evaluate([trial for trial in arrived if trial.rung == rung], self._held_out(rung))
+        """Once runs were compared, stop some, and give workers what comes next, as far as it fits."""
+        if not self.news:
+            return
+        self.news = False
         for trial in self.halving.out():
             self._leave(trial, "stopped")
-
-    def _held_out(self, rung: int) -> list[Any]:
-        """What to compare runs on: before their end as many examples as they were trained on, or a few."""
-        every, count = self.eval_rows, max(trial.seen(trial.rungs[rung]) for trial in self.trials)
-        count = len(every) if rung == len(self.trials[0].rungs) - 1 else min(max(count, FEWEST), len(every))
-        return [every[number * len(every) // count] for number in range(count)]
-
-    def _evaluate(self, arrived: Sequence[Trial], rows: Sequence[Any]) -> None:
-        sums = {trial.name: (0.0, 0.0) for trial in arrived}
-        for batch in batches(self.family.model, rows, self.collate, arrived[0].options.batch_size):
-            for name, one in self._together(dict.fromkeys(sums, batch), self.family.forward).items():
-                sums[name] = sums[name][0] + one.loss * one.count, sums[name][1] + one.count
-        for trial in arrived:
-            total, count = sums[trial.name]
-            if not math.isfinite(total):
-                self._leave(trial, "diverged")
-                continue
-            trial.evaluations.append(total / count)
-            trial.state = "paused"
-            if trial.step == trial.steps:
-                self._keep(trial)
-                self._leave(trial, "done")
-
-    def _together(
-        self, given: Batches, call: Callable[[Batches, str | ModelLoss], dict[str, Result]]
-    ) -> dict[str, Result]:
-        """Compute batches of several runs, in as few passes as fit into memory."""
-        found: dict[str, Result] = {}
-        waiting = list(given)
-        while waiting:
-            pack = self.packs.first(waiting)
+        new: dict[str, list[Trial]] = {}
+        while seeds := self._homeless() or self.halving.next():
+            worker = self._free(seeds)
+            if worker is None:
+                break
+            for trial in seeds:
+                if trial.state != "training":
+                    trial.state, trial.rung = "training", trial.rung + 1
+                self.began[trial.name] = trial.record()
+            worker.trials += seeds
+            new.setdefault(worker.name, []).extend(seeds)
+        for worker in [worker for worker in self.workers if worker.name in new]:
+            begun = new[worker.name]
+            states = {trial.name: self.held[trial.name] for trial in begun if trial.name in self.held}
             try:
-                found |= call({name: given[name] for name in pack}, self.loss)
-            except (RuntimeError, MemoryError) as error:
-                self.packs.halve(pack, error)
-                self.board.say(f"Out of memory with {len(pack)} runs at once: half as many from here on.")
-                continue
-            waiting = waiting[len(pack) :]
-        return found
+                worker.call("begin", begun, states)
+            except Lost as lost:
+                self._lose(worker, lost)
 
-    def _keep(self, trial: Trial) -> None:
+    def _homeless(self) -> list[Trial]:
+        """Runs of a configuration that are to be trained and have no worker."""
+        placed = {trial.name for worker in self.workers for trial in worker.trials}
+        left = [trial for trial in self._in("training") if trial.name not in placed]
+        return [trial for trial in left if trial.configuration == left[0].configuration]
+
+    def _free(self, seeds: Sequence[Trial]) -> Handle | None:
+        """The worker with the fewest runs that does not train yet and has room for more."""
+        names = [trial.name for trial in seeds]
+        for worker in sorted(self.workers, key=lambda worker: len(worker.trials)):
+            has = [trial.name for trial in worker.trials]
+            if not worker.busy and (not has or worker.packs.fit([*has, *names])):
+                return worker
+        return None
+
+    def _train(self) -> bool:
+        """Let all workers train until one of them reports, and say whether one has."""
+        for worker in self.workers:
+            if worker.trials and not worker.busy:
+                worker.ask("train", worker.seconds)
+                worker.busy = True
+        busy = [worker for worker in self.workers if worker.busy]
+        if busy:
+            self._hear(busy[0].first(busy))
+            self.board.show()
+        return bool(busy)
+
+    def _hear(self, worker: Handle) -> None:
+        """Take over what a worker reports."""
+        worker.busy = False
+        try:
+            report: Report = worker.answer()
+        except Lost as lost:
+            self._lose(worker, lost)
+            return
+        for line in report.lines:
+            self.board.say(line)
+        worker.packs.room = report.room
+        self.held |= report.states
+        for record in report.runs:
+            trial = self.trials[record["name"]]
+            trial.restore(record)
+            if trial.state in ("diverged", "done"):
+                if trial.state == "done":
+                    self._keep(trial, report.adapters[trial.name])
+                self._leave(trial, trial.state)
+        left = [trial for trial in worker.trials if trial.state == "training"]
+        self.news |= len(left) < len(worker.trials)
+        worker.trials = left
+
+    def _lose(self, worker: Handle, lost: Lost) -> None:
+        """Go on without a worker: its runs begin again where they were when it got them.
+
+        Raises:
+            TrainingError: It was the last one.
+        """
+        self.workers.remove(worker)
+        self.news = True
+        for trial in worker.trials:
+            trial.restore(self.began[trial.name])
+        names = ", ".join(trial.name for trial in worker.trials) or "no runs"
+        self.board.say(f"{worker.name} is gone ({lost}). It had {names}: others take over.")
+        if not self.workers:
+            self._write_state({}, worker.packs.room)
+            raise TrainingError(
+                f"no worker is left; the last one: {lost}. The sweep goes on with ", Hint("resume", True)
+            )
+
+    def _keep(self, trial: Trial, files: dict[str, bytes]) -> None:
         """Save a run that came to its end, as `veneer train` saves it."""
         place = self.output / trial.name
-        self.output.mkdir(parents=True, exist_ok=True)
-        self.family.save_pretrained(self.output, [trial.name])
+        place.mkdir(parents=True, exist_ok=True)
+        with atomic_files(*(place / name for name in files)) as waiting:
+            for path, content in zip(waiting, files.values(), strict=True):
+                path.write_bytes(content)
         self.tokenizer.save_pretrained(place)
         metrics = {
             "steps": trial.step,
@@ -296,22 +293,34 @@ class Sweep:
             "losses": [{"step": step, "loss": loss} for step, loss in enumerate(trial.losses, 1)],
             "evaluations": trial.record()["evaluations"],
         }
-        if names := class_names(self.family.model):
-            metrics["label_names"] = names
+        if self.classes:
+            metrics["label_names"] = self.classes
         write_json(place / METRICS_NAME, metrics)
 
     def _leave(self, trial: Trial, state: Any) -> None:
         trial.state = state
-        self.family.remove(trial.name)
+        self.held.pop(trial.name, None)
         self.board.tell(trial)
 
     def _save(self) -> None:
-        """Save everything, to go on bit for bit; what was saved before is whole until this is."""
-        before = self.output / f"state-{self.states}"
-        self.states += 1
-        place = self.output / f"state-{self.states}"
-        self.family.save_state(place)
-        self.record.write(self.output, self.trials, room=self.packs.room, state=place.name)
+        """Save everything, to go on bit for bit."""
+        while busy := [worker for worker in self.workers if worker.busy]:
+            self._hear(busy[0].first(busy))
+        states: dict[str, Any] = {}
+        for worker in list(self.workers):
+            try:
+                states |= worker.call("states")
+            except Lost as lost:
+                self._lose(worker, lost)
+        self._write_state(states, self._room())
+
+    def _write_state(self, states: dict[str, Any], room: int) -> None:
+        """Save the states of runs, those that are held too; what was saved before is whole until this is."""
+        before = self.output / f"state-{self.saves}"
+        self.saves += 1
+        place = self.output / f"state-{self.saves}"
+        write_states(place, self.held | states)
+        self.record.write(self.output, list(self.trials.values()), room=room, state=place.name)
         shutil.rmtree(before, ignore_errors=True)
 
     def finish(self, progress: Progress) -> dict[str, Any]:
@@ -320,18 +329,11 @@ class Sweep:
         Raises:
             TrainingError: There are none.
         """
-        if not any(one["mean"] is not None for one in configurations(self.trials)):
+        every = list(self.trials.values())
+        if not any(one["mean"] is not None for one in configurations(every)):
             raise TrainingError(
                 "no run came to its end: all of them diverged. Try lower values of ", Hint("learning_rate")
             )
-        found = self.record.write(self.output, self.trials)
+        found = self.record.write(self.output, every)
         write_results(self.output, found, progress)
         return found
-
-
-def _schedule(trial: Trial, optimizer: Any) -> Any:
-    from transformers import get_scheduler
-
-    options = trial.options
-    warmup = options.warmup_steps or math.ceil(options.warmup_ratio * trial.steps)
-    return get_scheduler(options.lr_scheduler_type, optimizer, warmup, trial.steps)

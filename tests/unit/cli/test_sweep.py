@@ -107,3 +107,18 @@ def test_elsewhere_there_are_lines(
         board.said -= 60.0
         board.show()
     assert capsys.readouterr().err == "  training 1 of 2 runs, 4 of at most 18 steps taken\n"
+
+
+def test_ray_may_stand_alone(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+
+    def watched(options: SweepOptions, *_: Any) -> None:
+        found.append((options.ray, options.ray_workers))
+        raise Interrupted(5, 12, tmp_path / "out")
+
+    monkeypatch.setattr(module, "sweep", watched)
+    monkeypatch.setattr("veneer.sweep.options.require", lambda *_: None)
+    data = saved_records(tmp_path / "data.jsonl")
+    for more in (["--ray"], ["--ray", "--ray_workers", "2"], ["--ray", "auto"]):
+        assert main(words(base, data, tmp_path / "out", *more)) == 130
+    assert found == [("local", None), ("local", 2), ("auto", None)]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from veneer.errors import ConfigError, TrainingError, UnknownOptionError, VeneerError
+from veneer.errors import ConfigError, MissingExtraError, TrainingError, UnknownOptionError, VeneerError
 from veneer.sweep.options import HELD_OUT, SweepOptions, check_sweep, options_and_grid
 from veneer.sweep.trial import short
 
@@ -104,9 +104,22 @@ def test_values_are_short() -> None:
     ]  # fmt: skip
 
 
+def test_where_ray_runs_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {"model": "m", "data": "d", "output": "o"}
+    for address in ("local", "auto", "10.0.0.1:6379", "ray://head:10001", "[::1]:6379"):
+        SweepOptions(**given, ray=address, ray_workers=2)
+    with pytest.raises(ConfigError, match=r"ray is local, auto or HOST:PORT, not 'sweep\.yaml'"):
+        SweepOptions(**given, ray="sweep.yaml")
+    with pytest.raises(ConfigError, match="ray_workers are those of a Ray cluster: give ray='local'"):
+        SweepOptions(**given, ray_workers=2)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(MissingExtraError, match=r"ray needs ray, .* pip install 'veneer\[ray\]'"):
+        check_sweep(SweepOptions(**given, ray="local"))
+
+
 def test_a_launcher_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "0")
-    with pytest.raises(TrainingError, match="a sweep runs in one process: start it without a launcher"):
+    with pytest.raises(TrainingError, match="a sweep starts its own processes: start it without a launcher"):
         check_sweep(SweepOptions(model="m", data="d", output="o"))
 
 
