@@ -30,7 +30,7 @@ from .packs import Packs, packs
 from .trial import Trial
 
 #: Held-out examples that runs are compared on at least, if there are so many.
-FEWEST = 16
+FEWEST = 256
 
 Batches = Mapping[str, Mapping[str, Tensor]]
 
@@ -195,7 +195,7 @@ class Worker:
             trial.losses.append(losses[trial.name])
 
     def _held_out(self, rung: int) -> list[Any]:
-        """What to compare runs on: before their end as many examples as they were trained on, or a few."""
+        """What to compare runs on: before their end as many examples as they were trained on, or `FEWEST`."""
         trials, every = self.work.trials, self.work.eval_rows
         count = max(trial.seen(trial.rungs[rung]) for trial in trials)
         count = len(every) if rung == len(trials[0].rungs) - 1 else min(max(count, FEWEST), len(every))
