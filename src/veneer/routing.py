@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer.adapters import AdapterModule, Contexts, adapter_modules, opened, walk
+from veneer.adapters import AdapterModule, Contexts, adapter_modules, opened, uncompiled, walk
 from veneer.errors import RoutingError, show
 from veneer.ops.dropout import Draws
 from veneer.ops.mixed_batch import Layout, layouts
@@ -354,7 +354,7 @@ def _has_experts(model: nn.Module) -> bool:
         return False
     found = False
     for path, module in walk(model):
-        if module._compiled_call_impl is not None:
+        if module._compiled_call_impl is not None or uncompiled(module) is not module:
             return False
         found = found or "expert" in path or "parameter_name" in module.__dict__
     return found

@@ -206,7 +206,7 @@ class LoraLayer(Mergeable):
             inputs = torch.split(own, [stop - start for _, start, stop in layout.runs])
             if routing.tokens is not None:
                 for part in inputs:
-                    routing.tokens.keep(x, part)
+                    routing.tokens.pass_on(x, part)
             return self._add_runs(layout.runs, inputs, result, fresh)
 
         fresh = backends.gives_fresh_output(self.get_base_layer())

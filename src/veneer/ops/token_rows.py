@@ -56,10 +56,10 @@ class TokenRows(TorchFunctionMode):
         gone = weakref.ref(x, lambda _: self._notes.pop(key, None))
         self._notes[key] = _Note(gone, each, _version(x))
 
-    def pass_on(self, x: Any, y: Any) -> None:
-        """Note on y, computed from each token of x by itself, what is known of x."""
-        each = self.of(x) if isinstance(x, Tensor) else None
-        if each is not None and isinstance(y, Tensor) and y.shape[:1] == x.shape[:1]:
+    def pass_on(self, x: Tensor, y: Any) -> None:
+        """Note for y what is known of x: it is whole rows of x, or was computed from each token by itself."""
+        each = self.of(x)
+        if each is not None and isinstance(y, Tensor):
             self.note(y, each)
 
     @contextmanager
@@ -70,12 +70,6 @@ class TokenRows(TorchFunctionMode):
             yield
         finally:
             self.counts = before
-
-    def keep(self, x: Tensor, part: Tensor) -> None:
-        """Note on whole rows of x how many tokens each has."""
-        each = self.of(x)
-        if each is not None:
-            self.note(part, each)
 
     def __torch_function__(
         self,

@@ -106,6 +106,27 @@ def test_tokens_in_an_order_of_the_model_are_refused(sort: bool, reason: str) ->
     assert torch.equal(model(x, adapter_names=["default"] * 2), model(x))
 
 
+class First(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(2, 4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight[0]
+
+
+def test_tokens_in_compiled_code_are_refused() -> None:
+    packing = Packing(sort=False)
+    packing.experts, packing.forward = First(), lambda x: packing.experts(x.flatten(0, 1)).view_as(x)
+    config = LoraConfig(r=2, target_modules=[], target_parameters=["experts.weight"], init_lora_weights=False)
+    model = get_peft_model(packing, config)
+    x = torch.randn(2, 2, 4)
+    assert torch.equal(model(x, adapter_names=["default", "__base__"])[0], model(x[:1])[0])
+    model.compile(backend="eager")
+    with pytest.raises(RoutingError, match=r"as under torch\.compile"):
+        model(x, adapter_names=["default", "__base__"])
+
+
 def test_rows_that_need_no_bare_parameter_are_served() -> None:
     case = SPECIAL["weight-of-a-linear"]
     base = nn.Sequential(case.build().head, nn.Linear(3, 4)).eval().requires_grad_(False)
