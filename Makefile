@@ -8,6 +8,7 @@
 # make bench    run the benchmarks; tables on the screen, JSON and pictures in benchmarks/results
 # make bench-quick   the training step only, fewer turns    make bench-check   exit 1 where a bar is missed
 # make readers  run llama.cpp and mlx-lm on what is exported for them, and write the table of docs/exporting.md
+# make readers-vllm   the same with vLLM for the CPU, which takes about 3 GB
 # make setup    only set up        make clean   remove what all of this made
 #
 # Another interpreter: make PYTHON=python3.12 …    Arguments for pytest: make test ARGS="-k merge"
@@ -22,10 +23,10 @@ PYTEST = $(VENV)/python -m pytest -n $(WORKERS) --dist loadfile
 SITE = @NO_MKDOCS_2_WARNING=1 $(VENV)/python -m mkdocs build --strict --quiet
 SHORT := tests/architecture tests/unit tests/laws tests/golden tests/readers tests/docs
 
-.PHONY: help setup setup-test demo tutorial examples examples-data test test-all fuzz kills mutants other-trainers readers check docs format bench bench-quick bench-check lock clean
+.PHONY: help setup setup-test demo tutorial examples examples-data test test-all fuzz kills mutants other-trainers readers readers-vllm check docs format bench bench-quick bench-check lock clean
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -13
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -14
 
 setup:
 	@$(PYTHON) tools/setup.py base
@@ -73,6 +74,10 @@ other-trainers: setup-test
 readers: setup-test
 	@$(VENV)/python tools/smollm2.py
 	@$(VENV)/python -W ignore tools/readers.py
+
+readers-vllm: setup-test
+	@$(VENV)/python tools/smollm2.py
+	@$(VENV)/python -W ignore tools/readers.py vllm
 
 check: setup-test
 	$(VENV)/ruff check .

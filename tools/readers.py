@@ -1,9 +1,12 @@
-"""Run llama.cpp and mlx-lm on what Veneer exports for them, and compare what they compute: ``make readers``.
+"""Run the programs that Veneer exports for, and compare what they compute with what Veneer computes.
+
+``make readers`` runs llama.cpp and mlx-lm, ``make readers-vllm`` vLLM: ``python tools/readers.py [vllm]``.
 
 The base is the first layers of SmolLM2, with their real weights. Adapters of each kind are exported, every
-printed command is run as it stands, and the reader's log-probabilities are compared with those of Veneer:
-their difference, the slope of the adapter's effect there on its effect here (1.00; 0 is an ignored adapter),
-and the tokens written greedily. The table goes to docs/exporting.md. Exits with 1 if something differs.
+printed command but that of vLLM's server is run as it stands, and the reader's log-probabilities are compared
+with those of Veneer: their difference, the slope of the adapter's effect there on its effect here (1.00; 0 is
+an ignored adapter), and the tokens written greedily. A table goes to docs/exporting.md. Exits with 1 if
+something differs.
 """
 
 from __future__ import annotations
@@ -36,7 +39,7 @@ from veneer.training.adapters import load_adapted, save_merged
 from veneer.training.loading import Loading
 
 PAGE = ROOT / "docs" / "exporting.md"
-BEGIN, END = "<!-- readers: made by `make readers` -->", "<!-- end of readers -->"
+BEGIN, END = "<!-- readers: made by `make {}` -->", "<!-- end of readers -->"
 WORK = BUILD / "work"
 LAYERS, STEPS, SEED = 4, 8, 0
 #: How far log-probabilities may be off, of sums in 32 bits in another order.
@@ -226,6 +229,40 @@ def asking(python: Path, script: str) -> Callable[[dict[str, Any], Path], dict[s
     return ask
 
 
+def asking_engines(python: Path, script: str) -> Callable[[dict[str, Any], Path], dict[str, Any]]:
+    """A program that takes long to start, so that one process answers all that is asked of a model.
+
+    It ends when its input does, with this program at the latest.
+    """
+    running: dict[str, subprocess.Popen[str]] = {}
+
+    def ask(asked: dict[str, Any], place: Path) -> dict[str, Any]:
+        files = place / "asked.json", place / "answered.json"
+        files[0].write_text(json.dumps(asked))
+        model = asked["model"]
+        if model not in running:
+            command = [str(python), str(ROOT / "tools" / script), model]
+            with (place / "engine.log").open("a") as log:
+                running[model] = subprocess.Popen(
+                    command,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=log,
+                    text=True,
+                    env=readers_setup.vllm_environment(),
+                )
+        engine = running[model]
+        assert engine.stdin is not None and engine.stdout is not None
+        engine.stdin.write(json.dumps([str(file) for file in files]) + "\n")
+        engine.stdin.flush()
+        if engine.stdout.readline() != "done\n":
+            raise SystemExit(f"{script}: {(place / 'engine.log').read_text()[-2000:]}")
+        found: dict[str, Any] = json.loads(files[1].read_text())
+        return found
+
+    return ask
+
+
 def gguf_of(model: Path) -> str:
     """A model's GGUF file in 32 bits, made by llama.cpp's own converter."""
     out = model.with_suffix(".gguf")
@@ -251,14 +288,17 @@ def generated(report: ExportReport) -> str:
     return str(report.directory)
 
 
-def all_readers() -> list[Reader]:
-    """Those that are installed here."""
+def all_readers(names: list[str]) -> list[Reader]:
+    """Those of the targets that are named."""
     llama = asking(Path(sys.executable), "reader_llama_cpp.py")
     mlx = asking(readers_setup.MLX_PYTHON, "reader_mlx.py")
-    return [
+    vllm = asking_engines(readers_setup.VLLM_PYTHON, "reader_vllm.py")
+    known = [
         Reader("llama.cpp", "llama.cpp in xllamacpp", llama, gguf_of, converted),
         Reader("mlx", "mlx-lm", mlx, str, generated),
+        Reader("vllm", "vLLM", vllm, str, lambda report: str(report.directory)),
     ]
+    return [reader for reader in known if reader.target in names]
 
 
 def rows(readers: list[Reader]) -> Iterator[tuple[str, list[Compared | str]]]:
@@ -289,7 +329,7 @@ def _exported(reader: Reader, model: Any, base: Path, place: Path) -> Compared |
     return compared(reader, model, base, reader.base(base), reader.adapter(report))
 
 
-def controls(reader: Reader) -> Compared:
+def control(reader: Reader) -> Compared:
     """An adapter that llama.cpp reads wrongly where nothing folds it: what a comparison must find."""
     number = list(KINDS).index("use_rslora")
     place, base = WORK / f"adapter-{number}", base_of(True)
@@ -302,10 +342,11 @@ def controls(reader: Reader) -> Compared:
         return Compared(float("inf"), 0.0, 0)
 
 
-def page(table: list[str]) -> str:
+def page(table: list[str], made_by: str) -> str:
     """docs/exporting.md with a new table in it."""
-    between = re.compile(re.escape(BEGIN) + ".*?" + re.escape(END), re.S)
-    text = "\n".join([BEGIN, *table, END])
+    begin = BEGIN.format(made_by)
+    between = re.compile(re.escape(begin) + ".*?" + re.escape(END), re.S)
+    text = "\n".join([begin, *table, END])
     return between.sub(lambda _: text, PAGE.read_text(encoding="utf-8"))
 
 
@@ -313,10 +354,11 @@ def main() -> int:
     """Install, compare, write the table."""
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
-    versions = readers_setup.install()
+    names = sys.argv[1:] or ["llama.cpp", "mlx"]
+    versions = readers_setup.install(names)
     shutil.rmtree(WORK, ignore_errors=True)
     WORK.mkdir(parents=True)
-    readers = all_readers()
+    readers = all_readers(names)
     titles = [f"{reader.title} {versions[reader.target]}" for reader in readers]
     lines = [f"| an adapter with | {' | '.join(titles)} |", "|---|" + "---|" * len(readers)]
     bad = []
@@ -324,9 +366,10 @@ def main() -> int:
         lines.append(f"| {kind} | {' | '.join(map(str, found))} |")
         print(lines[-1], flush=True)
         bad += [kind for one in found if isinstance(one, Compared) and not one.good]
-    unfolded = controls(readers[0])
-    print(f"use_rslora, not folded: {unfolded}", flush=True)
-    bad += ["use_rslora, not folded"] * unfolded.good
+    if "llama.cpp" in names:
+        unfolded = control(readers[0])
+        print(f"use_rslora, not folded: {unfolded}", flush=True)
+        bad += ["use_rslora, not folded"] * unfolded.good
     note = (
         f"Slope, largest difference of a log-probability, and tokens written alike, of {STEPS * len(TEXTS)}; "
         f"the first {LAYERS} layers of SmolLM2-135M-Instruct in 32 bits, on {_machine()}."
@@ -334,7 +377,8 @@ def main() -> int:
     if bad:
         print(f"these differ: {', '.join(bad)}", file=sys.stderr)
         return 1
-    PAGE.write_text(page([note, "", *lines]), encoding="utf-8")
+    made_by = "-".join(["readers", *sys.argv[1:]])
+    PAGE.write_text(page([note, "", *lines], made_by), encoding="utf-8")
     return 0
 
 
