@@ -346,7 +346,7 @@ def findings(curves: dict[str, Curve]) -> list[Finding]:
     half, above, same = math.log10(3), (0.0, math.inf), (-2.0, 2.0)
     return [
         Finding("LoRA's best rate is about ten times that of full fine-tuning (3 to 30 times)",
-                "LoRA ÷ full", apart(LORA, FULL), (1 - half, 1 + half), "times"),
+                "LoRA ÷ full", apart(LORA, FULL), (half, 1 + half), "times"),
         Finding("the best rate does not depend on the rank: r=64 needs that of r=4, within a factor of 3",
                 "r=64 ÷ r=4", apart(RANKS[64], RANKS[4]), (-half, half), "times"),
         Finding("attention only does worse than all layers with as many parameters",
@@ -454,7 +454,8 @@ def draw_rates(study: Study, done: dict[str, Runs]) -> None:
             axes.set_xscale("log")
             axes.set_xlabel("learning rate")
             axes.spines[["top", "right"]].set_visible(False)
-            axes.legend(frameon=False, fontsize=7)
+            if axes in grid[0]:
+                axes.legend(frameon=False, fontsize=8, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0))
         lowest = min(statistics.fmean(curve.at_best) for curve in runs.curves.values())
         line[0].set_ylim(0.95 * lowest, min(runs.base, 2 * lowest))
         line[0].set_ylabel(f"{title}\nheld-out loss")
