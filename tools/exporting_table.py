@@ -14,7 +14,7 @@ from made_page import ROOT
 PAGE = ROOT / "docs" / "exporting.md"
 BEGIN = "<!-- table: made by `python tools/exporting_table.py` from the targets themselves -->"
 END = "<!-- end of table -->"
-ORDER = ("vllm", "llama.cpp", "ollama", "mlx", "diffusers", "plain")
+ORDER = ("vllm", "sglang", "llama.cpp", "ollama", "mlx", "diffusers", "plain")
 
 
 def page() -> str:

@@ -18,6 +18,7 @@ from veneer.base_fingerprint import check_base
 from veneer.config import LoraConfig, PeftConfig
 from veneer.config.residual import marked_config
 from veneer.errors import ConfigError, Hint, LoadMismatchError, MergeError
+from veneer.expert_layouts.standard import standard
 from veneer.files.keys import PREFIX
 from veneer.files.match import match
 from veneer.files.read import AdapterFile, open_adapter
@@ -94,12 +95,18 @@ def load(
     where = file.path.parent
     config = copy.deepcopy(config)
     config.inference_mode = not is_trainable
-    tensors = _stored(file, rename)
     if isinstance(config, LoraConfig):
+        kind = getattr(getattr(lora.get_base_model(), "config", None), "model_type", None)
+        config, file, told = standard(file, config, {"model_type": kind})
+        if told.certain and told.layout not in (None, "peft", "transformers-4"):
+            warn(f"{where}: its experts are in the layout {told.layout} ({told.why}) and are read as such")
         config = marked_config(config, file.metadata, where)
+        tensors = _stored(file, rename)
         if (experts := stacked(lora.get_base_model(), config, tensors.shapes)) is not None:
             config = experts.config
             tensors = StoredTensors(experts.shapes, partial(experts.tensors, read=tensors.read))
+    else:
+        tensors = _stored(file, rename)
     if adapter_name in lora.peft_config:
         _check_reload(lora, config, adapter_name, where)
         if checks.base:

@@ -12,6 +12,9 @@ from torch import Tensor
 
 from veneer.config import LoraConfig, PeftConfig
 from veneer.errors import AdapterFileError
+from veneer.expert_layouts.reading import find, stacks
+from veneer.expert_layouts.standard import standard
+from veneer.files.keys import PREFIX
 from veneer.files.layout import CONFIG_NAME, blame_file
 from veneer.files.read import AdapterFile, open_adapter
 from veneer.spec import LoraSpec, resolve_all, variant_name
@@ -84,7 +87,7 @@ def updates(lora: OpenLora) -> Iterator[FileUpdate]:
 
 
 def open_lora(adapter: str | os.PathLike[str] | OpenLora) -> OpenLora:
-    """Open a LoRA, unless it is open already.
+    """Open a LoRA, unless it is open already; experts in another layout are brought into PEFT's.
 
     Raises:
         AdapterFileError: It is missing or broken, is no LoRA, or its two files disagree; names the modules.
@@ -95,9 +98,14 @@ def open_lora(adapter: str | os.PathLike[str] | OpenLora) -> OpenLora:
     with blame_file(adapter):
         config = PeftConfig.from_belonging(file.belonging_config())
         variant_name(config)
+    config, file, _ = standard(file, config)
     factors = factor_names(file)[0]
-    # What is adapted inside a wrapper takes the wrapper's rank and strength.
+    # What is adapted inside a wrapper takes the wrapper's rank and strength; stacks have their own.
     outer = {path: _WRAPPED.split(path, maxsplit=1)[0] for path in factors}
+    for path, stack in stacks(find(file.shapes, config), config).items():
+        if stack is not None:
+            inner = path.removeprefix(PREFIX)
+            outer[inner] = f"{inner.removesuffix('.base_layer')}.{stack}"
     with blame_file(adapter):
         resolved = resolve_all(config, "default", dict.fromkeys(outer.values(), ""))
     specs, wrong = {path: resolved[outer[path]] for path in factors}, []

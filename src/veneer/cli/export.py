@@ -29,7 +29,8 @@ HALF = 1e-6
 def export(
     adapter: Annotated[str, typer.Argument(help="Directory or hub id of the adapter.")],
     target: Annotated[
-        str, typer.Option(help="Program to export for: vllm, llama.cpp, ollama, mlx, diffusers or plain.")
+        str,
+        typer.Option(help="Program to export for: vllm, sglang, llama.cpp, ollama, mlx, diffusers or plain."),
     ],
     output: Annotated[
         Path | None,
@@ -59,7 +60,7 @@ def export(
     overwrite: Overwrite = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
-    """Export an adapter for vLLM, llama.cpp, Ollama, mlx-lm, diffusers, or any reader of plain LoRA.
+    """Export an adapter for vLLM, SGLang, llama.cpp, Ollama, mlx-lm, diffusers, or any reader of plain LoRA.
 
     What the format cannot express is folded into the factors where possible; otherwise the export is
     refused, with a list of everything in the way. The files are read back, and every module's update is

@@ -89,8 +89,10 @@ def _place(name: str, dimensions: int) -> Place | None:
 
 
 def _is_stack(place: Place, shapes: Mapping[str, tuple[int, ...]], config: LoraConfig) -> bool:
-    """Whether a pair called ``experts`` is that of a stack, not of a module of this name."""
-    return bool(config.target_parameters) or f"{place.holder}.base_layer.lora_A.weight" in shapes
+    """Whether a pair called ``experts`` is that of a stack, and not of something else of this name."""
+    if config.target_parameters:
+        return any(name.rpartition(".")[2] in STACKS for name in config.target_parameters)
+    return f"{place.holder}.base_layer.lora_A.weight" in shapes
 
 
 def parameter_of(place: Place, folded: Iterable[str], config: LoraConfig) -> str | None:
@@ -110,6 +112,19 @@ def parameter_of(place: Place, folded: Iterable[str], config: LoraConfig) -> str
     return None
 
 
+def stacks(found: Found, config: LoraConfig) -> dict[str, str | None]:
+    """Path of a folded pair, as in the file -> the stack that it belongs to; None where that is not known."""
+    folded: dict[str, set[str]] = {}
+    places = [place for place in found.places.values() if place.form == "folded"]
+    for place in places:
+        folded.setdefault(place.holder, set()).add(place.part)
+    return {pair_of(place): parameter_of(place, folded[place.holder], config) for place in places}
+
+
+def pair_of(place: Place) -> str:
+    return f"{place.holder}.{place.part}" if place.part else place.holder
+
+
 def read(
     layout: Layout, config: LoraConfig, tensors: Mapping[str, Tensor], found: Found
 ) -> tuple[Experts, list[str]]:
@@ -126,14 +141,11 @@ def read(
     """
     problems = [f"{name} is no factor of an expert, and has no place here" for name in found.strange]
     groups: dict[tuple[str, str], dict[tuple[int, str], str]] = {}
-    folded: dict[str, set[str]] = {}
-    for place in found.places.values():
-        if place.form == "folded":
-            folded.setdefault(place.holder, set()).add(place.part)
+    folded = stacks(found, config)
     for name, place in found.places.items():
         part = place.part
         if place.form == "folded":
-            stack = parameter_of(place, folded[place.holder], config)
+            stack = folded[pair_of(place)]
             if stack is None:
                 problems.append(f"{name}: target_parameters does not say of which stack it is")
                 continue

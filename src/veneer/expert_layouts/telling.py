@@ -13,7 +13,7 @@ from veneer.config import LoraConfig
 from veneer.errors import AdapterFileError, Hint
 from veneer.expert_layouts.family import Family
 from veneer.expert_layouts.layouts import LAYOUTS
-from veneer.expert_layouts.reading import Found, find, parameter_of, path_of
+from veneer.expert_layouts.reading import Found, find, pair_of, parameter_of, path_of, stacks
 from veneer.files.layout import SAVED_CONFIG
 from veneer.spec import resolve_all
 
@@ -86,9 +86,6 @@ def tell(evidence: Evidence, config: LoraConfig, family: Family) -> Told:
         evidence: Of the file.
         config: Its configuration.
         family: What is known of the base model.
-
-    Raises:
-        AdapterFileError: The experts are written in several ways at once.
     """
     found = find(evidence.shapes, config)
     if not found.places:
@@ -96,7 +93,7 @@ def tell(evidence: Evidence, config: LoraConfig, family: Family) -> Told:
     if (name := evidence.metadata.get(MARK)) in LAYOUTS:
         return Told(name, f"{MARK} in the metadata of the tensors")
     if len(found.forms) > 1:
-        raise AdapterFileError(f"the experts are written in several ways: {', '.join(sorted(found.forms))}")
+        return Told(None, "its experts are written in several ways", certain=False)
     (form,) = found.forms
     if form == "each":
         return Told("transformers-4", "every expert has tensors of its own")
@@ -167,16 +164,12 @@ def _order(evidence: Evidence, config: LoraConfig, found: Found) -> float | None
     In PEFT's order the columns j of expert e are those with ``j % E == e``, in Unsloth's those with
     ``j // r == e``. Columns that only one of the two puts together are compared by the cosines between them.
     """
-    names = [name for name, place in found.places.items() if place.role == "B"]
-    parts: dict[str, set[str]] = {}
-    for name in names:
-        parts.setdefault(found.places[name].holder, set()).add(found.places[name].part)
-    paths = {}
-    for name in names:
-        place = found.places[name]
-        stack = parameter_of(place, parts[place.holder], config)
-        if stack is not None:
-            paths[name] = path_of(place.holder, stack)
+    known = stacks(found, config)
+    paths = {
+        name: path_of(place.holder, stack)
+        for name, place in found.places.items()
+        if place.role == "B" and (stack := known[pair_of(place)]) is not None
+    }
     specs = resolve_all(config, "", dict.fromkeys(paths.values(), ""))
     above, weight = 0.0, 0.0
     ranks = {spec.r for spec in specs.values()}

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from veneer import layers, module_names
 from veneer.config import LoraConfig
 from veneer.errors import Hint, LoadMismatchError
+from veneer.expert_layouts.family import family_of
 from veneer.expert_layouts.layouts import STACKS
 from veneer.files.keys import PREFIX
-from veneer.inject.sites import sites
+from veneer.inject.sites import model_type, sites
 from veneer.inject.stacks import PARTS, holds_stacks
 from veneer.spec import resolve_all
-from veneer.wording import warn
+from veneer.wording import span, warn
 
 _EXPERT = re.compile(rf"(.*\.experts)\.(\d+)\.({'|'.join(PARTS)})\.lora_([AB])\.weight")
 _FACTOR = re.compile(r"(.*)\.lora_([AB])\.weight")
@@ -79,6 +80,7 @@ def stacked(model: nn.Module, config: LoraConfig, shapes: Mapping[str, tuple[int
     moved = {old: new for old in experts if (new := _path_of_stacks(bases, old)) is not None}
     if not moved:
         return None
+    family = family_of({"model_type": model_type(model)}, None)
     sources: dict[str, Source] = {}
     parameters = set(config.target_parameters or ())
     ranks, alphas = dict(config.rank_pattern), dict(config.alpha_pattern)
@@ -91,7 +93,8 @@ def stacked(model: nn.Module, config: LoraConfig, shapes: Mapping[str, tuple[int
         for stack in (stack for stack in STACKS if stack in stacks):
             weight = bases[path]._parameters[stack]
             assert weight is not None
-            a, b = _factors_of_stack(new, stack, weight, stacks[stack], shapes)
+            count, size_out = len(weight), weight.shape[2 if family.transposed else 1]
+            a, b = _factors_of_stack(new, stack, (count, size_out), stacks[stack], shapes, family.interleaved)
             # Of two stacks, the layer around `down_proj` lies around that of `gate_up_proj`.
             inner = ".base_layer" if len(stacks) == 2 and stack == "gate_up_proj" else ""
             sources[f"{new}{inner}.lora_A.weight"], sources[f"{new}{inner}.lora_B.weight"] = a, b
@@ -150,10 +153,15 @@ def _path_of_stacks(modules: Mapping[str, nn.Module], old: str) -> str | None:
 
 
 def _factors_of_stack(
-    where: str, stack: str, weight: Tensor, keys: _Keys, shapes: Mapping[str, tuple[int, ...]]
+    where: str,
+    stack: str,
+    sizes: tuple[int, int],
+    keys: _Keys,
+    shapes: Mapping[str, tuple[int, ...]],
+    interleaved: bool,
 ) -> tuple[Source, Source]:
-    """A and B of one stack, from those of its experts."""
-    count, size_out = weight.shape[:2]
+    """A and B of one stack of E matrices with ``out`` rows, ``sizes``, from those of its experts."""
+    count, size_out = sizes
     halves = sorted({half for half, _, _ in keys})
     wanted = [(half, expert, factor) for half in halves for expert in range(count) for factor in "AB"]
     if absent := [entry for entry in wanted if entry not in keys]:
@@ -166,10 +174,21 @@ def _factors_of_stack(
         raise LoadMismatchError(f"{where}: ranks differ between experts ({sorted(ranks)})")
     a, b = ([[keys[half, expert, f] for half in halves] for expert in range(count)] for f in "AB")
     rank, size_in = count * len(halves) * ranks.pop(), shapes[a[0][0]][1]
-    offsets = [half * (size_out // len(STACKS[stack])) for half in halves]
+    parts = len(STACKS[stack])
+    length = size_out // parts
+    own = {shapes[keys[entry]][0] for entry in wanted if entry[2] == "B"}
+    if own != {length}:
+        raise LoadMismatchError(
+            f"{where}: the factors of its experts have {span(own)} rows, where {stack} takes {length}: the "
+            "adapter was made for another base model"
+        )
+    rows = [
+        slice(half, None, parts) if interleaved else slice(half * length, (half + 1) * length)
+        for half in halves
+    ]
     return (
         Source((rank, size_in), _flat(a), _joined_a(a)),
-        Source((size_out, rank), _flat(b), _joined_b(b, size_out, offsets)),
+        Source((size_out, rank), _flat(b), _joined_b(b, size_out, rows)),
     )
 
 
@@ -183,7 +202,7 @@ def _joined_a(names: list[list[str]]) -> Callable[[Mapping[str, Tensor]], Tensor
 
 
 def _joined_b(
-    names: list[list[str]], size_out: int, offsets: list[int]
+    names: list[list[str]], size_out: int, rows: list[slice]
 ) -> Callable[[Mapping[str, Tensor]], Tensor]:
     """(out, k·r·E): the B of every expert, block-diagonal over gate and up, experts side by side."""
 
@@ -192,9 +211,8 @@ def _joined_b(
         for keys in names:
             r = found[keys[0]].shape[1]
             b = found[keys[0]].new_zeros(size_out, r * len(keys))
-            for i, (key, offset) in enumerate(zip(keys, offsets, strict=True)):
-                part = found[key]
-                b[offset : offset + len(part), i * r : (i + 1) * r] = part
+            for i, (key, own) in enumerate(zip(keys, rows, strict=True)):
+                b[own, i * r : (i + 1) * r] = found[key]
             experts.append(b)
         return torch.stack(experts, dim=-1).flatten(1)
 

@@ -92,7 +92,7 @@ def convert_adapter(
     found, why = told.decided(), told.why
     if found is None:
         if target is not None:
-            raise ExportError(f"{directory} has no experts, so there is no layout to choose")
+            raise ExportError(f"{directory}: {why}, so there is no layout to choose")
         write(place, overwrite, tensors, config, OpenLora(config, file, {}))
         return ConvertReport(place, None, why, None, {}, (len(tensors), len(tensors)), ())
     made = convert(config, tensors, LAYOUTS[found], target or LAYOUTS[found], family)

@@ -89,7 +89,7 @@ def export_adapter(
         directory: The adapter; for ``diffusers`` also a directory with one in each of ``unet``,
             ``transformer``, ``text_encoder`` and ``text_encoder_2`` that there is.
         out: Directory to write; it appears whole or not at all. The source is never written to.
-        target: ``vllm``, ``llama.cpp``, ``ollama``, ``mlx``, ``diffusers`` or ``plain``.
+        target: ``vllm``, ``sglang``, ``llama.cpp``, ``ollama``, ``mlx``, ``diffusers`` or ``plain``.
         base: The base model or the directory of its files, for ``dora_to_plain``, for folding ``lora_bias``
             into biases, and to make sure that it is the base which the adapter was made on, and that
             embeddings left out are its own.

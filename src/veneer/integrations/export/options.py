@@ -9,7 +9,7 @@ from ...files.layout import CONFIG_NAME
 from ...registry import installed_plugins
 
 #: The targets of this package; installed packages can bring others.
-TARGETS = ("diffusers", "llama.cpp", "mlx", "ollama", "plain", "vllm")
+TARGETS = ("diffusers", "llama.cpp", "mlx", "ollama", "plain", "sglang", "vllm")
 DTYPES = ("float32", "float16", "bfloat16")
 #: The parts of diffusers' pipelines that take adapters.
 COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2")

@@ -9,9 +9,11 @@ from typing import Any
 from torch import Tensor
 
 from ...errors import Hint, Text
+from ...expert_layouts.layouts import LAYOUTS
 from ...files.keys import PREFIX
 from ...wording import listed
 from .base import Part, Problem, plain_config
+from .experts import one_by_one
 from .folding import Rules
 from .peft_files import PeftFiles
 from .source import Source
@@ -29,7 +31,10 @@ class Plain(PeftFiles):
     takes_copies = True
 
     def prepared(self, source: Source) -> tuple[Source, dict[str, Tensor], list[Problem]]:
-        """The adapter without biases of B, and the layers' own biases with ``s·b`` added."""
+        """With an update for every expert, and biases of B added, as ``s·b``, to the layers' own."""
+        source, problems = one_by_one(source, LAYOUTS["transformers-4"])
+        if problems:
+            return source, {}, problems
         if not source.features().get("lora_bias"):
             return source, {}, []
         base = source.base

@@ -5,8 +5,12 @@ from __future__ import annotations
 import shlex
 from types import MappingProxyType
 
+from torch import Tensor
+
+from ...expert_layouts.layouts import LAYOUTS
 from ...wording import listed
 from .base import Part, Problem
+from .experts import one_by_one
 from .folding import Rules
 from .peft_files import PeftFiles
 from .source import Source
@@ -29,6 +33,11 @@ class Vllm(PeftFiles):
     rules = Rules("integer", rslora=True)
     keeps = frozenset({"embedding", "head", "tied"})
     sometimes = MappingProxyType({"modules_to_save": "a classifier's head only"})
+
+    def prepared(self, source: Source) -> tuple[Source, dict[str, Tensor], list[Problem]]:
+        """The adapter with an update for every expert."""
+        made, problems = one_by_one(source, LAYOUTS["vllm"])
+        return made, {}, problems
 
     def more_problems(self, source: Source) -> list[Problem]:
         """Whole modules other than a classifier's head, and ranks above the largest that it takes."""

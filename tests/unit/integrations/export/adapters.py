@@ -54,9 +54,9 @@ class Case:
     feature: tuple[str, ...] = field(default=())
 
 
-EVERY = "vllm llama.cpp ollama mlx plain diffusers"
+EVERY = "vllm sglang llama.cpp ollama mlx plain diffusers"
 LM = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "down_proj"], "task_type": "CAUSAL_LM"}
-NO_OLLAMA = "vllm llama.cpp mlx plain diffusers"
+NO_OLLAMA = "vllm sglang llama.cpp mlx plain diffusers"
 NET = {"r": 4, "lora_alpha": 6, "target_modules": ["up", "down"]}
 OTHER = "other than the layers' projections"
 
@@ -124,7 +124,7 @@ CASES: dict[str, Case] = {
     "gpt2": Case(
         gpt2,
         {**NET, "target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True},
-        "vllm llama.cpp mlx plain diffusers",
+        "vllm sglang llama.cpp mlx plain diffusers",
         (OTHER,),
     ),
     "attention": Case(Attending, {**NET, "target_modules": ["attn"]}, "", ("nn.MultiheadAttention",)),

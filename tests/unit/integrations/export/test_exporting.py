@@ -48,7 +48,7 @@ def read(target: str, place: Path, adapter: Saved) -> dict[str, Tensor]:
         return tests.readers.llama_cpp.read(place, _ties(adapter))
     if target == "ollama":
         return tests.readers.ollama.read(place)
-    if target == "plain":
+    if target in ("plain", "sglang"):
         return tests.readers.plain.read(place)
     modules = dict(adapter.model.named_modules())
     linears = {p: m.weight for p, m in modules.items() if isinstance(m, nn.Linear)}

@@ -1,0 +1,60 @@
+"""An adapter's file as the rest of the library reads it, whatever the layout of its experts."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import replace
+from typing import Any
+
+from veneer.config import LoraConfig
+from veneer.errors import AdapterFileError, ExportError
+from veneer.expert_layouts.converting import convert
+from veneer.expert_layouts.family import Family, family_of
+from veneer.expert_layouts.layouts import LAYOUTS
+from veneer.expert_layouts.telling import Evidence, Told, tell
+from veneer.files.read import AdapterFile
+
+#: What is PEFT's layout, and what other forms become: nothing is joined or parted on the way.
+_SAME = ("peft", "vllm-3d")
+_BECOMES = {"folded": "peft", "stacked": "transformers-4"}
+
+
+def standard(
+    file: AdapterFile, config: LoraConfig, base: dict[str, Any] | None = None
+) -> tuple[LoraConfig, AdapterFile, Told]:
+    """A file with its experts in PEFT's layout, or with tensors of its own for every expert.
+
+    A layout that is a guess is not acted upon: such a file is read as PEFT does.
+
+    Args:
+        file: The tensors.
+        config: Their configuration.
+        base: The content of the base model's ``config.json``, where it is at hand.
+
+    Returns:
+        The configuration and the tensors, the same ones where nothing is to do, and what was told.
+
+    Raises:
+        AdapterFileError: The experts cannot be read; lists all of them.
+    """
+    family = family_of(base or {}, config.base_model_name_or_path)
+    told = tell(_evidence(file), config, family)
+    source = LAYOUTS.get(told.layout or "")
+    if source is None or source.form == "each" or source.name in _SAME or not told.certain:
+        return config, file, told
+    target = LAYOUTS[_BECOMES[source.form]]
+    try:
+        made = convert(config, file.tensors(), source, target, family if family.known else Family(known=True))
+    except ExportError as error:
+        raise AdapterFileError(f"{file.path}: ", error.message) from error
+    shapes = {name: tuple(tensor.shape) for name, tensor in made.tensors.items()}
+    dtypes = {name: tensor.dtype for name, tensor in made.tensors.items()}
+    own = replace(file, shapes=shapes, dtypes=dtypes, _content=made.tensors)
+    return made.config, own, told
+
+
+def _evidence(file: AdapterFile) -> Evidence:
+    values: dict[str, Any] = {}
+    with contextlib.suppress(AdapterFileError):  # a caller who brings a configuration needs none beside
+        values = file.belonging_config().values
+    return Evidence(file.shapes, values, file.metadata, file.tensors)
