@@ -81,10 +81,10 @@ def in_order(tensors: Mapping[str, Tensor], r: int, layout: str) -> dict[str, Te
     return made
 
 
-def told(config: LoraConfig, tensors: Mapping[str, Tensor]) -> Told:
-    """What is told of a file with nothing written in it."""
+def told(config: LoraConfig, tensors: Mapping[str, Tensor], **values: str) -> Told:
+    """What is told of a file whose configuration has no keys of other programs but these."""
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    evidence = Evidence(shapes, {}, {}, lambda names: {name: tensors[name] for name in names})
+    evidence = Evidence(shapes, values, {}, lambda names: {name: tensors[name] for name in names})
     return tell(evidence, config, Family())
 
 

@@ -98,8 +98,8 @@ def load(
     if isinstance(config, LoraConfig):
         kind = getattr(getattr(lora.get_base_model(), "config", None), "model_type", None)
         config, file, told = standard(file, config, {"model_type": kind})
-        if told.certain and told.layout not in (None, "peft", "transformers-4"):
-            warn(f"{where}: its experts are in the layout {told.layout} ({told.why}) and are read as such")
+        if (line := told.remark()) is not None:
+            warn(f"{where}: {line}")
         config = marked_config(config, file.metadata, where)
         tensors = _stored(file, rename)
         if (experts := stacked(lora.get_base_model(), config, tensors.shapes)) is not None:

@@ -91,6 +91,7 @@ def from_reference(base: nn.Module, place: Path, **kwargs: Any) -> Any:
         for known in (
             "LoRA adapter added to ConvNd layer with groups > 1",
             ".*ensure_weight_tying",
+            "Unsupported layer type",  # PEFT 0.18 of any module with a targeted parameter
             "The following .*_pattern keys did not match any targeted module",  # said of parameters that did
         ):
             warnings.filterwarnings("ignore", known)

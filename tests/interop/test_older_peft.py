@@ -1,4 +1,4 @@
-"""Files go both ways with older versions of PEFT: `test_reference_files.py`, run with each of them."""
+"""Files go both ways with older versions of PEFT: the tests of files, run with each of them."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from importlib.metadata import version
 import pytest
 
 assert version("peft") == sys.argv[1], version("peft")
-file = "tests/interop/test_reference_files.py"
-sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", "", file]))
+files = ["tests/interop/test_reference_files.py", "tests/interop/test_reference_expert_files.py"]
+sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", "", *files]))
 """
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -22,6 +23,8 @@ MARK = "veneer_expert_layout"
 #: Keys of the configuration in which Unsloth says since September 2026 how B is ordered.
 UNSLOTH = "lora_B_layout"
 _UNSLOTH_ORDERS = {"rank_major": "peft", "grouped_by_expert": "unsloth"}
+#: The versions of PEFT that took every stack for (experts, in, out); 0.17 did not write its version.
+_FIRST = re.compile(r"0\.18\.|0\.19\.0($|\D)")
 #: How many standard errors the two readings must lie apart, and from where on no further stack is looked at.
 SURE, CERTAIN = 3.0, 12.0
 #: The rows of B, and the experts, that are looked at; more of them tell nothing more.
@@ -57,6 +60,17 @@ class Told(NamedTuple):
                 " decides",
             )
         return self.layout
+
+    def remark(self) -> str | None:
+        """What to say where the file is read; None if nothing speaks against PEFT's layout of today."""
+        if self.layout in (None, "peft", "transformers-4"):
+            return None
+        if self.certain:
+            return f"its experts are in the layout {self.layout} ({self.why}) and are read as such"
+        return (
+            f"its experts are read in PEFT's layout, but look like {self.layout} ({self.why}). If they are, "
+            f"veneer convert --from-layout {self.layout} --layout peft rewrites the file"
+        )
 
 
 class Evidence(NamedTuple):
@@ -110,11 +124,16 @@ def _folded(evidence: Evidence, config: LoraConfig, found: Found, family: Family
     if SAVED_CONFIG in evidence.metadata:
         return Told("peft", "it was saved by Veneer")
     turned = False if family.transposed else _is_turned(evidence, config, found)
+    version = evidence.values.get("peft_version")
+    if turned is None and isinstance(version, str):
+        if _FIRST.match(version):
+            return Told("peft-0.18", f"PEFT {version} wrote its configuration")
+        turned = False
     if turned is None:
         why = "which of its factors is A depends on the shapes of the base"
         return Told("peft", why, ("peft-0.18",), certain=False)
     if turned:
-        if "peft_version" in evidence.values or "loftq_config" in evidence.values:
+        if version is not None or "loftq_config" in evidence.values:
             return Told("peft-0.18", "A has the size of the output, and PEFT wrote its configuration")
         return Told(
             "megatron-bridge-stacks",
@@ -122,7 +141,7 @@ def _folded(evidence: Evidence, config: LoraConfig, found: Found, family: Family
         )
     score = _order(evidence, config, found)
     if score is None:
-        return Told("peft", "with rank 1 there is one order of B")
+        return Told("peft", "B is the same in every order")
     if abs(score) < SURE:
         why = "the columns of B do not tell whether those of an expert lie together"
         return Told("peft", why, ("unsloth",), certain=False)
@@ -159,7 +178,7 @@ def _partner(name: str) -> str:
 
 
 def _order(evidence: Evidence, config: LoraConfig, found: Found) -> float | None:
-    """By how many standard errors B speaks for PEFT's order (above 0) or Unsloth's; None for rank 1.
+    """By how many standard errors B speaks for PEFT's order (above 0) or Unsloth's; None if both are one.
 
     In PEFT's order the columns j of expert e are those with ``j % E == e``, in Unsloth's those with
     ``j // r == e``. Columns that only one of the two puts together are compared by the cosines between them.
@@ -171,13 +190,13 @@ def _order(evidence: Evidence, config: LoraConfig, found: Found) -> float | None
         if place.role == "B" and (stack := known[pair_of(place)]) is not None
     }
     specs = resolve_all(config, "", dict.fromkeys(paths.values(), ""))
-    above, weight = 0.0, 0.0
-    ranks = {spec.r for spec in specs.values()}
+    above, weight, same = 0.0, 0.0, True
     for name, path in paths.items():
         r = specs[path].r
         if r == 1 or evidence.shapes[name][1] % r or evidence.shapes[name][1] == r:
             continue
         b = evidence.read([name])[name]
+        same = same and not b.any()
         # Gate and up are two witnesses.
         for half in b.chunk(2) if path.endswith("gate_up_proj") else (b,):
             difference, variance = similarity(half, r)
@@ -185,7 +204,7 @@ def _order(evidence: Evidence, config: LoraConfig, found: Found) -> float | None
                 above, weight = above + difference / variance, weight + 1 / variance
         if abs(above) > CERTAIN * math.sqrt(weight):
             break
-    return above / math.sqrt(weight) if weight else None if ranks == {1} else 0.0
+    return above / math.sqrt(weight) if weight else None if same else 0.0
 
 
 def similarity(b: Tensor, r: int) -> tuple[float, float]:
