@@ -16,8 +16,8 @@ from torch import Tensor
 
 from benchmarks.harness import Figure, Report, Row, question
 from veneer import LoraConfig, get_peft_model, get_peft_model_state_dict
-from veneer.expert_layouts.family import Family
 from veneer.expert_layouts.layouts import LAYOUTS
+from veneer.expert_layouts.mixture import Mixture
 from veneer.expert_layouts.reading import folded, unfolded
 from veneer.expert_layouts.telling import Evidence, Told, tell
 
@@ -85,7 +85,7 @@ def told(config: LoraConfig, tensors: Mapping[str, Tensor], **values: str) -> To
     """What is told of a file whose configuration has no keys of other programs but these."""
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     evidence = Evidence(shapes, values, {}, lambda names: {name: tensors[name] for name in names})
-    return tell(evidence, config, Family())
+    return tell(evidence, config, Mixture())
 
 
 def measure(quick: bool) -> Report:

@@ -14,6 +14,7 @@ from veneer.config import LoraConfig, PeftConfig
 from veneer.errors import AdapterFileError
 from veneer.expert_layouts.reading import find, stacks
 from veneer.expert_layouts.standard import standard
+from veneer.expert_layouts.telling import Told
 from veneer.files.keys import PREFIX
 from veneer.files.layout import CONFIG_NAME, blame_file
 from veneer.files.read import AdapterFile, open_adapter
@@ -28,11 +29,19 @@ _WRAPPED = re.compile(r"\.base_layer(?=\.|$)")
 
 
 class OpenLora(NamedTuple):
-    """A LoRA on disk: its configuration, its tensors, not read yet, and what each module got."""
+    """A LoRA on disk.
+
+    Attributes:
+        config: Its configuration.
+        file: Its tensors, not read yet.
+        specs: What each module got.
+        experts: The layout in which the file has the factors of experts, and what told it; None without any.
+    """
 
     config: LoraConfig
     file: AdapterFile
     specs: dict[str, LoraSpec]
+    experts: Told | None = None
 
 
 class FileUpdate(NamedTuple):
@@ -98,7 +107,7 @@ def open_lora(adapter: str | os.PathLike[str] | OpenLora) -> OpenLora:
     with blame_file(adapter):
         config = PeftConfig.from_belonging(file.belonging_config())
         variant_name(config)
-    config, file, _ = standard(file, config)
+    config, file, told = standard(file, config)
     factors = factor_names(file)[0]
     # What is adapted inside a wrapper takes the wrapper's rank and strength; stacks have their own.
     outer = {path: _WRAPPED.split(path, maxsplit=1)[0] for path in factors}
@@ -124,7 +133,7 @@ def open_lora(adapter: str | os.PathLike[str] | OpenLora) -> OpenLora:
         )
     if wrong:
         raise AdapterFileError("\n  ".join([f"{file.path} does not fit its {CONFIG_NAME}:", *some(wrong, 5)]))
-    return OpenLora(config, file, specs)
+    return OpenLora(config, file, specs, told if told.layout else None)
 
 
 def factor_names(file: AdapterFile) -> tuple[dict[str, dict[str, str]], list[str]]:

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from veneer.config import LoraConfig
 from veneer.expert_layouts.experts import Factors
-from veneer.expert_layouts.family import Family
+from veneer.expert_layouts.mixture import Mixture
 
 EXPERTS, R, HIDDEN, INNER = 4, 2, 8, 6
-FAMILIES = {
-    "qwen3_moe": Family(known=True),
-    "mixtral": Family(known=True, numbered=True),
-    "gpt_oss": Family(known=True, transposed=True, interleaved=True, stacked_in_vllm=True),
+MIXTURES = {
+    "qwen3_moe": Mixture(known=True),
+    "mixtral": Mixture(known=True, numbered=True),
+    "gpt_oss": Mixture(known=True, transposed=True, interleaved=True, stacked_in_vllm=True),
 }
 HOLDERS = [f"base_model.model.model.layers.{layer}.mlp.experts" for layer in range(2)]
 
@@ -65,7 +65,7 @@ def scaling(config: LoraConfig, path: str) -> float:
     return alpha / (r**0.5 if config.use_rslora else r)
 
 
-def read(name: str, family: Family, config: LoraConfig, tensors: Mapping[str, Tensor]) -> Deltas:
+def read(name: str, mixture: Mixture, config: LoraConfig, tensors: Mapping[str, Tensor]) -> Deltas:
     """ΔW of every expert as the program of a layout computes it."""
     found: Deltas = {}
     for number in range(len(HOLDERS)):
@@ -77,7 +77,7 @@ def read(name: str, family: Family, config: LoraConfig, tensors: Mapping[str, Te
         inside = f"{holder}."
         own = {k.removeprefix(inside): t.double() for k, t in tensors.items() if k.startswith(inside)}
         path = inside.removeprefix("base_model.model.")
-        apart = _READERS[name](own, family, lambda part, path=path: scaling(config, path + part))
+        apart = _READERS[name](own, mixture, lambda part, path=path: scaling(config, path + part))
         found |= {(number, *place): delta for place, delta in apart.items()}
     return found
 
@@ -88,7 +88,7 @@ _Found = dict[tuple[str, int], Tensor]
 _OLD = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 
 
-def _each(own: _Own, family: Family, scale: _Scale) -> _Found:
+def _each(own: _Own, mixture: Mixture, scale: _Scale) -> _Found:
     found = {}
     for key in own:
         if match := re.fullmatch(r"(\d+)\.(\w+)\.lora_A\.weight", key):
@@ -98,7 +98,7 @@ def _each(own: _Own, family: Family, scale: _Scale) -> _Found:
     return found
 
 
-def _stacked(own: _Own, family: Family, scale: _Scale) -> _Found:
+def _stacked(own: _Own, mixture: Mixture, scale: _Scale) -> _Found:
     found = {}
     for key in own:
         part = key.removesuffix(".lora_A.weight")
@@ -108,44 +108,46 @@ def _stacked(own: _Own, family: Family, scale: _Scale) -> _Found:
     return found
 
 
-def _folded(product: Callable[[Tensor, Tensor, Family], Tensor]) -> Callable[[_Own, Family, _Scale], _Found]:
+def _folded(
+    product: Callable[[Tensor, Tensor, Mixture], Tensor],
+) -> Callable[[_Own, Mixture, _Scale], _Found]:
     """Of the product of a stack's factors as (experts, out, in)."""
 
-    def read(own: _Own, family: Family, scale: _Scale) -> _Found:
-        down = scale("down_proj") * product(own["lora_A.weight"], own["lora_B.weight"], family)
-        both = product(own["base_layer.lora_A.weight"], own["base_layer.lora_B.weight"], family)
+    def read(own: _Own, mixture: Mixture, scale: _Scale) -> _Found:
+        down = scale("down_proj") * product(own["lora_A.weight"], own["lora_B.weight"], mixture)
+        both = product(own["base_layer.lora_A.weight"], own["base_layer.lora_B.weight"], mixture)
         both = scale("gate_up_proj") * both
-        gate, up = (both[:, 0::2], both[:, 1::2]) if family.interleaved else both.chunk(2, dim=1)
+        gate, up = (both[:, 0::2], both[:, 1::2]) if mixture.interleaved else both.chunk(2, dim=1)
         parts = {"gate_proj": gate, "up_proj": up, "down_proj": down}
         return {(part, e): delta[e] for part, delta in parts.items() for e in range(EXPERTS)}
 
     return read
 
 
-def _peft(a: Tensor, b: Tensor, family: Family) -> Tensor:
+def _peft(a: Tensor, b: Tensor, mixture: Mixture) -> Tensor:
     a, b = a.reshape(EXPERTS, -1, a.shape[-1]), b.reshape(b.shape[0], -1, EXPERTS)
     return torch.einsum("ore,eri->eoi", b, a)
 
 
-def _peft_0_18(a: Tensor, b: Tensor, family: Family) -> Tensor:
+def _peft_0_18(a: Tensor, b: Tensor, mixture: Mixture) -> Tensor:
     """In the shape of the parameter, (experts, in, out) for gpt-oss and (experts, out, in) for others."""
     a, b = a.reshape(EXPERTS, -1, a.shape[-1]), b.reshape(b.shape[0], -1, EXPERTS)
     stored = torch.einsum("ore,eri->eio", b, a)
-    return stored.mT if family.transposed else stored
+    return stored.mT if mixture.transposed else stored
 
 
-def _unsloth(a: Tensor, b: Tensor, family: Family) -> Tensor:
+def _unsloth(a: Tensor, b: Tensor, mixture: Mixture) -> Tensor:
     r = a.shape[0] // EXPERTS
     return torch.stack([b[:, e * r : (e + 1) * r] @ a[e * r : (e + 1) * r] for e in range(EXPERTS)])
 
 
-def _megatron(a: Tensor, b: Tensor, family: Family) -> Tensor:
+def _megatron(a: Tensor, b: Tensor, mixture: Mixture) -> Tensor:
     """Its own packing undone: Bᵀ of each expert one below the other, Aᵀ side by side."""
     outs, ins = a.chunk(EXPERTS, dim=0), b.chunk(EXPERTS, dim=1)
     return torch.stack([out.T @ into.T for out, into in zip(outs, ins, strict=True)])
 
 
-_READERS: dict[str, Callable[[_Own, Family, _Scale], _Found]] = {
+_READERS: dict[str, Callable[[_Own, Mixture, _Scale], _Found]] = {
     **dict.fromkeys(("transformers-4", "vllm", "sglang", "megatron-bridge", "automodel"), _each),
     **dict.fromkeys(("vllm-shared", "sglang-shared", "tinker"), _stacked),
     **dict.fromkeys(("peft", "vllm-3d"), _folded(_peft)),

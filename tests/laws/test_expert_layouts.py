@@ -9,9 +9,9 @@ import torch
 
 from tests.laws.expert_layouts import (
     EXPERTS,
-    FAMILIES,
     HIDDEN,
     HOLDERS,
+    MIXTURES,
     Deltas,
     R,
     deltas,
@@ -23,13 +23,13 @@ from tests.laws.expert_layouts import (
 from tests.tolerances import EXPERTS_DELTA, EXPERTS_ROUNDED, assert_close
 from veneer.errors import ExportError
 from veneer.expert_layouts.converting import Converted, convert
-from veneer.expert_layouts.family import Family
 from veneer.expert_layouts.layouts import LAYOUTS, Layout
+from veneer.expert_layouts.mixture import Mixture
 
 QUERY = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
 
 
-def written(layout: Layout, kind: str, family: Family) -> Converted:
+def written(layout: Layout, kind: str, mixture: Mixture) -> Converted:
     """An adapter in a layout, made from factors in that of transformers 4, which is read off without any."""
     tensors = {QUERY.format("A"): torch.ones(R, HIDDEN), QUERY.format("B"): torch.full((HIDDEN, R), 2.0)}
     for holder, parts in factors(kind).items():
@@ -38,7 +38,7 @@ def written(layout: Layout, kind: str, family: Family) -> Converted:
             for expert in range(EXPERTS):
                 tensors[f"{holder}.{expert}.{part}.lora_A.weight"] = whole.a[expert]
                 tensors[f"{holder}.{expert}.{part}.lora_B.weight"] = whole.b[expert]
-    return convert(plain_config(), tensors, LAYOUTS["transformers-4"], layout, family)
+    return convert(plain_config(), tensors, LAYOUTS["transformers-4"], layout, mixture)
 
 
 def same(found: Deltas, wanted: Deltas) -> None:
@@ -54,10 +54,10 @@ def taking(kind: str) -> dict[str, Layout]:
 
 
 @pytest.mark.parametrize("kind", ["plain", "shared"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("mixture", MIXTURES)
 @pytest.mark.parametrize("source", LAYOUTS)
-def test_updates_stay(source: str, family: str, kind: str) -> None:
-    base, targets = FAMILIES[family], taking(kind)
+def test_updates_stay(source: str, mixture: str, kind: str) -> None:
+    base, targets = MIXTURES[mixture], taking(kind)
     if source not in targets:
         with pytest.raises(ExportError, match="has another lora_A for every expert"):
             written(LAYOUTS[source], kind, base)
@@ -68,7 +68,7 @@ def test_updates_stay(source: str, family: str, kind: str) -> None:
         after = convert(before.config, before.tensors, LAYOUTS[source], target, base)
         same(read(name, base, after.config, after.tensors), wanted)
         others = {key: t for key, t in after.tensors.items() if ".experts" not in key}
-        query = QUERY if name != "tinker" or family != "gpt_oss" else QUERY.replace("self_attn", "attn")
+        query = QUERY if name != "tinker" or mixture != "gpt_oss" else QUERY.replace("self_attn", "attn")
         assert others.keys() == {query.format("A"), query.format("B")}
         assert torch.equal(others[query.format("A")], torch.ones(R, HIDDEN))
         assert torch.equal(others[query.format("B")], torch.full((HIDDEN, R), 2.0))
@@ -79,10 +79,10 @@ def test_updates_stay(source: str, family: str, kind: str) -> None:
 @pytest.mark.parametrize("name", [name for name, row in LAYOUTS.items() if row.shared != "outer"])
 def test_and_back(name: str, kind: str) -> None:
     """Written and read again, factors are bit for bit what they were."""
-    family, first = FAMILIES["qwen3_moe"], written(LAYOUTS["transformers-4"], kind, FAMILIES["qwen3_moe"])
-    there = convert(first.config, first.tensors, LAYOUTS["transformers-4"], LAYOUTS[name], family)
-    back = convert(there.config, there.tensors, LAYOUTS[name], LAYOUTS["transformers-4"], family)
-    same(read("transformers-4", family, back.config, back.tensors), deltas(factors(kind)))
+    mixture, first = MIXTURES["qwen3_moe"], written(LAYOUTS["transformers-4"], kind, MIXTURES["qwen3_moe"])
+    there = convert(first.config, first.tensors, LAYOUTS["transformers-4"], LAYOUTS[name], mixture)
+    back = convert(there.config, there.tensors, LAYOUTS[name], LAYOUTS["transformers-4"], mixture)
+    same(read("transformers-4", mixture, back.config, back.tensors), deltas(factors(kind)))
     if LAYOUTS[name].one_a and kind == "plain":
         return  # gate and up got the A of both
     assert back.tensors.keys() == first.tensors.keys()
@@ -92,11 +92,11 @@ def test_and_back(name: str, kind: str) -> None:
 
 def test_a_difference_in_strength_costs_one_rounding() -> None:
     """Gate and up of other strengths, joined: B of up is multiplied by their ratio, and rounded once."""
-    family, first = FAMILIES["qwen3_moe"], written(LAYOUTS["transformers-4"], "plain", FAMILIES["qwen3_moe"])
+    mixture, first = MIXTURES["qwen3_moe"], written(LAYOUTS["transformers-4"], "plain", MIXTURES["qwen3_moe"])
     config = plain_config(alpha_pattern={"up_proj": 3 * R})
-    after = convert(config, first.tensors, LAYOUTS["transformers-4"], LAYOUTS["peft"], family)
-    wanted = read("transformers-4", family, config, first.tensors)
-    for place, delta in read("peft", family, after.config, after.tensors).items():
+    after = convert(config, first.tensors, LAYOUTS["transformers-4"], LAYOUTS["peft"], mixture)
+    wanted = read("transformers-4", mixture, config, first.tensors)
+    for place, delta in read("peft", mixture, after.config, after.tensors).items():
         close = EXPERTS_ROUNDED if place[1] == "up_proj" else EXPERTS_DELTA
         assert_close(delta, wanted[place], close)
 
@@ -114,7 +114,7 @@ REFUSED = {
 def test_what_cannot_be_read(reason: str) -> None:
     """Every layer is named, and nothing is converted."""
     name, changes = REFUSED[reason]
-    family, file = FAMILIES["qwen3_moe"], written(LAYOUTS[name], "plain", FAMILIES["qwen3_moe"])
+    mixture, file = MIXTURES["qwen3_moe"], written(LAYOUTS[name], "plain", MIXTURES["qwen3_moe"])
     for holder in HOLDERS:
         for part, count in changes.items():
             key = f"{holder}.{part}.weight"
@@ -123,5 +123,5 @@ def test_what_cannot_be_read(reason: str) -> None:
             else:
                 file.tensors[key] = file.tensors[key][:count]
     with pytest.raises(ExportError, match=re.escape(reason)) as error:
-        convert(file.config, file.tensors, LAYOUTS[name], LAYOUTS["peft"], family)
+        convert(file.config, file.tensors, LAYOUTS[name], LAYOUTS["peft"], mixture)
     assert all(holder in str(error.value) for holder in HOLDERS)

@@ -24,7 +24,7 @@ def written(place: Path, tensors: dict[str, torch.Tensor], **options: object) ->
 
 
 def test_what_each_module_got(tmp_path: Path) -> None:
-    config, file, specs = open_lora(written(tmp_path, FACTORS))
+    config, file, specs, _ = open_lora(written(tmp_path, FACTORS))
     assert (config.r, file.shapes.keys(), list(specs)) == (2, FACTORS.keys(), ["body.0"])
 
 

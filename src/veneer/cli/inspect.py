@@ -109,6 +109,9 @@ def _show(found: dict[str, Any], updates: list[UpdateSpectrum], first: int, modu
     }
     if found["variant"] != "plain":
         lines["variant"] = found["variant"] + (", shown before its magnitudes" if updates else "")
+    if experts := found["experts"]:
+        names = " or ".join([experts["layout"], *experts["may_be"]])
+        lines["experts"] = f"in the layout {names}: {experts['why']}"
     if found["modules_to_save"]:
         lines["saved whole"] = ", ".join(found["modules_to_save"])
     for name, value in lines.items():

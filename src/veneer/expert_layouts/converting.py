@@ -14,8 +14,8 @@ from veneer.config.expressions import Paths
 from veneer.errors import ExportError, Text
 from veneer.expert_layouts import reading, writing
 from veneer.expert_layouts.experts import Experts
-from veneer.expert_layouts.family import Family
 from veneer.expert_layouts.layouts import STACKS, Layout
+from veneer.expert_layouts.mixture import Mixture
 from veneer.files.keys import PREFIX
 from veneer.spec import LoraSpec, PatternSet, alpha_of, resolve_all, restate
 from veneer.wording import some
@@ -42,7 +42,7 @@ class Converted:
 
 
 def convert(
-    config: LoraConfig, tensors: Mapping[str, Tensor], source: Layout, target: Layout, family: Family
+    config: LoraConfig, tensors: Mapping[str, Tensor], source: Layout, target: Layout, mixture: Mixture
 ) -> Converted:
     """Bring the experts of an adapter into another layout; whatever else it has stays as it is.
 
@@ -51,7 +51,7 @@ def convert(
         tensors: By their names on disk.
         source: The layout that they are in.
         target: The one to write.
-        family: What is known of the base model.
+        mixture: What is known of the base model.
 
     Returns:
         The adapter; ``s·B A`` of every expert is what it was, but for one rounding of B where gate and up
@@ -61,15 +61,15 @@ def convert(
         ExportError: What the file has cannot be read as the source, or the target has no place for it; all
             of it is listed.
     """
-    named = {_renamed(name, source, family): tensor for name, tensor in tensors.items()}
-    experts, others = read_all(config, named, source, family)
-    made = writing.write(target, experts, family)
+    named = {_renamed(name, source, mixture): tensor for name, tensor in tensors.items()}
+    experts, others = read_all(config, named, source, mixture)
+    made = writing.write(target, experts, mixture)
     _refuse(f"the layout {target.name} ({target.program}) does not support", made.problems)
     rest: dict[str, Tensor] = {}
     moved: dict[str, str] = {}
     for name in others:
-        new = writing.renamed(name, target, family) if experts else name
-        moved[name] = _renamed(new, target, family, back=True)
+        new = writing.renamed(name, target, mixture) if experts else name
+        moved[name] = _renamed(new, target, mixture, back=True)
         rest[moved[name]] = named[name]
     own, notes = _config(config, moved, made, target)
     own.target_modules = _modules(config, moved, made.modules)
@@ -77,7 +77,7 @@ def convert(
 
 
 def read_all(
-    config: LoraConfig, tensors: Mapping[str, Tensor], layout: Layout, family: Family
+    config: LoraConfig, tensors: Mapping[str, Tensor], layout: Layout, mixture: Mixture
 ) -> tuple[Experts, list[str]]:
     """The factors of all experts, and the names of all other tensors.
 
@@ -85,7 +85,7 @@ def read_all(
         ExportError: What belongs to experts cannot be read; all of it is listed.
     """
     found = reading.find({name: tuple(tensor.shape) for name, tensor in tensors.items()}, config)
-    experts, problems = reading.read(layout.over(family.transposed), config, tensors, found)
+    experts, problems = reading.read(layout.over(mixture.transposed), config, tensors, found)
     _refuse("the experts cannot be read", problems)
     return experts, found.others
 
@@ -96,9 +96,12 @@ def _refuse(what: str, problems: Iterable[str | Text]) -> None:
         raise ExportError(f"{what}:\n  - ", Text.join("\n  - ", some(lines, _MOST)))
 
 
-def _renamed(name: str, layout: Layout, family: Family, back: bool = False) -> str:
+def _renamed(name: str, layout: Layout, mixture: Mixture, back: bool = False) -> str:
     """A name as transformers has it, or back again."""
-    table = [*layout.renames, *([(".attn.", ".self_attn.")] if layout.renames and family.interleaved else [])]
+    table = [
+        *layout.renames,
+        *([(".attn.", ".self_attn.")] if layout.renames and mixture.interleaved else []),
+    ]
     for theirs, ours in table:
         name = name.replace(ours, theirs) if back else name.replace(theirs, ours)
     return name

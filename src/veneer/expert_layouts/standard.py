@@ -9,8 +9,8 @@ from typing import Any
 from veneer.config import LoraConfig
 from veneer.errors import AdapterFileError, ExportError
 from veneer.expert_layouts.converting import convert
-from veneer.expert_layouts.family import Family, family_of
 from veneer.expert_layouts.layouts import LAYOUTS
+from veneer.expert_layouts.mixture import Mixture, mixture_of
 from veneer.expert_layouts.telling import Evidence, Told, tell
 from veneer.files.read import AdapterFile
 
@@ -37,14 +37,16 @@ def standard(
     Raises:
         AdapterFileError: The experts cannot be read; lists all of them.
     """
-    family = family_of(base or {}, config.base_model_name_or_path)
-    told = tell(_evidence(file), config, family)
+    mixture = mixture_of(base or {}, config.base_model_name_or_path)
+    told = tell(_evidence(file), config, mixture)
     source = LAYOUTS.get(told.layout or "")
     if source is None or source.form == "each" or source.name in _SAME or not told.certain:
         return config, file, told
     target = LAYOUTS[_BECOMES[source.form]]
     try:
-        made = convert(config, file.tensors(), source, target, family if family.known else Family(known=True))
+        made = convert(
+            config, file.tensors(), source, target, mixture if mixture.known else Mixture(known=True)
+        )
     except ExportError as error:
         raise AdapterFileError(f"{file.path}: ", error.message) from error
     shapes = {name: tuple(tensor.shape) for name, tensor in made.tensors.items()}

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from veneer.config import LoraConfig
 from veneer.errors import AdapterFileError, Hint
-from veneer.expert_layouts.family import Family
 from veneer.expert_layouts.layouts import LAYOUTS
+from veneer.expert_layouts.mixture import Mixture
 from veneer.expert_layouts.reading import Found, find, pair_of, parameter_of, path_of, stacks
 from veneer.files.layout import SAVED_CONFIG
 from veneer.spec import resolve_all
@@ -89,7 +89,7 @@ class Evidence(NamedTuple):
     read: Callable[[Iterable[str]], Mapping[str, Tensor]]
 
 
-def tell(evidence: Evidence, config: LoraConfig, family: Family) -> Told:
+def tell(evidence: Evidence, config: LoraConfig, mixture: Mixture) -> Told:
     """In which layout the experts of a file are.
 
     Names and shapes tell most; of the order of B in a folded stack, what the program wrote down. Where
@@ -99,7 +99,7 @@ def tell(evidence: Evidence, config: LoraConfig, family: Family) -> Told:
     Args:
         evidence: Of the file.
         config: Its configuration.
-        family: What is known of the base model.
+        mixture: What is known of the base model.
     """
     found = find(evidence.shapes, config)
     if not found.places:
@@ -114,16 +114,16 @@ def tell(evidence: Evidence, config: LoraConfig, family: Family) -> Told:
     if form == "stacked":
         numbered = any(place.part.startswith("w") for place in found.places.values())
         return Told("tinker" if numbered else "sglang-shared", "its tensors have an axis of experts")
-    return _folded(evidence, config, found, family)
+    return _folded(evidence, config, found, mixture)
 
 
-def _folded(evidence: Evidence, config: LoraConfig, found: Found, family: Family) -> Told:
+def _folded(evidence: Evidence, config: LoraConfig, found: Found, mixture: Mixture) -> Told:
     order = evidence.values.get(UNSLOTH)
     if isinstance(order, str) and order in _UNSLOTH_ORDERS:
         return Told(_UNSLOTH_ORDERS[order], f"{UNSLOTH} in its configuration")
     if SAVED_CONFIG in evidence.metadata:
         return Told("peft", "it was saved by Veneer")
-    turned = False if family.transposed else _is_turned(evidence, config, found)
+    turned = False if mixture.transposed else _is_turned(evidence, config, found)
     version = evidence.values.get("peft_version")
     if turned is None and isinstance(version, str):
         if _FIRST.match(version):

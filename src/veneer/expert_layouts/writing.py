@@ -9,8 +9,8 @@ from torch import Tensor
 
 from veneer.errors import Hint, Text
 from veneer.expert_layouts.experts import Experts, Factors, joined, only, parted, without_halves
-from veneer.expert_layouts.family import Family
 from veneer.expert_layouts.layouts import STACKS, Layout
+from veneer.expert_layouts.mixture import Mixture
 from veneer.expert_layouts.reading import folded, path_of
 
 _NUMBERED = {names[0]: names[1] for halves in STACKS.values() for names in halves}
@@ -37,43 +37,43 @@ class Written:
     problems: list[str | Text] = field(default_factory=list)
 
 
-def write(layout: Layout, experts: Experts, family: Family) -> Written:
+def write(layout: Layout, experts: Experts, mixture: Mixture) -> Written:
     """Bring the factors of experts into a layout.
 
     Args:
         layout: To write.
         experts: The factors.
-        family: What is known of the base model.
+        mixture: What is known of the base model.
     """
     made = Written()
     for holder, parts in experts.items():
-        if problem := _halves(holder, parts, layout, family):
+        if problem := _halves(holder, parts, layout, mixture):
             made.problems.append(problem)
             continue
-        brought = _brought(parts, layout, family)
+        brought = _brought(parts, layout, mixture)
         made.problems += [f"{holder}: {line}" for line in _unsaid(brought, layout)]
-        path = renamed(holder, layout, family)
+        path = renamed(holder, layout, mixture)
         for part, factors in brought.items():
-            _WRITERS[layout.form](made, path, _called(part, path, layout), factors, layout, family)
+            _WRITERS[layout.form](made, path, _called(part, path, layout), factors, layout, mixture)
     if layout.form == "folded":
         _nested(made, layout)
     return made
 
 
-def renamed(name: str, layout: Layout, family: Family) -> str:
+def renamed(name: str, layout: Layout, mixture: Mixture) -> str:
     """A name with the block around the experts called as in the layout; transformers 5 calls it ``mlp``."""
     old, new = _BLOCKS if layout.form == "folded" else _BLOCKS[::-1]
-    if layout.form == "folded" or (family.numbered and layout.form == "each"):
+    if layout.form == "folded" or (mixture.numbered and layout.form == "each"):
         return name.replace(old, new)
     return name
 
 
-def _halves(holder: str, parts: Mapping[str, Factors], layout: Layout, family: Family) -> str | Text | None:
+def _halves(holder: str, parts: Mapping[str, Factors], layout: Layout, mixture: Mixture) -> str | Text | None:
     """Why gate and up cannot be brought together, or taken apart."""
     lone = without_halves(parts)
     if lone and (layout.form == "folded" or layout.one_a):
         return f"{holder}: {lone} without its other half, and this layout joins the two"
-    if layout.by_storage and not family.known:
+    if layout.by_storage and not mixture.known:
         return Text(
             f"{holder}: which of its factors {layout.name} calls A depends on the base model, which the "
             "adapter does not name: give it with ",
@@ -81,7 +81,7 @@ def _halves(holder: str, parts: Mapping[str, Factors], layout: Layout, family: F
         )
     apart = "gate_up_proj" in parts
     both = {"gate_proj", "up_proj"} <= parts.keys()
-    if not family.known and ((apart and layout.form != "folded") or (both and layout.form == "folded")):
+    if not mixture.known and ((apart and layout.form != "folded") or (both and layout.form == "folded")):
         return Text(
             f"{holder}: whether gate and up alternate in gate_up_proj, as in gpt-oss, depends on the base "
             "model, which the adapter does not name: give it with ",
@@ -92,14 +92,14 @@ def _halves(holder: str, parts: Mapping[str, Factors], layout: Layout, family: F
     return None
 
 
-def _brought(parts: Mapping[str, Factors], layout: Layout, family: Family) -> dict[str, Factors]:
+def _brought(parts: Mapping[str, Factors], layout: Layout, mixture: Mixture) -> dict[str, Factors]:
     """Gate and up joined or parted, and factors shared or expanded, as the layout has them."""
     made = dict(parts)
     if {"gate_proj", "up_proj"} <= made.keys() and (layout.form == "folded" or layout.one_a):
-        made["gate_up_proj"] = joined(made.pop("gate_proj"), made.pop("up_proj"), family.interleaved)
+        made["gate_up_proj"] = joined(made.pop("gate_proj"), made.pop("up_proj"), mixture.interleaved)
     if "gate_up_proj" in made and layout.form != "folded":
         both = made.pop("gate_up_proj")
-        made["gate_proj"], made["up_proj"] = parted(both, family.interleaved, layout.one_a)
+        made["gate_proj"], made["up_proj"] = parted(both, mixture.interleaved, layout.one_a)
     if layout.shared == "none":
         return {part: factors.expanded() for part, factors in made.items()}
     return (
@@ -136,21 +136,25 @@ def _called(part: str, holder: str, layout: Layout) -> str:
     return _NUMBERED.get(part, part) if numbered else part
 
 
-def _each(made: Written, holder: str, part: str, factors: Factors, layout: Layout, family: Family) -> None:
+def _each(made: Written, holder: str, part: str, factors: Factors, layout: Layout, mixture: Mixture) -> None:
     for expert, (a, b) in enumerate(zip(factors.a, factors.b, strict=True)):
         _put(made, f"{holder}.{expert}.{part}", a, b)
         made.ranks[path_of(holder, part, expert)] = factors.r, factors.scaling
     made.modules.add(part)
 
 
-def _stacked(made: Written, holder: str, part: str, factors: Factors, layout: Layout, family: Family) -> None:
+def _stacked(
+    made: Written, holder: str, part: str, factors: Factors, layout: Layout, mixture: Mixture
+) -> None:
     _put(made, f"{holder}.{part}", factors.a, factors.b)
     made.ranks[path_of(holder, part)] = factors.r, factors.scaling
     made.modules.add(part)
 
 
-def _folded(made: Written, holder: str, part: str, factors: Factors, layout: Layout, family: Family) -> None:
-    _put(made, f"{holder}.{part}", *folded(factors.a, factors.b, layout.over(family.transposed)))
+def _folded(
+    made: Written, holder: str, part: str, factors: Factors, layout: Layout, mixture: Mixture
+) -> None:
+    _put(made, f"{holder}.{part}", *folded(factors.a, factors.b, layout.over(mixture.transposed)))
     made.ranks[path_of(holder, part)] = factors.r, factors.scaling
     made.parameters.add(path_of(holder, part))
 

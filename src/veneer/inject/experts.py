@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from veneer import layers, module_names
 from veneer.config import LoraConfig
 from veneer.errors import Hint, LoadMismatchError
-from veneer.expert_layouts.family import family_of
 from veneer.expert_layouts.layouts import STACKS
+from veneer.expert_layouts.mixture import mixture_of
 from veneer.files.keys import PREFIX
 from veneer.inject.sites import model_type, sites
 from veneer.inject.stacks import PARTS, holds_stacks
@@ -80,7 +80,7 @@ def stacked(model: nn.Module, config: LoraConfig, shapes: Mapping[str, tuple[int
     moved = {old: new for old in experts if (new := _path_of_stacks(bases, old)) is not None}
     if not moved:
         return None
-    family = family_of({"model_type": model_type(model)}, None)
+    mixture = mixture_of({"model_type": model_type(model)}, None)
     sources: dict[str, Source] = {}
     parameters = set(config.target_parameters or ())
     ranks, alphas = dict(config.rank_pattern), dict(config.alpha_pattern)
@@ -93,8 +93,10 @@ def stacked(model: nn.Module, config: LoraConfig, shapes: Mapping[str, tuple[int
         for stack in (stack for stack in STACKS if stack in stacks):
             weight = bases[path]._parameters[stack]
             assert weight is not None
-            count, size_out = len(weight), weight.shape[2 if family.transposed else 1]
-            a, b = _factors_of_stack(new, stack, (count, size_out), stacks[stack], shapes, family.interleaved)
+            count, size_out = len(weight), weight.shape[2 if mixture.transposed else 1]
+            a, b = _factors_of_stack(
+                new, stack, (count, size_out), stacks[stack], shapes, mixture.interleaved
+            )
             # Of two stacks, the layer around `down_proj` lies around that of `gate_up_proj`.
             inner = ".base_layer" if len(stacks) == 2 and stack == "gate_up_proj" else ""
             sources[f"{new}{inner}.lora_A.weight"], sources[f"{new}{inner}.lora_B.weight"] = a, b

@@ -11,8 +11,8 @@ from ..config import LoraConfig, PeftConfig
 from ..errors import AdapterFileError, ExportError
 from ..expert_layouts.converting import convert
 from ..expert_layouts.experts import PARTS
-from ..expert_layouts.family import family_of
 from ..expert_layouts.layouts import LAYOUTS, known
+from ..expert_layouts.mixture import mixture_of
 from ..expert_layouts.telling import MARK, Evidence, Told, tell
 from ..files.layout import blame_file
 from ..files.read import AdapterFile, open_adapter
@@ -81,13 +81,13 @@ def convert_adapter(
     check_place(place, [Path(directory)], overwrite)
     config, file, values = _opened(directory)
     named = config.base_model_name_or_path
-    family = family_of(config_in(base or named or "."), named)
+    mixture = mixture_of(config_in(base or named or "."), named)
     tensors = file.tensors()
     check_values(tensors, file.path)
     told = (
         Told(from_layout, "given")
         if source
-        else tell(Evidence(file.shapes, values, file.metadata, file.tensors), config, family)
+        else tell(Evidence(file.shapes, values, file.metadata, file.tensors), config, mixture)
     )
     found, why = told.decided(), told.why
     if found is None:
@@ -95,7 +95,7 @@ def convert_adapter(
             raise ExportError(f"{directory}: {why}, so there is no layout to choose")
         write(place, overwrite, tensors, config, OpenLora(config, file, {}))
         return ConvertReport(place, None, why, None, {}, (len(tensors), len(tensors)), ())
-    made = convert(config, tensors, LAYOUTS[found], target or LAYOUTS[found], family)
+    made = convert(config, tensors, LAYOUTS[found], target or LAYOUTS[found], mixture)
     lora = OpenLora(made.config, file, {})
     write(place, overwrite, made.tensors, made.config, lora, mark={MARK: (target or LAYOUTS[found]).name})
     experts = {

@@ -250,7 +250,7 @@ def describe(adapter: str | os.PathLike[str] | OpenLora) -> dict[str, Any]:
     Raises:
         AdapterFileError: The adapter is missing, broken, or no LoRA.
     """
-    config, file, specs = open_lora(adapter)
+    config, file, specs, experts = open_lora(adapter)
     keys, others = factor_names(file)
     layers = {path: {r: file.shapes[key] for r, key in roles.items()} for path, roles in keys.items()}
     kinds: dict[tuple[str, tuple[int, ...], tuple[int, ...]], list[str]] = {}
@@ -268,6 +268,12 @@ def describe(adapter: str | os.PathLike[str] | OpenLora) -> dict[str, Any]:
         "use_rslora": config.use_rslora,
         "variant": variant_name(config),
         "modules_to_save": plain_targets(config.modules_to_save),
+        "experts": experts
+        and {
+            "layout": experts.layout,
+            "why": experts.why,
+            "may_be": list(experts.others),
+        },
         "parameters": sum(math.prod(shape) for shape in file.shapes.values()),
         "bytes": file.path.stat().st_size,
         "dtypes": sorted({str(dtype).removeprefix("torch.") for dtype in file.dtypes.values()}),

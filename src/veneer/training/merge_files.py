@@ -98,7 +98,7 @@ def merge_files(
         BaseMismatchError: The adapter was made on another base model.
     """
     base = Path(base)
-    config, file, specs = open_lora(adapter)
+    config, file, specs, _ = open_lora(adapter)
     try:
         files = BaseFiles(base)
     except CheckpointError as error:

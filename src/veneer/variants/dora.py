@@ -55,12 +55,13 @@ class Dora(Variant):
         self, layer: Branch, name: str, x: Tensor, result: Tensor, base: Callable[[], Tensor]
     ) -> Tensor:
         """``result + (c − 1) W x̃ + c s·BA x̃``."""
+        scale = self.output_scale(layer, name)  # first: it refuses a base that is held in pieces
         dropped = layer.dropped(name, x)
         if layer.dropout_of(name):
             plain = layer.base_linear(dropped.to(x.device)).to(result)
         else:
             plain = layer.without_bias(base())
-        return result + scaled_branch(layer, name, dropped, plain, self.output_scale(layer, name)).to(result)
+        return result + scaled_branch(layer, name, dropped, plain, scale).to(result)
 
     def merged(self, weight: Tensor, delta: Tensor, extra: Mapping[str, Tensor]) -> Tensor:
         """``m ⊙ (W + ΔW) / ‖W + ΔW‖``."""

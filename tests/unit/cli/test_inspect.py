@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.unit.tools.test_converting import save
 from veneer.cli import main
 
 
@@ -58,6 +59,14 @@ def test_an_untrained_adapter_is_said(
     (tmp_path / "adapter_config.json").write_bytes((adapter / "adapter_config.json").read_bytes())
     assert main(["inspect", str(tmp_path)]) == 0
     assert "14 of 14 updates are zero" in capsys.readouterr().out
+
+
+def test_the_layout_of_experts_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = str(save(tmp_path / "a", "tinker"))
+    assert main(["inspect", source, "--no-spectrum"]) == 0
+    assert "experts     in the layout tinker: its tensors have an axis of experts" in capsys.readouterr().out
+    assert main(["inspect", source, "--no-spectrum", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["experts"]["layout"] == "tinker"
 
 
 @pytest.mark.parametrize("command", [["inspect"], ["generate"], ["merge", "--output", "out"]], ids=" ".join)

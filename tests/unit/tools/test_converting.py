@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.laws.expert_layouts import FAMILIES, deltas, factors, read
+from tests.laws.expert_layouts import MIXTURES, deltas, factors, read
 from tests.laws.test_expert_layouts import same, written
 from veneer.config import LoraConfig, PeftConfig
 from veneer.errors import AdapterFileError, ConfigError, ExportError
@@ -19,7 +19,7 @@ from veneer.tools import convert_adapter
 
 def save(place: Path, name: str, kind: str = "plain", base: str | None = "Qwen3-MoE", **keys: object) -> Path:
     """A directory as another program writes it: no metadata of Veneer's."""
-    made = written(LAYOUTS[name], kind, FAMILIES["qwen3_moe"])
+    made = written(LAYOUTS[name], kind, MIXTURES["qwen3_moe"])
     place.mkdir()
     tensors = {key: tensor.contiguous().clone() for key, tensor in made.tensors.items()}
     save_file(tensors, place / "adapter_model.safetensors", {"format": "pt"})
@@ -41,7 +41,7 @@ def test_directories(name: str, tmp_path: Path) -> None:
     back = convert_adapter(tmp_path / "b", tmp_path / "c", layout="transformers-4")
     assert back.found == name and back.why == "veneer_expert_layout in the metadata of the tensors"
     config, tensors = loaded(tmp_path / "c")
-    same(read("transformers-4", FAMILIES["qwen3_moe"], config, tensors), deltas(factors("plain")))
+    same(read("transformers-4", MIXTURES["qwen3_moe"], config, tensors), deltas(factors("plain")))
 
 
 def test_a_pickle_becomes_safetensors(tmp_path: Path) -> None:
@@ -53,7 +53,7 @@ def test_a_pickle_becomes_safetensors(tmp_path: Path) -> None:
     assert report.layout == report.found == "transformers-4"
     assert not (tmp_path / "b" / "adapter_model.bin").exists()
     config, tensors = loaded(tmp_path / "b")
-    same(read("transformers-4", FAMILIES["qwen3_moe"], config, tensors), deltas(factors("plain")))
+    same(read("transformers-4", MIXTURES["qwen3_moe"], config, tensors), deltas(factors("plain")))
 
 
 def test_unsloth_says_its_order(tmp_path: Path) -> None:
@@ -62,7 +62,7 @@ def test_unsloth_says_its_order(tmp_path: Path) -> None:
     for name, layout in (("old", "unsloth"), ("new", "peft")):
         assert convert_adapter(tmp_path / name, tmp_path / f"{name}-each", layout="vllm").found == layout
         config, tensors = loaded(tmp_path / f"{name}-each")
-        same(read("vllm", FAMILIES["qwen3_moe"], config, tensors), deltas(factors("plain")))
+        same(read("vllm", MIXTURES["qwen3_moe"], config, tensors), deltas(factors("plain")))
 
 
 def test_what_is_refused(tmp_path: Path) -> None:

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from ...errors import ExportError, Text
 from ...expert_layouts.converting import convert
-from ...expert_layouts.family import family_of
 from ...expert_layouts.layouts import LAYOUTS, Layout
+from ...expert_layouts.mixture import mixture_of
 from ...expert_layouts.reading import find
 from ...files.keys import PREFIX
 from ...spec import resolve_all
@@ -37,7 +37,7 @@ def one_by_one(source: Source, layout: Layout) -> tuple[Source, list[Problem]]:
         return source, []
     own = LAYOUTS["peft" if "folded" in found.forms else "transformers-4"]
     try:
-        base = family_of(source.base_config(), source.config.base_model_name_or_path)
+        base = mixture_of(source.base_config(), source.config.base_model_name_or_path)
         if layout.name == "vllm" and base.stacked_in_vllm:
             return source, [Problem(IN_STACKS, AS_STACKS)]
         made = convert(source.config, tensors, own, layout, base)

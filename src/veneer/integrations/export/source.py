@@ -151,7 +151,7 @@ def read_source(directory: str | os.PathLike[str]) -> Source:
         AdapterFileError: It is missing, broken or no LoRA, its configuration and tensors disagree, or it
             holds tensors that nothing in its configuration explains; lists all of them.
     """
-    config, file, specs = open_lora(directory)
+    config, file, specs, _ = open_lora(directory)
     names, others_than_factors = factor_names(file)
     rest = dict.fromkeys(others_than_factors)
     tensors = file.tensors()

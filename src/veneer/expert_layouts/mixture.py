@@ -15,7 +15,7 @@ INTERLEAVED = ("gpt_oss", "openai_privacy_filter")
 STACKED_IN_VLLM = ("gpt_oss", "interns1_pro", "qwen3_5_moe", "qwen3_omni_moe", "qwen3_vl_moe")
 
 
-class Family(NamedTuple):
+class Mixture(NamedTuple):
     """A kind of base model.
 
     Attributes:
@@ -33,7 +33,7 @@ class Family(NamedTuple):
     stacked_in_vllm: bool = False
 
 
-def family_of(base: Mapping[str, Any], name: str | None) -> Family:
+def mixture_of(base: Mapping[str, Any], name: str | None) -> Mixture:
     """The kind of a base model, from its ``config.json``, or without one from its name.
 
     Args:
@@ -44,11 +44,11 @@ def family_of(base: Mapping[str, Any], name: str | None) -> Family:
     if isinstance(found, str):
         inside = base.get("text_config")
         types = {found, inside.get("model_type") if isinstance(inside, Mapping) else None}
-        return Family(True, *(not types.isdisjoint(kinds) for kinds in _KINDS))
+        return Mixture(True, *(not types.isdisjoint(kinds) for kinds in _KINDS))
     if not name:
-        return Family()
+        return Mixture()
     plain = re.sub(r"[^a-z0-9]", "", name.lower())
-    return Family(True, *(any(kind.replace("_", "") in plain for kind in kinds) for kinds in _KINDS))
+    return Mixture(True, *(any(kind.replace("_", "") in plain for kind in kinds) for kinds in _KINDS))
 
 
 _KINDS = (NUMBERED, TRANSPOSED, INTERLEAVED, STACKED_IN_VLLM)
