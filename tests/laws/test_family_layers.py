@@ -104,14 +104,14 @@ def test_each_gets_what_it_gets_alone_and_nothing_of_another(made: Combination) 
 
 
 class Counted(TorchDispatchMode):
-    """Counts operations that compute with a tensor, and new tensors that are as large as that of all rows."""
+    """Counts operations that compute with a tensor, and new tensors of all rows, as large as the output."""
 
     LOOKS = ("detach", "view", "t", "transpose", "alias", "expand", "as_strided", "unsafe_view")
 
-    def __init__(self, tensor: Tensor, size: int) -> None:
+    def __init__(self, tensor: Tensor, output: Tensor) -> None:
         super().__init__()
         self.place, self.products = tensor.untyped_storage().data_ptr(), 0
-        self.size, self.large = size, 0
+        self.rows, self.size, self.large = len(output), output.numel(), 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         tensors = [arg for arg in args if isinstance(arg, Tensor)]
@@ -120,7 +120,7 @@ class Counted(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if name not in self.LOOKS:
             self.products += self.place in places
-        if isinstance(result, Tensor) and result.numel() >= self.size:
+        if isinstance(result, Tensor) and result.numel() >= self.size and not len(result) % self.rows:
             self.large += result.untyped_storage().data_ptr() not in places
         return result
 
@@ -141,10 +141,10 @@ def cost(layer: LoraLayer, owners: Sequence[str], x: Tensor, outward: Tensor) ->
 
     with (
         torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
-        Counted(weight, outward.numel()) as forward,
+        Counted(weight, outward) as forward,
     ):
         y = step(layer, owners, x)
-    with Counted(weight, outward.numel()) as backward:
+    with Counted(weight, outward) as backward:
         y.backward(outward)
     return forward.products, backward.products, forward.large, sum(kept.values())
 

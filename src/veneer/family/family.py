@@ -132,6 +132,7 @@ class Family:
                 torch.set_rng_state(before)
             try:
                 self.model.set_adapter([])  # rows choose their adapters; the first one would stay active
+                self.model.eval()  # dropout of the new one is on in steps of training alone
                 parameters = list(dict.fromkeys(self.model.base_model.index.parameters(name)))
                 for parameter in (
                     *parameters,

@@ -52,7 +52,8 @@ class ALora(Variant):
         where = layer.acting(name, x).unsqueeze(-1)
         if torch.is_grad_enabled():  # the factors' gradients are sums over all positions
             x = torch.where(where.to(x.device), x, x.new_zeros(()))
-        return torch.where(where.to(result.device), layer.add_branch(name, x, result), result)
+        # What is added to may be written in place.
+        return torch.where(where.to(result.device), layer.add_branch(name, x, result.clone()), result)
 
     def merged(self, weight: Tensor, delta: Tensor, extra: Mapping[str, Tensor]) -> Tensor:
         """The weight on the positions where it acts; `refuses_merge` prevents a merge."""
