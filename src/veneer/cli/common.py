@@ -13,6 +13,7 @@ import pkgutil
 import sys
 import traceback
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -155,7 +156,7 @@ def _normalised(words: list[str]) -> tuple[list[str], bool]:
             name, sign, value = word.partition("=")
             word = name.replace("_", "-") + sign + value
         out.append(word)
-    for number, (word, after) in enumerate(zip(out, [*out[1:], "-"], strict=True)):
+    for number, (word, after) in enumerate(pairwise([*out, "-"])):
         if word in ALONE and after.startswith("-"):
             out[number] = f"{word}={ALONE[word]}"
     return out + rest, verbose

@@ -199,7 +199,7 @@ def _tolerated(saved: Mapping[str, Any], present: Mapping[str, Any]) -> float:
 
 def _classes(saved: Mapping[str, Any], present: Mapping[str, Any]) -> str:
     a, b = saved.get("architecture"), present.get("architecture")
-    return f" ({a} then, {b} now)" if a != b else ""
+    return f" ({a} then, {b} now)" if a and b and a != b else ""
 
 
 def _resized(expected: tuple[int, ...], found: tuple[int, ...], vocabularies: tuple[Any, Any]) -> bool:

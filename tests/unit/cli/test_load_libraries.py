@@ -110,6 +110,7 @@ def _places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 TRAIN = "train --model base --data data.jsonl --output"
 SWEEP = "sweep --model base --data data.jsonl --grid lora_r=4,8 --output"
 CASES = [
+    ("extract --base ./gone --tuned base --rank 2 --output full", 1, ["no model at './gone'"]),
     ("data gone.jsonl --model ./gone", 1, ["data file gone.jsonl", "no model at './gone'"]),
     ("data bad.jsonl --model base", 1, ["line 1"]),
     ("data data.jsonl --model base --max-length 0", 2, ["--max-length"]),
@@ -248,6 +249,7 @@ def test_what_is_wrong_is_said_first(
         "export adapter --target vllm",
         "inspect adapter",
         "convert adapter out --layout peft",
+        "extract --base base --tuned base --rank 2 --output out",
         "resize adapter --rank 2 --output out",
         "diff adapter adapter",
         "combine adapter --output out",

@@ -337,11 +337,11 @@ def test_copies_of_embeddings_are_left_out_and_said(saved: Callable[[str], Saved
     assert "they are equal" in report.left_out[0]
     other = adapter.model.eval()
     with torch.no_grad():
-        other.get_input_embeddings().weight[3] += 1
+        other.get_input_embeddings().weight[3] += 1e-3
     with pytest.raises(ExportError, match="not the base's"):
         export_adapter(adapter.place, tmp_path / "three", "vllm", base=other)
     with torch.no_grad():
-        other.get_input_embeddings().weight[3] -= 1
+        other.get_input_embeddings().weight[3] -= 1e-3
 
 
 def test_another_base_than_the_adapters_is_refused(saved: Callable[[str], Saved], tmp_path: Path) -> None:
@@ -472,7 +472,7 @@ def test_nothing_is_half_written(
         raise error
 
     monkeypatch.setattr(type(chosen), "write", fail)
-    with pytest.raises(type(error)):
+    with pytest.raises(VeneerError if isinstance(error, OSError) else type(error)):
         export_adapter(saved("linear").place, tmp_path / "new" / "out", target, **options_for(target, ""))
     assert list(tmp_path.iterdir()) == []
 

@@ -255,6 +255,6 @@ def test_nothing_is_half_written(
 
     write = importing.write_adapter
     monkeypatch.setattr(importing, "write_adapter", fail)
-    with pytest.raises(type(error)):
+    with pytest.raises(VeneerError if isinstance(error, OSError) else type(error)):
         import_adapter(file, tmp_path / "new" / "out")
     assert {path.name for path in tmp_path.iterdir()} == {"adapter.safetensors"}
