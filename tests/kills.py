@@ -91,6 +91,7 @@ def forked(work: Callable[[], object]) -> int:
             status = 0
         except BaseException:
             traceback.print_exc()
+            sys.stderr.flush()
         finally:
             os._exit(status)  # even where the traceback cannot be printed
     return child

@@ -122,7 +122,7 @@ def _other(tensors: dict[str, Tensor], random: Random) -> dict[str, Tensor]:
         tensor = tensor.to(kind)
     elif act == 2:
         tensor = random.choice(
-            (tensor.flatten(), tensor[..., None], tensor.T.contiguous(), tensor[:1], tensor[:0])
+            (tensor.flatten(), tensor[..., None], tensor.movedim(0, -1).contiguous(), tensor[:1], tensor[:0])
         )
     elif act == 3:
         tensor = random.choice(
