@@ -168,6 +168,9 @@ DOORS = {
     "veneer diff": _command("diff {given} {good}/second --json"),
     "veneer combine": _command("combine {good}/second {given} --weights 1,-0.5 --output {output}"),
     "veneer resize": _command("resize {given} --energy 0.9 --output {output}"),
+    "veneer extract": _command(
+        "extract --base {base} --tuned {given} --rank 2 --output {output}", "base", weight=WITH_BASE
+    ),
     "veneer import": _command("import {given} {output}", "kohya"),
     **{
         f"veneer export, {target}": _command(
