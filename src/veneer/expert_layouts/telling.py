@@ -68,8 +68,8 @@ class Told(NamedTuple):
         if self.certain:
             return f"its experts are in the layout {self.layout} ({self.why}) and are read as such"
         return (
-            f"its experts are read in PEFT's layout, but look like {self.layout} ({self.why}). If they are, "
-            f"veneer convert --from-layout {self.layout} --layout peft rewrites the file"
+            f"its experts are read in PEFT's layout, but look like {self.layout} ({self.why}). If it is "
+            f"that one, convert the adapter with from_layout={self.layout!r}"
         )
 
 
