@@ -4,7 +4,7 @@
 # make fuzz     broken and hostile input for SECONDS=60, from a new SEED    make kills    kill saves, merges, runs N=60 times
 # make docs     build the documentation as a site, strictly, into build/site
 # make tutorial run docs/tutorial.md from top to bottom and draw its pictures
-# make examples run all examples, hours (without sweep_study, some twenty minutes)    make examples-data   fetch only their data
+# make examples run the examples, some twenty minutes; hours with ARGS=sweep_study    make examples-data   fetch only their data
 # make bench    run the benchmarks; tables on the screen, JSON and pictures in benchmarks/results
 # make bench-quick   the training step only, fewer turns    make bench-check   exit 1 where a bar is missed
 # make readers  run llama.cpp and mlx-lm on what is exported for them, and write the table of docs/exporting.md

@@ -18,6 +18,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER, GUIDES, IMAGES = ROOT / "examples", ROOT / "docs" / "guides", ROOT / "docs" / "images"
+#: CPU seconds of a full run from which on it is begun only where it is named.
+LONG = 1800
 BEGIN, END = "<!-- printed by the example: python tools/examples.py --pages -->", "<!-- end -->"
 
 
@@ -82,7 +84,7 @@ def write_page(name: str) -> bool:
 def main() -> int:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of: {', '.join(names())} (default: all)")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of: {', '.join(names())} (default: all but long ones)")
     parser.add_argument("--short", action="store_true", help="the short form of each")
     parser.add_argument("--jobs", type=int, default=2, help="how many at a time (default: 2)")
     parser.add_argument("--pages", action="store_true", help="only write the last results into the guides")
@@ -90,7 +92,8 @@ def main() -> int:
     if unknown := sorted(set(options.names) - set(names())):
         parser.error(f"no such example: {', '.join(unknown)}; there are {', '.join(names())}")
     # The longest first: a long one begun last would have the other cores wait for it.
-    wanted = sorted(options.names or names(), key=cost, reverse=True)
+    short = [name for name in names() if options.short or options.pages or cost(name) < LONG]
+    wanted = sorted(options.names or short, key=cost, reverse=True)
     if options.pages:
         for name in wanted:
             print(f"{name}: {'written' if write_page(name) else 'no full run to write, or no page'}")
