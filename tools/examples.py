@@ -84,7 +84,9 @@ def write_page(name: str) -> bool:
 def main() -> int:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of: {', '.join(names())} (default: all but long ones)")
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help=f"of: {', '.join(names())} (all but long ones)"
+    )
     parser.add_argument("--short", action="store_true", help="the short form of each")
     parser.add_argument("--jobs", type=int, default=2, help="how many at a time (default: 2)")
     parser.add_argument("--pages", action="store_true", help="only write the last results into the guides")
