@@ -61,6 +61,11 @@ def convert(
         ExportError: What the file has cannot be read as the source, or the target has no place for it; all
             of it is listed.
     """
+    if mixture.as_stored and source is not target:
+        raise ExportError(
+            "the experts of Llama 4 are (experts, in, out), which PEFT takes for (experts, out, in): "
+            f"their factors stay in the layout {source.name}"
+        )
     named = {_renamed(name, source, mixture): tensor for name, tensor in tensors.items()}
     experts, others = read_all(config, named, source, mixture)
     made = writing.write(target, experts, mixture)

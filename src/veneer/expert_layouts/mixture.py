@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 NUMBERED = ("minimax", "minimax_m2", "mixtral")
 #: Those whose stacks are (experts, in, out), and those in which gate and up alternate row by row.
 TRANSPOSED = ("aria", "aria_text", "gpt_oss", "openai_privacy_filter")
+#: Those that have such stacks, too, where PEFT takes them for (experts, out, in).
+AS_STORED = ("llama4", "llama4_text")
 INTERLEAVED = ("gpt_oss", "openai_privacy_filter")
 #: Those whose experts vLLM loads as stacks, with what stands for them in the names of models.
 STACKED_IN_VLLM = ("gpt_oss", "interns1_pro", "qwen3_5_moe", "qwen3_omni_moe", "qwen3_vl_moe")
@@ -24,6 +26,7 @@ class Mixture(NamedTuple):
         transposed: Whether its stacks are (experts, in, out).
         interleaved: Whether gate and up alternate in ``gate_up_proj``; otherwise one follows the other.
         stacked_in_vllm: Whether vLLM loads its experts as stacks.
+        as_stored: Whether its stacks are (experts, in, out), which PEFT takes for (experts, out, in).
     """
 
     known: bool = False
@@ -31,6 +34,7 @@ class Mixture(NamedTuple):
     transposed: bool = False
     interleaved: bool = False
     stacked_in_vllm: bool = False
+    as_stored: bool = False
 
 
 def mixture_of(base: Mapping[str, Any], name: str | None) -> Mixture:
@@ -51,4 +55,4 @@ def mixture_of(base: Mapping[str, Any], name: str | None) -> Mixture:
     return Mixture(True, *(any(kind.replace("_", "") in plain for kind in kinds) for kinds in _KINDS))
 
 
-_KINDS = (NUMBERED, TRANSPOSED, INTERLEAVED, STACKED_IN_VLLM)
+_KINDS = (NUMBERED, TRANSPOSED, INTERLEAVED, STACKED_IN_VLLM, AS_STORED)

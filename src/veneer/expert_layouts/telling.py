@@ -123,6 +123,8 @@ def _folded(evidence: Evidence, config: LoraConfig, found: Found, mixture: Mixtu
         return Told(_UNSLOTH_ORDERS[order], f"{UNSLOTH} in its configuration")
     if SAVED_CONFIG in evidence.metadata:
         return Told("peft", "it was saved by Veneer")
+    if mixture.as_stored:
+        return Told("peft", "PEFT takes the stacks of this base as they are stored")
     turned = False if mixture.transposed else _is_turned(evidence, config, found)
     version = evidence.values.get("peft_version")
     if turned is None and isinstance(version, str):

@@ -70,6 +70,9 @@ def _connect(options: SweepOptions) -> bool:
         return False
     own: dict[str, Any] = {}
     if local:
+        from ray._private import ray_constants
+
+        ray_constants.ENABLE_RAY_CLUSTER = False  # the variable is too late where Ray was imported before
         cores = max(os.cpu_count() or 1, options.ray_workers or 1)
         own = {"include_dashboard": False, "_node_ip_address": "127.0.0.1", "num_cpus": cores}
     try:

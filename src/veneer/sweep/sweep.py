@@ -64,6 +64,8 @@ def sweep(options: SweepOptions, grid: Grid, progress: Progress | None = None) -
     record = Record(options, grid, digest(rows), digest(eval_rows))
     if saved is not None:
         record.check_same(saved, output)
+        for unfinished in output.glob(".veneer-*.tmp"):  # a kill left it
+            unfinished.unlink()
         if saved["finished"]:
             progress.say(f"The sweep in {output} is finished: nothing is left to train.")
             write_results(output, saved, progress)

@@ -101,7 +101,11 @@ def test_dora_is_refused_with_the_flags_that_help(
     ("words", "code", "said"),
     [
         (["ADAPTER"], 2, "--target"),
-        (["ADAPTER", "--target", "gguf"], 2, "there are diffusers, llama.cpp, mlx, ollama, plain, sglang, vllm"),
+        (
+            ["ADAPTER", "--target", "gguf"],
+            2,
+            "there are diffusers, llama.cpp, mlx, ollama, plain, sglang, vllm",
+        ),
         (["ADAPTER", "--target", "vllm", "--rnak", "4"], 2, "--rank"),
         (["ADAPTER", "--target", "vllm", "--rank", "4"], 2, "--dora-to-plain"),
         (["ADAPTER", "--target", "vllm", "--rank", "0", "--dora-to-plain"], 2, "--rank"),

@@ -79,6 +79,16 @@ def test_what_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "x").exists()
 
 
+def test_llama_4_keeps_its_layout(tmp_path: Path) -> None:
+    """Its stacks are (experts, in, out), and PEFT takes them for (experts, out, in)."""
+    source = save(tmp_path / "a", "peft-0.18", base="meta-llama/Llama-4-Scout")
+    assert convert_adapter(source, tmp_path / "b").found == "peft"
+    assert loaded(tmp_path / "b")[1].keys() == loaded(source)[1].keys()
+    with pytest.raises(ExportError, match="the experts of Llama 4 are"):
+        convert_adapter(source, tmp_path / "c", layout="sglang")
+    assert not (tmp_path / "c").exists()
+
+
 def test_an_adapter_without_experts(tmp_path: Path) -> None:
     place = tmp_path / "plain"
     place.mkdir()
