@@ -25,7 +25,7 @@ from veneer.adapters import AdapterModule, Contexts, adapter_modules, opened, un
 from veneer.errors import RoutingError, show
 from veneer.ops.dropout import Draws
 from veneer.ops.mixed_batch import Layout, layouts
-from veneer.ops.token_rows import LOST, TokenRows
+from veneer.ops.token_rows import LOST, TokenRows, tensors_in
 from veneer.variants.alora import Activation
 
 #: The name that stands for the base model without an adapter.
@@ -545,23 +545,12 @@ def keep_for_backward(output: Any, routing: Routing) -> None:
     routing.memo.clear()
     if not routing.recomputed:
         return
-    for tensor in _tensors(output):
+    for tensor in tensors_in(output):
         if tensor.grad_fn is not None:
             kept: dict[str, object] = tensor.grad_fn.metadata  # type: ignore[assignment]
             kept["veneer.routing"] = routing
             with _lock:
                 _alive.add(routing)
-
-
-def _tensors(output: Any) -> Iterator[Tensor]:
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, Mapping):
-        for value in output.values():
-            yield from _tensors(value)
-    elif isinstance(output, list | tuple):
-        for value in output:
-            yield from _tensors(value)
 
 
 class _Carried:

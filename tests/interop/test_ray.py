@@ -16,7 +16,8 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.unit.training.tiny import Told, saved_records, saved_tiny
+from tests.unit.sweep.tiny import GRID, tiny_options
+from tests.unit.training.tiny import Told, saved_tiny
 from veneer.errors import TrainingError
 from veneer.sweep import sweep as module
 from veneer.sweep.on_ray import OnRay, ray_workers
@@ -27,7 +28,6 @@ from veneer.sweep.worker import Work
 from veneer.training.progress import Silent
 from veneer.training.stopping import Interrupted
 
-GRID = {"lora_r": [2, 4], "learning_rate": [1e-3, 1e-2, 3e-2]}
 TWO: dict[str, Any] = {"ray": "local", "ray_workers": 2}
 
 pytestmark = pytest.mark.slow
@@ -36,17 +36,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def options(tmp_path_factory: pytest.TempPathFactory) -> SweepOptions:
     place = tmp_path_factory.mktemp("data")
-    data = str(saved_records(place / "data.jsonl"))
-    return SweepOptions(
-        model=str(saved_tiny(place / "base")),
-        data=data,
-        eval_data=data,
-        output="out",
-        max_steps=6,
-        batch_size=4,
-        lora_dropout=0.1,
-        exact=True,
-    )
+    return tiny_options(saved_tiny(place / "base"), place, exact=True)
 
 
 @pytest.fixture(scope="module")

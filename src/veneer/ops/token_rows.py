@@ -83,7 +83,7 @@ class TokenRows(TorchFunctionMode):
             result = func(*args, **kwargs)
             self._after_view(args[0], result)
             return result
-        given = [*_tensors(args), *_tensors(kwargs)] if self._notes else []
+        given = [*tensors_in(args), *tensors_in(kwargs)] if self._notes else []
         # Before the call, which may write to them.
         known = [(x, each) for x in given if (each := self.of(x)) is not None]
         result = func(*args, **kwargs)
@@ -116,7 +116,7 @@ class TokenRows(TorchFunctionMode):
             self._mark(args[0], LOST)
             return
         tokens, each = known[0]
-        for y in _tensors(result):
+        for y in tensors_in(result):
             if func in _ELEMENTWISE:
                 kept = all(x.dim() == y.dim() and x.shape[:1] == y.shape[:1] for x, _ in known)
             else:
@@ -135,15 +135,16 @@ def _version(x: Tensor) -> int:
     return 0 if x.is_inference() else x._version
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors of a value, and of the mappings and sequences in it."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):
         for one in value.values():
-            yield from _tensors(one)
+            yield from tensors_in(one)
     elif isinstance(value, list | tuple):
         for one in value:
-            yield from _tensors(one)
+            yield from tensors_in(one)
 
 
 def _called(*names: str) -> Iterator[Callable[..., Any]]:

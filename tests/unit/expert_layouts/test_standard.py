@@ -116,17 +116,21 @@ def over(kind: str, layout: str) -> bool:
     return kind == "gpt_oss" and layout == "megatron-bridge-stacks"
 
 
+def expect_logits(kind: str, place: Path, logits: Tensor) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = PeftModel.from_pretrained(base(kind), place).eval()
+    with torch.no_grad():
+        assert_close(model(IDS).logits, logits, BY_DTYPE[torch.float32])
+
+
 @pytest.mark.parametrize("layout", TAKEN)
 def test_loaded(layout: str, saved: tuple[str, Path, Tensor], tmp_path: Path) -> None:
     kind, place, logits = saved
     convert_adapter(place, tmp_path / "b", layout=layout)
     if not over(kind, layout):
         without_mark(tmp_path / "b", layout)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = PeftModel.from_pretrained(base(kind), tmp_path / "b").eval()
-    with torch.no_grad():
-        assert_close(model(IDS).logits, logits, BY_DTYPE[torch.float32])
+    expect_logits(kind, tmp_path / "b", logits)
 
 
 def test_a_layout_that_is_not_pefts_is_said(saved: tuple[str, Path, Tensor], tmp_path: Path) -> None:
@@ -152,11 +156,7 @@ def test_exported(target: str, saved: tuple[str, Path, Tensor], tmp_path: Path) 
     names = load_file(tmp_path / "b" / "adapter_model.safetensors")
     block = "block_sparse_moe.experts.3.w2" if kind == "mixtral" else "mlp.experts.3.down_proj"
     assert f"base_model.model.model.layers.1.{block}.lora_B.weight" in names
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = PeftModel.from_pretrained(base(kind), tmp_path / "b").eval()
-    with torch.no_grad():
-        assert_close(model(IDS).logits, logits, BY_DTYPE[torch.float32])
+    expect_logits(kind, tmp_path / "b", logits)
 
 
 def test_experts_that_cannot_be_read_are_listed(saved: tuple[str, Path, Tensor], tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from tests.tolerances import FAMILY, assert_close
-from tests.unit.training.tiny import RECORDS, Told, saved_records
+from tests.unit.sweep.tiny import GRID, tiny_options
+from tests.unit.training.tiny import RECORDS, Told
 from veneer import Family, PeftModel
 from veneer.errors import TrainingError
 from veneer.sweep import sweep as module
@@ -23,22 +24,10 @@ from veneer.training import Collator, answer_loss, encode, load_base
 from veneer.training.scores import accuracy
 from veneer.training.stopping import Interrupted, Stop
 
-GRID = {"lora_r": [2, 4], "learning_rate": [1e-3, 1e-2, 3e-2]}
-
 
 @pytest.fixture(scope="module")
 def options(base: Path, tmp_path_factory: pytest.TempPathFactory) -> SweepOptions:
-    data = str(saved_records(tmp_path_factory.mktemp("data") / "data.jsonl"))
-    return SweepOptions(
-        model=str(base),
-        data=data,
-        eval_data=data,
-        output="out",
-        max_steps=6,
-        batch_size=4,
-        lora_dropout=0.1,
-        warmup_steps=1,
-    )
+    return tiny_options(base, tmp_path_factory.mktemp("data"), warmup_steps=1)
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from tests.unit.training.tiny import Told, saved_records
+from tests.unit.sweep.tiny import GRID, tiny_options
+from tests.unit.training.tiny import Told
 from veneer.errors import TrainingError
 from veneer.sweep import sweep as module
 from veneer.sweep.handle import Handle, Here, Lost
@@ -20,22 +21,10 @@ from veneer.sweep.options import SweepOptions
 from veneer.sweep.sweep import sweep
 from veneer.sweep.worker import Worker
 
-GRID = {"lora_r": [2, 4], "learning_rate": [1e-3, 1e-2, 3e-2]}
-
 
 @pytest.fixture(scope="module")
 def options(base: Path, tmp_path_factory: pytest.TempPathFactory) -> SweepOptions:
-    data = str(saved_records(tmp_path_factory.mktemp("data") / "data.jsonl"))
-    return SweepOptions(
-        model=str(base),
-        data=data,
-        eval_data=data,
-        output="out",
-        max_steps=6,
-        batch_size=4,
-        lora_dropout=0.1,
-        exact=True,
-    )
+    return tiny_options(base, tmp_path_factory.mktemp("data"), exact=True)
 
 
 @pytest.fixture(scope="module")
