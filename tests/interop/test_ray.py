@@ -155,6 +155,7 @@ def test_the_command_starts_a_cluster_of_this_machine_alone_and_ends_it(
     time.sleep(3.0)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     said.append(process.stderr.read())
+    process.stderr.close()
     assert process.wait(timeout=120) == 130, "".join(said)
     last = "".join(said).splitlines()[-3:]
     assert last[0].startswith("Stopped after ") and last[1].endswith(" --resume")
