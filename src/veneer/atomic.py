@@ -106,6 +106,24 @@ def atomic_files(
 
 
 @contextlib.contextmanager
+def new_directory(place: str | os.PathLike[str]) -> Iterator[None]:
+    """Make a directory and its parents; if the block fails, remove those again that are empty.
+
+    Raises:
+        OSError: It cannot be made; nothing has changed.
+    """
+    new = [path for path in (Path(place), *Path(place).parents) if not path.exists()]
+    try:
+        Path(place).mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for path in new:
+            with contextlib.suppress(OSError):  # not made, or somebody uses it meanwhile
+                path.rmdir()
+        raise
+
+
+@contextlib.contextmanager
 def locked(directory: str | os.PathLike[str]) -> Iterator[None]:
     """Lock a directory against other callers of this function, in this process and in every other.
 

@@ -1,6 +1,6 @@
 """Try broken and hostile input for some time.
 
-    python -m tests.fuzz [--seconds 60] [--seed N] [--case N]
+    python -m tests.fuzz [--seconds 60] [--seed N] [--case N] [--of DOOR ...]
 
 Prints how many cases of each kind were done and refused. For a case that failed, which is neither: what is
 wrong, and where its files are kept. Exit 1 if there is one.
@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import importlib
 import os
+import shlex
 import shutil
 import sys
 import tempfile
@@ -35,7 +36,9 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--seed", type=int, default=int(time.time()))
     parser.add_argument("--case", type=int, help="try this one alone, and keep its files")
+    parser.add_argument("--of", nargs="+", choices=DOORS, default=list(DOORS), metavar="DOOR")
     asked = parser.parse_args()
+    doors = {name: DOORS[name] for name in asked.of}
     found: Counter[tuple[str, str]] = Counter()
     broken: list[tuple[Case, Outcome]] = []
     KEPT.mkdir(parents=True, exist_ok=True)
@@ -47,7 +50,7 @@ def main() -> int:
             _import_what_doors_need(good)
         end, number = time.monotonic() + asked.seconds, asked.case or 0
         while asked.case is not None or time.monotonic() < end:
-            case, place = drawn(asked.seed, number), Path(folder) / "case"
+            case, place = drawn(asked.seed, number, doors), Path(folder) / "case"
             outcome = tried(case, good, place)
             found[case.kind, outcome.word] += 1
             if outcome.word == "failed" or asked.case is not None:
@@ -62,10 +65,10 @@ def main() -> int:
             if asked.case is not None:
                 break
     _show(found, asked.seed)
+    same = f" --of {shlex.join(asked.of)}" if len(doors) < len(DOORS) else ""
     for case, _ in broken:
-        print(
-            f"again: python -m tests.fuzz --seed {case.seed} --case {case.number}   its files: {_kept(case)}"
-        )
+        print(f"again: python -m tests.fuzz --seed {case.seed} --case {case.number}{same}")
+        print(f"its files: {_kept(case)}")
     return 1 if broken else 0
 
 

@@ -69,14 +69,16 @@ class Outcome(NamedTuple):
 def drawn(seed: int, number: int, doors: Mapping[str, Door] = DOORS) -> Case:
     """The case of a number."""
     random = Random(f"{seed} {number}")
-    kind = random.choice([*KINDS, *DISKS])
-    inputs = KINDS[kind].of if kind in KINDS else ("adapter", "kohya", "")
-    found = [
-        (of, name, door.weight)
-        for of in inputs
-        for name, door in doors.items()
-        if of in (door.of or ("",)) and (kind in KINDS or door.writes)
-    ]
+    found: list[tuple[str, str, float]] = []
+    while not found:
+        kind = random.choice([*KINDS, *DISKS])
+        found = [
+            (of, name, door.weight)
+            for name, door in doors.items()
+            if kind in KINDS or door.writes
+            for of in (door.of if kind in KINDS else door.of[:1]) or ("",)
+            if kind in DISKS or of in KINDS[kind].of
+        ]
     ((of, name, _),) = random.choices(found, [weight for *_, weight in found])
     return Case(seed, number, kind, of, name)
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer.atomic import atomic_file
+from veneer.atomic import atomic_file, new_directory
 from veneer.config import LoraConfig
 from veneer.errors import ConfigError, Hint
 from veneer.inject.injection import Addition
@@ -91,8 +91,7 @@ def store(path: str | os.PathLike[str] | None, tensors: Mapping[str, Tensor]) ->
     if path is None:
         return
     place = Path(path)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(place) as waiting, waiting.open("wb") as file:
+    with new_directory(place.parent), atomic_file(place) as waiting, waiting.open("wb") as file:
         torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, file)
 
 

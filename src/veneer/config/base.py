@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from veneer import hub
-from veneer.atomic import atomic_file
+from veneer.atomic import atomic_file, new_directory
 from veneer.config import values as check
 from veneer.config.kinds import PeftType, TaskType
 from veneer.config.spelling import names_unknown_options, unknown_options
@@ -337,8 +337,7 @@ class PeftConfig:
         except (TypeError, ValueError) as error:
             raise ConfigError(f"the configuration holds what JSON cannot: {error}") from error
         try:
-            directory.mkdir(parents=True, exist_ok=True)
-            with atomic_file(directory / CONFIG_NAME) as waiting:
+            with new_directory(directory), atomic_file(directory / CONFIG_NAME) as waiting:
                 waiting.write_text(text, encoding="utf-8")
         except OSError as error:
             raise AdapterFileError(f"the configuration could not be saved: {error}") from error

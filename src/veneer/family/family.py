@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map_only
 
 from veneer import inits
 from veneer.adapters import as_names, walk
-from veneer.atomic import atomic_file
+from veneer.atomic import atomic_file, new_directory
 from veneer.config import LoraConfig
 from veneer.errors import AdapterFileError, AdapterNameError, ConfigError, Hint, TargetError, TrainingError
 from veneer.family.batches import Batch, Joined, join
@@ -492,8 +492,7 @@ def _result(total: Tensor, count: Tensor | int, logprobs: Tensor | None) -> Resu
 def write_states(directory: str | os.PathLike[str], states: Mapping[str, Any]) -> None:
     """Write what `Family.state_dict` gives, atomically."""
     place = Path(directory)
-    place.mkdir(parents=True, exist_ok=True)
-    with atomic_file(place / _STATE) as waiting:
+    with new_directory(place), atomic_file(place / _STATE) as waiting:
         torch.save(dict(states), waiting)
 
 

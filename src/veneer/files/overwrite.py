@@ -21,7 +21,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from veneer.atomic import disk_is_full
+from veneer.atomic import disk_is_full, new_directory
 from veneer.errors import Hint, VeneerError
 from veneer.wording import first_line
 
@@ -120,10 +120,8 @@ def replacing(
     """
     check_replaceable(place, overwrite, what)
     real = Path(os.path.realpath(place))
-    new = [parent for parent in real.parents if not parent.exists()]
-    real.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with _temporary_directory(real) as folder:
+        with new_directory(real.parent), _temporary_directory(real) as folder:
             made = folder / _NEW
             made.mkdir()
             yield made
@@ -131,9 +129,6 @@ def replacing(
             _set_permissions(made)
             _move(made, real, folder / _OLD, stale)
     except BaseException as error:
-        for parent in new:
-            with contextlib.suppress(OSError):
-                parent.rmdir()
         refused = isinstance(error, OSError) and error.errno in _REFUSED
         if (refused or disk_is_full(error)) and not isinstance(error, VeneerError):
             raise VeneerError(

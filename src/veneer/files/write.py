@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import struct
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from veneer.atomic import HalfMovedError, atomic_file, atomic_files, locked
+from veneer.atomic import HalfMovedError, atomic_file, atomic_files, locked, new_directory
 from veneer.errors import CheckpointError
 from veneer.files.card import merge_card
 from veneer.files.digest import DATA_DIGEST, data_digest
@@ -69,7 +68,7 @@ def write_adapter(
     new, old = (SAFETENSORS_NAME, BIN_NAME) if safe_serialization else (BIN_NAME, SAFETENSORS_NAME)
     places = [root / new, root / CONFIG_NAME, *([] if card is None else [root / CARD_NAME])]
     try:
-        with _directory(root), locked(root):
+        with new_directory(root), locked(root):
             _tidy(root)
             metadata = {**(metadata or {}), **saved_metadata(root, text)}
             with atomic_files(*places, instead_of=root / old) as waiting:
@@ -95,12 +94,11 @@ def write_card(directory: str | os.PathLike[str], card: str) -> None:
         CheckpointError: the directory cannot be made, or the card cannot be read or written.
     """
     root = Path(directory)
-    with _directory(root):
-        try:
-            with atomic_file(root / CARD_NAME) as waiting:
-                _write_text(waiting, _with_existing(root / CARD_NAME, card))
-        except OSError as exc:
-            raise CheckpointError(f"the card could not be written: {exc}") from exc
+    try:
+        with new_directory(root), atomic_file(root / CARD_NAME) as waiting:
+            _write_text(waiting, _with_existing(root / CARD_NAME, card))
+    except OSError as exc:
+        raise CheckpointError(f"the card could not be written: {exc}") from exc
 
 
 def check_tensors(tensors: Mapping[str, torch.Tensor]) -> None:
@@ -212,23 +210,6 @@ def _with_existing(path: Path, card: str) -> str:
 
 def _write_text(path: Path, text: str) -> None:
     path.write_bytes(text.encode("utf-8", "surrogateescape"))
-
-
-@contextlib.contextmanager
-def _directory(root: Path) -> Iterator[None]:
-    """Make the directory, and remove it again if the save into it fails."""
-    new = [p for p in (root, *root.parents) if not p.exists()]
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-    except OSError as exc:
-        raise CheckpointError(f"the directory {root} cannot be made: {exc}") from exc
-    try:
-        yield
-    except BaseException:
-        with contextlib.suppress(OSError):  # not empty: somebody else uses it meanwhile
-            for path in new:
-                path.rmdir()
-        raise
 
 
 def _tidy(root: Path) -> None:

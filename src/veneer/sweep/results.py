@@ -14,7 +14,7 @@ from typing import Any
 
 from ..atomic import atomic_file
 from ..errors import Hint, Text, TrainingError
-from ..training.plots import can_plot
+from ..training.plots import can_plot, said_if_not_written
 from ..training.progress import Progress
 from ..training.resuming import write_json
 from .options import RESULT_NAME, Grid, SweepOptions
@@ -151,7 +151,8 @@ def write_results(output: Path, found: Mapping[str, Any], progress: Progress) ->
     with atomic_file(output / "sweep.md") as waiting:
         waiting.write_text(text, encoding="utf-8")
     if can_plot():
-        picture(output / "sweep.png", found)
+        with said_if_not_written(progress):
+            picture(output / "sweep.png", found)
     _link(output, found["best"], progress)
     for place in output.glob("state-*"):
         shutil.rmtree(place, ignore_errors=True)

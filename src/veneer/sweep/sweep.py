@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..atomic import atomic_files
 from ..errors import Hint, TrainingError
 from ..family.family import read_states, write_states
 from ..files.layout import left_over
@@ -19,7 +18,7 @@ from ..training.data.batch import pad_token
 from ..training.libraries import require
 from ..training.models import load_tokenizer
 from ..training.progress import Progress, Silent
-from ..training.resuming import METRICS_NAME, digest, write_json
+from ..training.resuming import METRICS_NAME, digest, json_bytes, tokenizer_files, write_files
 from ..training.run import absolute, encoded, read_all
 from ..training.stopping import Interrupted, Stop, stop_on_signals
 from .board import Board
@@ -283,12 +282,6 @@ class Sweep:
 
     def _keep(self, trial: Trial, files: dict[str, bytes]) -> None:
         """Save a run that came to its end, as `veneer train` saves it."""
-        place = self.output / trial.name
-        place.mkdir(parents=True, exist_ok=True)
-        with atomic_files(*(place / name for name in files)) as waiting:
-            for path, content in zip(waiting, files.values(), strict=True):
-                path.write_bytes(content)
-        self.tokenizer.save_pretrained(place)
         metrics = {
             "steps": trial.step,
             "options": dataclasses.asdict(trial.options),
@@ -297,7 +290,8 @@ class Sweep:
         }
         if self.classes:
             metrics["label_names"] = self.classes
-        write_json(place / METRICS_NAME, metrics)
+        place = self.output / trial.name
+        write_files(place, {**files, **tokenizer_files(self.tokenizer), METRICS_NAME: json_bytes(metrics)})
 
     def _leave(self, trial: Trial, state: Any) -> None:
         trial.state = state

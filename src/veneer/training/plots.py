@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..atomic import atomic_file
+from .progress import Progress
 
 INK, PALE, STRONG = "#333333", "#b8bfc6", "#0b6e8a"
 
@@ -15,6 +17,15 @@ INK, PALE, STRONG = "#333333", "#b8bfc6", "#0b6e8a"
 def can_plot() -> bool:
     """Whether matplotlib is installed."""
     return importlib.util.find_spec("matplotlib") is not None
+
+
+@contextlib.contextmanager
+def said_if_not_written(progress: Progress) -> Iterator[None]:
+    """Report a picture that cannot be written: the results beside it are whole."""
+    try:
+        yield
+    except OSError as error:
+        progress.say(f"warning: no picture: {error}")
 
 
 def loss_picture(

@@ -11,12 +11,14 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..atomic import atomic_file
+from ..atomic import atomic_files, new_directory
 from ..errors import AdapterFileError, Blank, Hint, Text, TrainingError
 from ..wording import first_line
 from .options import TrainOptions
@@ -71,9 +73,30 @@ class Run:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write JSON, the whole file or none of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(path) as waiting:
-        waiting.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_files(path.parent, {path.name: json_bytes(content)})
+
+
+def write_files(place: Path, files: Mapping[str, bytes]) -> None:
+    """Write files into a directory: all of them, or none."""
+    with new_directory(place), ExitStack() as stack:
+        for folder in sorted({(place / name).parent for name in files}):
+            stack.enter_context(new_directory(folder))
+        with atomic_files(*(place / name for name in files)) as waiting:
+            for path, content in zip(waiting, files.values(), strict=True):
+                path.write_bytes(content)
+
+
+def json_bytes(content: Mapping[str, Any]) -> bytes:
+    """What `write_json` writes."""
+    return (json.dumps(content, indent=2) + "\n").encode()
+
+
+def tokenizer_files(tokenizer: Any) -> dict[str, bytes]:
+    """What a tokenizer saves, by the names of its files."""
+    with tempfile.TemporaryDirectory() as place:
+        tokenizer.save_pretrained(place)
+        files = [path for path in Path(place).rglob("*") if path.is_file()]
+        return {path.relative_to(place).as_posix(): path.read_bytes() for path in files}
 
 
 def run_record(

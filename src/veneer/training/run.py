@@ -32,7 +32,7 @@ from .options import RunOptions, check_names
 from .paths import check_run
 from .planning import Step, empty_model, estimate_memory, seconds_per_step
 from .planning.memory import no_gradient
-from .plots import can_plot, loss_picture
+from .plots import can_plot, loss_picture, said_if_not_written
 from .progress import Progress, Silent, waiting
 from .saved_adapter import adapter_config, read_adapter, with_adapter
 from .starting import adapted
@@ -102,13 +102,14 @@ def fine_tune(options: RunOptions, progress: Progress | None = None) -> dict[str
             stop=stop,
         )
     if is_first() and can_plot():
-        loss_picture(
-            output / "loss.png",
-            [entry["loss"] for entry in metrics["losses"]],
-            "Training loss",
-            held_out=[(entry["step"], entry["loss"]) for entry in metrics["evaluations"]],
-            ylabel=LOSSES[options.purpose],
-        )
+        with said_if_not_written(progress):
+            loss_picture(
+                output / "loss.png",
+                [entry["loss"] for entry in metrics["losses"]],
+                "Training loss",
+                held_out=[(entry["step"], entry["loss"]) for entry in metrics["evaluations"]],
+                ylabel=LOSSES[options.purpose],
+            )
     return metrics
 
 

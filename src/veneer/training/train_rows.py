@@ -10,7 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..errors import Hint, Text, TrainingError
+from ..atomic import new_directory
+from ..errors import CheckpointError, Hint, Text, TrainingError
 from ..integrations.transformers import enable_trainer
 from .data import Collator, pad_token
 from .launcher import is_first, processes
@@ -26,10 +27,13 @@ from .resuming import (
     check_same_run,
     checkpoints,
     finished_run,
+    json_bytes,
     last_checkpoint,
     reason,
     remove_checkpoint,
     run_record,
+    tokenizer_files,
+    write_files,
     write_json,
 )
 from .stopping import Interrupted, Stop
@@ -99,12 +103,18 @@ def train(
             f"follows the {options.lr_scheduler_type} schedule of {steps} steps."
         )
     make = partial(_trainer, model, tokenizer, rows, eval_rows, run, objective)
-    state, seconds, stopped = _steps(run, make, callbacks, progress)
-    if stopped:
-        place = run.output / f"checkpoint-{state.global_step}"
-        raise Interrupted(state.global_step, state.max_steps, place)
-    metrics = _metrics(run, model, state, seconds)
-    _write(run, model, tokenizer, metrics)
+    with ExitStack() as stack:
+        if is_first():
+            try:
+                stack.enter_context(new_directory(run.output))
+            except OSError as error:
+                raise TrainingError(f"the directory {run.output} cannot be made: {reason(error)}") from error
+        state, seconds, stopped = _steps(run, make, callbacks, progress)
+        if stopped:
+            place = run.output / f"checkpoint-{state.global_step}"
+            raise Interrupted(state.global_step, state.max_steps, place)
+        metrics = _metrics(run, model, state, seconds)
+        _write(run, model, tokenizer, metrics)
     return metrics
 
 
@@ -161,7 +171,6 @@ def _steps(
     """Train to the end or until ``run.stop``: (state of the trainer, seconds, whether it was stopped)."""
     from .trainer import Reporter, load
 
-    existed = run.output.exists()
     trainer: Any = None
     try:
         with ExitStack() as stack, quiet_libraries():
@@ -176,8 +185,6 @@ def _steps(
                 trainer.train(resume_from_checkpoint=run.checkpoint and str(run.checkpoint))
     except BaseException as error:
         _clear_away(run, trainer, error)
-        if not existed and run.output.is_dir() and not any(run.output.iterdir()):
-            run.output.rmdir()
         raise
     return trainer.state, reporter.seconds(), reporter.stopped
 
@@ -235,26 +242,30 @@ def class_names(model: Any) -> list[str]:
 
 
 def _write(run: Run, model: Any, tokenizer: Any, metrics: dict[str, Any]) -> None:
-    """Write adapter, tokenizer, metrics and, last, the record.
+    """Write the adapter, then tokenizer and metrics, and last the record.
 
     Without ``save_steps`` the checkpoints are removed.
     """
     # TRL's trainers for DPO and KTO add an adapter of their own, as the reference.
     adapters = list(run.record["adapters"])
     only = {"selected_adapters": adapters} if adapters else {}
+    saved = False
     try:
         # All processes take part: a sharded model is gathered for the one that writes.
         model.save_pretrained(run.output, is_main_process=is_first(), **only)
         if not is_first():
             return
-        tokenizer.save_pretrained(run.output)
-        write_json(run.output / METRICS_NAME, metrics)
+        saved = True
+        write_files(run.output, {**tokenizer_files(tokenizer), METRICS_NAME: json_bytes(metrics)})
         write_json(run.output / RUN_NAME, run.record)
-    except OSError as error:
+    except (OSError, CheckpointError) as error:
         last = checkpoints(run.output)
-        way = Text("what was learned is lost")
         if last:
-            way = Text("make room and ", Hint("resume", True), f" continues from {last[-1]}")
+            way = Text("once this is mended, ", Hint("resume", True), f" continues from {last[-1]}")
+        elif saved:
+            way = Text("the adapter alone is written")
+        else:
+            way = Text("what was learned is lost")
         raise TrainingError(
             f"the result cannot be written to {run.output}: {reason(error)}; ", way
         ) from error

@@ -176,7 +176,7 @@ def test_a_configuration_that_is_no_json_is_refused(tmp_path: Path, config: dict
 
 def test_a_directory_that_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "adapter").touch()
-    with pytest.raises(CheckpointError, match="cannot be made"):
+    with pytest.raises(CheckpointError, match="could not be written"):
         write_adapter(tmp_path / "adapter", OLD, {})
 
 
@@ -284,7 +284,7 @@ def test_a_card_by_itself_keeps_every_byte_of_a_body(tmp_path: Path) -> None:
     kept = (tmp_path / CARD_NAME).read_bytes()
     assert kept == b"---\r\nlicense: mit\r\ntags:\r\n- lora\r\n---\r\n\r\nMy text \xff\r\n"
     (tmp_path / "file").touch()
-    with pytest.raises(CheckpointError, match="cannot be made"):
+    with pytest.raises(CheckpointError, match="could not be written"):
         write_card(tmp_path / "file", card)
 
 

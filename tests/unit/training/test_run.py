@@ -17,8 +17,10 @@ from torch import nn
 from tests.tolerances import TRAINING, assert_close
 from tests.unit.training.tiny import RECORDS, tiny_model, tiny_tokenizer
 from veneer import ConfigError, LoraConfig, MissingExtraError, PeftModel, TrainingError, get_peft_model
+from veneer.files.read import open_adapter
 from veneer.training import Collator, RunOptions, TrainOptions, encode, train
 from veneer.training.losses import loss_sum
+from veneer.training.plots import loss_picture, said_if_not_written
 from veneer.training.run import fine_tune
 from veneer.training.stopping import Interrupted, Stop
 
@@ -272,10 +274,34 @@ def test_a_result_that_cannot_be_written_is_said_with_the_way_on(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(type(TOKENIZER), "save_pretrained", full)
-    with pytest.raises(TrainingError, match=r"the result cannot be written .*: No space left .* is lost"):
+    with pytest.raises(
+        TrainingError, match=r"cannot be written .*: No space left .*the adapter alone is wri"
+    ):
         run(tmp_path / "out", max_steps=1)
-    with pytest.raises(TrainingError, match=r"make room and resume.* continues from .*checkpoint-2"):
+    open_adapter(tmp_path / "out")
+    with pytest.raises(TrainingError, match=r"this is mended, resume.* continues from .*checkpoint-2"):
         run(tmp_path / "kept", max_steps=2, save_steps=1)
+
+
+def test_a_picture_that_cannot_be_written_is_said(tmp_path: Path) -> None:
+    progress = Listening()
+    with said_if_not_written(progress):
+        loss_picture(tmp_path / "none" / "loss.png", [1.0], "Training loss")
+    (line,) = progress.notes
+    assert line.startswith("warning: no picture: ") and "No such file" in line
+
+
+def test_a_full_disk_leaves_no_empty_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(TrainingError, match=r"the result cannot be written .* learned is lost"):
+        run(tmp_path / "deep" / "out", max_steps=1)
+    monkeypatch.setattr(Path, "mkdir", full)
+    with pytest.raises(TrainingError, match=r"the directory .*out cannot be made: No space left"):
+        run(tmp_path / "deep" / "out", max_steps=1)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
