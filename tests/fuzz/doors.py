@@ -24,7 +24,7 @@ from veneer.hotswap import hotswap_adapter
 from veneer.listing import find_adapters
 from veneer.lora_file import open_lora
 from veneer.sweep.options import check_sweep, options_and_grid
-from veneer.tools import combine_adapters, compare_adapters, resize_adapter, verify_adapter
+from veneer.tools import combine_adapters, compare_adapters, convert_adapter, resize_adapter, verify_adapter
 from veneer.training import read_records
 from veneer.training.adapters import describe, load_adapted, save_merged
 from veneer.training.merge_files import merge_files
@@ -146,6 +146,10 @@ DOORS = {
         lambda i: combine_adapters([i.given, i.good / "second"], i.output), LORAS, writes=True
     ),
     "resize_adapter": Door(lambda i: resize_adapter(i.given, i.output, rank=2), LORAS, writes=True),
+    "convert_adapter": Door(lambda i: convert_adapter(i.given, i.output), LORAS, writes=True),
+    "convert_adapter, an archive": Door(
+        lambda i: convert_adapter(i.given / "run.tar", i.output), ("archive",), writes=True
+    ),
     "export_adapter": Door(lambda i: export_adapter(i.given, i.output, "plain"), LORAS, writes=True),
     "merge_files": Door(lambda i: merge_files(i.given, i.good / "base", i.output), LORAS, writes=True),
     "merge_files, base": Door(

@@ -317,10 +317,10 @@ KINDS = {
     "configuration": Kind(configuration, ADAPTERS),
     "header": Kind(header, (*ADAPTERS, "kohya", "base")),
     "metadata": Kind(metadata, (*ADAPTERS, "kohya")),
-    "damage": Kind(damage, (*ADAPTERS, "bin", "kohya")),
+    "damage": Kind(damage, (*ADAPTERS, "bin", "kohya", "archive")),
     "values": Kind(values, (*ADAPTERS, "kohya", "base")),
     "pickle": Kind(pickles, (*ADAPTERS, "kohya")),
-    "entries": Kind(entries, (*ADAPTERS, "bin", "kohya", "data")),
+    "entries": Kind(entries, (*ADAPTERS, "bin", "kohya", "data", "archive")),
     "records": Kind(records, ("data",)),
     "options": Kind(options, ("yaml",)),
 }

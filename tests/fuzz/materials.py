@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,10 @@ def make(root: Path) -> None:
     file = root / "of others" / SAFETENSORS_NAME
     save_file(load_file(file), file, metadata={"format": "pt"})
     kohya(root / "kohya")
+    (root / "archive").mkdir()
+    with tarfile.open(root / "archive" / "run.tar", "w") as made:
+        for name in ("adapter_config.json", SAFETENSORS_NAME):
+            made.add(root / "adapter" / name, name)
     _data(root / "data")
     _yaml(root)
 

@@ -80,11 +80,16 @@ def convert(
             base=base,
             overwrite=overwrite,
         )
+    show_converted(report, as_json)
+
+
+def show_converted(report: ConvertReport, as_json: bool) -> None:
+    """Say what was read and written."""
     if as_json:
         show_json(_plain(report))
         return
     _show(report)
-    show_written(output)
+    show_written(report.directory)
 
 
 def _plain(report: ConvertReport) -> dict[str, object]:
@@ -109,7 +114,8 @@ def _show(report: ConvertReport) -> None:
         counts = sorted({count for count, _ in report.experts.values()})
         show(f"found: {report.found} ({report.why})")
         show(f"written: {report.layout} ({LAYOUTS[report.layout or report.found].program})")
-        show(f"experts: {', '.join(map(str, counts))} in each of {len(report.experts)} layers")
+        if counts:
+            show(f"experts: {', '.join(map(str, counts))} in each of {len(report.experts)} layers")
     for note in report.notes:
         show(f"note: {note}")
     show(f"tensors: {report.tensors[0]} read, {report.tensors[1]} written")

@@ -12,7 +12,7 @@ from veneer.expert_layouts.converting import convert
 from veneer.expert_layouts.layouts import LAYOUTS
 from veneer.expert_layouts.mixture import Mixture, mixture_of
 from veneer.expert_layouts.reading import find
-from veneer.expert_layouts.telling import Evidence, Told, tell
+from veneer.expert_layouts.telling import Evidence, Told, by_names, tell
 from veneer.files.read import AdapterFile
 
 #: What is PEFT's layout, and what other forms become: nothing is joined or parted on the way.
@@ -38,8 +38,9 @@ def standard(
     Raises:
         AdapterFileError: The experts cannot be read; lists all of them.
     """
-    if not find(file.shapes, config).places:  # most adapters: nothing else is read for them
-        return config, file, Told(None, "it has no experts")
+    told = by_names(file.shapes)
+    if told.layout is None and not find(file.shapes, config).places:
+        return config, file, told  # most adapters: nothing else is read for them
     mixture = mixture_of(base or {}, config.base_model_name_or_path)
     told = tell(_evidence(file), config, mixture)
     source = LAYOUTS.get(told.layout or "")

@@ -103,7 +103,7 @@ def tell(evidence: Evidence, config: LoraConfig, mixture: Mixture) -> Told:
     """
     found = find(evidence.shapes, config)
     if not found.places:
-        return Told(None, "it has no experts")
+        return by_names(evidence.shapes)
     if (name := evidence.metadata.get(MARK)) in LAYOUTS:
         return Told(name, f"{MARK} in the metadata of the tensors")
     if len(found.forms) > 1:
@@ -115,6 +115,15 @@ def tell(evidence: Evidence, config: LoraConfig, mixture: Mixture) -> Told:
         numbered = any(place.part.startswith("w") for place in found.places.values())
         return Told("tinker" if numbered else "sglang-shared", "its tensors have an axis of experts")
     return _folded(evidence, config, found, mixture)
+
+
+def by_names(shapes: Iterable[str]) -> Told:
+    """What names tell of an adapter without experts: a program may call other modules its way."""
+    for row in LAYOUTS.values():
+        for theirs, _ in row.renames:
+            if any(theirs in name for name in shapes):
+                return Told(row.name, f"it has a module {theirs.strip('.')}")
+    return Told(None, "it has no experts")
 
 
 def _folded(evidence: Evidence, config: LoraConfig, found: Found, mixture: Mixture) -> Told:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,10 @@ from ..config import LoraConfig, PeftConfig
 from ..errors import AdapterFileError, ExportError
 from ..expert_layouts.converting import convert
 from ..expert_layouts.experts import PARTS
-from ..expert_layouts.layouts import LAYOUTS, known
+from ..expert_layouts.layouts import LAYOUTS, Layout, known
 from ..expert_layouts.mixture import mixture_of
 from ..expert_layouts.telling import MARK, Evidence, Told, tell
+from ..files.archive import is_archive, unpacked
 from ..files.layout import blame_file
 from ..files.read import AdapterFile, open_adapter
 from ..files.values import check_values
@@ -61,12 +63,13 @@ def convert_adapter(
     rounded once. Whatever is not an expert's stays as it is, bit for bit.
 
     Args:
-        directory: The adapter; its tensors may be a pickle of tensors alone.
+        directory: The adapter, or an archive of it as Tinker gives them; its tensors may be a pickle of
+            tensors alone.
         output: Directory to write; it appears whole or not at all.
         layout: The name of the layout to write; by default that of the file.
         from_layout: That of the file, where it cannot be told.
-        base: The base model's directory, whose ``config.json`` tells how its experts are stored. By default
-            the adapter's own account of its base has to do.
+        base: The base model's directory, whose ``config.json`` tells how its experts are stored, or its name.
+            By default the adapter's own account of its base has to do; one that names none names this.
         overwrite: Replace the adapter in a directory that holds files.
 
     Raises:
@@ -79,16 +82,34 @@ def convert_adapter(
     source = None if from_layout is None else known(from_layout)
     place = Path(output)
     check_place(place, [Path(directory)], overwrite)
-    config, file, values = _opened(directory)
+    archive = is_archive(Path(directory))
+    with unpacked(Path(directory)) if archive else nullcontext(Path(directory)) as inside:
+        return _converted(inside, place, target, source, base, overwrite, archive)
+
+
+def _converted(
+    directory: Path,
+    place: Path,
+    target: Layout | None,
+    source: Layout | None,
+    base: str | os.PathLike[str] | None,
+    overwrite: bool,
+    archive: bool,
+) -> ConvertReport:
+    config, file, values = _opened(directory, LoraConfig if archive else PeftConfig)
+    if base is not None and config.base_model_name_or_path is None:
+        config.base_model_name_or_path = os.fspath(base)
     named = config.base_model_name_or_path
     mixture = mixture_of(config_in(base or named or "."), named)
     tensors = file.tensors()
     check_values(tensors, file.path)
     told = (
-        Told(from_layout, "given")
+        Told(source.name, "given")
         if source
         else tell(Evidence(file.shapes, values, file.metadata, file.tensors), config, mixture)
     )
+    if archive and told.layout is None:
+        told = Told("tinker", f"it is an archive, and {told.why}")
     found, why = told.decided(), told.why
     if found is None:
         if target is not None:
@@ -113,12 +134,17 @@ def convert_adapter(
     )
 
 
-def _opened(directory: str | os.PathLike[str]) -> tuple[LoraConfig, AdapterFile, dict[str, Any]]:
-    """The configuration without marks of other programs, the file, and the content of the configuration."""
+def _opened(directory: Path, kind: type[PeftConfig]) -> tuple[LoraConfig, AdapterFile, dict[str, Any]]:
+    """The configuration without marks of other programs, the file, and the content of the configuration.
+
+    Args:
+        directory: The adapter.
+        kind: That of a configuration that names no method, as Tinker's may.
+    """
     file = open_adapter(directory)
     belonging = file.belonging_config()
     with blame_file(directory):
-        config = PeftConfig.from_belonging(belonging)
+        config = kind.from_belonging(belonging)
     if not isinstance(config, LoraConfig):
         raise AdapterFileError(f"{directory} holds no LoRA")
     return config, file, belonging.values

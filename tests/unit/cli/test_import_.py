@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from tests.unit.tools.test_converting import archive, save
 from veneer.cli import main
 
 STEM = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
@@ -85,3 +86,20 @@ def test_control_c_leaves_nothing(file: Path, tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stderr.splitlines()[-1]) == (128 + signal.SIGINT, "interrupted")
     assert [path.name for path in tmp_path.iterdir()] == ["style.safetensors"]
+
+
+def test_layouts_of_experts_and_archives(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They become PEFT's, over the base that the adapter or the command names."""
+    named, unnamed = save(tmp_path / "a", "sglang"), save(tmp_path / "b", "tinker", base=None)
+    assert main(["import", str(named), str(tmp_path / "from-directory")]) == 0
+    assert "written: peft (" in capsys.readouterr().out
+    words = ["import", str(archive(unnamed, tmp_path / "run.tar")), str(tmp_path / "from-archive")]
+    assert main(words) == 1
+    assert "give it with --model" in capsys.readouterr().err
+    assert main([*words, "--model", "Qwen/Qwen3-30B-A3B", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["found"], found["layout"]) == ("tinker", "peft")
+    ambiguous = save(tmp_path / "c", "peft")
+    assert main(["import", str(ambiguous), str(tmp_path / "out")]) == 1
+    assert "the layout of the experts is ambiguous" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

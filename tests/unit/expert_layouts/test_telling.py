@@ -7,6 +7,7 @@ import torch
 
 from benchmarks.expert_layouts import in_order, told, trained
 from veneer.errors import AdapterFileError
+from veneer.expert_layouts.telling import by_names
 
 
 @pytest.mark.parametrize("layout", ["peft", "unsloth", "peft-0.18", "megatron-bridge-stacks"])
@@ -69,3 +70,8 @@ def test_one_stack_without_its_other_half() -> None:
     assert told(config, lone).layout == "peft"
     alone = {name: tensor for name, tensor in lone.items() if ".experts" in name}
     assert told(config, alone).others == ("peft-0.18",)
+
+
+def test_a_head_of_tinkers_name() -> None:
+    shapes = {f"base_model.model.model.unembed_tokens.lora_{role}.weight": (2, 2) for role in "AB"}
+    assert by_names(shapes).layout == "tinker" and by_names(["lm_head"]).layout is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -100,3 +101,44 @@ def test_an_adapter_without_experts(tmp_path: Path) -> None:
     assert loaded(tmp_path / "again")[1].keys() == set(names)
     with pytest.raises(ExportError, match="has no experts, so there is no layout to choose"):
         convert_adapter(place, tmp_path / "x", layout="peft")
+
+
+def archive(source: Path, place: Path) -> Path:
+    """A directory as Tinker gives it."""
+    with tarfile.open(place, "w") as made:
+        for file in sorted(source.iterdir()):
+            made.add(file, file.name)
+        made.addfile(tarfile.TarInfo("checkpoint_complete"))
+    return place
+
+
+def test_archives_of_tinker(tmp_path: Path) -> None:
+    """Its configuration may have nothing but the rank and the strength."""
+    source = save(tmp_path / "a", "tinker")
+    values = {name: loaded(source)[0].to_json()[name] for name in ("r", "lora_alpha", "target_modules")}
+    (source / "adapter_config.json").write_text(json.dumps(values))
+    packed = archive(source, tmp_path / "run.tar")
+    with pytest.raises(ExportError, match="does not name: give it with base"):
+        convert_adapter(packed, tmp_path / "b", layout="peft")
+    report = convert_adapter(packed, tmp_path / "b", layout="peft", base="Qwen/Qwen3-30B-A3B")
+    assert (report.found, report.layout) == ("tinker", "peft")
+    config, tensors = loaded(tmp_path / "b")
+    same(read("peft", MIXTURES["qwen3_moe"], config, tensors), deltas(factors("plain")))
+    assert config.base_model_name_or_path == "Qwen/Qwen3-30B-A3B"
+
+
+def test_an_archive_without_experts(tmp_path: Path) -> None:
+    """The names of Tinker become those of transformers."""
+    place, start = tmp_path / "dense", "base_model.model.model"
+    place.mkdir()
+    names = [f"{start}.{path}.lora_{role}.weight" for path in ("layers.0.mlp.up_proj", "unembed_tokens")
+             for role in "AB"]  # fmt: skip
+    save_file({name: torch.full((2, 2), float(i)) for i, name in enumerate(names)},
+              place / "adapter_model.safetensors")  # fmt: skip
+    (place / "adapter_config.json").write_text('{"r": 2, "lora_alpha": 32, "target_modules": "all-linear"}')
+    report = convert_adapter(archive(place, tmp_path / "run.tar"), tmp_path / "b", layout="peft")
+    assert (report.found, report.experts) == ("tinker", {})
+    config, tensors = loaded(tmp_path / "b")
+    head = [name.replace("model.unembed_tokens", "lm_head") for name in names]
+    assert {name: int(t[0, 0]) for name, t in tensors.items()} == dict(zip(head, range(4), strict=True))
+    assert (config.r, config.lora_alpha, config.target_modules) == (2, 32, {"lm_head", "up_proj"})

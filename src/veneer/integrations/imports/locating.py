@@ -5,9 +5,25 @@ from __future__ import annotations
 from pathlib import Path
 
 from ...errors import AdapterFileError
+from ...expert_layouts.layouts import LAYOUTS
+from ...files.archive import is_archive
 from ...files.header import metadata_and_shapes
-from ...files.layout import CONFIG_NAME
+from ...files.layout import CONFIG_NAME, SAFETENSORS_NAME
 from ..export.options import DIFFUSERS_FILE
+
+
+def in_a_layout(source: Path) -> bool:
+    """Whether a source may be an adapter with experts in a layout, or Tinker's archive.
+
+    Raises:
+        AdapterFileError: Its file of tensors is damaged.
+    """
+    if not (source / CONFIG_NAME).is_file():
+        return is_archive(source)
+    tensors = source / SAFETENSORS_NAME
+    shapes = metadata_and_shapes(tensors)[1] if tensors.is_file() else None
+    theirs = [".experts.", *(name for row in LAYOUTS.values() for name, _ in row.renames)]
+    return shapes is None or any(part in name for name in shapes for part in theirs)
 
 
 def check_source(source: Path) -> None:
