@@ -282,6 +282,7 @@ class Sweep(Work):
     @staticmethod
     def _result(place: Path) -> tuple[dict[str, Any], set[str], bytes]:
         found = json.loads((place / "out" / "sweep.json").read_text())
+        del found["seconds"]
         best = place / "out" / found["best"] / "adapter_model.safetensors"
         return found, {path.name for path in (place / "out").iterdir()}, best.read_bytes()
 

@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.unit.sweep.tiny import GRID, tiny_options
+from tests.unit.sweep.tiny import GRID, same, tiny_options
 from tests.unit.training.tiny import Told, saved_tiny
 from veneer.errors import TrainingError
 from veneer.sweep import sweep as module
@@ -61,13 +61,6 @@ def cluster(options: SweepOptions) -> Iterator[None]:
     assert ray.nodes()[0]["NodeManagerAddress"] == "127.0.0.1"
     yield
     ray.shutdown()
-
-
-def same(place: Path, alone: Path) -> bool:
-    """Whether two sweeps came to the same, to the last bit."""
-    (best,) = {str((one / "best").readlink()) for one in (place, alone)}
-    names = ("sweep.json", f"{best}/adapter_model.safetensors")
-    return all((place / name).read_bytes() == (alone / name).read_bytes() for name in names)
 
 
 def test_workers_on_ray_come_to_the_same_if_one_is_killed_and_if_they_are_interrupted(

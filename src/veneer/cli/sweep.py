@@ -63,5 +63,7 @@ def sweep(
     console().print(shown)
     share = found["examples"]["trained"] / found["examples"]["grid"]
     show(f"trained on {share:.0%} of the examples of the whole grid; base: held-out loss {found['base']:.3f}")
+    spent = ((what, found["tokens"][what], seconds) for what, seconds in found["seconds"].items())
+    show("; ".join(f"{what}: {tokens:,} tokens in {seconds:.0f} s" for what, tokens, seconds in spent))
     show(f"best: {found['best']} ({Path(options.output) / BEST})")
     return None

@@ -8,7 +8,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +33,18 @@ class Record:
         grid: What they differ in.
         data: Hash of the rows to train on.
         eval_data: Hash of the rows to compare on.
+        eval_tokens: Of those rows.
         base: Held-out loss of the base.
+        seconds: Of training and of evaluation, of all workers together.
     """
 
     options: SweepOptions
     grid: Grid
     data: str
     eval_data: str
+    eval_tokens: int
     base: float = 0.0
+    seconds: dict[str, float] = field(default_factory=lambda: {"training": 0.0, "evaluation": 0.0})
 
     def _identity(self) -> dict[str, Any]:
         fixed = {
@@ -79,12 +83,16 @@ class Record:
         groups = configurations(trials)
         best = None if unfinished else best_of(trials)
         trained = sum(trial.seen(trial.step) for trial in trials)
+        tokens = {what: sum(trial.tokens[what] for trial in trials) for what in self.seconds}
+        tokens["evaluation"] += self.eval_tokens  # by the base
         content = {
             "finished": not unfinished,
             **unfinished,
             "best": None if best is None else best.name,
             "base": self.base,
             "examples": {"trained": trained, "grid": sum(trial.seen(trial.steps) for trial in trials)},
+            "tokens": tokens,
+            "seconds": self.seconds,
             "configurations": groups,
             **self._identity(),
             "runs": [trial.record() for trial in trials],

@@ -26,7 +26,7 @@ from .halving import Halving
 from .handle import Handle, Here, Lost
 from .options import Grid, SweepOptions, check_sweep
 from .results import Record, configurations, read_record, write_results
-from .trial import Trial, trials
+from .trial import Trial, tokens_of, trials
 from .worker import Report, Work, Worker
 
 #: Seconds between two saves of everything.
@@ -60,7 +60,7 @@ def sweep(options: SweepOptions, grid: Grid, progress: Progress | None = None) -
     tokenizer = load_tokenizer(options.model)
     rows, eval_rows, classes = encoded(options, records, tokenizer, None, progress)
     every = trials(options, grid, len(rows))
-    record = Record(options, grid, digest(rows), digest(eval_rows))
+    record = Record(options, grid, digest(rows), digest(eval_rows), tokens_of(eval_rows))
     if saved is not None:
         record.check_same(saved, output)
         for unfinished in output.glob(".veneer-*.tmp"):  # a kill left it
@@ -69,13 +69,15 @@ def sweep(options: SweepOptions, grid: Grid, progress: Progress | None = None) -
             progress.say(f"The sweep in {output} is finished: nothing is left to train.")
             write_results(output, saved, progress)
             return saved
-        record.base = saved["base"]
+        record.base, record.seconds = saved["base"], saved["seconds"]
         for trial, one in zip(every, saved["runs"], strict=True):
             trial.restore(one)
     work = Work(options, every, rows, eval_rows, pad_token(tokenizer), classes)
     with _workers(work, progress) as workers:
         if saved is None:
+            begun = time.monotonic()
             record.base = workers[0].call("base_loss")
+            record.seconds["evaluation"] += time.monotonic() - begun
             progress.say(_what_comes(every, workers, options, record.base))
         with Board(progress, every) as board, stop_on_signals(progress.say) as stop:
             loop = Sweep(every, workers, tokenizer, classes, record, output)
@@ -250,6 +252,8 @@ class Sweep:
         for line in report.lines:
             self.board.say(line)
         worker.packs.room = report.room
+        for what, seconds in report.seconds.items():
+            self.record.seconds[what] += seconds
         self.held |= report.states
         for record in report.runs:
             trial = self.trials[record["name"]]

@@ -36,6 +36,7 @@ class Trial:
         step: Steps taken.
         losses: Of each step.
         evaluations: Held-out loss at each rung that it reached.
+        tokens: Computed so far, of training and of evaluation.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Trial:
     step: int = 0
     losses: list[float] = field(default_factory=list)
     evaluations: list[float] = field(default_factory=list)
+    tokens: dict[str, int] = field(default_factory=lambda: {"training": 0, "evaluation": 0})
 
     def batches(self, rows: Sequence[T]) -> list[list[T]]:
         """The rows of the next step, by forward pass: every epoch has an order of its own."""
@@ -90,13 +92,19 @@ class Trial:
                 {"step": step, "loss": loss} for step, loss in zip(self.rungs, self.evaluations, strict=False)
             ],
             "losses": self.losses,
+            "tokens": dict(self.tokens),
         }
 
     def restore(self, record: dict[str, Any]) -> None:
         """Go on from `record`."""
         self.state, self.rung, self.step = record["state"], record["rung"], record["step"]
-        self.losses = record["losses"]
+        self.losses, self.tokens = record["losses"], dict(record["tokens"])
         self.evaluations = [entry["loss"] for entry in record["evaluations"]]
+
+
+def tokens_of(rows: Sequence[Any]) -> int:
+    """Tokens of rows, without padding."""
+    return sum(len(row["input_ids"]) for row in rows)
 
 
 def short(value: Any) -> str:

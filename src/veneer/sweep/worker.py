@@ -6,7 +6,8 @@ import math
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -27,7 +28,7 @@ from ..training.progress import Progress, Silent
 from ..training.run import load_training_base
 from .options import SweepOptions
 from .packs import Packs, packs
-from .trial import Trial
+from .trial import Trial, tokens_of
 
 #: Held-out examples that runs are compared on at least, if there are so many.
 FEWEST = 256
@@ -66,6 +67,7 @@ class Report:
         adapters: The files of those that came to their end.
         lines: To be told.
         room: Bytes for all runs.
+        seconds: Of training and of evaluation.
     """
 
     runs: list[dict[str, Any]]
@@ -73,6 +75,7 @@ class Report:
     states: dict[str, Any] = field(default_factory=dict)
     adapters: dict[str, dict[str, bytes]] = field(default_factory=dict)
     lines: list[str] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
 
 
 class Worker:
@@ -159,14 +162,22 @@ class Worker:
         runs = list(self.trials.values())
         self.report = Report([], self.packs.room)
         while True:
-            self._step(list(self.trials.values()))
+            with self._timed("training"):
+                self._step(list(self.trials.values()))
             arrived = [one for one in self.trials.values() if one.step == one.rungs[one.rung]]
-            for rung in sorted({trial.rung for trial in arrived}):
-                self._evaluate([trial for trial in arrived if trial.rung == rung], self._held_out(rung))
+            with self._timed("evaluation"):
+                for rung in sorted({trial.rung for trial in arrived}):
+                    self._evaluate([trial for trial in arrived if trial.rung == rung], self._held_out(rung))
             if len(self.trials) < len(runs) or time.monotonic() >= end:
                 break
         self.report.runs, self.report.room = [trial.record() for trial in runs], self.packs.room
         return self.report
+
+    @contextmanager
+    def _timed(self, what: str) -> Iterator[None]:
+        begun = time.monotonic()
+        yield
+        self.report.seconds[what] = self.report.seconds.get(what, 0.0) + time.monotonic() - begun
 
     def states(self) -> dict[str, Any]:
         """What the runs go on from."""
@@ -175,6 +186,8 @@ class Worker:
     def _step(self, training: Sequence[Trial]) -> None:
         """One optimizer step of each run."""
         parts = {trial.name: trial.batches(self.work.rows) for trial in training}
+        for trial in training:
+            trial.tokens["training"] += sum(map(tokens_of, parts[trial.name]))
         sums = {trial.name: (0.0, 0.0) for trial in training}
         for number in range(max(map(len, parts.values()))):
             given = {name: self.collate(p[number]) for name, p in parts.items() if number < len(p)}
@@ -203,6 +216,8 @@ class Worker:
 
     def _evaluate(self, arrived: Sequence[Trial], rows: Sequence[Any]) -> None:
         sums = {trial.name: (0.0, 0.0) for trial in arrived}
+        for trial in arrived:
+            trial.tokens["evaluation"] += tokens_of(rows)
         for batch in batches(self.family.model, rows, self.collate, arrived[0].options.batch_size):
             for name, one in self._together(dict.fromkeys(sums, batch), self.family.forward).items():
                 sums[name] = sums[name][0] + one.loss * one.count, sums[name][1] + one.count

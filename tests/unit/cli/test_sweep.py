@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,8 @@ def test_a_sweep_prints_its_table_and_the_best(
         "done", "done", "stopped", "stopped",
     ]  # fmt: skip
     assert "trained on" in lines[5] and "of the examples of the whole grid" in lines[5]
-    assert lines[6].startswith("best: run-") and lines[6].endswith(f"({out / 'best'})")
+    assert re.fullmatch(r"training: [\d,]+ tokens in \d+ s; evaluation: [\d,]+ tokens in \d+ s", lines[6])
+    assert lines[7].startswith("best: run-") and lines[7].endswith(f"({out / 'best'})")
     assert "2 of them are set aside for validation" in captured.err
     assert "4 configurations with 2 seeds: 8 runs of 3 steps, compared after 1 and 3; 8 fit" in captured.err
     assert captured.err.count(": stopped after step 1, held-out loss ") == 4

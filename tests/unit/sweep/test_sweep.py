@@ -54,6 +54,11 @@ def test_a_sweep_leaves_ordinary_adapters_and_what_it_found(whole: tuple[Path, d
     model, tokenizer = load_base(found["options"]["model"])
     adapted = PeftModel.from_pretrained(model, place / "best")
     rows = encode(RECORDS, tokenizer).rows
+    (length,) = {len(row["input_ids"]) for row in rows}
+    evaluations = 1 + sum(len(run["evaluations"]) for run in found["runs"])  # the base's, too
+    expected = {"training": found["examples"]["trained"], "evaluation": evaluations * len(rows)}
+    assert found["tokens"] == {what: count * length for what, count in expected.items()}
+    assert all(seconds > 0 for seconds in found["seconds"].values())
     best = found["configurations"][0]
     collate = Collator(tokenizer.pad_token_id)
     assert_close(torch.tensor(answer_loss(adapted, rows, collate)), torch.tensor(best["mean"]), FAMILY)

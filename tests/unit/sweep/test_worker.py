@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.unit.sweep.tiny import GRID, tiny_options
+from tests.unit.sweep.tiny import GRID, same, tiny_options
 from tests.unit.training.tiny import Told
 from veneer.errors import TrainingError
 from veneer.sweep import sweep as module
@@ -68,13 +68,6 @@ def workers(monkeypatch: pytest.MonkeyPatch, *ends: tuple[str, int]) -> Iterator
     with monkeypatch.context() as patched:
         patched.setattr(module, "_workers", made)
         yield
-
-
-def same(place: Path, alone: Path) -> bool:
-    """Whether two sweeps came to the same, to the last bit."""
-    (best,) = {str((one / "best").readlink()) for one in (place, alone)}
-    names = ("sweep.json", f"{best}/adapter_model.safetensors")
-    return all((place / name).read_bytes() == (alone / name).read_bytes() for name in names)
 
 
 def test_two_workers_come_to_the_same(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -24,3 +25,13 @@ def tiny_options(base: Path, place: Path, **more: Any) -> SweepOptions:
         lora_dropout=0.1,
         **more,
     )
+
+
+def same(place: Path, alone: Path) -> bool:
+    """Whether two sweeps came to the same, to the last bit, in whatever time."""
+    (best,) = {str((one / "best").readlink()) for one in (place, alone)}
+    weights = [(one / best / "adapter_model.safetensors").read_bytes() for one in (place, alone)]
+    found = [json.loads((one / "sweep.json").read_text()) for one in (place, alone)]
+    for one in found:
+        assert set(one.pop("seconds")) == {"training", "evaluation"}
+    return weights[0] == weights[1] and found[0] == found[1]
