@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from veneer.adapters import AdapterModule, AdapterSet, adapter_modules
 from veneer.errors import TrainingError, VeneerError
+from veneer.forward import in_mode
 from veneer.layers import LoraLayer
 from veneer.layers.modules_to_save import ModulesToSaveWrapper
 from veneer.layers.trainable_tokens import TrainableTokens
@@ -78,10 +79,9 @@ def check_training(
             f"{AdapterSet(model).active() or 'none'}): load it with is_trainable=True, or call "
             "set_adapter(name)"
         )
-    with _restored(model):
+    with _restored(model), in_mode(model, True):
         for p in named.values():
             p.grad = None
-        model.train()
         value = (loss or _default_loss)(model, batch)
         _check_loss(value)
         value.backward()  # type: ignore[no-untyped-call]
@@ -110,17 +110,15 @@ def _problem(parameter: nn.Parameter, waiting: Container[int]) -> str:
 
 @contextmanager
 def _restored(model: nn.Module) -> Iterator[None]:
-    """Restore gradients, mode, buffers and random states of a model at the end."""
+    """Restore gradients, buffers and random states of a model at the end."""
     gradients = {p: p.grad for p in model.parameters()}
-    mode, buffers = {m: m.training for m in model.modules()}, _Buffers(model)
+    buffers = _Buffers(model)
     random, cuda = torch.get_rng_state(), _cuda_random_states()
     try:
         yield
     finally:
         for parameter, gradient in gradients.items():
             parameter.grad = gradient
-        for module, training in mode.items():
-            module.training = training
         buffers.put_back()
         torch.set_rng_state(random)
         if cuda:

@@ -1,17 +1,30 @@
-"""What the forward of a model takes, and the logits that it gives."""
+"""What the forward of a model takes, in which mode it runs, and the logits that it gives."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from veneer.adapters import base_of
 
 #: The label of a token that no loss falls on, as in torch and transformers.
 IGNORED = -100
+
+
+@contextmanager
+def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """All modules in training or evaluation mode; the modes are restored afterwards."""
+    before = [(module, module.training) for module in model.modules()]
+    model.train(training)
+    try:
+        yield
+    finally:
+        for module, was in before:
+            module.training = was
 
 
 def bare(model: Any) -> Any:

@@ -29,6 +29,7 @@ from veneer.hub import adapter_directory
 from veneer.inject.base_tensors import merged_over
 from veneer.inject.experts import stacked
 from veneer.inject.injection import Injection
+from veneer.inject.sites import model_type
 from veneer.layers.start import initialise
 from veneer.lora_model import LoraModel
 from veneer.spec import specs_under
@@ -96,8 +97,7 @@ def load(
     config = copy.deepcopy(config)
     config.inference_mode = not is_trainable
     if isinstance(config, LoraConfig):
-        kind = getattr(getattr(lora.get_base_model(), "config", None), "model_type", None)
-        config, file, told = standard(file, config, {"model_type": kind})
+        config, file, told = standard(file, config, {"model_type": model_type(lora.get_base_model())})
         if (line := told.remark()) is not None:
             warn(f"{where}: {line}")
         config = marked_config(config, file.metadata, where)

@@ -48,7 +48,7 @@ from veneer.errors import (
 from veneer.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from veneer.inject.api import inject_adapter_in_model
 from veneer.inject.sites import plan
-from veneer.integrations.as_peft.layout import OTHER_METHODS
+from veneer.integrations.as_peft.layout import AUTO, OTHER_METHODS
 from veneer.integrations.kbit import prepare_model_for_kbit_training
 from veneer.load import load_peft_weights
 from veneer.lora_model import LoraModel
@@ -103,18 +103,7 @@ _LAZY = {
     "export_adapter": "veneer.integrations.export",
     "import_adapter": "veneer.integrations.imports",
 }
-_LAZY |= {
-    name: "veneer.integrations.auto"
-    for name in (
-        "AutoPeftModel",
-        "AutoPeftModelForCausalLM",
-        "AutoPeftModelForFeatureExtraction",
-        "AutoPeftModelForQuestionAnswering",
-        "AutoPeftModelForSeq2SeqLM",
-        "AutoPeftModelForSequenceClassification",
-        "AutoPeftModelForTokenClassification",
-    )
-}
+_LAZY |= dict.fromkeys(AUTO, "veneer.integrations.auto")
 
 __all__ = [
     "AdapterFileError",

@@ -524,12 +524,12 @@ def _by_reason(refused: Iterable[Candidate]) -> list[str]:
     return [f"{listed(paths)} ({kind}): {reason}" for (kind, reason), paths in groups.items()]
 
 
-def _counted(modules: Iterable[Candidate], most: int = 24) -> str:
+def _counted(modules: Iterable[Candidate]) -> str:
     """The last names of the linear layers that ``"all-linear"`` takes, with how many there are of each."""
     counts = Counter(
         c.path.rpartition(".")[2] for c in modules if c.linear and c.supported and not c.output_head
     )
-    return ", ".join(f"{name} ({count})" for name, count in counts.most_common(most))
+    return ", ".join(f"{name} ({count})" for name, count in counts.most_common(24))
 
 
 # --- names ---

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from veneer import backends
-from veneer.calibration.measuring import cached, in_mode, observe, options, planned
+from veneer.calibration.measuring import cached, observe, options, planned
 from veneer.config import CordaConfig, LoraConfig
 from veneer.errors import ConfigError
+from veneer.forward import in_mode
 from veneer.inits import note_statistics
 from veneer.inits.corda import ContextDirections, context_directions
 from veneer.inject.injection import Addition

@@ -22,10 +22,11 @@ from veneer.calibration.eva_inputs import (
     prepare_layer_inputs_fn_language_modeling,
     prepare_model_inputs_fn_language_modeling,
 )
-from veneer.calibration.measuring import Hook, in_mode, observe, planned
+from veneer.calibration.measuring import Hook, layers_to_start, observe, options, planned
 from veneer.config import EvaConfig, LoraConfig
-from veneer.errors import AdapterNameError, ConfigError, Hint, LoadMismatchError, MergeError
+from veneer.errors import ConfigError, LoadMismatchError
 from veneer.files.keys import PREFIX
+from veneer.forward import in_mode
 from veneer.inject.sites import sites
 from veneer.layers import LoraLayer
 from veneer.layers.layer import Prepared
@@ -312,19 +313,8 @@ def initialize_lora_eva_weights(
         LoadMismatchError: If the directions do not fit the model.
         MergeError: If the adapter is merged. The model is as it was in each case.
     """
-    if not isinstance(model, PeftModel):
-        raise ConfigError(f"a PeftModel is needed, got {type(model).__name__}: get_peft_model makes one")
-    if adapter_name not in model.peft_config:
-        raise AdapterNameError(
-            f"no adapter named {adapter_name!r}; this model has: {', '.join(model.peft_config)}"
-        )
-    config = model.peft_config[adapter_name]
-    if str(config.init_lora_weights).lower() != "eva":
-        raise ConfigError(
-            f"the adapter {adapter_name!r} has ",
-            Hint("init_lora_weights", config.init_lora_weights),
-            ", not 'eva'",
-        )
+    layers = layers_to_start(model, adapter_name)
+    adjust = options(model.peft_config[adapter_name], "eva", EvaConfig).adjust_scaling_factors
     if eva_state_dict is None:
         if dataloader is None:
             raise ConfigError("pass a dataloader, or an eva_state_dict that was measured before")
@@ -332,18 +322,17 @@ def initialize_lora_eva_weights(
             model, dataloader, None, forward_fn, prepare_model_inputs_fn, prepare_layer_inputs_fn,
             adapter_name, gather_distributed_inputs, show_progress_bar,
         )  # fmt: skip
-    layers = {p: x for p, x in model.base_model.layers().items() if adapter_name in x.held_adapters}
     directions = {name.removeprefix(PREFIX): rows for name, rows in eva_state_dict.items()}
-    _check_directions(layers, directions, adapter_name)
+    _check_directions(layers, directions)
     changes = {
-        path: _start(layers[path], rows, adapter_name, config)
+        path: _start(layers[path], rows, adapter_name, adjust)
         for path, rows in directions.items()
         if rows.shape[0]
     }
     _commit(model, layers, directions, changes, adapter_name)
 
 
-def _check_directions(layers: Mapping[str, LoraLayer], given: Mapping[str, Tensor], adapter: str) -> None:
+def _check_directions(layers: Mapping[str, LoraLayer], given: Mapping[str, Tensor]) -> None:
     problems = [f"{name}: the adapter has no such layer" for name in given if name not in layers]
     for path, rows in given.items():
         if path in layers:
@@ -356,8 +345,6 @@ def _check_directions(layers: Mapping[str, LoraLayer], given: Mapping[str, Tenso
         raise LoadMismatchError(
             "the EVA directions do not fit:\n" + "\n".join(f"  - {p}" for p in problems[:10])
         )
-    if merged := [path for path, layer in layers.items() if adapter in layer.merged_adapters]:
-        raise MergeError(f"the adapter {adapter!r} is merged (into {merged[0]}): unmerge_adapter() first")
     if absent := [path for path in layers if path not in given]:
         warn(
             f"{len(absent)} layers keep their default start, for they are not among the EVA directions: "
@@ -365,11 +352,11 @@ def _check_directions(layers: Mapping[str, LoraLayer], given: Mapping[str, Tenso
         )
 
 
-def _start(layer: LoraLayer, rows: Tensor, adapter: str, config: LoraConfig) -> Prepared:
+def _start(layer: LoraLayer, rows: Tensor, adapter: str, adjust: bool) -> Prepared:
     spec = layer.specs[adapter]
     rank = rows.shape[0]
     alpha = spec.lora_alpha
-    if rank != spec.r and (config.eva_config or EvaConfig()).adjust_scaling_factors:
+    if rank != spec.r and adjust:
         alpha *= rank / spec.r
     new = replace(spec, r=rank, lora_alpha=alpha, init="eva")
     inits.note_statistics(layer.get_base_layer(), rows)

@@ -10,18 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from veneer.base_files import WEIGHTS, BaseFiles
-from veneer.errors import AdapterNameError, CheckpointError, ConfigError, Hint, MergeError
+from veneer.calibration.measuring import layers_to_start
+from veneer.errors import CheckpointError, ConfigError, Hint
 from veneer.hub import download_file
 from veneer.layers import LoraLayer
-from veneer.peft_model import PeftModel
+from veneer.peft_model import PeftModel, name_of
 
 
 def _place_of(model: PeftModel, model_path: str | os.PathLike[str] | None) -> Path:
     """The place of the unquantised weights: as passed, or where the base was loaded from."""
     if model_path is not None:
         return Path(model_path)
-    name = getattr(getattr(model.get_base_model(), "config", None), "_name_or_path", None)
-    if not isinstance(name, str) or not name:
+    if (name := name_of(model.get_base_model())) is None:
         raise ConfigError(
             "the base does not say where it was loaded from: pass model_path, the directory with its "
             f"unquantised {WEIGHTS}"
@@ -33,7 +33,7 @@ def _place_of(model: PeftModel, model_path: str | os.PathLike[str] | None) -> Pa
 
 @torch.no_grad()
 def replace_lora_weights_loftq(
-    peft_model: nn.Module,
+    peft_model: PeftModel,
     model_path: str | os.PathLike[str] | None = None,
     adapter_name: str = "default",
     callback: Callable[[nn.Module, str], bool] | None = None,
@@ -61,12 +61,6 @@ def replace_lora_weights_loftq(
     Source: Li et al., "LoftQ: LoRA-Fine-Tuning-Aware Quantization", 2023, equation 6, one step for a
     given Q.
     """
-    if not isinstance(peft_model, PeftModel):
-        raise ConfigError(f"a PeftModel is needed, got {type(peft_model).__name__}")
-    if adapter_name not in peft_model.peft_config:
-        raise AdapterNameError(
-            f"no adapter named {adapter_name!r}; this model has: {', '.join(peft_model.peft_config)}"
-        )
     layers = _quantised_layers(peft_model, adapter_name)
     prefix = getattr(peft_model.get_base_model(), "base_model_prefix", "") or ""
     weights = BaseFiles(_place_of(peft_model, model_path), prefix=prefix)
@@ -82,10 +76,8 @@ def replace_lora_weights_loftq(
 def _quantised_layers(model: PeftModel, adapter: str) -> dict[str, LoraLayer]:
     layers = {
         path: layer
-        for path, layer in model.base_model.layers().items()
-        if adapter in layer.held_adapters
-        and layer.backend.quantization is not None
-        and layer.backend.readable
+        for path, layer in layers_to_start(model, adapter).items()
+        if layer.backend.quantization is not None and layer.backend.readable
     }
     if not layers:
         raise ConfigError(
@@ -93,8 +85,6 @@ def _quantised_layers(model: PeftModel, adapter: str) -> dict[str, LoraLayer]:
             "that is not quantised use ",
             Hint("init_lora_weights", "loftq"),
         )
-    if merged := [path for path, layer in layers.items() if adapter in layer.merged_adapters]:
-        raise MergeError(f"the adapter {adapter!r} is merged (into {merged[0]}): unmerge_adapter() first")
     return layers
 
 

@@ -9,9 +9,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from veneer.calibration.measuring import cached, in_mode, options, planned
+from veneer.calibration.measuring import cached, options, planned
 from veneer.config import LoraConfig, LoraGAConfig
 from veneer.errors import ConfigError, TargetError
+from veneer.forward import in_mode
 from veneer.inits import note_statistics
 from veneer.inject.injection import Addition
 

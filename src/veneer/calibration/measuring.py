@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,11 @@ from torch import Tensor, nn
 
 from veneer.atomic import atomic_file, new_directory
 from veneer.config import LoraConfig
-from veneer.errors import ConfigError, Hint
+from veneer.errors import ConfigError, Hint, MergeError
 from veneer.inject.injection import Addition
 from veneer.inject.prepare import prepare
+from veneer.layers import LoraLayer
+from veneer.peft_model import PeftModel
 from veneer.wording import first_line
 
 #: A hook before a module's forward, called with the module and its positional arguments.
@@ -29,6 +30,23 @@ def planned(model: nn.Module, config: LoraConfig) -> dict[str, Addition]:
         ConfigError, TargetError: As `get_peft_model` would.
     """
     return {a.site.path: a for a in prepare(model, config, "default", quiet=True).additions}
+
+
+def layers_to_start(model: nn.Module, adapter: str) -> dict[str, LoraLayer]:
+    """The layers of an adapter whose factors are to be replaced, by path.
+
+    Raises:
+        ConfigError: If the model is no `PeftModel`.
+        AdapterNameError: If it has no such adapter.
+        MergeError: If the adapter is merged.
+    """
+    if not isinstance(model, PeftModel):
+        raise ConfigError(f"a PeftModel is needed, got {type(model).__name__}: get_peft_model makes one")
+    model.base_model.index.check([adapter], known=model.peft_config)
+    layers = {path: x for path, x in model.base_model.layers().items() if adapter in x.held_adapters}
+    if merged := [path for path, layer in layers.items() if adapter in layer.merged_adapters]:
+        raise MergeError(f"the adapter {adapter!r} is merged (into {merged[0]}): unmerge_adapter() first")
+    return layers
 
 
 def options(config: LoraConfig, init: str, kind: type[Any]) -> Any:
@@ -54,18 +72,6 @@ def observe(hooks: Mapping[nn.Module, Hook], run: Callable[[], object]) -> None:
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """All modules in training or evaluation mode; the modes are restored afterwards."""
-    before = [(module, module.training) for module in model.modules()]
-    model.train(training)
-    try:
-        yield
-    finally:
-        for module, was in before:
-            module.training = was
 
 
 def stored(path: str | os.PathLike[str] | None) -> dict[str, Tensor] | None:

@@ -20,23 +20,7 @@ def init_options(config: LoraConfig) -> Any:
     return None
 
 
-def variants_of(config: LoraConfig) -> list[str]:
-    """The variants of the update that a configuration asks for, by name; none for plain low-rank updates."""
-    requested = {
-        "dora": config.use_dora,
-        "alora": bool(config.alora_invocation_tokens),
-        "velora": config.velora_config is not None,
-        "qalora": config.use_qalora,
-        "bdlora": config.use_bdlora is not None,
-        "arrow": config.arrow_config is not None,
-        "kasa": config.kasa_config is not None,
-        "monteclora": config.monteclora_config is not None,
-    }
-    return [name for name, wanted in requested.items() if wanted] + (
-        [config.variant] if config.variant else []
-    )
-
-
+#: By the name of a variant, how a configuration asks for it.
 _VARIANT_OPTIONS = {
     "dora": "use_dora=True",
     "alora": "alora_invocation_tokens",
@@ -47,6 +31,13 @@ _VARIANT_OPTIONS = {
     "kasa": "kasa_config",
     "monteclora": "monteclora_config",
 }
+
+
+def variants_of(config: LoraConfig) -> list[str]:
+    """The variants of the update that a configuration asks for, by name; none for plain low-rank updates."""
+    values = {name: getattr(config, option.partition("=")[0]) for name, option in _VARIANT_OPTIONS.items()}
+    asked = [name for name, value in values.items() if value not in (None, False, [])]
+    return [*asked, *([config.variant] if config.variant else [])]
 
 
 def unsupported_options(

@@ -25,11 +25,9 @@ _SPECIAL = frozenset(r"\^$*+?{}[]()|")
 COLLECTIONS = (list, tuple, set, frozenset, Mapping)
 
 
-def of_fields(owner: object, checks: Mapping[str, Check], prefix: str = "") -> list[Text]:
+def of_fields(owner: object, checks: Mapping[str, Check]) -> list[Text]:
     """Problems of all fields of an object."""
-    return [
-        problem for name, check in checks.items() for problem in check(prefix + name, getattr(owner, name))
-    ]
+    return [problem for name, check in checks.items() for problem in check(name, getattr(owner, name))]
 
 
 def optional(check: Check) -> Check:

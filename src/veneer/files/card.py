@@ -39,7 +39,6 @@ def hub_id(name: object) -> str | None:
 def model_card(
     config: Mapping[str, Any],
     *,
-    name: str | None = None,
     transformers_model: bool = False,
     parameters: int | None = None,
 ) -> str:
@@ -47,16 +46,15 @@ def model_card(
 
     Args:
         config: content of adapter_config.json. The base model is named only if it can be an id on the hub.
-        name: the adapter's name, for the title.
         transformers_model: whether the base is a transformers model (adds a tag).
         parameters: number of trained parameters.
     """
     base = hub_id(config.get("base_model_name_or_path"))
-    tags = (
-        ([f"base_model:adapter:{base}"] if base else [])
-        + ["lora"]
-        + (["transformers"] if transformers_model else [])
-    )
+    tags = [
+        *([f"base_model:adapter:{base}"] if base else []),
+        "lora",
+        *(["transformers"] if transformers_model else []),
+    ]
     front = [
         *([f"base_model: {_scalar(base)}"] if base else []),
         "library_name: peft",
@@ -71,8 +69,7 @@ def model_card(
         facts.append("adapted: " + ", ".join(sorted(map(str, targets))[:12]))
     if parameters is not None:
         facts.append(f"{parameters:,} parameters")
-    title = f"LoRA adapter {name}" if name and name != "default" else "LoRA adapter"
-    body = f"""# {title}{f" for {base}" if base else ""}
+    body = f"""# LoRA adapter{f" for {base}" if base else ""}
 
 {", ".join(facts)}.
 

@@ -19,7 +19,8 @@ _ADAPTER_OPTIONS = ("autocast_adapter_dtype", "key_mapping", "strict", "check_ba
 #: Options of the hub. The base has its own revision, in the configuration.
 _HUB_OPTIONS = ("token", "cache_dir", "local_files_only", "force_download", "proxies")
 
-_AUTO_CLASSES = {
+#: The task of an adapter -> transformers' class for its base.
+AUTO_CLASSES = {
     TaskType.CAUSAL_LM.value: "AutoModelForCausalLM",
     TaskType.SEQ_2_SEQ_LM.value: "AutoModelForSeq2SeqLM",
     TaskType.SEQ_CLS.value: "AutoModelForSequenceClassification",
@@ -107,7 +108,7 @@ class AutoPeftModel:
             )
         wanted = task if cls.task is None else cls.task.value
         if wanted is not None:
-            auto = getattr(_transformers(), _AUTO_CLASSES[wanted])
+            auto = getattr(_transformers(), AUTO_CLASSES[wanted])
         elif config.auto_mapping is not None:
             auto = _mapped_class(config.auto_mapping, allowed)
         else:

@@ -190,7 +190,7 @@ class TrainableTokens(Mergeable):
         name = "token_adapter.trainable_tokens_delta"
         return {name: f"{name}.{adapter_name}"}
 
-    def _overlapping(self, names: Sequence[str]) -> str | None:
+    def refuses_active(self, names: Sequence[str]) -> str | None:
         seen: dict[int, str] = {}
         for name in names:
             for index in self.token_indices.get(name, ()):
@@ -201,9 +201,6 @@ class TrainableTokens(Mergeable):
                     )
                 seen[index] = name
         return None
-
-    def refuses_active(self, names: Sequence[str]) -> str | None:
-        return self._overlapping(names)
 
     def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make these adapters the active ones; a merged one that is not among them is unmerged.
@@ -298,7 +295,7 @@ class TrainableTokens(Mergeable):
         """Reasons against merging these adapters in any storage; empty if there are none."""
         if is_distributed(self.get_base_layer().weight):
             return ["its weight is sharded, and a row is in one piece of it: merge where the base is whole"]
-        reason = self._overlapping([*self.merged_adapters, *names])
+        reason = self.refuses_active([*self.merged_adapters, *names])
         return [] if reason is None else [reason]
 
     def update_of(self, name: str) -> Rows:

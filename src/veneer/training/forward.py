@@ -9,19 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..forward import in_mode
 from .progress import Progress, Silent
 
 
 @contextmanager
 def evaluating(model: Any, base: bool = False) -> Iterator[None]:
     """Without dropout; with ``base``, without the adapters too."""
-    was_training = model.training
-    model.eval()
-    try:
-        with model.disable_adapter() if base else nullcontext():
-            yield
-    finally:
-        model.train(was_training)
+    with in_mode(model, False), model.disable_adapter() if base else nullcontext():
+        yield
 
 
 def batches(

@@ -216,7 +216,7 @@ def test_what_cannot_be_measured_is_said_and_nothing_has_changed() -> None:
         initialize_lora_eva_weights(
             model, eva_state_dict={"nowhere": torch.ones(1, 3), "query": torch.ones(2, 7)}
         )
-    with pytest.raises(ConfigError, match="not 'eva'"):
+    with pytest.raises(ConfigError, match="'eva' is measured here"):
         plain = get_peft_model(net(), LoraConfig(r=2, lora_alpha=3, target_modules=["key"]))
         initialize_lora_eva_weights(plain, batches(), **PLAIN)
 

@@ -35,10 +35,10 @@ def test_a_card() -> None:
 
 
 def test_a_card_of_a_model_without_an_id() -> None:
-    card = model_card({**CONFIG, "base_model_name_or_path": "/home/me/secret"}, name="ref")
+    card = model_card({**CONFIG, "base_model_name_or_path": "/home/me/secret"})
     assert "secret" not in card and "base_model:" not in card
     assert front(card) == {"library_name": "peft", "pipeline_tag": "text-generation", "tags": ["lora"]}
-    assert "# LoRA adapter ref" in card and "PeftModel.from_pretrained(base_model" in card
+    assert "# LoRA adapter\n" in card and "PeftModel.from_pretrained(base_model" in card
 
 
 @pytest.mark.parametrize("name", ["gpt2", "org/model", "org/Model-1.5_x", "123", "null", "1e5"])

@@ -26,7 +26,7 @@ _MODELS = (
     "PeftModelForQuestionAnswering",
     "PeftModelForFeatureExtraction",
 )
-_AUTO = (
+AUTO = (
     "AutoPeftModel",
     "AutoPeftModelForCausalLM",
     "AutoPeftModelForSeq2SeqLM",
@@ -83,7 +83,7 @@ LAYOUT: dict[str, tuple[str, ...]] = {
     "peft": (
         *_CONFIGS,
         *_MODELS,
-        *_AUTO,
+        *AUTO,
         *_STATE,
         *_INITS,
         *_BASE_STATE,
@@ -101,7 +101,7 @@ LAYOUT: dict[str, tuple[str, ...]] = {
         "inject_adapter_in_model",
         "prepare_model_for_kbit_training",
     ),
-    "peft.auto": (*_AUTO, "MODEL_TYPE_TO_PEFT_MODEL_MAPPING", "PeftConfig"),
+    "peft.auto": (*AUTO, "MODEL_TYPE_TO_PEFT_MODEL_MAPPING", "PeftConfig"),
     "peft.config": ("PeftConfig", "PeftConfigMixin", "PromptLearningConfig"),
     "peft.functional": (
         *_FUNCTIONAL,

@@ -22,16 +22,10 @@ from ...files.values import check_values
 from ...hotswap import prepare_model_for_compiled_hotswap
 from ...inject.base_tensors import bias_parameters
 from ...inject.sites import sites
+from ...layers import LoraLayer
 from ...wording import listed
 
-_CONTAINERS = (
-    "lora_A",
-    "lora_B",
-    "lora_embedding_A",
-    "lora_embedding_B",
-    "lora_magnitude_vector",
-    "modules_to_save",
-)
+_CONTAINERS = (*LoraLayer.adapter_layer_names, "modules_to_save")
 # Attributes that transformers sets on the model.
 _ATTRIBUTES = (
     "peft_config",
@@ -113,7 +107,7 @@ def _load(
     unexpected = sorted(report.unexpected_keys)
     shapes = [] if tolerant else sorted(report.mismatched_keys)
     if missing or unexpected or shapes:
-        total = len(_keys(model, name))
+        total = len(_tensors(model, name))
         before.restore()
         raise LoadMismatchError(
             _message(type(model).__name__, name, _source(given), missing, unexpected, shapes, total)
@@ -187,7 +181,7 @@ class Before:
     def __init__(self, model: Any, name: str) -> None:
         self.model = model
         self.name = name
-        self.existed = name in _adapter_names(model)
+        self.existed = name in AdapterSet(model).names()
         self.attributes = {key: vars(model)[key] for key in _ATTRIBUTES if key in vars(model)}
         self.configs = dict(self.attributes.get("peft_config", {}))
         # transformers replaces the parameters that the file has, also those of the base.
@@ -237,10 +231,6 @@ class Before:
             self.attributes["peft_config"].update(self.configs)
 
 
-def _adapter_names(model: nn.Module) -> set[str]:
-    return {name for m in model.modules() if isinstance(m, AdapterModule) for name in m.held_adapters}
-
-
 def _remove(model: nn.Module, name: str) -> None:
     """Remove an adapter, and unwrap every module that then has none."""
     for site in sites(model).values():
@@ -257,10 +247,6 @@ def _belongs(key: str, adapter: str) -> bool:
 
 def _tensors(model: nn.Module, adapter: str) -> dict[str, Tensor]:
     return {key: p for key, p in model.named_parameters() if _belongs(key, adapter)}
-
-
-def _keys(model: nn.Module, adapter: str) -> list[str]:
-    return list(_tensors(model, adapter))
 
 
 def _source(given: dict[str, Any]) -> str:

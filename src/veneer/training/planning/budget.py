@@ -9,6 +9,7 @@ from torch import nn
 
 from ...config import LoraConfig
 from ...errors import Hint, Text, TrainingError
+from ...inject.sites import model_type
 from ...targets import DEFAULT_TARGETS
 from ...wording import size
 from .limits import Budget, parse_budget
@@ -137,7 +138,7 @@ def _given_up(config: LoraConfig, step: Step, adapter: LoraConfig, taken: Step) 
 def _targets(model: nn.Module, config: LoraConfig, fixed: Collection[str]) -> Iterator[LoraConfig]:
     """The adapter as it is, then on the model's default targets."""
     yield config
-    usual = DEFAULT_TARGETS.get(getattr(getattr(model, "config", None), "model_type", None) or "")
+    usual = DEFAULT_TARGETS.get(model_type(model) or "")
     if "target_modules" not in fixed and usual is not None and config.target_modules != usual:
         yield replace(config, target_modules=usual if isinstance(usual, str) else list(usual))
 

@@ -12,20 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import TrainingError
+from ...integrations.auto import AUTO_CLASSES
 from ...wording import did_you_mean, first_line
 from ..libraries import quiet_libraries, require
 from ..models import load_config
 from ..paths import check_model
-
-#: The task of an adapter -> transformers' class for it.
-CLASSES = {
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-    "FEATURE_EXTRACTION": "AutoModel",
-}
 
 
 def empty_model(
@@ -57,10 +48,10 @@ def empty_model(
     named = None if task is not None else getattr(transformers, _architecture(config), None)
     if task is None:
         task = task_of(config)
-    if task not in CLASSES:
-        raise TrainingError(f"no model class for the task {task!r}; there are {', '.join(CLASSES)}")
+    if task not in AUTO_CLASSES:
+        raise TrainingError(f"no model class for the task {task!r}; there are {', '.join(AUTO_CLASSES)}")
     wanted = _dtype(dtype) or _dtype(getattr(config, "dtype", None)) or torch.float32
-    loader = getattr(transformers, CLASSES[task])
+    loader = getattr(transformers, AUTO_CLASSES[task])
     try:
         with quiet_libraries(), torch.device("meta"):
             made = loader.from_config if named is None else named._from_config
@@ -68,7 +59,7 @@ def empty_model(
     except Exception as error:  # each architecture fails in its own way on values that make no sense
         reason = first_line(error)
         if "Unrecognized configuration class" in reason:
-            reason = f"transformers has no {CLASSES[task]} of the type {config.model_type!r}"
+            reason = f"transformers has no {AUTO_CLASSES[task]} of the type {config.model_type!r}"
         raise TrainingError(
             f"no model can be built from the configuration {str(source)!r}: {reason}"
         ) from error
