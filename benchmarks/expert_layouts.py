@@ -81,7 +81,7 @@ def in_order(tensors: Mapping[str, Tensor], r: int, layout: str) -> dict[str, Te
     return made
 
 
-def told(config: LoraConfig, tensors: Mapping[str, Tensor], **values: str) -> Told:
+def told(config: LoraConfig, tensors: Mapping[str, Tensor], **values: object) -> Told:
     """What is told of a file whose configuration has no keys of other programs but these."""
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     evidence = Evidence(shapes, values, {}, lambda names: {name: tensors[name] for name in names})

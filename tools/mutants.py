@@ -269,6 +269,16 @@ MUTANTS = (
         ("tests/laws/test_expert_layouts.py", "-k", "stay and unsloth and qwen3_moe-plain"),
     ),
     Mutant(
+        "layout-ambiguous", "experts in an ambiguous layout are refused", "expert_layouts/standard.py",
+        "if told.others and not ambiguous:", "if False:",
+        ("tests/unit/expert_layouts/test_standard.py", "-k", "ambiguous"),
+    ),
+    Mutant(
+        "tokens-lost", "tokens whose rows are unknown are refused in a mixed batch", "routing.py",
+        "if tokens == LOST and len(set(mine)) > 1:", "if False:",
+        ("tests/unit/test_routing.py", "-k", "tokens"),
+    ),
+    Mutant(
         "combine-weights", "a sum of saved adapters counts their weights", "tools/combining.py",
         "s.strength * s.b for s", "s.scaling * s.b for s",
         ("tests/unit/tools/test_combining.py", "-k", "weighted"),

@@ -95,11 +95,16 @@ def updates(lora: OpenLora) -> Iterator[FileUpdate]:
         yield FileUpdate(path, lora.specs[path], names, *(tensors[name] for name in names))
 
 
-def open_lora(adapter: str | os.PathLike[str] | OpenLora) -> OpenLora:
+def open_lora(adapter: str | os.PathLike[str] | OpenLora, *, ambiguous: bool = False) -> OpenLora:
     """Open a LoRA, unless it is open already; experts in another layout are brought into PEFT's.
 
+    Args:
+        adapter: Its directory.
+        ambiguous: Read experts of an ambiguous layout as PEFT does, for who only looks at them.
+
     Raises:
-        AdapterFileError: It is missing or broken, is no LoRA, or its two files disagree; names the modules.
+        AdapterFileError: It is missing or broken, is no LoRA, its two files disagree, or the layout of its
+            experts is ambiguous; names the modules.
     """
     if isinstance(adapter, OpenLora):
         return adapter
@@ -107,7 +112,7 @@ def open_lora(adapter: str | os.PathLike[str] | OpenLora) -> OpenLora:
     with blame_file(adapter):
         config = PeftConfig.from_belonging(file.belonging_config())
         variant_name(config)
-    config, file, told = standard(file, config)
+    config, file, told = standard(file, config, ambiguous=ambiguous)
     factors = factor_names(file)[0]
     # What is adapted inside a wrapper takes the wrapper's rank and strength; stacks have their own.
     outer = {path: _WRAPPED.split(path, maxsplit=1)[0] for path in factors}

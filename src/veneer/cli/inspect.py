@@ -54,7 +54,7 @@ def inspect(
     from ..lora_file import open_lora
     from ..training.adapters import describe
 
-    lora = open_lora(saved.directory)
+    lora = open_lora(saved.directory, ambiguous=True)
     found = describe(lora)
     updates = _spectra(lora) if spectrum or modules or plot is not None else []
     if plot is not None:

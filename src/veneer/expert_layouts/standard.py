@@ -21,30 +21,34 @@ _BECOMES = {"folded": "peft", "stacked": "transformers-4"}
 
 
 def standard(
-    file: AdapterFile, config: LoraConfig, base: dict[str, Any] | None = None
+    file: AdapterFile, config: LoraConfig, base: dict[str, Any] | None = None, *, ambiguous: bool = False
 ) -> tuple[LoraConfig, AdapterFile, Told]:
     """A file with its experts in PEFT's layout, or with tensors of its own for every expert.
-
-    A layout that is a guess is not acted upon: such a file is read as PEFT does.
 
     Args:
         file: The tensors.
         config: Their configuration.
         base: The content of the base model's ``config.json``, where it is at hand.
+        ambiguous: Read a file of an ambiguous layout as PEFT does, for who only looks at it.
 
     Returns:
         The configuration and the tensors, the same ones where nothing is to do, and what was told.
 
     Raises:
-        AdapterFileError: The experts cannot be read; lists all of them.
+        AdapterFileError: The layout is ambiguous, or the experts cannot be read; lists all of them.
     """
     told = by_names(file.shapes)
     if told.layout is None and not find(file.shapes, config).places:
         return config, file, told  # most adapters: nothing else is read for them
     mixture = mixture_of(base or {}, config.base_model_name_or_path)
     told = tell(_evidence(file), config, mixture)
+    if told.others and not ambiguous:
+        try:
+            told.decided()
+        except AdapterFileError as error:
+            raise AdapterFileError(f"{file.path}: ", error.message) from error
     source = LAYOUTS.get(told.layout or "")
-    if source is None or source.form == "each" or source.name in _SAME or not told.certain:
+    if source is None or source.form == "each" or source.name in _SAME:
         return config, file, told
     target = LAYOUTS[_BECOMES[source.form]]
     try:

@@ -20,8 +20,10 @@ from veneer.spec import resolve_all
 
 #: The metadata in which Veneer names the layout of a file that it wrote in another than PEFT's.
 MARK = "veneer_expert_layout"
-#: Keys of the configuration in which Unsloth says since September 2026 how B is ordered.
+#: Keys of the configuration in which Unsloth says since September 2026 how B is ordered: of all stacks, and
+#: of each. The second may also lie in ``auto_mapping``, which has the last key in whatever Unsloth trained.
 UNSLOTH = "lora_B_layout"
+_UNSLOTH_EACH, _UNSLOTH_TRAINED = "unsloth_fused_expert_lora", "unsloth_fixed"
 _UNSLOTH_ORDERS = {"rank_major": "peft", "grouped_by_expert": "unsloth"}
 #: The versions of PEFT that took every stack for (experts, in, out); 0.17 did not write its version.
 _FIRST = re.compile(r"0\.18\.|0\.19\.0($|\D)")
@@ -38,13 +40,13 @@ class Told(NamedTuple):
         layout: Its name, the likeliest of several; None if the file has no experts.
         why: What told it, in words.
         others: The layouts that are as possible.
-        certain: Whether it is written down, or as good as that.
+        unlike: The layout that its tensors look like, although it is written down that they are in another.
     """
 
     layout: str | None
     why: str
     others: tuple[str, ...] = ()
-    certain: bool = True
+    unlike: str | None = None
 
     def decided(self) -> str | None:
         """The layout.
@@ -57,20 +59,20 @@ class Told(NamedTuple):
                 f"the layout of the experts is ambiguous, {self.layout} or {' or '.join(self.others)}: "
                 f"{self.why}. ",
                 Hint("from_layout"),
-                " decides",
+                " decides (`veneer convert`, convert_adapter)",
             )
         return self.layout
 
     def remark(self) -> str | None:
         """What to say where the file is read; None if nothing speaks against PEFT's layout of today."""
+        if self.unlike is not None:
+            return (
+                f"its experts are in the layout {self.layout} ({self.why}), but look like {self.unlike}. If "
+                f"it is that one, convert the adapter with from_layout={self.unlike!r}"
+            )
         if self.layout in (None, "peft", "transformers-4"):
             return None
-        if self.certain:
-            return f"its experts are in the layout {self.layout} ({self.why}) and are read as such"
-        return (
-            f"its experts are read in PEFT's layout, but look like {self.layout} ({self.why}). If it is "
-            f"that one, convert the adapter with from_layout={self.layout!r}"
-        )
+        return f"its experts are in the layout {self.layout} ({self.why}) and are read as such"
 
 
 class Evidence(NamedTuple):
@@ -107,7 +109,7 @@ def tell(evidence: Evidence, config: LoraConfig, mixture: Mixture) -> Told:
     if (name := evidence.metadata.get(MARK)) in LAYOUTS:
         return Told(name, f"{MARK} in the metadata of the tensors")
     if len(found.forms) > 1:
-        return Told(None, "its experts are written in several ways", certain=False)
+        return Told(None, "its experts are written in several ways")
     (form,) = found.forms
     if form == "each":
         return Told("transformers-4", "every expert has tensors of its own")
@@ -127,8 +129,8 @@ def by_names(shapes: Iterable[str]) -> Told:
 
 
 def _folded(evidence: Evidence, config: LoraConfig, found: Found, mixture: Mixture) -> Told:
-    order = evidence.values.get(UNSLOTH)
-    if isinstance(order, str) and order in _UNSLOTH_ORDERS:
+    order = _order_of_unsloth(evidence.values)
+    if order is not None:
         return Told(_UNSLOTH_ORDERS[order], f"{UNSLOTH} in its configuration")
     if SAVED_CONFIG in evidence.metadata:
         return Told("peft", "it was saved by Veneer")
@@ -142,7 +144,7 @@ def _folded(evidence: Evidence, config: LoraConfig, found: Found, mixture: Mixtu
         turned = False
     if turned is None:
         why = "which of its factors is A depends on the shapes of the base"
-        return Told("peft", why, ("peft-0.18",), certain=False)
+        return Told("peft", why, ("peft-0.18",))
     if turned:
         if version is not None or "loftq_config" in evidence.values:
             return Told("peft-0.18", "A has the size of the output, and PEFT wrote its configuration")
@@ -153,11 +155,42 @@ def _folded(evidence: Evidence, config: LoraConfig, found: Found, mixture: Mixtu
     score = _order(evidence, config, found)
     if score is None:
         return Told("peft", "B is the same in every order")
+    looks = "peft" if score > 0 else "unsloth"
+    if abs(score) <= CERTAIN:
+        # Whoever wrote the configuration is as good a witness.
+        sure = looks if abs(score) >= SURE else None
+        if _trained_by_unsloth(evidence.values):
+            why = f"Unsloth trained it, and did not write {UNSLOTH} yet"
+            return Told("unsloth", why, unlike=sure if sure != "unsloth" else None)
+        if isinstance(version, str):
+            why = f"PEFT {version} wrote its configuration"
+            return Told("peft", why, unlike=sure if sure != "peft" else None)
     if abs(score) < SURE:
         why = "the columns of B do not tell whether those of an expert lie together"
-        return Told("peft", why, ("unsloth",), certain=False)
-    why = f"the columns of B ({abs(score):.0f} standard errors)"
-    return Told("peft" if score > 0 else "unsloth", why, certain=abs(score) > CERTAIN)
+        return Told("peft", why, ("unsloth",))
+    return Told(looks, f"the columns of B ({abs(score):.0f} standard errors)")
+
+
+def _order_of_unsloth(values: Mapping[str, Any]) -> str | None:
+    """The order of B that Unsloth wrote down; None if it is not the same for all stacks."""
+    for source in (values, _auto_mapping(values)):
+        detail = source.get(_UNSLOTH_EACH)
+        each = detail.get("parameters") if isinstance(detail, dict) else None
+        found = each.values() if isinstance(each, dict) else [source]
+        orders = [one.get(UNSLOTH) for one in found if isinstance(one, Mapping)]
+        named = {order for order in orders if isinstance(order, str)} & _UNSLOTH_ORDERS.keys()
+        if named:
+            return named.pop() if len(named) == 1 else None
+    return None
+
+
+def _trained_by_unsloth(values: Mapping[str, Any]) -> bool:
+    return bool(_auto_mapping(values).get(_UNSLOTH_TRAINED))
+
+
+def _auto_mapping(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    found = values.get("auto_mapping")
+    return found if isinstance(found, Mapping) else {}
 
 
 def _is_turned(evidence: Evidence, config: LoraConfig, found: Found) -> bool | None:

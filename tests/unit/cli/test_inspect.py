@@ -67,6 +67,8 @@ def test_the_layout_of_experts_is_said(tmp_path: Path, capsys: pytest.CaptureFix
     assert "experts     in the layout tinker: its tensors have an axis of experts" in capsys.readouterr().out
     assert main(["inspect", source, "--no-spectrum", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["experts"]["layout"] == "tinker"
+    assert main(["inspect", str(save(tmp_path / "b", "peft")), "--no-spectrum"]) == 0
+    assert "experts     in the layout peft or unsloth: " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("command", [["inspect"], ["generate"], ["merge", "--output", "out"]], ids=" ".join)

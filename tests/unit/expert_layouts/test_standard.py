@@ -60,6 +60,7 @@ MODELS: dict[str, Callable[[], Any]] = {
         )
     ),
 }
+STACKS = ["experts.gate_up_proj", "experts.down_proj"]
 IDS = torch.arange(1, 13).view(2, 6)
 
 
@@ -78,7 +79,7 @@ def saved(
         r=2,
         lora_alpha=8,
         target_modules=["o_proj"],
-        target_parameters=["experts.gate_up_proj", "experts.down_proj"],
+        target_parameters=STACKS,
         rank_pattern={".*gate_up_proj": 4},
         base_model_name_or_path=kind,
     )
@@ -102,7 +103,7 @@ def without_mark(place: Path, layout: str) -> None:
         values["peft_version"] = "0.18.0"
     elif layout == "megatron-bridge-stacks":
         values.pop("loftq_config", None)
-    elif LAYOUTS[layout].form == "folded":
+    elif layout in LAYOUTS and LAYOUTS[layout].form == "folded":
         values["lora_B_layout"] = "grouped_by_expert" if layout == "unsloth" else "rank_major"
     (place / "adapter_config.json").write_text(json.dumps(values))
 
@@ -171,10 +172,24 @@ def test_experts_that_cannot_be_read_are_listed(saved: tuple[str, Path, Tensor],
     assert all(f"layers.{layer}.mlp.experts.w2: lora_B is missing" in str(error.value) for layer in (0, 1))
 
 
+def test_an_ambiguous_layout_is_refused_unless_something_is_written_down(tmp_path: Path) -> None:
+    """A file of no known origin, whose columns do not tell; `veneer convert` decides, and writes it down."""
+    config = LoraConfig(r=2, target_parameters=STACKS, target_modules=["q_proj"], init_lora_weights=False)
+    get_peft_model(base("mixtral"), config).save_pretrained(tmp_path / "a")
+    assert open_lora(tmp_path / "a").experts is not None  # Veneer wrote it
+    without_mark(tmp_path / "a", "mark of nobody")
+    with pytest.raises(AdapterFileError, match=r"ambiguous, peft or unsloth: .* from_layout decides"):
+        PeftModel.from_pretrained(base("mixtral"), tmp_path / "a")
+    with pytest.raises(AdapterFileError, match="ambiguous"):
+        open_lora(tmp_path / "a")
+    shown = open_lora(tmp_path / "a", ambiguous=True).experts
+    assert shown is not None and shown.others == ("unsloth",)
+    convert_adapter(tmp_path / "a", tmp_path / "b", from_layout="unsloth", layout="peft")
+    PeftModel.from_pretrained(base("mixtral"), tmp_path / "b")
+
+
 def test_experts_of_another_size(tmp_path: Path) -> None:
-    config = LoraConfig(
-        r=2, target_parameters=["experts.gate_up_proj", "experts.down_proj"], target_modules=[]
-    )
+    config = LoraConfig(r=2, target_parameters=STACKS, target_modules=[])
     get_peft_model(base("mixtral"), config).save_pretrained(tmp_path / "a")
     (tmp_path / "config.json").write_text('{"model_type": "mixtral"}')
     convert_adapter(tmp_path / "a", tmp_path / "b", layout="transformers-4", base=tmp_path)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
 from benchmarks.expert_layouts import in_order, told, trained
+from veneer import LoraConfig
 from veneer.errors import AdapterFileError
+from veneer.expert_layouts import telling
 from veneer.expert_layouts.telling import by_names
 
 
@@ -22,22 +25,60 @@ def test_trained_adapters(layout: str) -> None:
     assert not found.others
 
 
-def test_without_training_it_is_ambiguous() -> None:
-    """B is drawn at random: the two orders look alike, and PEFT's is the likelier one."""
+@pytest.fixture(scope="module")
+def untrained() -> tuple[LoraConfig, dict[str, Tensor]]:
+    """B is drawn at random: the two orders look alike."""
     config, tensors = trained(1, experts=8, r=8)
     torch.manual_seed(0)
-    found = told(config, {n: torch.randn_like(t) if "lora_B" in n else t for n, t in tensors.items()})
-    assert found.layout == "peft" and found.others == ("unsloth",) and not found.certain
+    return config, {n: torch.randn_like(t) if "lora_B" in n else t for n, t in tensors.items()}
+
+
+def test_without_training_and_without_marks_it_is_ambiguous(
+    untrained: tuple[LoraConfig, dict[str, Tensor]],
+) -> None:
+    found = told(*untrained)
+    assert found.layout == "peft" and found.others == ("unsloth",)
     with pytest.raises(AdapterFileError, match=r"ambiguous, peft or unsloth: .*from_layout decides"):
         found.decided()
     assert found.remark() is None
 
 
-def test_a_likely_layout_is_named_but_not_acted_upon() -> None:
+DETAIL = {"parameters": {name: {"lora_B_layout": "rank_major"} for name in ("gate_up_proj", "down_proj")}}
+MIXED = {"parameters": {"a": {"lora_B_layout": "rank_major"}, "b": {"lora_B_layout": "grouped_by_expert"}}}
+MARKS: dict[str, tuple[dict[str, object], str | None]] = {
+    "PEFT's version": ({"peft_version": "0.20.0"}, "peft"),
+    "Unsloth's order": ({"lora_B_layout": "grouped_by_expert", "peft_version": "0.20.0"}, "unsloth"),
+    "Unsloth's order of each stack": ({"auto_mapping": {"unsloth_fused_expert_lora": DETAIL}}, "peft"),
+    "Unsloth before it wrote the order": (
+        {"auto_mapping": {"unsloth_fixed": True}, "peft_version": "0.20.0"},
+        "unsloth",
+    ),
+    "orders that differ": ({"unsloth_fused_expert_lora": MIXED}, None),
+    "PEFT's other mapping": ({"auto_mapping": {"parent_library": "x"}}, None),
+}
+
+
+@pytest.mark.parametrize("mark", MARKS)
+def test_who_wrote_the_file_decides_where_its_columns_do_not(
+    mark: str, untrained: tuple[LoraConfig, dict[str, Tensor]]
+) -> None:
+    values, layout = MARKS[mark]
+    found = told(*untrained, **values)
+    assert (found.layout if not found.others else None) == layout and found.unlike is None
+
+
+def test_columns_overrule_a_mark_only_where_they_are_certain(monkeypatch: pytest.MonkeyPatch) -> None:
     config, tensors = trained(1, experts=8, r=8)
-    found = told(config, in_order(tensors, 8, "unsloth"))
-    assert "are in the layout unsloth" in (found.remark() or "")
-    assert "look like unsloth" in (found._replace(certain=False).remark() or "")
+    other = in_order(tensors, 8, "unsloth")
+    assert "are in the layout unsloth" in (told(config, other).remark() or "")
+    assert told(config, other, peft_version="0.21.2").decided() == "unsloth"
+    assert told(config, tensors, auto_mapping={"unsloth_fixed": True}).decided() == "peft"
+    monkeypatch.setattr(telling, "CERTAIN", 1000.0)
+    found = told(config, other, peft_version="0.21.2")
+    assert (found.decided(), found.unlike) == ("peft", "unsloth")
+    assert "but look like unsloth" in (found.remark() or "")
+    found = told(config, tensors, auto_mapping={"unsloth_fixed": True})
+    assert (found.decided(), found.unlike) == ("unsloth", "peft")
 
 
 def test_a_b_of_zeros_is_the_same_in_every_order() -> None:
