@@ -1,9 +1,10 @@
-"""A tiny base model on disk, and a hub that cannot be reached."""
+"""A tiny base model on disk, adapters, and a hub that cannot be reached."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,14 +16,27 @@ if TYPE_CHECKING:
     from tests.unit.integrations.export.adapters import Saved
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return saved_tiny(tmp_path_factory.mktemp("base"))
+def contents(place: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(place)): file.read_bytes() for file in place.rglob("*") if file.is_file()}
 
 
-@pytest.fixture(scope="module")
+@contextmanager
+def shared(place: Path) -> Iterator[Path]:
+    """A directory for all tests of a session, none of which may change anything in it."""
+    before = contents(place)
+    yield place
+    assert contents(place) == before, f"a test has written to {place}, which others read"
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    with shared(saved_tiny(tmp_path_factory.mktemp("base"))) as place:
+        yield place
+
+
+@pytest.fixture(scope="session")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Saved]:
-    """Makes adapters of `tests.unit.integrations.export.adapters.CASES`, each once a file."""
+    """Makes adapters of `tests.unit.integrations.export.adapters.CASES`, each once."""
     made: dict[str, Saved] = {}
 
     def get(name: str) -> Saved:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
 from tests.architecture.message_rules import spelt_in_python
 from tests.unit.cli.words import train_words
+from tests.unit.conftest import shared
 from tests.unit.training.tiny import saved_records, tiny_model
 from veneer.cli import common, main, messages
 from veneer.training import progress
@@ -40,14 +41,15 @@ def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress, "PATIENCE", 600.0)
 
 
-@pytest.fixture(scope="module")
-def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="session")
+def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     place = tmp_path_factory.mktemp("trained")
     assert main(train_words(base, saved_records(place / "data.jsonl"), place / "adapter")) == 0
-    return place / "adapter"
+    with shared(place / "adapter"):
+        yield place / "adapter"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def dora(adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from veneer import LoraConfig, get_peft_model
 

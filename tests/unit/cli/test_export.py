@@ -6,9 +6,8 @@ import json
 import shlex
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,6 +16,7 @@ import tests.readers.mlx
 import tests.readers.vllm
 from tests.unit.training.tiny import tiny_model
 from veneer.cli import main
+from veneer.integrations.export.vllm import Vllm
 
 
 def test_export(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -145,16 +145,17 @@ def test_what_is_wrong_is_said_in_one_sentence(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_control_c_leaves_nothing(adapter: Path, tmp_path: Path) -> None:
-    code = (
-        "import os, signal, sys; from veneer.cli import common\n"
-        "from veneer.integrations.export.vllm import Vllm\n"
-        "write = Vllm.write\n"
-        "def interrupted(*a): write(*a); os.kill(os.getpid(), signal.SIGINT)\n"
-        "Vllm.write = interrupted\n"
-        f"sys.exit(common.main(['export', {str(adapter)!r}, {str(tmp_path / 'new' / 'out')!r}, "
-        "'--target', 'vllm']))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert (done.returncode, done.stderr.splitlines()[-1]) == (128 + signal.SIGINT, "interrupted")
+def test_control_c_leaves_nothing(
+    adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write = Vllm.write
+
+    def interrupted(*given: Any) -> None:
+        write(*given)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Vllm, "write", interrupted)
+    words = ["export", str(adapter), str(tmp_path / "new" / "out"), "--target", "vllm"]
+    assert main(words) == 128 + signal.SIGINT
+    assert capsys.readouterr().err.splitlines()[-1] == "interrupted"
     assert list(tmp_path.iterdir()) == []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -86,11 +85,11 @@ def test_what_cannot_work_is_said_before_the_base_is_loaded(
         assert captured.out == "" and said in captured.err
 
 
-def test_as_a_process(adapter: Path, tmp_path: Path) -> None:
+def test_a_table_of_prompts(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = tmp_path / "data.csv"
     data.write_text('prompt\n"Double\n11."\nDouble 12.\n')
-    command = [sys.executable, "-m", "veneer", "generate", str(adapter), "--data", str(data)]
-    done = subprocess.run([*command, "--max-new-tokens", "4"], capture_output=True, text=True)
-    assert done.returncode == 0 and "\x1b" not in done.stdout + done.stderr
-    assert [record["prompt"] for record in lines(done.stdout)] == ["Double\n11.", "Double 12."]
-    assert "columns prompt (prompt)" in done.stderr
+    assert main(["generate", str(adapter), "--data", str(data), "--max-new-tokens", "4"]) == 0
+    captured = capsys.readouterr()
+    assert "\x1b" not in captured.out + captured.err
+    assert [record["prompt"] for record in lines(captured.out)] == ["Double\n11.", "Double 12."]
+    assert "columns prompt (prompt)" in captured.err

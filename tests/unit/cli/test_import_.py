@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +12,7 @@ from safetensors.torch import save_file
 
 from tests.unit.tools.test_converting import archive, save
 from veneer.cli import main
+from veneer.integrations.imports import importing
 
 STEM = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
 
@@ -76,15 +75,12 @@ def test_what_is_wrong_is_said_in_one_sentence(
     assert not places["OUT"].exists()
 
 
-def test_control_c_leaves_nothing(file: Path, tmp_path: Path) -> None:
-    code = (
-        "import os, signal, sys; from veneer.cli import common\n"
-        "from veneer.integrations.imports import importing\n"
-        "importing.compare = lambda *a: os.kill(os.getpid(), signal.SIGINT)\n"
-        f"sys.exit(common.main(['import', {str(file)!r}, {str(tmp_path / 'new' / 'out')!r}]))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert (done.returncode, done.stderr.splitlines()[-1]) == (128 + signal.SIGINT, "interrupted")
+def test_control_c_leaves_nothing(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(importing, "compare", lambda *given: signal.raise_signal(signal.SIGINT))
+    assert main(["import", str(file), str(tmp_path / "new" / "out")]) == 128 + signal.SIGINT
+    assert capsys.readouterr().err.splitlines()[-1] == "interrupted"
     assert [path.name for path in tmp_path.iterdir()] == ["style.safetensors"]
 
 

@@ -4,16 +4,46 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.unit.cli.words import train_words
+from tests.unit.conftest import shared
 from tests.unit.training.tiny import saved_records
 from veneer.cli import main
 from veneer.training.options import RunOptions, read_yaml
 
+STEADY = ["--lr-scheduler-type", "constant", "--lora-dropout", "0.1", "--max-steps", "5"]
 PAIRS = [f'{{"prompt": "{n}", "chosen": "a", "rejected": "b"}}' for n in range(4)]
+
+
+def metrics_of(place: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((place / "metrics.json").read_text())
+    return found
+
+
+@pytest.fixture(scope="module", params=["sft", "dpo"])
+def finished(
+    request: pytest.FixtureRequest, base: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Path]:
+    """The output of a run of five steps, with its checkpoints; its data and its method are beside it."""
+    place = tmp_path_factory.mktemp(request.param)
+    if request.param == "sft":
+        saved_records(place / "data.jsonl")
+    else:
+        (place / "data.jsonl").write_text("".join(f"{line}\n" for line in PAIRS * 2))
+    assert main(finished_words(base, place, place / "out")) == 0
+    with shared(place):
+        yield place / "out"
+
+
+def finished_words(base: Path, place: Path, output: Path) -> list[str]:
+    method = "sft" if "completion" in (place / "data.jsonl").read_text() else "dpo"
+    more = ["--json", "--method", method, "--save-steps", "2", *STEADY]
+    return train_words(base, place / "data.jsonl", output, *more)
 
 
 def test_train_writes_the_adapter(adapter: Path) -> None:
@@ -21,7 +51,7 @@ def test_train_writes_the_adapter(adapter: Path) -> None:
     assert {"adapter_config.json", "adapter_model.safetensors", "metrics.json", "loss.png"} <= names
     config = json.loads((adapter / "adapter_config.json").read_text())
     assert config["r"] == 4 and config["lora_alpha"] == 16
-    assert len(json.loads((adapter / "metrics.json").read_text())["losses"]) == 4
+    assert len(metrics_of(adapter)["losses"]) == 4
 
 
 def test_train_speaks_on_the_right_streams(
@@ -37,10 +67,8 @@ def test_train_speaks_on_the_right_streams(
     assert sorted(config["target_modules"]) == ["q_proj", "v_proj"]
 
 
-def test_train_resumes(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    data = saved_records(tmp_path / "data.jsonl")
-    assert main(train_words(base, data, tmp_path / "whole", "--json")) == 0
-    whole = json.loads(capsys.readouterr().out)["losses"]
+def test_train_resumes(base: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data, whole = saved_records(tmp_path / "data.jsonl"), metrics_of(adapter)["losses"]
     assert main(train_words(base, data, tmp_path / "cut", "--save-steps", "3")) == 0
     capsys.readouterr()
     for path in (tmp_path / "cut").glob("checkpoint-4/*"):
@@ -73,30 +101,21 @@ def test_train_sets_examples_aside(base: Path, tmp_path: Path, capsys: pytest.Ca
     assert "--validation-split and --eval-data both say what to validate on" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("method", ["sft", "dpo"])
 @pytest.mark.parametrize("left", ["all", "no picture", "no result", "no last checkpoint"])
 def test_a_finished_run_is_resumed_without_training(
-    left: str, method: str, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    left: str, finished: Path, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    data, out = tmp_path / "data.jsonl", tmp_path / "out"
-    lines = [{"prompt": f"{n}", "chosen": "a", "rejected": "b"} for n in range(8)]
-    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    if method == "sft":
-        saved_records(data)
-    steady = ["--lr-scheduler-type", "constant", "--lora-dropout", "0.1", "--max-steps", "5"]
-    words = train_words(base, data, out, "--json", "--method", method, "--save-steps", "2", *steady)
-    assert main(words) == 0
-    whole = json.loads(capsys.readouterr().out)
+    out = Path(shutil.copytree(finished, tmp_path / "out"))
     adapter = (out / "adapter_model.safetensors").read_bytes()
     lost = {"all": [], "no picture": ["loss.png"]}.get(left, ["metrics.json", "adapter_model.safetensors"])
     for name in [*lost, *(["veneer_run.json"] if len(lost) > 1 else [])]:
         (out / name).unlink()
     if left == "no last checkpoint":
         shutil.rmtree(out / "checkpoint-5")
-    assert main([*words, "--resume"]) == 0
+    assert main([*finished_words(base, finished.parent, out), "--resume"]) == 0
     captured = capsys.readouterr()
     resumed = json.loads(captured.out)
-    assert resumed["losses"] == whole["losses"] and resumed["steps"] == 5
+    assert resumed["losses"] == metrics_of(finished)["losses"] and resumed["steps"] == 5
     assert (out / "adapter_model.safetensors").read_bytes() == adapter
     assert (out / "loss.png").is_file() and (out / "metrics.json").is_file()
     assert ("nothing is left to train" in captured.err) == (left != "no last checkpoint")
@@ -229,7 +248,7 @@ def test_train_classes_and_preferences(
     data.write_text("\n".join(lines) + "\n")
     words = train_words(base, data, tmp_path / "out", "--eval-data", str(data), *how)
     assert main(words) == 0
-    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    metrics = metrics_of(tmp_path / "out")
     first, last = metrics["evaluations"][0], metrics["evaluations"][-1]
     assert last["loss"] < first["loss"] and measure in last
     assert not [place for place in (tmp_path / "out").iterdir() if place.is_dir()]

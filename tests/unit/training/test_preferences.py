@@ -9,15 +9,10 @@ from typing import Any
 
 import pytest
 
-from tests.unit.training.tiny import Told, saved_tiny
+from tests.unit.training.tiny import Told
 from veneer import ConfigError, MissingExtraError, TrainingError
 from veneer.training import RunOptions
 from veneer.training.run import fine_tune
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return saved_tiny(tmp_path_factory.mktemp("base"))
 
 
 def given(base: Path, place: Path, method: str, **more: Any) -> dict[str, Any]:
