@@ -190,13 +190,19 @@ def _grid(content: Any, where: str) -> Grid:
     """The values of each option, with its own name and type."""
     if not isinstance(content, Mapping) or not all(isinstance(v, list) and v for v in content.values()):
         raise ConfigError(f"{where}: each option needs a list of values, such as `lora_r: [4, 16]`")
-    known, may, grid, wrong = spellings(SweepOptions), swept(), Grid(), []
+    known, may, grid = spellings(SweepOptions), swept(), Grid()
+    wrong: list[str | Text] = []
     names = {key: str(key).replace("-", "_") for key in content}
     from_mapping({key: None for key in content if names[key] not in known}, where, SweepOptions)
     for key, values in content.items():
         name = known[names[key]]
         if name in grid:
             wrong.append(f"{name} is given twice")
+            continue
+        if name == "seed":
+            wrong.append(
+                Text(Hint("seeds", 3), " trains each configuration with three seeds; seed is the first")
+            )
             continue
         if name not in may:
             wrong.append(f"{key} is the same for all runs of a sweep; it can vary {listed(may, len(may))}")
@@ -209,7 +215,7 @@ def _grid(content: Any, where: str) -> Grid:
         if len(set(grid[name])) < len(values):
             wrong.append(f"{key} has a value twice")
     if wrong:
-        raise ConfigError(f"{where}: {'; '.join(wrong)}")
+        raise ConfigError(f"{where}: ", Text.join("; ", wrong))
     return grid
 
 

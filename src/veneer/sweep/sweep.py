@@ -11,20 +11,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import Hint, TrainingError
+from ..atomic import disk_is_full
+from ..errors import Hint, Text, TrainingError
 from ..family.family import read_states, write_states
 from ..files.layout import left_over
 from ..training.data.batch import pad_token
 from ..training.libraries import require
 from ..training.models import load_tokenizer
 from ..training.progress import Progress, Silent
-from ..training.resuming import METRICS_NAME, digest, json_bytes, tokenizer_files, write_files
+from ..training.resuming import METRICS_NAME, digest, json_bytes, reason, tokenizer_files, write_files
 from ..training.run import absolute, encoded, read_all
 from ..training.stopping import Interrupted, Stop, stop_on_signals
 from .board import Board
 from .halving import Halving
 from .handle import Handle, Here, Lost
-from .options import Grid, SweepOptions, check_sweep
+from .options import RESULT_NAME, Grid, SweepOptions, check_sweep
 from .results import Record, configurations, read_record, write_results
 from .trial import Trial, tokens_of, trials
 from .worker import Report, Work, Worker
@@ -81,8 +82,23 @@ def sweep(options: SweepOptions, grid: Grid, progress: Progress | None = None) -
             progress.say(_what_comes(every, workers, options, record.base))
         with Board(progress, every) as board, stop_on_signals(progress.say) as stop:
             loop = Sweep(every, workers, tokenizer, classes, record, output)
-            loop.go(board, stop, saved)
-    return loop.finish(progress)
+            with _writing(output):
+                loop.go(board, stop, saved)
+    with _writing(output):
+        return loop.finish(progress)
+
+
+@contextmanager
+def _writing(output: Path) -> Iterator[None]:
+    """Say of what cannot be written what is left of the sweep."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not disk_is_full(error):
+            raise
+        way = ". Once this is mended, ", Hint("resume", True), " goes on from what was saved last"
+        left = Text(*way) if (output / RESULT_NAME).is_file() else Text(". Nothing was trained yet")
+        raise TrainingError(f"the sweep cannot be written to {output}: {reason(error)}", left) from error
 
 
 @contextmanager

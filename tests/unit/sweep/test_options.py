@@ -51,7 +51,10 @@ def test_flags_and_yaml_make_one_grid(tmp_path: Path) -> None:
         ),
         (["lora_r=0,-1"], "values that cannot be used: .*r"),
         (["learning_rate=0", "batch_size=0"], "learning_rate must be above 0.*batch_size must be above 0"),
-        (["model=a,b", "seed=1,2"], "model is the same for all runs of a sweep.*seed is the same"),
+        (
+            ["model=a,b", "seed=1,2"],
+            "model is the same for all runs of a sweep.*; seeds=3 trains each configuration with",
+        ),
         (["init_lora_weights=eva,pissa"], "eva.* is measured on the data"),
         (["output=a"], "output is the same"),
         (

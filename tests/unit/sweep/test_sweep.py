@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -142,6 +143,28 @@ def test_a_run_that_diverges_is_stopped_and_the_others_go_on(options: SweepOptio
     assert found["best"] in ("run-1", "run-3")
     with pytest.raises(TrainingError, match="no run came to its end: all of them diverged"):
         sweep(replace(options, output=str(tmp_path / "none")), {"learning_rate": [1e30, 1e31]})
+
+
+def test_a_disk_that_is_full_leaves_a_sweep_that_goes_on_or_nothing(
+    options: SweepOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    own, grid = (
+        replace(options, output=str(tmp_path / "deep" / "out"), max_steps=1),
+        {"learning_rate": [1e-3]},
+    )
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        with pytest.raises(TrainingError, match=r"out: No space left on device\. Nothing was trained yet"):
+            sweep(own, grid)
+    assert not list(tmp_path.iterdir())
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "write_files", full)
+        with pytest.raises(TrainingError, match=r"No space left .* resume=True goes on from what was saved"):
+            sweep(own, grid)
+    assert sweep(replace(own, resume=True), grid)["finished"]
 
 
 class StopAfter(Stop):
