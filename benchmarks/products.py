@@ -17,11 +17,15 @@ TOKENS, RANK = 1024, 16
 WIDTHS = (576, 1536, 4096)
 
 
-def outer(dtype: torch.dtype, width: int) -> dict[str, Callable[[], Any]]:
-    """``thinᵀ wide`` as it is done for that dtype, and the other way round."""
+def outer(factor: str, dtype: torch.dtype, width: int) -> dict[str, Callable[[], Any]]:
+    """The gradient of a factor, in its layout, as it is computed for that dtype, and the other way round."""
     thin, wide = torch.randn(TOKENS, RANK).to(dtype), torch.randn(TOKENS, width).to(dtype)
-    ways: list[Callable[[], Any]] = [lambda: (wide.t() @ thin).t(), lambda: thin.t() @ wide]
-    return dict(zip(("chosen", "other"), ways if dtype == torch.float32 else reversed(ways), strict=True))
+    ways: list[Callable[[], Any]] = [
+        lambda: thin.t() @ wide if factor == "A" else (thin.t() @ wide).t().contiguous(),
+        lambda: wide.t() @ thin if factor == "B" else (wide.t() @ thin).t().contiguous(),
+    ]
+    wide_first = factor == "B" and dtype == torch.float32
+    return dict(zip(("chosen", "other"), reversed(ways) if wide_first else ways, strict=True))
 
 
 def dropout(p: float) -> dict[str, Callable[[], Any]]:
@@ -39,7 +43,10 @@ def dropout(p: float) -> dict[str, Callable[[], Any]]:
 def measure(quick: bool) -> Report:
     torch.set_num_threads(THREADS)
     cases = {
-        f"gradient of a factor, {str(dtype).removeprefix('torch.')}, {RANK} × {width}": outer(dtype, width)
+        f"gradient of {factor}, {str(dtype).removeprefix('torch.')}, {RANK} × {width}": outer(
+            factor, dtype, width
+        )
+        for factor in "AB"
         for dtype in (torch.float32, torch.bfloat16)
         for width in WIDTHS
     }

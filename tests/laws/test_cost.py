@@ -66,9 +66,9 @@ def test_a_step_does_its_products_once_and_little_else(dtype: torch.dtype, p: fl
 def test_without_dropout_nothing_is_done_but_products_and_the_scale() -> None:
     forward, backward = counted(torch.float32, 0.0)
     assert forward.total() == 3
-    # s on dA and dB, which are thin; autograd lays both out as their parameters are.
-    assert set(backward) <= {"mm", "addmm_", "mul_", "clone", "new_empty_strided", "copy_"}
-    assert backward["mul_"] == 2 and backward["clone"] <= 2
+    # s on dA and dB, which are thin and laid out as their parameters are.
+    assert set(backward) == {"mm", "addmm_", "mul_"}
+    assert backward["mul_"] == 2
     assert counted(torch.float32, 0.0, scale=1)[1]["mul_"] == 0
 
 
@@ -80,7 +80,7 @@ def test_beside_a_16_bit_base_only_factors_are_cast() -> None:
 
 def test_dropout_copies_the_input_once_each_way() -> None:
     forward, backward = counted(torch.float32, 0.05)
-    assert forward["clone"] == 1 and backward["clone"] <= 3  # two of these are layouts of thin gradients
+    assert forward["clone"] == backward["clone"] == 1
     assert forward["rand"] == 1 and "rand" not in backward
     assert forward.total() <= 22 and backward.total() <= 20
 

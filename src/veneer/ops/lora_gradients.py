@@ -159,16 +159,18 @@ def _outer(
 ) -> Tensor:
     """``scale · thinᵀ wide`` for ``thin: (..., T, r)``, ``wide: (..., T, n)``: the gradient of a factor.
 
-    Which order is faster depends on the dtype: by itself the difference is small (`benchmarks/products.py`),
-    but in float32 a whole step is slower with the thin side first.
+    The thin side comes first (`benchmarks/products.py`), except where a result in float32 would then have to
+    be copied into the layout of its factor.
 
     Args:
         thin, wide, scale: As above.
         dtype: Of the factor.
         turned: Return its transpose. If it is cast, the result is contiguous, as optimizers want it.
     """
-    product = (wide.mT @ thin).mT if wide.dtype == torch.float32 else thin.mT @ wide
-    product = product.mT if turned else product
+    if turned:
+        product = wide.mT @ thin if wide.dtype == torch.float32 else (thin.mT @ wide).mT
+    else:
+        product = thin.mT @ wide
     if dtype.itemsize > product.dtype.itemsize:  # the scale is applied in the wider type
         product = product.to(dtype, memory_format=torch.contiguous_format)
     if isinstance(scale, Tensor) or scale != 1.0:
