@@ -158,6 +158,15 @@ def in_fresh_process(function: Callable[..., Any], **arguments: Any) -> Any:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
+def memory(field: str) -> int:
+    """What Linux says of this process, in bytes: memory now (VmRSS) or at its highest (VmHWM).
+
+    A child's ru_maxrss begins at its parent's.
+    """
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(field)).split()[1])
+
+
 def machine() -> dict[str, Any]:
     """The processor, its count, the system, and the versions that matter."""
     name = platform.processor() or platform.machine()

@@ -9,13 +9,22 @@ from __future__ import annotations
 import gc
 import time
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks._models import LINEARS, fresh, library, llama
-from benchmarks.harness import THREADS, Figure, Report, Row, in_fresh_process, question, ratio, take_turns
+from benchmarks.harness import (
+    THREADS,
+    Figure,
+    Report,
+    Row,
+    in_fresh_process,
+    memory,
+    question,
+    ratio,
+    take_turns,
+)
 
 SIDES = ("veneer", "PEFT")
 BAR = 50 / 186
@@ -43,16 +52,10 @@ def peak_over_adapter(side: str) -> float:
     lora.get_peft_model(torch.nn.Sequential(torch.nn.Linear(8, 8)), lora.LoraConfig(target_modules=["0"]))
     model, adapter = llama(576, 30, torch.float32), config(side)
     gc.collect()
-    before = _memory("VmRSS")
+    before = memory("VmRSS")
     wrapped = lora.get_peft_model(model, adapter)
-    grown = _memory("VmHWM") - before
+    grown = memory("VmHWM") - before
     return grown / sum(p.numel() * p.element_size() for n, p in wrapped.named_parameters() if "lora_" in n)
-
-
-def _memory(field: str) -> int:
-    """What Linux says of this process, in bytes: memory now (VmRSS) or at its highest (VmHWM)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(line for line in lines if line.startswith(field)).split()[1])
 
 
 def measure(quick: bool) -> Report:

@@ -71,6 +71,12 @@ class BaseFiles:
             tensor: Tensor = file.get_tensor(stored)
         return tensor
 
+    def read_rows(self, stored: str, rows: slice) -> Tensor:
+        """A copy of some rows of a tensor; nothing of the file stays in memory."""
+        with opened(self._file[stored]) as file:
+            tensor: Tensor = file.get_slice(stored)[rows]
+            return tensor.clone()
+
 
 def _files(where: Path, names: Sequence[str]) -> list[Path]:
     if where.is_file():

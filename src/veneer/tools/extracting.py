@@ -37,7 +37,7 @@ from ..wording import listed
 from .adapter_files import write_new
 from .measuring import in_words, relative
 from .requests import check_place, check_size
-from .tuned_model import check_alike, other_options
+from .tuned_model import change_of, check_alike, other_options
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -128,7 +128,8 @@ def extract_adapter(
     ``bias="lora_only"`` has them. What an adapter cannot hold, such as bare parameters, is listed in the
     report.
 
-    Both models are read tensor by tensor: memory is that of the largest one, and of the adapter.
+    Both models are read tensor by tensor: memory is that of the largest change, in float32, and of the
+    adapter.
 
     Args:
         base: Directory or hub id of the base model.
@@ -203,17 +204,13 @@ class _Work:
 
     def take(self, name: str) -> None:
         """Compare one tensor, and keep what the adapter holds of its change."""
-        before, after = self.base.read(name), self.tuned.read(name)
-        kind = torch.promote_types(torch.promote_types(before.dtype, after.dtype), torch.float32)
-        before, after = before.to(kind), after.to(kind)
-        if torch.equal(before, after):
+        delta = change_of(self.base, self.tuned, name)
+        if delta is None:
             self.unchanged += 1
             return
-        if not (is_finite(before) and is_finite(after)):
+        if not is_finite(delta):
             self.broken.append(name)
             return
-        delta = after - before
-        del before, after
         path, _, attribute = name.rpartition(".")
         change, layer = float(torch.linalg.vector_norm(delta)), self._layer(path)
         reason = self._unfit(name, layer)

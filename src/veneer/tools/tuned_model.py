@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
 from ..errors import CheckpointError, Text
+from ..ops.merging import CHUNK_ELEMENTS
 from ..training.model_files import ModelFiles
 from ..wording import listed, some
 
@@ -59,6 +62,25 @@ def _differences(base: ModelFiles, tuned: ModelFiles) -> Iterator[str]:
 
 def _resized(before: tuple[int, ...], after: tuple[int, ...]) -> str:
     return " (a resized vocabulary?)" if before[1:] == after[1:] and before[0] != after[0] else ""
+
+
+def change_of(base: ModelFiles, tuned: ModelFiles, name: str) -> Tensor | None:
+    """What training changed of a tensor, in float32 or wider; None for nothing.
+
+    Some rows are read at a time, so that neither the two tensors nor their files stay in memory.
+    """
+    shape, change = base.entry(name)[1], None
+    step = max(1, CHUNK_ELEMENTS // max(1, math.prod(shape[1:])))
+    for rows in [slice(at, at + step) for at in range(0, shape[0], step)] if shape else [None]:
+        before, after = base.read(name, rows), tuned.read(name, rows)
+        kind = torch.promote_types(torch.promote_types(before.dtype, after.dtype), torch.float32)
+        if before.dtype != after.dtype:
+            before, after = before.to(kind), after.to(kind)
+        if not torch.equal(before, after):
+            change = torch.zeros(shape, dtype=kind) if change is None else change
+            change[rows] = after.to(kind) - before.to(kind)
+        del before, after
+    return change
 
 
 def other_options(base: ModelFiles, tuned: ModelFiles) -> tuple[str, ...]:

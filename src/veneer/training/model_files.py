@@ -46,8 +46,10 @@ class ModelFiles:
         """Every tensor: by the name in the model, or by that in the files where the model has none of it."""
         return {**self.stored, **{name: name for name in sorted(self.converted)}}
 
-    def read(self, name: str) -> Tensor:
-        return self.files.read(self.stored.get(name, name))
+    def read(self, name: str, rows: slice | None = None) -> Tensor:
+        """A tensor, or a copy of some of its rows."""
+        stored = self.stored.get(name, name)
+        return self.files.read(stored) if rows is None else self.files.read_rows(stored, rows)
 
     def entry(self, name: str) -> tuple[str, tuple[int, ...]]:
         """Type, as safetensors writes it, and shape of a tensor."""

@@ -19,8 +19,8 @@ from torch import Tensor
 import veneer
 from tests.tolerances import OPS_SPECTRUM, assert_close
 from veneer import CheckpointError, CombineError, ConfigError, LoraConfig, TrainingError, VeneerError
-from veneer.tools import extract_adapter
-from veneer.training.model_files import ModelFiles
+from veneer.base_files import BaseFiles
+from veneer.tools import extract_adapter, tuned_model
 
 WEIGHTS = "model.safetensors"
 SMALL = {"vocab_size": 20, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -283,21 +283,23 @@ def test_the_base_is_recognised_and_the_tokenizer_copied(copies: tuple[Path, Pat
         veneer.PeftModel.from_pretrained(other, tmp_path / "out")
 
 
-def test_one_tensor_of_each_model_is_in_memory(
+def test_some_rows_of_each_model_are_in_memory(
     pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read, alive, most = ModelFiles.read, weakref.WeakSet[Tensor](), 0
+    read, alive, most = BaseFiles.read_rows, weakref.WeakSet[Tensor](), 0
 
-    def counted(files: ModelFiles, name: str) -> Tensor:
+    def counted(files: BaseFiles, name: str, rows: slice) -> Tensor:
         nonlocal most
-        tensor = read(files, name)
+        tensor = read(files, name, rows)
         alive.add(tensor)
-        most = max(most, len(alive))
+        most = max(most, sum(tensor.numel() for tensor in alive))
         return tensor
 
-    monkeypatch.setattr(ModelFiles, "read", counted)
-    extract_adapter(*pair, tmp_path / "out", rank=2)
-    assert most == 2
+    whole = extract_adapter(*pair, tmp_path / "whole", rank=2)
+    monkeypatch.setattr(BaseFiles, "read_rows", counted)
+    monkeypatch.setattr(tuned_model, "CHUNK_ELEMENTS", 24)
+    assert extract_adapter(*pair, tmp_path / "out", rank=2).modules == whole.modules
+    assert most == 2 * 24
 
 
 #: What is done to the tuned model, and what is said of it.
