@@ -19,12 +19,14 @@ import pytest
 from tests.unit.sweep.tiny import GRID, same, tiny_options
 from tests.unit.training.tiny import Told, saved_tiny
 from veneer.errors import TrainingError
+from veneer.sweep import on_ray
 from veneer.sweep import sweep as module
 from veneer.sweep.on_ray import OnRay, ray_workers
 from veneer.sweep.on_ray import _connect as connect
 from veneer.sweep.options import SweepOptions
+from veneer.sweep.packs import Packs
 from veneer.sweep.sweep import sweep
-from veneer.sweep.worker import Work
+from veneer.sweep.worker import Work, Worker
 from veneer.training.progress import Silent
 from veneer.training.stopping import Interrupted
 
@@ -97,6 +99,34 @@ def test_workers_on_ray_come_to_the_same_if_one_is_killed_and_if_they_are_interr
         assert same(Path(cut.output), alone)
 
 
+def test_runs_that_diverge_or_do_not_fit_are_handled_by_their_workers(
+    cluster: None, options: SweepOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Narrow(Worker):
+        """A worker whose memory holds one run."""
+
+        def prepare(self, share: int = 1) -> Packs:
+            packs, step = super().prepare(share), self.family.forward_backward
+
+            def narrow(batches: Any, loss: Any) -> Any:
+                if len(batches) > 1:
+                    raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9")
+                return step(batches, loss)
+
+            self.family.forward_backward = narrow  # type: ignore[method-assign, assignment]
+            return packs
+
+    grid = {"learning_rate": [1e-2, 1e30, 2e-2, 3e-2]}
+    own, told = replace(options, early_stop=False), Told()
+    found = sweep(replace(own, output=str(tmp_path / "alone")), grid)
+    assert [run["state"] for run in found["runs"]] == ["done", "diverged", "done", "done"]
+    monkeypatch.setattr(on_ray, "Worker", Narrow)
+    sweep(replace(own, output=str(tmp_path / "ray"), **TWO), grid, told)
+    assert told.lines.count("Out of memory with 2 runs at once: half as many from here on.") == 2
+    assert "  run-2 (learning_rate=1e+30): diverged after step 1" in told.lines
+    assert same(tmp_path / "ray", tmp_path / "alone")
+
+
 def test_what_a_worker_refuses_is_said_as_without_ray(
     cluster: None, options: SweepOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -113,6 +143,35 @@ def test_what_a_worker_refuses_is_said_as_without_ray(
         ray_workers(Work(own, [], [], [], 0), Silent()),
     ):
         pass
+
+
+def test_a_machine_that_is_lost_takes_no_run_with_it(
+    cluster: None, options: SweepOptions, alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+    from ray.cluster_utils import Cluster
+
+    nodes = Cluster()
+    nodes.head_node = ray._private.worker._global_node
+    second = nodes.add_node(wait=False, num_cpus=1, node_ip_address="127.0.0.1")
+    while len(ray.nodes()) < 2:
+        time.sleep(0.1)
+    trained: list[OnRay] = []
+    ask = OnRay.ask
+
+    def killing(handle: OnRay, method: str, *given: Any) -> None:
+        ask(handle, method, *given)
+        if method == "train":
+            trained.append(handle)
+            if len(trained) == 2:  # both workers train, one on each machine
+                nodes.remove_node(second, allow_graceful=False)
+
+    told = Told()
+    monkeypatch.setattr(OnRay, "ask", killing)
+    sweep(replace(options, output=str(tmp_path / "out"), **TWO), GRID, told)
+    (line,) = (line for line in told.lines if " is gone (" in line)
+    assert "others take over" in line
+    assert same(tmp_path / "out", alone)
 
 
 def listening(parent: psutil.Process) -> set[str]:
