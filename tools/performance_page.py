@@ -1,8 +1,12 @@
-"""Write what `make bench` measured into docs/performance.md, and its pictures into docs/images."""
+"""Write what `make bench` measured into docs/performance.md, and its pictures into docs/images.
+
+A benchmark without a result here keeps the section that the page has.
+"""
 
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,7 +23,7 @@ END = "<!-- end of results -->"
 #: In the order of a model's life.
 ORDER = (
     "training_step training_run saved_for_backward plan_memory wrapping loading activating merging combining "
-    "extracting mixed_batch family evaluation experts inference compiling import_time products"
+    "extracting mixed_batch family evaluation experts expert_layouts inference compiling import_time products"
 ).split()
 
 
@@ -43,11 +47,28 @@ def in_words(value: object) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def section(name: str, found: Mapping[str, Any]) -> list[str]:
-    """A benchmark: its question, its table, its conditions, its picture."""
+def place(machine: Mapping[str, Any]) -> str:
+    """Where a benchmark ran, in one line."""
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    return (
+        f"{machine['processor']}, {machine['cores']} cores, {machine['threads']} threads, "
+        f"{machine['system']}, Python {machine['python']}, {versions}."
+    )
+
+
+def sections_of(results: str) -> tuple[str, dict[str, list[str]]]:
+    """Of the results on the page: where they were measured, and the lines of each section by its name."""
+    head, *parts = re.split(r"^(?=### )", results, flags=re.MULTILINE)
+    return head.strip(), {part.splitlines()[0].removeprefix("### "): part.splitlines() for part in parts}
+
+
+def section(name: str, found: Mapping[str, Any], where: str) -> list[str]:
+    """A benchmark: its question, its table, its conditions, its picture; and its machine if it is another."""
     report: Report = found["report"]
     lines = [f"### {name}", "", report.question, "", *table(report.rows), ""]
     lines += [f"- {label}: {in_words(value)}" for label, value in report.conditions.items()]
+    if (own := place(found["machine"])) != where:
+        lines.append(f"- measured on: {own}")
     if found["quick"]:
         lines.append("- measured with `--quick`: fewer turns")
     module = importlib.import_module(f"benchmarks.{name}")
@@ -63,16 +84,14 @@ def main() -> int:
     if not results:
         print("nothing has been measured: run `make bench` first", file=sys.stderr)
         return 1
-    machine = next(iter(results.values()))["machine"]
-    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-    where = (
-        f"{machine['processor']}, {machine['cores']} cores, {machine['threads']} threads, "
-        f"{machine['system']}, Python {machine['python']}, {versions}."
-    )
-    sections = (line for name, found in results.items() for line in section(name, found))
     before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN, 1)
-    made = "\n".join([BEGIN, "", where, "", *sections, END])
-    PAGE.write_text(before + made + rest.split(END, 1)[1], encoding="utf-8")
+    there, after = rest.split(END, 1)
+    where, kept = sections_of(there)
+    if results.keys() >= kept.keys():
+        where = place(next(iter(results.values()))["machine"])
+    made = {**kept, **{name: section(name, found, where) for name, found in results.items()}}
+    lines = [line for name in ORDER if name in made for line in made[name]]
+    PAGE.write_text(before + "\n".join([BEGIN, "", where, "", *lines, END]) + after, encoding="utf-8")
     return 0
 
 

@@ -30,6 +30,13 @@ REFUSED: dict[str, str] = {
         )
         for name in ("RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell")
     },
+    **{
+        f"transformers.models.{name}": (
+            "it gives scores and choices made of its product, to which a branch beside it cannot be added; "
+            "name its weight in target_parameters"
+        )
+        for name in ("llama4.modeling_llama4.Llama4Router", "phimoe.modeling_phimoe.PhimoeTopKRouter")
+    },
     "torch.nn.modules.sparse.EmbeddingBag": "it reduces over bags inside one kernel; use nn.Embedding",
 }
 
