@@ -10,7 +10,6 @@ import typer
 from ..errors import VeneerError
 
 if TYPE_CHECKING:
-    from ..training.sampling import Sampling
     from ..training.saved_adapter import SavedAdapter
 
 Adapter = Annotated[str, typer.Argument(help="Directory or hub id of the adapter.")]
@@ -57,24 +56,14 @@ Overwrite = Annotated[
     bool,
     typer.Option("--overwrite-output-dir", help="Replace the adapter in a directory that is not empty."),
 ]
+Energy = Annotated[
+    float | None,
+    typer.Option(help="Give each module the smallest rank that keeps this share of its update, as 0.99."),
+]
 ListModules = Annotated[
     bool, typer.Option("--modules", help="List every module, not only the kinds of modules.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-
-
-def sampling_of(
-    max_new_tokens: int,
-    do_sample: bool | None,
-    temperature: float | None,
-    top_p: float | None,
-    top_k: int | None,
-    repetition_penalty: float | None,
-) -> Sampling:
-    """The sampling options; `Sampling` checks that they go together."""
-    from ..training.sampling import Sampling
-
-    return Sampling(max_new_tokens, do_sample, temperature, top_p, top_k, repetition_penalty)
 
 
 def require_language_model(saved: SavedAdapter) -> None:

@@ -13,6 +13,7 @@ from veneer.wording import did_you_mean
 from ..training.loading import Loading
 from ..training.paths import check_model
 from ..training.progress import Terminal
+from ..training.sampling import Sampling
 from ..training.saved_adapter import base_name, read_adapter
 from .asking import (
     Adapter,
@@ -28,7 +29,6 @@ from .asking import (
     TopK,
     TopP,
     require_language_model,
-    sampling_of,
 )
 from .common import DONE, FAILED, app, load_libraries, show, show_text
 from .messages import say
@@ -68,7 +68,7 @@ def chat(
 ) -> int:
     """Chat with an adapted model; /adapter NAME switches adapters, /base turns them off."""
     loading = Loading(dtype, device, quantize, attn_implementation)
-    sampling = sampling_of(max_new_tokens, do_sample, temperature, top_p, top_k, repetition_penalty)
+    sampling = Sampling(max_new_tokens, do_sample, temperature, top_p, top_k, repetition_penalty)
     paths = _paths_by_name(more or [])
     progress = Terminal()
     saved = read_adapter(adapter, progress)

@@ -11,7 +11,7 @@ from ..expert_layouts.layouts import LAYOUTS, known
 from ..tools.requests import check_place
 from ..training.progress import Terminal
 from ..training.saved_adapter import read_adapter
-from .asking import AsJson, Overwrite
+from .asking import Adapter, AsJson, Overwrite
 from .common import app, load_libraries, show, show_json, show_written
 from .plain_lora import make_plain
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @app.command()
 def convert(
-    adapter: Annotated[str, typer.Argument(help="Directory or hub id of the adapter.")],
+    adapter: Adapter,
     output: Annotated[Path, typer.Argument(help="Directory for the adapter; a failure writes nothing.")],
     layout: Annotated[
         str | None, typer.Option(help=f"Layout of the experts to write: {', '.join(LAYOUTS)}.")

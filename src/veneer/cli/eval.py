@@ -43,13 +43,13 @@ def evaluate(
         typer.Option(help="Columns that have other names in the data: prompt=question,completion=answer."),
     ] = None,
     max_length: Annotated[
-        int, typer.Option(help="Maximum length of an example, in tokens; longer ones are cut.")
+        int, typer.Option(min=1, help="Maximum length of an example, in tokens; longer ones are cut.")
     ] = 1024,
     batch_size: Annotated[
-        int, typer.Option("--batch-size", "--per-device-eval-batch-size", help="Examples in a batch.")
+        int, typer.Option("--batch-size", "--per-device-eval-batch-size", min=1, help="Examples in a batch.")
     ] = 8,
     max_samples: Annotated[
-        int | None, typer.Option(help="Measure only the first examples, this many.")
+        int | None, typer.Option(min=1, help="Measure only the first examples, this many.")
     ] = None,
     exact_match: Annotated[
         bool, typer.Option(help="Also generate the answers, and count those that are as expected.")
@@ -66,13 +66,6 @@ def evaluate(
     is measured beside guessing.
     """
     loading = Loading(dtype, device, quantize, attn_implementation)
-    for name, value in (
-        ("--max-length", max_length),
-        ("--batch-size", batch_size),
-        ("--max-samples", max_samples),
-    ):
-        if value is not None and value < 1:
-            raise typer.BadParameter(f"{name} must be above 0, not {value}")
     renamed = None if columns is None else parse_columns(columns)
     progress = Terminal()
     sources = _sources(adapter, data, model, quantize, progress)

@@ -14,7 +14,7 @@ from ..training.paths import check_model
 from ..training.progress import Terminal
 from ..training.saved_adapter import SavedAdapter, base_name, read_adapter
 from ..wording import size
-from .asking import Overwrite
+from .asking import Adapter, Overwrite
 from .common import app, load_libraries, show, show_json
 from .plain_lora import module_bar
 
@@ -27,7 +27,7 @@ HALF = 1e-6
 
 @app.command()
 def export(
-    adapter: Annotated[str, typer.Argument(help="Directory or hub id of the adapter.")],
+    adapter: Adapter,
     target: Annotated[
         str,
         typer.Option(help="Program to export for: vllm, sglang, llama.cpp, ollama, mlx, diffusers or plain."),

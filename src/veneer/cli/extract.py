@@ -12,7 +12,7 @@ from ..tools.requests import check_place, check_size
 from ..training.paths import all_of, check_model
 from ..training.progress import Terminal
 from ..wording import listed, size
-from .asking import AsJson, ListModules, NewAdapter, Overwrite
+from .asking import AsJson, Energy, ListModules, NewAdapter, Overwrite
 from .common import app, load_libraries, show, show_errors, show_json, show_written
 
 if TYPE_CHECKING:
@@ -25,10 +25,7 @@ def extract(
     tuned: Annotated[str, typer.Option(help="Directory or hub id of what training made of it.")],
     output: NewAdapter,
     rank: Annotated[int | None, typer.Option(help="Largest rank of a module.")] = None,
-    energy: Annotated[
-        float | None,
-        typer.Option(help="Give each module the smallest rank that keeps this share of its update, as 0.99."),
-    ] = None,
+    energy: Energy = None,
     dtype: Annotated[
         str, typer.Option(help="Type of the new adapter: float32, bfloat16 or float16.")
     ] = "float32",

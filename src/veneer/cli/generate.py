@@ -13,6 +13,7 @@ from ..training.data.sources import read_records
 from ..training.loading import Loading
 from ..training.paths import check_answer_file, check_model
 from ..training.progress import Terminal
+from ..training.sampling import Sampling
 from ..training.saved_adapter import base_name, read_adapter
 from .asking import (
     Adapter,
@@ -29,7 +30,6 @@ from .asking import (
     TopK,
     TopP,
     require_language_model,
-    sampling_of,
 )
 from .common import app, load_libraries, show, show_json, show_text
 
@@ -51,7 +51,7 @@ def generate(
             help="With --data: JSONL file for the records with their answers; by default standard output."
         ),
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="With --data: prompts in a batch.")] = 8,
+    batch_size: Annotated[int, typer.Option(min=1, help="With --data: prompts in a batch.")] = 8,
     max_new_tokens: Annotated[int, typer.Option(help="Maximum length of an answer, in tokens.")] = 128,
     do_sample: DoSample = None,
     temperature: Temperature = None,
@@ -70,8 +70,8 @@ def generate(
 ) -> None:
     """Generate answers with an adapted model, to one prompt or to a file of them."""
     loading = Loading(dtype, device, quantize, attn_implementation)
-    sampling = sampling_of(max_new_tokens, do_sample, temperature, top_p, top_k, repetition_penalty)
-    prompt = _prompt(prompt, data, output, batch_size)
+    sampling = Sampling(max_new_tokens, do_sample, temperature, top_p, top_k, repetition_penalty)
+    prompt = _prompt(prompt, data, output)
     progress = Terminal()
     saved = read_adapter(adapter, progress)
     require_language_model(saved)
@@ -130,13 +130,11 @@ def generate(
             show(f"{len(records)} answers: {output}")
 
 
-def _prompt(prompt: str | None, data: str | None, output: Path | None, batch_size: int) -> str | None:
+def _prompt(prompt: str | None, data: str | None, output: Path | None) -> str | None:
     """The prompt from the argument or standard input; None where a file is asked."""
     if data is not None:
         if prompt is not None:
             raise typer.BadParameter("give either a prompt or --data, not both")
-        if batch_size < 1:
-            raise typer.BadParameter(f"--batch-size must be above 0, not {batch_size}")
         return None
     if output is not None:
         raise typer.BadParameter(

@@ -13,7 +13,7 @@ from ..training.libraries import require
 from ..training.progress import Terminal
 from ..training.saved_adapter import read_adapter
 from ..wording import size
-from .asking import ListModules
+from .asking import Adapter, ListModules
 from .common import app, load_libraries, show, show_json, table
 from .common import console as stdout
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @app.command()
 def inspect(
-    adapter: Annotated[str, typer.Argument(help="Directory or hub id of the adapter.")],
+    adapter: Adapter,
     spectrum: Annotated[
         bool, typer.Option(help="Compute the spectrum of each update; without it only headers are read.")
     ] = True,

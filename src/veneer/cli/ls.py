@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..wording import size
+from .asking import AsJson
 from .common import DONE, FAILED, app, show, show_json
 from .common import console as stdout
 from .messages import say
@@ -23,7 +24,7 @@ PIPED = 200
 def ls(
     directory: Annotated[Path, typer.Argument(help="Where to look, subdirectories included.")] = Path(),
     check: Annotated[bool, typer.Option("--check", help="Exit with 1 if an adapter is broken.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> int:
     """List all adapters under a directory, from their headers: base, rank, targets, size, date, problems."""
     from ..listing import find_adapters

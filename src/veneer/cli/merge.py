@@ -15,7 +15,7 @@ from ..training.paths import check_model, check_not_a_source
 from ..training.progress import Terminal
 from ..training.saved_adapter import SavedAdapter, base_name, read_adapter
 from ..wording import size
-from .asking import Device
+from .asking import Adapter, Device
 from .common import app, by_kind, console, load_libraries, show, show_json, table
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ WORTH_SAYING = 0.9
 
 @app.command()
 def merge(
-    adapter: Annotated[str, typer.Argument(help="Directory or hub id of the adapter.")],
+    adapter: Adapter,
     output: Annotated[Path, typer.Option(help="Directory for the merged model; a failure writes nothing.")],
     base: Annotated[
         str | None,

@@ -10,7 +10,7 @@ from ..tools.requests import check_place, check_size
 from ..training.progress import Terminal
 from ..training.saved_adapter import read_adapter
 from ..wording import span
-from .asking import AsJson, ListModules, NewAdapter, Overwrite
+from .asking import Adapter, AsJson, Energy, ListModules, NewAdapter, Overwrite
 from .common import app, by_kind, console, load_libraries, show, show_json, show_written, table
 
 if TYPE_CHECKING:
@@ -19,15 +19,12 @@ if TYPE_CHECKING:
 
 @app.command()
 def resize(
-    adapter: Annotated[str, typer.Argument(help="Directory or hub id of the adapter.")],
+    adapter: Adapter,
     output: NewAdapter,
     rank: Annotated[
         int | None, typer.Option(help="Largest rank of a module; smaller ones stay as they are.")
     ] = None,
-    energy: Annotated[
-        float | None,
-        typer.Option(help="Give each module the smallest rank that keeps this share of its update, as 0.99."),
-    ] = None,
+    energy: Energy = None,
     modules: ListModules = False,
     overwrite: Overwrite = False,
     as_json: AsJson = False,

@@ -14,13 +14,13 @@ from ..training.loading import Loading
 from ..training.paths import check_model
 from ..training.progress import Terminal
 from ..training.saved_adapter import read_adapter
-from .asking import AsJson, Device
+from .asking import Adapter, AsJson, Device
 from .common import DONE, FAILED, app, load_libraries, show, show_json
 
 
 @app.command()
 def verify(
-    adapter: Annotated[str, typer.Argument(help="Directory or hub id of the adapter.")],
+    adapter: Adapter,
     model: Annotated[
         str | None, typer.Option(help="Base model to try the adapter on; without it only files are read.")
     ] = None,

@@ -99,7 +99,7 @@ def test_eval_refuses_bad_data_before_the_base_is_loaded(
         captured = capsys.readouterr()
         assert captured.out == "" and said in captured.err
     for words, said in (
-        (["--data", str(data), "--batch-size", "0"], "--batch-size must be above 0"),
+        (["--data", str(data), "--batch-size", "0"], "Invalid value for '--batch-size'"),
         (["--data", str(data), "--columns", "promt=a"], "--columns: 'promt' is no column"),
         ([], "--data"),
     ):

@@ -58,7 +58,7 @@ def test_a_file_of_prompts(adapter: Path, tmp_path: Path, capsys: pytest.Capture
     [
         (["hello", "--data", "x.jsonl"], "not both"),
         (["hello", "--output", "x.jsonl"], "--output goes with --data"),
-        (["--data", "x.jsonl", "--batch-size", "0"], "--batch-size must be above 0"),
+        (["--data", "x.jsonl", "--batch-size", "0"], "Invalid value for '--batch-size'"),
         (["hello", "--top-k", "0"], "--top-k must be above 0"),
         (["hello", "--temperature", "0", "--do-sample"], "nothing to sample"),
     ],
