@@ -43,8 +43,8 @@ def extract(
     """Make an adapter of a model that was trained whole, and say what it misses.
 
     Reads the safetensors files of both models, one tensor at a time, and makes no model. Of each weight that
-    differs, the adapter gets the nearest update of the rank; norms and biases are saved whole. What an
-    adapter cannot hold is listed.
+    differs, and of each expert, the adapter gets the nearest update of the rank; norms and biases are saved
+    whole. What an adapter cannot hold is listed.
     """
     check_size(rank, energy)
     all_of([lambda: check_model(base), lambda: check_model(tuned)])
@@ -67,7 +67,7 @@ def extract(
     if as_json:
         show_json(asdict(report) | {"directory": str(report.directory)})
         return
-    found = report.modules
+    found = {path.removesuffix(".weight"): module for path, module in report.modules.items()}
     ranks, errors = {p: m.rank for p, m in found.items()}, {p: m.error for p, m in found.items()}
     show_errors(ranks, errors, modules)
     _show_others(report, modules)

@@ -72,7 +72,7 @@ def name_stacks(
     wildcard = any(pattern.lower() == ALL_LINEAR for pattern in patterns)
     names = old_names(bases, model_type)
     parts = {f"{path}.{name}": f"{path}.{stack}" for path in holders for name, (stack, _) in PARTS.items()}
-    routers = dict(_routers(holders, bases)) if names else {}
+    routers = dict(routers_of(holders, bases)) if names else {}
     hits = PatternSet(patterns, "target_modules").over(Paths([*parts, *bases]))
     modules = {_last(path) for path in bases if hits[path] and path not in routers}
     named = {path for path in (*parts, *routers) if wildcard or hits[path]}
@@ -125,7 +125,7 @@ def _around(path: str) -> str:
     return path.rpartition(".")[0]
 
 
-def _routers(holders: Iterable[str], bases: Mapping[str, nn.Module]) -> Iterator[tuple[str, str]]:
+def routers_of(holders: Iterable[str], bases: Mapping[str, nn.Module]) -> Iterator[tuple[str, str]]:
     """Modules that choose experts by a bare matrix, by their path, with that of the matrix."""
     for holder in holders:
         path = f"{_around(holder)}.gate"

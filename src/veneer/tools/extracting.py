@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -18,9 +18,11 @@ from .. import layers
 from ..base_fingerprint import BLOCK, FINGERPRINT, sizes_of
 from ..config import LoraConfig
 from ..errors import CheckpointError, CombineError, ConfigError, Hint
+from ..expert_layouts.layouts import STACKS
 from ..files.fingerprint import fingerprint
 from ..files.keys import PREFIX
-from ..inject.sites import input_embedding, sharing, sites
+from ..inject.sites import bases, input_embedding, sharing, sites
+from ..inject.stacks import holds_stacks, names_of_parameters, routers_of
 from ..layers import LoraLayer
 from ..layers.conv import LoraConv
 from ..module_names import around, portable_saved, portable_targets
@@ -44,10 +46,10 @@ _DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class Extracted:
-    """The update of one module.
+    """The update of one module, or of a stack of experts.
 
     Attributes:
-        rank: Its rank.
+        rank: Its rank; every expert of a stack has it.
         norm: ``‖ΔW‖``, the Frobenius norm of what training changed.
         error: ``‖ΔW − BA‖ / ‖ΔW‖``, of the factors as they are stored.
     """
@@ -78,7 +80,7 @@ class ExtractReport:
 
     Attributes:
         directory: Where it is.
-        modules: Module path -> its update.
+        modules: Path of a module, or name of a parameter -> its update.
         whole: Tensor -> its size in bytes, of those that are saved as they are: norms in ``modules_to_save``,
             and biases.
         left_out: Tensor -> what is missing.
@@ -123,10 +125,11 @@ def extract_adapter(
     """Write an adapter that makes of a base model what full training made of it.
 
     For every weight that differs, ``B A`` is the nearest matrix of its rank to ``ΔW = W_tuned − W_base``; the
-    scale is 1. Linear layers, embeddings and convolutions get factors. Norms and other small modules are
-    saved whole, as ``modules_to_save``, like the head of a classifier, and biases of adapted layers as
-    ``bias="lora_only"`` has them. What an adapter cannot hold, such as bare parameters, is listed in the
-    report.
+    scale is 1. Linear layers, embeddings and convolutions get factors, and so do stacks of experts and the
+    matrices that choose among them, as ``target_parameters``, however the files hold the experts. Norms and
+    other small modules are saved whole, as ``modules_to_save``, like the head of a classifier, and biases of
+    adapted layers as ``bias="lora_only"`` has them. What an adapter cannot hold, such as other bare
+    parameters, is listed in the report.
 
     Both models are read tensor by tensor: memory is that of the largest change, in float32, and of the
     adapter.
@@ -136,7 +139,8 @@ def extract_adapter(
         tuned: That of the trained model, of the same architecture and the same shapes.
         output: Directory to write; it appears whole or not at all.
         rank: The largest rank that a module may have.
-        energy: Give each module the smallest rank that keeps this share of ``Σσ²``.
+        energy: Give each module the smallest rank that keeps this share of ``Σσ²``; of a stack, of every
+            expert's.
         dtype: Type of the factors: "float32", "bfloat16" or "float16".
         whole: False leaves out what is no factor, as many programs read factors only.
         overwrite: Replace the adapter in a directory that holds files.
@@ -182,10 +186,11 @@ class _Work:
 
     base: ModelFiles
     tuned: ModelFiles
-    cut: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
+    cut: Callable[..., tuple[Tensor, Tensor, Tensor]]
     dtype: torch.dtype
     keeps_whole: bool
     tensors: dict[str, Tensor] = field(default_factory=dict)
+    stacks: dict[str, dict[str, tuple[Tensor, Tensor]]] = field(default_factory=dict)
     modules: dict[str, Extracted] = field(default_factory=dict)
     biased: dict[str, float] = field(default_factory=dict)
     saved: dict[str, float] = field(default_factory=dict)
@@ -197,6 +202,11 @@ class _Work:
         self.sites = sites(self.base.model)
         self.embedding = input_embedding(self.base.model, self.sites)
         self.heads = sharing(self.sites, self.embedding)
+        self.bases = bases(self.sites)
+        holders = [path for path, base in self.bases.items() if holds_stacks(base)]
+        #: Parameters that get factors by themselves.
+        self.bare = {f"{path}.{stack}" for path in holders for stack in STACKS}
+        self.bare.update(matrix for _, matrix in routers_of(holders, self.bases))
         self.task = _task(self.base.model.config)
         #: What trains whole for a task, whatever the configuration names.
         self.trained = [p for p in self.sites if p.rpartition(".")[2] in head_names(self.task)]
@@ -216,12 +226,14 @@ class _Work:
         reason = self._unfit(name, layer)
         if reason is not None:
             self.left_out[name] = LeftOut(_bytes(self.tuned.entry(name)), change, reason)
+        elif name in self.bare:
+            self._adapt_parameter(path, attribute, delta, change)
         elif layer is None:
             self.saved[name] = change
         elif attribute == "bias":
             self.biased[name] = change
         else:
-            self._factorise(path, layer, delta, change)
+            self._adapt(path, layer, delta, change)
 
     def _layer(self, path: str) -> type[LoraLayer] | None:
         """How a module's weight gets factors; None where it gets none."""
@@ -245,7 +257,7 @@ class _Work:
         shares = [n for n, other in self.sites.items() if n != path and _holds(other.module, tensor)]
         if shares and not (attribute == "weight" and path == self.embedding):
             return f"{listed([path, *shares])} share it"
-        if (layer is not None and attribute == "weight") or around(path, self.trained):
+        if (layer is not None and attribute == "weight") or name in self.bare or around(path, self.trained):
             return None
         if not self.keeps_whole:
             return "only factors were asked for"
@@ -258,39 +270,76 @@ class _Work:
             return f"a parameter of {type(site.module).__name__}, which LoRA does not adapt"
         return None
 
-    def _factorise(self, path: str, layer: type[LoraLayer], delta: Tensor, norm: float) -> None:
+    def _adapt(self, path: str, layer: type[LoraLayer], delta: Tensor, norm: float) -> None:
         matrix = delta.T if layer.transposed else delta.flatten(1)
-        u, s, vh = self.cut(matrix)
-        b, a, _ = low_rank.cut(u, s, vh, len(s))
-        self._put(path, layer, a.to(self.dtype), b.to(self.dtype))
+        a, b, self.modules[path] = self._factorised([matrix], norm)
+        self._put(path, layer, a, b)
         if path == self.embedding:
             for other in self.heads:  # a head shares the weight, and reads it the other way round
                 own = layers.find(self.sites[other].module)
-                pair = (a, b) if own is layer else (b.T, a.T)
-                self._put(other, own or layer, *(factor.to(self.dtype) for factor in pair))
-        b, a = b.to(self.dtype).to(matrix), a.to(self.dtype).to(matrix)
-        missed = float(torch.linalg.matrix_norm(matrix.addmm_(b, a, alpha=-1)))
-        self.modules[path] = Extracted(len(s), norm, relative(missed, norm))
+                self._put(other, own or layer, *((a, b) if own is layer else (b.T, a.T)))
 
-    def _put(self, path: str, layer: type[LoraLayer], a: Tensor, b: Tensor) -> None:
-        if not (is_finite(a) and is_finite(b)):
+    def _adapt_parameter(self, path: str, attribute: str, delta: Tensor, norm: float) -> None:
+        stack = delta if delta.dim() == 3 else delta[None]
+        if delta.dim() == 3 and getattr(self.bases[path], "is_transposed", False):
+            stack = stack.transpose(1, 2)
+        name = f"{path}.{attribute}"
+        a, b, self.modules[name] = self._factorised(stack, norm)
+        self.stacks.setdefault(path, {})[attribute] = a, b
+        self._check(name, a, b)
+
+    def _factorised(self, matrices: Iterable[Tensor], norm: float) -> tuple[Tensor, Tensor, Extracted]:
+        """A (E·r, in) and B (out, r·E) of the changes (out, in) of E experts, which are written over."""
+        pairs = [(matrix, self.cut(matrix)) for matrix in matrices]
+        rank = max(len(s) for _, (_, s, _) in pairs)
+        found, missed = [], []
+        for matrix, cut in pairs:
+            u, s, vh = cut if len(cut[1]) == rank else self.cut(matrix, rank=rank, energy=None)
+            b, a = (factor.to(self.dtype) for factor in low_rank.cut(u, s, vh, rank)[:2])
+            found.append((a, b))
+            missed.append(
+                float(torch.linalg.matrix_norm(matrix.addmm_(b.to(matrix), a.to(matrix), alpha=-1)))
+            )
+        a, b = torch.cat([a for a, _ in found]), torch.stack([b for _, b in found], dim=-1).flatten(1)
+        return a, b, Extracted(rank, norm, relative(math.hypot(*missed), norm))
+
+    def _check(self, name: str, *factors: Tensor) -> None:
+        if not all(map(is_finite, factors)):
             raise CombineError(
-                f"{path}: the factors leave the range of {a.dtype}; write them with ",
+                f"{name}: the factors leave the range of {self.dtype}; write them with ",
                 Hint("dtype", "float32"),
             )
+
+    def _put(self, path: str, layer: type[LoraLayer], a: Tensor, b: Tensor) -> None:
+        self._check(path, a, b)
         shapes = layer.shapes(self.sites[path].module, len(a))
         for name, tensor, shape in zip(layer.factor_names, (a, b), shapes, strict=True):
             ending = "" if layer.lookup else ".weight"
             self.tensors[f"{PREFIX}{path}.{name}{ending}"] = tensor.reshape(shape).contiguous()
 
+    def _put_stacks(self) -> None:
+        """The factors of parameters, by the names of layers that are wrapped one around the other."""
+        for path, pairs in self.stacks.items():
+            inside = [name for name in self.bases[path]._parameters if name in pairs]
+            for depth, name in enumerate(reversed(inside)):
+                for role, factor in zip("AB", pairs[name], strict=True):
+                    key = f"{PREFIX}{path}{'.base_layer' * depth}.lora_{role}.weight"
+                    self.tensors[key] = factor.contiguous()
+
     def finish(self) -> None:
-        """Add what is saved as it is.
+        """Add what has all of its parts now, and what is saved as it is.
 
         Raises:
             CheckpointError: Weights are not finite, or no module got an update.
         """
         if self.broken:
             raise CheckpointError(f"these weights hold NaN or infinity: {listed(self.broken, 10)}")
+        self._put_stacks()
+        if self.stacks:
+            reason = "readers of adapter files do not agree on the names of biases beside adapted experts"
+            for name, change in self.biased.items():
+                self.left_out[name] = LeftOut(_bytes(self.tuned.entry(name)), change, reason)
+            self.biased = {}
         for name in self.biased:
             path = name.rpartition(".")[0]
             if path not in self.modules:  # the bias of an adapted layer goes with it
@@ -340,6 +389,7 @@ class _Work:
             lora_alpha=1,
             task_type=self.task,
             target_modules=portable_targets(targets, [path for path in paths if path not in targets]),
+            target_parameters=names_of_parameters(self.bare & self.modules.keys(), self.bases) or None,
             modules_to_save=portable_saved([], self._whole_modules(), paths) or None,
             bias="lora_only" if self.biased else "none",
             fan_in_fan_out=any(type(self.sites[path].module).__name__ == "Conv1D" for path in targets),
@@ -370,7 +420,10 @@ class _Work:
         missed = [module.norm * module.error for module in self.modules.values()]
         lost = [tensor.norm for tensor in self.left_out.values()]
         norm = math.hypot(*changes, *self.biased.values(), *self.saved.values(), *lost)
-        modules = {path: self.modules[path] for path in self.sites if path in self.modules}
+        order = {path: number for number, path in enumerate(self.sites)}
+        modules = dict(
+            sorted(self.modules.items(), key=lambda m: order.get(m[0], order.get(m[0].rpartition(".")[0], 0)))
+        )
         return ExtractReport(
             place,
             modules,

@@ -56,7 +56,8 @@ def _differences(base: ModelFiles, tuned: ModelFiles) -> Iterator[str]:
         if (other := tuned.entry(name)[1]) != shape:
             yield f"{name} had the shape {shape} and has {other}" + _resized(shape, other)
         for side in (base, tuned):
-            if (reason := side.files.codes(side.stored.get(name, name))) is not None:
+            reasons = map(side.files.codes, side.sources(name))
+            if (reason := next(filter(None, reasons), None)) is not None:
                 yield f"{side.place}: {name.rpartition('.')[0]}: {reason}"
 
 

@@ -82,6 +82,33 @@ def mixtral() -> Any:
     return MixtralForCausalLM(MixtralConfig(**sizes))
 
 
+def qwen3_moe() -> Any:
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    sizes = {**SMALL, "intermediate_size": 12, "moe_intermediate_size": 8, "num_key_value_heads": 1}
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, head_dim=4, num_experts=3, num_experts_per_tok=2))
+
+
+def gpt_oss() -> Any:
+    """Its stacks lie in the files as they are in the model, the other way round than others'."""
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    sizes = {**SMALL, "intermediate_size": 12, "num_key_value_heads": 1, "head_dim": 4}
+    return GptOssForCausalLM(GptOssConfig(**sizes, num_local_experts=2, num_experts_per_tok=1))
+
+
+#: What of gpt-oss has no place.
+OF_GPT_OSS = {
+    f"model.layers.{layer}.{name}"
+    for layer in range(2)
+    for name in (
+        *("mlp.experts.gate_up_proj_bias", "mlp.experts.down_proj_bias", "mlp.router.weight"),
+        *("mlp.router.bias", "self_attn.sinks"),
+        *(f"self_attn.{letter}_proj.bias" for letter in "qkvo"),
+    )
+}
+
+
 TEXT: dict[str, Any] = {"input_ids": IDS}
 #: Name -> (how the model is made, what it is called with, parameters that no adapter holds).
 CASES: dict[str, tuple[Callable[[], Any], dict[str, Any], set[str]]] = {
@@ -96,6 +123,9 @@ CASES: dict[str, tuple[Callable[[], Any], dict[str, Any], set[str]]] = {
         {"pixel_values": torch.rand(2, 3, 8, 8)},
         {"vit.embeddings.cls_token", "vit.embeddings.position_embeddings"},
     ),
+    "experts": (mixtral, TEXT, set()),
+    "other experts": (qwen3_moe, TEXT, set()),
+    "transposed experts": (gpt_oss, TEXT, OF_GPT_OSS),
     "encoder and decoder": (t5, {**TEXT, "decoder_input_ids": IDS}, set()),
 }
 
@@ -241,13 +271,69 @@ def test_only_what_differs_is_adapted(copies: tuple[Path, Path], tmp_path: Path)
 
 
 def test_what_an_adapter_cannot_hold_is_listed(tmp_path: Path) -> None:
-    base, tuned = saved(tmp_path, mixtral)
+    base, tuned = saved(tmp_path, gpt_oss)
     report = extract_adapter(base, tuned, tmp_path / "out", rank=2)
-    assert len(report.left_out) == 2 * 2 * 3 + 2  # the experts' matrices, and the routers
-    experts = [name for name in report.left_out if ".experts." in name]
-    assert len(experts) == 12 and all(report.left_out[name].size == 8 * 12 * 4 for name in experts)
-    assert "transformers makes another tensor" in report.left_out[experts[0]].reason
+    assert report.left_out.keys() == OF_GPT_OSS
+    bias = report.left_out["model.layers.0.mlp.experts.down_proj_bias"]
+    assert bias.size == 2 * 8 * 4 and "a parameter of GptOssExperts" in bias.reason
+    assert "biases beside adapted experts" in report.left_out["model.layers.0.self_attn.q_proj.bias"].reason
     assert "what is left out counts as missed" in str(report)
+
+
+def stacked(place: Path, build: Callable[[], Any]) -> Path:
+    """A model in whose files the experts lie as the model has them."""
+    place.mkdir()
+    model = build()
+    model.config.save_pretrained(place)
+    save_file(dict(model.state_dict()), place / WEIGHTS, metadata={"format": "pt"})
+    return place
+
+
+@pytest.mark.parametrize("size", [{"rank": 2}, {"energy": 0.7}])
+def test_experts_are_the_same_however_the_files_hold_them(size: dict[str, Any], tmp_path: Path) -> None:
+    base, tuned = saved(tmp_path, mixtral)
+    report = extract_adapter(base, tuned, tmp_path / "out", **size)
+    tuned = stacked(tmp_path / "stacked", lambda: trained(made(mixtral)))
+    assert extract_adapter(base, tuned, tmp_path / "other", **size).modules == report.modules
+    tensors, others = (load_file(tmp_path / out / "adapter_model.safetensors") for out in ("out", "other"))
+    assert tensors.keys() == others.keys() and all(torch.equal(tensors[n], others[n]) for n in tensors)
+    name = "model.layers.1.mlp.experts.gate_up_proj"
+    delta = (trained(made(mixtral)).state_dict()[name] - made(mixtral).state_dict()[name]).double()
+    values = torch.linalg.svdvals(delta).square()
+    rank = report.modules[name].rank
+    assert report.modules[name].error == pytest.approx(
+        float((values[:, rank:].sum() / values.sum()).sqrt()), abs=OPS_SPECTRUM.atol
+    )
+    if "energy" in size:
+        kept = values[:, : rank - 1].sum(1) / values.sum(1)
+        assert (
+            float((1 - values[:, rank:].sum(1) / values.sum(1)).min() - 0.7) >= 0 and float(kept.min()) < 0.7
+        )
+
+
+def test_only_experts(tmp_path: Path) -> None:
+    """PEFT takes a configuration without target modules for that of the model's kind."""
+    experts = {name for name, _ in made(mixtral).named_parameters() if ".experts." not in name}
+    base, tuned = saved(tmp_path, mixtral, experts)
+    report = extract_adapter(base, tuned, tmp_path / "out", rank=99)
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["target_parameters"] == ["down_proj", "gate_up_proj"]
+    model = peft.PeftModel.from_pretrained(made(mixtral), tmp_path / "out")
+    wanted = trained(made(mixtral), experts)(**TEXT).logits
+    assert_close(model.eval()(**TEXT).logits.detach(), wanted.detach(), OPS_SPECTRUM)
+    assert len(report.modules) == 4
+
+
+def test_experts_that_are_not_all_there(tmp_path: Path) -> None:
+    """What transformers would make of them is not known, so they are listed one by one."""
+    base, tuned = saved(tmp_path, mixtral)
+    made(mixtral).save_pretrained(base)
+    for place in (base, tuned):
+        change(place, model__layers__0__block_sparse_moe__experts__1__w2__weight=lambda t: None)
+    report = extract_adapter(base, tuned, tmp_path / "out", rank=2)
+    name = "model.layers.0.block_sparse_moe.experts.0.w2.weight"
+    assert list(report.left_out) == [name]
+    assert "transformers makes another tensor" in report.left_out[name].reason
 
 
 def test_only_factors(pair: tuple[Path, Path], tmp_path: Path) -> None:
