@@ -1,18 +1,22 @@
 """What llama.cpp makes of a model and an adapter: ``python reader_llama_cpp.py ASKED.json ANSWERED.json``.
 
-Runs where `xllamacpp` is installed, and knows nothing of Veneer. Its server is asked, in 32 bits.
+Runs where `xllamacpp` is installed, and knows nothing of Veneer. Its server is asked, in 32 bits. With
+``--model FILE --lora FILE`` it answers on its usual port until it is stopped, as `llama-server` does.
 """
 
+import argparse
 import json
 import sys
+import threading
 from pathlib import Path
 
 import xllamacpp
 
 
-def server(model: str, adapter: str | None) -> xllamacpp.Server:
+def server(model: str, adapter: str | None, port: int = 0) -> xllamacpp.Server:
     """The server with one model and at most one adapter."""
     params = xllamacpp.CommonParams()
+    params.port = port
     params.model.path = model
     params.n_ctx, params.n_parallel, params.verbosity = 512, 1, 0
     params.warmup = params.fit_params = False
@@ -39,8 +43,21 @@ def answer(program: xllamacpp.Server, prompt: list[int], count: int, top: int) -
     return found["choices"][0]["logprobs"]["content"]
 
 
+def serve() -> None:
+    """Answer on llama.cpp's usual port."""
+    parser = argparse.ArgumentParser(prog="llama-server")
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--lora")
+    given = parser.parse_args()
+    program = server(given.model, given.lora, 8080)
+    print(program.listening_address, flush=True)
+    threading.Event().wait()
+
+
 def main() -> None:
     """Answer what is asked."""
+    if sys.argv[1].startswith("--"):
+        return serve()
     asked = json.loads(Path(sys.argv[1]).read_text())
     program = server(asked["model"], asked["adapter"])
     chosen, greedy = [], []

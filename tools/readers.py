@@ -3,10 +3,10 @@
 ``make readers`` runs llama.cpp and mlx-lm, ``make readers-vllm`` vLLM: ``python tools/readers.py [vllm]``.
 
 The base is the first layers of SmolLM2, with their real weights. Adapters of each kind are exported, every
-printed command but that of vLLM's server is run as it stands, and the reader's log-probabilities are compared
-with those of Veneer: their difference, the slope of the adapter's effect there on its effect here (1.00; 0 is
-an ignored adapter), and the tokens written greedily. A table goes to docs/exporting.md. Exits with 1 if
-something differs.
+printed command is run as it stands, and the reader's log-probabilities are compared with those of Veneer:
+their difference, the slope of the adapter's effect there on its effect here (1.00; 0 is an ignored adapter),
+and the tokens written greedily. Then every line of docs/serving.md is run, and what the servers write is
+compared. The tables go to docs/exporting.md. Exits with 1 if something differs.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from __future__ import annotations
 import functools
 import json
 import logging
-import os
 import platform
 import re
 import shutil
@@ -29,7 +28,10 @@ from typing import Any
 import readers_setup
 import smollm2
 import torch
+from readers_servers import PAGE as SERVING
+from readers_servers import Answer, Shell, answers
 from readers_setup import BUILD, CONVERTERS, ROOT
+from safetensors.torch import load_file, save_file
 
 from veneer import LoraConfig, PeftModel, export_adapter, get_peft_model
 from veneer.errors import ExportError
@@ -44,6 +46,10 @@ WORK = BUILD / "work"
 LAYERS, STEPS, SEED = 4, 8, 0
 #: How far log-probabilities may be off, of sums in 32 bits in another order.
 CLOSE = 2e-4
+#: By so much a token leads clearly, where a server computes in 16 bits.
+LEAD = 0.3
+#: So many times stronger, an adapter writes another text than its base.
+STRONG = 30
 #: How far the slope may be from 1.
 STRAIGHT = 1e-3
 #: So many tokens have their log-probabilities compared: the likeliest of the base after each prompt.
@@ -198,21 +204,6 @@ def _written_alike(theirs: list[int], mine: list[int], leads: list[float]) -> in
     return len(mine)
 
 
-def run_command(command: str, paths: list[Path], where: Path) -> None:
-    """Run a printed command as it stands in a shell."""
-    path = os.pathsep.join([*map(str, paths), os.environ["PATH"]])
-    done = subprocess.run(
-        command,
-        shell=True,
-        cwd=where,
-        capture_output=True,
-        text=True,
-        env={**readers_setup.environment(), "PATH": path},
-    )
-    if done.returncode:
-        raise SystemExit(f"{command}\n{done.stderr[-2000:]}")
-
-
 def asking(python: Path, script: str) -> Callable[[dict[str, Any], Path], dict[str, Any]]:
     """A program in another environment, asked and answering by files."""
 
@@ -263,28 +254,35 @@ def asking_engines(python: Path, script: str) -> Callable[[dict[str, Any], Path]
     return ask
 
 
+def _shell(target: str, where: Path) -> Shell:
+    """Where the commands of a target run: beside its program, and Veneer's own."""
+    if target == "vllm":
+        return Shell(where, readers_setup.vllm_environment(), [readers_setup.VLLM_PYTHON.parent])
+    first = [CONVERTERS, readers_setup.LLAMA_SERVER.parent]
+    if target == "mlx":
+        first = [readers_setup.MLX_PYTHON.parent]
+    return Shell(where, readers_setup.environment(), [*first, Path(sys.executable).parent])
+
+
 def gguf_of(model: Path) -> str:
     """A model's GGUF file in 32 bits, made by llama.cpp's own converter."""
     out = model.with_suffix(".gguf")
     if not out.is_file():
-        run_command(
-            f"python convert_hf_to_gguf.py {model} --outtype f32 --outfile {out}",
-            [Path(sys.executable).parent],
-            CONVERTERS,
-        )
+        command = f"python convert_hf_to_gguf.py {model} --outtype f32 --outfile {out}"
+        _shell("llama.cpp", CONVERTERS).run(command)
     return str(out)
 
 
 def converted(report: ExportReport) -> str:
     """The adapter's GGUF file, made by the printed command."""
     if "adapter.gguf" not in report.files:
-        run_command(report.usage, [Path(sys.executable).parent], CONVERTERS)
+        _shell("llama.cpp", CONVERTERS).run(report.usage)
     return str(report.directory / "adapter.gguf")
 
 
 def generated(report: ExportReport) -> str:
     """The adapter's directory, after the printed command has generated something with it."""
-    run_command(report.usage, [readers_setup.MLX_PYTHON.parent], WORK)
+    _shell("mlx", WORK).run(report.usage)
     return str(report.directory)
 
 
@@ -335,11 +333,57 @@ def control(reader: Reader) -> Compared:
     place, base = WORK / f"adapter-{number}", base_of(True)
     out = WORK / "unfolded.gguf"
     command = f"python convert_lora_to_gguf.py --base {base} --outfile {out} {place}"
-    run_command(command, [Path(sys.executable).parent], CONVERTERS)
+    _shell("llama.cpp", CONVERTERS).run(command)
     try:
         return compared(reader, _loaded(base, place), base, reader.base(base), str(out))
     except SystemExit:
         return Compared(float("inf"), 0.0, 0)
+
+
+def served(reader: Reader) -> Iterator[str]:
+    """A row for each answer of the reader's servers to the lines of docs/serving.md."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    where, base = WORK / f"serving-{reader.target}", base_of(True)
+    (where / "runs").mkdir(parents=True)
+    (where / "BASE").symlink_to(base)
+    if reader.target == "llama.cpp":
+        (where / "BASE.gguf").symlink_to(gguf_of(base))
+    for name, kind in (("mails", "plain"), ("dora", "DoRA")):
+        shutil.copytree(WORK / f"adapter-{list(KINDS).index(kind)}", where / "runs" / name)
+    file = where / "runs" / "mails" / "adapter_model.safetensors"
+    factors = load_file(file)
+    save_file({name: t * STRONG if "lora_B" in name else t for name, t in factors.items()}, file)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    adapted = _loaded(base, where / "runs" / "mails")
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    page = SERVING.read_text(encoding="utf-8")
+    for answer in answers(reader.target, _shell(reader.target, where), page, base):
+        found = _refused(answer) if answer.asked.get("model") == "dora" else None
+        yield f"| `{answer.command}` | {found or _read(answer, adapted, plain, tokenizer)} |"
+
+
+def _refused(answer: Answer) -> str:
+    """That an adapter is refused with the reasons."""
+    error = answer.answered.get("error", {})
+    if error.get("code") != 400 or "the magnitudes of DoRA: model.layers" not in error["message"]:
+        raise SystemExit(f"a DoRA is answered with {answer.answered}")
+    return "a DoRA: refused with status 400 and the reasons"
+
+
+def _read(answer: Answer, adapted: Any, plain: Any, tokenizer: Any) -> str:
+    """That the text is what the adapter writes, as far as its tokens lead clearly, and not the base's."""
+    prompt = tokenizer(answer.asked["prompt"])["input_ids"]
+    text = answer.answered["choices"][0]["text"].lstrip()  # mlx-lm's server leaves out the first space
+    (tokens,), (leads,) = written(adapted, [prompt])
+    clear = next((i for i, lead in enumerate(leads) if lead < LEAD), len(leads))
+    wanted, (bare,) = tokenizer.decode(tokens[:clear]), written(plain, [prompt])[0]
+    wanted = wanted.lstrip()
+    if tokenizer.decode(bare).lstrip().startswith(wanted):
+        raise SystemExit(f"the base writes {wanted!r} too, so that nothing is compared")
+    if not text.startswith(wanted):
+        raise SystemExit(f"{answer.command} wrote {text!r} where Veneer writes {wanted!r}, then unclearly")
+    return f"{text!r}: alike as far as tokens lead clearly, which are {clear}"
 
 
 def page(table: list[str], made_by: str) -> str:
@@ -370,6 +414,11 @@ def main() -> int:
         unfolded = control(readers[0])
         print(f"use_rslora, not folded: {unfolded}", flush=True)
         bad += ["use_rslora, not folded"] * unfolded.good
+    servers = ["", "| a server's line in [Serving](serving.md) | its answer |", "|---|---|"]
+    for reader in readers:
+        for line in served(reader):
+            servers.append(line)
+            print(line, flush=True)
     note = (
         f"Slope, largest difference of a log-probability, and tokens written alike, of {STEPS * len(TEXTS)}; "
         f"the first {LAYERS} layers of SmolLM2-135M-Instruct in 32 bits, on {_machine()}."
@@ -378,7 +427,7 @@ def main() -> int:
         print(f"these differ: {', '.join(bad)}", file=sys.stderr)
         return 1
     made_by = "-".join(["readers", *sys.argv[1:]])
-    PAGE.write_text(page([note, "", *lines], made_by), encoding="utf-8")
+    PAGE.write_text(page([note, "", *lines, *servers], made_by), encoding="utf-8")
     return 0
 
 

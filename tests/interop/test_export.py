@@ -74,7 +74,7 @@ def test_plain_files_of_the_reference_mean_the_same_to_it(name: str, tmp_path: P
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert not config["use_rslora"] and not config["rank_pattern"] and not config["alpha_pattern"]
     assert report.worst <= torch.finfo(torch.float32).eps
-    adapted = peft.PeftModel.from_pretrained(base.eval(), tmp_path / "out").eval()
+    adapted = eval(report.usage, {"PeftModel": peft.PeftModel, "base_model": base.eval()}).eval()
     assert_close(output(adapted, golden["input"]), golden["output.adapter"])
 
 
@@ -105,7 +105,7 @@ for name, more in (("folded", {}), ("dora", {"use_dora": True}), ("bias", {"lora
     report = export_adapter(here / "all", here / "out", "diffusers")
     assert [file.name for file in (here / "out").iterdir()] == ["pytorch_lora_weights.safetensors"]
     pipe = pipeline()
-    pipe.load_lora_weights(here / "out")
+    exec(report.usage, {"pipeline": pipe})
     assert_close(drawn(pipe.unet), wanted)
     assert_close(encoded(pipe.text_encoder), words)
     pipe.unload_lora_weights()

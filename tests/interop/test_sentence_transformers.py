@@ -160,7 +160,7 @@ assert torch.equal(scores(again), start)
 
 @pytest.mark.parametrize("kind", ["peft imported first", "peft absent"])
 def test_an_encoder_that_was_wrapped(kind: str, nopeft_python: Path, tmp_path: Path) -> None:
-    """Without as_peft: get_peft_model on the transformer. The real library reads what is saved."""
+    """Without as_peft: get_peft_model on the transformer. The real libraries read it, and are read."""
     absent = kind == "peft absent"
     run(
         "import veneer" if absent else "import peft, sentence_transformers\nimport veneer",
@@ -182,6 +182,16 @@ if "peft" in sys.modules:
     theirs = SentenceTransformer(str(place / "saved"), device="cpu")
     assert any(type(module).__module__.startswith("peft.") for module in theirs.modules())
     assert_close(encode(theirs), learnt)
+
+    import peft
+    theirs = make()
+    theirs.add_adapter(peft.LoraConfig(**LORA))
+    shake(theirs)
+    theirs.save_pretrained(str(place / "theirs"))
+    mine = make()
+    mine[0].model = PeftModel.from_pretrained(mine[0].model, place / "theirs")
+    assert_close(encode(mine), encode(theirs))
+    assert not torch.allclose(encode(mine), plain, atol=1e-2)
 
 again[0].model = again[0].model.merge_and_unload()
 assert_close(encode(again), learnt)

@@ -26,7 +26,7 @@ def test_export(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert f"14 modules for vLLM, --lora-modules and LoRARequest: {tmp_path / 'out'}" in captured.out
     assert "adapter_model.safetensors (" in captured.out
     assert "read back: every update equals that of the adapter exactly" in captured.out
-    assert "use it: vllm serve" in captured.out and "--max-lora-rank 8" in captured.out
+    assert "use it: python -m vllm" in captured.out and "--max-lora-rank 8" in captured.out
     assert len(tests.readers.vllm.read(tmp_path / "out")) == 14
 
 

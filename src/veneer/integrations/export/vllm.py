@@ -60,4 +60,6 @@ class Vllm(PeftFiles):
         base = shlex.quote(parts[0].source.base_name())
         r = next(rank for rank in RANKS if rank >= parts[0].folded.r)
         module = shlex.quote(f"NAME={place}")
-        return f"vllm serve {base} --enable-lora --max-lora-rank {r} --lora-modules {module}"
+        # What `vllm serve` runs; vLLM's builds of other names lack that command.
+        server = f"python -m vllm.entrypoints.openai.api_server --model {base}"
+        return f"{server} --enable-lora --max-lora-rank {r} --lora-modules {module}"

@@ -37,6 +37,7 @@ from veneer.integrations.export import ExportReport, options, targets
 from veneer.integrations.export.base import FOLDED
 from veneer.integrations.export.source import FEATURES, read_source
 
+ROOT = Path(__file__).parents[4]
 SINGLE = BY_DTYPE[torch.float32]
 
 
@@ -156,6 +157,15 @@ def test_vllm_is_told_a_largest_rank_that_it_has(r: int, most: int, tmp_path: Pa
     usage = export_adapter(adapter.place, tmp_path / "out", "vllm").usage
     assert f"--max-lora-rank {most} " in usage
     tests.readers.vllm.read(tmp_path / "out", most)
+
+
+def test_the_command_for_vllm_is_that_of_the_page_on_serving(
+    saved: Callable[[str], Saved], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    usage = export_adapter(saved("linear").place, Path("runs/mails-vllm"), "vllm").usage
+    page = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+    assert usage.replace(str(saved("linear").base), "BASE") in page.splitlines()
 
 
 def test_a_rank_above_the_largest_of_vllm_is_refused(tmp_path: Path) -> None:
