@@ -23,7 +23,7 @@ from veneer.inits import InitResult
 from veneer.layers import LoraLayer
 from veneer.ops import low_rank, pruning
 from veneer.spec import LoraSpec
-from veneer.wording import span
+from veneer.wording import bullets, span
 
 #: What `combine` can do. The first three are the same exact sum; they differ in the rank of the result.
 COMBINATIONS = ("linear", "cat", "svd", *pruning.METHODS, *(f"{name}_svd" for name in pruning.METHODS))
@@ -133,7 +133,7 @@ def combine(
     problems = _problems(layers, adapters, numbers, weights, combination_type, svd_rank)
     problems += _pruning_problems(layers, names, combination_type, density, majority_sign_method)
     if problems:
-        raise CombineError("these adapters cannot be combined:\n" + "\n".join(f"  - {p}" for p in problems))
+        raise CombineError(bullets("these adapters cannot be combined:", problems))
     by_name = {n: w for n, w in zip(names, numbers, strict=True) if w is not None}
     trim = Trim(combination_type.removesuffix("_svd"), density or 0.0, majority_sign_method)
     result, ranks, errors = [], {}, {}
@@ -166,7 +166,7 @@ def with_equal_biases(results: Sequence[Combined]) -> list[Combined]:
             start = replace(start, bias=start.b.new_zeros(start.b.shape[0]))
         filled.append(replace(combined, spec=spec, start=start))
     if problems:
-        raise CombineError(Text.join("\n  - ", ["these adapters cannot be combined:", *problems]))
+        raise CombineError(bullets("these adapters cannot be combined:", problems))
     return filled
 
 

@@ -18,7 +18,7 @@ from veneer.files.values import check_values
 from veneer.hub import adapter_directory
 from veneer.layers import LoraLayer
 from veneer.spec import LoraSpec, resolve_all, restate
-from veneer.wording import some, warn
+from veneer.wording import bullets, some, warn
 
 _RANK_AXIS = {
     0: {"lora_A", "lora_embedding_A", "lora_residual_A"},
@@ -239,7 +239,7 @@ def prepare_model_for_compiled_hotswap(
                     Text(f"{path}: {spec.adapter!r} keeps its starting factors beside the trained ones")
                 )
     if problems:
-        raise ConfigError(Text.join("\n  - ", ["these layers cannot be padded:", *problems[:6]]))
+        raise ConfigError(bullets("these layers cannot be padded:", problems, 6))
     for layer in layers.values():
         for spec in list(layer.specs.values()):
             _pad(layer, spec, target_rank)

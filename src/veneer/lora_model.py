@@ -38,7 +38,7 @@ from veneer.rollback import Rollback
 from veneer.routing import check_mixed_batch
 from veneer.sharded import reshard
 from veneer.spec import resolve, restate
-from veneer.wording import listed, warn
+from veneer.wording import bullets, listed, warn
 
 logger = logging.getLogger("veneer")
 
@@ -597,8 +597,7 @@ class LoraModel(nn.Module):
         if svd_clamp is not None:
             problems.append("svd_clamp would change the update that was asked for")
         if problems:
-            from_all = "\n".join(f"  - {p}" for p in problems)
-            raise CombineError(f"these adapters cannot be combined:\n{from_all}")
+            raise CombineError(bullets("these adapters cannot be combined:", problems))
 
     # -- the model inside ----------------------------------------------------------------------------------
 

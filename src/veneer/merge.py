@@ -34,6 +34,7 @@ from veneer.ops.merging import (
 )
 from veneer.rollback import Rollback, Rows, Undo, Update
 from veneer.sharded import UNMERGEABLE, in_pieces
+from veneer.wording import bullets
 
 #: What a merge keeps in order to be undone: a copy of the weight, or nothing.
 Undoing: TypeAlias = Literal["copy"] | None
@@ -544,7 +545,7 @@ def merge_all(
             for path, others in shared.items()
         ]
     if problems:
-        raise MergeError("these layers cannot be merged:\n  - ", Text.join("\n  - ", problems))
+        raise MergeError(bullets("these layers cannot be merged:", problems, len(problems)))
     _untie(model, [own[path] for path in shared], back)
     kept = {}
     try:
@@ -573,8 +574,8 @@ def unmerge_all(layers: Mapping[str, Mergeable]) -> None:
     """
     gone = [(path, layer) for path, layer in layers.items() if layer.merged_for_good]
     if gone:
-        reasons = [f"  - {path}: {original_is_gone(layer.merged_adapters)}" for path, layer in gone]
-        raise MergeError("\n".join(["these layers cannot be unmerged:", *reasons]))
+        reasons = [f"{path}: {original_is_gone(layer.merged_adapters)}" for path, layer in gone]
+        raise MergeError(bullets("these layers cannot be unmerged:", reasons, len(reasons)))
     for layer in layers.values():
         unmerge(layer)
 

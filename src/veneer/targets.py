@@ -20,7 +20,7 @@ from veneer.config.values import show
 from veneer.errors import Hint, TargetError, Text
 from veneer.module_names import around, by_ends
 from veneer.spec import LoraSpec, PatternSet, resolve_all
-from veneer.wording import listed, nearest, some, warn
+from veneer.wording import bullets, listed, nearest, ranges, some, warn
 
 ALL_LINEAR = "all-linear"
 SHOWN = 10  # names listed in a message before "and N more"
@@ -514,7 +514,7 @@ def _complaint(
     elif modules is not None:
         head = "nothing to adapt"
         lines += [f"linear layers here: {names}"] if (names := _counted(modules)) else []
-    return Text.join("\n  - ", [f"adapter {adapter!r}: {head}", *some(lines)])
+    return bullets(f"adapter {adapter!r}: {head}", lines)
 
 
 def _by_reason(refused: Iterable[Candidate]) -> list[str]:
@@ -557,17 +557,6 @@ def _as_patterns(value: Iterable[str] | str | None, ordered: bool = False) -> li
     if isinstance(value, str):
         return [value]
     return list(value) if ordered else sorted(set(value))
-
-
-def ranges(numbers: Sequence[int]) -> str:
-    """Sorted whole numbers as text: ``0-3, 7``."""
-    spans: list[list[int]] = []
-    for number in numbers:
-        if spans and number == spans[-1][1] + 1:
-            spans[-1][1] = number
-        else:
-            spans.append([number, number])
-    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)
 
 
 # --- default targets ---

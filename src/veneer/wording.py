@@ -44,6 +44,11 @@ def some(lines: Sequence[_Line], most: int = 20) -> list[_Line | str]:
     return [*lines[:most], f"and {rest:,} more"] if rest > 0 else list(lines)
 
 
+def bullets(head: str | Text, lines: Sequence[str | Text], most: int = 20) -> Text:
+    """A heading with a line below it for each of the first of many things, and how many more there are."""
+    return Text.join("\n  - ", [head, *some(lines, most)])
+
+
 def listed(names: Iterable[str], most: int = 3) -> str:
     """The first of many names in a sentence, and how many more there are: ``a, b, c and 4 more``."""
     each = list(names)
@@ -78,6 +83,17 @@ def span(numbers: Collection[int]) -> str:
     """The least and the largest of some numbers: ``4`` if they are equal, else ``4–16``."""
     least, most = min(numbers, default=0), max(numbers, default=0)
     return str(least) if least == most else f"{least}–{most}"
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """Sorted whole numbers as text: ``0-3, 7``."""
+    spans: list[list[int]] = []
+    for number in numbers:
+        if spans and number == spans[-1][1] + 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)
 
 
 def size(count: int) -> str:

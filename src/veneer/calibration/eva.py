@@ -34,7 +34,7 @@ from veneer.layers.start import initialise
 from veneer.ops.svd import Components, update_components
 from veneer.peft_model import PeftModel
 from veneer.routing import disabled
-from veneer.wording import warn
+from veneer.wording import bullets, warn
 
 logger = logging.getLogger("veneer")
 
@@ -342,9 +342,7 @@ def _check_directions(layers: Mapping[str, LoraLayer], given: Mapping[str, Tenso
     if not problems and not any(rows.shape[0] for rows in given.values()):
         problems.append("no layer gets a rank")
     if problems:
-        raise LoadMismatchError(
-            "the EVA directions do not fit:\n" + "\n".join(f"  - {p}" for p in problems[:10])
-        )
+        raise LoadMismatchError(bullets("the EVA directions do not fit:", problems, 10))
     if absent := [path for path in layers if path not in given]:
         warn(
             f"{len(absent)} layers keep their default start, for they are not among the EVA directions: "

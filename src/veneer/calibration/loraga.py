@@ -15,6 +15,7 @@ from veneer.errors import ConfigError, TargetError
 from veneer.forward import in_mode
 from veneer.inits import note_statistics
 from veneer.inject.injection import Addition
+from veneer.wording import bullets
 
 
 def preprocess_loraga(
@@ -73,10 +74,9 @@ def _check_weights(additions: Mapping[str, Addition]) -> None:
     ]
     if refused:
         raise TargetError(
-            "LoRA-GA needs gradients of the base weights themselves:\n"
-            + "\n".join(f"  - {line}" for line in refused)
-            + "\nMeasure the model with its weights in 16 bits and in memory, with a cache_file; then pass "
-            "that file here"
+            bullets("LoRA-GA needs gradients of the base weights themselves:", refused),
+            "\nMeasure the model with its weights in 16 bits and in memory, with a cache_file; then pass "
+            "that file here",
         )
 
 

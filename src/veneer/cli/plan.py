@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import ConfigError
-from ..targets import ranges
 from ..training.options import RunOptions, option
 from ..training.paths import check_model
 from ..training.planning.limits import parse_budget
 from ..training.progress import Terminal
 from ..training.saved_adapter import adapter_config
-from ..wording import listed, size
+from ..wording import listed, ranges, size
 from .common import app, by_kind, flags_of, load_libraries, show_json
 from .fields import options_of, with_flags
 from .messages import in_flags

@@ -22,7 +22,7 @@ from veneer.config.values import looks_like_regex
 from veneer.errors import AdapterFileError, ConfigError, Hint, Text, UnknownOptionError, short
 from veneer.files.config import read_config_file
 from veneer.files.layout import CONFIG_NAME, BelongingConfig, find_config
-from veneer.wording import did_you_mean, some, warn
+from veneer.wording import bullets, did_you_mean, warn
 
 KNOWN_PEFT_VERSION = (0, 21, 2)
 DEEPEST_NESTING = 32
@@ -141,12 +141,7 @@ class PeftConfig:
         if len(problems) == 1:
             raise ConfigError(f"{type(self).__name__}: ", problems[0])
         if problems:
-            raise ConfigError(
-                Text.join(
-                    "\n  - ",
-                    [f"{type(self).__name__} has {len(problems)} problems:", *some(problems)],
-                )
-            )
+            raise ConfigError(bullets(f"{type(self).__name__} has {len(problems)} problems:", problems))
 
     @property
     def is_prompt_learning(self) -> bool:

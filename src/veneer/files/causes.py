@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 
 from veneer.files.keys import MAGNITUDE, TOKENS_DELTA
 from veneer.files.report import LoadReport, Shape
+from veneer.wording import ranges
 
 _VOCABULARY = re.compile(
     r"(^|\.)(embed_tokens|word_embeddings|wte|embed_in|embed_out|embeddings|lm_head|embed\w*|shared)\."
@@ -87,8 +88,9 @@ def _layers(report: LoadReport) -> str | None:
             continue
         file, model = common | more, common | fewer
         if file != model:
+            there, here = (ranges(sorted(numbers)) for numbers in (file, model))
             return (
-                f"the file has layers {_span(file)} of {stem!r}, the model has {_span(model)}: "
+                f"the file has layers {there} of {stem!r}, the model has {here}: "
                 f"a base model with another number of layers, or another layers_to_transform"
             )
     return None
@@ -104,13 +106,6 @@ def _indices(keys: Iterable[str]) -> dict[str, set[int]]:
                 table.setdefault(".".join(parts[:i]), set()).add(int(part))
                 break
     return table
-
-
-def _span(numbers: set[int]) -> str:
-    ordered = sorted(numbers)
-    if len(ordered) > 1 and ordered == list(range(ordered[0], ordered[-1] + 1)):
-        return f"{ordered[0]}-{ordered[-1]}"
-    return ", ".join(map(str, ordered[:6])) + (" ..." if len(ordered) > 6 else "")
 
 
 def _shapes(mismatched: Sequence[tuple[str, Shape, Shape]]) -> list[str]:

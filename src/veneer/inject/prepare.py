@@ -26,7 +26,7 @@ from veneer.layers.modules_to_save import ModulesToSaveWrapper
 from veneer.layers.parameter import LoraParameter, parameters_of, why_not_wrapped
 from veneer.sharded import is_sharded
 from veneer.spec import LoraSpec
-from veneer.wording import listed, some, warn
+from veneer.wording import bullets, listed, warn
 
 
 def prepare(
@@ -126,7 +126,7 @@ def _parts(
 
 def _refuse(what: str | Text, reasons: Sequence[str | Text]) -> None:
     if reasons:
-        raise TargetError(Text.join("\n  - ", [what, *some(reasons)]))
+        raise TargetError(bullets(what, reasons))
 
 
 # --- layers with factors

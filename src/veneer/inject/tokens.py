@@ -15,7 +15,7 @@ from veneer.inject.injection import Rows
 from veneer.inject.sites import Site, input_embedding, sharing
 from veneer.layers.trainable_tokens import TrainableTokens, indices_by_module
 from veneer.module_names import by_ends
-from veneer.wording import some, warn
+from veneer.wording import bullets, some, warn
 
 
 def token_rows(
@@ -52,8 +52,7 @@ def token_rows(
     if not reasons:
         result, reasons = _built(found, named, taken)
     if reasons:
-        lines: list[str | Text] = ["these tokens cannot be trained:", *some(reasons), *remarks]
-        raise TargetError(Text.join("\n  - ", lines))
+        raise TargetError(bullets("these tokens cannot be trained:", [*some(reasons), *remarks], 40))
     for remark in () if quiet else remarks:
         warn(remark)
     keys = config.trainable_token_indices

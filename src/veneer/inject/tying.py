@@ -19,7 +19,7 @@ from veneer.layers.making import why_not
 from veneer.layers.modules_to_save import ModulesToSaveWrapper
 from veneer.layers.tied import LoraFollower, LoraTiedEmbedding, LoraTiedHead
 from veneer.spec import LoraSpec, PatternSet, resolve
-from veneer.wording import warn
+from veneer.wording import bullets, warn
 
 
 def tie(model: nn.Module, found: Mapping[str, Site], config: LoraConfig, *, quiet: bool) -> dict[str, str]:
@@ -156,11 +156,8 @@ def _layers_of_heads(
         if reason is not None:
             reasons.append(Text(f"{path} ({type(site.base).__name__}): ", reason))
     if reasons:
-        raise TargetError(
-            Text.join(
-                "\n  - ", ["ensure_weight_tying=True: these modules cannot follow the embedding:", *reasons]
-            )
-        )
+        head = "ensure_weight_tying=True: these modules cannot follow the embedding:"
+        raise TargetError(bullets(head, reasons))
     return result
 
 

@@ -17,6 +17,7 @@ from veneer.layers.layer import LoraLayer, find
 from veneer.layers.refused import refusal
 from veneer.layers.start import initialise
 from veneer.spec import LoraSpec, resolve
+from veneer.wording import bullets
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -44,9 +45,7 @@ def check_config(config: Any) -> LoraConfig:
         raise ConfigError(f"a LoraConfig is needed, got {type(config).__name__}")
     names = [str(n) for init in inits.base.inits() for n in init.names if isinstance(n, str)]
     if problems := unsupported_options(config, variants.registry.names(), names):
-        raise ConfigError(
-            "this configuration cannot be honoured:\n" + "\n".join(f"  - {problem}" for problem in problems)
-        )
+        raise ConfigError(bullets("this configuration cannot be honoured:", problems))
     return config
 
 

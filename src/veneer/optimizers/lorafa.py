@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from veneer.adapters import AdapterSet
 from veneer.errors import ConfigError, Hint
 from veneer.layers import LoraLayer
-from veneer.wording import warn
+from veneer.wording import bullets, warn
 
 #: Keeps A Aᵀ invertible.
 _DAMPING = 1e-8
@@ -164,7 +164,7 @@ def _check(
     if use_rslora is not None and (other := {s.adapter for s in specs if s.use_rslora != use_rslora}):
         wrong.append(f"use_rslora={use_rslora}, but {', '.join(map(repr, sorted(other)))} says otherwise")
     if wrong:
-        raise ConfigError("LoRA-FA cannot train this model:\n" + "\n".join(f"  - {line}" for line in wrong))
+        raise ConfigError(bullets("LoRA-FA cannot train this model:", wrong))
     if not any((s.r, s.lora_alpha) == (r, lora_alpha) for s in specs):
         warn(
             "no active adapter has ",

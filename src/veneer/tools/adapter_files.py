@@ -21,6 +21,7 @@ from ..integrations.export.source import base_problem
 from ..lora_file import FileUpdate, OpenLora, open_lora
 from ..ops.merging import is_finite
 from ..training.merge_files import OF_TOKENIZER, companions, copy_files
+from ..wording import bullets
 
 _TENSORS = re.compile("|".join(map(re.escape, (BIN_NAME, SAFETENSORS_NAME))))
 #: What `train` writes beside an adapter: among other things the names of a classifier's classes.
@@ -124,7 +125,7 @@ def write_new(
     """
     files, outside = companions(beside)
     if outside:
-        raise VeneerError("\n  - ".join(["links are not followed into other directories:", *outside]))
+        raise VeneerError(bullets("links are not followed into other directories:", outside))
     values, count = config.to_json(), sum(tensor.numel() for tensor in tensors.values())
     card = model_card(values, transformers_model=config.task_type is not None, parameters=count)
     with replacing(place, overwrite, "adapter", _TENSORS) as made:

@@ -23,7 +23,7 @@ from ..files.keys import PREFIX
 from ..lora_file import FileUpdate, OpenLora, factor_names, updates
 from ..ops import low_rank
 from ..spec import LoraSpec, restate, variant_name
-from ..wording import listed, some, warn
+from ..wording import bullets, listed, warn
 from .adapter_files import check_counts_from_base, check_fits, is_turned, read, write
 from .measuring import distance, needed, norm, relative, terms_of
 from .requests import Request, check_place
@@ -245,7 +245,7 @@ def _check(loras: Sequence[OpenLora], request: Request) -> None:
                 )
     problems += _changed_copies(loras)
     if problems:
-        raise CombineError("\n  - ".join(["these adapters cannot be combined:", *some(problems, 10)]))
+        raise CombineError(bullets("these adapters cannot be combined:", problems, 10))
     _check_bases(loras)
 
 

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError, Text
+from ..errors import CheckpointError
 from ..ops.merging import CHUNK_ELEMENTS
 from ..training.model_files import ModelFiles
-from ..wording import listed, some
+from ..wording import bullets, listed
 
 #: Options of a model's configuration that say nothing about what its weights compute.
 _BESIDE = frozenset(
@@ -28,12 +28,7 @@ def check_alike(base: ModelFiles, tuned: ModelFiles) -> None:
     """
     problems = list(_differences(base, tuned))
     if problems:
-        raise CheckpointError(
-            Text.join(
-                "\n  - ",
-                [f"{tuned.place} is not {base.place} after training:", *some(problems, 12)],
-            )
-        )
+        raise CheckpointError(bullets(f"{tuned.place} is not {base.place} after training:", problems, 12))
 
 
 def _differences(base: ModelFiles, tuned: ModelFiles) -> Iterator[str]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..errors import AdapterFileError, ConfigError, Hint, Text
 from ..hub import is_local
+from ..wording import bullets
 from .saved_adapter import SavedAdapter, base_name
 
 #: What a tokenizer and its chat template are saved as.
@@ -39,8 +40,7 @@ def check_comparable(adapters: Sequence[SavedAdapter], model: str | None, quanti
     if biased := [saved.name for saved in adapters if saved.config.bias != "none"]:
         wrong.append(f"{', '.join(biased)}: trains biases of the base, which all rows of a batch share")
     if wrong:
-        lines = (Text("  - ", one) for one in wrong)
-        raise ConfigError("these adapters cannot be measured together:\n", Text.join("\n", lines))
+        raise ConfigError(bullets("these adapters cannot be measured together:", wrong))
 
 
 def _base(saved: SavedAdapter) -> str:

@@ -28,7 +28,7 @@ from ..lora_file import factor_names, open_lora
 from ..merge_report import MergeReport
 from ..ops.merging import merge_into_, shared_buffers
 from ..spec import LoraSpec, variant_name
-from ..wording import some
+from ..wording import bullets
 from .model_files import model_directory
 from .progress import Progress, Silent
 from .resuming import write_json
@@ -197,8 +197,8 @@ def _updates(
         else:
             found[name] = _Update(path, roles["A"], roles["B"], specs[path].scaling, transpose)
     if problems:
-        lines = "".join(f"\n  - {line}" for line in some(problems, 5))
-        raise MergeError(f"{file.path.parent} cannot be merged file to file:{lines}\n", WAY_OUT)
+        head = f"{file.path.parent} cannot be merged file to file:"
+        raise MergeError(bullets(head, problems, 5), "\n", WAY_OUT)
     return found
 
 
@@ -259,9 +259,7 @@ def _companions(base: Path, adapter: Path) -> dict[str, Path]:
     kinds = {base: [_OF_MODEL], adapter: [OF_TOKENIZER]} if own else {base: [_OF_MODEL, OF_TOKENIZER]}
     found, outside = companions(kinds)
     if outside:
-        raise MergeError(
-            "\n  - ".join(["links are not followed into other directories:", *outside]), "\n", WAY_OUT
-        )
+        raise MergeError(bullets("links are not followed into other directories:", outside), "\n", WAY_OUT)
     return found
 
 

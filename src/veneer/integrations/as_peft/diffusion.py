@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from veneer.wording import warn
+from veneer.wording import bullets, warn
 
 from ...adapters import AdapterSet, adapter_modules, walk
 from ...errors import TargetError, VeneerError
@@ -56,8 +56,8 @@ def _refuse_widened(model: nn.Module) -> None:
     ]
     if problems:
         raise TargetError(
-            "\n  - ".join(["this adapter widens layers beside adapters that are made for them:", *problems])
-            + "\nunload_lora_weights(), and load this one first: diffusers pads those that come after it"
+            bullets("this adapter widens layers beside adapters that are made for them:", problems),
+            "\nunload_lora_weights(), and load this one first: diffusers pads those that come after it",
         )
 
 
