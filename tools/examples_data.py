@@ -143,6 +143,11 @@ ALL: dict[str, Data] = {
             ("0.20.0", "0fbba16ffebfad3de96e06f2da6860fd860292324b85b6141909fa1e26ea9233", 775777),
         )
     },
+    "tinker-cookbook-0.6.1": Data("tinker-cookbook 0.6.1, for the tests of its files (Apache-2.0)", (
+        Archive("pypi", "tinker_cookbook-0.6.1-py3-none-any.whl",
+                "48a17bbfcde996c21e00fb90fd8f7f434d1456581b79b34550fca9c0cbd8c0fc", 1308836,
+                r"(tinker_cookbook/(?:[^/]+\.py|weights/.+\.py)|.+/METADATA)"),
+    )),
 }  # fmt: skip
 
 
