@@ -200,9 +200,9 @@ def test_nor_in_any_way_of_a_product(
 ) -> None:
     used = []
 
-    def chosen(layouts: list[mixed_batch.Layout], few: bool) -> tuple[mixed_batch.Layout, str]:
+    def chosen(*given: Any) -> tuple[mixed_batch.Layout, str]:
         used.append(way)
-        return layouts[together], way
+        return given[0][together], way
 
     monkeypatch.setattr(mixed_batch, "choose_layout", chosen)
     assert_apart(layer_with_three(made), several_rows(made))

@@ -271,7 +271,8 @@ class LoraLinear(LoraLayer):
         """A function of x and the result that adds the rows' updates."""
         dtype = mixed_batch.working_dtype(x)
         few = few_rows(x) or x.numel() == x.shape[0] * x.shape[-1]
-        layout, chosen = mixed_batch.choose_layout(routing.layouts(names), few)
+        size = mixed_batch.copied(x, terms.values())
+        layout, chosen = mixed_batch.choose_layout(routing.layouts(names), few, size)
         function: Callable[..., Tensor]
         if chosen == "runs":
             function = partial(mixed_batch.by_runs, terms=terms, runs=layout.runs)

@@ -17,7 +17,7 @@ makes fewer and larger groups and runs, and takes three calls that copy rows. `c
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +26,8 @@ from torch.nn import functional as F
 
 from veneer.ops.lora_linear import few_rows
 
+#: Numbers that are copied in the time of the two calls of a run.
+_WORTH_A_RUN = 20_000
 #: Neighbouring rows with the same adapter: (its name or None for the base, first row, row after the last).
 Run = tuple[str | None, int, int]
 #: The factors of an adapter, A (r, in) and B (out, r), and its strength.
@@ -81,19 +83,30 @@ def working_dtype(x: Tensor) -> torch.dtype:
     return torch.float32 if few and x.dtype in (torch.float16, torch.bfloat16) else x.dtype
 
 
-def choose_layout(choices: Sequence[Layout], few: bool) -> tuple[Layout, str]:
+def copied(x: Tensor, terms: Collection[Term]) -> int:
+    """How many numbers `stacked` copies for each group of rows x; 0 where that takes less time than calls."""
+    if not x.is_cpu or x.dtype.itemsize < 4:  # 16-bit products take longer to call
+        return 0
+    return max(len(a) for a, _, _ in terms) * max(a.shape[1] + len(b) for a, b, _ in terms)
+
+
+def choose_layout(choices: Sequence[Layout], few: bool, size: int = 0) -> tuple[Layout, str]:
     """Which of the `layouts` to use, and how: ``"groups"`` or ``"runs"``.
 
     A few rows are gathered, because copying them takes less time than further products; many rows stay in
-    place. Groups take two calls in total and runs two calls each, but groups copy the factors too often if
-    the lengths of the runs are uneven.
+    place. Groups take two calls in total and runs two calls each, but groups copy the factors, filled up to
+    the largest rank: too often if the lengths of the runs are uneven, and too many of them if they are large.
+    For a few rows they are copied once in a call of `generate`.
 
     Args:
         choices: What `layouts` returned.
         few: Whether there are `few_rows`, or rows of one token.
+        size: Numbers that are `copied` for each group.
     """
     layout = choices[-1] if few else choices[0]
-    return layout, "groups" if len(layout.groups) <= 2 * len(layout.runs) else "runs"
+    groups, runs = len(layout.groups), len(layout.runs)
+    cheap = groups <= 2 * runs and (few or groups * size <= runs * _WORTH_A_RUN)
+    return layout, "groups" if cheap else "runs"
 
 
 def stacked(terms: Sequence[Term | None], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

@@ -174,14 +174,24 @@ def test_scattered_rows_of_one_adapter_are_laid_together() -> None:
         assert len(mixed_batch.layouts(names)) == 1, "nothing is gained"
 
 
+def test_what_is_copied_counts_where_calls_take_less_time() -> None:
+    terms = [(torch.ones(r, 3), torch.ones(4, r), 1.0) for r in (2, 5)]
+    assert mixed_batch.copied(torch.ones(2, 3), terms) == 5 * 7
+    assert mixed_batch.copied(torch.ones(2, 3, dtype=torch.bfloat16), terms) == 0
+    assert mixed_batch.copied(torch.ones(2, 3, device="meta"), terms) == 0
+
+
 def test_few_rows_are_laid_together_and_uneven_runs_are_computed_one_by_one() -> None:
-    def chosen(names: list[str | None], few: bool) -> tuple[bool, str]:
-        layout, way = mixed_batch.choose_layout(mixed_batch.layouts(names), few)
+    def chosen(names: list[str | None], few: bool, size: int = 0) -> tuple[bool, str]:
+        layout, way = mixed_batch.choose_layout(mixed_batch.layouts(names), few, size)
         return layout.order is not None, way
 
     eight = [str(row) for row in range(8)]
     for few in (True, False):
         assert chosen(eight, few) == (False, "groups")
         assert chosen(["a"] * 21 + ["b"] * 43, few) == (False, "runs"), "two runs of uneven length"
+    assert chosen(eight, False, 16 * 128) == (False, "groups")
+    assert chosen(eight, False, 64 * 2112) == (False, "runs"), "copying factors would cost more"
+    assert chosen(eight, True, 64 * 2112) == (False, "groups"), "they are copied once for all tokens"
     assert chosen(["a", "b"] * 16, True) == (True, "groups")
     assert chosen(["a", "b"] * 16, False) == (False, "groups"), "copying rows would cost more"
