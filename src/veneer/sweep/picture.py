@@ -39,10 +39,15 @@ def picture(path: Path, found: Mapping[str, Any]) -> None:
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     lines = list(dict.fromkeys(line for line, _ in curves))
+    colors = {
+        line: colormaps["viridis"](0.9 * number / max(len(lines) - 1, 1)) for number, line in enumerate(lines)
+    }
+    lowest = found["base"]
     for (line, rung), points in curves.items():
-        color = colormaps["viridis"](0.9 * lines.index(line) / max(len(lines) - 1, 1))
+        color = colors[line]
         x = [place[value] for value in points]
         mean = [sum(losses) / len(losses) for losses in points.values()]
+        lowest = min(lowest, *mean)
         ends = [[m - min(p), max(p) - m] for m, p in zip(mean, points.values(), strict=True)]
         axes.errorbar(
             x,
@@ -54,13 +59,19 @@ def picture(path: Path, found: Mapping[str, Any]) -> None:
             markerfacecolor=color if rung == last else "white",
             capsize=3,
             linewidth=1.2,
-            label=line if line and rung == 0 else None,
         )
+    for line in filter(None, lines):
+        axes.plot([], [], "o", color=colors[line], label=line)
     unit = "example" if found["options"]["task"] == "seq-cls" else "token of the answer"
     axes.axhline(found["base"], color=INK, linewidth=0.8, label="base")
     for rung in range(last + 1) if last else ():
         entry = next(run["evaluations"][rung] for run in found["runs"] if len(run["evaluations"]) > rung)
         axes.plot([], [], STYLES[last - rung], color=INK, label=f"after step {entry['step']}")
+    # A run that is lost is far above the base; in its scale, the others could not be told apart.
+    top = axes.get_ylim()[1]
+    room = found["base"] - lowest
+    if room and top > found["base"] + room:
+        axes.set_ylim(lowest - 0.1 * room, found["base"] + 0.5 * room)
     if numbers and min(values) > 0 and max(values) > 5 * min(values):
         axes.set_xscale("log")
     axes.set_xticks(list(place.values()), list(place))
