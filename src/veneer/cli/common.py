@@ -214,7 +214,8 @@ def flags_of(command: str) -> dict[str, Flag]:
 
 
 def show_json(content: object) -> None:
-    print(json.dumps(content, indent=2))
+    """Print a result; paths in it become strings."""
+    print(json.dumps(content, indent=2, default=os.fspath))
 
 
 def load_libraries(*names: str) -> None:

@@ -94,7 +94,7 @@ def show_converted(report: ConvertReport, as_json: bool) -> None:
 
 def _plain(report: ConvertReport) -> dict[str, object]:
     return {
-        "output": str(report.directory),
+        "output": report.directory,
         "found": report.found,
         "why": report.why,
         "layout": report.layout,

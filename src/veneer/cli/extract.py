@@ -65,7 +65,7 @@ def extract(
         progress=progress,
     )
     if as_json:
-        show_json(asdict(report) | {"directory": str(report.directory)})
+        show_json(asdict(report))
         return
     found = {path.removesuffix(".weight"): module for path, module in report.modules.items()}
     ranks, errors = {p: m.rank for p, m in found.items()}, {p: m.error for p, m in found.items()}

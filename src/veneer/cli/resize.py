@@ -57,7 +57,7 @@ def _plain(report: ResizeReport) -> dict[str, object]:
         for path, m in report.modules.items()
     }
     return {
-        "output": str(report.directory),
+        "output": report.directory,
         "norm": report.norm,
         "error": report.error,
         "modules": modules,

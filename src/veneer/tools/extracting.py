@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -18,96 +18,27 @@ from .. import layers
 from ..base_fingerprint import BLOCK, FINGERPRINT, sizes_of
 from ..config import LoraConfig
 from ..errors import CheckpointError, CombineError, ConfigError, Hint
-from ..expert_layouts.layouts import STACKS
 from ..files.fingerprint import fingerprint
 from ..files.keys import PREFIX
-from ..inject.sites import bases, input_embedding, sharing, sites
-from ..inject.stacks import holds_stacks, names_of_parameters, routers_of
+from ..inject.stacks import names_of_parameters
 from ..layers import LoraLayer
-from ..layers.conv import LoraConv
-from ..module_names import around, portable_saved, portable_targets
+from ..module_names import portable_saved, portable_targets
 from ..ops import low_rank
 from ..ops.merging import is_finite
 from ..ops.svd import truncated_svd
 from ..spec import resolve_all, restate
-from ..targets import head_names
 from ..training.merge_files import OF_TOKENIZER, width
 from ..training.model_files import ModelFiles, open_model
-from ..training.planning.sources import named_task
 from ..training.progress import Progress, Silent
 from ..wording import listed
 from .adapter_files import write_new
-from .measuring import in_words, relative
+from .extract_report import Extracted, ExtractReport, LeftOut
+from .measuring import relative
+from .places import Places
 from .requests import check_place, check_size
 from .tuned_model import change_of, check_alike, other_options
 
 _DTYPES = ("float32", "bfloat16", "float16")
-
-
-@dataclass(frozen=True)
-class Extracted:
-    """The update of one module, or of a stack of experts.
-
-    Attributes:
-        rank: Its rank; every expert of a stack has it.
-        norm: ``‖ΔW‖``, the Frobenius norm of what training changed.
-        error: ``‖ΔW − BA‖ / ‖ΔW‖``, of the factors as they are stored.
-    """
-
-    rank: int
-    norm: float
-    error: float
-
-
-@dataclass(frozen=True)
-class LeftOut:
-    """A tensor that training changed and that the adapter does not hold.
-
-    Attributes:
-        size: In bytes.
-        norm: Norm of its change.
-        reason: Why.
-    """
-
-    size: int
-    norm: float
-    reason: str
-
-
-@dataclass(frozen=True)
-class ExtractReport:
-    """An adapter that was made of two models.
-
-    Attributes:
-        directory: Where it is.
-        modules: Path of a module, or name of a parameter -> its update.
-        whole: Tensor -> its size in bytes, of those that are saved as they are: norms in ``modules_to_save``,
-            and biases.
-        left_out: Tensor -> what is missing.
-        unchanged: Number of tensors that are the same in both models.
-        norm: Norm of everything that training changed.
-        error: Norm of what the adapter misses, in units of ``norm``.
-        notes: What else is to be known.
-    """
-
-    directory: Path
-    modules: Mapping[str, Extracted]
-    whole: Mapping[str, int]
-    left_out: Mapping[str, LeftOut]
-    unchanged: int
-    norm: float
-    error: float
-    notes: tuple[str, ...] = ()
-
-    @property
-    def worst(self) -> str:
-        """The module with the largest error."""
-        return max(self.modules, key=lambda path: self.modules[path].error)
-
-    def __str__(self) -> str:
-        ranks = [module.rank for module in self.modules.values()]
-        words = in_words(ranks, self.error, self.worst, self.modules[self.worst].error)
-        return f"{words}; what is left out counts as missed" if self.left_out else words
 
 
 def extract_adapter(
@@ -199,17 +130,7 @@ class _Work:
     unchanged: int = 0
 
     def __post_init__(self) -> None:
-        self.sites = sites(self.base.model)
-        self.embedding = input_embedding(self.base.model, self.sites)
-        self.heads = sharing(self.sites, self.embedding)
-        self.bases = bases(self.sites)
-        holders = [path for path, base in self.bases.items() if holds_stacks(base)]
-        #: Parameters that get factors by themselves.
-        self.bare = {f"{path}.{stack}" for path in holders for stack in STACKS}
-        self.bare.update(matrix for _, matrix in routers_of(holders, self.bases))
-        self.task = _task(self.base.model.config)
-        #: What trains whole for a task, whatever the configuration names.
-        self.trained = [p for p in self.sites if p.rpartition(".")[2] in head_names(self.task)]
+        self.places = Places(self.base)
         self.whole: dict[str, int] = {}
 
     def take(self, name: str) -> None:
@@ -222,11 +143,11 @@ class _Work:
             self.broken.append(name)
             return
         path, _, attribute = name.rpartition(".")
-        change, layer = float(torch.linalg.vector_norm(delta)), self._layer(path)
-        reason = self._unfit(name, layer)
+        change, layer = float(torch.linalg.vector_norm(delta)), self.places.layer(path)
+        reason = self.places.unfit(name, self.keeps_whole)
         if reason is not None:
             self.left_out[name] = LeftOut(_bytes(self.tuned.entry(name)), change, reason)
-        elif name in self.bare:
+        elif name in self.places.bare:
             self._adapt_parameter(path, attribute, delta, change)
         elif layer is None:
             self.saved[name] = change
@@ -235,53 +156,18 @@ class _Work:
         else:
             self._adapt(path, layer, delta, change)
 
-    def _layer(self, path: str) -> type[LoraLayer] | None:
-        """How a module's weight gets factors; None where it gets none."""
-        site = self.sites.get(path)
-        layer = None if site is None else layers.find(site.module)
-        weight = None if site is None else site.module._parameters.get("weight")
-        if site is None or layer is None or weight is None or layer.weight_name != "weight":
-            return None
-        if around(path, self.trained):
-            return None
-        grouped = issubclass(layer, LoraConv) and getattr(site.module, "groups", 1) > 1
-        return None if grouped or site.reader is not None else layer
-
-    def _unfit(self, name: str, layer: type[LoraLayer] | None) -> str | None:
-        """Why the adapter cannot hold the change of a tensor; None where it can."""
-        path, _, attribute = name.rpartition(".")
-        site = self.sites.get(path)
-        if site is None or name in self.base.converted:
-            return "transformers makes another tensor of it, or none, when it loads the model"
-        tensor = site.module._parameters.get(attribute)
-        shares = [n for n, other in self.sites.items() if n != path and _holds(other.module, tensor)]
-        if shares and not (attribute == "weight" and path == self.embedding):
-            return f"{listed([path, *shares])} share it"
-        if (layer is not None and attribute == "weight") or name in self.bare or around(path, self.trained):
-            return None
-        if not self.keeps_whole:
-            return "only factors were asked for"
-        if layer is not None and attribute == "bias":
-            return None
-        bare = any(p.dim() > 1 for p in site.module.parameters()) and layers.find(site.module) is None
-        if site.reader is not None:
-            return f"{site.reader} reads it and never calls the layer"
-        if next(site.module.children(), None) is not None or bare:
-            return f"a parameter of {type(site.module).__name__}, which LoRA does not adapt"
-        return None
-
     def _adapt(self, path: str, layer: type[LoraLayer], delta: Tensor, norm: float) -> None:
         matrix = delta.T if layer.transposed else delta.flatten(1)
         a, b, self.modules[path] = self._factorised([matrix], norm)
         self._put(path, layer, a, b)
-        if path == self.embedding:
-            for other in self.heads:  # a head shares the weight, and reads it the other way round
-                own = layers.find(self.sites[other].module)
+        if path == self.places.embedding:
+            for other in self.places.heads:  # a head shares the weight, and reads it the other way round
+                own = layers.find(self.places.sites[other].module)
                 self._put(other, own or layer, *((a, b) if own is layer else (b.T, a.T)))
 
     def _adapt_parameter(self, path: str, attribute: str, delta: Tensor, norm: float) -> None:
         stack = delta if delta.dim() == 3 else delta[None]
-        if delta.dim() == 3 and getattr(self.bases[path], "is_transposed", False):
+        if delta.dim() == 3 and getattr(self.places.bases[path], "is_transposed", False):
             stack = stack.transpose(1, 2)
         name = f"{path}.{attribute}"
         a, b, self.modules[name] = self._factorised(stack, norm)
@@ -312,7 +198,7 @@ class _Work:
 
     def _put(self, path: str, layer: type[LoraLayer], a: Tensor, b: Tensor) -> None:
         self._check(path, a, b)
-        shapes = layer.shapes(self.sites[path].module, len(a))
+        shapes = layer.shapes(self.places.sites[path].module, len(a))
         for name, tensor, shape in zip(layer.factor_names, (a, b), shapes, strict=True):
             ending = "" if layer.lookup else ".weight"
             self.tensors[f"{PREFIX}{path}.{name}{ending}"] = tensor.reshape(shape).contiguous()
@@ -320,7 +206,7 @@ class _Work:
     def _put_stacks(self) -> None:
         """The factors of parameters, by the names of layers that are wrapped one around the other."""
         for path, pairs in self.stacks.items():
-            inside = [name for name in self.bases[path]._parameters if name in pairs]
+            inside = [name for name in self.places.bases[path]._parameters if name in pairs]
             for depth, name in enumerate(reversed(inside)):
                 for role, factor in zip("AB", pairs[name], strict=True):
                     key = f"{PREFIX}{path}{'.base_layer' * depth}.lora_{role}.weight"
@@ -343,9 +229,9 @@ class _Work:
         for name in self.biased:
             path = name.rpartition(".")[0]
             if path not in self.modules:  # the bias of an adapted layer goes with it
-                layer = self._layer(path)
+                layer = self.places.layer(path)
                 assert layer is not None
-                a, b = (torch.zeros(shape) for shape in layer.shapes(self.sites[path].module, 1))
+                a, b = (torch.zeros(shape) for shape in layer.shapes(self.places.sites[path].module, 1))
                 self._put(path, layer, a.to(self.dtype), b.to(self.dtype))
                 self.modules[path] = Extracted(1, 0.0, 0.0)
         if not self.modules:
@@ -363,15 +249,10 @@ class _Work:
             for path in self.modules:
                 if f"{path}.bias" in self.tuned.stored:
                     self._keep(f"{path}.bias", f"{path}.base_layer.bias")
-        for path in self._whole_modules():
-            for attribute in self.sites[path].module.state_dict():
+        for path in self.places.saved_whole(self.saved):
+            for attribute in self.places.sites[path].module.state_dict():
                 if f"{path}.{attribute}" in self.tuned.stored:
                     self._keep(f"{path}.{attribute}", f"{path}.{attribute}")
-
-    def _whole_modules(self) -> list[str]:
-        """Paths of the modules that are saved as they are; a classifier's head always is."""
-        paths = (name.rpartition(".")[0] for name in self.saved)
-        return list(dict.fromkeys([*(around(path, self.trained) or path for path in paths), *self.trained]))
 
     def _keep(self, name: str, as_name: str) -> None:
         self.tensors[f"{PREFIX}{as_name}"] = self.tuned.read(name).clone()
@@ -379,20 +260,21 @@ class _Work:
 
     def config(self, base: str) -> LoraConfig:
         """The adapter's configuration, which names exactly its modules."""
-        targets = [path for path in self.sites if path in self.modules]
-        tied = bool(self.heads) and self.embedding in self.modules
-        if tied and not self.embedding.endswith("embed_tokens"):
-            targets.append(self.heads[-1])  # PEFT knows the embedding by its name, or by the head
-        paths = [path for path in self.sites if path]
+        targets = [path for path in self.places.sites if path in self.modules]
+        tied = bool(self.places.heads) and self.places.embedding in self.modules
+        if tied and not self.places.embedding.endswith("embed_tokens"):
+            targets.append(self.places.heads[-1])  # PEFT knows the embedding by its name, or by the head
+        paths = [path for path in self.places.sites if path]
         config = LoraConfig(
             r=1,
             lora_alpha=1,
-            task_type=self.task,
+            task_type=self.places.task,
             target_modules=portable_targets(targets, [path for path in paths if path not in targets]),
-            target_parameters=names_of_parameters(self.bare & self.modules.keys(), self.bases) or None,
-            modules_to_save=portable_saved([], self._whole_modules(), paths) or None,
+            target_parameters=names_of_parameters(self.places.bare & self.modules.keys(), self.places.bases)
+            or None,
+            modules_to_save=portable_saved([], self.places.saved_whole(self.saved), paths) or None,
             bias="lora_only" if self.biased else "none",
-            fan_in_fan_out=any(type(self.sites[path].module).__name__ == "Conv1D" for path in targets),
+            fan_in_fan_out=any(type(self.places.sites[path].module).__name__ == "Conv1D" for path in targets),
             ensure_weight_tying=tied,
             base_model_name_or_path=base,
             inference_mode=True,
@@ -406,7 +288,7 @@ class _Work:
         """That of the base, as an adapter that was trained on it has it."""
         matrices = {
             path: partial(self.base.read, f"{path}.weight")
-            for path, site in self.sites.items()
+            for path, site in self.places.sites.items()
             if f"{path}.weight" in self.base.stored and _dimensions(site.module) > 1
         }
         adapted = {path: read for path, read in matrices.items() if path in self.modules}
@@ -420,7 +302,7 @@ class _Work:
         missed = [module.norm * module.error for module in self.modules.values()]
         lost = [tensor.norm for tensor in self.left_out.values()]
         norm = math.hypot(*changes, *self.biased.values(), *self.saved.values(), *lost)
-        order = {path: number for number, path in enumerate(self.sites)}
+        order = {path: number for number, path in enumerate(self.places.sites)}
         modules = dict(
             sorted(self.modules.items(), key=lambda m: order.get(m[0], order.get(m[0].rpartition(".")[0], 0)))
         )
@@ -434,17 +316,6 @@ class _Work:
             relative(math.hypot(*missed, *lost), norm),
             other_options(self.base, self.tuned),
         )
-
-
-def _task(config: Any) -> str | None:
-    """The task of an adapter; None for a model that is neither of text nor of a head that PEFT knows."""
-    task = named_task(config)
-    joined = task == "SEQ_2_SEQ_LM" and not getattr(config, "is_encoder_decoder", False)
-    return None if joined else task
-
-
-def _holds(module: nn.Module, tensor: Tensor | None) -> bool:
-    return tensor is not None and any(own is tensor for own in module._parameters.values())
 
 
 def _dimensions(module: nn.Module) -> int:

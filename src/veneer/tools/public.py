@@ -6,7 +6,8 @@ from .check import Check
 from .combining import combine_adapters
 from .comparing import AdapterDifference, Angles, ModuleDifference, compare_adapters
 from .converting import ConvertReport, convert_adapter
-from .extracting import Extracted, ExtractReport, LeftOut, extract_adapter
+from .extract_report import Extracted, ExtractReport, LeftOut
+from .extracting import extract_adapter
 from .resizing import Resized, ResizeReport, resize_adapter
 from .verifying import verify_adapter
 
