@@ -26,5 +26,5 @@ def test_a_run_far_above_the_base_does_not_set_the_scale(
     module.picture(Path("x.png"), {"grid": grid, "options": {"task": "sft"}, "base": 2.0, "runs": runs})
     (axes,) = figures[0].axes
     bottom, top = axes.get_ylim()
-    assert bottom < 1.5 and (top < worst) is cut and top > 2.0
+    assert bottom < 1.5 and (top < worst) == cut and top > 2.0
     assert axes.get_legend_handles_labels()[1] == ["lora_r=4", "lora_r=16", "base"]
