@@ -40,10 +40,17 @@ def run(place: Path, init: str, **more: Any) -> tuple[dict[str, Any], dict[str, 
     return values, load_file(place / init / "adapter_model.safetensors"), told.lines
 
 
+@pytest.fixture(scope="module")
+def default(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    """The default start, which no data decide."""
+    return run(tmp_path_factory.mktemp("default"), "true")[1]
+
+
 @pytest.mark.parametrize("packing", [False, True])
-def test_eva_is_measured_on_the_examples(packing: bool, tmp_path: Path) -> None:
+def test_eva_is_measured_on_the_examples(
+    packing: bool, default: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
     values, tensors, said = run(tmp_path, "eva", packing=packing, max_length=64)
-    _, default, _ = run(tmp_path, "true", packing=packing, max_length=64)
     assert values["init_lora_weights"] == "eva" and values["rank_pattern"]
     for name, a in tensors.items():
         if "lora_A" in name and a.shape == default[name].shape:
@@ -57,10 +64,11 @@ def test_eva_is_measured_on_the_examples(packing: bool, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("init", ["corda", "lora_ga"])
-def test_others_are_measured_before_the_adapter_is_in_place(init: str, tmp_path: Path) -> None:
+def test_others_are_measured_before_the_adapter_is_in_place(
+    init: str, default: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
     values, tensors, said = run(tmp_path, init)
     assert any(line.startswith("Estimate: ") for line in said)
-    _, default, _ = run(tmp_path, "true")
     assert values["r"] == 8 and values["init_lora_weights"] is True  # a plain adapter of twice the rank
     name = "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"
     assert tensors[name].abs().max() > 1e-3 and not default[name].half().any()
@@ -91,13 +99,13 @@ def test_the_seed_decides_a_classifiers_head_too(tmp_path: Path) -> None:
     assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
 
 
-def test_an_estimate_changes_no_factor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_estimate_changes_no_factor(
+    default: dict[str, torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of several processes only one makes it, and all must start alike."""
-    _, expected, _ = run(tmp_path, "true")
     monkeypatch.setattr("veneer.training.run._estimate", lambda *given: str(torch.rand(1)))
-    (tmp_path / "again").mkdir()
-    _, found, _ = run(tmp_path / "again", "true")
-    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    _, found, _ = run(tmp_path, "true")
+    assert all(torch.equal(found[name], tensor) for name, tensor in default.items())
 
 
 @pytest.fixture(scope="module")

@@ -57,26 +57,26 @@ def test_memory_is_kept_to_by_giving_up_as_little_as_needed() -> None:
 
 
 def test_the_base_is_quantised_then_the_rank_falls_then_the_targets() -> None:
-    model = tiny_model()
+    model, config = tiny_model(), replace(CONFIG, r=4, lora_alpha=8)
     small = {"gradient_checkpointing": True, "loss_chunk_size": 256, "batch_size": 1}
     fixed = {"gradient_checkpointing", "loss_chunk_size", "batch_size"}
     step = replace(STEP, **small)
     given_up = [
         propose(
-            model, CONFIG, Budget("just enough", memory=int(estimate.peak / 0.95) + 1), step, fixed
+            model, config, Budget("just enough", memory=int(estimate.peak / 0.95) + 1), step, fixed
         ).given_up
         for estimate in (
-            estimate_memory(model, CONFIG, replace(step, quantize="nf4")),
-            estimate_memory(model, replace(CONFIG, r=2), replace(step, quantize="nf4")),
+            estimate_memory(model, config, replace(step, quantize="nf4")),
+            estimate_memory(model, replace(config, r=2), replace(step, quantize="nf4")),
             estimate_memory(
                 model,
-                replace(CONFIG, r=1, target_modules=["q_proj", "v_proj"]),
+                replace(config, r=1, target_modules=["q_proj", "v_proj"]),
                 replace(step, quantize="nf4"),
             ),
         )
     ]
     bits = "the base is kept in 4 bits (nf4)"
-    assert given_up[:2] == [(bits,), (bits, "rank 2 instead of 16")]
+    assert given_up[:2] == [(bits,), (bits, "rank 2 instead of 4")]
     assert given_up[2][-1] == "fewer targets"
 
 
