@@ -102,13 +102,14 @@ def ended(child: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def watch(place: Path, told: Callable[[int, str], None]) -> Callable[[], int]:
+def watch(place: Path, told: Callable[[int, str], None], reads: bool = False) -> Callable[[], int]:
     """Watch this process from here on.
 
     Args:
         place: The directory below which changes count.
         told: Called with a number, from 1, and the name of the call before each step that changes something,
             or syncs it; what it raises is raised there.
+        reads: Count what opens a file or a directory to read it, too.
 
     Returns:
         The number of steps so far.
@@ -124,7 +125,7 @@ def watch(place: Path, told: Callable[[int, str], None]) -> Callable[[], int]:
         if event not in _CALLS:
             return
         if event == "open":
-            changed = [_whole(arguments[0], -1)] if _writes(arguments[2]) else []
+            changed = [_whole(arguments[0], -1)] if reads or _writes(arguments[2]) else []
         elif event in ("os.rename", "os.link"):
             changed = [_whole(arguments[0], arguments[2]), _whole(arguments[1], arguments[3])]
         elif event == "os.symlink":

@@ -21,7 +21,9 @@ PATIENCE = 120.0
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FULL_WORDS = re.compile(
-    r"no space left on device|disk quota exceeded|file too large|PytorchStreamWriter failed writing", re.I
+    r"no space left on device|disk quota exceeded|file too large|PytorchStreamWriter failed writing"
+    r"|inline_container.*unexpected pos",
+    re.I,
 )
 
 

@@ -18,11 +18,12 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 import tests.conftest  # noqa: F401  # offline, one thread
 from tests.fuzz.cases import DISKS, Case, Outcome, drawn, tried
-from tests.fuzz.doors import DOORS, Inputs
+from tests.fuzz.doors import DOORS, Door, Inputs
 from tests.fuzz.inputs import KINDS
 from tests.fuzz.materials import make
 from tests.kills import done, ended, forked
@@ -47,7 +48,7 @@ def main() -> int:
         good.mkdir()
         done(lambda: make(good))
         if asked.case is None:
-            _import_what_doors_need(good)
+            _import_what_doors_need(doors, good)
         end, number = time.monotonic() + asked.seconds, asked.case or 0
         while asked.case is not None or time.monotonic() < end:
             case, place = drawn(asked.seed, number, doors), Path(folder) / "case"
@@ -72,7 +73,7 @@ def main() -> int:
     return 1 if broken else 0
 
 
-def _import_what_doors_need(good: Path) -> None:
+def _import_what_doors_need(doors: Mapping[str, Door], good: Path) -> None:
     """Import what the doors import, so that each case finds it there."""
     reading, writing = os.pipe()
 
@@ -80,7 +81,7 @@ def _import_what_doors_need(good: Path) -> None:
         os.dup2(os.open(os.devnull, os.O_RDWR), 0)
         os.dup2(0, 1)
         os.dup2(0, 2)
-        for name, door in DOORS.items():
+        for name, door in doors.items():
             with contextlib.suppress(VeneerError):
                 door.enter(Inputs(good, good / (door.of or ("adapter",))[0], good / name))
         with os.fdopen(writing, "w") as told:

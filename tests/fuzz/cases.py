@@ -75,12 +75,16 @@ def drawn(seed: int, number: int, doors: Mapping[str, Door] = DOORS) -> Case:
         found = [
             (of, name, door.weight)
             for name, door in doors.items()
-            if kind in KINDS or door.writes
+            if _meets(door, kind)
             for of in (door.of if kind in KINDS else door.of[:1]) or ("",)
             if kind in DISKS or of in KINDS[kind].of
         ]
     ((of, name, _),) = random.choices(found, [weight for *_, weight in found])
     return Case(seed, number, kind, of, name)
+
+
+def _meets(door: Door, kind: str) -> bool:
+    return kind in KINDS or (bool(door.of) if kind in _READ else door.writes)
 
 
 def tried(case: Case, good: Path, place: Path) -> Outcome:
@@ -120,7 +124,7 @@ def _tried(case: Case, good: Path, place: Path) -> tuple[str, str]:
         os.dup2(os.open(place / name, os.O_WRONLY | os.O_CREAT), number)
     (place / "stdin").write_text("hello\n")
     os.dup2(os.open(place / "stdin", os.O_RDONLY), 0)
-    sys.stdin, sys.stdout, sys.stderr = os.fdopen(0), os.fdopen(1, "w"), os.fdopen(2, "w")
+    sys.stdin, sys.stdout, sys.stderr = os.fdopen(0), os.fdopen(1, "w"), os.fdopen(2, "w", buffering=1)
     (here / "tmp").mkdir()
     tempfile.tempdir = str(here / "tmp")
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(place / "compiled")  # made where torch is imported
@@ -130,11 +134,20 @@ def _tried(case: Case, good: Path, place: Path) -> tuple[str, str]:
     _limit(here)
     if case.kind in DISKS:
         DISKS[case.kind](here, case.random)
-    found = _entered(DOORS[case.door], Inputs(good, given, here / "output"))
+    door, output = DOORS[case.door], here / "output"
+    found = _entered(door, Inputs(good, given, output))
     for bound in (resource.RLIMIT_AS, resource.RLIMIT_FSIZE):
         resource.setrlimit(bound, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    global _bad
+    _bad = False
     after = content(here)
-    if found.word == "done" and DOORS[case.door].writes:
+    if door.leaves is not None and output.exists():
+        try:
+            door.leaves(output)
+        except BaseException as error:
+            traceback.print_exc()
+            return "failed", f"{found.word}, and left {sorted(after)}: {type(error).__name__} {error}"[:400]
+    if door.leaves is not None or (found.word == "done" and door.writes):
         after = {path: what for path, what in after.items() if path.partition("/")[0] != "output"}
     left = [path for path in {*before, *after} if before.get(path) != after.get(path)]
     if found.word != "failed" and left:
@@ -200,15 +213,25 @@ def content(place: Path) -> dict[str, tuple[object, ...]]:
     return found
 
 
+#: Whether the disk is still as a case has made it: what watches a process cannot be taken away again.
+_bad = True
+
+
+def _failing(place: Path, number: int, fails: Callable[[int, str], bool], reads: bool = False) -> None:
+    """Steps on files below a place fail with an error of the system."""
+
+    def refuse(step: int, call: str) -> None:
+        if _bad and fails(step, call):
+            raise OSError(number, os.strerror(number))
+
+    watch(place, refuse, reads)
+
+
 def _full_at_a_step(place: Path, random: Random) -> None:
     """From some step on nothing new can be made."""
-    first = random.randint(1, 12)
-
-    def refuse(number: int, call: str) -> None:
-        if number >= first and call in ("open", "os.mkdir", "os.fsync", "os.link", "os.symlink"):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    watch(place, refuse)
+    first = random.randint(1, random.choice((12, 60)))
+    makes = ("open", "os.mkdir", "os.fsync", "os.link", "os.symlink")
+    _failing(place, errno.ENOSPC, lambda step, call: step >= first and call in makes)
 
 
 def _full_at_a_size(place: Path, random: Random) -> None:
@@ -219,16 +242,28 @@ def _full_at_a_size(place: Path, random: Random) -> None:
 
 def _read_only(place: Path, random: Random) -> None:
     """Nothing can be changed."""
-
-    def refuse(number: int, call: str) -> None:
-        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
-
-    watch(place, refuse)
+    _failing(place, errno.EROFS, lambda step, call: True)
 
 
-#: What is wrong with the disk that is written to.
+def _failing_once(place: Path, random: Random) -> None:
+    """One step fails, and the steps that mend it do not."""
+    at = random.randint(1, random.choice((12, 60)))
+    _failing(place, errno.EIO, lambda step, call: step == at)
+
+
+def _unreadable(place: Path, random: Random) -> None:
+    """From some step on no file of the input can be opened."""
+    first = random.randint(1, 20)
+    _failing(place / "given", errno.EIO, lambda step, call: step >= first, reads=True)
+
+
+#: What is wrong with the disk that is read and written.
 DISKS: dict[str, Callable[[Path, Random], None]] = {
     "disk full at a step": _full_at_a_step,
     "disk full at a size": _full_at_a_size,
     "disk read-only": _read_only,
+    "disk fails once": _failing_once,
+    "disk unreadable": _unreadable,
 }
+#: Those that doors meet that only read.
+_READ = {"disk unreadable"}

@@ -10,25 +10,44 @@ from typing import Any, NamedTuple
 from tests.fuzz.inputs import ADAPTERS
 from tests.fuzz.materials import adapted
 from tests.laws.snapshots import Snapshot
-from tests.unit.training.tiny import tiny_model
+from tests.unit.training.tiny import tiny_model, tiny_tokenizer
 from veneer import (
+    AutoPeftModelForCausalLM,
+    Family,
     LoraConfig,
     PeftConfig,
     PeftModel,
     VeneerError,
     export_adapter,
     import_adapter,
+    load_peft_weights,
 )
+from veneer.base_files import BaseFiles
+from veneer.calibration.measuring import stored
 from veneer.cli import main
+from veneer.family.family import read_states
+from veneer.files.layout import CONFIG_NAME
+from veneer.files.read import open_adapter
 from veneer.hotswap import hotswap_adapter
 from veneer.listing import find_adapters
 from veneer.lora_file import open_lora
-from veneer.sweep.options import check_sweep, options_and_grid
-from veneer.tools import combine_adapters, compare_adapters, convert_adapter, resize_adapter, verify_adapter
-from veneer.training import read_records
-from veneer.training.adapters import describe, load_adapted, save_merged
+from veneer.sweep import sweep as sweep_module
+from veneer.sweep.options import SweepOptions, check_sweep, options_and_grid
+from veneer.sweep.results import read_record
+from veneer.tools import (
+    combine_adapters,
+    compare_adapters,
+    convert_adapter,
+    extract_adapter,
+    resize_adapter,
+    verify_adapter,
+)
+from veneer.training import TrainOptions, encode, load_base, read_records, train
+from veneer.training.adapters import describe, load_adapted, own_tokenizer, save_merged
 from veneer.training.merge_files import merge_files
 from veneer.training.options import RunOptions, read_yaml
+from veneer.training.planning import plan_training
+from veneer.training.resuming import checkpoints, last_checkpoint
 from veneer.training.spectra import spectra
 
 
@@ -54,12 +73,15 @@ class Door(NamedTuple):
         of: The inputs that it takes, directories of `tests.fuzz.materials`.
         weight: How often it is tried.
         writes: Whether it writes into ``output``.
+        leaves: Checks what it has left in ``output``, where an error may leave something whole; by default
+            it may leave nothing.
     """
 
     enter: Callable[[Inputs], object]
     of: tuple[str, ...]
     weight: float = 1.0
     writes: bool = False
+    leaves: Callable[[Path], object] | None = None
 
 
 def by_from_pretrained(inputs: Inputs) -> None:
@@ -104,6 +126,70 @@ def by_saving_merged(inputs: Inputs) -> None:
     save_merged(*load_adapted(inputs.given, str(inputs.good / "base")), inputs.output)
 
 
+def by_family(inputs: Inputs) -> None:
+    model = tiny_model()
+    before = Snapshot(model)
+    family = Family(model)
+    try:
+        family.load_state(inputs.given)
+    except VeneerError:
+        assert family.names == []
+        before.assert_same(model)
+        raise
+
+
+def by_base_files(inputs: Inputs) -> None:
+    files = BaseFiles(inputs.given, prefix="model")
+    name = files.stored_name("model.layers.0.self_attn.q_proj.weight")
+    if name is not None:
+        files.read(name)
+
+
+def by_training(inputs: Inputs) -> None:
+    options = TrainOptions(learning_rate=1e-2, batch_size=4, max_steps=3, save_steps=1, save_total_limit=2)
+    tokenizer = tiny_tokenizer()
+    rows = encode(read_records(inputs.good / "data" / "data.jsonl"), tokenizer).rows
+    train(adapted(), tokenizer, rows, inputs.output, options, eval_rows=rows[:2])
+
+
+def whole_run(place: Path) -> None:
+    """Whole checkpoints, and a whole adapter, or one of the two."""
+    _no_rest(place)
+    if found := checkpoints(place):
+        assert last_checkpoint(place) == found[-1]
+    if (place / CONFIG_NAME).exists() or not found:
+        open_adapter(place).tensors()
+        own_tokenizer(place)
+
+
+def by_sweeping(inputs: Inputs) -> None:
+    data = str(inputs.good / "data" / "data.jsonl")
+    options = SweepOptions(
+        model=str(inputs.good / "base"), data=data, eval_data=data, output=str(inputs.output), max_steps=3,
+        batch_size=4,
+    )  # fmt: skip
+    sweep_module.SAVE_SECONDS = 0.0
+    check_sweep(options)
+    sweep_module.sweep(options, {"learning_rate": [1e-3, 1e-2]})
+
+
+def whole_sweep(place: Path) -> None:
+    """A record, what it needs to go on, and whole adapters."""
+    _no_rest(place)
+    record = read_record(place)
+    if record.get("state"):
+        read_states(place / record["state"])
+    for one in record["runs"]:
+        if (place / one["name"]).exists():
+            whole_run(place / one["name"])
+
+
+def _no_rest(place: Path) -> None:
+    """Nothing is half written, and no directory empty."""
+    assert not list(place.rglob(".veneer-*")), "files that were begun"
+    assert all(any(folder.iterdir()) for folder in (place, *place.rglob("*")) if folder.is_dir())
+
+
 def by_sweep(inputs: Inputs) -> None:
     options, _ = options_and_grid(inputs.given / "sweep.yaml", {}, [])
     check_sweep(options)
@@ -125,19 +211,33 @@ def by_command(inputs: Inputs, words: str) -> int:
     return main([word.format_map(named) for word in words.split()])
 
 
-def _command(words: str, *of: str, weight: float = 1.0) -> Door:
-    return Door(partial(by_command, words=words), of or LORAS, weight, "{output}" in words)
+def _command(
+    words: str, *of: str, weight: float = 1.0, leaves: Callable[[Path], object] | None = None
+) -> Door:
+    return Door(partial(by_command, words=words), of or LORAS, weight, "{output}" in words, leaves)
 
 
 LORAS = (*ADAPTERS, "bin")
 WITH_BASE = 0.3  # seconds, not milliseconds
 DOORS = {
     "PeftModel.from_pretrained": Door(by_from_pretrained, LORAS, 3),
-    "load_adapter": Door(by_load_adapter, LORAS, 3),
+    "PeftModel.load_adapter": Door(by_load_adapter, LORAS, 3),
     "hotswap_adapter": Door(by_hotswap, LORAS),
     "merge_adapter": Door(by_merging, LORAS, 2),
     "PeftConfig.from_pretrained": Door(lambda i: PeftConfig.from_pretrained(i.given), LORAS),
-    "LoraConfig.from_file": Door(lambda i: LoraConfig.from_file(i.given / "adapter_config.json"), LORAS),
+    "PeftConfig.from_file": Door(lambda i: LoraConfig.from_file(i.given / "adapter_config.json"), LORAS),
+    "PeftConfig.from_json_file": Door(
+        lambda i: LoraConfig.from_json_file(i.given / "adapter_config.json"), LORAS, 0.5
+    ),
+    "load_peft_weights": Door(lambda i: load_peft_weights(i.given), LORAS),
+    "AutoPeftModel.from_pretrained": Door(
+        lambda i: AutoPeftModelForCausalLM.from_pretrained(i.given), LORAS, WITH_BASE
+    ),
+    "Family.load_state": Door(by_family, ("state",)),
+    "preprocess_loraga": Door(lambda i: stored(i.given / "cache.pt"), ("state",)),
+    "load_base": Door(lambda i: load_base(i.given), ("base",), WITH_BASE),
+    "plan_training": Door(lambda i: plan_training(i.given, LoraConfig()), ("base",), WITH_BASE),
+    "replace_lora_weights_loftq": Door(by_base_files, ("base",)),
     "inspect": Door(by_inspecting, LORAS, 2),
     "find_adapters": Door(lambda i: find_adapters(i.given), LORAS),
     "verify_adapter": Door(lambda i: list(verify_adapter(i.given)), LORAS),
@@ -146,7 +246,7 @@ DOORS = {
         lambda i: combine_adapters([i.given, i.good / "second"], i.output), LORAS, writes=True
     ),
     "resize_adapter": Door(lambda i: resize_adapter(i.given, i.output, rank=2), LORAS, writes=True),
-    "convert_adapter": Door(lambda i: convert_adapter(i.given, i.output), LORAS, writes=True),
+    "convert_adapter": Door(lambda i: convert_adapter(i.given, i.output), LORAS, 2, True),
     "convert_adapter, an archive": Door(
         lambda i: convert_adapter(i.given / "run.tar", i.output), ("archive",), writes=True
     ),
@@ -155,8 +255,17 @@ DOORS = {
     "merge_files, base": Door(
         lambda i: merge_files(i.good / "adapter", i.given, i.output), ("base",), 3, True
     ),
-    "save_pretrained": Door(by_saving, (), writes=True),
+    "PeftModel.save_pretrained": Door(by_saving, (), writes=True),
     "save_merged": Door(by_saving_merged, LORAS, WITH_BASE, True),
+    "extract_adapter": Door(
+        lambda i: extract_adapter(i.good / "base", i.given, i.output, rank=2), ("base",), writes=True
+    ),
+    "PeftConfig.save_pretrained": Door(lambda i: LoraConfig().save_pretrained(i.output), (), writes=True),
+    "PeftModel.create_or_update_model_card": Door(
+        lambda i: adapted().create_or_update_model_card(i.output), (), writes=True
+    ),
+    "train": Door(by_training, (), WITH_BASE, True, whole_run),
+    "sweep, results": Door(by_sweeping, (), WITH_BASE, True, whole_sweep),
     "import_adapter": Door(lambda i: import_adapter(i.given, i.output), ("kohya",), writes=True),
     **{
         f"read_records, {purpose}": Door(partial(by_records, purpose=purpose), ("data",), 0.5)
@@ -172,6 +281,20 @@ DOORS = {
     "veneer diff": _command("diff {given} {good}/second --json"),
     "veneer combine": _command("combine {good}/second {given} --weights 1,-0.5 --output {output}"),
     "veneer resize": _command("resize {given} --energy 0.9 --output {output}"),
+    "veneer convert": _command("convert {given} {output}", weight=2),
+    "veneer convert --plain": _command("convert {given} {output} --plain"),
+    "veneer convert --plain, DoRA": _command(
+        "convert {given} {output} --plain --rank 2 --model {base}", "special", weight=2
+    ),
+    **{
+        f"veneer convert --layout {layout}": _command(
+            f"convert {{given}} {{output}} --layout {layout}", "experts"
+        )
+        for layout in ("peft", "vllm")
+    },
+    "veneer convert --from-layout": _command(
+        "convert {given} {output} --from-layout unsloth --layout vllm --model {base}", "experts"
+    ),
     "veneer extract": _command(
         "extract --base {base} --tuned {given} --rank 2 --output {output}", "base", weight=WITH_BASE
     ),
@@ -197,6 +320,7 @@ DOORS = {
         "train --resume-from-adapter {given} --model {base} --data {good}/data/data.jsonl --output {output} "
         "--max-steps 1",
         weight=WITH_BASE / 2,
+        leaves=whole_run,
     ),
     "veneer data": _command("data {file} --model {base}", "data"),
     "veneer eval --data": _command(
@@ -211,4 +335,15 @@ DOORS = {
     "veneer sweep, options": _command(
         "sweep {given}/sweep.yaml --data nowhere.jsonl --output {output}", "yaml"
     ),
+}
+#: Commands and public functions that take a path and are no doors, with the reason.
+NO_DOORS = {
+    "Family.save_pretrained": "saves as PeftModel.save_pretrained does",
+    "Family.save_state": "written by write_states, of which sweeps are a door",
+    "answer_file": "reads records that were read; `veneer generate --data` writes by it",
+    "empty_model": "reads config.json, as plan_training does",
+    "Target.write": "by export_adapter",
+    "Target.read": "by export_adapter",
+    "Target.usage": "text",
+    "Target.changed_others": "by export_adapter",
 }

@@ -312,15 +312,15 @@ def tensors_of(place: Path) -> Path:
     return found
 
 
-ADAPTERS = ("adapter", "special", "of others")
+ADAPTERS = ("adapter", "special", "of others", "experts")
 KINDS = {
     "configuration": Kind(configuration, ADAPTERS),
     "header": Kind(header, (*ADAPTERS, "kohya", "base")),
     "metadata": Kind(metadata, (*ADAPTERS, "kohya")),
-    "damage": Kind(damage, (*ADAPTERS, "bin", "kohya", "archive")),
+    "damage": Kind(damage, (*ADAPTERS, "bin", "kohya", "archive", "state", "base")),
     "values": Kind(values, (*ADAPTERS, "kohya", "base")),
     "pickle": Kind(pickles, (*ADAPTERS, "kohya")),
-    "entries": Kind(entries, (*ADAPTERS, "bin", "kohya", "data", "archive")),
+    "entries": Kind(entries, (*ADAPTERS, "bin", "kohya", "data", "archive", "state", "base")),
     "records": Kind(records, ("data",)),
     "options": Kind(options, ("yaml",)),
 }

@@ -11,9 +11,13 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.laws.expert_layouts import MIXTURES
+from tests.laws.test_expert_layouts import written
 from tests.unit.training.tiny import RECORDS, saved_records, saved_tiny, tiny_model, tiny_tokenizer
-from veneer import LoraConfig, get_peft_model
+from veneer import Family, LoraConfig, get_peft_model
+from veneer.expert_layouts.layouts import LAYOUTS
 from veneer.files.layout import SAFETENSORS_NAME
+from veneer.files.write import write_adapter
 
 
 def make(root: Path) -> None:
@@ -33,6 +37,8 @@ def make(root: Path) -> None:
     with tarfile.open(root / "archive" / "run.tar", "w") as made:
         for name in ("adapter_config.json", SAFETENSORS_NAME):
             made.add(root / "adapter" / name, name)
+    _experts(root / "experts")
+    _family(root / "state")
     _data(root / "data")
     _yaml(root)
 
@@ -68,6 +74,22 @@ def kohya(place: Path, seed: int = 0) -> None:
             f"{path}.alpha": torch.tensor(1.0),
         }
     save_file(tensors, place / "lora.safetensors", metadata={"ss_network_module": "networks.lora"})
+
+
+def _experts(place: Path) -> None:
+    """An adapter of a mixture's experts, in one of the layouts that are told by their names."""
+    layout, mixture = LAYOUTS["transformers-4"], MIXTURES["qwen3_moe"]
+    made = written(layout, "plain", mixture)
+    write_adapter(place, made.tensors, {**made.config.to_json(), "base_model_name_or_path": "Qwen3-MoE"})
+
+
+def _family(place: Path) -> None:
+    """Two adapters with the state of their optimizers."""
+    family = Family(tiny_model())
+    for name in ("a", "b"):
+        family.add(name, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    family.save_state(place)
+    torch.save({"model.layers.0.self_attn.q_proj": torch.ones(2, 2)}, place / "cache.pt")
 
 
 def _data(place: Path) -> None:

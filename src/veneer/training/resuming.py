@@ -306,9 +306,14 @@ def check_beginning(output: Path, resume: bool, overwrite: bool, processes: int)
 def begin_afresh(output: Path, overwrite: bool) -> None:
     """Remove the checkpoints of an earlier run, or refuse them where ``overwrite`` is False."""
     check_beginning(output, False, overwrite, 1)
-    for place in checkpoints(output):
-        remove_checkpoint(place)
-    (output / RUN_NAME).unlink(missing_ok=True)
+    try:
+        for place in checkpoints(output):
+            remove_checkpoint(place)
+        (output / RUN_NAME).unlink(missing_ok=True)
+    except OSError as error:
+        raise TrainingError(
+            f"what an earlier run left in {output} cannot be removed: {reason(error)}"
+        ) from error
 
 
 def reason(error: BaseException) -> str:

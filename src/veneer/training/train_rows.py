@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..atomic import new_directory
+from ..atomic import HalfMovedError, new_directory
 from ..errors import CheckpointError, Hint, Text, TrainingError
 from ..integrations.transformers import enable_trainer
 from .data import Collator, pad_token
@@ -198,9 +198,10 @@ def _clear_away(run: Run, trainer: Any, error: BaseException) -> None:
     place = run.output / f"checkpoint-{0 if trainer is None else trainer.state.global_step}"
     named = error.filename if isinstance(error, OSError) and isinstance(error.filename, str) else ""
     not_made = bool(named) and Path(named).is_relative_to(place) and not place.is_dir()
-    if not not_made and (not place.is_dir() or (place / RUN_NAME).exists()):
+    half = place.is_dir() and not (place / RUN_NAME).exists()
+    if not (not_made or half or isinstance(error, HalfMovedError)):
         return
-    if is_first() and not not_made:
+    if is_first() and half:
         remove_checkpoint(place)
     if isinstance(error, Exception):
         raise TrainingError(

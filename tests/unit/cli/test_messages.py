@@ -42,6 +42,7 @@ def test_options_are_named_as_flags(said: Text, shown: str) -> None:
 @pytest.mark.parametrize(
     ("error", "words"),
     [
+        (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 5 vs 4"), ["disk is full"]),
         (OSError(errno.ENOSPC, "No space left on device", "out/x"), ["disk is full", "out/x", "Free some"]),
         (OSError(errno.EFBIG, "File too large"), ["disk is full"]),
         (RuntimeError("Error while serializing: I/O error: No space left on device"), ["disk is full"]),

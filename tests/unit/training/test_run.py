@@ -318,6 +318,12 @@ def test_a_full_disk_leaves_no_empty_directory(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(TrainingError, match=r"the result cannot be written .* learned is lost"):
         run(tmp_path / "deep" / "out", max_steps=1)
+    with pytest.raises(TrainingError, match=r"checkpoint-1 cannot be written: .*No space left"):
+        run(tmp_path / "deep" / "out", max_steps=1, save_steps=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", full)
+        with pytest.raises(TrainingError, match=r"an earlier run left in .*out cannot be removed: No space"):
+            run(tmp_path / "deep" / "out", max_steps=1)
     monkeypatch.setattr(Path, "mkdir", full)
     with pytest.raises(TrainingError, match=r"the directory .*out cannot be made: No space left"):
         run(tmp_path / "deep" / "out", max_steps=1)
