@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +13,8 @@ from veneer.expert_layouts.converting import convert
 from veneer.expert_layouts.layouts import LAYOUTS
 from veneer.expert_layouts.mixture import Mixture, mixture_of
 from veneer.expert_layouts.reading import find
-from veneer.expert_layouts.telling import Evidence, Told, by_names, tell
+from veneer.expert_layouts.telling import AUTOMODEL, Evidence, Told, by_names, tell
+from veneer.files.config import read_config_file
 from veneer.files.read import AdapterFile
 
 #: What is PEFT's layout, and what other forms become: nothing is joined or parted on the way.
@@ -41,7 +43,10 @@ def standard(
     if told.layout is None and not find(file.shapes, config).places:
         return config, file, told  # most adapters: nothing else is read for them
     mixture = mixture_of(base or {}, config.base_model_name_or_path)
-    told = tell(_evidence(file), config, mixture)
+    values: dict[str, Any] = {}
+    with contextlib.suppress(AdapterFileError):  # a caller who brings a configuration needs none beside
+        values = file.belonging_config().values
+    told = tell(evidence_of(file, values), config, mixture)
     if told.others and not ambiguous:
         try:
             told.decided()
@@ -63,8 +68,8 @@ def standard(
     return made.config, own, told
 
 
-def _evidence(file: AdapterFile) -> Evidence:
-    values: dict[str, Any] = {}
-    with contextlib.suppress(AdapterFileError):  # a caller who brings a configuration needs none beside
-        values = file.belonging_config().values
-    return Evidence(file.shapes, values, file.metadata, file.tensors)
+def evidence_of(file: AdapterFile, values: Mapping[str, Any]) -> Evidence:
+    """What a file and its configuration say, and what NeMo Automodel left beside them."""
+    beside = file.path.with_name(AUTOMODEL)
+    automodel = read_config_file(beside) if beside.is_file() else None
+    return Evidence(file.shapes, values, file.metadata, file.tensors, automodel)

@@ -25,6 +25,9 @@ MARK = "veneer_expert_layout"
 UNSLOTH = "lora_B_layout"
 _UNSLOTH_EACH, _UNSLOTH_TRAINED = "unsloth_fused_expert_lora", "unsloth_fixed"
 _UNSLOTH_ORDERS = {"rank_major": "peft", "grouped_by_expert": "unsloth"}
+#: Where NeMo Automodel says whose layout its stacks are in. It writes no version of PEFT.
+AUTOMODEL = "automodel_peft_config.json"
+_AUTOMODEL_KEY, _AUTOMODEL_LAYOUTS = "paramwrapper_layout", {"peft-0.19.1": "peft", "peft-0.18": "peft-0.18"}
 #: The versions of PEFT that took every stack for (experts, in, out); 0.17 did not write its version.
 _FIRST = re.compile(r"0\.18\.|0\.19\.0($|\D)")
 #: How many standard errors the two readings must lie apart, and from where on no further stack is looked at.
@@ -83,12 +86,14 @@ class Evidence(NamedTuple):
         values: The content of its configuration, with the keys that Veneer does not know.
         metadata: Those of its tensors.
         read: Gives tensors by name.
+        automodel: The content of `AUTOMODEL`, where there is one.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
     values: Mapping[str, Any]
     metadata: Mapping[str, str]
     read: Callable[[Iterable[str]], Mapping[str, Tensor]]
+    automodel: Mapping[str, Any] | None = None
 
 
 def tell(evidence: Evidence, config: LoraConfig, mixture: Mixture) -> Told:
@@ -132,6 +137,9 @@ def _folded(evidence: Evidence, config: LoraConfig, found: Found, mixture: Mixtu
     order = _order_of_unsloth(evidence.values)
     if order is not None:
         return Told(_UNSLOTH_ORDERS[order], f"{UNSLOTH} in its configuration")
+    stamp = (evidence.automodel or {}).get(_AUTOMODEL_KEY)
+    if isinstance(stamp, str) and stamp in _AUTOMODEL_LAYOUTS:
+        return Told(_AUTOMODEL_LAYOUTS[stamp], f"{_AUTOMODEL_KEY} in {AUTOMODEL}")
     if SAVED_CONFIG in evidence.metadata:
         return Told("peft", "it was saved by Veneer")
     if mixture.as_stored:
@@ -146,12 +154,12 @@ def _folded(evidence: Evidence, config: LoraConfig, found: Found, mixture: Mixtu
         why = "which of its factors is A depends on the shapes of the base"
         return Told("peft", why, ("peft-0.18",))
     if turned:
+        why = "A has the size of the output"
         if version is not None or "loftq_config" in evidence.values:
-            return Told("peft-0.18", "A has the size of the output, and PEFT wrote its configuration")
-        return Told(
-            "megatron-bridge-stacks",
-            "A has the size of the output, and not PEFT's configuration",
-        )
+            return Told("peft-0.18", f"{why}, and PEFT wrote its configuration")
+        if evidence.automodel is not None:
+            return Told("peft-0.18", f"{why}, and there is an {AUTOMODEL}")
+        return Told("megatron-bridge-stacks", f"{why}, and not PEFT's configuration")
     score = _order(evidence, config, found)
     if score is None:
         return Told("peft", "B is the same in every order")
@@ -162,8 +170,9 @@ def _folded(evidence: Evidence, config: LoraConfig, found: Found, mixture: Mixtu
         if _trained_by_unsloth(evidence.values):
             why = f"Unsloth trained it, and did not write {UNSLOTH} yet"
             return Told("unsloth", why, unlike=sure if sure != "unsloth" else None)
-        if isinstance(version, str):
-            why = f"PEFT {version} wrote its configuration"
+        if isinstance(version, str) or evidence.automodel is not None:
+            who = f"PEFT {version}" if isinstance(version, str) else "NeMo Automodel"
+            why = f"{who} wrote its configuration"
             return Told("peft", why, unlike=sure if sure != "peft" else None)
     if abs(score) < SURE:
         why = "the columns of B do not tell whether those of an expert lie together"

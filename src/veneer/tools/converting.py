@@ -14,7 +14,8 @@ from ..expert_layouts.converting import convert
 from ..expert_layouts.experts import PARTS
 from ..expert_layouts.layouts import LAYOUTS, Layout, known
 from ..expert_layouts.mixture import mixture_of
-from ..expert_layouts.telling import MARK, Evidence, Told, tell
+from ..expert_layouts.standard import evidence_of
+from ..expert_layouts.telling import MARK, Told, tell
 from ..files.archive import is_archive, unpacked
 from ..files.layout import blame_file
 from ..files.read import AdapterFile, open_adapter
@@ -103,11 +104,7 @@ def _converted(
     mixture = mixture_of(config_in(base or named or "."), named)
     tensors = file.tensors()
     check_values(tensors, file.path)
-    told = (
-        Told(source.name, "given")
-        if source
-        else tell(Evidence(file.shapes, values, file.metadata, file.tensors), config, mixture)
-    )
+    told = Told(source.name, "given") if source else tell(evidence_of(file, values), config, mixture)
     if archive and told.layout is None:
         told = Told("tinker", f"it is an archive, and {told.why}")
     found, why = told.decided(), told.why

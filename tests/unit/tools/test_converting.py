@@ -15,6 +15,7 @@ from tests.laws.test_expert_layouts import same, written
 from veneer.config import LoraConfig, PeftConfig
 from veneer.errors import AdapterFileError, ConfigError, ExportError
 from veneer.expert_layouts.layouts import LAYOUTS
+from veneer.lora_file import open_lora
 from veneer.tools import convert_adapter
 
 
@@ -64,6 +65,23 @@ def test_unsloth_says_its_order(tmp_path: Path) -> None:
         assert convert_adapter(tmp_path / name, tmp_path / f"{name}-each", layout="vllm").found == layout
         config, tensors = loaded(tmp_path / f"{name}-each")
         same(read("vllm", MIXTURES["qwen3_moe"], config, tensors), deltas(factors("plain")))
+
+
+@pytest.mark.parametrize("layout", ["peft", "peft-0.18"])
+def test_automodel_says_its_layout(layout: str, tmp_path: Path) -> None:
+    """Its configuration has no version of PEFT. Without its word, shapes and the file's presence tell."""
+    source = save(tmp_path / "a", layout)
+    stamp = {"peft": "peft-0.19.1", "peft-0.18": "peft-0.18"}[layout]
+    for values in ({"paramwrapper_layout": stamp}, {}):
+        (source / "automodel_peft_config.json").write_text(json.dumps(values))
+        report = convert_adapter(source, tmp_path / f"b{len(values)}", layout="vllm")
+        assert report.found == layout
+    assert open_lora(source).experts == (layout, report.why, (), None)
+    config, tensors = loaded(tmp_path / "b1")
+    same(read("vllm", MIXTURES["qwen3_moe"], config, tensors), deltas(factors("plain")))
+    (source / "automodel_peft_config.json").write_text("{")
+    with pytest.raises(AdapterFileError, match=r"automodel_peft_config\.json"):
+        convert_adapter(source, tmp_path / "x")
 
 
 def test_what_is_refused(tmp_path: Path) -> None:
