@@ -194,12 +194,12 @@ MUTANTS = (
     Mutant(
         "rows-of-dropout", "each adapter of a family has random numbers of its own", "layers/linear.py",
         "own_draws = p > 0.0 and draws_of(name, x) is not None", "own_draws = False",
-        ("tests/laws/test_family_layers.py", "-k", "Linear-plain and alora-dense"),
+        ("tests/laws/test_family_layers.py", "-k", "Linear-3-D and alora-dense"),
     ),
     Mutant(
         "rows-in-place", "a training step copies no output for each adapter", "ops/rows.py",
         "kept.append(y[own].clone())", "kept.append(y.clone()[own])",
-        ("tests/laws/test_family_layers.py", "-k", "Linear-plain and dora-dense"),
+        ("tests/laws/test_family_layers.py", "-k", "Linear-3-D and dora-dense"),
     ),
     Mutant(
         "rows-of-callers", "a loss of the caller's reaches its adapter's rows alone", "family/batches.py",

@@ -237,11 +237,12 @@ class TrainableTokens(Mergeable):
         if self._disabled or not set(routing.used).intersection(self.token_indices):
             return result
         names = routing.rows(x.shape[0], self.held_adapters, lambda: "the embedding")
-        for own, rows in routing.indices(names, x.device).items():
-            if own is not None:
-                part = self._placed(own, x[rows], result[rows])
-                result = result.index_copy(0, rows, part.to(result))
-        return result
+        parts = [
+            result[rows] if own is None else self._placed(own, x[rows], result[rows])
+            for own, rows in routing.indices(names, x.device).items()
+        ]
+        back = routing.back(names, x.device)
+        return torch.cat(parts) if back is None else torch.cat(parts)[back]
 
     def _placed(self, name: str, x: Tensor, result: Tensor) -> Tensor:
         """``result`` with the rows of one adapter."""

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import copy
 import pickle
+from typing import Any
 
 import accelerate
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from veneer import AdapterNameError, LoraConfig, MergeError, PeftModel, TargetError, get_peft_model
 from veneer import merge as merging
 from veneer.layers.trainable_tokens import TrainableTokens
 from veneer.rollback import Rows
+from veneer.routing import routed
 
 
 class Net(nn.Module):
@@ -151,3 +155,37 @@ def test_rows_of_an_offloaded_embedding_are_merged() -> None:
     assert layer(torch.tensor([1, 2])).eq(1.0).all()
     layer.unmerge()
     assert torch.equal(layer.original_base()(torch.arange(6)), before)
+
+
+class Copies(TorchDispatchMode):
+    """Counts numbers in new tensors of floating point."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {tensor.data_ptr() for tensor in tree_leaves(args) if isinstance(tensor, Tensor)}
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and result.is_floating_point() and result.data_ptr() not in given:
+            self.numbers += result.numel()
+        return result
+
+
+def test_rows_of_many_adapters_copy_the_output_as_often_as_those_of_two() -> None:
+    model, layer = two()
+    for name in ("third", "fourth"):
+        model.add_adapter(name, config(1, 2))
+    ids = torch.tensor([[1, 2, 3]]).expand(16, 3)
+    found = []
+    for names in (["default", "second"] * 8, ["default", "second", "third", "fourth"] * 4):
+        with routed(layer, names), Copies() as forward:
+            y = layer(ids)
+        with Copies() as backward:
+            y.sum().backward()
+        found.append((forward.numbers, backward.numbers))
+        for row, name in enumerate(names):
+            assert torch.equal(y[row, 0], layer.rows(name)[0]), name
+    (two_forward, two_backward), (four_forward, four_backward) = found
+    rows = 8 * layer.rows("second").numel()  # what is made of the rows of each adapter, whatever the output
+    assert four_forward <= two_forward + rows and four_backward <= two_backward + rows
