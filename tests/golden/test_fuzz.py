@@ -82,6 +82,11 @@ def wait(inputs: Inputs) -> None:
     os.read(os.pipe()[0], 1)
 
 
+def compute(inputs: Inputs) -> None:
+    while True:
+        pass
+
+
 @pytest.mark.parametrize(
     ("enter", "says"),
     [
@@ -90,18 +95,22 @@ def wait(inputs: Inputs) -> None:
         (write, "refused, and changed left"),
         (fill, "MemoryError: "),
         (wait, "it waits for ever"),
+        (compute, "more than 1 s"),
         (lambda inputs: os._exit(3), "the process ended with 3"),
         (
             lambda inputs: os.write(2, b"Traceback (most recent") and 1,
             "exit code 1: Traceback",
         ),
     ],
-    ids="error message written memory waiting exit traceback".split(),
+    ids="error message written memory waiting computing exit traceback".split(),
 )
 def test_what_is_wrong_is_noticed(
     enter: object, says: str, good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cases, "PATIENCE", 2)
+    if enter is compute:
+        monkeypatch.setattr(cases, "SECONDS", 1)
+        monkeypatch.setattr(cases, "PATIENCE", 40)
     monkeypatch.setitem(DOORS, "bad", Door(enter, ("adapter",)))  # type: ignore[arg-type]
     outcome = tried(Case(0, 0, "configuration", "adapter", "bad"), good, tmp_path / "case")
     assert outcome.word == "failed" and says in outcome.detail
