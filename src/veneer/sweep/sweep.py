@@ -179,6 +179,7 @@ class Sweep:
             self._go_on(saved)
         last = time.monotonic()
         self._begin()
+        board.show()  # the first step may take minutes
         while self._train():
             if stop.asked or time.monotonic() - last > SAVE_SECONDS:
                 self._save()
