@@ -13,6 +13,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from veneer.wording import warn
+
 if sys.platform != "win32":
     import fcntl
 
@@ -28,7 +30,7 @@ _FULL_WORDS = re.compile(
 
 
 class HalfMovedError(OSError):
-    """The first of several files was moved; moving another, or syncing their directory, failed."""
+    """The first of several files was moved; moving another failed."""
 
 
 def disk_is_full(error: BaseException) -> bool:
@@ -72,7 +74,7 @@ def atomic_files(
         The paths to write to.
 
     Raises:
-        HalfMovedError: Something failed after the first was in place.
+        HalfMovedError: Moving another file failed after the first was in place.
         OSError: The files cannot be written; nothing has changed.
     """
     places = [Path(path) for path in paths]
@@ -93,7 +95,7 @@ def atomic_files(
             moved = True
             if number == 0 and instead_of is not None:
                 Path(instead_of).unlink(missing_ok=True)
-        sync_directory(places[0].parent)
+        _sync_directory(places[0].parent)
     except BaseException as error:
         for temporary in waiting:
             with contextlib.suppress(OSError):
@@ -168,12 +170,18 @@ if sys.platform != "win32":
                 return  # a file system without locks
 
 
-def sync_directory(directory: Path) -> None:
+def _sync_directory(directory: Path) -> None:
     """Make renames in a directory survive a power failure, where the system supports it."""
     if os.name != "posix":
         return
-    handle = os.open(directory, os.O_RDONLY)
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        handle = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except OSError as error:
+        warn(
+            f"the new files in {directory} are complete, but the disk did not confirm them "
+            f"({error.strerror or error}): they may not survive a power failure"
+        )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,6 +18,7 @@ from tests.processes import run_python
 from veneer import atomic
 from veneer.atomic import HalfMovedError, atomic_file, atomic_files, locked
 from veneer.calibration.measuring import store
+from veneer.errors import VeneerWarning
 from veneer.training.heat_map import heat_map
 from veneer.training.plots import loss_picture
 from veneer.training.resuming import write_json
@@ -112,6 +115,23 @@ def test_a_failure_between_two_moves_is_told_apart(tmp_path: Path, monkeypatch: 
     with pytest.raises(PermissionError), atomic_files(tmp_path / "a", tmp_path / "b"):
         pass
     assert names(tmp_path) == ["b"]
+
+
+def test_a_directory_that_is_not_synced_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sync = os.fsync
+
+    def only_files(handle: int) -> None:
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        sync(handle)
+
+    monkeypatch.setattr(os, "fsync", only_files)
+    with (
+        pytest.warns(VeneerWarning, match="are complete, but the disk did not confirm them .*Input/output"),
+        atomic_files(tmp_path / "b", tmp_path / "a"),
+    ):
+        pass
+    assert names(tmp_path) == ["a", "b"]
 
 
 LOCKING = """

@@ -116,7 +116,7 @@ def replacing(
         stale: Names of files of the old directory that are not kept.
 
     Raises:
-        VeneerError: See `check_replaceable`; or the disk is full or refuses to be written to.
+        VeneerError: See `check_replaceable`; or the disk is full, refuses to be written to, or fails.
     """
     check_replaceable(place, overwrite, what)
     real = Path(os.path.realpath(place))
@@ -138,7 +138,7 @@ def replacing(
 
 
 _NEW, _OLD = "new", "old"
-_REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM)
+_REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 
 
 def _set_permissions(made: Path) -> None:

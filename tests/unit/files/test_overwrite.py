@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import tempfile
@@ -150,8 +151,9 @@ def test_what_appeared_meanwhile_is_not_written_over(tmp_path: Path) -> None:
     assert made_by(tmp_path) == {"out/model.safetensors": "somebody's"}
 
 
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO])
 def test_a_rename_that_fails_brings_the_old_model_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "model.safetensors").write_text("old")
@@ -159,12 +161,12 @@ def test_a_rename_that_fails_brings_the_old_model_back(
 
     def refuse(source: Path, target: Path) -> None:
         if Path(source).name == "new":
-            raise OSError(13, "Permission denied")
+            raise OSError(number, os.strerror(number))
         rename(source, target)
 
     monkeypatch.setattr(os, "rename", refuse)
     with (
-        pytest.raises(VeneerError, match=r"nothing has changed: .*Permission denied"),
+        pytest.raises(VeneerError, match=rf"nothing has changed: .*{os.strerror(number)}"),
         replacing(tmp_path / "out", True) as made,
     ):
         (made / "model.safetensors").write_text("new")
