@@ -19,6 +19,11 @@ from veneer.wording import listed
 
 #: The names of an expert's projections, and what each is called here.
 PROJECTIONS = {name: names[0] for halves in STACKS.values() for names in halves for name in names}
+_FORMS: dict[Form, str] = {
+    "each": "tensors for every expert",
+    "folded": "tensors of two axes for all experts",
+    "stacked": "tensors with an axis of experts",
+}
 _HOLDER = r"(?P<holder>(?:.+\.)?experts)"
 _ROLE = r"\.lora_(?P<role>[AB])\.weight"
 _EACH = re.compile(rf"{_HOLDER}\.(?P<expert>\d{{1,6}})\.(?P<part>{'|'.join(PROJECTIONS)}){_ROLE}")
@@ -139,6 +144,9 @@ def read(
     Returns:
         The factors, and everything that cannot be read, in words; nothing of the former counts then.
     """
+    if found.forms and layout.form not in found.forms:
+        theirs = " and ".join(_FORMS[form] for form in sorted(found.forms))
+        return {}, [f"in the layout {layout.name} there are {_FORMS[layout.form]}; the file has {theirs}"]
     problems = [f"{name} is no factor of an expert, and has no place here" for name in found.strange]
     groups: dict[tuple[str, str], dict[tuple[int, str], str]] = {}
     folded = stacks(found, config)

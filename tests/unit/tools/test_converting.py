@@ -91,6 +91,8 @@ def test_what_is_refused(tmp_path: Path) -> None:
     with pytest.raises(AdapterFileError, match=r"ambiguous, peft or unsloth: .* from_layout decides"):
         convert_adapter(folded, tmp_path / "x", layout="vllm")
     assert convert_adapter(folded, tmp_path / "y", layout="vllm", from_layout="peft").why == "given"
+    with pytest.raises(ExportError, match=r"layout unsloth .* two axes .* for every expert"):
+        convert_adapter(each, tmp_path / "x", from_layout="unsloth")
     with pytest.raises(ExportError, match="does not name: give it with base"):
         convert_adapter(save(tmp_path / "c", "transformers-4", base=None), tmp_path / "x", layout="peft")
     with pytest.raises(ExportError, match="gate_proj has another lora_A for every expert"):

@@ -15,7 +15,7 @@ from .base import Part, Problem
 from .converter import command, convert, converter
 from .folding import Rules
 from .peft_files import FILES, PeftFiles
-from .source import NO_BASE, Source
+from .source import Source
 
 GGUF = "adapter.gguf"
 
@@ -62,8 +62,8 @@ class LlamaCpp(PeftFiles):
     def write(self, parts: list[Part], place: Path) -> None:
         """The files, and the GGUF file where the converter is on the PATH and the base has a name."""
         super().write(parts, place)
-        base = parts[0].source.base_name()
-        if (program := converter()) is not None and base != NO_BASE:
+        base = parts[0].source.named_base()
+        if base is not None and (program := converter()) is not None:
             convert(program, base, place, place / GGUF)
 
     def usage(self, place: Path, parts: list[Part]) -> str:

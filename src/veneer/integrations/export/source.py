@@ -45,10 +45,6 @@ FEATURES = {
 }
 
 
-#: What stands in commands for a base that nobody has named.
-NO_BASE = "BASE"
-
-
 @dataclass(frozen=True)
 class Update:
     """One module's update ``s·B A``, as it lies on disk.
@@ -125,10 +121,14 @@ class Source:
     def _divisor(self, update: Update) -> float:
         return float(update.r**0.5 if self.config.use_rslora else update.r)
 
-    def base_name(self) -> str:
-        """The base that was given, or what the configuration calls it, for a command."""
+    def named_base(self) -> str | None:
+        """The base that was given, or what the configuration calls it."""
         given = "" if self.base is None else self.base.place
-        return given or self.config.base_model_name_or_path or NO_BASE
+        return given or self.config.base_model_name_or_path or None
+
+    def base_name(self) -> str:
+        """The base, for a command."""
+        return self.named_base() or "BASE"
 
     def base_config(self) -> dict[str, Any]:
         """The configuration of the base that was given, or that lies where it is named; else empty."""

@@ -42,8 +42,12 @@ def test_the_file_is_written_by_the_converter(installed: Path, tmp_path: Path) -
 
 def test_a_base_that_nobody_names_is_left_to_the_user(installed: Path, tmp_path: Path) -> None:
     installed.write_text(WRITES)
-    report = export_adapter(save("embedding", tmp_path).place, tmp_path / "out", "llama.cpp")
+    place = save("embedding", tmp_path).place
+    report = export_adapter(place, tmp_path / "out", "llama.cpp")
     assert "adapter.gguf" not in report.files and "--base-model-id BASE " in report.usage
+    config = place / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": "BASE"}))
+    assert "adapter.gguf" in export_adapter(place, tmp_path / "named", "llama.cpp").files
 
 
 def test_a_converter_that_fails_leaves_nothing(installed: Path, tmp_path: Path) -> None:
