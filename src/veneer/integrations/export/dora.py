@@ -49,7 +49,8 @@ def dora_to_plain(
         The adapter, and what each module loses.
 
     Raises:
-        ExportError: The base lacks a weight or has another shape, or a module is no matrix; lists them.
+        ExportError: The base lacks a weight, or has one of another shape, such as that of a grouped
+            convolution; lists them.
 
     Source: Eckart and Young, Psychometrika 1 (1936).
     """
@@ -57,47 +58,51 @@ def dora_to_plain(
     wrong = [
         problem
         for path, update in mine.items()
-        if (problem := _problem(path, update, base, source.config.fan_in_fan_out))
+        if (problem := _problem(path, update, base, _turned(update, source)))
     ]
     if wrong:
         raise ExportError(f"these modules of {source.directory} cannot be made plain: {listed(wrong)}")
     done, errors = dict(source.updates), {}
     for number, (path, update) in enumerate(mine.items(), 1):
-        done[path], errors[path] = _plain(update, _matrix(base, path, source.config.fan_in_fan_out), rank)
+        done[path], errors[path] = _plain(update, _matrix(base, path, _turned(update, source)), rank)
         if tell is not None:
             tell(number, len(mine))
     config = replace(source.config, use_dora=False, rank_pattern={}, alpha_pattern={}, r=rank)
     return replace(source, config=config, updates=done), errors
 
 
+def _turned(update: Update, source: Source) -> bool:
+    """Whether the weight is (in, out): that of a lookup, or of a linear layer by the configuration."""
+    return bool(update.embedding) or (update.a.dim() == 2 and source.config.fan_in_fan_out)
+
+
 def _matrix(base: BaseModel, path: str, turned: bool) -> Tensor:
     weight = base.tensor(path)
     assert weight is not None
-    return (weight.t() if turned else weight).float()
+    return (weight.t() if turned else weight.flatten(1)).float()
 
 
 def _problem(path: str, update: Update, base: BaseModel, turned: bool) -> str | None:
     weight = base.tensor(path)
-    if update.embedding or update.a.dim() != 2:
-        return f"{path} is not a linear layer"
     if weight is None:
         return f"the base has no {path}.weight"
     if (reason := base.codes(path)) is not None:
         return f"{path}: {reason}"
-    shape = (update.b.shape[0], update.a.shape[1])
+    shape = (update.b.shape[0], *update.a.shape[1:])
     if tuple(weight.shape) != (shape[::-1] if turned else shape):
         return f"{path}.weight has the shape {tuple(weight.shape)}, its update {shape}"
     return None
 
 
 def _plain(update: Update, weight: Tensor, rank: int) -> tuple[Update, Lost]:
-    delta = update.scaling * (update.b.float() @ update.a.float())
+    delta = update.scaling * (update.b.flatten(1).float() @ update.a.flatten(1).float())
     assert update.magnitude is not None
     change = Dora().merged(weight, delta, {MAGNITUDE: update.magnitude.float()}) - weight
     b, a, _ = low_rank.cut(*truncated_svd(change, rank), min(rank, *change.shape))
     b, a = b.to(update.b.dtype), a.to(update.a.dtype)
     missed = change - b.float() @ a.float()
-    new = Update(a.contiguous(), b.contiguous(), 1.0, False, update.bias)
+    a, b = a.reshape(-1, *update.a.shape[1:]), b.reshape(*b.shape, *update.b.shape[2:])
+    new = Update(a.contiguous(), b.contiguous(), 1.0, update.embedding, update.bias)
     return new, Lost(_share(missed, change), _share(missed, weight + change))
 
 

@@ -202,16 +202,22 @@ def _layers(model: PeftModel) -> dict[str, LoraLayer]:
 
 @torch.no_grad()
 def _delta(layer: LoraLayer) -> Tensor:
-    delta = layer.get_delta_weight("default").double()
-    return delta.T if type(layer.get_base_layer()).__name__ == "Conv1D" else delta
+    return _as_linear(layer, layer.get_delta_weight("default").double())
 
 
 @torch.no_grad()
 def _changes(model: PeftModel) -> dict[str, Tensor]:
-    """What a merge changes, of linears that lie as (out, in)."""
+    """What a merge changes."""
     layers = _layers(model)
     kept = {path: layer.get_base_layer().weight.double().clone() for path, layer in layers.items()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model.merge_adapter()
-    return {path: layer.get_base_layer().weight.double() - kept[path] for path, layer in layers.items()}
+    return {
+        path: _as_linear(layer, layer.get_base_layer().weight.double() - kept[path])
+        for path, layer in layers.items()
+    }
+
+
+def _as_linear(layer: LoraLayer, weight: Tensor) -> Tensor:
+    return weight.T if type(layer.get_base_layer()).__name__ == "Conv1D" else weight

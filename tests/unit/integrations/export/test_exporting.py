@@ -408,6 +408,17 @@ def test_dora_made_plain_is_what_the_report_says(
     assert_close(torch.tensor(errors[2]), torch.tensor(0.0), SINGLE)  # the rank of the weight
 
 
+@pytest.mark.parametrize("name", ["embedding", "conv1d", "conv2d", "gpt2"])
+def test_dora_of_every_layer_is_made_plain(name: str, tmp_path: Path) -> None:
+    adapter = save(name, tmp_path, use_dora=True)
+    out = tmp_path / "out"
+    export_adapter(adapter.place, out, "plain", base=adapter.model, dora_to_plain=True, rank=99)
+    found = read("plain", out, adapter)
+    assert found.keys() == adapter.changes.keys()
+    for path, update in found.items():
+        assert_close(update.reshape(adapter.changes[path].shape), adapter.changes[path], SINGLE)
+
+
 def test_dora_needs_its_base_and_a_rank(saved: Callable[[str], Saved], tmp_path: Path) -> None:
     place, out = saved("dora").place, tmp_path / "out"
     with pytest.raises(ConfigError, match=r"rank=N; .*base="):
