@@ -30,6 +30,7 @@ def watch(errors):
             frame, kind = frame.f_back, "led"
         return super(base, cls).__new__(cls, *args, **kwargs)
 
+    made._torchdynamo_disable = True  # compiled code does not know frames
     base.__new__ = staticmethod(made)
 
 

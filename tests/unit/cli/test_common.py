@@ -151,7 +151,7 @@ def test_failures(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def fail(path: object) -> None:
+    def fail(path: object, **options: object) -> None:
         raise raised
 
     monkeypatch.setattr("veneer.lora_file.open_lora", fail)
@@ -172,7 +172,7 @@ def test_warnings_are_one_line(
         warnings.warn("of another library", DeprecationWarning, stacklevel=1)
         return {"a": "b"}
 
-    monkeypatch.setattr("veneer.lora_file.open_lora", lambda path: path)
+    monkeypatch.setattr("veneer.lora_file.open_lora", lambda path, **options: path)
     monkeypatch.setattr("veneer.training.adapters.describe", warn)
     with warnings.catch_warnings():
         warnings.simplefilter("always")
