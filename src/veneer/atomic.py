@@ -64,7 +64,8 @@ def atomic_files(
 ) -> Iterator[list[Path]]:
     """Write several files as `atomic_file` does, and move them one right after another, in this order.
 
-    Each is complete at every moment. A reader between two moves finds some of them new and the others old.
+    Each is complete at every moment. A reader between two moves finds some of them new and the others old. If
+    none is there before, all of them are in the end, or none.
 
     Args:
         *paths: The files to write, in one directory.
@@ -74,12 +75,13 @@ def atomic_files(
         The paths to write to.
 
     Raises:
-        HalfMovedError: Moving another file failed after the first was in place.
+        HalfMovedError: Moving another file failed after the first had replaced an old one.
         OSError: The files cannot be written; nothing has changed.
     """
     places = [Path(path) for path in paths]
     waiting = {place.with_name(f".veneer-{secrets.token_hex(8)}.tmp"): place for place in places}
-    moved = False
+    old = [*places, *([] if instead_of is None else [instead_of])]
+    fresh, moved = not any(map(os.path.lexists, old)), list[Path]()
     try:
         for temporary in waiting:
             with temporary.open("x") as file:
@@ -92,19 +94,19 @@ def atomic_files(
             temporary.chmod(mode)
         for number, (temporary, place) in enumerate(waiting.items()):
             os.replace(temporary, place)
-            moved = True
+            moved.append(place)
             if number == 0 and instead_of is not None:
                 Path(instead_of).unlink(missing_ok=True)
         _sync_directory(places[0].parent)
     except BaseException as error:
-        for temporary in waiting:
+        for left in [*waiting, *(moved if fresh else ())]:
             with contextlib.suppress(OSError):
-                temporary.unlink()
+                left.unlink()
         if isinstance(error, OSError):
             named = {str(temporary): str(place) for temporary, place in waiting.items()}
             if error.filename in named:
                 error.filename = named[error.filename]
-            if moved:
+            if moved and not fresh:
                 raise HalfMovedError(error.errno, error.strerror, error.filename) from error
         raise
 

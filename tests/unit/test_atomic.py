@@ -109,6 +109,10 @@ def test_a_failure_between_two_moves_is_told_apart(tmp_path: Path, monkeypatch: 
         replace(source, target)
 
     monkeypatch.setattr(os, "replace", only_b)
+    with pytest.raises(PermissionError), atomic_files(tmp_path / "b", tmp_path / "a"):
+        pass
+    assert names(tmp_path) == []  # nothing was there before
+    (tmp_path / "b").touch()
     with pytest.raises(HalfMovedError) as error, atomic_files(tmp_path / "b", tmp_path / "a"):
         pass
     assert error.value.filename == str(tmp_path / "a") and names(tmp_path) == ["b"]

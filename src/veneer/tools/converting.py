@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import LoraConfig, PeftConfig
-from ..errors import AdapterFileError, ExportError
+from ..errors import ExportError
 from ..expert_layouts.converting import convert
 from ..expert_layouts.experts import PARTS
 from ..expert_layouts.layouts import LAYOUTS, Layout, known
@@ -141,7 +141,5 @@ def _opened(directory: Path, kind: type[PeftConfig]) -> tuple[LoraConfig, Adapte
     file = open_adapter(directory)
     belonging = file.belonging_config()
     with blame_file(directory):
-        config = kind.from_belonging(belonging)
-    if not isinstance(config, LoraConfig):
-        raise AdapterFileError(f"{directory} holds no LoRA")
+        config: LoraConfig = kind.from_belonging(belonging)
     return config, file, belonging.values
