@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -65,25 +65,30 @@ def cluster(options: SweepOptions) -> Iterator[None]:
     ray.shutdown()
 
 
+def then_lost(lose: Callable[[OnRay], object]) -> Callable[..., None]:
+    """In place of `OnRay.ask`: something is lost when the second worker has been told to train."""
+    trained: list[OnRay] = []
+    ask = OnRay.ask
+
+    def asked(handle: OnRay, method: str, *given: Any) -> None:
+        ask(handle, method, *given)
+        if method == "train":
+            trained.append(handle)
+            if len(trained) == 2:
+                lose(handle)
+
+    return asked
+
+
 def test_workers_on_ray_come_to_the_same_if_one_is_killed_and_if_they_are_interrupted(
     cluster: None, options: SweepOptions, alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import ray
 
-    trained: list[OnRay] = []
-    ask = OnRay.ask
-
-    def killing(handle: OnRay, method: str, *given: Any) -> None:
-        ask(handle, method, *given)
-        if method == "train":
-            trained.append(handle)
-            if len(trained) == 2:
-                ray.kill(handle.actor)
-
     told = Told()
     own = replace(options, output=str(tmp_path / "killed"), **TWO)
     with monkeypatch.context() as patched:
-        patched.setattr(OnRay, "ask", killing)
+        patched.setattr(OnRay, "ask", then_lost(lambda handle: ray.kill(handle.actor)))
         sweep(own, GRID, told)
     (line,) = (line for line in told.lines if " is gone (" in line)
     assert "others take over" in line and "Workers on Ray: 2, each with 1 CPU" in told.lines
@@ -156,18 +161,10 @@ def test_a_machine_that_is_lost_takes_no_run_with_it(
     second = nodes.add_node(wait=False, num_cpus=1, node_ip_address="127.0.0.1")
     while len(ray.nodes()) < 2:
         time.sleep(0.1)
-    trained: list[OnRay] = []
-    ask = OnRay.ask
-
-    def killing(handle: OnRay, method: str, *given: Any) -> None:
-        ask(handle, method, *given)
-        if method == "train":
-            trained.append(handle)
-            if len(trained) == 2:  # both workers train, one on each machine
-                nodes.remove_node(second, allow_graceful=False)
-
     told = Told()
-    monkeypatch.setattr(OnRay, "ask", killing)
+    # Both workers train by then, one on each machine.
+    lost = then_lost(lambda _: nodes.remove_node(second, allow_graceful=False))
+    monkeypatch.setattr(OnRay, "ask", lost)
     sweep(replace(options, output=str(tmp_path / "out"), **TWO), GRID, told)
     (line,) = (line for line in told.lines if " is gone (" in line)
     assert "others take over" in line

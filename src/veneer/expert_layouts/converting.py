@@ -18,7 +18,7 @@ from veneer.expert_layouts.layouts import STACKS, Layout
 from veneer.expert_layouts.mixture import Mixture
 from veneer.files.keys import PREFIX
 from veneer.spec import LoraSpec, PatternSet, alpha_of, resolve_all, restate
-from veneer.wording import some
+from veneer.wording import bullets
 
 _FACTOR = re.compile(r"(?P<path>.+)\.lora_(?:embedding_)?[AB](?:\.weight)?")
 _MOST = 10
@@ -98,7 +98,7 @@ def read_all(
 def _refuse(what: str, problems: Iterable[str | Text]) -> None:
     lines = list(problems)
     if lines:
-        raise ExportError(f"{what}:\n  - ", Text.join("\n  - ", some(lines, _MOST)))
+        raise ExportError(bullets(f"{what}:", lines, _MOST))
 
 
 def _renamed(name: str, layout: Layout, mixture: Mixture, back: bool = False) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 
 from veneer.errors import AdapterFileError, show
 from veneer.files.layout import CONFIG_NAME, SAFETENSORS_NAME
-from veneer.wording import first_line, some
+from veneer.wording import bullets, first_line
 
 #: Entries of an archive that are looked at; an adapter's has a handful.
 MAX_ENTRIES = 10_000
@@ -76,5 +76,5 @@ def _members(path: Path, archive: tarfile.TarFile) -> list[tarfile.TarInfo]:
         wrong.append(f"it has {len(configs)} files {CONFIG_NAME}, and an adapter has one")
     wrong += [f"it has no {name}" for name in wanted if name not in files]
     if wrong:
-        raise AdapterFileError("\n  - ".join([f"{path} is no archive of an adapter:", *some(wrong, _MOST)]))
+        raise AdapterFileError(bullets(f"{path} is no archive of an adapter:", wrong, _MOST))
     return [files[name] for name in wanted]

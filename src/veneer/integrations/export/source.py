@@ -19,7 +19,7 @@ from ...lora_file import factor_names, open_lora
 from ...module_names import parents, saved_modules
 from ...ops.merging import is_finite
 from ...spec import variant_name
-from ...wording import some
+from ...wording import bullets
 from .base_model import BaseModel, config_in
 
 #: Initialisations under whose name a file's factors count from a base that the initialisation changed.
@@ -228,9 +228,7 @@ def _check(where: Path, config: LoraConfig, updates: dict[str, Update], unknown:
     broken = [path for path, update in updates.items() if not update.is_finite()]
     problems += [f"{path} holds NaN or infinity" for path in broken]
     if problems:
-        raise AdapterFileError(
-            "\n  - ".join([f"{where} does not fit its configuration:", *some(problems, 10)])
-        )
+        raise AdapterFileError(bullets(f"{where} does not fit its configuration:", problems, 10))
 
 
 def variant_problem(source: Source, reasons: Mapping[str, str]) -> str | None:
