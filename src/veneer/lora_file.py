@@ -19,7 +19,7 @@ from veneer.files.keys import PREFIX
 from veneer.files.layout import CONFIG_NAME, blame_file
 from veneer.files.read import AdapterFile, open_adapter
 from veneer.spec import LoraSpec, resolve_all, variant_name
-from veneer.wording import some
+from veneer.wording import bullets
 
 _FACTOR = re.compile(
     r"^base_model\.model\.(?P<path>.+)\.lora_(?P<role>A|B|embedding_A|embedding_B)(\.weight)?$"
@@ -137,7 +137,7 @@ def open_lora(adapter: str | os.PathLike[str] | OpenLora, *, ambiguous: bool = F
             f"{file.path} holds no factors of a LoRA, only: {', '.join(file.shapes) or 'nothing'}"
         )
     if wrong:
-        raise AdapterFileError("\n  ".join([f"{file.path} does not fit its {CONFIG_NAME}:", *some(wrong, 5)]))
+        raise AdapterFileError(bullets(f"{file.path} does not fit its {CONFIG_NAME}:", wrong, 5))
     return OpenLora(config, file, specs, told if told.layout else None)
 
 

@@ -15,21 +15,7 @@ from ..training.paths import check_model
 from ..training.progress import Terminal
 from ..training.sampling import Sampling
 from ..training.saved_adapter import base_name, read_adapter
-from .asking import (
-    Adapter,
-    Attention,
-    Device,
-    DoSample,
-    Dtype,
-    Model,
-    Penalty,
-    Quantize,
-    Seed,
-    Temperature,
-    TopK,
-    TopP,
-    require_language_model,
-)
+from .asking import Adapter, Model, Seed, in_flags, require_language_model
 from .common import DONE, FAILED, app, load_libraries, show, show_text
 from .messages import say
 
@@ -44,6 +30,7 @@ COMMANDS = {
 
 
 @app.command()
+@in_flags
 def chat(
     adapter: Adapter,
     model: Model = None,
@@ -54,21 +41,11 @@ def chat(
         ),
     ] = None,
     system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Maximum length of an answer, in tokens.")] = 512,
-    do_sample: DoSample = None,
-    temperature: Temperature = None,
-    top_p: TopP = None,
-    top_k: TopK = None,
-    repetition_penalty: Penalty = None,
+    sampling: Sampling = Sampling(512),
     seed: Seed = 0,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    quantize: Quantize = "auto",
-    attn_implementation: Attention = None,
+    loading: Loading = Loading(quantize="auto"),
 ) -> int:
     """Chat with an adapted model; /adapter NAME switches adapters, /base turns them off."""
-    loading = Loading(dtype, device, quantize, attn_implementation)
-    sampling = Sampling(max_new_tokens, do_sample, temperature, top_p, top_k, repetition_penalty)
     paths = _paths_by_name(more or [])
     progress = Terminal()
     saved = read_adapter(adapter, progress)

@@ -13,6 +13,7 @@ import pkgutil
 import sys
 import traceback
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -216,6 +217,12 @@ def flags_of(command: str) -> dict[str, Flag]:
 def show_json(content: object) -> None:
     """Print a result; paths in it become strings."""
     print(json.dumps(content, indent=2, default=os.fspath))
+
+
+def show_report(report: Any, **instead: object) -> None:
+    """Print what a new adapter is: the fields of its report, some of them given anew."""
+    fields = asdict(report)
+    show_json({"output": fields.pop("directory"), **fields, **instead})
 
 
 def load_libraries(*names: str) -> None:

@@ -12,7 +12,7 @@ from ..tools.requests import check_place
 from ..training.progress import Terminal
 from ..training.saved_adapter import read_adapter
 from .asking import Adapter, AsJson, Overwrite
-from .common import app, load_libraries, show, show_json, show_written
+from .common import app, load_libraries, show, show_report, show_written
 from .plain_lora import make_plain
 
 if TYPE_CHECKING:
@@ -86,25 +86,12 @@ def convert(
 def show_converted(report: ConvertReport, as_json: bool) -> None:
     """Say what was read and written."""
     if as_json:
-        show_json(_plain(report))
+        experts = {p: {"count": count, "projections": parts} for p, (count, parts) in report.experts.items()}
+        tensors = dict(zip(("read", "written"), report.tensors, strict=True))
+        show_report(report, experts=experts, tensors=tensors)
         return
     _show(report)
     show_written(report.directory)
-
-
-def _plain(report: ConvertReport) -> dict[str, object]:
-    return {
-        "output": report.directory,
-        "found": report.found,
-        "why": report.why,
-        "layout": report.layout,
-        "experts": {
-            path: {"count": count, "projections": list(parts)}
-            for path, (count, parts) in report.experts.items()
-        },
-        "tensors": {"read": report.tensors[0], "written": report.tensors[1]},
-        "notes": list(report.notes),
-    }
 
 
 def _show(report: ConvertReport) -> None:

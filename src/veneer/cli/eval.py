@@ -16,7 +16,7 @@ from ..training.loading import Loading
 from ..training.paths import all_of, check_model
 from ..training.progress import Terminal
 from ..training.saved_adapter import PlainModel, SavedAdapter, base_name, read_adapter, read_adapter_or_model
-from .asking import AsJson, Attention, Device, Dtype, Model, Quantize
+from .asking import AsJson, Model, in_flags
 from .common import app, load_libraries, show_json
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 
 @app.command("eval")
+@in_flags
 def evaluate(
     adapter: Annotated[
         list[str],
@@ -54,10 +55,7 @@ def evaluate(
     exact_match: Annotated[
         bool, typer.Option(help="Also generate the answers, and count those that are as expected.")
     ] = True,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    quantize: Quantize = "auto",
-    attn_implementation: Attention = None,
+    loading: Loading = Loading(quantize="auto"),
     as_json: AsJson = False,
 ) -> None:
     """Measure loss, perplexity and exact match of adapters and their base, or of a merged or plain model.
@@ -65,10 +63,9 @@ def evaluate(
     Several adapters of one base answer in mixed batches, and the base is read once. A classifier's accuracy
     is measured beside guessing.
     """
-    loading = Loading(dtype, device, quantize, attn_implementation)
     renamed = None if columns is None else parse_columns(columns)
     progress = Terminal()
-    sources = _sources(adapter, data, model, quantize, progress)
+    sources = _sources(adapter, data, model, loading.quantize, progress)
     first = sources[0]
     names = first.classes() if isinstance(first, SavedAdapter) else first.classes
     if names is not None and len(names) == 1:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,7 +12,7 @@ from ..training.paths import all_of, check_model
 from ..training.progress import Terminal
 from ..wording import listed, size
 from .asking import AsJson, Energy, ListModules, NewAdapter, Overwrite
-from .common import app, load_libraries, show, show_errors, show_json, show_written
+from .common import app, load_libraries, show, show_errors, show_report, show_written
 
 if TYPE_CHECKING:
     from ..tools import ExtractReport
@@ -65,7 +64,7 @@ def extract(
         progress=progress,
     )
     if as_json:
-        show_json(asdict(report))
+        show_report(report)
         return
     found = {path.removesuffix(".weight"): module for path, module in report.modules.items()}
     ranks, errors = {p: m.rank for p, m in found.items()}, {p: m.error for p, m in found.items()}

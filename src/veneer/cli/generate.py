@@ -15,26 +15,12 @@ from ..training.paths import check_answer_file, check_model
 from ..training.progress import Terminal
 from ..training.sampling import Sampling
 from ..training.saved_adapter import base_name, read_adapter
-from .asking import (
-    Adapter,
-    AsJson,
-    Attention,
-    Device,
-    DoSample,
-    Dtype,
-    Model,
-    Penalty,
-    Quantize,
-    Seed,
-    Temperature,
-    TopK,
-    TopP,
-    require_language_model,
-)
+from .asking import Adapter, AsJson, Model, Seed, in_flags, require_language_model
 from .common import app, load_libraries, show, show_json, show_text
 
 
 @app.command()
+@in_flags
 def generate(
     adapter: Adapter,
     prompt: Annotated[
@@ -52,25 +38,15 @@ def generate(
         ),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="With --data: prompts in a batch.")] = 8,
-    max_new_tokens: Annotated[int, typer.Option(help="Maximum length of an answer, in tokens.")] = 128,
-    do_sample: DoSample = None,
-    temperature: Temperature = None,
-    top_p: TopP = None,
-    top_k: TopK = None,
-    repetition_penalty: Penalty = None,
+    sampling: Sampling = Sampling(128),
     seed: Seed = 0,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    quantize: Quantize = "auto",
-    attn_implementation: Attention = None,
+    loading: Loading = Loading(quantize="auto"),
     base: Annotated[
         bool, typer.Option("--base", help="Turn the adapter off: the base model answers.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Generate answers with an adapted model, to one prompt or to a file of them."""
-    loading = Loading(dtype, device, quantize, attn_implementation)
-    sampling = Sampling(max_new_tokens, do_sample, temperature, top_p, top_k, repetition_penalty)
     prompt = _prompt(prompt, data, output)
     progress = Terminal()
     saved = read_adapter(adapter, progress)
@@ -111,7 +87,8 @@ def generate(
                 show_text(json.dumps({**record, ANSWER: answer}, ensure_ascii=False, default=str))
         else:
             made_by = {"adapter": str(saved.directory.resolve()), "bytes": _stamp(saved.path),
-                       "base": base, "model": model, "dtype": dtype, "quantize": quantize}  # fmt: skip
+                       "base": base, "model": model, "dtype": loading.dtype,
+                       "quantize": loading.quantize}  # fmt: skip
             try:
                 answer_file(
                     adapted,

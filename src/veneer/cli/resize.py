@@ -11,7 +11,7 @@ from ..training.progress import Terminal
 from ..training.saved_adapter import read_adapter
 from ..wording import span
 from .asking import Adapter, AsJson, Energy, ListModules, NewAdapter, Overwrite
-from .common import app, by_kind, console, load_libraries, show, show_json, show_written, table
+from .common import app, by_kind, console, load_libraries, show, show_report, show_written, table
 
 if TYPE_CHECKING:
     from ..tools import ResizeReport
@@ -45,24 +45,10 @@ def resize(
     with progress.waiting(f"Resizing {saved.name}"):
         report = resize_adapter(saved.directory, output, rank=rank, energy=energy, overwrite=overwrite)
     if as_json:
-        show_json(_plain(report))
+        show_report(report)
         return
     _show(report, modules)
     show_written(output)
-
-
-def _plain(report: ResizeReport) -> dict[str, object]:
-    modules = {
-        path: {"rank_before": m.before, "rank": m.after, "error": m.error}
-        for path, m in report.modules.items()
-    }
-    return {
-        "output": report.directory,
-        "norm": report.norm,
-        "error": report.error,
-        "modules": modules,
-        "notes": list(report.notes),
-    }
 
 
 def _show(report: ResizeReport, every: bool) -> None:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
-from .measuring import in_words
+from .measuring import SizeReport
 
 
 @dataclass(frozen=True)
@@ -39,12 +38,11 @@ class LeftOut:
     reason: str
 
 
-@dataclass(frozen=True)
-class ExtractReport:
+@dataclass(frozen=True, kw_only=True)
+class ExtractReport(SizeReport):
     """An adapter that was made of two models.
 
     Attributes:
-        directory: Where it is.
         modules: Path of a module, or name of a parameter -> its update.
         whole: Tensor -> its size in bytes, of those that are saved as they are: norms in ``modules_to_save``,
             and biases.
@@ -52,24 +50,13 @@ class ExtractReport:
         unchanged: Number of tensors that are the same in both models.
         norm: Norm of everything that training changed.
         error: Norm of what the adapter misses, in units of ``norm``.
-        notes: What else is to be known.
     """
 
-    directory: Path
     modules: Mapping[str, Extracted]
     whole: Mapping[str, int]
     left_out: Mapping[str, LeftOut]
     unchanged: int
-    norm: float
-    error: float
-    notes: tuple[str, ...] = ()
-
-    @property
-    def worst(self) -> str:
-        """The module with the largest error."""
-        return max(self.modules, key=lambda path: self.modules[path].error)
 
     def __str__(self) -> str:
-        ranks = [module.rank for module in self.modules.values()]
-        words = in_words(ranks, self.error, self.worst, self.modules[self.worst].error)
+        words = super().__str__()
         return f"{words}; what is left out counts as missed" if self.left_out else words

@@ -307,14 +307,14 @@ class _Work:
             sorted(self.modules.items(), key=lambda m: order.get(m[0], order.get(m[0].rpartition(".")[0], 0)))
         )
         return ExtractReport(
-            place,
-            modules,
-            self.whole,
-            self.left_out,
-            self.unchanged,
-            norm,
-            relative(math.hypot(*missed, *lost), norm),
-            other_options(self.base, self.tuned),
+            directory=place,
+            modules=modules,
+            whole=self.whole,
+            left_out=self.left_out,
+            unchanged=self.unchanged,
+            norm=norm,
+            error=relative(math.hypot(*missed, *lost), norm),
+            notes=other_options(self.base, self.tuned),
         )
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +17,37 @@ from ..wording import span
 
 #: An update: ``(B: (out, r), A: (r, in·k…), s)``, one for each of the experts that share its factors.
 Terms = Sequence[low_rank.Term]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SizeReport:
+    """An adapter whose updates are the nearest of their rank to others.
+
+    Attributes:
+        directory: Where it is.
+        modules: Module path -> its update, with a rank and an error.
+        norm: Norm of all that was to be reached.
+        error: Norm of all that is missed, in units of ``norm``.
+        notes: What else is to be known.
+    """
+
+    directory: Path
+    modules: Mapping[str, Any]
+    norm: float
+    error: float
+    notes: tuple[str, ...] = ()
+
+    @property
+    def worst(self) -> str:
+        """The module with the largest error."""
+        return max(self.modules, key=lambda path: self.modules[path].error)
+
+    def __str__(self) -> str:
+        ranks = [module.rank for module in self.modules.values()]
+        return (
+            f"{len(ranks)} module{'s' * (len(ranks) != 1)}, rank {span(ranks)}: {self.error:.2%} of the "
+            f"update is missed, at most {self.modules[self.worst].error:.2%} ({self.worst})"
+        )
 
 
 def terms_of(update: FileUpdate) -> list[low_rank.Term]:
@@ -37,14 +71,6 @@ def distance(one: Terms, other: Terms) -> float:
 def relative(difference: float, whole: float) -> float:
     """A distance in units of a norm; 0 where both are 0."""
     return difference / whole if whole else 0.0 if not difference else math.inf
-
-
-def in_words(ranks: Sequence[int], error: float, worst: str, largest: float) -> str:
-    """The ranks of modules, the error of all updates together, and the module with the largest one."""
-    return (
-        f"{len(ranks)} module{'s' * (len(ranks) != 1)}, rank {span(ranks)}: "
-        f"{error:.2%} of the update is missed, at most {largest:.2%} ({worst})"
-    )
 
 
 def needed(values: Sequence[Tensor], energy: float) -> int:

@@ -16,7 +16,7 @@ from ..lora_file import FileUpdate, OpenLora, updates
 from ..ops import low_rank
 from ..spec import LoraSpec, alpha_of, restate
 from .adapter_files import check_counts_from_base, check_fits, oriented, read, write
-from .measuring import distance, in_words, needed, norm, relative, terms_of
+from .measuring import SizeReport, distance, needed, norm, relative, terms_of
 from .requests import check_place, check_size
 
 
@@ -34,33 +34,17 @@ class Resized:
     after: int
     error: float
 
-
-@dataclass(frozen=True)
-class ResizeReport:
-    """An adapter of another rank.
-
-    Attributes:
-        directory: Where it is.
-        modules: Module path -> what became of its update.
-        norm: Norm of all updates together.
-        error: Norm of all changes together, in units of ``norm``.
-        notes: What else is to be known.
-    """
-
-    directory: Path
-    modules: Mapping[str, Resized]
-    norm: float
-    error: float
-    notes: tuple[str, ...] = ()
-
     @property
-    def worst(self) -> str:
-        """The module with the largest error."""
-        return max(self.modules, key=lambda path: self.modules[path].error)
+    def rank(self) -> int:
+        """That of the new adapter."""
+        return self.after
 
-    def __str__(self) -> str:
-        ranks = [module.after for module in self.modules.values()]
-        return in_words(ranks, self.error, self.worst, self.modules[self.worst].error)
+
+@dataclass(frozen=True, kw_only=True)
+class ResizeReport(SizeReport):
+    """An adapter of another rank; its norm is that of all updates together, before."""
+
+    modules: Mapping[str, Resized]
 
 
 def resize_adapter(
@@ -124,7 +108,8 @@ def resize_adapter(
     notes: tuple[str, ...] = ()
     if lora.config.use_dora:
         notes = ("the magnitudes of DoRA stay as they are; errors are those of the update before them",)
-    return ResizeReport(place, modules, total, relative(math.hypot(*lost), total), notes)
+    error = relative(math.hypot(*lost), total)
+    return ResizeReport(directory=place, modules=modules, norm=total, error=error, notes=notes)
 
 
 def of_rank(spec: LoraSpec, rank: int) -> LoraSpec:

@@ -19,7 +19,7 @@ import torch
 from ..errors import AdapterFileError, CombineError
 from ..lora_file import OpenLora, open_lora, updates
 from ..ops import low_rank
-from ..wording import some
+from ..wording import bullets
 
 #: "How many directions are needed" means: for this share of the energy.
 MOST = 0.99
@@ -114,8 +114,9 @@ def spectra(
             tell(number, len(lora.specs))
     if broken:
         raise AdapterFileError(
-            f"{lora.file.path}: {len(broken)} of {len(lora.specs)} updates cannot be computed:"
-            + "".join(f"\n  {line}" for line in some(broken, 5))
+            bullets(
+                f"{lora.file.path}: {len(broken)} of {len(lora.specs)} updates cannot be computed:", broken, 5
+            )
         )
     return found
 

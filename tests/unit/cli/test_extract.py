@@ -32,7 +32,7 @@ def test_extract(base: Path, tuned: Path, tmp_path: Path, capsys: pytest.Capture
     assert "tensors " in shown.err
     assert main([*words, str(tmp_path / "json"), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["directory"] == str(tmp_path / "json") and not found["left_out"]
+    assert found["output"] == str(tmp_path / "json") and not found["left_out"]
     assert {module["rank"] for module in found["modules"].values()} == {2}
     assert main(["inspect", str(tmp_path / "two"), "--no-spectrum"]) == 0
 

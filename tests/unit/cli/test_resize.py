@@ -19,7 +19,7 @@ def test_resize(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert main(words) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["output"] == str(tmp_path / "half") and len(found["modules"]) == 14
-    assert {m["rank_before"] for m in found["modules"].values()} == {4}
+    assert {m["before"] for m in found["modules"].values()} == {4}
     assert 0 < found["error"] <= max(m["error"] for m in found["modules"].values()) <= 0.5**0.5
     assert main(["inspect", str(tmp_path / "half"), "--no-spectrum"]) == 0
 

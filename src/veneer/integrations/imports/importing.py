@@ -20,7 +20,7 @@ from ...files.overwrite import check_replaceable, replacing
 from ...files.read import AdapterFile, open_tensors
 from ...files.write import write_adapter
 from ...spec import LoraSpec, resolve_all
-from ...wording import some
+from ...wording import bullets
 from ..export.base_model import BaseModel
 from ..export.peft_files import factors
 from ..export.source import Update, read_source
@@ -263,7 +263,4 @@ def _whole(alpha: float) -> int | float:
 
 def _refuse(path: Path, problems: Sequence[str | Text]) -> None:
     if problems:
-        lines = Text.join(
-            "\n  - ", [f"{path} cannot be imported whole, so nothing is:", *some(problems, _MOST)]
-        )
-        raise ExportError(lines)
+        raise ExportError(bullets(f"{path} cannot be imported whole, so nothing is:", problems, _MOST))
