@@ -28,7 +28,8 @@ from veneer.layers import LoraLayer
 from veneer.layers.factor import Shared
 from veneer.layers.modules_to_save import ModulesToSaveWrapper
 from veneer.layers.trainable_tokens import TrainableTokens
-from veneer.wording import some, warn
+from veneer.merge import Mergeable
+from veneer.wording import listed, some, warn
 
 
 class Slot(NamedTuple):
@@ -340,10 +341,10 @@ def set_adapter_state_dict(
     if strict or not report.renamed or (report.mismatched and not ignore_mismatched_sizes):
         report.raise_for(where)
     check_values({key: tensors[key] for key in report.renamed}, where, check_finite=check_finite)
-    merged = [p for p, m in walk(root) if isinstance(m, LoraLayer) and adapter in m.merged_adapters]
+    merged = [p for p, m in walk(root) if isinstance(m, Mergeable) and adapter in m.merged_adapters]
     if merged:
         raise MergeError(
-            f"the adapter {adapter!r} is merged (into {merged[0]} and {len(merged) - 1} more): "
+            f"the adapter {adapter!r} is merged (into {listed(merged, 1)}): "
             "unmerge_adapter() before loading into it"
         )
     beside = {n: k for k, n in report.renamed.items() if n not in own}
@@ -450,11 +451,7 @@ def set_peft_model_state_dict(
         AdapterFileError: If a tensor holds NaN or infinity, or a factor is no floating-point number.
         CheckpointError: If it is no mapping of names to tensors.
     """
-    if not isinstance(peft_model_state_dict, Mapping):
-        raise CheckpointError(
-            "peft_model_state_dict: a mapping of names to tensors is needed, got "
-            f"{type(peft_model_state_dict).__name__}"
-        )
+    _check_tensors("peft_model_state_dict", peft_model_state_dict)
     report = set_adapter_state_dict(
         uncompiled(model),
         peft_model_state_dict,
@@ -479,7 +476,7 @@ def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:
     tensors = base.state_dict()
     found = {}
     for plain, (name, holder, attribute) in base_names(base).items():
-        if isinstance(holder, LoraLayer) and holder.merged:
+        if isinstance(holder, LoraLayer | TrainableTokens) and holder.merged:
             found[plain] = getattr(holder.original_base(), attribute).detach()
         elif name in tensors:
             found[plain] = tensors[name]
@@ -502,11 +499,13 @@ def set_base_model_state_dict(
     Raises:
         LoadMismatchError: Names do not fit, and ``strict``; or shapes differ. Nothing has been written then.
         MergeError: An adapter is merged into the weights.
+        CheckpointError: If it is no mapping of names to tensors.
     """
+    _check_tensors("state_dict", state_dict)
     base = base_of(model)
-    merged = [p for p, m in walk(base) if isinstance(m, LoraLayer) and m.merged]
+    merged = [p for p, m in walk(base) if isinstance(m, Mergeable) and m.merged]
     if merged:
-        raise MergeError(f"adapters are merged into {merged[0]} and {len(merged) - 1} more: unmerge first")
+        raise MergeError(f"adapters are merged into {listed(merged, 1)}: unmerge_adapter() first")
     own = base.state_dict()
     names = {plain: place.name for plain, place in base_names(base).items() if place.name in own}
     missing = [name for name in names if name not in state_dict]
@@ -520,6 +519,17 @@ def set_base_model_state_dict(
         raise LoadMismatchError(f"the base's state dict does not fit: {'; '.join(some(wrong, 6))}")
     base.load_state_dict({names[n]: t for n, t in state_dict.items() if n in names}, strict=False)
     return LoadResult(missing, unexpected)
+
+
+def _check_tensors(what: str, given: object) -> None:
+    odd = [given]
+    if isinstance(given, Mapping):
+        odd = [value for value in given.values() if not isinstance(value, Tensor)]
+    if odd:
+        raise CheckpointError(
+            f"{what}: a mapping of names to tensors is needed, got {type(odd[0]).__name__}"
+            + (" among them" if isinstance(given, Mapping) else "")
+        )
 
 
 def check_save_embedding_layers(value: object) -> None:

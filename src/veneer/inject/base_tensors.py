@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Literal
+from typing import Literal, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -106,9 +106,12 @@ def _owner(model: nn.Module, name: str) -> tuple[nn.Module, nn.Module, str]:
     return module, base_of(module), last
 
 
-def merged_over(model: nn.Module, name: str) -> bool:
-    module, _, _ = _owner(model, name)
+def _is_merged(module: nn.Module) -> TypeGuard[LoraLayer | TrainableTokens]:
     return isinstance(module, LoraLayer | TrainableTokens) and module.merged
+
+
+def merged_over(model: nn.Module, name: str) -> bool:
+    return _is_merged(_owner(model, name)[0])
 
 
 def differs_from_base(model: nn.Module, name: str, value: Tensor) -> bool:
@@ -118,8 +121,7 @@ def differs_from_base(model: nn.Module, name: str, value: Tensor) -> bool:
     """
     module, base, last = _owner(model, name)
     backend = backends.find(base)
-    original = module.original_base() if isinstance(module, LoraLayer) and module.merged else None
-    here = backend.read(base, last) if original is None else original._parameters[last]
+    here = module.original_base()._parameters[last] if _is_merged(module) else backend.read(base, last)
     if here is None or here.is_meta:
         return False
     return not torch.equal(gathered(here.detach()).cpu(), value.to(here.dtype).cpu())

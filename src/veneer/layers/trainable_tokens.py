@@ -138,7 +138,7 @@ class TrainableTokens(Mergeable):
             yield self.token_adapter.trainable_tokens_delta[name]
 
     def inner(self) -> Reversible[tuple[str, nn.Module | None]]:
-        return (("token_adapter", self.token_adapter),)
+        return (("token_adapter.base_layer", self.get_base_layer()),)
 
     def base_dtype(self) -> torch.dtype:
         return self.backend.dtype(self.get_base_layer())
