@@ -59,6 +59,8 @@ class _Watch:
     gather: bool
     model_input: Any = None
     components: Components | None = None
+    #: Which directions have no variance, so that any others would do as well.
+    idle: Tensor | None = None
     converged: Tensor | None = None
     digest: bytes = b""
 
@@ -85,12 +87,11 @@ class _Watch:
             return
         before = self.components
         self.components = update_components(before, rows, self.k)
+        values = self.components.values
+        self.idle = values <= values[0] * torch.finfo(values.dtype).eps * max(rows.shape)
         if before is not None:
             turned = torch.nn.functional.cosine_similarity(self.components.vectors, before.vectors)
-            values = self.components.values
-            # Directions without any variance are arbitrary and never converge.
-            nothing = values <= values[0] * torch.finfo(values.dtype).eps * max(rows.shape)
-            self.converged = ((turned >= self.tau) | nothing).cpu()
+            self.converged = ((turned >= self.tau) | self.idle).cpu()
 
 
 @torch.no_grad()
@@ -158,11 +159,10 @@ def get_eva_state_dict(
         ranks = _measure(run, watches, sharing, show_progress_bar)
     result = {}
     for name in found:
-        components = watches[sharing[name]].components
-        assert components is not None
-        rank = ranks[name]
-        rows = components.vectors[:rank]
-        result[name] = rows / components.values[:rank].sqrt()[:, None] if options.whiten else rows.clone()
+        watch, rank = watches[sharing[name]], ranks[name]
+        assert watch.components is not None and watch.idle is not None
+        rows, sizes = watch.components.vectors, watch.components.values.masked_fill(watch.idle, 1.0)
+        result[name] = (rows / sizes.sqrt()[:, None] if options.whiten else rows.clone())[:rank]
     return result
 
 

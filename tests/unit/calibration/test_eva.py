@@ -336,3 +336,11 @@ def test_a_failed_start_leaves_the_adapter_as_it_was() -> None:
     start = functools.partial(initialize_lora_eva_weights, model, eva_state_dict=directions)
     assert times_out_of_memory(start, unchanged) > 3
     assert not model.base_model.unmeasured()
+
+
+def test_inputs_that_never_vary_give_whitened_directions_of_length_one() -> None:
+    config = LoraConfig(
+        r=4, target_modules=["query"], init_lora_weights="eva", eva_config=EvaConfig(whiten=True)
+    )
+    found = get_eva_state_dict(net(), [torch.ones(50, 24)] * 2, config, **PLAIN)["query"]
+    assert_close(found @ found.T, torch.eye(len(found)))
