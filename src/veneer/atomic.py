@@ -130,23 +130,28 @@ def new_directory(place: str | os.PathLike[str]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def locked(directory: str | os.PathLike[str]) -> Iterator[None]:
+def locked(directory: str | os.PathLike[str], *, wait: bool = True) -> Iterator[bool]:
     """Lock a directory against other callers of this function, in this process and in every other.
 
-    The lock ends with the block, or with the process. Windows and some network file systems have no such
-    locks; nothing is locked there.
+    The lock ends with the block, or with the process.
+
+    Args:
+        directory: It exists.
+        wait: Wait while somebody else has the lock; else go on without it.
+
+    Yields:
+        Whether it is locked: not on Windows and some network file systems, which have no such locks.
 
     Raises:
         TimeoutError: Somebody else has held the lock for `PATIENCE` seconds.
         OSError: There is no such directory.
     """
     if sys.platform == "win32":
-        yield
+        yield False
         return
     handle = os.open(directory, os.O_RDONLY)
     try:
-        _wait_for_lock(handle, directory)
-        yield
+        yield _lock(handle, directory, wait)
     finally:
         # Closing is not enough: a process forked meanwhile has the handle too, and would keep the lock.
         with contextlib.suppress(OSError):
@@ -156,20 +161,22 @@ def locked(directory: str | os.PathLike[str]) -> Iterator[None]:
 
 if sys.platform != "win32":
 
-    def _wait_for_lock(handle: int, directory: str | os.PathLike[str]) -> None:
+    def _lock(handle: int, directory: str | os.PathLike[str], wait: bool) -> bool:
         end = time.monotonic() + PATIENCE
         while True:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
+                return True
             except BlockingIOError as error:
+                if not wait:
+                    return False
                 if time.monotonic() > end:
                     raise TimeoutError(
                         f"another process has been writing to {directory} for {PATIENCE:.0f} s"
                     ) from error
                 time.sleep(0.005)
             except OSError:
-                return  # a file system without locks
+                return False  # a file system without locks
 
 
 def _sync_directory(directory: Path) -> None:

@@ -96,7 +96,6 @@ def check_training(
 
 
 def _problem(parameter: nn.Parameter, waiting: Container[int]) -> str:
-    """What is wrong with a parameter's gradient; empty if nothing is."""
     gradient = parameter.grad
     if gradient is None:
         return (

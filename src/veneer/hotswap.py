@@ -137,7 +137,6 @@ def _swappable_layers(model: nn.Module, names: Iterable[str] | None) -> dict[str
 
 
 def _parameters(layers: Mapping[str, LoraLayer], adapter_name: str) -> dict[str, nn.Parameter]:
-    """The adapter's parameters by their names in the model."""
     return {
         f"{path}.{key}": parameter
         for path, layer in layers.items()
@@ -157,7 +156,6 @@ def _fits(key: str, new: Tensor, old: Tensor) -> bool:
 
 
 def _restate(model: nn.Module, adapter_name: str, layers: Mapping[str, LoraLayer]) -> None:
-    """Write the new ranks and strengths into the model's configuration."""
     configs = getattr(model, "peft_config", None)
     if isinstance(configs, dict) and isinstance(configs.get(adapter_name), LoraConfig):
         restate(configs[adapter_name], [layer.specs[adapter_name] for layer in layers.values()])

@@ -16,12 +16,7 @@ from veneer.adapters import AdapterSet, Contexts, as_names, check_adapter_name, 
 from veneer.arithmetic import CombineReport
 from veneer.config import LoraConfig
 from veneer.dequantise import dequantise, forget_quantisation
-from veneer.errors import (
-    CombineError,
-    ConfigError,
-    MergeError,
-    TargetError,
-)
+from veneer.errors import CombineError, ConfigError, MergeError, TargetError
 from veneer.inject.api import eject
 from veneer.inject.base_tensors import bias_parameters, embedding_of
 from veneer.inject.injection import Injection
@@ -505,10 +500,9 @@ class LoraModel(nn.Module):
         warn(text)
 
     def _dequantise(self, dtype: bool | torch.dtype, back: Rollback) -> None:
-        """Replace quantised modules."""
         if merged := [path for path, layer in self.layers().items() if layer.merged]:
             raise MergeError(
-                f"adapters are merged into {merged[0]} and {len(merged) - 1} more layers as they are "
+                f"adapters are merged into {listed(merged, 1)} as the weights are "
                 "quantised: unmerge_adapter() first"
             )
         dequantise(self.model, back, dtype if isinstance(dtype, torch.dtype) else None)
@@ -575,25 +569,19 @@ class LoraModel(nn.Module):
         return report
 
     def _check_combination(self, names: Sequence[str], svd_clamp: int | None) -> None:
-        problems = []
-        for name in names:
-            config = self.peft_config[name]
-            if config.bias != "none":
-                problems.append(f"{name!r} trains biases of the base (bias={config.bias!r})")
-        whole = [
-            name
-            for m in self.index.modules()
-            if isinstance(m, ModulesToSaveWrapper)
-            for name in m.held_adapters
-            if name in names
+        biases = {name: self.peft_config[name].bias for name in names}
+        problems = [
+            f"{name!r} trains biases of the base (bias={bias!r})"
+            for name, bias in biases.items()
+            if bias != "none"
         ]
-        if whole:
-            problems.append(
-                f"{whole[0]!r} trains whole modules (modules_to_save), which are no low-rank updates"
-            )
-        rows = [n for m in self.index.modules() if isinstance(m, TrainableTokens) for n in m.held_adapters]
-        if both := [name for name in names if name in rows]:
-            problems.append(f"{both[0]!r} trains single tokens, which are no low-rank updates")
+        for kind, what in (
+            (ModulesToSaveWrapper, "whole modules (modules_to_save)"),
+            (TrainableTokens, "single tokens"),
+        ):
+            held = {name for m in self.index.modules() if isinstance(m, kind) for name in m.held_adapters}
+            if both := [name for name in names if name in held]:
+                problems.append(f"{both[0]!r} trains {what}, which are no low-rank updates")
         if svd_clamp is not None:
             problems.append("svd_clamp would change the update that was asked for")
         if problems:
@@ -639,10 +627,7 @@ def _check_factor(factor: object) -> None:
 
 def _note_untied(model: nn.Module) -> None:
     """Let a configuration not say that embeddings are tied where a trained copy of one took its place."""
-    weights = [
-        getattr(module, "weight", None)
-        for module in (embedding_of(model, "input"), embedding_of(model, "output"))
-    ]
+    weights = [getattr(embedding_of(model, kind), "weight", None) for kind in ("input", "output")]
     if weights[0] is None or weights[1] is None or weights[0] is weights[1]:
         return
     config = getattr(model, "config", None)

@@ -76,7 +76,6 @@ class Mergeable(AdapterModule):
 
     @property
     def _owner(self) -> Mergeable:
-        """The module whose weight is written."""
         owner = self.tied_adapter or self
         assert isinstance(owner, Mergeable)
         return owner

@@ -211,7 +211,6 @@ def plan(
 
 
 def _defaults(config: LoraConfig, model_type: str | None, modules: Sequence[Candidate]) -> list[str]:
-    """The patterns where ``target_modules`` has none."""
     if config.target_parameters and config.target_modules is not None:
         return []
     if (defaults := DEFAULT_TARGETS.get(model_type or "")) is not None:
@@ -248,7 +247,6 @@ class _Saved(NamedTuple):
 def _saved(
     config: LoraConfig, modules: Sequence[Candidate], paths: Paths, stored: Collection[str] | None
 ) -> _Saved:
-    """Find the modules of ``modules_to_save`` and the heads of the task."""
     heads = head_names(config.task_type)
     named = list(dict.fromkeys(config.modules_to_save or ()))
     names = list(dict.fromkeys([*named, *heads]))

@@ -230,7 +230,6 @@ class EightBits(_Quantised):
 
 
 def _fresh(state: Any) -> Any:
-    """An 8-bit state without codes from earlier calls."""
     fresh = copy.copy(state)
     fresh.reset_grads()
     return fresh

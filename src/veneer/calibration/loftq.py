@@ -112,7 +112,6 @@ def _refusal(weights: BaseFiles, name: str) -> str | None:
 
 
 def _start(layer: LoraLayer, name: str, weight: Tensor) -> None:
-    """Write the best factors for one layer into its parameters."""
     a, b, _ = layer.factors(name)
     quantised = layer.matrix().float()
     lost = layer.to_matrix(weight).to(quantised) - quantised

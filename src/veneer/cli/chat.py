@@ -63,14 +63,14 @@ def chat(
     talk = Chat(adapted, tokenizer, sampling, system)
     alone = sys.stdin.isatty()
     if alone:
-        say(f"{adapter} on {_base_of(adapted)}. /base turns the adapter off, /help shows all commands.")
+        base = getattr(adapted.get_base_model().config, "_name_or_path", "") or "its base"
+        say(f"{adapter} on {base}. /base turns the adapter off, /help shows all commands.")
     if not talk.remembers:
         say("This model has no chat template: it continues each line by itself, without the lines before.")
     return _talk(talk, alone)
 
 
 def _paths_by_name(pairs: list[str]) -> dict[str, str]:
-    """Paths by name."""
     found: dict[str, str] = {}
     for pair in pairs:
         name, sign, path = pair.partition("=")
@@ -81,10 +81,6 @@ def _paths_by_name(pairs: list[str]) -> dict[str, str]:
             raise typer.BadParameter(f"--adapter: the name {name!r} {taken}")
         found[name] = path
     return found
-
-
-def _base_of(adapted: Any) -> str:
-    return getattr(adapted.get_base_model().config, "_name_or_path", "") or "its base"
 
 
 def _talk(talk: Any, alone: bool) -> int:

@@ -38,21 +38,9 @@ _ALWAYS_WRITTEN = frozenset(
     "inference_mode".split()
 )
 
-FLAGS = (
-    "fan_in_fan_out",
-    "use_rslora",
-    "use_dora",
-    "use_qalora",
-    "lora_bias",
-    "ensure_weight_tying",
-)
+FLAGS = ("fan_in_fan_out", "use_rslora", "use_dora", "use_qalora", "lora_bias", "ensure_weight_tying")
 
-NEEDS_INIT = {
-    "loftq_config": "loftq",
-    "eva_config": "eva",
-    "corda_config": "corda",
-    "lora_ga_config": "lora_ga",
-}
+NEEDS_INIT = {f"{init}_config": init for init in ("loftq", "eva", "corda", "lora_ga")}
 
 #: The last two name the order of factors, which is looked at where they are read.
 _HARMLESS = frozenset(

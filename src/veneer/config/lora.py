@@ -286,7 +286,6 @@ class LoraConfig(PeftConfig):
         return super()._problems() + check.of_fields(self, checks) + many + self._contradictions(empty)
 
     def _contradictions(self, empty: bool) -> list[Text]:
-        """What cannot be right of several options together."""
         found = []
         if isinstance(self.peft_type, PeftType) and self.peft_type is not PeftType.LORA:
             found.append(

@@ -53,7 +53,6 @@ def unpacked(path: Path) -> Iterator[Path]:
 
 
 def _members(path: Path, archive: tarfile.TarFile) -> list[tarfile.TarInfo]:
-    """The members to unpack."""
     files: dict[PurePosixPath, tarfile.TarInfo] = {}
     wrong = []
     for number, member in enumerate(archive):

@@ -78,7 +78,6 @@ def _ambiguous(report: LoadReport) -> str | None:
 
 
 def _layers(report: LoadReport) -> str | None:
-    """Layer numbers that only one side has."""
     extra, lacking = _indices(report.unexpected), _indices(report.missing)
     have = _indices([*report.renamed.values(), *(k for k, _, _ in report.mismatched)])
     for stem in [*extra, *lacking]:

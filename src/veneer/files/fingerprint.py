@@ -162,12 +162,14 @@ def _compare(saved: Mapping[str, Any], present: Mapping[str, Any]) -> BaseCompar
     groups = (_values(group, ours, pairs.renamed) for group in (saved["samples"], others))
     found = [difference for values in groups if (difference := _difference(values)) is not None]
     difference = max(found, default=None)
+    quantised = saved.get("quantised") or present.get("quantised")
+    tolerated = QUANTISED_BELOW if quantised else NOTE_ABOVE
     if difference is not None and difference > WRONG_ABOVE:
         problems.append(
             f"sampled weights differ by {difference:.0%}: another base model{_classes(saved, present)}"
         )
         severity = "wrong"
-    elif difference is not None and difference > _tolerated(saved, present):
+    elif difference is not None and difference > tolerated:
         problems.append(f"sampled weights differ by {difference:.1%}: quantised, or trained further")
         severity = "note" if severity == "none" else severity
     before, now = vocabularies
@@ -190,11 +192,6 @@ def _values(
         for a, b in zip(saved[key]["values"], present[name]["values"], strict=True)
         if a is not None and b is not None
     ]
-
-
-def _tolerated(saved: Mapping[str, Any], present: Mapping[str, Any]) -> float:
-    """The difference that is accepted silently: larger if the weights of either side are quantised."""
-    return QUANTISED_BELOW if saved.get("quantised") or present.get("quantised") else NOTE_ABOVE
 
 
 def _classes(saved: Mapping[str, Any], present: Mapping[str, Any]) -> str:

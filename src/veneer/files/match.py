@@ -71,7 +71,7 @@ def _normalise(
     steps: list[tuple[str, Callable[[str], str]]] = [
         (
             "segments of wrappers (torch.compile, FSDP, checkpointing) were taken out of the keys",
-            lambda k: _unwrap(k, kept),
+            lambda k: ".".join(p for p in k.split(".") if p not in WRAPPERS or p in kept),
         ),
     ]
     if len(inside) == 1:
@@ -86,10 +86,6 @@ def _normalise(
             names = changed
             remarks.append(remark)
     return names, tuple(remarks)
-
-
-def _unwrap(key: str, kept: set[str]) -> str:
-    return ".".join(part for part in key.split(".") if part not in WRAPPERS or part in kept)
 
 
 def _magnitude(key: str) -> str:

@@ -16,17 +16,13 @@ import re
 import secrets
 import shutil
 import stat
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from veneer.atomic import disk_is_full, new_directory
+from veneer.atomic import disk_is_full, locked, new_directory
 from veneer.errors import Hint, VeneerError
 from veneer.wording import first_line
-
-if sys.platform != "win32":
-    import fcntl
 
 #: What a model in the directory that is written over would leave behind, to be read instead of the new one.
 _WEIGHTS = re.compile(r"(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?")
@@ -191,19 +187,20 @@ def link_or_copy(source: str | os.PathLike[str], target: str | os.PathLike[str])
 @contextlib.contextmanager
 def _temporary_directory(place: Path) -> Iterator[Path]:
     """A hidden directory beside a place, which is removed at the end; it is locked while its run is alive."""
-    while True:
-        folder = place.with_name(f".{place.name}.{secrets.token_hex(8)}")
-        folder.mkdir(mode=0o700)
-        lock = _lock(folder, wait=True)
-        if folder.exists():
-            break
-        _unlock(lock)  # another run took it for one without an owner, in the moment before the lock
-    try:
-        yield folder
-    finally:
-        if place.exists() or not (folder / _OLD).exists():
-            shutil.rmtree(folder, ignore_errors=True)
-        _unlock(lock)
+    with contextlib.ExitStack() as lock:
+        while True:
+            folder = place.with_name(f".{place.name}.{secrets.token_hex(8)}")
+            folder.mkdir(mode=0o700)
+            with contextlib.suppress(FileNotFoundError):
+                lock.enter_context(locked(folder))
+            if folder.exists():
+                break
+            lock.close()  # another run took it for one without an owner, in the moment before the lock
+        try:
+            yield folder
+        finally:
+            if place.exists() or not (folder / _OLD).exists():
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _tidy(place: Path) -> None:
@@ -213,31 +210,12 @@ def _tidy(place: Path) -> None:
     name = re.compile(re.escape(f".{place.name}.") + "[0-9a-f]{16}")
     left = [p for p in place.parent.iterdir() if name.fullmatch(p.name) and p.is_dir() and not p.is_symlink()]
     for folder in left:
-        lock = _lock(folder, wait=False)
-        if lock is None:
-            continue
-        try:
+        with contextlib.ExitStack() as lock:
+            try:
+                if not lock.enter_context(locked(folder, wait=False)):
+                    continue
+            except OSError:  # another run has removed it
+                continue
             if not place.exists() and (folder / _OLD).is_dir() and (folder / _NEW).is_dir():
                 os.rename(folder / _NEW, place)
             shutil.rmtree(folder, ignore_errors=True)
-        finally:
-            _unlock(lock)
-
-
-def _lock(folder: Path, wait: bool) -> int | None:
-    """What holds a directory until it is given to `_unlock`; None where it is held, or cannot be."""
-    if sys.platform == "win32":
-        return None
-    handle = None
-    try:
-        handle = os.open(folder, os.O_RDONLY)
-        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except OSError:
-        _unlock(handle)
-        return None
-    return handle
-
-
-def _unlock(handle: int | None) -> None:
-    if handle is not None:
-        os.close(handle)

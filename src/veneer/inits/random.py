@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 
@@ -16,7 +17,7 @@ class Default(Init):
     (loralib), which differs from the paper's text by the distribution of A.
     """
 
-    names = (True,)
+    names: ClassVar[tuple[bool | str, ...]] = (True,)
 
     def __call__(self, request: InitRequest) -> InitResult:
         """A random, B zero."""
@@ -30,7 +31,7 @@ class Default(Init):
         return InitResult(a, torch.zeros(request.shape_b, device="cpu"), zero_bias(request), fresh=True)
 
 
-class Gaussian(Init):
+class Gaussian(Default):
     """A ~ N(0, 1/r²), B = 0; for an embedding the default, as in PEFT.
 
     Source: Hu et al., "LoRA", 2021, section 4.1 ("a random Gaussian initialization for A and zero
@@ -42,11 +43,7 @@ class Gaussian(Init):
     def __call__(self, request: InitRequest) -> InitResult:
         """A random, B zero."""
         if request.lookup:
-            return InitResult(
-                torch.zeros(request.shape_a, device="cpu"),
-                normal(request, "lora_embedding_B", request.shape_b),
-                fresh=True,
-            )
+            return super().__call__(request)
         a = normal(request, "lora_A", request.shape_a, std=1.0 / request.spec.r)
         return InitResult(a, torch.zeros(request.shape_b, device="cpu"), zero_bias(request), fresh=True)
 

@@ -185,7 +185,6 @@ def _layer_on(module: nn.Module) -> LoraLayer:
 
 
 def _inside(layer: LoraLayer, spec: LoraSpec) -> list[Addition]:
-    """The children that are adapted along with their module."""
     result = []
     base = layer.get_base_layer()
     for name, times in layer.adapts_inside.items():

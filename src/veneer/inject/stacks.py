@@ -135,7 +135,6 @@ def routers_of(holders: Iterable[str], bases: Mapping[str, nn.Module]) -> Iterat
 
 
 def _excluded(config: LoraConfig, paths: Sequence[str]) -> set[str]:
-    """Those of the paths that ``exclude_modules`` names."""
     excluded = config.exclude_modules or ()
     patterns = PatternSet([excluded] if isinstance(excluded, str) else sorted(excluded), "exclude_modules")
     return {path for path, hits in patterns.over(Paths(paths)).items() if hits}

@@ -203,7 +203,6 @@ def spare_copy(tensor: Tensor) -> Tensor:
 
 
 def _buffer(purpose: str, rows: int, elements: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A buffer with at least this many elements in each row."""
     held, key = _buffers.get(), (purpose, dtype, device)
     found = None if held is None else held.get(key)
     if found is None or found.shape[1] < elements:

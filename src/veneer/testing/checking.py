@@ -120,7 +120,6 @@ def _try_all(made: Made, first: bool, report: Report) -> None:
 
 
 def _asking_for(item: Any) -> list[dict[str, Any]]:
-    """Options of a configuration that ask for what is checked."""
     if issubclass(item, Variant):
         return [{} if item.name == "plain" else {"variant": item.name}]
     if issubclass(item, Init):

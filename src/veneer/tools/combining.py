@@ -31,12 +31,7 @@ from .requests import Request, check_place
 #: Options that say which modules are adapted.
 _WHERE = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "target_parameters")
 #: Options that have to be the same in all adapters.
-_ALIKE = (
-    "fan_in_fan_out",
-    "layer_replication",
-    "ensure_weight_tying",
-    "task_type",
-)
+_ALIKE = ("fan_in_fan_out", "layer_replication", "ensure_weight_tying", "task_type")
 
 
 def combine_adapters(
@@ -335,9 +330,7 @@ def _config(
         return config
     parameters = [name for lora in loras for name in lora.config.target_parameters or ()]
     paths = "|".join(re.escape(spec.path) for spec in specs)
-    config.target_modules, config.target_parameters = (
-        f"^(?:{paths})$",
-        list(dict.fromkeys(parameters)) or None,
-    )
+    config.target_modules = f"^(?:{paths})$"
+    config.target_parameters = list(dict.fromkeys(parameters)) or None
     config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
     return config

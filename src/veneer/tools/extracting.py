@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import layers
 from ..base_fingerprint import BLOCK, FINGERPRINT, sizes_of
@@ -113,8 +113,6 @@ def extract_adapter(
 
 @dataclass
 class _Work:
-    """What was found so far."""
-
     base: ModelFiles
     tuned: ModelFiles
     cut: Callable[..., tuple[Tensor, Tensor, Tensor]]
@@ -289,7 +287,8 @@ class _Work:
         matrices = {
             path: partial(self.base.read, f"{path}.weight")
             for path, site in self.places.sites.items()
-            if f"{path}.weight" in self.base.stored and _dimensions(site.module) > 1
+            if f"{path}.weight" in self.base.stored
+            and getattr(site.module._parameters.get("weight"), "ndim", 0) > 1
         }
         adapted = {path: read for path, read in matrices.items() if path in self.modules}
         others = {p: read for p, read in matrices.items() if p not in adapted and BLOCK.search(p)}
@@ -316,11 +315,6 @@ class _Work:
             error=relative(math.hypot(*missed, *lost), norm),
             notes=other_options(self.base, self.tuned),
         )
-
-
-def _dimensions(module: nn.Module) -> int:
-    weight = module._parameters.get("weight")
-    return 0 if weight is None else weight.dim()
 
 
 def _bytes(entry: tuple[str, tuple[int, ...]]) -> int:

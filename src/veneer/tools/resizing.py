@@ -92,7 +92,7 @@ def resize_adapter(
     for update in updates(lora):
         spec = update.spec
         most = rank or (ranks or {})[spec.path]
-        new = specs[spec.path] = of_rank(spec, min(most, spec.r))
+        new = specs[spec.path] = _of_rank(spec, min(most, spec.r))
         made = update if new.r == spec.r else oriented(lora, update, partial(_truncated, new=new))
         tensors |= made.stored()
         before = terms_of(update)
@@ -112,8 +112,7 @@ def resize_adapter(
     return ResizeReport(directory=place, modules=modules, norm=total, error=error, notes=notes)
 
 
-def of_rank(spec: LoraSpec, rank: int) -> LoraSpec:
-    """What a module got, with another rank and the same strength."""
+def _of_rank(spec: LoraSpec, rank: int) -> LoraSpec:
     return replace(spec, r=rank, lora_alpha=alpha_of(spec.scaling, rank, spec.use_rslora))
 
 

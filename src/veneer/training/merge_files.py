@@ -56,8 +56,6 @@ WAY_OUT = Text(
 
 @dataclass(frozen=True)
 class _Update:
-    """The update of one module, with the names of its factors in the file."""
-
     path: str
     a: str
     b: str

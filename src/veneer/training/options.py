@@ -311,7 +311,6 @@ class RunOptions(TrainOptions):
 
 
 def _listed(text: str | None) -> list[str] | None:
-    """Names separated by commas."""
     if text is None:
         return None
     return [name.strip() for name in text.split(",")] if text.strip() else []

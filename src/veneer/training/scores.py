@@ -66,14 +66,10 @@ class Comparison:
 
     def as_json(self) -> dict[str, Any]:
         """All measures, for JSON."""
-        whole = {
-            name: value
-            for name, value in asdict(self).items()
-            if name not in ("scores", "adapters", "notes") and value is not None
-        }
-        return (
-            whole | _measures(self.scores) | ({"adapters": _measures(self.adapters)} if self.adapters else {})
-        )
+        names = ("examples", "tokens", "asked", "commonest")
+        whole = {name: value for name in names if (value := getattr(self, name)) is not None}
+        adapters = {"adapters": _measures(self.adapters)} if self.adapters else {}
+        return whole | _measures(self.scores) | adapters
 
     def table(self) -> list[tuple[str, ...]]:
         """Rows of a measure and its values; the first row names what was measured, guessing among it.
@@ -86,17 +82,16 @@ class Comparison:
     def _by_measure(self) -> list[tuple[str, ...]]:
         named = {**self.scores, **self.adapters}
         scores = named.values()
-        rows: list[tuple[str, ...]]
+        losses = [f"{score.loss:.4f}" for score in scores]
         if self.commonest is not None:
-            rows = [
+            return [
                 ("", "guessing", *named),
                 ("accuracy", f"{self.commonest:.1%}", *(_of(s.correct, self.examples) for s in scores)),
-                ("loss", "", *(f"{score.loss:.4f}" for score in scores)),
+                ("loss", "", *losses),
             ]
-            return rows
         rows = [
             ("", *named),
-            ("loss", *(f"{score.loss:.4f}" for score in scores)),
+            ("loss", *losses),
             ("perplexity", *(_short(score.perplexity) for score in scores)),
         ]
         if self.asked:
@@ -123,8 +118,6 @@ def _short(perplexity: float | None) -> str:
 
 @dataclass(frozen=True)
 class _Asked:
-    """What a language model is measured on, and how."""
-
     tokenizer: Any
     rows: Sequence[Row]
     prompts: Sequence[list[int]]
@@ -287,7 +280,8 @@ def accuracy(
                 logits, truth = classes.loss(model, part)[1]["logits"], part["labels"]
                 each_loss = nn.functional.cross_entropy(logits, truth, reduction="none").tolist()
                 right = (logits.argmax(-1) == truth).tolist()
-                for name, loss, good in zip(_owners(part, names), each_loss, right, strict=True):
+                owners = part.get("adapter_names") or names * len(truth)
+                for name, loss, good in zip(owners, each_loss, right, strict=True):
                     losses[name] += loss
                     correct[name] += good
     scores = {name: Score(losses[name] / len(rows), correct=correct[name]) for name in names}
@@ -299,7 +293,3 @@ def accuracy(
         notes=tuple(encoded.lines()),
         adapters={label: scores[name] for name, label in (labels or {}).items()},
     )
-
-
-def _owners(batch: Mapping[str, Any], names: Sequence[str]) -> list[str]:
-    return batch.get("adapter_names") or list(names) * len(batch["labels"])

@@ -130,7 +130,6 @@ def _check_trainable(model: Any, rows: Sequence[Any], options: TrainOptions) -> 
 
 
 def _begin(output: Path, options: TrainOptions, record: dict[str, Any], evaluated: bool, stop: Stop) -> Run:
-    """Start a run, or resume it from its last checkpoint."""
     checkpoint, seconds, planned = None, 0.0, record["steps"]
     if options.resume:
         checkpoint = last_checkpoint(output, record["processes"])
@@ -213,7 +212,6 @@ def _clear_away(run: Run, trainer: Any, error: BaseException) -> None:
 
 
 def _metrics(run: Run, model: Any, state: Any, seconds: float) -> dict[str, Any]:
-    """What ``metrics.json`` holds, see `train`."""
     from .trainer import evaluations
 
     metrics = {

@@ -85,7 +85,6 @@ def _unchanged_tensors(given: dict[str, Any]) -> Iterator[Callable[[], bool]]:
 def _load(
     before: Before, original: Callable[..., Any], given: dict[str, Any], *args: Any, **kwargs: Any
 ) -> Any:
-    """Load once; see `load_adapter`."""
     model, name = before.model, before.name
     config = given.get("load_config")
     tolerant = bool(kwargs.get("ignore_mismatched_sizes", getattr(config, "ignore_mismatched_sizes", False)))

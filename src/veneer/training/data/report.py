@@ -149,7 +149,6 @@ def histogram(lengths: Sequence[int]) -> list[str]:
 
 
 def _pieces(row: dict[str, Any], encoded: Rows, tokenizer: Any) -> Iterator[Piece]:
-    """The text of an encoded example."""
     if isinstance(encoded, Encoded):
         yield from _runs(row, tokenizer)
     elif isinstance(encoded, EncodedLabels):

@@ -85,7 +85,6 @@ def _reader(name: str) -> Callable[[], Source]:
 
 
 def _directory(place: Path, split: str | None) -> Source:
-    """The files of one split, in alphabetical order."""
     if (place / "dataset_dict.json").is_file() or (place / "state.json").is_file():
         return _saved_dataset(place, split)
     files = [

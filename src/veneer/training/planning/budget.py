@@ -100,7 +100,6 @@ def propose(
 def _ladder(
     model: nn.Module, config: LoraConfig, step: Step, fixed: Collection[str]
 ) -> Iterator[tuple[LoraConfig, Step]]:
-    """The settings to try, from the given ones downwards."""
     rungs = [step]
     if "gradient_checkpointing" not in fixed and not step.gradient_checkpointing:
         rungs.append(replace(rungs[-1], gradient_checkpointing=True))
@@ -144,7 +143,6 @@ def _targets(model: nn.Module, config: LoraConfig, fixed: Collection[str]) -> It
 
 
 def _of_rank(config: LoraConfig, r: int) -> LoraConfig:
-    """The adapter with another rank and the same scaling."""
     if r == config.r:
         return config
     alpha = config.lora_alpha * (r / config.r) ** (0.5 if config.use_rslora else 1.0)

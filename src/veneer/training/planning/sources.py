@@ -93,7 +93,6 @@ def _architecture(config: Any) -> str:
 
 
 def _read(source: str | os.PathLike[str]) -> Any:
-    """The configuration as transformers understands it."""
     check_model(source, config_file=True)
     place = Path(source)
     if not place.exists():
