@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -43,7 +44,9 @@ def wrong_values(options: Any) -> list[Text]:
         if choices and value not in choices:
             said = f" is one of {', '.join(choices)}, not {value!r}{did_you_mean(value, choices)}"
             wrong.append(Text(Hint(part.name), said))
-        if not all(BOUNDS[name][1](value, bound) for name, bound in bounds.items()):
-            words = " and ".join(f"{BOUNDS[name][0]} {bound}" for name, bound in bounds.items())
+        infinite = isinstance(value, float) and math.isinf(value)
+        if infinite or not all(BOUNDS[name][1](value, bound) for name, bound in bounds.items()):
+            limits = [f"{BOUNDS[name][0]} {bound}" for name, bound in bounds.items()]
+            words = " and ".join([*limits, *(["finite"] if infinite else [])])
             wrong.append(Text(Hint(part.name), f" must be {words}, not {value}"))
     return wrong

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 import math
@@ -91,7 +92,9 @@ class TrainOptions:
         "Steps",
         "Optimizer, by transformers' name; with bitsandbytes also adamw_8bit, paged_adamw_8bit, lion_8bit.",
     )
-    seed: int = option(0, "Steps", "Seed for the factors, the order of the data, and dropout.")
+    seed: int = option(
+        0, "Steps", "Seed for the factors, the order of the data, and dropout.", least=0, most=2**32 - 1
+    )
     gradient_checkpointing: bool = option(
         False, "Memory", "Recompute activations in the backward pass instead of keeping them."
     )
@@ -466,12 +469,11 @@ def _typed(value: Any, kind: Any) -> Any:
             return value
         raise ValueError("true or false")
     if wanted in (int, float) and isinstance(value, int | float | str) and not isinstance(value, bool):
-        try:
-            number = float(value)  # YAML reads 1e-4 as a text
-        except ValueError:
-            number = float("nan")
-        if number == number and (wanted is float or number == int(number)):
-            return wanted(number)
+        with contextlib.suppress(ValueError, OverflowError):
+            # YAML reads 1e-4 as a text.
+            number = value if isinstance(value, wanted) else float(value)
+            if (found := wanted(number)) == number:
+                return found
     if wanted is str:
         if isinstance(value, bool):
             return str(value).lower()
