@@ -146,18 +146,42 @@ def test_a_layout_that_is_not_pefts_is_said(saved: tuple[str, Path, Tensor], tmp
 @pytest.mark.parametrize("target", ["vllm", "sglang", "plain"])
 def test_exported(target: str, saved: tuple[str, Path, Tensor], tmp_path: Path) -> None:
     kind, place, logits = saved
-    if kind == "gpt_oss" and target == "vllm":
-        with pytest.raises(
-            ExportError, match=r"(?s)experts one by one, over a base .* to the layout vllm-3d"
-        ):
-            export_adapter(place, tmp_path / "b", target)
-        return
     report = export_adapter(place, tmp_path / "b", target)
-    assert report.exact and len(report.modules) == 2 + 2 * 4 * 3
+    stacks = kind == "gpt_oss" and target == "vllm"
+    assert report.exact and len(report.modules) == 2 + 2 * 4 * (2 if stacks else 3)
     names = load_file(tmp_path / "b" / "adapter_model.safetensors")
     block = "block_sparse_moe.experts.3.w2" if kind == "mixtral" else "mlp.experts.3.down_proj"
+    block = "mlp.experts" if stacks else block
     assert f"base_model.model.model.layers.1.{block}.lora_B.weight" in names
+    config = json.loads((tmp_path / "b" / "adapter_config.json").read_text())
+    assert (config["r"], config["rank_pattern"], config["alpha_pattern"]) == (4, {}, {})
+    assert sorted(config.get("target_parameters", [])) == [
+        f"model.layers.{layer}.mlp.experts.{stack}"
+        for layer in range(2 * stacks)
+        for stack in ("down_proj", "gate_up_proj")
+    ]
     expect_logits(kind, tmp_path / "b", logits)
+
+
+@pytest.mark.parametrize("target", ["vllm", "plain"])
+def test_exported_from_another_layout(target: str, saved: tuple[str, Path, Tensor], tmp_path: Path) -> None:
+    kind, place, logits = saved
+    convert_adapter(place, tmp_path / "tinker", layout="tinker")
+    export_adapter(tmp_path / "tinker", tmp_path / "b", target)
+    assert MARK not in open_adapter(tmp_path / "b").metadata
+    expect_logits(kind, tmp_path / "b", logits)
+
+
+def test_a_lone_stack_is_refused_for_vllm(tmp_path: Path) -> None:
+    config = LoraConfig(
+        r=2, target_parameters=STACKS[1:], target_modules=[], base_model_name_or_path="gpt_oss"
+    )
+    model = get_peft_model(base("gpt_oss"), config)
+    model.peft_config["default"].base_model_name_or_path = "gpt_oss"
+    model.save_pretrained(tmp_path / "a")
+    with pytest.raises(ExportError, match="gate_up_proj has no update, and vLLM, for models whose experts"):
+        export_adapter(tmp_path / "a", tmp_path / "b", "vllm")
+    assert not (tmp_path / "b").exists()
 
 
 def test_experts_that_cannot_be_read_are_listed(saved: tuple[str, Path, Tensor], tmp_path: Path) -> None:

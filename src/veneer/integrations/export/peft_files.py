@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...config.residual import RESIDUAL_MARK
 from ...errors import ExportError
+from ...expert_layouts.telling import MARK as LAYOUT_MARK
 from ...files.keys import PREFIX
 from ...files.layout import CONFIG_NAME, SAFETENSORS_NAME
 from ...files.read import open_adapter
@@ -41,8 +42,11 @@ def factors(updates: Mapping[str, Update], prefix: str = PREFIX) -> dict[str, Te
 
 
 def metadata(part: Part) -> dict[str, str]:
-    """What the source's file says of its base; a frozen term is a plain part of the factors here."""
-    return {k: v for k, v in part.source.metadata.items() if k not in ("format", RESIDUAL_MARK)}
+    """What the source's file says of its base.
+
+    A frozen term is a plain part of the factors here, and experts may lie in another layout.
+    """
+    return {k: v for k, v in part.source.metadata.items() if k not in ("format", RESIDUAL_MARK, LAYOUT_MARK)}
 
 
 class PeftFiles(Target):
@@ -55,10 +59,18 @@ class PeftFiles(Target):
         (part,) = parts
         write_adapter(
             place,
-            {**factors(part.folded.updates), **self.others(part)},
+            {**factors(self.laid_out(part.folded.updates)), **self.others(part)},
             self.config(part),
             metadata=metadata(part),
         )
+
+    def laid_out(self, updates: Mapping[str, Update]) -> Mapping[str, Update]:
+        """Updates as the file has them, where it has several in one."""
+        return updates
+
+    def apart(self, updates: dict[str, Update], r: int) -> dict[str, Update]:
+        """The inverse of `laid_out`; r is the rank of all."""
+        return updates
 
     def config(self, part: Part) -> dict[str, Any]:
         return plain_config(part)
@@ -78,7 +90,8 @@ class PeftFiles(Target):
             path, mark, role = name.rpartition(".lora_")
             if mark:
                 found.setdefault(path.removeprefix(PREFIX), {})[role] = tensor
-        return {"": {path: self._update(parts, values) for path, parts in found.items()}}
+        updates = {path: self._update(parts, values) for path, parts in found.items()}
+        return {"": self.apart(updates, int(values["r"]))}
 
     def changed_others(self, part: Part, place: Path) -> list[str]:
         """Those of `others`."""

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from types import MappingProxyType
+from typing import Any
 
 from torch import Tensor
 
 from ...expert_layouts.layouts import LAYOUTS
 from ...wording import listed
-from .base import Part, Problem
-from .experts import one_by_one
+from .base import Part, Problem, plain_config
+from .experts import in_stacks, one_by_one, out_of_stacks, stacks_of
 from .folding import Rules
 from .peft_files import PeftFiles
-from .source import Source
+from .source import Source, Update
 
 #: What its server takes for ``--max-lora-rank``.
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -38,6 +40,18 @@ class Vllm(PeftFiles):
         """The adapter with an update for every expert."""
         made, problems = one_by_one(source, LAYOUTS["vllm"])
         return made, {}, problems
+
+    def config(self, part: Part) -> dict[str, Any]:
+        """With the stacks of experts."""
+        return plain_config(part, target_parameters=sorted(stacks_of(part.folded.updates)) or None)
+
+    def laid_out(self, updates: Mapping[str, Update]) -> Mapping[str, Update]:
+        """With the experts in stacks, for the models whose experts it loads as such."""
+        return in_stacks(updates)
+
+    def apart(self, updates: dict[str, Update], r: int) -> dict[str, Update]:
+        """With an update for every expert of a stack."""
+        return out_of_stacks(updates, r)
 
     def more_problems(self, source: Source) -> list[Problem]:
         """Whole modules other than a classifier's head, and ranks above the largest that it takes."""
