@@ -22,6 +22,7 @@ from veneer.errors import CombineError, Text, show
 from veneer.inits import InitResult
 from veneer.layers import LoraLayer
 from veneer.ops import low_rank, pruning
+from veneer.ops.merging import is_finite
 from veneer.spec import LoraSpec
 from veneer.wording import bullets, span
 
@@ -146,6 +147,11 @@ def combine(
         )
         result.append(combined)
         ranks[path], errors[path] = combined.spec.r, combined.error
+        new = (combined.start.a, combined.start.b, combined.start.bias)
+        if not all(tensor is None or is_finite(tensor) for tensor in new):
+            problems.append(f"{path}: the new factors leave the range of {combined.start.a.dtype}")
+    if problems:
+        raise CombineError(bullets("these adapters cannot be combined:", problems))
     return result, CombineReport(combination_type, ranks, errors)
 
 
@@ -256,13 +262,14 @@ def _pruning_problems(
                 f"{method} combines factors of one rank, and on {path} {listed}: use {method + '_svd'!r}"
             )
             break
-    subtracted = [n for n in names if any(_has_residual(layer, n) for layer in layers.values())]
+    every = [(n, layer) for n in names for layer in layers.values() if n in layer.held_adapters]
+    subtracted = [n for n, layer in every if layer.residual(n) is not None]
     if subtracted and method == combination_type:
         found.append(
             f"{method} works on factors, but the update of {subtracted[0]!r} is their product minus its "
             f"start: use {method + '_svd'!r}"
         )
-    biased = [n for n in names if any(layer.lora_bias.get(n) for layer in layers.values())]
+    biased = [n for n, layer in every if layer.lora_bias[n]]
     if biased:
         found.append(f"{biased[0]!r} has a lora_bias, which {method} cannot combine: use 'cat'")
     return found
@@ -283,7 +290,8 @@ def _combine_layer(
         n: tuple(None if t is None else _wide(t) for t in part) for n, part in parts.items()
     }
     strengths = {n: w * layer.scaling[n] for n, w in weights.items()}
-    bias = _sum_biases(wide, strengths)
+    biases = [strengths[n] * part[2] for n, part in wide.items() if part[2] is not None]
+    bias = torch.stack(biases).sum(0) if biases else None
     error = 0.0
     shares = [Share(b, a, layer.scaling[n], weights[n]) for n, (a, b, _) in wide.items()]
     if combination_type.endswith("svd"):
@@ -333,17 +341,8 @@ def trimmed_factors(shares: Sequence[Share], trim: Trim) -> tuple[Tensor, Tensor
     return trim([share.a for share in shares], signed), trim([share.b for share in shares], roots)
 
 
-def _has_residual(layer: LoraLayer, name: str) -> bool:
-    return name in layer.held_adapters and layer.residual(name) is not None
-
-
 def _wide(tensor: Tensor) -> Tensor:
     return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
-
-
-def _sum_biases(parts: Mapping[str, tuple[Any, ...]], strengths: Mapping[str, float]) -> Tensor | None:
-    terms = [strengths[n] * part[2] for n, part in parts.items() if part[2] is not None]
-    return torch.stack(terms).sum(0) if terms else None
 
 
 def _concatenated(

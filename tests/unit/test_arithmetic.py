@@ -185,6 +185,16 @@ def test_weights_are_numbers_of_any_library(weights: Any) -> None:
     assert all(torch.equal(delta, expected[path]) for path, delta in deltas(model, "n").items())
 
 
+def test_factors_that_leave_the_range_of_their_type_are_refused() -> None:
+    model = get_peft_model(
+        Net().half(), LoraConfig(r=2, target_modules=PLAIN), "a", autocast_adapter_dtype=False
+    )
+    train(model, "a", 0)
+    with pytest.raises(CombineError, match=r"linear: the new factors leave the range of torch\.float16"):
+        model.base_model.add_weighted_adapter(["a"], [1e9], "huge", "cat")
+    assert list(model.peft_config) == ["a"]
+
+
 def test_one_name_may_stand_alone() -> None:
     model = get_peft_model(Net(), LoraConfig(r=4, lora_alpha=7, target_modules=PLAIN))
     train(model, "default", 0)

@@ -38,7 +38,7 @@ def check_values(
             f"{where}: {len(wrong)} of {len(tensors)} tensors are no factors, which are floating-point "
             f"numbers of 16 bits or more: {listed(wrong)}. The file is damaged, or was quantised"
         )
-    broken = [name for name, tensor in tensors.items() if not _finite(tensor)]
+    broken = [name for name, tensor in tensors.items() if not is_finite(tensor)]
     if not broken:
         return
     message = f"{where}: {len(broken)} of {len(tensors)} tensors hold NaN or infinity: {listed(broken)}"
@@ -46,8 +46,3 @@ def check_values(
         way_out = () if check_finite is None else (Hint("check_finite", False, "; {} loads it all the same"),)
         raise AdapterFileError(f"{message}. Training diverged, or the file is damaged", *way_out)
     warn(message)
-
-
-def _finite(tensor: torch.Tensor) -> bool:
-    local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    return bool(local.is_meta) or is_finite(local)

@@ -41,11 +41,7 @@ class LoraConv(LoraLayer):
     Shapes: x: (batch, in, d…) -> (batch, out, d'…).
     """
 
-    wraps = (
-        "torch.nn.modules.conv.Conv1d",
-        "torch.nn.modules.conv.Conv2d",
-        "torch.nn.modules.conv.Conv3d",
-    )
+    wraps = ("torch.nn.modules.conv.Conv1d", "torch.nn.modules.conv.Conv2d", "torch.nn.modules.conv.Conv3d")
 
     @classmethod
     def shapes(cls, base: nn.Module, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:

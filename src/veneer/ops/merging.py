@@ -112,10 +112,11 @@ def written_at_once(weight: Tensor, terms: Sequence[Term]) -> bool:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether no element is NaN or infinite; True for tensors of integers."""
-    if tensor.numel() == 0 or not tensor.is_floating_point():
-        return True
+    """Whether no element here is NaN or infinite; True for integers, and for tensors without values."""
     values = tensor.detach()
+    values = values.to_local() if hasattr(values, "to_local") else values
+    if values.is_meta or values.numel() == 0 or not values.is_floating_point():
+        return True
     if values.element_size() == 1:  # torch cannot compare 8-bit floats; bfloat16 has all of their values
         values = values.to(torch.bfloat16)
     low, high = torch.aminmax(values)  # propagates NaN; no copy of the tensor's size

@@ -26,14 +26,8 @@ T = TypeVar("T")
 MOST_VALUES = 100_000
 
 SCHEDULES = (
-    "linear",
-    "cosine",
-    "constant",
-    "constant_with_warmup",
-    "cosine_with_restarts",
-    "polynomial",
-    "inverse_sqrt",
-)
+    "linear cosine constant constant_with_warmup cosine_with_restarts polynomial inverse_sqrt"
+).split()
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 QUANTIZATIONS = ("nf4", "fp4", "int8", "int4")
 METHODS = ("sft", "dpo", "kto", "orpo", "reward")

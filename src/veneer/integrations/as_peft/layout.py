@@ -6,35 +6,17 @@ The names are attributes of `objects.py`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 _CONFIGS = (
-    "PeftConfig",
-    "LoraConfig",
-    "LoftQConfig",
-    "EvaConfig",
-    "LoraGAConfig",
-    "LoraRuntimeConfig",
-    "PeftType",
-    "TaskType",
+    "PeftConfig LoraConfig LoftQConfig EvaConfig LoraGAConfig LoraRuntimeConfig PeftType TaskType".split()
 )
 _MODELS = (
-    "PeftModel",
-    "PeftMixedModel",
-    "PeftModelForCausalLM",
-    "PeftModelForSeq2SeqLM",
-    "PeftModelForSequenceClassification",
-    "PeftModelForTokenClassification",
-    "PeftModelForQuestionAnswering",
-    "PeftModelForFeatureExtraction",
-)
-AUTO = (
-    "AutoPeftModel",
-    "AutoPeftModelForCausalLM",
-    "AutoPeftModelForSeq2SeqLM",
-    "AutoPeftModelForSequenceClassification",
-    "AutoPeftModelForTokenClassification",
-    "AutoPeftModelForQuestionAnswering",
-    "AutoPeftModelForFeatureExtraction",
-)
+    "PeftModel PeftMixedModel PeftModelForCausalLM PeftModelForSeq2SeqLM "
+    "PeftModelForSequenceClassification PeftModelForTokenClassification PeftModelForQuestionAnswering "
+    "PeftModelForFeatureExtraction"
+).split()
+AUTO = [f"Auto{name}" for name in _MODELS if name != "PeftMixedModel"]
 _BASE_STATE = ("get_base_model_state_dict", "set_base_model_state_dict")
 _ERRORS = ("PeftError", "PeftWarning", "NoMatchingPeftModuleError")
 _STATE = ("get_peft_model_state_dict", "set_peft_model_state_dict", "load_peft_weights")
@@ -43,27 +25,15 @@ _EVA = ("get_eva_state_dict", "initialize_lora_eva_weights")
 _INITS = (*_EVA, "preprocess_loraga", "replace_lora_weights_loftq")
 _FILES = ("CONFIG_NAME", "SAFETENSORS_WEIGHTS_NAME", "WEIGHTS_NAME")
 _OTHER = (
-    "AuxiliaryTrainingWrapper",
-    "ModulesToSaveWrapper",
-    "_get_submodules",
-    "fsdp_auto_wrap_policy",
-    "cast_mixed_precision_params",
-    "get_pattern_key",
-    "get_quantization_config",
-    "infer_device",
-    "prepare_model_for_kbit_training",
-    "transpose",
     *_FILES,
+    *(
+        "AuxiliaryTrainingWrapper ModulesToSaveWrapper _get_submodules fsdp_auto_wrap_policy "
+        "cast_mixed_precision_params get_pattern_key get_quantization_config infer_device "
+        "prepare_model_for_kbit_training transpose"
+    ).split(),
 )
 _LORA = (
-    "CordaConfig",
-    "LoraGAConfig",
-    "LoraConfig",
-    "LoraLayer",
-    "LoraModel",
-    "LoftQConfig",
-    "EvaConfig",
-    "LoraRuntimeConfig",
+    "CordaConfig LoraGAConfig LoraConfig LoraLayer LoraModel LoftQConfig EvaConfig LoraRuntimeConfig".split()
 )
 _QUANTISED = ("Linear4bit", "Linear8bitLt")
 _FUNCTIONAL = ("cast_adapter_dtype", "delete_adapter", "set_adapter", "set_requires_grad")
@@ -79,7 +49,7 @@ _HOTSWAP = (
     "prepare_model_for_compiled_hotswap",
 )
 
-LAYOUT: dict[str, tuple[str, ...]] = {
+LAYOUT: dict[str, Sequence[str]] = {
     "peft": (
         *_CONFIGS,
         *_MODELS,
@@ -88,18 +58,12 @@ LAYOUT: dict[str, tuple[str, ...]] = {
         *_INITS,
         *_BASE_STATE,
         *_ERRORS,
-        "LoraModel",
-        "PEFT_TYPE_TO_MIXED_MODEL_MAPPING",
-        "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
-        "PEFT_TYPE_TO_CONFIG_MAPPING",
-        "PEFT_TYPE_TO_TUNER_MAPPING",
-        "cast_mixed_precision_params",
-        "get_layer_status",
-        "get_model_status",
-        "get_peft_config",
-        "get_peft_model",
-        "inject_adapter_in_model",
-        "prepare_model_for_kbit_training",
+        *(
+            "LoraModel PEFT_TYPE_TO_MIXED_MODEL_MAPPING MODEL_TYPE_TO_PEFT_MODEL_MAPPING "
+            "PEFT_TYPE_TO_CONFIG_MAPPING PEFT_TYPE_TO_TUNER_MAPPING cast_mixed_precision_params "
+            "get_layer_status get_model_status get_peft_config get_peft_model inject_adapter_in_model "
+            "prepare_model_for_kbit_training"
+        ).split(),
     ),
     "peft.auto": (*AUTO, "MODEL_TYPE_TO_PEFT_MODEL_MAPPING", "PeftConfig"),
     "peft.config": ("PeftConfig", "PeftConfigMixin", "PromptLearningConfig"),
@@ -110,22 +74,14 @@ LAYOUT: dict[str, tuple[str, ...]] = {
         "set_peft_model_state_dict",
     ),
     "peft.helpers": (
-        "DoraCaching",
-        "check_if_peft_model",
-        "disable_input_dtype_casting",
-        "rescale_adapter_scale",
-        "update_forward_signature",
-        "update_generate_signature",
-        "update_signature",
-    ),
+        "DoraCaching check_if_peft_model disable_input_dtype_casting rescale_adapter_scale "
+        "update_forward_signature update_generate_signature update_signature"
+    ).split(),
     "peft.import_utils": ("is_bnb_available", "is_bnb_4bit_available", "is_torchao_available"),
     "peft.mapping": (
-        "PEFT_TYPE_TO_CONFIG_MAPPING",
-        "PEFT_TYPE_TO_PREFIX_MAPPING",
-        "PEFT_TYPE_TO_TUNER_MAPPING",
-        "get_peft_config",
-        "inject_adapter_in_model",
-    ),
+        "PEFT_TYPE_TO_CONFIG_MAPPING PEFT_TYPE_TO_PREFIX_MAPPING PEFT_TYPE_TO_TUNER_MAPPING "
+        "get_peft_config inject_adapter_in_model"
+    ).split(),
     "peft.mapping_func": ("MODEL_TYPE_TO_PEFT_MODEL_MAPPING", "get_peft_model"),
     "peft.optimizers": (
         "create_lorafa_optimizer",
@@ -136,43 +92,12 @@ LAYOUT: dict[str, tuple[str, ...]] = {
     "peft.mixed_model": ("PeftMixedModel",),
     "peft.tuners": _LORA,
     "peft.tuners.tuners_utils": (
-        "BaseTuner",
-        "BaseTunerLayer",
-        "_maybe_include_all_linear_layers",
-        "cast_adapter_dtype",
-        "check_adapters_to_merge",
-        "check_target_module_exists",
-        "delete_adapter",
-        "onload_layer",
-        "set_adapter",
-    ),
-    "peft.tuners.lora": (
-        *_QUANTISED,
-        *_LORA,
-        *_INITS,
-        "Conv1d",
-        "Conv2d",
-        "Conv3d",
-        "Embedding",
-        "Linear",
-    ),
-    "peft.tuners.lora.config": (
-        "LoraConfig",
-        "LoftQConfig",
-        "CordaConfig",
-        "EvaConfig",
-        "LoraGAConfig",
-        "LoraRuntimeConfig",
-    ),
-    "peft.tuners.lora.layer": (
-        "LoraLayer",
-        "Conv1d",
-        "Conv2d",
-        "Conv3d",
-        "Embedding",
-        "Linear",
-        "ParamWrapper",
-    ),
+        "BaseTuner BaseTunerLayer _maybe_include_all_linear_layers cast_adapter_dtype "
+        "check_adapters_to_merge check_target_module_exists delete_adapter onload_layer set_adapter"
+    ).split(),
+    "peft.tuners.lora": (*_QUANTISED, *_LORA, *_INITS, "Conv1d", "Conv2d", "Conv3d", "Embedding", "Linear"),
+    "peft.tuners.lora.config": [name for name in _LORA if name.endswith("Config")],
+    "peft.tuners.lora.layer": "LoraLayer Conv1d Conv2d Conv3d Embedding Linear ParamWrapper".split(),
     "peft.tuners.lora.bnb": _QUANTISED,
     "peft.tuners.lora.corda": ("preprocess_corda",),
     "peft.tuners.lora.eva": _EVA,

@@ -27,12 +27,7 @@ from ...wording import listed
 
 _CONTAINERS = (*LoraLayer.adapter_layer_names, "modules_to_save")
 # Attributes that transformers sets on the model.
-_ATTRIBUTES = (
-    "peft_config",
-    "_hf_peft_config_loaded",
-    "_weight_conversions",
-    "_prepare_lora_hotswap_kwargs",
-)
+_ATTRIBUTES = ("peft_config", "_hf_peft_config_loaded", "_weight_conversions", "_prepare_lora_hotswap_kwargs")
 
 
 def load_adapter(original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
