@@ -25,7 +25,9 @@ _RANK_AXIS = {
     1: {"lora_B", "lora_embedding_B", "lora_residual_B"},
 }
 # Differences in these cannot be expressed by tensors.
-_MUST_AGREE = ("peft_type", "use_dora", "lora_bias", "bias", "fan_in_fan_out", "modules_to_save")
+_MUST_AGREE = (
+    "peft_type use_dora lora_bias bias fan_in_fan_out modules_to_save alora_invocation_tokens"
+).split()
 
 
 def check_hotswap_configs_compatible(config0: PeftConfig, config1: PeftConfig) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from veneer.adapters import walk
 from veneer.base_fingerprint import check_base
 from veneer.config import LoraConfig, PeftConfig
 from veneer.config.residual import marked_config
-from veneer.errors import ConfigError, Hint, LoadMismatchError, MergeError
+from veneer.errors import ConfigError, Hint, LoadMismatchError, MergeError, show
 from veneer.expert_layouts.standard import standard
 from veneer.files.keys import PREFIX
 from veneer.files.match import match
@@ -156,7 +156,7 @@ def _check_reload(lora: LoraModel, config: PeftConfig, adapter_name: str, where:
 
     Raises:
         MergeError: The adapter is merged.
-        LoadMismatchError: Its strength or its variant is not the file's.
+        LoadMismatchError: Its strength, its variant or its tokens are not the file's.
     """
     layers = {path: layer for path, layer in lora.layers().items() if adapter_name in layer.held_adapters}
     if any(adapter_name in layer.merged_adapters for layer in layers.values()):
@@ -167,12 +167,21 @@ def _check_reload(lora: LoraModel, config: PeftConfig, adapter_name: str, where:
         for path, here, wanted in zip(layers, present, specs_under(config, present), strict=True)  # type: ignore[arg-type]
         if (wanted.scaling, wanted.variant) != (here.scaling, here.variant)
     ]
+    for name in ("trainable_token_indices", "alora_invocation_tokens"):
+        here, wanted = (getattr(c, name, None) for c in (lora.peft_config[adapter_name], config))
+        if here and wanted and _tokens(here) != _tokens(wanted):
+            differing.append(f"{name}: {show(here)} here, {show(wanted)} in the file")
     if differing:
         raise LoadMismatchError(
-            f"{where} cannot be loaded into the adapter {adapter_name!r} that is here, whose strength or "
-            f"kind is another: {'; '.join(differing[:3])}. Load it under another name, or delete_adapter"
+            f"{where} cannot be loaded into the adapter {adapter_name!r} that is here, whose strength, kind "
+            f"or tokens are others: {'; '.join(differing[:3])}. Load it under another name, or delete_adapter"
             f"({adapter_name!r}) first"
         )
+
+
+def _tokens(given: Sequence[int] | Mapping[str, Sequence[int]]) -> list[list[int]]:
+    """Tokens by module, whose names may be written in several ways."""
+    return sorted(map(list, given.values())) if isinstance(given, Mapping) else [list(given)]
 
 
 def _fill(injection: Injection, tensors: StoredTensors, file: AdapterFile, checks: Checks) -> LoadReport:

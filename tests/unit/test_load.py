@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from veneer import LoraConfig, get_peft_model
-from veneer.errors import BaseMismatchError, LoadMismatchError, MergeError, VeneerWarning
+from veneer.errors import BaseMismatchError, ConfigError, LoadMismatchError, MergeError, VeneerWarning
+from veneer.hotswap import hotswap_adapter
 
 
 def adapted(seed: int, alpha: int = 5, base: int = 0, **options: Any) -> Any:
@@ -62,6 +63,27 @@ def test_another_strength_is_refused(tmp_path: Path) -> None:
         model.load_adapter(tmp_path, "default")
     assert all(torch.equal(before[name], tensor) for name, tensor in tensors(model).items())
     assert model.load_adapter(tmp_path, "beside").ok
+
+
+@pytest.mark.parametrize("option", ["trainable_token_indices", "alora_invocation_tokens"])
+def test_other_tokens_are_refused(option: str, tmp_path: Path) -> None:
+    def made(tokens: Any) -> Any:
+        net = nn.Sequential(nn.Embedding(8, 6), nn.Linear(6, 8))
+        task = "CAUSAL_LM" if option.startswith("alora") else None
+        return get_peft_model(net, LoraConfig(target_modules=["1"], task_type=task, **{option: tokens}))
+
+    named = option.startswith("train")
+    made({"0": [1, 2]} if named else [1, 2]).save_pretrained(tmp_path)
+    model = made({"0": [3, 4]} if named else [3, 4])
+    before = tensors(model)
+    with pytest.raises(LoadMismatchError, match=rf"{option}: .*\[3, 4\].* here, .*\[1, 2\].* in the file"):
+        model.load_adapter(tmp_path, "default", check_base=False)
+    assert all(torch.equal(before[name], tensor) for name, tensor in tensors(model).items())
+    same = made({"0": [1, 2]} if named else [1, 2])
+    assert same.load_adapter(tmp_path, "default", check_base=False).ok
+    if not named:
+        with pytest.raises(ConfigError, match=r"alora_invocation_tokens: \[3, 4\] and \[1, 2\]"):
+            hotswap_adapter(model, str(tmp_path), "default")
 
 
 def test_a_merged_adapter_is_refused(tmp_path: Path) -> None:
