@@ -219,7 +219,7 @@ def _problems(
         found.append(f"{len(adapters)} adapters but {len(numbers)} weights")
     if None in numbers:
         found.append(f"weights must be finite numbers, got {weights!r}")
-    if svd_rank is not None and (not isinstance(svd_rank, int) or svd_rank < 1):
+    if svd_rank is not None and (type(svd_rank) is not int or svd_rank < 1):
         found.append(f"svd_rank must be a positive integer, got {svd_rank!r}")
     for name in as_names(adapters):
         held = {path: layer for path, layer in layers.items() if name in layer.held_adapters}

@@ -447,9 +447,12 @@ class LoraModel(nn.Module):
                 model's configuration, or else the one that was quantised.
 
         Raises:
+            ConfigError: If ``dequantize`` is neither a boolean nor a floating-point type.
             MergeError: Naming every layer that cannot be merged; the model is then as it was. Or naming the
                 layers that stay merged, with what stopped the others as its cause.
         """
+        if not (isinstance(dequantize, bool) or getattr(dequantize, "is_floating_point", None) is True):
+            raise ConfigError(f"dequantize must be a boolean or a floating-point type, got {dequantize!r}")
         names = self.active_adapters if adapter_names is None else as_names(adapter_names)
         if self.peft_config and not names:
             raise MergeError(

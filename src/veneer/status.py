@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from veneer.adapters import AdapterModule, AdapterSet, base_of, walk
-from veneer.errors import TargetError
+from veneer.errors import ConfigError, TargetError
 from veneer.layers import LoraLayer
 
 Irregular = Literal["irregular"]
@@ -268,7 +268,12 @@ def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:
     Args:
         model: The model, changed in place; the parameters stay the same objects.
         dtype: ``torch.float16`` or ``torch.bfloat16``.
+
+    Raises:
+        ConfigError: If it is no floating-point type; nothing has changed then.
     """
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ConfigError(f"dtype must be a floating-point type such as torch.bfloat16, got {dtype!r}")
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.to(torch.float32 if parameter.requires_grad else dtype)

@@ -145,6 +145,7 @@ def test_the_set_strength_counts() -> None:
         ((["a", "c"], [1.0, 1.0], "n", "cat", None, None, True, None, 0.5), "density belongs to"),
         ((["a"], [1.0], "n", "ties", None, None, True, None, 0.5, "loudest"), "majority_sign_method"),
         ((["a"], [1.0], "n", "svd", 0), "svd_rank"),
+        ((["a"], [1.0], "n", "svd", True), "svd_rank"),
         (([], [], "n", "cat"), "no adapter"),
         ((["a", "b"], [True, 1.0], "n", "cat"), "finite"),
         ((["a", "b"], [np.bool_(True), 1.0], "n", "cat"), "finite"),

@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from tests.laws.snapshots import Snapshot
 from tests.storages import eight_bits, four_bits, torchao
 from tests.tolerances import assert_close
-from veneer import LoraConfig, MergeError, PeftModel, VeneerWarning, get_peft_model, merge
+from veneer import ConfigError, LoraConfig, MergeError, PeftModel, VeneerWarning, get_peft_model, merge
 from veneer.layers import LoraLayer
 from veneer.layers.trainable_tokens import TrainableTokens
 from veneer.merge_report import MergeReport
@@ -99,6 +99,12 @@ def test_so_does_merging_another_for_good(what: str) -> None:
     with pytest.warns(VeneerWarning, match="'a' was merged before and stays merged"):
         plain = model.merge_and_unload(adapter_names=["b"])
     assert_close(logits(plain), expected)
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", torch.int8])
+def test_merging_into_no_floating_type_is_refused(kind: Any) -> None:
+    with pytest.raises(ConfigError, match="dequantize must be a boolean or a floating-point type, got"):
+        adapted().merge_and_unload(dequantize=kind)
 
 
 def test_so_does_taking_out_the_other() -> None:

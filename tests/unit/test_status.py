@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from veneer import (
+    ConfigError,
     LoraConfig,
     TargetError,
     cast_mixed_precision_params,
@@ -93,6 +94,9 @@ def test_casting_for_mixed_precision_keeps_the_parameters_and_the_integers() -> 
     kinds = {p.dtype for p in model.parameters() if p.requires_grad}
     frozen = {p.dtype for p in model.parameters() if not p.requires_grad}
     assert kinds == {torch.float32} and frozen == {torch.bfloat16, torch.int64}
+    with pytest.raises(ConfigError, match=r"floating-point type .*, got torch\.int8"):
+        cast_mixed_precision_params(model, torch.int8)
+    assert torch.int8 not in {p.dtype for p in model.parameters()}
 
 
 def test_rows_of_tokens_that_are_merged_are_said() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from typing import Any
 
@@ -37,7 +38,7 @@ def create_loraplus_optimizer(
 
     Source: Hayou et al., "LoRA+: Efficient Low Rank Adaptation of Large Models", 2024, section 4.
     """
-    if not loraplus_lr_ratio > 0:
+    if not 0 < loraplus_lr_ratio < math.inf:
         raise ConfigError(f"loraplus_lr_ratio must be a positive number, got {loraplus_lr_ratio!r}")
     weight_decay = kwargs.pop("loraplus_weight_decay", 0.0)
     lr_embedding = kwargs.pop("loraplus_lr_embedding", 1e-6)

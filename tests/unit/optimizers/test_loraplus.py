@@ -22,8 +22,9 @@ def test_b_learns_faster_than_a() -> None:
 
 def test_refusals() -> None:
     layer = wrap(nn.Linear(4, 3), LoraConfig(r=2, lora_alpha=6))
-    with pytest.raises(ConfigError, match="loraplus_lr_ratio"):
-        create_loraplus_optimizer(layer, torch.optim.SGD, lr=0.5, loraplus_lr_ratio=0)
+    for ratio in (0, float("inf"), float("nan")):
+        with pytest.raises(ConfigError, match="loraplus_lr_ratio"):
+            create_loraplus_optimizer(layer, torch.optim.SGD, lr=0.5, loraplus_lr_ratio=ratio)
     layer.requires_grad_(False)
     with pytest.raises(TrainingError, match="no parameter"):
         create_loraplus_optimizer(layer, torch.optim.SGD, lr=0.5, loraplus_lr_ratio=4)
