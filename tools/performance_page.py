@@ -24,8 +24,8 @@ END = "<!-- end of results -->"
 #: In the order of a model's life.
 ORDER = (
     "training_step training_run saved_for_backward plan_memory wrapping loading activating merging combining "
-    "extracting mixed_batch family sweep evaluation experts expert_layouts inference compiling import_time "
-    "products"
+    "extracting mixed_batch family sweep mail_sweep evaluation experts expert_layouts inference compiling "
+    "import_time products"
 ).split()
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from ..errors import VeneerWarning
 from ..family import Family, Result
 from ..family.losses import ModelLoss
+from ..forward import IGNORED
 from ..training.data import Collator, LabelCollator
 from ..training.evaluate import objective_loss
 from ..training.forward import batches
@@ -30,7 +31,7 @@ from .options import SweepOptions
 from .packs import Packs, packs
 from .trial import Trial, tokens_of
 
-#: Held-out examples that runs are compared on at least, if there are so many.
+#: What runs are compared on at least, if there is so much: tokens of answers, or labels of a classifier.
 FEWEST = 256
 
 Batches = Mapping[str, Mapping[str, Tensor]]
@@ -207,11 +208,14 @@ class Worker:
             trial.step += 1
             trial.losses.append(losses[trial.name])
 
-    def _held_out(self, rung: int) -> list[Any]:
+    def _held_out(self, rung: int) -> Sequence[Any]:
         """What to compare runs on: before their end as many examples as they were trained on, or `FEWEST`."""
         trials, every = self.work.trials, self.work.eval_rows
-        count = max(trial.seen(trial.rungs[rung]) for trial in trials)
-        count = len(every) if rung == len(trials[0].rungs) - 1 else min(max(count, FEWEST), len(every))
+        if rung == len(trials[0].rungs) - 1:
+            return every
+        counted = sum(int((self.collate([row])["labels"] != IGNORED).sum()) for row in every)
+        seen = max(trial.seen(trial.rungs[rung]) for trial in trials)
+        count = min(max(seen, math.ceil(FEWEST * len(every) / counted)), len(every))
         return [every[number * len(every) // count] for number in range(count)]
 
     def _evaluate(self, arrived: Sequence[Trial], rows: Sequence[Any]) -> None:

@@ -19,7 +19,8 @@ from veneer.sweep.handle import Handle, Here, Lost
 from veneer.sweep.on_ray import _layout
 from veneer.sweep.options import SweepOptions
 from veneer.sweep.sweep import sweep
-from veneer.sweep.worker import Worker
+from veneer.sweep.trial import trials
+from veneer.sweep.worker import Work, Worker
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +33,22 @@ def alone(options: SweepOptions, tmp_path_factory: pytest.TempPathFactory) -> Pa
     place = tmp_path_factory.mktemp("alone") / "out"
     sweep(replace(options, output=str(place)), GRID)
     return place
+
+
+def test_early_comparisons_are_on_enough_labels(options: SweepOptions) -> None:
+    def compared(answer: int, classes: list[str] | None = None) -> list[int]:
+        rows = [{"input_ids": [1] * 60, "labels": [-100] * (60 - answer) + [1] * answer}] * 900
+        if classes:
+            rows = [{"input_ids": [1] * 60, "labels": 1}] * 900
+        every = trials(replace(options, max_steps=180), {"lora_r": list(range(1, 10))}, 900)
+        assert every[0].rungs == (20, 60, 180)
+        worker = Worker(Work(options, every, [], rows, 0, classes))
+        return [len(worker._held_out(rung)) for rung in range(3)]
+
+    # As many as were trained on, and where that is little text, more.
+    assert compared(50) == [80, 240, 900]
+    assert compared(1) == compared(1, ["a", "b"]) == [256, 256, 900]
+    assert compared(2) == [128, 240, 900]
 
 
 class Mortal(Here):
