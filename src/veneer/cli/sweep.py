@@ -49,7 +49,8 @@ def sweep(
     try:
         found = train(options, values, Terminal())
     except Interrupted as left:
-        say(f"Stopped after {left.step} of at most {left.steps} steps, saved in {left.checkpoint}. To go on:")
+        done = f"{left.step:,} of at most {left.steps:,} steps"
+        say(f"Stopped after {done}, saved in {left.checkpoint}. To go on:")
         same = {"grid": grid, **{name: value for name, value in given.items() if name != "resume"}}
         say(f"  {command_line('sweep', config, same, '--resume')}")
         return INTERRUPTED

@@ -41,6 +41,7 @@ _ADDRESS = re.compile(r"auto|(ray://)?[^:/\s]+:\d+|(ray://)?\[[0-9a-f:]+\]:\d+")
 
 #: Name of an option -> its values.
 Grid = dict[str, list[Any]]
+_LISTS = "each option needs a list of values, such as `lora_r: [4, 16]`"
 
 
 @dataclass(frozen=True)
@@ -157,66 +158,112 @@ def options_and_grid(
     """
     content = {} if config is None else yaml_mapping(config)
     told = content.pop("grid", None) or {}
-    found = from_mapping(content, str(config), SweepOptions)
-    found |= {name: value for name, value in given.items() if value is not None}
-    grid = (_grid(told, f"grid of {config}") if told else {}) | _grid(_of_flags(flags), "grid")
-    if not grid:
-        example = Hint("grid", Blank("learning_rate=1e-4,3e-4,1e-3"))
-        raise ConfigError("a sweep needs a grid of options to try: ", example)
-    if both := [name for name in grid if name in found]:
-        raise ConfigError(Text.join(", ", map(Hint, both)), " is in the grid and given beside it: choose one")
+    found: dict[str, Any] = {}
+    grid = Grid()
+    all_of(
+        [
+            partial(from_mapping, content, str(config), SweepOptions, found),
+            partial(_read_grid, told, f"grid of {config}", grid),
+            partial(_read_flags, flags, grid),
+            partial(_complete, found, given, grid, bool(told or flags)),
+        ]
+    )
+    return SweepOptions(**found), grid
+
+
+def _complete(found: dict[str, Any], given: Mapping[str, Any], grid: Grid, told: bool) -> None:
+    """Add the flags to the options of a file, and check what they come to, alone and with a grid."""
+    found.update((name, value) for name, value in given.items() if value is not None)
     if not found.get("eval_data") and not found.get("validation_split"):
         found["validation_split"] = HELD_OUT
-    options = SweepOptions(**found)
-    options.points(grid)
-    return options, grid
-
-
-def _of_flags(flags: Sequence[str]) -> dict[str, list[Any]]:
-    found: dict[str, list[Any]] = {}
-    words: dict[str, Any] = {"true": True, "false": False}
-    for flag in flags:
-        name, sign, text = flag.partition("=")
-        values = [part.strip() for part in text.split(";" if ";" in text else ",")]
-        if not sign or not all((name.strip(), *values)):
-            raise ConfigError(Hint("grid"), f" takes NAME=VALUE,VALUE, not {flag!r}")
-        if name in found:
-            raise ConfigError(Hint("grid"), f" has {name} twice: give all its values at once")
-        found[name.strip()] = [words.get(value, value) for value in values]
-    return found
-
-
-def _grid(content: Any, where: str) -> Grid:
-    """The values of each option, with its own name and type."""
-    if not isinstance(content, Mapping) or not all(isinstance(v, list) and v for v in content.values()):
-        raise ConfigError(f"{where}: each option needs a list of values, such as `lora_r: [4, 16]`")
-    known, may, grid = spellings(SweepOptions), swept(), Grid()
-    wrong: list[str | Text] = []
-    names = {key: str(key).replace("-", "_") for key in content}
-    from_mapping({key: None for key in content if names[key] not in known}, where, SweepOptions)
-    for key, values in content.items():
-        name = known[names[key]]
-        if name in grid:
-            wrong.append(f"{name} is given twice")
-            continue
-        if name == "seed":
-            wrong.append(
-                Text(Hint("seeds", 3), " trains each configuration with three seeds; seed is the first")
-            )
-            continue
-        if name not in may:
-            wrong.append(f"{key} is the same for all runs of a sweep; it can vary {listed(may, len(may))}")
-            continue
-        try:
-            grid[name] = [from_mapping({key: value}, where, SweepOptions)[name] for value in values]
-        except ConfigError as error:
-            wrong.append(str(error).removeprefix(f"{where}: "))
-            continue
-        if len(set(grid[name])) < len(values):
-            wrong.append(f"{key} has a value twice")
+    wrong: list[Text] = []
+    if not told:
+        example = Hint("grid", Blank("learning_rate=1e-4,3e-4,1e-3"))
+        wrong.append(Text("a sweep needs a grid of options to try: ", example))
+    if both := [name for name in grid if name in found]:
+        names = Text.join(", ", map(Hint, both))
+        wrong.append(Text(names, " is in the grid and given beside it: choose one"))
+    options = SweepOptions(model=".", data=".", output=".")
+    try:
+        options = SweepOptions(**found)
+    except ConfigError as error:
+        wrong.append(error.message)
+    try:
+        options.points(grid)
+    except ConfigError as error:
+        wrong.append(error.message)
     if wrong:
-        raise ConfigError(f"{where}: ", Text.join("; ", wrong))
-    return grid
+        raise ConfigError(Text.join("; ", wrong))
+
+
+def _read_flags(flags: Sequence[str], grid: Grid) -> None:
+    """Add to a grid what flags say, all of them or none."""
+    found: dict[str, Any] = {}
+    words: dict[str, Any] = {"true": True, "false": False}
+    wrong = []
+    for flag in flags:
+        name, sign, text = (part.strip() for part in flag.partition("="))
+        values = [part.strip() for part in text.split(";" if ";" in text else ",")]
+        if not sign or not all((name, *values)):
+            wrong.append(Text(Hint("grid"), f" takes NAME=VALUE,VALUE, not {flag!r}"))
+        elif name in found:
+            wrong.append(Text(Hint("grid"), f" has {name} twice: give all its values at once"))
+        else:
+            found[name] = [words.get(value, value) for value in values]
+
+    def well_formed() -> None:
+        if wrong:
+            raise ConfigError(Text.join("; ", wrong))
+
+    all_of([well_formed, partial(_read_grid, found, "grid", grid)])
+
+
+def _read_grid(content: Any, where: str, grid: Grid) -> None:
+    """Add to a grid the values of each option, with its own name and type, as far as they can be read.
+
+    Raises:
+        UnknownOptionError: Names that are no options.
+        ConfigError: Other things that cannot be right.
+    """
+    if not isinstance(content, Mapping):
+        raise ConfigError(f"{where}: {_LISTS}")
+    known = spellings(SweepOptions)
+    names = {key: known.get(str(key).replace("-", "_")) for key in content}
+    unknown = {key: None for key, name in names.items() if name is None}
+    wrong: list[str | Text] = []
+    found = Grid()
+    for key, name in names.items():
+        if name is not None:
+            try:
+                found |= {name: _values(key, name, content[key], found)}
+            except ConfigError as error:
+                wrong.append(error.message)
+    grid |= found
+
+    def well_formed() -> None:
+        if wrong:
+            raise ConfigError(f"{where}: ", Text.join("; ", wrong))
+
+    all_of([partial(from_mapping, unknown, where, SweepOptions), well_formed])
+
+
+def _values(key: Any, name: str, values: Any, grid: Grid) -> list[Any]:
+    """The values that one option of a grid takes."""
+    if name in grid:
+        raise ConfigError(f"{name} is given twice")
+    if name == "seed":
+        raise ConfigError(Hint("seeds", 3), " trains each configuration with three seeds; seed is the first")
+    if name not in (may := swept()):
+        raise ConfigError(f"{key} is the same for all runs of a sweep; it can vary {listed(may, len(may))}")
+    if not isinstance(values, list) or not values:
+        raise ConfigError(f"{key}: {_LISTS}")
+    try:
+        found = [from_mapping({key: value}, "grid", SweepOptions)[name] for value in values]
+    except ConfigError as error:
+        raise ConfigError(str(error).removeprefix("grid: ")) from error
+    if len(set(found)) < len(values):
+        raise ConfigError(f"{key} has a value twice")
+    return found
 
 
 def check_sweep(options: SweepOptions) -> None:

@@ -27,7 +27,7 @@ from .halving import Halving
 from .handle import Handle, Here, Lost
 from .options import RESULT_NAME, Grid, SweepOptions, check_sweep
 from .results import Record, configurations, read_record, write_results
-from .trial import Trial, tokens_of, trials
+from .trial import Trial, steps_of, tokens_of, trials
 from .worker import Report, Work, Worker
 
 #: Seconds between two saves of everything.
@@ -73,6 +73,7 @@ def sweep(options: SweepOptions, grid: Grid, progress: Progress | None = None) -
         record.base, record.seconds = saved["base"], saved["seconds"]
         for trial, one in zip(every, saved["runs"], strict=True):
             trial.restore(one)
+        progress.say(f"Going on after {steps_of(every)}")
     work = Work(options, every, rows, eval_rows, pad_token(tokenizer), classes)
     with _workers(work, progress) as workers:
         if saved is None:
@@ -119,7 +120,8 @@ def _what_comes(every: Sequence[Trial], workers: Sequence[Handle], options: Swee
     count = len({trial.configuration for trial in every})
     together = min(len(worker.packs.first([trial.name for trial in every])) for worker in workers)
     seeds = f" with {options.seeds} seeds" * (options.seeds > 1)
-    rungs = f", compared after {' and '.join(map(str, every[0].rungs))}" * (len(every[0].rungs) > 1)
+    *first, last = every[0].rungs
+    rungs = f", compared after {', '.join(map(str, first))} and {last}" * bool(first)
     return (
         f"{count} configurations{seeds}: {len(every)} runs of {every[0].steps} steps{rungs}; {together} fit "
         f"into one pass. Held-out loss of the base: {base:.3f}"
@@ -185,8 +187,8 @@ class Sweep:
                 self._save()
                 last = time.monotonic()
             if stop.asked:
-                done, steps = (sum(getattr(t, n) for t in self.trials.values()) for n in ("step", "steps"))
-                raise Interrupted(done, steps, self.output)
+                every = self.trials.values()
+                raise Interrupted(sum(t.step for t in every), sum(t.steps for t in every), self.output)
             self._begin()
         for trial in self._in("paused"):
             self._leave(trial, "stopped")

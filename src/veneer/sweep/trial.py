@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
@@ -105,6 +105,12 @@ class Trial:
 def tokens_of(rows: Sequence[Any]) -> int:
     """Tokens of rows, without padding."""
     return sum(len(row["input_ids"]) for row in rows)
+
+
+def steps_of(every: Iterable[Trial]) -> str:
+    """How far runs are together."""
+    done, steps = map(sum, zip(*((trial.step, trial.steps) for trial in every), strict=True))
+    return f"{done:,} of at most {steps:,} steps"
 
 
 def short(value: Any) -> str:

@@ -413,9 +413,18 @@ def _expanded(value: Any, known: dict[int, float]) -> float:
 
 
 def from_mapping(
-    content: Mapping[Any, Any], where: str, kind: type[TrainOptions] = RunOptions
+    content: Mapping[Any, Any],
+    where: str,
+    kind: type[TrainOptions] = RunOptions,
+    found: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Field -> value, converted to the field's type.
+
+    Args:
+        content: Name of an option -> value.
+        where: They are from, for messages.
+        kind: What they are options of.
+        found: Where to put those that can be used, also if others cannot.
 
     Raises:
         UnknownOptionError: Some keys are no options; lists them with the nearest options.
@@ -423,7 +432,7 @@ def from_mapping(
     """
     known, types = spellings(kind), get_type_hints(kind)
     unknown, wrong = [], []
-    found: dict[str, Any] = {}
+    found = {} if found is None else found
     for key, value in content.items():
         name = str(key).replace("-", "_")
         if name not in known:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from ..errors import Text, TrainingError, VeneerError
+from ..errors import ConfigError, Text, TrainingError, VeneerError
 from ..files.layout import CONFIG_NAME
 from ..files.overwrite import check_writable
 from ..hub import is_local
@@ -98,7 +98,12 @@ def check_run(options: RunOptions) -> None:
 
 
 def all_of(checks: Sequence[Callable[[], object]]) -> None:
-    """Make several checks, and raise one error for all that fail; of its own class where only one does."""
+    """Make several checks, and raise one error for all that fail; of its own class where only one does.
+
+    Raises:
+        ConfigError: All that fail are about options.
+        VeneerError: Others.
+    """
     failed = []
     for check in checks:
         try:
@@ -108,4 +113,6 @@ def all_of(checks: Sequence[Callable[[], object]]) -> None:
     if len(failed) == 1:
         raise failed[0]
     if failed:
-        raise VeneerError(Text.join("\n", (error.message for error in failed)))
+        options = all(isinstance(error, ConfigError) for error in failed)
+        kind = ConfigError if options else VeneerError
+        raise kind(Text.join("\n", (error.message for error in failed)))

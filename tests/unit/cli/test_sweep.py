@@ -92,10 +92,33 @@ def test_a_terminal_shows_one_table() -> None:
         board.show()
     shown = terminal.console.export_text()
     table = shown[shown.rindex("run ") :].splitlines()
-    assert table[0].split() == ["run", "learning_rate", "seed", "step", "loss", "held-out", "state"]
-    assert table[1].split() == ["run-04", "4e-3", "0", "0/9", "0.750", "training"]
-    assert table[2].split() == ["run-08", "8e-3", "0", "9/9", "0.500", "0.250", "done"]
-    assert table[9].strip() == "and 21 more" and "stopped after" not in shown
+    assert table[0].split() == ["run", "learning_rate", "step", "loss", "held-out", "state"]
+    assert table[1].split() == ["run-04", "4e-3", "0/9", "0.750", "training"]
+    assert table[2].split() == ["run-08", "8e-3", "9/9", "0.500", "0.250", "done"]
+    assert table[10].strip() == "and 20 more; 9 of at most 261 steps taken" and "stopped after" not in shown
+
+
+def test_a_narrow_terminal_shows_which_run_is_how_far() -> None:
+    options = SweepOptions(model="m", data="d", output="o", max_steps=300, seeds=2)
+    grid: dict[str, list[Any]] = {
+        "learning_rate": [1e-4, 1e-3],
+        "lora_target_modules": ["q_proj,v_proj", "all-linear"],
+        "lora_alpha": [8.0, 16.0],
+        "init_lora_weights": ["true", "orthogonal"],
+    }
+    every = trials(options, grid, 16)
+    terminal = Terminal()
+    terminal.console = PlainConsole(force_terminal=True, width=80, height=14, record=True, file=io.StringIO())
+    for trial in every:
+        trial.state, trial.losses, trial.evaluations = "training", [12.5], [10.25]
+    terminal.console.print(Board(terminal, every)._table())
+    *table, last = terminal.console.export_text().splitlines()
+    assert len(table) < 13 and last.startswith("and ") and last.endswith("steps taken")
+    whole = [line.split() for line in table if "run-" in line]
+    assert len(whole) >= 4 and whole[0][:2] == ["run-01", "1e-4"]
+    assert all(
+        line[-5:] == [str(n % 2), "0/300", "12.500", "10.250", "training"] for n, line in enumerate(whole)
+    )
 
 
 def test_elsewhere_there_are_lines(

@@ -78,6 +78,24 @@ def test_all_unknown_names_are_listed() -> None:
         options_and_grid(None, GIVEN, ["lora_rank=4", "lerning_rate=1"])
 
 
+def test_everything_that_is_wrong_comes_at_once(tmp_path: Path) -> None:
+    file = tmp_path / "sweep.yaml"
+    file.write_text("model: m\nouput: o\nepochs: many\nseeds: 0\ngrid: {lora_rank: [4], lora_r: [x, 4]}")
+    with pytest.raises(ConfigError) as caught:
+        options_and_grid(file, {"data": "d", "batch_size": 0}, ["lora_alpha", "lora_dropout=2", "use_dora=,"])
+    lines = str(caught.value).splitlines()
+    assert "'ouput' (did you mean 'output'?); epochs must be a number, not 'many'" in lines[0]
+    assert lines[1].endswith("unknown option 'lora_rank' (did you mean 'lora_r'?). The options are those of "
+                             "`veneer train`.")  # fmt: skip
+    assert lines[2] == f"grid of {file}: lora_r must be a whole number, not 'x'"
+    assert [line.split("; ") for line in lines[3:4]] == [
+        [f"grid takes NAME=VALUE,VALUE, not {flag!r}" for flag in ("lora_alpha", "use_dora=,")]
+    ]
+    for said in ("output is missing", "batch_size must be above 0", "seeds must be above 0", "lora_dropout"):
+        assert said in lines[4]
+    assert len(lines) == 5
+
+
 def test_a_grid_in_a_file_needs_lists(tmp_path: Path) -> None:
     file = tmp_path / "sweep.yaml"
     for text in ("grid: {lora_r: 4}", "grid: [4]", "grid: {lora_r: []}"):

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from veneer import TrainingError, VeneerError
-from veneer.training.options import RunOptions
+from veneer import ConfigError, TrainingError, VeneerError
+from veneer.training.options import RunOptions, from_mapping
 from veneer.training.paths import (
     all_of,
     check_answer_file,
@@ -93,3 +93,5 @@ def test_one_error_for_everything_that_is_wrong(tmp_path: Path, monkeypatch: pyt
     assert len(str(caught.value).split("\n")) == 2
     with pytest.raises(TrainingError, match="no model at"):
         all_of([partial(check_model, tmp_path), partial(check_output, tmp_path)])
+    with pytest.raises(ConfigError, match=r"x: unknown option 'a'.*\ny: unknown option 'b'"):
+        all_of([partial(from_mapping, {"a": 1}, "x"), partial(from_mapping, {"b": 1}, "y")])
