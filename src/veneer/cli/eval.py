@@ -17,7 +17,7 @@ from ..training.paths import all_of, check_model
 from ..training.progress import Terminal
 from ..training.saved_adapter import PlainModel, SavedAdapter, base_name, read_adapter, read_adapter_or_model
 from .asking import AsJson, Model, in_flags
-from .common import app, load_libraries, show_json
+from .common import app, console, load_libraries, show_json
 
 if TYPE_CHECKING:
     from ..training.data import Records
@@ -134,7 +134,7 @@ def _sources(
     def read(name: str) -> None:
         adapters.append(read_adapter(name, progress))
 
-    all_of([partial(read, name) for name in named])
+    all_of([*(partial(read, name) for name in named), partial(check_source, data)])
     check_comparable(adapters, model, quantize)
     check_model(base_name(adapters[0], model))
     progress.say(f"{len(adapters)} adapters of one base are measured together")
@@ -173,12 +173,10 @@ def _loaded(
 def _table(found: Comparison) -> None:
     from rich.table import Table
 
-    from ..training.console import PlainConsole
-
     table = Table()
     head, *rows = found.table()
     for number, column in enumerate(head):
-        table.add_column(column, justify="right" if number else "left")
+        table.add_column(column, justify="right" if number else "left", overflow="fold")
     for row in rows:
         table.add_row(*row)
-    PlainConsole().print(table)
+    console().print(table)

@@ -27,8 +27,8 @@ def check_comparable(adapters: Sequence[SavedAdapter], model: str | None, quanti
         ConfigError: Some differ in what they must share; lists everything.
     """
     wrong: list[str | Text] = []
-    if len({saved.directory.resolve() for saved in adapters}) < len(adapters):
-        wrong.append("some of them are the same directory: name each once")
+    same = _grouped(adapters, lambda saved: str(saved.directory.resolve()))
+    wrong += [f"{', '.join(n)} are the same directory: name it once" for n in same.values() if len(n) > 1]
     if model is None and len(bases := _grouped(adapters, _base)) > 1:
         told = f"their bases differ ({_said(bases)}): measure those of one base, or pass "
         wrong.append(Text(told, Hint("model")))

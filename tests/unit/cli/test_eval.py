@@ -150,6 +150,7 @@ def test_several_adapters_are_measured_as_one_at_a_time(
     captured = capsys.readouterr()
     table = [line for line in captured.out.splitlines() if "│" in line]
     assert len(table) == 4 and table[0].split()[1:3] == ["base", "│"] and "perplexity" not in table[0]
+    assert [line.split()[1] for line in table[1:]] == named
     assert "3 adapters of one base" in captured.err and "in mixed batches" in captured.err
 
 
@@ -164,16 +165,17 @@ def test_adapters_that_cannot_be_measured_together_are_named_at_once(
     assert main(["eval", str(adapter), str(adapter), str(elsewhere), *rest]) == 2
     said = capsys.readouterr().err
     for part in (
-        "some of them are the same directory",
+        f"{adapter}, {adapter} are the same directory: name it once",
         f"their bases differ ({adapter}, {adapter}: {base}; {elsewhere}: {other_base})",
         "or pass --model",
         f"{elsewhere}: nf4",
         f"{elsewhere}: trains biases of the base",
     ):
         assert part in said
-    assert main(["eval", str(adapter), str(tmp_path / "a"), str(tmp_path / "b"), *rest]) == 1
+    missing = [str(tmp_path / name) for name in ("a", "b", "gone.jsonl")]
+    assert main(["eval", str(adapter), *missing[:2], "--data", missing[2]]) == 1
     said = capsys.readouterr().err
-    assert str(tmp_path / "a") in said and str(tmp_path / "b") in said
+    assert all(path in said for path in missing)
 
 
 def test_adapters_that_change_nothing_are_refused_by_name(
