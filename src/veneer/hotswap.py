@@ -26,7 +26,8 @@ _RANK_AXIS = {
 }
 # Differences in these cannot be expressed by tensors.
 _MUST_AGREE = (
-    "peft_type use_dora lora_bias bias fan_in_fan_out modules_to_save alora_invocation_tokens"
+    "peft_type use_dora lora_bias bias fan_in_fan_out modules_to_save trainable_token_indices "
+    "alora_invocation_tokens"
 ).split()
 
 

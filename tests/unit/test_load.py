@@ -81,9 +81,11 @@ def test_other_tokens_are_refused(option: str, tmp_path: Path) -> None:
     assert all(torch.equal(before[name], tensor) for name, tensor in tensors(model).items())
     same = made({"0": [1, 2]} if named else [1, 2])
     assert same.load_adapter(tmp_path, "default", check_base=False).ok
-    if not named:
-        with pytest.raises(ConfigError, match=r"alora_invocation_tokens: \[3, 4\] and \[1, 2\]"):
-            hotswap_adapter(model, str(tmp_path), "default")
+    with pytest.raises(ConfigError, match=rf"{option}: .*\[3, 4\].* and .*\[1, 2\]"):
+        hotswap_adapter(model, str(tmp_path), "default")
+    made(None).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=rf"{option}: .*\[3, 4\].* and None"):
+        hotswap_adapter(model, str(tmp_path), "default")
 
 
 def test_a_merged_adapter_is_refused(tmp_path: Path) -> None:

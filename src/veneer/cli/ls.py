@@ -55,7 +55,7 @@ def _show(found: list[AdapterEntry], broken: list[AdapterEntry]) -> None:
     for entry in found:
         table.add_row(
             entry.path,
-            _short_base(entry.base),
+            (entry.base or "").replace("\\", "/").rstrip("/").rpartition("/")[2],
             ",".join(map(str, entry.ranks)),
             _short_targets(entry.target_modules),
             "" if entry.bytes is None else size(entry.bytes),
@@ -69,10 +69,6 @@ def _show(found: list[AdapterEntry], broken: list[AdapterEntry]) -> None:
     total = sum(entry.bytes or 0 for entry in found)
     end = f", {len(broken)} of them broken" if broken else ""
     show(f"{len(found)} adapter{'s' * (len(found) != 1)}, {size(total)}{end}")
-
-
-def _short_base(base: str | None) -> str:
-    return (base or "").replace("\\", "/").rstrip("/").rpartition("/")[2]
 
 
 def _short_targets(targets: str | tuple[str, ...] | None) -> str:

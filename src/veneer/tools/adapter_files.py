@@ -82,19 +82,13 @@ def write(
     metrics: bool = True,
     mark: Mapping[str, str] | None = None,
 ) -> None:
-    """Write an adapter that was made of another one, with its tokenizer and the fingerprint of its base.
+    """As `write_new`, for an adapter that was made of another one: with its tokenizer and base's fingerprint.
 
     Args:
-        place: The directory; it appears whole or not at all.
-        overwrite: Replace the adapter in a directory that holds files.
-        tensors: By their names on disk.
-        config: Its configuration.
+        place, overwrite, tensors, config: As for `write_new`.
         source: The adapter that it was made of.
         metrics: Whether what its training left is still true of it.
         mark: Further metadata.
-
-    Raises:
-        VeneerError: The directory cannot be written, or a file to copy is a link to another directory.
     """
     beside = {source.file.path.parent: [OF_TOKENIZER, *([_METRICS] if metrics else [])]}
     metadata = {name: text for name, text in source.file.metadata.items() if name == FINGERPRINT}
