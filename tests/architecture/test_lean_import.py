@@ -6,6 +6,7 @@ import importlib
 import json
 import pkgutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,54 +22,63 @@ HEAVY = (
     "rich",
     "peft",
 )
-LISTING = """
+PACKAGES = """
 import json, sys
-{first}
+
+def packages(before=()):
+    tops = {name.partition(".")[0] for name in set(sys.modules) - set(before)}
+    return sorted(top for top in tops if top not in sys.stdlib_module_names)
+"""
+IMPORTING = f"""{PACKAGES}
+import logging, warnings
+import torch, safetensors.torch
+
+def settings():
+    root = logging.getLogger()
+    return (torch.get_rng_state().tolist(), torch.get_num_threads(), torch.get_default_dtype(),
+            list(warnings.filters), list(root.handlers), root.level)
+
+found, before, were = {{}}, set(sys.modules), settings()
+from veneer import *
+found["changed"] = settings() != were
+found["added"], found["loaded"] = packages(before), packages()
 before = set(sys.modules)
-{then}
-tops = {{name.partition(".")[0] for name in set(sys.modules) - before}}
-print(json.dumps(sorted(top for top in tops if top not in sys.stdlib_module_names)))
+import typer, huggingface_hub
+found["added later"] = packages(before)
+print(json.dumps(found))
+"""
+WITHOUT_A_NAME = f"""{PACKAGES}
+before = set(sys.modules)
+import veneer, veneer.errors
+veneer.__version__, veneer.errors
+print(json.dumps(packages(before)))
 """
 
 
-def brought_in_by(first: str, then: str) -> set[str]:
-    """The top-level packages that `then` imports beyond `first`."""
-    return set(json.loads(run_python(LISTING.format(first=first, then=then)).stdout))
+@pytest.fixture(scope="module")
+def imported() -> dict[str, Any]:
+    """What all public names bring in beyond torch and safetensors, what is loaded then, and what more adds."""
+    return json.loads(run_python(IMPORTING).stdout)  # type: ignore[no-any-return]
 
 
-def test_import_adds_nothing_to_torch_and_safetensors() -> None:
-    ours = {"veneer", "veneer_as_peft"}
-    assert brought_in_by("import torch, safetensors.torch", "from veneer import *") <= ours
+def test_import_adds_nothing_to_torch_and_safetensors(imported: dict[str, Any]) -> None:
+    assert set(imported["added"]) <= {"veneer", "veneer_as_peft"}
 
 
-def test_none_of_the_heavy_libraries_is_loaded() -> None:
-    loaded = brought_in_by("", "from veneer import get_peft_model")
-    assert "torch" in loaded
-    assert not loaded & set(HEAVY)
+def test_none_of_the_heavy_libraries_is_loaded(imported: dict[str, Any]) -> None:
+    assert not set(imported["loaded"]) & set(HEAVY)
+
+
+def test_a_heavier_import_would_be_seen(imported: dict[str, Any]) -> None:
+    assert {"typer", "huggingface_hub"} <= set(imported["added later"])
+
+
+def test_import_draws_no_random_number_and_sets_nothing_global(imported: dict[str, Any]) -> None:
+    assert not imported["changed"]
 
 
 def test_torch_comes_with_the_first_name() -> None:
-    assert brought_in_by("", "import veneer, veneer.errors; veneer.__version__; veneer.errors") <= {
-        "veneer",
-        "veneer_as_peft",
-    }
-
-
-@pytest.mark.parametrize("extra", ["typer", "huggingface_hub"])
-def test_a_heavier_import_would_be_seen(extra: str) -> None:
-    assert extra in brought_in_by("import torch, safetensors.torch", f"import veneer, {extra}")
-
-
-def test_import_draws_no_random_number_and_sets_nothing_global() -> None:
-    run_python(
-        "import torch, warnings, logging\n"
-        "look = lambda: (torch.get_rng_state().tolist(), torch.get_num_threads(),\n"
-        "                torch.get_default_dtype(), list(warnings.filters),\n"
-        "                logging.getLogger().handlers, logging.getLogger().level)\n"
-        "before = look()\n"
-        "import veneer; veneer.LoraConfig\n"
-        "assert look() == before"
-    )
+    assert set(json.loads(run_python(WITHOUT_A_NAME).stdout)) <= {"veneer", "veneer_as_peft"}
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["ls", "{folder}"], ["train", "--help"]])

@@ -22,21 +22,30 @@ def options() -> set[str]:
     return {name for command in group.commands for name in common.flags_of(command)}  # type: ignore[attr-defined]
 
 
-def test_the_library_names_no_flag_of_the_command_line(options: set[str]) -> None:
+@pytest.fixture(scope="module")
+def library() -> list[tuple[str, ast.Module]]:
+    return list(message_rules.sources(PACKAGE))
+
+
+def test_the_library_names_no_flag_of_the_command_line(
+    options: set[str], library: list[tuple[str, ast.Module]]
+) -> None:
     flags = {f"--{name.replace('_', '-')}" for name in options}
     assert {"--untie", "--lora-r"} <= flags
     found = [
         f"{where}:{line}: {flag}"
-        for where, tree in message_rules.sources(PACKAGE)
+        for where, tree in library
         for line, flag in message_rules.flags_in(tree, flags)
     ]
     assert not found, "\n".join(found)
 
 
-def test_no_message_spells_an_option_that_has_a_flag(options: set[str]) -> None:
+def test_no_message_spells_an_option_that_has_a_flag(
+    options: set[str], library: list[tuple[str, ast.Module]]
+) -> None:
     found = [
         f"{where}:{line}: {name}"
-        for where, tree in message_rules.sources(PACKAGE)
+        for where, tree in library
         for line, name in message_rules.options_in(tree, options)
     ]
     assert not found, "\n".join(found)

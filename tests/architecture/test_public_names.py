@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import json
 
 import pytest
 
@@ -100,8 +99,6 @@ def test_a_name_that_is_refused_says_why_and_what_to_use(name: str) -> None:
 
 
 def test_star_import_gives_exactly_the_public_names() -> None:
-    done = run_python(
-        "import json\nbefore = set(globals())\nfrom veneer import *\n"
-        "print(json.dumps(sorted(set(globals()) - before - {'before'})))"
-    )
-    assert json.loads(done.stdout) == sorted(name for name in veneer.__all__)
+    given: dict[str, object] = {}
+    exec("from veneer import *", given)
+    assert sorted(given.keys() - {"__builtins__"}) == sorted(veneer.__all__)

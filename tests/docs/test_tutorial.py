@@ -27,11 +27,6 @@ terminal = tool("terminal")
 tutorial = tool("tutorial")
 
 
-def test_the_reference_of_commands_is_current() -> None:
-    text = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
-    assert tool("cli_page").page() == text, "run `python tools/cli_page.py`"
-
-
 @pytest.mark.model
 @pytest.mark.slow
 def test_every_command_of_the_tutorial_runs(
