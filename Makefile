@@ -17,8 +17,9 @@ PYTHON ?= python3
 VENV := .venv/bin
 ARGS ?=
 # Two workers, a file each: the suite is written for two cores, each worker computing with one thread.
+# tests/conftest.py says with which files they begin. Without bytecode every process would compile all sources.
 WORKERS ?= 2
-PYTEST = $(VENV)/python -m pytest -n $(WORKERS) --dist loadfile
+PYTEST = env -u PYTHONDONTWRITEBYTECODE $(VENV)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 # The variable silences the theme's notice about MkDocs 2.
 SITE = @NO_MKDOCS_2_WARNING=1 $(VENV)/python -m mkdocs build --strict --quiet
 SHORT := tests/architecture tests/unit tests/laws tests/golden tests/readers tests/docs

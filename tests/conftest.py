@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
@@ -39,19 +40,49 @@ hypothesis.settings.register_profile("veneer", deadline=None, derandomize=True, 
 hypothesis.settings.load_profile("veneer")
 
 
+#: What takes longest, begun first: a worker that came to one of these last would leave the other idle.
+LONGEST = (
+    "laws/test_sharding.py",
+    "unit/ops/test_triton_lora.py",
+    "docs/test_docs.py",
+    "unit/training/test_run.py",
+    "laws/test_layers.py",
+    "laws/test_family.py",
+    "laws/test_compile.py",
+    "laws/test_family_layers.py",
+    "laws/test_saves.py",
+    "laws/test_out_of_memory.py",
+    "unit/cli/test_train.py",
+    "laws/test_mixed_batch.py",
+    "unit/training/test_starting.py",
+    "unit/sweep/test_worker.py",
+    "docs/test_made_pages.py",
+    "architecture/test_lean_import.py",
+)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """A run of all tests fails if a refusal of the sources was never raised."""
     refusals.register(config)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests that need a CUDA device are left out where there is none; no other test is ever skipped."""
+    """The longest files come first; without a CUDA device its tests are left out, and no others ever are."""
+    place = {ROOT / "tests" / name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path, len(place)))
     if torch.cuda.is_available():
         return
     left_out = [item for item in items if item.get_closest_marker("gpu")]
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def swept() -> None:
+    """What lives when a file of tests begins is not searched for garbage again, as every `Trainer` does."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

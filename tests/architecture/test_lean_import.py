@@ -57,7 +57,7 @@ print(json.dumps(packages(before)))
 
 @pytest.fixture(scope="module")
 def imported() -> dict[str, Any]:
-    """What all public names bring in beyond torch and safetensors, what is loaded then, and what more adds."""
+    """What all public names add to torch and safetensors, what is loaded then, and what two libraries add."""
     return json.loads(run_python(IMPORTING).stdout)  # type: ignore[no-any-return]
 
 

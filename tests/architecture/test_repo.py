@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import veneer
+from tests.conftest import LONGEST
 from tests.programs import program
 
 ROOT = Path(__file__).parents[2]
@@ -162,6 +163,10 @@ def skips(tree: ast.Module) -> list[int]:
     names = ("skip", "skipif", "skipIf", "importorskip", "xfail", "SkipTest")
     found = (node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and node.attr in names)
     return sorted(node.lineno for node in found)
+
+
+def test_the_tests_that_begin_first_exist() -> None:
+    assert [name for name in LONGEST if not (ROOT / "tests" / name).is_file()] == []
 
 
 def test_tolerances_have_one_place() -> None:
