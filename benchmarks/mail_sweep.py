@@ -33,8 +33,12 @@ def swept(place: Path, *flags: str) -> tuple[dict[str, Any], float]:
     return json.loads((output / "sweep.json").read_text()), (time.perf_counter() - begun) / 60
 
 
+def told(values: dict[str, Any]) -> str:
+    return ", ".join(f"{name}={short(value)}" for name, value in values.items())
+
+
 def measure(quick: bool) -> Report:
-    flags = ["--max-steps", "2"] * quick
+    flags = ["--max-steps", "3"] * quick
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
         for part in ("train", "heldout"):
@@ -58,7 +62,7 @@ def measure(quick: bool) -> Report:
     both = {"veneer sweep": early, "the whole grid": full}
     conditions = {
         "grid": "; ".join(f"{name} {', '.join(map(short, v))}" for name, v in full["grid"].items()),
-        "the best": f"{chosen} with early stopping, {best} of the whole grid",
+        "the best": f"{told(chosen)}; of the whole grid, {told(best)}",
     }
     for name, found in both.items():
         spent = ", ".join(f"{what} {seconds:.0f} s" for what, seconds in found["seconds"].items())
