@@ -225,19 +225,24 @@ class Special(nn.Module):
         return self.head(self.norm(self.attn(x, x, x, need_weights=False)[0]))  # type: ignore[no-any-return]
 
 
+@pytest.mark.parametrize("compiling", [False, True])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -4.0])
 @pytest.mark.parametrize(
     "options",
     [
         {"target_modules": ["attn"]},
         {"target_modules": ["head"], "trainable_token_indices": {"embed": [1, 3, 4]}},
+        {"target_modules": ["embed"], "trainable_token_indices": {"head": [1, 3, 4]}},
         {"target_modules": ["head"], "modules_to_save": ["norm"]},
         {"target_modules": ["embed", "head"], "use_dora": True},
         {"target_modules": ["embed", "head"], "lora_dropout": 0.2},
     ],
-    ids=["attention", "tokens", "modules_to_save", "dora", "dropout"],
+    ids=["attention", "tokens", "tokens of a head", "modules_to_save", "dora", "dropout"],
 )
-def test_nor_in_layers_that_are_no_product(options: dict[str, Any], value: float) -> None:
+def test_nor_in_layers_that_are_no_product(
+    options: dict[str, Any], value: float, compiling: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
     owners = ["a", "b", BASE, "b", "a"]
     mine, others = [1, 3], [0, 2, 4]
     ids = torch.arange(20).view(5, 4) % 11

@@ -15,6 +15,7 @@ from veneer.adapters import as_names
 from veneer.errors import AdapterNameError
 from veneer.layers.factor import stand_in
 from veneer.merge import Mergeable
+from veneer.ops.mixed_batch import along_rows, own_rows
 from veneer.rollback import Rows
 from veneer.routing import call_by_rows, current
 from veneer.sharded import is_distributed
@@ -234,7 +235,14 @@ class TrainableTokens(Mergeable):
             for name in self._live:
                 result = self._placed(name, x, result)
             return result
-        if self._disabled or not set(routing.used).intersection(self.token_indices):
+        if self._disabled or not routing.count:
+            return result
+        if torch.compiler.is_compiling():  # only values may depend on the names
+            for name, mine in routing.slots(self.held_adapters, x, lambda: "the embedding"):
+                own = self._placed(name, own_rows(x, mine), own_rows(result, mine))
+                result = torch.where(along_rows(mine, result), own, result)
+            return result
+        if not routing.concerns(self.token_indices):
             return result
         names = routing.rows(x.shape[0], self.held_adapters, lambda: "the embedding")
         parts = [

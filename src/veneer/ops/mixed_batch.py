@@ -230,7 +230,10 @@ def own_rows(x: Tensor, mine: Tensor) -> Tensor:
     """
     if not torch.is_grad_enabled():
         return x
-    other = x.new_zeros(()) if x.is_floating_point() else x[mine.to(torch.uint8).argmax()]
+    if x.is_floating_point():
+        other = x.new_zeros(())
+    else:  # not by [], for which compilers want the number itself
+        other = x.index_select(0, mine.to(torch.uint8).argmax(0, keepdim=True))
     return torch.where(along_rows(mine, x), x, other)
 
 
