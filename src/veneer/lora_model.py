@@ -23,6 +23,7 @@ from veneer.inject.injection import Injection
 from veneer.inject.prepare import prepare
 from veneer.inject.sites import sites
 from veneer.layers import LoraLayer
+from veneer.layers.flattening import that_flatten
 from veneer.layers.making import draw_seed
 from veneer.layers.modules_to_save import ModulesToSaveWrapper
 from veneer.layers.parameter import LoraParameter
@@ -81,6 +82,8 @@ class LoraModel(nn.Module):
         self._contexts = Contexts()
         #: Whether an adapter ever came that is invoked by tokens (aLoRA): asked at every call.
         self.invocable = False
+        #: What `that_flatten` finds: asked at every mixed call.
+        self.flattening: list[nn.Module] = []
         if peft_config is not None:
             self.inject(
                 peft_config,
@@ -167,6 +170,7 @@ class LoraModel(nn.Module):
         self._biases.update(biases)
         self.peft_config[injection.adapter] = injection.config
         self.invocable = self.invocable or bool(injection.config.alora_invocation_tokens)
+        self.flattening = that_flatten(self.model)
         scalings = sorted({a.spec.scaling for a in injection.additions})
         logger.info(
             "adapter %r: %d modules, scaling s = %s",

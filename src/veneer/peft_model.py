@@ -254,7 +254,8 @@ class PeftModel(nn.Module):
         if names is not None:
             self.base_model.check_mixed_batch(names)
         base, adapters = self.get_base_model(), list(self.peft_config)
-        return routed(base, list(names or ()), expand, activation, adapters, draws)
+        flattening = self.base_model.flattening
+        return routed(base, list(names or ()), expand, activation, adapters, draws, flattening)
 
     def _activation(
         self, names: Sequence[str] | None, generates: bool, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -11,21 +11,23 @@ other checkpointing the second run would silently use the active adapters, so it
 
 from __future__ import annotations
 
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import cache, partial
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from veneer.adapters import AdapterModule, Contexts, adapter_modules, opened, uncompiled, walk
+from veneer.adapters import AdapterModule, Contexts, adapter_modules, opened, walk
 from veneer.errors import RoutingError, show
 from veneer.ops.dropout import Draws
 from veneer.ops.mixed_batch import Layout, layouts
-from veneer.ops.token_rows import LOST, TokenRows, tensors_in
+from veneer.ops.token_rows import LOST, TokenRows, Tokens, tensors_in
 from veneer.variants.alora import Activation
 
 #: The name that stands for the base model without an adapter.
@@ -44,7 +46,7 @@ class Routing:
         device: The device of the layers.
         draws: By adapter, what decides which elements its dropout drops; torch's global generator for
             adapters without any.
-        tokens: Follows tokens whose rows share an axis with them; None where none are expected.
+        flattening: The modules in which tokens are followed, since rows and tokens may share an axis there.
         direct: A layer is called by itself, with the rows that the names are for.
     """
 
@@ -56,7 +58,7 @@ class Routing:
         adapters: Sequence[str] = (),
         device: torch.device | str = "cpu",
         draws: Mapping[str, Draws] = MappingProxyType({}),
-        tokens: TokenRows | None = None,
+        flattening: Sequence[nn.Module] = (),
         direct: bool = False,
     ) -> None:
         self.names = tuple(names)
@@ -74,7 +76,8 @@ class Routing:
         self.activation = activation
         self.draws = draws
         self.expand = expand
-        self.tokens = tokens
+        self.flattening = flattening if self.names else ()
+        self.tokens = TokenRows({self.count, self.count * expand}) if self.flattening else None
         self.direct = direct
         #: Layers that ran inside a checkpoint that does not pass this routing on.
         self.recomputed: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -84,16 +87,16 @@ class Routing:
 
     def draws_for(self, name: str, x: Tensor) -> Draws | None:
         """What decides which elements of a layer's input an adapter drops. x: (rows, ...)."""
-        draws = self.draws.get(name)
-        if draws is None or draws.filled == (self.known_tokens(x) or (x.shape[1] if x.dim() > 2 else 0)):
+        draws, tokens = self.draws.get(name), self.known_tokens(x) or LOST
+        if draws is None or draws.filled == (tokens.each or (x.shape[1] if x.dim() > 2 else 0)):
             return draws
         return draws._replace(tokens=1, filled=1)  # not text
 
     def concerns(self, held: Container[str]) -> bool:
         return any(name in held for name in self.used)
 
-    def known_tokens(self, x: Tensor) -> int | None:
-        """How many tokens of each row x has in its first axis, or `LOST`; None if nothing is known."""
+    def known_tokens(self, x: Tensor) -> Tokens | None:
+        """The tokens that x has in its first axis, or `LOST`; None if nothing is known."""
         return None if self.tokens is None else self.tokens.of(x)
 
     def rows_of(
@@ -117,7 +120,7 @@ class Routing:
         return self.rows(x.shape[0] if x.dim() else 0, held, where, tokens=tokens)
 
     def rows(
-        self, count: int, held: tuple[str, ...], where: Callable[[], str], *, tokens: int | None = None
+        self, count: int, held: tuple[str, ...], where: Callable[[], str], *, tokens: Tokens | None = None
     ) -> tuple[str | None, ...]:
         """`rows_of` an input of so many rows.
 
@@ -125,25 +128,26 @@ class Routing:
             count: Number of rows of the layer's input.
             held: The adapters of the layer.
             where: Returns the layer's name for an error.
-            tokens: How many tokens of each row are side by side, or `LOST`; None for rows.
+            tokens: The tokens that are side by side, or `LOST`; None for rows.
 
         Raises:
             RoutingError: As `rows_of`.
         """
         key = (count, held, tokens)
         if key not in self._rows:
-            mine = [name if name in held else None for name in self.names]
+            mine = tuple([name if name in held else None for name in self.names])
             if tokens == LOST and len(set(mine)) > 1:
                 raise RoutingError(
-                    f"to which row each token belongs that reaches {where()} is unknown: the model chose, "
-                    "sorted or repeated them, or did what cannot be followed, as under torch.compile. Leave "
-                    "it out of the adapters, or give each adapter a batch of its own"
+                    f"to which row each token belongs that reaches {where()} is unknown: the model chose or "
+                    "sorted them, or did what cannot be followed, as in a part that is compiled by itself. "
+                    "Leave it out of the adapters, or give each adapter a batch of its own"
                 )
             if tokens == LOST:
-                self._rows[key] = (mine[0],) * count
+                self._rows[key] = mine[:1] * count
             else:
-                times = count // self.count if tokens else self._times(count, where)
-                self._rows[key] = tuple(name for name in mine for _ in range(times))
+                tokens = tokens or Tokens(self._times(count, where))
+                each = count // (tokens.copies * self.count)
+                self._rows[key] = tokens._replace(each=each).along(mine)
         found: tuple[str | None, ...] = self._rows[key]
         return found
 
@@ -204,9 +208,9 @@ class Routing:
         """What puts rows that lie adapter by adapter into their places; None if they do."""
         key = ("back", names, device)
         if key not in self._rows:
-            order = torch.cat([*self.indices(names, device).values()])
-            there = torch.equal(order, torch.arange(len(order), device=device))
-            self._rows[key] = None if there else order.argsort()
+            order = [i for name in dict.fromkeys(names) for i, own in enumerate(names) if own == name]
+            places = sorted(order, key=order.__getitem__)  # the inverse
+            self._rows[key] = None if order == sorted(order) else torch.tensor(places, device=device)
         found: Tensor | None = self._rows[key]
         return found
 
@@ -326,6 +330,7 @@ def routed(
     activation: Activation | None = None,
     adapters: Sequence[str] = (),
     draws: Mapping[str, Draws] = MappingProxyType({}),
+    flattening: Sequence[nn.Module] = (),
 ) -> Iterator[Routing]:
     """Send each row of a batch through its own adapter, inside this context.
 
@@ -336,28 +341,16 @@ def routed(
         activation: See `Routing`.
         adapters: See `Routing`.
         draws: See `Routing`.
+        flattening: See `Routing`.
     """
     first = next(model.parameters(), None)
     device = "cpu" if first is None or first.is_meta else first.device
-    tokens = TokenRows({len(names), len(names) * expand}) if _has_experts(model) else None
-    routing = Routing(names, expand, activation, adapters, device, draws, tokens)
+    routing = Routing(names, expand, activation, adapters, device, draws, flattening)
     routing.with_grad = torch.is_grad_enabled()
     # Nothing is recomputed without a graph.
     carried = _checkpoints_carry(model) if routing.with_grad else nullcontext()
     with carried, _as_current(routing):
         yield routing
-
-
-def _has_experts(model: nn.Module) -> bool:
-    """Whether tokens of a model may have to be followed. Compiled code cannot be followed."""
-    if torch.compiler.is_compiling():
-        return False
-    found = False
-    for path, module in walk(model):
-        if module._compiled_call_impl is not None or uncompiled(module) is not module:
-            return False
-        found = found or "expert" in path or "parameter_name" in module.__dict__
-    return found
 
 
 @contextmanager
@@ -376,10 +369,10 @@ def disabled(model: nn.Module, *more: Contexts) -> Iterator[None]:
 @contextmanager
 def _as_current(routing: Routing | None, carried: bool = False) -> Iterator[None]:
     before = _here.routing, _here.carried
-    tokens = None if routing is None or routing is _here.routing else routing.tokens
+    modules = () if routing is None or routing is _here.routing else routing.flattening
     _here.routing, _here.carried = routing, carried
     try:
-        with tokens or nullcontext():
+        with _replaced(modules, "forward", _followed) if modules else nullcontext():
             yield
     finally:
         _here.routing, _here.carried = before
@@ -403,108 +396,6 @@ def call_by_rows(layer: AdapterModule, names: Sequence[str] | None, *args: Any, 
     check_mixed_batch(names, layer.held_adapters, [layer])
     with _as_current(Routing(names, direct=True)):
         return forward(layer, *args, **kwargs)
-
-
-def by_adapter(
-    routing: Routing,
-    held: tuple[str, ...],
-    kind: str,
-    of: Callable[[str | None], Callable[..., Any]],
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
-    *,
-    chosen: bool = False,
-    by_token: bool = False,
-) -> Any:
-    """Call what takes one adapter at a time once for each, with its rows of every argument.
-
-    Args:
-        routing: Of the current call.
-        held: The adapters that differ from the base here.
-        kind: What is called, for an error.
-        of: Returns what to call for the rows of an adapter, or of the base.
-        args: Arguments for all rows; the first tensor says how many there are.
-        kwargs: Likewise.
-        chosen: See `Routing.rows_of`.
-        by_token: Every tensor among the arguments is known to have a row for each token.
-
-    Returns:
-        A tensor, or a tuple of them, with the rows in their order.
-
-    Raises:
-        RoutingError: The rows are not those of the batch, or what is called gives no row for each of them.
-    """
-    first = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.dim()), None)
-    mine = tuple(name for name in routing.used if name in held)
-    if first is None or not mine:
-        return of(None)(*args, **kwargs)
-    names = routing.rows_of(first, mine, lambda: kind, chosen=chosen)
-    if len(set(names)) == 1:
-        return of(names[0])(*args, **kwargs)
-    if not by_token:
-        _check_tokens(routing, first, [*args, *kwargs.values()], kind)
-    count = first.shape[0]
-    parts: list[tuple[Any, ...]] = []
-    for name, rows in routing.indices(names, first.device).items():
-        given = [_select_rows(value, rows, count) for value in args]
-        named = {key: _select_rows(value, rows, count) for key, value in kwargs.items()}
-        with nullcontext() if routing.tokens is None else routing.tokens.among(len(rows)):
-            part = of(name)(*given, **named)
-        several = isinstance(part, tuple)
-        parts.append(part if several else (part,))
-    whole = [_together(routing, names, own, kind) for own in zip(*parts, strict=True)]
-    if routing.tokens is not None:
-        for one in whole:
-            routing.tokens.pass_on(first, one)
-    return tuple(whole) if several else whole[0]
-
-
-def _together(routing: Routing, names: tuple[str | None, ...], parts: Sequence[Any], kind: str) -> Tensor:
-    """One output for all rows, of those for the rows of each adapter.
-
-    Raises:
-        RoutingError: They are not tensors with a row for each row, or for each token of a row.
-    """
-    given = [part.shape[0] if isinstance(part, Tensor) and part.dim() else -1 for part in parts]
-    sizes = [names.count(name) for name in dict.fromkeys(names)]
-    each = None
-    if given != sizes and routing.tokens is not None:
-        known = {routing.known_tokens(part) for part in parts if isinstance(part, Tensor)}
-        each = known.pop() if len(known) == 1 else None
-        names = tuple(name for name in names for _ in range(each or 1))
-    if given != [size * (each or 1) for size in sizes]:
-        raise RoutingError(
-            f"{kind} gives no tensor with one row for each row of the batch, so adapters cannot be mixed in "
-            "one batch here"
-        )
-    back = routing.back(names, parts[0].device)
-    whole = torch.cat(list(parts)) if back is None else torch.cat(list(parts))[back]
-    if each and routing.tokens is not None:
-        routing.tokens.note(whole, each)
-    return whole
-
-
-def _check_tokens(routing: Routing, first: Tensor, given: Sequence[Any], kind: str) -> None:
-    """Refuse arguments of which it is not known what each token has of them.
-
-    Raises:
-        RoutingError: There are such.
-    """
-    tokens = routing.known_tokens(first)
-    for value in given:
-        if isinstance(value, Tensor):
-            known = not value.dim() or routing.known_tokens(value) == tokens
-        else:
-            known = tokens is None or isinstance(value, int | float | str | None)
-        if not known:
-            raise RoutingError(
-                f"{kind} is called with tokens and a {type(value).__name__}, and what of it belongs to which "
-                "token is unknown. Leave it out of the adapters, or give each adapter a batch of its own"
-            )
-
-
-def _select_rows(value: Any, rows: Tensor, count: int) -> Any:
-    return value[rows] if isinstance(value, Tensor) and value.shape[:1] == (count,) else value
 
 
 def check_mixed_batch(
@@ -575,7 +466,7 @@ class _Carried:
                     generator.set_state(state)
 
 
-class _Carrying:
+def _carrying(checkpoint: Callable[..., Any], contexts: Sequence[Contexts]) -> Callable[..., Any]:
     """A checkpointing function that passes on the routing of the calling thread.
 
     Args:
@@ -583,42 +474,96 @@ class _Carrying:
         contexts: The contexts of the model's adapter modules.
     """
 
-    users = 0
+    def carry(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        held = [each for each in contexts if each.hold()]
+        if held or _here.routing is not None:
+            function = _Carried(function, held)
+        return checkpoint(function, *args, **kwargs)
 
-    def __init__(self, checkpoint: Callable[..., Any], contexts: Sequence[Contexts]) -> None:
-        self.checkpoint, self.contexts = checkpoint, contexts
-
-    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Checkpoint a part of a call together with its routing."""
-        contexts = [each for each in self.contexts if each.hold()]
-        if contexts or _here.routing is not None:
-            function = _Carried(function, contexts)
-        return self.checkpoint(function, *args, **kwargs)
+    return carry
 
 
 @contextmanager
 def _checkpoints_carry(model: nn.Module) -> Iterator[None]:
     """Let transformers' checkpointing pass routings on, as long as any thread needs it."""
     name = "_gradient_checkpointing_func"
-    places = [
-        m.__dict__
-        for _, m in walk(model)
-        if name in m.__dict__ and getattr(m, "gradient_checkpointing", False)
+    modules = [
+        m for _, m in walk(model) if name in m.__dict__ and getattr(m, "gradient_checkpointing", False)
     ]
-    contexts = list(dict.fromkeys(m._contexts for m in adapter_modules(model))) if places else []
-    mine: list[_Carrying] = []
+    contexts = list(dict.fromkeys(m._contexts for m in adapter_modules(model))) if modules else []
+    with _replaced(modules, name, lambda found: _carrying(found, contexts)):
+        yield
+
+
+def _followed(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A forward in which tokens are followed to their rows. Compilers leave it alone: they could not."""
+    return partial(_uncompiled_follow() if "torch._dynamo" in sys.modules else _follow, forward)
+
+
+def _follow(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    routing = _here.routing  # None in the call of another thread
+    with nullcontext() if routing is None or routing.tokens is None else routing.tokens:
+        return forward(*args, **kwargs)
+
+
+@cache
+def _uncompiled_follow() -> Callable[..., Any]:
+    function: Callable[..., Any] = torch.compiler.disable(_follow)  # type: ignore[no-untyped-call]
+    return function
+
+
+class _Replacement(NamedTuple):
+    """A function of a module that stands in for another one.
+
+    Attributes:
+        before: What the module itself had under that name; None for nothing.
+        now: The function.
+        users: How many calls need it, in the one element.
+    """
+
+    before: Callable[..., Any] | None
+    now: Callable[..., Any]
+    users: list[int]
+
+
+#: By the identities of the functions.
+_replacements: dict[int, _Replacement] = {}
+
+
+@contextmanager
+def _replaced(
+    modules: Iterable[nn.Module], name: str, by: Callable[[Callable[..., Any]], Callable[..., Any]]
+) -> Iterator[None]:
+    """Let modules have another function under a name, as long as any thread needs it.
+
+    Args:
+        modules: The modules.
+        name: Of the function.
+        by: Returns the function that replaces a given one.
+    """
+    mine: list[tuple[dict[str, Any], _Replacement]] = []
     with _lock:
-        for place in places:
-            found = place[name]
-            carrying = found if isinstance(found, _Carrying) else _Carrying(found, contexts)
-            carrying.users += 1
-            place[name] = carrying
-            mine.append(carrying)
+        for module in modules:
+            place = module.__dict__
+            found = _replacements.get(id(place.get(name)))
+            if found is None:
+                found = _Replacement(place.get(name), by(getattr(module, name)), [0])
+                place[name] = found.now
+                _replacements[id(found.now)] = found
+            found.users[0] += 1
+            mine.append((place, found))
     try:
         yield
     finally:
         with _lock:
-            for place, carrying in zip(places, mine, strict=True):
-                carrying.users -= 1
-                if not carrying.users and place.get(name) is carrying:
-                    place[name] = carrying.checkpoint
+            for place, replacement in mine:
+                replacement.users[0] -= 1
+                if replacement.users[0]:
+                    continue
+                del _replacements[id(replacement.now)]
+                if place.get(name) is not replacement.now:
+                    continue
+                if replacement.before is None:
+                    del place[name]
+                else:
+                    place[name] = replacement.before

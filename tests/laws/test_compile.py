@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import threading
 from collections.abc import Iterator
@@ -12,6 +13,8 @@ import torch
 from torch import nn
 
 from tests.laws.cases import EACH_CASE, TELLING, Combination, SamePadConv2d, train
+from tests.laws.special_models import SPECIAL
+from tests.laws.test_experts import MODELS, NAMES, adapted, assert_near, mixture
 from tests.laws.test_mixed_batch import BATCHED, layer_with_three, mixed, names_for
 from tests.tolerances import assert_close
 from veneer import LoraConfig, PeftModel, get_peft_model
@@ -225,6 +228,80 @@ def test_another_mixed_batch_compiles_nothing(backend: str) -> None:
             plain.set_strength("a", 0.3)
             assert_close(model(x, adapter_names=names), plain(x, adapter_names=names))
     assert counter.graphs == (backend == "counted")
+
+
+def gradients(model: PeftModel, output: torch.Tensor) -> list[torch.Tensor]:
+    """Of all adapters."""
+    own = [p for name in model.peft_config for p in model.base_model.index.parameters(name)]
+    found = torch.autograd.grad(output.float().square().sum(), own, allow_unused=True)
+    return [torch.zeros_like(p) if g is None else g for p, g in zip(own, found, strict=True)]
+
+
+@pytest.mark.parametrize("kind", ["tokens", "tokens-tied", "tokens-of-a-head"])
+def test_another_mixed_batch_of_trained_tokens_compiles_nothing(kind: str) -> None:
+    case, x, counter = SPECIAL[kind], SPECIAL[kind].x(), Counter()
+    torch.manual_seed(0)
+    model = get_peft_model(case.build(), LoraConfig(r=2, **case.options), "a").eval()
+    model.add_adapter("b", LoraConfig(r=3, **case.second))
+    for name in ("a", "b"):
+        train(model, name, seed=ord(name))
+        for parameter in model.base_model.index.parameters(name):
+            parameter.requires_grad_(True)
+    plain = copy.deepcopy(model)
+    model.compile(backend=counter, fullgraph=True)
+    batches = [[*names, BASE] for names in COMPOSITIONS]
+    model(x, adapter_names=batches[0])
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for names in batches:
+            mine, theirs = model(x, adapter_names=names), plain(x, adapter_names=names)
+            assert_close(mine, theirs)
+            for one, other in zip(gradients(model, mine), gradients(plain, theirs), strict=True):
+                assert_close(one, other)
+    assert counter.graphs == 1
+
+
+class Between(nn.Module):
+    """A mixture between two layers, all inside a model."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        layer: Any = mixture(kind).model.layers[0]
+        self.layer = nn.Module()
+        self.layer.q_proj, self.layer.last = nn.Linear(16, 16), nn.Linear(16, 5)
+        self.layer.mlp = layer.feed_forward if kind == "Llama4" else layer.mlp
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: (rows, tokens, 16) -> (rows, tokens, 5)."""
+        layer: Any = self.layer
+        x = layer.q_proj(x)
+        y = layer.mlp(x)
+        y = y[0] if isinstance(y, tuple) else y
+        return layer.last(x + y.view_as(x))  # type: ignore[no-any-return]
+
+
+# torch warns so of every graph that begins with an activation.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(kind, marks=() if kind in ("Mixtral", "Llama4") else pytest.mark.slow) for kind in MODELS],
+)
+def test_another_mixed_batch_over_experts_compiles_nothing(kind: str) -> None:
+    """The mixture itself runs between two graphs, as it is."""
+    model, counter, x = adapted(Between(kind)), Counter(), torch.randn(5, 6, 16)
+    for name in model.peft_config:
+        for parameter in model.base_model.index.parameters(name):
+            parameter.requires_grad_(True)
+    plain = copy.deepcopy(model)
+    model.compile(backend=counter)
+    model(x, adapter_names=NAMES)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for names in (NAMES, NAMES[2:] + NAMES[:2], ["attention"] * 5):
+            mine, theirs = model(x, adapter_names=names), plain(x, adapter_names=names)
+            assert_near(mine, theirs)
+            for one, other in zip(gradients(model, mine), gradients(plain, theirs), strict=True):
+                assert (one - other).norm() <= 1e-5 * other.norm()
+    assert counter.graphs == 2
+    assert not any("forward" in module.__dict__ for module in model.modules())
 
 
 def test_mixed_batches_of_other_sizes_are_one_graph_each() -> None:

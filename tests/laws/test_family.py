@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import (
+    Llama4ForCausalLM,
+    Llama4TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MixtralConfig,
@@ -53,6 +55,18 @@ def qwen2_moe() -> nn.Module:
         bos_token_id=1, eos_token_id=2, pad_token_id=0,
     )  # fmt: skip
     return Qwen2MoeForCausalLM(config)
+
+
+def llama4() -> nn.Module:
+    """With experts that get all tokens, one copy after the other."""
+    torch.manual_seed(0)
+    config = Llama4TextConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, max_position_embeddings=64, num_local_experts=4,
+        num_experts_per_tok=2, intermediate_size_mlp=24, interleave_moe_layer_step=1,
+        bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    return Llama4ForCausalLM(config)
 
 
 class Special(nn.Module):
@@ -107,11 +121,21 @@ OF_QWEN2_MOE: dict[str, dict[str, Any]] = {
     },
     "dora": {"target_modules": r".*\.shared_expert\.\w+", "r": 2, "use_dora": True, "lora_dropout": 0.1},
 }
+OF_LLAMA4: dict[str, dict[str, Any]] = {
+    "experts": {"target_parameters": ["gate_up_proj", "down_proj"], "target_modules": ["q_proj"], "r": 2},
+    "router": {
+        "target_parameters": ["router.weight", "gate_up_proj", "down_proj"],
+        "target_modules": [],
+        "r": 3,
+    },
+    "shared": {"target_modules": r".*\.shared_expert\.\w+", "r": 2, "lora_dropout": 0.2},
+}
 KINDS = {
     "llama": (llama, OF_LLAMA),
     "special": (Special, OF_SPECIAL),
     "mixtral": (mixtral, OF_MIXTRAL),
     "qwen2-moe": (qwen2_moe, OF_QWEN2_MOE),
+    "llama4": (llama4, OF_LLAMA4),
 }
 
 

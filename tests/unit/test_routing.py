@@ -18,7 +18,7 @@ from tests.laws.cases import train
 from tests.tolerances import assert_close
 from veneer import LoraConfig, PeftModel, RoutingError, get_peft_model
 from veneer.ops import mixed_batch
-from veneer.ops.token_rows import LOST
+from veneer.ops.token_rows import LOST, Tokens
 from veneer.routing import BASE, Routing
 
 NAMES = ["a", BASE, "b", "a"]
@@ -336,12 +336,21 @@ def test_rows_of_a_bare_parameter_go_through_their_own_adapter() -> None:
 
 def test_tokens_are_taken_for_rows_only_where_that_is_known() -> None:
     routing = Routing(["a", "b"])
-    assert routing.rows(4, ("a",), lambda: "experts", tokens=2) == ("a", "a", None, None)
+    assert routing.rows(4, ("a",), lambda: "experts", tokens=Tokens(2)) == ("a", "a", None, None)
     with pytest.raises(RoutingError, match="the input of gate has 4 rows"):
         routing.rows(4, ("a",), lambda: "gate")
     with pytest.raises(RoutingError, match="reaches gate is unknown"):
         routing.rows(2, ("a",), lambda: "gate", tokens=LOST)
     assert routing.rows(3, (), lambda: "gate", tokens=LOST) == (None,) * 3
+
+
+@pytest.mark.parametrize("names", ["aabb", "abab", "abbcc", "abcbc", "cbabcabca"])
+def test_rows_that_lie_adapter_by_adapter_go_back_to_their_places(names: str) -> None:
+    routing, values, device = Routing(tuple(names)), torch.randn(len(names)), torch.device("cpu")
+    laid = torch.cat([values[rows] for rows in routing.indices(tuple(names), device).values()])
+    back = routing.back(tuple(names), device)
+    assert torch.equal(laid if back is None else laid[back], values)
+    assert (back is None) == torch.equal(laid, values)
 
 
 class Sparse(nn.Module):

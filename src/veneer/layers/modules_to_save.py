@@ -12,7 +12,8 @@ from torch import nn
 from veneer import backends
 from veneer.adapters import AdapterModule, as_names
 from veneer.errors import AdapterNameError
-from veneer.routing import Routing, by_adapter, call_by_rows, current
+from veneer.layers.by_adapter import by_adapter
+from veneer.routing import Routing, call_by_rows, current
 
 
 class ModulesToSaveWrapper(AdapterModule):

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from veneer import backends
 from veneer.errors import Hint, Text
+from veneer.layers.by_adapter import by_adapter
 from veneer.layers.factor import stand_in
 from veneer.layers.layer import LoraLayer
 from veneer.ops.adapted_weight import AdaptedWeight, Term
-from veneer.routing import by_adapter, call_by_rows, current
+from veneer.routing import call_by_rows, current
 from veneer.spec import LoraSpec
 
 #: Attributes of transformers' experts. They are called with tokens, and the indices and weights of the

@@ -2,7 +2,7 @@
 
 Mixtures flatten (rows, tokens, features) to (rows · tokens, features) before their experts. A tensor then
 does not show which row its tokens are from, and one of chosen tokens may be as long. So tokens are followed
-from the operation that flattens them.
+from the operation that flattens them, also where a mixture repeats all of them, once for each expert.
 """
 
 from __future__ import annotations
@@ -10,20 +10,41 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+_T = TypeVar("_T")
+
+
+class Tokens(NamedTuple):
+    """The order of the tokens of a batch along an axis: copy by copy, row by row.
+
+    Attributes:
+        each: How many there are of each row.
+        copies: How often all of them are there, one copy after the other.
+        axis: 0, or 1 in a matrix that was transposed.
+    """
+
+    each: int
+    copies: int = 1
+    axis: int = 0
+
+    def along(self, rows: Sequence[_T]) -> tuple[_T, ...]:
+        """What the rows have, for each token."""
+        return tuple([row for row in rows for _ in range(self.each)]) * self.copies
+
+
 #: The tokens of a tensor are some of the batch, in an order that is not known.
-LOST = 0
+LOST = Tokens(0)
 
 
 class _Note(NamedTuple):
     tensor: weakref.ref[Tensor]
-    each: int
+    tokens: Tokens
     version: int
 
 
@@ -32,7 +53,8 @@ class TokenRows(TorchFunctionMode):
 
     Flattening a tensor whose first axis is that of the rows is noted for the result. Operations on each token
     by itself pass the note on. What any other operation makes of such tokens is noted as lost, and so is a
-    tensor that was written to through another one (which is not seen in inference mode).
+    tensor that was written to through another one (which is not seen in inference mode). Compiled code is not
+    looked into: nothing is known of its tensors.
 
     Args:
         counts: How long the first axis of a tensor with a row for each of the batch may be.
@@ -43,24 +65,28 @@ class TokenRows(TorchFunctionMode):
         self.counts = frozenset(counts)
         self._notes: dict[int, _Note] = {}
 
-    def of(self, x: Tensor) -> int | None:
-        """How many tokens of each row x has in its first axis, in order; `LOST`; None if nothing is known."""
-        note = self._notes.get(id(x))
+    def of(self, x: Tensor) -> Tokens | None:
+        """The tokens along the first axis of x; `LOST`; None if nothing is known."""
+        known = self._known(x)
+        return LOST if known is not None and known.axis else known
+
+    def _known(self, x: Tensor) -> Tokens | None:
+        note = None if torch.compiler.is_compiling() else self._notes.get(id(x))
         if note is None or note.tensor() is not x:
             return None
-        return note.each if note.version == _version(x) else LOST
+        return note.tokens if note.version == _version(x) else LOST
 
-    def note(self, x: Tensor, each: int) -> None:
-        """Note that x has so many tokens of each row in its first axis, in order, or `LOST`."""
+    def note(self, x: Tensor, tokens: Tokens) -> None:
+        """Note which tokens x has, or `LOST`."""
         key = id(x)
         gone = weakref.ref(x, lambda _: self._notes.pop(key, None))
-        self._notes[key] = _Note(gone, each, _version(x))
+        self._notes[key] = _Note(gone, tokens, _version(x))
 
     def pass_on(self, x: Tensor, y: Any) -> None:
         """Note for y what is known of x: it is whole rows of x, or was computed from each token by itself."""
-        each = self.of(x)
-        if each is not None and isinstance(y, Tensor):
-            self.note(y, each)
+        tokens = self.of(x)
+        if tokens is not None and isinstance(y, Tensor):
+            self.note(y, tokens)
 
     @contextmanager
     def among(self, count: int) -> Iterator[None]:
@@ -79,56 +105,71 @@ class TokenRows(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        if torch.compiler.is_compiling():
+            return func(*args, **kwargs)
         if func in _VIEWS:
             result = func(*args, **kwargs)
             self._after_view(args[0], result)
             return result
         given = [*tensors_in(args), *tensors_in(kwargs)] if self._notes else []
         # Before the call, which may write to them.
-        known = [(x, each) for x in given if (each := self.of(x)) is not None]
+        known = [(x, tokens) for x in given if (tokens := self._known(x)) is not None]
         result = func(*args, **kwargs)
         if known:
             self._after(func, args, kwargs, known, result)
         return result
 
     def _after_view(self, x: Tensor, result: Tensor) -> None:
-        each = self.of(x)
-        if each is not None:
+        tokens = self._known(x)
+        if tokens is not None:
             # A view keeps the order of the elements, so it keeps tokens whole if it keeps their number.
-            self._mark(result, each if result.shape[:1] == x.shape[:1] else LOST)
+            if result.shape[: tokens.axis + 1] == x.shape[: tokens.axis + 1]:
+                self._mark(result, tokens)
+            elif tokens.axis and result.shape[0] == x.numel():
+                self._mark(result, Tokens(tokens.each, x.shape[0]))
+            else:
+                self._mark(result, LOST)
         elif (
             x.dim() > 2
             and result.dim() == 2
             and x.shape[-1] == result.shape[-1]
             and x.shape[0] in self.counts
         ):
-            self.note(result, result.shape[0] // x.shape[0])
+            self.note(result, Tokens(result.shape[0] // x.shape[0]))
 
     def _after(
         self,
         func: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
-        known: Sequence[tuple[Tensor, int]],
+        known: Sequence[tuple[Tensor, Tokens]],
         result: Any,
     ) -> None:
         if func is Tensor.__setitem__:
             self._mark(args[0], LOST)
             return
-        tokens, each = known[0]
+        x, tokens = known[0]
+        moved = _MOVING.get(func)
+        if moved is not None:
+            self._mark(result, moved(x, tokens, args) if x is args[0] and not kwargs else LOST)
+            return
         for y in tensors_in(result):
             if func in _ELEMENTWISE:
-                kept = all(x.dim() == y.dim() and x.shape[:1] == y.shape[:1] for x, _ in known)
+                kept = all(x.dim() == y.dim() and _as_long(x, t, y) for x, t in known)
             else:
                 leaves = _ALONG.get(func)
-                kept = leaves is not None and tokens is args[0] and leaves(tokens, args, kwargs)
-                kept = kept and all(x.shape[:1] == y.shape[:1] for x, _ in known)
-            self._mark(y, each if kept and all(other == each for _, other in known) else LOST)
+                kept = leaves is not None and x is args[0] and not tokens.axis and leaves(x, args, kwargs)
+                kept = kept and all(_as_long(x, t, y) for x, t in known)
+            self._mark(y, tokens if kept and all(other == tokens for _, other in known) else LOST)
 
-    def _mark(self, y: Tensor, each: int) -> None:
+    def _mark(self, y: Tensor, tokens: Tokens) -> None:
         """Note that, except that a tensor with an axis for rows and one for tokens is never lost."""
-        if y.dim() and (each != LOST or y.dim() < 3):
-            self.note(y, each)
+        if y.dim() and (tokens != LOST or y.dim() < 3):
+            self.note(y, tokens)
+
+
+def _as_long(x: Tensor, tokens: Tokens, y: Tensor) -> bool:
+    return x.shape[: tokens.axis + 1] == y.shape[: tokens.axis + 1]
 
 
 def _version(x: Tensor) -> int:
@@ -227,6 +268,22 @@ def _whole_axis(x: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> 
     return isinstance(first, slice) and first == slice(None)
 
 
+def _transposed(x: Tensor, tokens: Tokens, args: tuple[Any, ...]) -> Tokens:
+    if x.dim() != 2 or tokens.copies > 1 or len({axis % 2 for axis in args[1:]}) == 1:
+        return LOST
+    return tokens._replace(axis=1 - tokens.axis)
+
+
+def _repeated(x: Tensor, tokens: Tokens, args: tuple[Any, ...]) -> Tokens:
+    times = args[1] if isinstance(args[1], tuple | list) else args[1:]
+    return LOST if tokens.axis or len(times) > x.dim() else tokens._replace(copies=times[0] * tokens.copies)
+
+
+#: What operations that move whole tokens make of them.
+_MOVING: dict[Callable[..., Any], Callable[[Tensor, Tokens, tuple[Any, ...]], Tokens]] = {
+    **dict.fromkeys(_called("transpose", "swapaxes", "t"), _transposed),
+    **dict.fromkeys(_called("repeat"), _repeated),
+}
 #: Operations on the other axes of their first argument, and when they are.
 _ALONG: dict[Callable[..., Any], _Leaves] = {
     **dict.fromkeys(
