@@ -53,7 +53,7 @@ def save(
     """
     if not names:
         raise CheckpointError("there is no adapter to save")
-    if os.path.isfile(directory):
+    if os.path.exists(directory) and not os.path.isdir(directory):
         raise CheckpointError(f"{directory} is a file; a directory is needed")
     together = saved_together(model, names, state_dict)
     if not is_main_process and not together:

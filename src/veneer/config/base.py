@@ -310,7 +310,7 @@ class PeftConfig:
             ConfigError: If the configuration holds what JSON cannot.
         """
         directory = Path(save_directory)
-        if directory.is_file():
+        if directory.exists() and not directory.is_dir():
             raise AdapterFileError(f"cannot save into {directory}: it is a file, not a directory")
         values = self.to_json(inference_mode=None)
         if auto_mapping_dict is not None:

@@ -43,8 +43,7 @@ def check_replaceable(place: Path, overwrite: bool | None = None, what: str = "m
     """
     real = Path(os.path.realpath(place))
     _tidy(real)
-    if place.is_file():
-        raise VeneerError(f"{place} is a file; the output must be a directory")
+    check_no_file(place)
     if place.is_dir() and not overwrite and any(place.iterdir()):
         raise VeneerError(
             f"the directory {place} is not empty; choose another one",
@@ -58,6 +57,12 @@ def check_replaceable(place: Path, overwrite: bool | None = None, what: str = "m
             )
     for needed in [real.parent, *([real] if real.is_dir() else [])]:
         check_writable(needed)
+
+
+def check_no_file(place: Path) -> None:
+    """Raise where a file, a device or a pipe lies at the place of a directory."""
+    if place.exists() and not place.is_dir():
+        raise VeneerError(f"{place} is a file; the output must be a directory")
 
 
 def check_writable(place: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..errors import ConfigError, Text, TrainingError, VeneerError
 from ..files.layout import CONFIG_NAME
-from ..files.overwrite import check_writable
+from ..files.overwrite import check_no_file, check_writable
 from ..hub import is_local
 from .data.sources import check_source
 from .launcher import is_first, processes
@@ -74,8 +74,7 @@ def check_answer_file(output: Path) -> None:
 
 def check_output(place: Path) -> None:
     """Check that a directory for results can be made, and files in it; nothing is made yet."""
-    if place.is_file():
-        raise VeneerError(f"{place} is a file; the output must be a directory")
+    check_no_file(place)
     check_writable(place)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.processes import run_python
-from veneer import VeneerError
+from veneer import LoraConfig, VeneerError
 from veneer.files.overwrite import check_replaceable, check_room, replacing
 
 ROOT = Path(__file__).parents[3]
@@ -222,9 +222,14 @@ def test_what_cannot_be_replaced_as_a_whole_is_refused_before(
 
 def test_what_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    for place, said in ((tmp_path / "file", "is a file"), (tmp_path, "not empty")):
-        with pytest.raises(VeneerError, match=said):
-            check_replaceable(place)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(VeneerError, match="not empty"):
+        check_replaceable(tmp_path)
+    for place in (tmp_path / "file", tmp_path / "pipe"):
+        with pytest.raises(VeneerError, match="is a file"):
+            check_replaceable(place, overwrite=True)
+        with pytest.raises(VeneerError, match="it is a file"):
+            LoraConfig().save_pretrained(place)
     with pytest.raises(VeneerError, match="Not a directory"):
         check_replaceable(tmp_path / "file" / "below")
     check_replaceable(tmp_path, overwrite=True)
