@@ -149,7 +149,11 @@ def cost(layer: LoraLayer, owners: Sequence[str], x: Tensor, outward: Tensor) ->
     return forward.products, backward.products, forward.large, sum(kept.values())
 
 
-@pytest.mark.parametrize("made", [p for p in EACH if p.values[0].backend == "dense"])
+#: Every case and variant: where factors started makes no step dearer.
+PRICED = [p for p in EACH if (p.values[0].init, p.values[0].backend) == ("Default", "dense")]
+
+
+@pytest.mark.parametrize("made", PRICED)
 def test_a_step_costs_the_base_no_more_than_that_of_one_adapter(
     made: Combination, monkeypatch: pytest.MonkeyPatch
 ) -> None:
