@@ -13,19 +13,26 @@ import torch
 
 from benchmarks.harness import THREADS, Report, Row, question, ratio, take_turns, timed
 
-TOKENS, RANK = 1024, 16
+TOKENS = 1024
+RANKS = (8, 16)
 WIDTHS = (576, 1536, 4096)
 
 
-def outer(factor: str, dtype: torch.dtype, width: int) -> dict[str, Callable[[], Any]]:
-    """The gradient of a factor, in its layout, as it is computed for that dtype, and the other way round."""
-    thin, wide = torch.randn(TOKENS, RANK).to(dtype), torch.randn(TOKENS, width).to(dtype)
-    ways: list[Callable[[], Any]] = [
-        lambda: thin.t() @ wide if factor == "A" else (thin.t() @ wide).t().contiguous(),
-        lambda: wide.t() @ thin if factor == "B" else (wide.t() @ thin).t().contiguous(),
-    ]
-    wide_first = factor == "B" and dtype == torch.float32
-    return dict(zip(("chosen", "other"), reversed(ways) if wide_first else ways, strict=True))
+def products(what: str, dtype: torch.dtype, r: int, width: int) -> dict[str, Callable[[], Any]]:
+    """``G B`` or the gradient of a factor, as they are computed for that dtype and the other way round."""
+    thin, wide = torch.randn(TOKENS, r).to(dtype), torch.randn(TOKENS, width).to(dtype)
+    B = torch.randn(width, r).to(dtype)
+    thin_first: Callable[[], Any]
+    wide_first: Callable[[], Any]
+    if what == "G B":
+        thin_first, wide_first = lambda: (B.t() @ wide.t()).t(), lambda: wide @ B
+    elif what == "gradient of A":
+        thin_first, wide_first = lambda: thin.t() @ wide, lambda: (wide.t() @ thin).t().contiguous()
+    else:
+        thin_first, wide_first = lambda: (thin.t() @ wide).t().contiguous(), lambda: wide.t() @ thin
+    if what == "G B" and dtype == torch.bfloat16:
+        return {"chosen": wide_first, "other": thin_first}
+    return {"chosen": thin_first, "other": wide_first}
 
 
 def dropout(p: float) -> dict[str, Callable[[], Any]]:
@@ -43,11 +50,10 @@ def dropout(p: float) -> dict[str, Callable[[], Any]]:
 def measure(quick: bool) -> Report:
     torch.set_num_threads(THREADS)
     cases = {
-        f"gradient of {factor}, {str(dtype).removeprefix('torch.')}, {RANK} × {width}": outer(
-            factor, dtype, width
-        )
-        for factor in "AB"
+        f"{what}, {str(dtype).removeprefix('torch.')}, {r} × {width}": products(what, dtype, r, width)
+        for what in ("G B", "gradient of A", "gradient of B")
         for dtype in (torch.float32, torch.bfloat16)
+        for r in RANKS
         for width in WIDTHS
     }
     cases |= {f"dropout, p = {p}, {TOKENS} × 1536": dropout(p) for p in (0.05, 0.1, 0.3, 0.7)}

@@ -71,12 +71,12 @@ MUTANTS = (
         ("tests/unit/ops/test_lora_linear.py",),
     ),
     Mutant(
-        "dropout-scale", "what dropout leaves is divided by 1 - p", "ops/lora_linear.py",
-        "scale = scaling / (1.0 - p)\n", "scale = scaling\n",
+        "dropout-scale", "what dropout leaves is divided by 1 - p", "ops/lora_step.py",
+        "return self.parts[0].scaling / (1.0 - self.parts[0].p)\n", "return self.parts[0].scaling\n",
         ("tests/unit/ops/test_lora_linear.py",),
     ),
     Mutant(
-        "gradient-of-rows", "an adapter's gradients come from its own rows", "ops/lora_rows.py",
+        "gradient-of-rows", "an adapter's gradients come from its own rows", "ops/lora_step.py",
         "None if rows is None else block.of(rows)", "None if rows is None else block.of(rows.flip(0))",
         ("tests/laws/test_family.py",),
     ),

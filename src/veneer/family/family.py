@@ -345,6 +345,7 @@ class Family:
         every = [module for _, module in walk(self.model.get_base_model())]
         layers = [module for module in every if isinstance(module, LoraLayer)]
         modules = [layer.lora_dropout[n] for layer in layers for n in names if n in layer.lora_dropout]
+        modules = [dropout for dropout in modules if dropout.p]
         modules += [m for m in every if getattr(m, "gradient_checkpointing", False)]
         for module in modules:
             module.training = True

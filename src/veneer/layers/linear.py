@@ -22,13 +22,12 @@ from veneer.ops import mixed_batch
 from veneer.ops.dropout import Draws, wants_plain_torch
 from veneer.ops.lora_linear import (
     add_lora_,
-    autocasts,
     few_rows,
     is_decoding_step,
     linear_of_few_rows,
     lora_linear,
 )
-from veneer.ops.lora_rows import Factors, Part, add_lora_rows_, lora_linear_rows
+from veneer.ops.lora_step import Factors, Part, add_lora_rows_, autocasts, lora_linear_rows
 from veneer.ops.rows import scale_rows_, scaled
 from veneer.routing import Routing, current, draws_of
 

@@ -82,7 +82,7 @@ def branch_gradients(
 
     Args:
         G: (..., T, out), the gradient of the output.
-        saved: What the forward kept.
+        saved: What the forward kept, in the shape and dtype of G.
         needs: Which gradients are wanted.
         scale: With the ``1 / (1 - p)`` of dropout.
         dx: (..., T, in), the gradient through the base, to which the branch's is added in place, or None.
@@ -91,18 +91,17 @@ def branch_gradients(
     dB = None if saved.h is None else _outer(saved.h, G, scale, dtypes[1], turned=True)
     if saved.B is None:
         return dx, None, dB
-    g = G @ saved.B.to(G.dtype)
+    g = _thin(G, saved.B)
     drop = None if saved.drop is None else unpacked(saved.drop)
     dA = None
     if needs.A and saved.x is not None:
-        rows = _rows_like(saved.x, G)
-        dA = _outer(g, rows if drop is None else zero_dropped_(rows.clone(), drop), scale, dtypes[0])
+        rows = saved.x if drop is None else zero_dropped_(saved.x.clone(), drop)
+        dA = _outer(g, rows, scale, dtypes[0])
     if needs.x and saved.A is not None:
-        A = saved.A.to(G.dtype)
         if dx is not None:
-            _add_to_kept_(dx, g, A, scale, drop)
+            _add_to_kept_(dx, g, saved.A, scale, drop)
         else:
-            dx = g.mul_(scale) @ A
+            dx = g.mul_(scale) @ saved.A
             if drop is not None:
                 zero_dropped_(dx, drop)
     return dx, dA, dB
@@ -154,28 +153,37 @@ def _rows_like(x: Tensor, G: Tensor) -> Tensor:
     return x.contiguous().view(*G.shape[:-1], x.shape[-1])
 
 
+def _thin(G: Tensor, B: Tensor) -> Tensor:
+    """``G B`` for ``G: (..., T, out)``, ``B: (..., out, r)``.
+
+    In more than 16 bits the thin side comes first: the other way round, a rank that fills no vector register
+    of the processor takes several times as long (`benchmarks/products.py`).
+    """
+    return G @ B if G.dtype.itemsize == 2 else (B.mT @ G.mT).mT
+
+
 def _outer(
     thin: Tensor, wide: Tensor, scale: float | Tensor, dtype: torch.dtype, *, turned: bool = False
 ) -> Tensor:
     """``scale · thinᵀ wide`` for ``thin: (..., T, r)``, ``wide: (..., T, n)``: the gradient of a factor.
 
-    The thin side comes first (`benchmarks/products.py`), except where a result in float32 would then have to
-    be copied into the layout of its factor.
+    The thin side comes first, as in `_thin`.
 
     Args:
         thin, wide, scale: As above.
         dtype: Of the factor.
-        turned: Return its transpose. If it is cast, the result is contiguous, as optimizers want it.
+        turned: Return its transpose, contiguous as optimizers want it.
     """
+    product = thin.mT @ wide
     if turned:
-        product = wide.mT @ thin if wide.dtype == torch.float32 else (thin.mT @ wide).mT
-    else:
-        product = thin.mT @ wide
+        product = product.mT
     if dtype.itemsize > product.dtype.itemsize:  # the scale is applied in the wider type
         product = product.to(dtype, memory_format=torch.contiguous_format)
+    elif turned:
+        product = product.contiguous()
     if isinstance(scale, Tensor) or scale != 1.0:
         product.mul_(scale)
-    return product.to(dtype)
+    return product if product.dtype == dtype else product.to(dtype)
 
 
 def _add_to_kept_(dx: Tensor, g: Tensor, A: Tensor, scale: float | Tensor, drop: Tensor | None) -> None:

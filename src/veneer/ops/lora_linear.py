@@ -19,24 +19,15 @@ Source: LoRA, arXiv:2106.09685, equation 3.
 
 from __future__ import annotations
 
-import functools
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from veneer.ops.dropout import check_probability, draw, packed, wants_plain_torch, zero_dropped_
+from veneer.ops.dropout import check_probability, wants_plain_torch
 from veneer.ops.gpu import triton_step
-from veneer.ops.lora_gradients import (
-    Needs,
-    Saved,
-    add_product_,
-    as_rows,
-    branch_gradients,
-    differentiable_gradients,
-)
+from veneer.ops.lora_step import Block, LoraStep, Part, autocasts, writable
 
 #: Up to this many rows a 16-bit product on a CPU takes constant time, about five times that in float32.
 FEW_ROWS = 64
@@ -131,6 +122,11 @@ def lora_linear(
     return _fused(x, weight, bias, A, B, B_bias, scaling, p)
 
 
+def _whole(A: Tensor, B: Tensor, scaling: float, p: float) -> tuple[Block]:
+    """One adapter for all rows."""
+    return (Block((Part(scaling, p),), 0, A.shape[:1], (A.dtype, B.dtype)),)
+
+
 def _fused(
     x: Tensor,
     weight: Tensor,
@@ -147,7 +143,7 @@ def _fused(
     if step is not None:
         A, B, B_bias = A.to(x.dtype), B.to(x.dtype), _to(B_bias, x.dtype)
         return step.apply(x, weight, bias, A, B, B_bias, scaling, p)  # type: ignore[no-any-return]
-    y: Tensor = _Lora.apply(None, x, weight, bias, A, B, B_bias, scaling, p, False)  # type: ignore[no-untyped-call]
+    y: Tensor = LoraStep.apply(None, x, weight, bias, False, _whole(A, B, scaling, p), A, B, B_bias)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -209,7 +205,7 @@ def _added(
     if not torch.is_grad_enabled() and p == 0.0 and few_rows(x):
         y = y if inplace else y.clone(memory_format=torch.contiguous_format)
         return _add_branch_of_few_rows_(y, x, A, B, B_bias, scaling)
-    out: Tensor = _Lora.apply(y, x, None, None, A, B, B_bias, scaling, p, inplace)  # type: ignore[no-untyped-call]
+    out: Tensor = LoraStep.apply(y, x, None, None, inplace, _whole(A, B, scaling, p), A, B, B_bias)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -279,117 +275,5 @@ def _add_branch_of_few_rows_(
     return y if wide is y else y.copy_(wide)
 
 
-def autocasts(kind: str) -> bool:
-    """Whether autocast is on for a type of device; torch raises for types that have none (meta)."""
-    return _has_autocast(kind) and torch.is_autocast_enabled(kind)
-
-
-#: Cached, because every call of a layer uses it: a property of the build of torch.
-_has_autocast = functools.cache(torch.amp.is_autocast_available)
-
-
 def _to(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if tensor is None else tensor.to(dtype)
-
-
-def without_autocast(grad: Tensor) -> AbstractContextManager[Any]:
-    """Of a backward: one inside autocast computes in its forward's dtype."""
-    kind = grad.device.type
-    return torch.autocast(kind, enabled=False) if autocasts(kind) else nullcontext()
-
-
-def writable(y: Tensor) -> bool:
-    """Whether a layer may write into what its base returned."""
-    return not (
-        y._is_view()
-        or (y.is_leaf and y.requires_grad)
-        or not y.is_contiguous()
-        or (y.is_inference() and not torch.is_inference_mode_enabled())
-    )
-
-
-def project(x: Tensor, A: Tensor, drop: Tensor | None) -> Tensor:
-    """``h = drop(x) Aᵀ``; x is copied if elements have to be zeroed."""
-    return (x if drop is None else zero_dropped_(x.clone(), drop)) @ A.mT
-
-
-def base_product(
-    ctx: Any, y: Tensor | None, x: Tensor, weight: Tensor | None, bias: Tensor | None, inplace: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What a step adds to, x as rows (T, in), and the first as rows (T, out): y or ``x Wᵀ + b``."""
-    rows = as_rows(x)
-    if y is None:
-        flat = F.linear(rows, weight, bias)  # type: ignore[arg-type]
-        if x.dim() == 2:
-            return flat, rows, flat
-        # No view: an in-place operation on one would lose hooks. F.linear gives a view if there is a bias.
-        return torch.ops.aten._unsafe_view(flat, (*x.shape[:-1], flat.shape[-1])), rows, flat
-    if inplace:
-        ctx.mark_dirty(y)
-    else:
-        y = y.clone(memory_format=torch.contiguous_format)
-    return y, rows, y.view(rows.shape[0], y.shape[-1])
-
-
-class _Lora(torch.autograd.Function):
-    """Adds the branch to ``y``, or to ``x Wᵀ + b`` if y is None."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        y: Tensor | None,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        A: Tensor,
-        B: Tensor,
-        B_bias: Tensor | None,
-        scaling: float,
-        p: float,
-        inplace: bool,
-    ) -> Tensor:
-        y, rows, flat = base_product(ctx, y, x, weight, bias, inplace)
-        drop = draw(x, p) if p > 0.0 else None
-        scale = scaling / (1.0 - p)
-        h = project(rows, A.to(x.dtype), drop)
-        add_product_(flat, h, B.t().to(x.dtype), scale)
-        if B_bias is not None:
-            flat.add_(B_bias.to(x.dtype), alpha=scaling)
-        _, need_x, need_w, _, need_a, need_b = ctx.needs_input_grad[:6]
-        ctx.needs = Needs(need_x, need_w, need_a, need_b)
-        drop = None if drop is None else packed(drop, x.numel())
-        ctx.save_for_backward(*Saved(x, weight, A, B, h, drop).for_gradients(ctx.needs))
-        ctx.scale, ctx.scaling, ctx.shape, ctx.dtype = scale, scaling, x.shape, x.dtype
-        ctx.dtypes = A.dtype, B.dtype
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        with without_autocast(grad):
-            return _Lora._gradients(ctx, grad)
-
-    @staticmethod
-    def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        saved, needs = Saved(*ctx.saved_tensors), ctx.needs
-        need_y, _, _, need_bias, _, _, need_bb = ctx.needs_input_grad[:7]
-        G = as_rows(grad.to(ctx.dtype))
-        dx = G @ saved.weight if saved.weight is not None else None
-        if torch.is_grad_enabled():
-            scaled = saved._replace(h=None if saved.h is None else saved.h * ctx.scale)
-            more, dA, dB = differentiable_gradients(G, scaled, needs, ctx.scale, ctx.shape[-1])
-            dx = more if dx is None or more is None else dx + more
-        else:
-            dx, dA, dB = branch_gradients(G, saved, needs, ctx.scale, dx, ctx.dtypes)
-        summed = G.sum(0) if need_bias or need_bb else None
-        return (
-            grad if need_y else None,
-            None if dx is None else dx.view(ctx.shape),
-            G.t() @ as_rows(saved.x) if needs.weight and saved.x is not None else None,
-            summed if need_bias else None,
-            dA,
-            dB,
-            summed * ctx.scaling if summed is not None and need_bb else None,
-            None,
-            None,
-            None,
-        )

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from veneer.ops.lora_linear import writable
+from veneer.ops.lora_step import writable
 
 
 def add_to_rows_(y: Tensor, parts: Sequence[tuple[slice, Tensor, float]], *, inplace: bool = False) -> Tensor:

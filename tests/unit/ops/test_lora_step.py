@@ -10,14 +10,22 @@ import torch
 from torch import Tensor
 
 from tests.unit.ops.cases import assert_same, second_derivatives
+from veneer.ops import lora_step
 from veneer.ops.dropout import Draws
 from veneer.ops.lora_linear import lora_linear, lora_linear_reference
-from veneer.ops.lora_rows import Factors, Part, add_lora_rows_, blocks_of, lora_linear_rows
+from veneer.ops.lora_step import Factors, Part, add_lora_rows_, blocks_of, lora_linear_rows
 
 WIDTH, OUT, SIZE = 64, 20, 80
 #: Neighbours of one size, then a gap, then one of another size.
 ROWS = [slice(SIZE * i, SIZE * (i + 1)) for i in range(3)] + [slice(3 * SIZE + 4, 3 * SIZE + 9)]
 RANKS, SCALINGS = (2, 4, 3, 2), (2.0, 0.7, 1.5, 2.0)
+
+
+@pytest.fixture(autouse=True)
+def blocks_of_every_type(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks in float32 and float64 too, for what needs their precision."""
+    for size in (4, 8):
+        monkeypatch.setitem(lora_step._WORTH_A_BLOCK, size, 1_000_000)
 
 
 def given(dtype: torch.dtype = torch.float32, factor_dtype: torch.dtype | None = None) -> dict[str, Any]:
@@ -154,6 +162,12 @@ def test_ranks_are_filled_up_as_long_as_that_is_cheap() -> None:
     assert sizes([4, 8, 64], 64, torch.bfloat16) == [2, 1]
     assert sizes([4, 8, 32], 64, torch.bfloat16) == [3], "16-bit products take longer to call"
     assert sizes([4, 8, 32], 4096, torch.bfloat16) == [1, 1, 1]
+
+
+def test_factors_of_wide_numbers_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    assert sizes([16] * 3, 64, torch.float32) == [1, 1, 1]
+    assert sizes([16] * 3, 64, torch.bfloat16) == [3]
 
 
 def test_factors_that_are_treated_differently_are_no_block() -> None:
