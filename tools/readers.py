@@ -5,8 +5,9 @@
 The base is the first layers of SmolLM2, with their real weights. Adapters of each kind are exported, every
 printed command is run as it stands, and the reader's log-probabilities are compared with those of Veneer:
 their difference, the slope of the adapter's effect there on its effect here (1.00; 0 is an ignored adapter),
-and the tokens written greedily. Then every line of docs/serving.md is run, and what the servers write is
-compared. The tables go to docs/exporting.md. Exits with 1 if something differs.
+and those of the tokens written greedily that the base does not write. Experts in stacks go through vLLM's
+loader. Then every line of docs/serving.md is run, and what the servers write is compared. The tables go to
+docs/exporting.md. Exits with 1 if something differs.
 """
 
 from __future__ import annotations
@@ -25,9 +26,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import examples_data
 import readers_setup
+import setup
 import smollm2
 import torch
+import transformers
 from readers_servers import PAGE as SERVING
 from readers_servers import Answer, Shell, answers
 from readers_setup import BUILD, CONVERTERS, ROOT
@@ -48,8 +52,14 @@ LAYERS, STEPS, SEED = 4, 8, 0
 CLOSE = 2e-4
 #: By so much a token leads clearly, where a server computes in 16 bits.
 LEAD = 0.3
-#: So many times stronger, an adapter writes another text than its base.
-STRONG = 30
+#: Standard deviations of factors with which an adapter writes another text than its base.
+DRAWN, DRAWN_OF_EMBEDDINGS = 0.3, 0.1
+#: So many tokens at least are written alike that the base does not write.
+SOME = 4
+#: So many times stronger, an adapter writes nothing of the base's text.
+STRONG = 3
+#: How far the update of an expert may be off, as a share of the largest element: of one product of 32 bits.
+ROUNDED = 1e-6
 #: How far the slope may be from 1.
 STRAIGHT = 1e-3
 #: So many tokens have their log-probabilities compared: the likeliest of the base after each prompt.
@@ -94,13 +104,15 @@ class Compared:
     error: float
     slope: float
     written: int
+    apart: int
 
     @property
     def good(self) -> bool:
-        return self.error <= CLOSE and abs(self.slope - 1) <= STRAIGHT
+        """Whether it does there what it does here, and another thing than its base."""
+        return self.error <= CLOSE and abs(self.slope - 1) <= STRAIGHT and self.written >= SOME
 
     def __str__(self) -> str:
-        return f"{self.slope:.4f}, {self.error:.0e}, {self.written}"
+        return f"{self.slope:.4f}, {self.error:.0e}, {self.written} of {self.apart}"
 
 
 @dataclass(frozen=True)
@@ -142,8 +154,10 @@ def adapter_of(kind: str, place: Path) -> tuple[Path, Path]:
     torch.manual_seed(SEED)
     adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **options))
     for name, parameter in adapted.named_parameters():
-        if "lora_B" in name or "lora_embedding_B" in name or "lora_embedding_A" in name:
-            torch.nn.init.normal_(parameter, std=0.03)
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=DRAWN)
+        elif "lora_embedding_" in name:
+            torch.nn.init.normal_(parameter, std=DRAWN_OF_EMBEDDINGS)
     adapted.peft_config["default"].base_model_name_or_path = str(base)
     adapted.save_pretrained(place)
     return place, base
@@ -170,28 +184,47 @@ def written(model: Any, prompts: list[list[int]]) -> tuple[list[list[int]], list
 
 
 @functools.cache
-def bare(reader: Reader, base: Path) -> tuple[dict[str, Any], torch.Tensor, torch.Tensor]:
-    """(what is asked, log-probabilities of the tokens asked for here, and there), without an adapter."""
+def bare(base: Path) -> tuple[dict[str, Any], torch.Tensor, list[list[int]]]:
+    """(what is asked, log-probabilities of the tokens asked for, what is written), without an adapter."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(base)
     prompts = [tokenizer(text)["input_ids"] for text in TEXTS]
-    here = after(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval(), prompts)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    here = after(model, prompts)
     likely = here.topk(LIKELIEST).indices.unique()
     asked = {"prompts": prompts, "tokens": likely.tolist(), "steps": STEPS, "vocabulary": here.shape[1]}
-    found = reader.ask({**asked, "model": reader.base(base), "adapter": None}, WORK)
-    return asked, here[:, likely], torch.tensor(found["logprobs"])
+    return asked, here[:, likely], written(model, prompts)[0]
+
+
+@functools.cache
+def bare_there(reader: Reader, base: Path) -> torch.Tensor:
+    """The log-probabilities that the reader gives without an adapter."""
+    found = reader.ask({**bare(base)[0], "model": reader.base(base), "adapter": None}, WORK)
+    return torch.tensor(found["logprobs"])
 
 
 def compared(reader: Reader, model: Any, base: Path, there: str, adapter: str | None) -> Compared:
     """What a reader computes from its model and adapter, beside what ours computes."""
-    asked, without, without_there = bare(reader, base)
+    asked, without, plain = bare(base)
     within = after(model, asked["prompts"])[:, asked["tokens"]]
     found = reader.ask({**asked, "model": there, "adapter": adapter}, WORK)
     theirs = torch.tensor(found["logprobs"])
-    here, effect = (within - without).flatten(), (theirs - without_there).flatten()
-    same = sum(map(_written_alike, found["greedy"], *written(model, asked["prompts"])))
-    return Compared(float((theirs - within).abs().max()), float(effect @ here / (here @ here)), same)
+    here, effect = (within - without).flatten(), (theirs - bare_there(reader, base)).flatten()
+    texts, leads = written(model, asked["prompts"])
+    alike = map(_written_alike, found["greedy"], texts, leads)
+    same = sum(_apart(text[:count], other) for count, text, other in zip(alike, texts, plain, strict=True))
+    return Compared(
+        float((theirs - within).abs().max()),
+        float(effect @ here / (here @ here)),
+        same,
+        sum(map(_apart, texts, plain)),
+    )
+
+
+def _apart(text: list[int], plain: list[int]) -> int:
+    """How many tokens are not those in the same places of the base's text."""
+    return sum(one != other for one, other in zip(text, plain, strict=False))
 
 
 def _written_alike(theirs: list[int], mine: list[int], leads: list[float]) -> int:
@@ -204,14 +237,17 @@ def _written_alike(theirs: list[int], mine: list[int], leads: list[float]) -> in
     return len(mine)
 
 
-def asking(python: Path, script: str) -> Callable[[dict[str, Any], Path], dict[str, Any]]:
+def asking(
+    python: Path, script: str, variables: dict[str, str] | None = None
+) -> Callable[[dict[str, Any], Path], dict[str, Any]]:
     """A program in another environment, asked and answering by files."""
 
     def ask(asked: dict[str, Any], place: Path) -> dict[str, Any]:
         files = place / "asked.json", place / "answered.json"
         files[0].write_text(json.dumps(asked))
         command = [str(python), str(ROOT / "tools" / script), *map(str, files)]
-        done = subprocess.run(command, capture_output=True, text=True, env=readers_setup.environment())
+        env = variables or readers_setup.environment()
+        done = subprocess.run(command, capture_output=True, text=True, env=env)
         if done.returncode:
             raise SystemExit(f"{script}: {done.stderr[-2000:]}")
         found: dict[str, Any] = json.loads(files[1].read_text())
@@ -337,7 +373,53 @@ def control(reader: Reader) -> Compared:
     try:
         return compared(reader, _loaded(base, place), base, reader.base(base), str(out))
     except SystemExit:
-        return Compared(float("inf"), 0.0, 0)
+        return Compared(float("inf"), 0.0, 0, 0)
+
+
+def stacks() -> str:
+    """A row for an adapter over stacks of experts, from vLLM's loader.
+
+    Raises:
+        SystemExit: An update of an expert there is not that of the merged model.
+    """
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    torch.manual_seed(SEED)
+    sizes = dict(hidden_size=32, intermediate_size=24, num_hidden_layers=2, num_local_experts=4, head_dim=16)
+    model = GptOssForCausalLM(GptOssConfig(vocab_size=64, num_attention_heads=2, **sizes))
+    paths = [f"model.layers.{number}.mlp.experts" for number in range(sizes["num_hidden_layers"])]
+    names = ("gate_up_proj", "down_proj")
+    before = {path: {n: getattr(model.get_submodule(path), n).clone() for n in names} for path in paths}
+    config = LoraConfig(
+        r=3,
+        lora_alpha=5,
+        target_modules=["q_proj"],
+        target_parameters=[f"experts.{name}" for name in names],
+        rank_pattern={".*down_proj": 4},
+        base_model_name_or_path="gpt_oss",
+        init_lora_weights=False,
+    )
+    adapted = get_peft_model(model, config)
+    adapted.peft_config["default"].base_model_name_or_path = "gpt_oss"
+    adapted.save_pretrained(WORK / "experts")
+    report = export_adapter(WORK / "experts", WORK / "experts-vllm", "vllm")
+    ask = asking(readers_setup.VLLM_PYTHON, "reader_vllm_experts.py", readers_setup.vllm_environment())
+    asked = {"adapter": str(report.directory), "experts": 4, "modules": ["q_proj"], "paths": paths}
+    found, merged = ask(asked, WORK), adapted.merge_and_unload()
+    worst = 0.0
+    for path, updates in before.items():
+        for name, weight in updates.items():
+            # gpt-oss stores (experts, in, out).
+            change = (getattr(merged.get_submodule(path), name) - weight).detach().transpose(1, 2).double()
+            theirs = torch.tensor(found[path][name], dtype=torch.float64)
+            worst = max(worst, float((theirs - change).abs().max() / change.abs().max()))
+    if worst > ROUNDED:
+        raise SystemExit(
+            f"vLLM's loader reads another update of an expert: {worst:.1e} of the largest element"
+        )
+    return (
+        f"| experts in stacks (gpt-oss), through its loader | alike to {worst:.0e} of the largest element |"
+    )
 
 
 def served(reader: Reader) -> Iterator[str]:
@@ -398,8 +480,13 @@ def main() -> int:
     """Install, compare, write the table."""
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
+    transformers.utils.logging.disable_progress_bar()
     names = sys.argv[1:] or ["llama.cpp", "mlx"]
-    versions = readers_setup.install(names)
+    try:
+        versions = readers_setup.install(names)
+    except (setup.SetupError, examples_data.DataError) as error:
+        print(f"The readers are not installed. {error}", file=sys.stderr)
+        return 1
     shutil.rmtree(WORK, ignore_errors=True)
     WORK.mkdir(parents=True)
     readers = all_readers(names)
@@ -414,14 +501,18 @@ def main() -> int:
         unfolded = control(readers[0])
         print(f"use_rslora, not folded: {unfolded}", flush=True)
         bad += ["use_rslora, not folded"] * unfolded.good
+    if "vllm" in names:
+        lines.append(stacks())
+        print(lines[-1], flush=True)
     servers = ["", "| a server's line in [Serving](serving.md) | its answer |", "|---|---|"]
     for reader in readers:
         for line in served(reader):
             servers.append(line)
             print(line, flush=True)
     note = (
-        f"Slope, largest difference of a log-probability, and tokens written alike, of {STEPS * len(TEXTS)}; "
-        f"the first {LAYERS} layers of SmolLM2-135M-Instruct in 32 bits, on {_machine()}."
+        "Slope, largest difference of a log-probability, and, of the tokens that the base writes otherwise, "
+        f"those written alike; {len(TEXTS)} texts of {STEPS} tokens, the first {LAYERS} layers of "
+        f"SmolLM2-135M-Instruct in 32 bits, on {_machine()}."
     )
     if bad:
         print(f"these differ: {', '.join(bad)}", file=sys.stderr)

