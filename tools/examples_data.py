@@ -143,6 +143,25 @@ ALL: dict[str, Data] = {
             ("0.20.0", "0fbba16ffebfad3de96e06f2da6860fd860292324b85b6141909fa1e26ea9233", 775777),
         )
     },
+    "diffusers-0.36.0": Data("diffusers 0.36.0 and what it needs, for the tests of files (Apache-2.0)", tuple(
+        Archive("pypi", file, sha256, size,
+                r"((?:diffusers|huggingface_hub|httpx|httpcore)(?:-[\d.]+dist-info)?/.+)")
+        for file, sha256, size in (
+            ("diffusers-0.36.0-py3-none-any.whl",
+             "525d42abc74bfc3b2db594999961295c054b48ef40a11724dacf50e6abd1af98", 4597884),
+            ("huggingface_hub-1.32.0-py3-none-any.whl",
+             "b0c7c80561969d9cdacdd55fce67ba9584cca0b9d4ea80957a3a5c1445fac5c8", 842906),
+            ("httpx-0.28.1-py3-none-any.whl",
+             "d909fcccc110f8c7faf814ca82a9a4d816bc5a6dbfea25d6591d6985b8ba59ad", 73517),
+            ("httpcore-1.0.9-py3-none-any.whl",
+             "2d400746a40668fc9dec9810239072b40b4484b640a8c38fd654a024c7a1bf55", 78784),
+        )
+    )),
+    "sentence-transformers-5.2.3": Data("sentence-transformers 5.2.3, for the tests of files (Apache-2.0)", (
+        Archive("pypi", "sentence_transformers-5.2.3-py3-none-any.whl",
+                "6437c62d4112b615ddebda362dfc16a4308d604c5b68125ed586e3e95d5b2e30", 494225,
+                r"(sentence_transformers(?:-[\d.]+dist-info)?/.+)"),
+    )),
     "tinker-cookbook-0.6.1": Data("tinker-cookbook 0.6.1, for the tests of its files (Apache-2.0)", (
         Archive("pypi", "tinker_cookbook-0.6.1-py3-none-any.whl",
                 "48a17bbfcde996c21e00fb90fd8f7f434d1456581b79b34550fca9c0cbd8c0fc", 1308836,

@@ -10,7 +10,7 @@ import importlib
 import json
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -358,17 +358,19 @@ CHAPTERS: dict[str, Callable[..., None]] = {
 }
 
 
-def live(place: Path, exact: bool) -> None:
-    """Run every chapter; one that fails is noted with its traceback.
+def live(place: Path, exact: bool, chapters: Iterable[str] = tuple(CHAPTERS)) -> None:
+    """Run chapters; one that fails is noted with its traceback.
 
     Args:
         place: Where files and notes go.
         exact: Hold the library to undoing bit for bit, and to having no reason to warn.
+        chapters: Their names.
     """
     if exact:
         warnings.filterwarnings("error", category=importlib.import_module("veneer").VeneerWarning)
     notes = Notes(place)
-    for name, chapter in CHAPTERS.items():
+    for name in chapters:
+        chapter = CHAPTERS[name]
         notes.chapter = name
         notes.told[name] = {}
         wants = "exact" in chapter.__annotations__
@@ -389,5 +391,6 @@ def read_files(place: Path) -> dict[str, Tensor]:
     model = tiny.flux()
     model.load_lora_adapter(place / "flux", prefix=None, adapter_name="x", use_safetensors=True)
     drawn["flux"] = tiny.flux_output(model)
-    drawn["dreambooth"] = diffusion_training.read(place)
+    if (place / "dreambooth").is_dir():
+        drawn["dreambooth"] = diffusion_training.read(place)
     return drawn

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 
 import pytest
 
+from tests.interop.older import ROOT, WITHOUT_TORCHAO, variables
 from tests.processes import run_python
 
-ROOT = Path(__file__).parents[2]
 VERSIONS = ("0.18.1", "0.19.1", "0.20.0")
 
-#: They import names that torchao no longer has, wherever it is installed.
-PROGRAM = """
-import sys
-sys.modules["torchao"] = None
-
+PROGRAM = f"""{WITHOUT_TORCHAO}
 from importlib.metadata import version
 
 import pytest
@@ -30,10 +25,7 @@ sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", ""
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_files_both_ways(version: str, tmp_path: Path) -> None:
-    older = ROOT / ".cache" / "data" / f"peft-{version}"
-    assert older.is_dir(), "make examples-data fetches it"
-    paths = os.pathsep.join([str(older), str(ROOT / "src"), str(ROOT)])
-    env = {"PYTHONPATH": paths, "TMPDIR": str(tmp_path)}
+    env = {**variables(f"peft-{version}"), "TMPDIR": str(tmp_path)}
     done = run_python(PROGRAM, version, env=env, cwd=ROOT, timeout=900)
     passed = re.search(r"(\d+) passed in", done.stdout)
     assert passed and int(passed[1]) > 100, done.stdout
