@@ -72,9 +72,9 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written() -> None:
         set_base_model_state_dict(model, lacking)
     with pytest.raises(LoadMismatchError, match=r"0\.weight is \(5, 4\), here \(4, 4\)"):
         set_base_model_state_dict(model, {**given, "0.weight": torch.ones(5, 4)}, strict=False)
-    for odd in (3, {**given, "0.weight": [1.0]}):
+    for odd, kind in ((3, "int"), ({**given, "0.weight": [1.0]}, "list")):
         with pytest.raises(
-            CheckpointError, match=r"state_dict: a mapping of names to tensors is needed, got a"
+            CheckpointError, match=f"state_dict: a mapping of names to tensors is needed, got {kind}"
         ):
             set_base_model_state_dict(model, odd)  # type: ignore[arg-type]
     same(model.state_dict(), before)
