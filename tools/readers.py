@@ -465,7 +465,9 @@ def _read(answer: Answer, adapted: Any, plain: Any, tokenizer: Any) -> str:
         raise SystemExit(f"the base writes {wanted!r} too, so that nothing is compared")
     if not text.startswith(wanted):
         raise SystemExit(f"{answer.command} wrote {text!r} where Veneer writes {wanted!r}, then unclearly")
-    return f"{text!r}: alike as far as tokens lead clearly, which are {clear}"
+    if clear == len(leads):
+        return f"{text!r}: Veneer's {clear} tokens"
+    return f"{text!r}: Veneer's first {clear} tokens; the next has a rival too close to compare"
 
 
 def page(table: list[str], made_by: str) -> str:
