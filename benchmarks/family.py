@@ -181,7 +181,7 @@ def draw(report: Report, path: Path) -> None:
     from benchmarks._pictures import bars
 
     groups = {
-        row.label.partition(":")[0]: {"÷ Veneer's turns": row.ours, "÷ PEFT's turns": peer.ours}
+        row.label.partition(":")[0]: {"Veneer": row.ours, "PEFT": peer.ours}
         for row, peer in zip(report.rows[::6], report.rows[1::6], strict=True)
     }
-    bars(path, groups, "One pass over eight adapters, as a share of eight steps", floor=1.0)
+    bars(path, groups, "One pass over eight adapters ÷ eight steps of each library", floor=1.0)
