@@ -24,7 +24,7 @@ from veneer.layers import LoraLayer
 from veneer.ops import low_rank, pruning
 from veneer.ops.merging import is_finite
 from veneer.spec import LoraSpec
-from veneer.wording import bullets, span
+from veneer.wording import bullets, span, warn
 
 #: What `combine` can do. The first three are the same exact sum; they differ in the rank of the result.
 COMBINATIONS = ("linear", "cat", "svd", *pruning.METHODS, *(f"{name}_svd" for name in pruning.METHODS))
@@ -135,6 +135,8 @@ def combine(
     problems += _pruning_problems(layers, names, combination_type, density, majority_sign_method)
     if problems:
         raise CombineError(bullets("these adapters cannot be combined:", problems))
+    if svd_rank is not None and not combination_type.endswith("svd"):
+        warn(f"{combination_type!r} cuts nothing, so svd_rank={svd_rank} has no effect")
     by_name = {n: w for n, w in zip(names, numbers, strict=True) if w is not None}
     trim = Trim(combination_type.removesuffix("_svd"), density or 0.0, majority_sign_method)
     result, ranks, errors = [], {}, {}

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from tests.laws.cases import train
 from tests.tolerances import OPS_SPECTRUM, assert_close
-from veneer import CombineError, LoraConfig, PeftModel, get_peft_model
+from veneer import CombineError, LoraConfig, PeftModel, VeneerWarning, get_peft_model
 from veneer.errors import AdapterNameError
 from veneer.ops import pruning
 
@@ -130,6 +130,12 @@ def test_the_set_strength_counts() -> None:
     model.base_model.set_strength("a", 3.0)
     model.base_model.add_weighted_adapter(["a"], [1.0], "twice", "linear")
     assert_close(deltas(model, "twice")["linear"], deltas(model, "a")["linear"])
+
+
+def test_a_rank_that_cuts_nothing_is_told() -> None:
+    model = made()
+    with pytest.warns(VeneerWarning, match="'cat' cuts nothing, so svd_rank=3 has no effect"):
+        model.base_model.add_weighted_adapter(["a", "b"], [1.0, 1.0], "n", "cat", svd_rank=3)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 from veneer.config.expressions import parsed
 from veneer.errors import Hint, Text
@@ -34,7 +34,7 @@ def optional(check: Check) -> Check:
     return lambda name, value: [] if value is None else check(name, value)
 
 
-def is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[float]:
     """Whether it is a finite number, and no boolean."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return False

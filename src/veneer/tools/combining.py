@@ -35,7 +35,7 @@ _ALIKE = ("fan_in_fan_out", "layer_replication", "ensure_weight_tying", "task_ty
 
 
 def combine_adapters(
-    adapters: Sequence[str | os.PathLike[str]],
+    adapters: Sequence[str | os.PathLike[str]] | str | os.PathLike[str],
     output: str | os.PathLike[str],
     weights: Sequence[float] | None = None,
     *,
@@ -54,7 +54,7 @@ def combine_adapters(
     counts as zero in a module that it does not adapt.
 
     Args:
-        adapters: Directories of adapters of one base.
+        adapters: Directories of adapters of one base, or a single one.
         output: Directory to write; it appears whole or not at all.
         weights: One number for each adapter; all 1 if None.
         combination_type: ``"cat"`` (or ``"linear"``), ``"svd"``, ``"ties"``, ``"dare_linear"``,
@@ -75,6 +75,7 @@ def combine_adapters(
         BaseMismatchError: They were made on different base models.
         VeneerError: The output holds files already, is one of the adapters, or cannot be written.
     """
+    adapters = [adapters] if isinstance(adapters, str | os.PathLike) else adapters
     request = Request.of(
         len(adapters), weights, combination_type, rank, energy, density, majority_sign_method
     )

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..config.values import is_number
 from ..errors import ConfigError, Hint, Text, VeneerError
 from ..files.overwrite import check_replaceable
 
@@ -29,7 +29,7 @@ def check_size(rank: int | None, energy: float | None, *, needed: bool = True) -
         wrong.append(Text("give ", Hint("rank"), ", or ", Hint("energy"), " to let each module have its own"))
     if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
         wrong.append(Text(Hint("rank"), f" must be a whole number above 0, got {rank!r}"))
-    if energy is not None and (isinstance(energy, bool) or not 0 < energy <= 1):
+    if energy is not None and not (is_number(energy) and 0 < energy <= 1):
         wrong.append(Text(Hint("energy"), f" must be a share above 0 and up to 1, got {energy!r}"))
     if wrong:
         raise ConfigError(Text.join("; ", wrong))
@@ -86,15 +86,15 @@ class Request:
             wrong.append(
                 Text(Hint("weights"), f" takes a number for each adapter: {adapters}, not {len(numbers)}")
             )
-        if not all(isinstance(w, int | float) and math.isfinite(w) for w in numbers):
+        if not all(map(is_number, numbers)):
             wrong.append(Text(Hint("weights"), f" must be finite numbers, got {numbers}"))
         method = combination_type.removesuffix("_svd")
         hint = Hint("combination_type")
         if combination_type not in METHODS:
             wrong.append(Text(hint, f" is one of {', '.join(METHODS)}, not {combination_type!r}"))
         elif method in TRIMMING:
-            if density is None or not 0 <= density <= 1:
-                given = "" if density is None else f", got {density}"
+            if not (is_number(density) and 0 <= density <= 1):
+                given = "" if density is None else f", got {density!r}"
                 wrong.append(Text(f"{method} needs ", Hint("density"), f", a share from 0 to 1{given}"))
             if method == combination_type and (rank is not None or energy is not None):
                 wrong.append(

@@ -186,6 +186,8 @@ def test_biases_of_b_are_added_too(tmp_path: Path) -> None:
         ({"combination_type": "ties"}, "ties needs density"),
         ({"combination_type": "ties", "density": 0.5, "rank": 3}, "ties_svd"),
         ({"density": 0.5}, "density belongs to"),
+        ({"combination_type": "ties", "density": "0.5"}, "a share from 0 to 1, got '0.5'"),
+        ({"energy": "0.9"}, "energy must be a share above 0 and up to 1, got '0.9'"),
         ({"majority_sign_method": "loudest", "rank": 0}, "total or frequency.*; rank must be"),
     ],
 )
@@ -194,6 +196,8 @@ def test_what_makes_no_sense_is_refused(options: Any, said: str, tmp_path: Path)
         combine_adapters([tmp_path / "a", tmp_path / "b"], tmp_path / "out", **options)
     with pytest.raises(ConfigError, match="no adapter was named"):
         combine_adapters([], tmp_path / "out")
+    with pytest.raises(ConfigError, match="a number for each adapter: 1, not 2"):
+        combine_adapters(str(tmp_path / "a"), tmp_path / "out", [1.0, 2.0])
 
 
 @pytest.mark.filterwarnings("ignore::veneer.VeneerWarning")
