@@ -197,18 +197,16 @@ class Routing:
         """The rows of each adapter, as index tensors."""
         key = (names, device)
         if key not in self._rows:
-            self._rows[key] = {
-                name: torch.tensor([i for i, n in enumerate(names) if n == name], device=device)
-                for name in dict.fromkeys(names)
-            }
-        found: dict[str | None, Tensor] = self._rows[key]
-        return found
+            found = {name: torch.tensor(rows, device=device) for name, rows in _rows_by_name(names).items()}
+            self._rows[key] = found
+        known: dict[str | None, Tensor] = self._rows[key]
+        return known
 
     def back(self, names: tuple[str | None, ...], device: torch.device) -> Tensor | None:
         """What puts rows that lie adapter by adapter into their places; None if they do."""
         key = ("back", names, device)
         if key not in self._rows:
-            order = [i for name in dict.fromkeys(names) for i, own in enumerate(names) if own == name]
+            order = [row for rows in _rows_by_name(names).values() for row in rows]
             places = sorted(order, key=order.__getitem__)  # the inverse
             self._rows[key] = None if order == sorted(order) else torch.tensor(places, device=device)
         found: Tensor | None = self._rows[key]
@@ -320,6 +318,13 @@ def _refuse_recomputation(layer: nn.Module) -> None:
             "under disable_adapter use the model's own checkpointing (gradient_checkpointing_enable of a "
             "transformers model), or none"
         )
+
+
+def _rows_by_name(names: Sequence[str | None]) -> dict[str | None, list[int]]:
+    found: dict[str | None, list[int]] = {}
+    for row, name in enumerate(names):
+        found.setdefault(name, []).append(row)
+    return found
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -208,14 +208,18 @@ class Worker:
             trial.step += 1
             trial.losses.append(losses[trial.name])
 
+    @cached_property
+    def _counted(self) -> int:
+        """Tokens of answers, or labels, of all held-out examples."""
+        return sum(int((self.collate([row])["labels"] != IGNORED).sum()) for row in self.work.eval_rows)
+
     def _held_out(self, rung: int) -> Sequence[Any]:
         """What to compare runs on: before their end as many examples as they were trained on, or `FEWEST`."""
         trials, every = self.work.trials, self.work.eval_rows
         if rung == len(trials[0].rungs) - 1:
             return every
-        counted = sum(int((self.collate([row])["labels"] != IGNORED).sum()) for row in every)
         seen = max(trial.seen(trial.rungs[rung]) for trial in trials)
-        count = min(max(seen, math.ceil(FEWEST * len(every) / counted)), len(every))
+        count = min(max(seen, math.ceil(FEWEST * len(every) / self._counted)), len(every))
         return [every[number * len(every) // count] for number in range(count)]
 
     def _evaluate(self, arrived: Sequence[Trial], rows: Sequence[Any]) -> None:
